@@ -1,0 +1,115 @@
+"""Launch settings of every kernel, each with its reason. Pure Python: the compile audit uses the same functions.
+
+Reasons marked "compiled" come from ahead-of-time compiles (registers, spills, shared memory; see `sparc-kernels
+audit`), "modelled" from bytes and bandwidth. None is measured on a GPU yet; docs/design.md says which are open.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ._triton import INTERPRETED
+
+SCRATCH_BYTES = 512 * 2**20  # logits kept at once by the selection; rows are processed in chunks of this size
+SLAB_BYTES = 25 * 10**6  # slice of a weight matrix meant to stay in L2 while every row gathers from it (modelled)
+MAX_K = 512
+MAX_STREAMS = 8
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (max(n, 1) - 1).bit_length()
+
+
+def capability(device: torch.device) -> int:
+    """Compute capability as 10 * major + minor; 80 for anything that is not an NVIDIA GPU."""
+    if device.type == "cuda" and torch.version.cuda:
+        major, minor = torch.cuda.get_device_capability(device)
+        return 10 * major + minor
+    return 80
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+
+
+def encode_config(rows: int, itemsize: int, arch: int) -> EncodeConfig:
+    if INTERPRETED:
+        return EncodeConfig(16, 32, 16, 4, 4, 1)  # the interpreter's generic reduction walks every element
+    block_k = 128 // itemsize  # one 128-byte line of either operand
+    if rows <= 512:  # launch-bound shapes: smaller tiles fill the GPU
+        return EncodeConfig(64, 128, block_k, 8, 4, 3)
+    if arch in (90, 100, 103) and itemsize == 2:
+        # compiled: wgmma / tcgen05, no spill, 147 kB of the 227 kB
+        return EncodeConfig(128, 256, block_k, 8, 8, 3)
+    return EncodeConfig(128, 128, block_k, 8, 8, 3)  # 96 kB: also fits the 99 kB of sm_86, sm_89 and sm_120
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    group: int  # contiguous columns behind one maximum
+    k_pad: int
+    n_groups_pad: int
+    num_warps: int
+
+
+def select_config(n: int, k: int) -> SelectConfig:
+    """Group size near sqrt(2 N / k) balances the two reads, N / g maxima and k g logits; at least k groups must exist."""
+    group = 1
+    while group < 128 and (2 * group) ** 2 * k <= 2 * n and 2 * group * k <= n:
+        group *= 2
+    k_pad = next_power_of_2(k)
+    n_groups_pad = max(next_power_of_2(cdiv(n, group)), 16)
+    widest = max(n_groups_pad, k_pad * group)
+    num_warps = min(max(widest // 1024, 1), 16)  # 32 keys a thread up to 16k keys, 64 beyond (compiled: no spill)
+    return SelectConfig(group, k_pad, n_groups_pad, num_warps)
+
+
+@dataclass(frozen=True)
+class GatherConfig:
+    k_pad: int
+    block_d: int
+    tiles: int  # tiles of block_d columns that one program walks
+    num_warps: int
+    num_stages: int
+
+
+def gather_config(k: int, d: int, n: int, itemsize: int) -> GatherConfig:
+    k_pad = max(next_power_of_2(k), 16)  # tl.dot needs 16
+    if INTERPRETED:
+        block_d = 16
+    else:
+        # a [k_pad, block_d] tile of 16 kB, two or three in flight; 64 rows of 128 columns in bf16 is the studied form
+        block_d = min(max(16384 // (k_pad * itemsize), 16), 128, max(next_power_of_2(d), 16))
+    total = cdiv(d, block_d)
+    tiles = min(max(SLAB_BYTES // (n * block_d * itemsize), 4), total)
+    # 512 rows: 64 accumulator registers a thread in 4 warps would leave little for the addresses (compiled)
+    num_warps = 8 if k_pad >= 512 else 4
+    return GatherConfig(k_pad, block_d, tiles, num_warps, 3 if k_pad * block_d * itemsize <= 16384 else 2)
+
+
+@dataclass(frozen=True)
+class ReduceConfig:
+    block_e: int
+    block_d: int
+    chunk: int
+    num_warps: int
+
+
+def reduce_config(d: int) -> ReduceConfig:
+    if INTERPRETED:
+        return ReduceConfig(2, 16, 4, 4)  # small chunks, so that tiny tests split hot latents
+    block_d = min(max(next_power_of_2(d), 128), 1024)
+    # 256 columns a warp: a thread owns whole columns, so the sum over entries never crosses threads
+    return ReduceConfig(4, block_d, 64, max(block_d // 256, 1))

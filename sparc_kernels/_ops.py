@@ -1,0 +1,67 @@
+"""Registration of the package's operators with torch, and the choice between their two implementations."""
+
+from __future__ import annotations
+
+import torch
+
+from ._triton import HAS_TRITON, INTERPRETED
+
+NAMESPACE = "sparc_kernels"
+IMPLS = ("auto", "triton", "torch")
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def register(name: str, schema: str, *, torch_impl, triton_impl, fake):
+    """Define `sparc_kernels::name` for CPU and CUDA and return the callable operator.
+
+    The last schema argument must be `str impl`, "torch" or "triton", already resolved by `resolve_impl`. Operators are
+    raw: gradients come from the autograd.Function that calls them. Autocast is switched off inside, where dtypes are
+    already settled.
+    """
+    qualname = f"{NAMESPACE}::{name}"
+    torch.library.define(qualname, schema)
+
+    def dispatch(*args):
+        *args, impl = args
+        fn = triton_impl if impl == "triton" else torch_impl
+        device = next(a.device for a in _tensors(args)).type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return fn(*args)
+        return fn(*args)
+
+    torch.library.impl(qualname, ("cpu", "cuda"))(dispatch)
+    torch.library.register_fake(qualname)(lambda *args: fake(*args[:-1]))
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _tensors(args):
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            yield arg
+        elif isinstance(arg, (list, tuple)):
+            yield from _tensors(arg)
+
+
+def resolve_impl(impl: str, tensor: torch.Tensor) -> str:
+    """Turn "auto" into "triton" (CUDA tensors of a supported dtype, Triton installed) or "torch"; refuse the impossible."""
+    if impl not in IMPLS:
+        raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
+    if impl == "auto":
+        return "triton" if tensor.is_cuda and HAS_TRITON and tensor.dtype in TRITON_DTYPES else "torch"
+    if impl == "triton" and not INTERPRETED:
+        if not HAS_TRITON:
+            raise ValueError("impl: expected 'torch' or 'auto' because Triton is not installed, got 'triton'")
+        if not tensor.is_cuda:
+            raise ValueError(
+                f"impl: expected 'torch' or 'auto' for tensors on {tensor.device} ('triton' needs CUDA tensors, or "
+                "TRITON_INTERPRET=1 set before the package is imported), got 'triton'"
+            )
+        if tensor.dtype not in TRITON_DTYPES:
+            raise ValueError(f"impl: expected 'torch' or 'auto' for {tensor.dtype} tensors, got 'triton'")
+    return impl
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums and losses are kept in: float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,29 @@
+"""Triton, or a stand-in that lets the kernels' files be imported where it is not installed."""
+
+from __future__ import annotations
+
+import os
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:  # macOS, Windows, Arm laptops: the torch path carries everything
+    HAS_TRITON = False
+
+    class _Absent:
+        """Answers any attribute; a kernel decorated with it is never launched, since HAS_TRITON is checked first."""
+
+        def jit(self, fn):
+            return fn
+
+        def __getattr__(self, name):
+            return _Absent()
+
+    triton = tl = _Absent()
+
+# Read once, as Triton itself does: kernels decorated under the interpreter stay interpreted.
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+__all__ = ["HAS_TRITON", "INTERPRETED", "tl", "triton"]

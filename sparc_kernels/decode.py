@@ -1,0 +1,219 @@
+"""Decoder: reconstructions across streams, and their normalised errors without ever keeping one.
+
+For a target t every source uses the same gathered rows of W_dec_t, so one pass serves all of them. The loss needs only
+|R - x|^2 of each row; its backward makes the errors again, one target at a time, and turns them into gradients while
+they are there. Nothing of size [S, S, B, d] outlives a call.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ._checks import check_indices, check_same_length, check_tensor, require
+from ._launch import MAX_K, MAX_STREAMS
+from ._ops import acc_dtype, resolve_impl
+from .gather import KEEP_ALL, KEEP_NONE, gather_dot, gather_error, gather_sum
+from .latent_grads import InverseIndex, inverse_index, latent_reduce
+
+
+def _per_source(op, indices, *sources):
+    """Calls op(indices [B, k], *sources [S, B, ...]) once when the sources share indices, else source by source."""
+    if indices.dim() == 2:
+        return op(indices, *sources)
+    results = [op(idx, *(x[s : s + 1] for x in sources)) for s, idx in enumerate(indices)]
+    if isinstance(results[0], tuple):
+        return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+    return torch.cat(results)
+
+
+def _grad_w_dec(inverse, indices, coef, mat, dtype, n, impl):
+    """dW_dec [d, N], columns contiguous like the parameter: sum of coef [S, B, k] times the rows of mat [S, B, d]."""
+    order, offsets = inverse if inverse[0] is not None else inverse_index(indices, n)
+    if indices.dim() == 3:  # every (source, row) has its own list entries: one source with S * B rows
+        coef, mat = coef.reshape(1, -1), mat.reshape(1, -1, mat.shape[-1])
+    return latent_reduce(order, offsets, coef, mat, indices.shape[-1], dtype, impl)[0].t()
+
+
+class Decode(torch.autograd.Function):
+    """Reconstructions of one target from S sources: [S, B, d]."""
+
+    @staticmethod
+    def forward(ctx, values, w_dec, pre_bias, indices, order, offsets, impl):
+        rows = w_dec.t()
+        ctx.save_for_backward(values, w_dec, indices, order, offsets)
+        ctx.impl = impl
+        return _per_source(lambda i, v: gather_sum(i, v, rows, pre_bias, impl), indices, values)
+
+    @staticmethod
+    def backward(ctx, drecon):
+        values, w_dec, indices, order, offsets = ctx.saved_tensors
+        dvalues = dw = db = None
+        if ctx.needs_input_grad[0]:
+            rows = w_dec.t()
+            dvalues = _per_source(lambda i, x: gather_dot(i, rows, x, ctx.impl), indices, drecon).to(values.dtype)
+        if ctx.needs_input_grad[1]:
+            dw = _grad_w_dec(
+                (order, offsets), indices, values, drecon.contiguous(), w_dec.dtype, w_dec.shape[1], ctx.impl
+            )
+        if ctx.needs_input_grad[2]:
+            db = drecon.sum((0, 1), dtype=acc_dtype(drecon.dtype)).to(drecon.dtype)
+        return dvalues, dw, db, None, None, None, None
+
+
+class DecodeNMSE(torch.autograd.Function):
+    """Normalised errors [S] of one target from S sources, and the error R - x of source `keep` (no gradient)."""
+
+    @staticmethod
+    def forward(ctx, values, w_dec, pre_bias, x, indices, order, offsets, keep, impl):
+        ctx.save_for_backward(values, w_dec, pre_bias, x, indices, order, offsets)
+        ctx.impl = impl
+        rows = w_dec.t()
+        if indices.dim() == 2:
+            sq, error, _ = gather_error(indices, values, rows, pre_bias, x, keep, False, impl)
+        else:
+            parts = [
+                gather_error(idx, values[s : s + 1], rows, pre_bias, x, 0 if s == keep else KEEP_NONE, False, impl)
+                for s, idx in enumerate(indices)
+            ]
+            sq = torch.cat([p[0] for p in parts])
+            error = parts[max(keep, 0)][1]
+        ctx.mark_non_differentiable(error)
+        return (sq / _squared_norm(x)).mean(1), error
+
+    @staticmethod
+    def backward(ctx, dnmse, _):
+        values, w_dec, pre_bias, x, indices, order, offsets = ctx.saved_tensors
+        need_v, need_w, need_b, need_x = ctx.needs_input_grad[:4]
+        rows, impl, B = w_dec.t(), ctx.impl, x.shape[0]
+        norm = _squared_norm(x)
+        sq, error, dots = _per_source(
+            lambda i, v: gather_error(i, v, rows, pre_bias, x, KEEP_ALL, need_v, impl), indices, values
+        )
+        # a term that does not count (upstream 0) must not, even where its error is NaN
+        counts = (dnmse != 0)[:, None]
+        coef = torch.where(counts, dnmse[:, None] * 2 / (B * norm), 0.0)  # [S, B]: dloss / d(E / 1)
+        dvalues = dw = db = dx = None
+        if need_v:
+            dvalues = torch.where(counts[..., None], coef[..., None] * dots, 0.0)
+        if need_w or need_b or need_x:
+            error = torch.where(counts[..., None], error, 0.0)
+        if need_w:
+            weights = torch.where(counts[..., None], values * coef[..., None], 0.0)
+            dw = _grad_w_dec((order, offsets), indices, weights, error, w_dec.dtype, w_dec.shape[1], impl)
+        if need_b:
+            db = (coef.reshape(1, -1) @ error.reshape(-1, x.shape[1]).to(coef.dtype))[0].to(pre_bias.dtype)
+        if need_x:
+            direct = torch.einsum("sb,sbd->bd", coef, error.to(coef.dtype))
+            through_norm = (torch.where(counts, coef * sq / norm, 0.0)).sum(0)[:, None] * x.to(coef.dtype)
+            dx = -(direct + through_norm).to(x.dtype)
+        return dvalues, dw, db, dx, None, None, None, None, None
+
+
+def _squared_norm(x: torch.Tensor) -> torch.Tensor:
+    """|x|^2 of each row in the accumulator dtype: [B, d] -> [B]."""
+    return x.to(acc_dtype(x.dtype)).square().sum(1)
+
+
+def _check(indices, values, w_decs, pre_biases, pairs):
+    T = check_same_length("w_decs", w_decs=w_decs, pre_biases=pre_biases)
+    check_tensor("w_decs[0]", w_decs[0], ("d", "N"))
+    n, like = w_decs[0].shape[1], w_decs[0]
+    require(isinstance(values, torch.Tensor), "values", "a tensor of shape [S, B, k]", values)
+    require(values.dim() == 3 and values.is_floating_point(), "values", "a floating tensor of shape [S, B, k]", values)
+    require(values.device == like.device, "values", f"a tensor on {like.device}", values)
+    S, B, k = values.shape
+    require(1 <= S <= MAX_STREAMS, "values", f"1..{MAX_STREAMS} sources", values)
+    require(1 <= k <= MAX_K, "values", f"1..{MAX_K} values a row", values)
+    require(B > 0, "values", "at least one row", values)
+    shape = (S, B, k) if getattr(indices, "ndim", 2) == 3 else (B, k)
+    check_indices("indices", indices, shape, n, like.device)
+    for t in range(T):
+        check_tensor(f"w_decs[{t}]", w_decs[t], ("d", n), like=like)
+        check_tensor(f"pre_biases[{t}]", pre_biases[t], (w_decs[t].shape[0],), like=like)
+    if pairs is None:
+        return T, S, {t: list(range(S)) for t in range(T)}
+    asked: dict[int, list[int]] = {}
+    for pair in pairs:
+        ok = isinstance(pair, tuple) and len(pair) == 2 and 0 <= pair[0] < T and 0 <= pair[1] < S
+        require(ok, "pairs", f"(target, source) tuples with target in 0..{T - 1} and source in 0..{S - 1}", repr(pair))
+        asked.setdefault(pair[0], []).append(pair[1])
+    return T, S, asked
+
+
+def _sources(indices, values, inverse, asked):
+    """What a target needs of the sources it asks for; the inverse index stays valid while all of them are asked for."""
+    S = values.shape[0]
+    if asked == list(range(S)):
+        return indices, values, inverse
+    if indices.dim() == 2:
+        return indices, values[asked], inverse
+    return indices[asked], values[asked], (None, None)
+
+
+def decode(
+    indices: torch.Tensor,
+    values: torch.Tensor,
+    w_decs: list[torch.Tensor],
+    pre_biases: list[torch.Tensor],
+    pairs: list[tuple[int, int]] | None = None,
+    inverse: InverseIndex | None = None,
+    impl: str = "auto",
+) -> dict[tuple[int, int], torch.Tensor]:
+    """Reconstructions of every target from every source, each selected decoder row fetched once per (row, target).
+
+    Args:
+        indices: int64 [B, k] shared by all sources, or [S, B, k]. Ids in 0..N-1 (checked on a CPU; on a GPU an id
+            outside gives NaN, never a read out of bounds). An id twice in a row adds up.
+        values: [S, B, k], any floating dtype; used in float32 (float64 for float64 weights).
+        w_decs: T tensors [d_t, N]. Best with strides (1, d_t), as `AlignedSAE` keeps them; others are copied.
+        pre_biases: T tensors [d_t].
+        pairs: which (target, source) to make; all T x S when None.
+        inverse: `inverse_index(indices, N)` when the caller already has it.
+        impl: "auto" (Triton on CUDA tensors, torch elsewhere), "triton" or "torch".
+
+    Returns: {(t, s): [B, d_t]} in the weights' dtype; differentiable in values, w_decs and pre_biases.
+
+    Equivalent to: `{(t, s): codes[s] @ w_decs[t].T + pre_biases[t]}` with
+    `codes[s] = zeros(B, N).scatter(1, indices, values[s])`
+    """
+    _, _, asked = _check(indices, values, w_decs, pre_biases, pairs)
+    impl = resolve_impl(impl, w_decs[0])
+    recons = {}
+    for t, sources in asked.items():
+        idx, val, inv = _sources(indices, values, inverse or (None, None), sources)
+        out = Decode.apply(val, w_decs[t], pre_biases[t], idx, *inv, impl)
+        recons.update({(t, s): out[i] for i, s in enumerate(sources)})
+    return recons
+
+
+def decode_nmse(
+    indices: torch.Tensor,
+    values: torch.Tensor,
+    w_decs: list[torch.Tensor],
+    pre_biases: list[torch.Tensor],
+    xs: list[torch.Tensor],
+    pairs: list[tuple[int, int]] | None = None,
+    inverse: InverseIndex | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Normalised mean squared error of every reconstruction, without keeping any.
+
+    Args: as `decode`, and xs: T targets [B, d_t], of the weights' dtype.
+
+    Returns: [T, S] in float32 (float64 for float64), entry (t, s) for target t from source s; 0 where `pairs` does not
+        ask. Differentiable in values, w_decs, pre_biases and xs. A zero row in a target makes its entries inf or NaN.
+
+    Equivalent to: `((recon[t, s] - xs[t]).square().mean(1) / xs[t].square().mean(1)).mean()`
+    """
+    T, S, asked = _check(indices, values, w_decs, pre_biases, pairs)
+    check_same_length("w_decs", w_decs=w_decs, xs=xs)
+    for t in range(T):
+        check_tensor(f"xs[{t}]", xs[t], (values.shape[1], w_decs[t].shape[0]), like=w_decs[0])
+    impl = resolve_impl(impl, w_decs[0])
+    zero = torch.zeros((), device=values.device, dtype=acc_dtype(w_decs[0].dtype))
+    entries = {}
+    for t, sources in asked.items():
+        idx, val, inv = _sources(indices, values, inverse or (None, None), sources)
+        row, _ = DecodeNMSE.apply(val, w_decs[t], pre_biases[t], xs[t], idx, *inv, KEEP_NONE, impl)
+        entries.update({(t, s): row[i] for i, s in enumerate(sources)})
+    return torch.stack([torch.stack([entries.get((t, s), zero) for s in range(S)]) for t in range(T)])

@@ -1,0 +1,411 @@
+"""Encoder and TopK: which latents a row selects, and their values.
+
+Selection is one GEMM over the streams' concatenated widths, with the maximum of every g contiguous columns taken while
+the tile is still in registers, and a selector that reads those maxima and only the k best groups' logits. Why that is
+exact: docs/math.md. Values are gathered afterwards in fp32, per stream, from the selected rows of W_enc alone; they are
+what carries gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ._checks import check_indices, check_int, check_same_length, check_tensor, require
+from ._launch import MAX_K, MAX_STREAMS, SCRATCH_BYTES, capability, cdiv, encode_config, select_config
+from ._ops import acc_dtype, register, resolve_impl
+from ._triton import INTERPRETED, tl, triton
+from .gather import _tl_dtype, gather_dot, gather_sum
+from .latent_grads import InverseIndex, inverse_index, latent_reduce
+
+# ---------------------------------------------------------------------------------------------------- selection kernels
+
+
+@triton.jit
+def _nan_max(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _encode_kernel(
+    x_ptrs, w_ptrs, widths, strides_x, strides_w, bias_ptr, ids_ptr, count_ptr, logits_ptr, maxima_ptr,
+    row0, M, N, NG,
+    S: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr, COMPACT: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """logits[m, n] = sum_s <x_s[row0 + m], w_s[n]> + bias[n], and the maximum of each GROUP columns. COMPACT: column n
+    stands for latent ids[n], and only the first count[0] columns exist."""
+    pid = tl.program_id(0)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    per_band = GROUP_M * tl.cdiv(N, BLOCK_N)  # bands of GROUP_M row tiles: neighbours share w tiles in L2
+    first = (pid // per_band) * GROUP_M
+    band = tl.minimum(tiles_m - first, GROUP_M)
+    pid_m = first + (pid % per_band) % band
+    pid_n = (pid % per_band) // band
+    n_cols = N
+    if COMPACT:
+        n_cols = tl.load(count_ptr)
+    if pid_n * BLOCK_N < n_cols:
+        offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_m = offs_m < M
+        mask_n = offs_n < n_cols
+        rows = (row0 + tl.where(mask_m, offs_m, 0)).to(tl.int64)
+        if COMPACT:
+            latents = tl.load(ids_ptr + offs_n, mask=mask_n, other=0).to(tl.int64)
+        else:
+            latents = tl.where(mask_n, offs_n, 0).to(tl.int64)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+        for s in tl.static_range(S):
+            x_rows = x_ptrs[s] + rows[:, None] * strides_x[s]
+            w_rows = w_ptrs[s] + latents[None, :] * strides_w[s]
+            width = widths[s]
+            for k0 in range(0, width, BLOCK_K):
+                offs_k = k0 + tl.arange(0, BLOCK_K)
+                mask_k = offs_k < width
+                x = tl.load(x_rows + offs_k[None, :], mask=mask_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+                w = tl.load(w_rows + offs_k[:, None], mask=mask_k[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
+                acc = tl.dot(x.to(DTYPE), w.to(DTYPE), acc, input_precision=PRECISION, out_dtype=ACC)
+        acc += tl.load(bias_ptr + latents, mask=mask_n, other=0.0).to(ACC)[None, :]
+        acc = tl.where(mask_n[None, :], acc, float("-inf"))  # after the sum: NaN rows must not leak into the tail
+        out_rows = offs_m.to(tl.int64)[:, None]
+        groups: tl.constexpr = BLOCK_N // GROUP
+        maxima = tl.reduce(tl.reshape(acc, (BLOCK_M, groups, GROUP)), 2, _nan_max)
+        offs_g = pid_n * groups + tl.arange(0, groups)
+        # rounding is monotone, so the rounded maximum is the maximum of the rounded logits
+        tl.store(
+            maxima_ptr + out_rows * NG + offs_g[None, :], maxima.to(maxima_ptr.dtype.element_ty),
+            mask=mask_m[:, None] & (offs_g[None, :] < NG),
+        )  # fmt: skip
+        tl.store(
+            logits_ptr + out_rows * N + offs_n[None, :], acc.to(logits_ptr.dtype.element_ty),
+            mask=mask_m[:, None] & mask_n[None, :],
+        )  # fmt: skip
+
+
+@triton.jit
+def _ordered_key(x):
+    """fp32 -> int32 with the order of the values: -0 equals +0, every NaN ranks above +inf, none is INT_MIN."""
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    return tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+
+
+@triton.jit
+def _kth_largest(key, low, high, k):
+    """Largest t in [low, high] with at least k keys >= t, given that low is such a t; also how many are > t."""
+    count = k + 1
+    while (low < high) & (count != k):
+        middle = (low & high) + ((low ^ high) >> 1) + ((low ^ high) & 1)  # rounded up, cannot overflow
+        count = tl.sum((key >= middle).to(tl.int32), 0)
+        low = tl.where(count >= k, middle, low)
+        high = tl.where(count >= k, high, middle - 1)
+    return low
+
+
+@triton.jit
+def _take(key, t, k):
+    """Exactly k of the keys >= t: all that are larger, then ties by position. Returns the mask and each one's rank."""
+    above = key > t
+    equal = key == t
+    need = k - tl.sum(above.to(tl.int32), 0)
+    take = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= need))
+    return take, tl.cumsum(take.to(tl.int32), 0) - 1
+
+
+@triton.jit
+def _select_kernel(
+    maxima_ptr, logits_ptr, scratch_ptr, ids_ptr, count_ptr, out_ptr, row0, N, NG, K,
+    NG_PAD: tl.constexpr, K_PAD: tl.constexpr, GROUP: tl.constexpr, COMPACT: tl.constexpr,
+):  # fmt: skip
+    """One row: the K groups with the largest maxima (ties to the lower) hold a valid top K; read only their logits."""
+    row = tl.program_id(0).to(tl.int64)
+    LOWEST: tl.constexpr = -2147483648
+    n_cols = N
+    k = K
+    if COMPACT:
+        n_cols = tl.load(count_ptr)
+        k = tl.minimum(K, n_cols)
+    offs_k = tl.arange(0, K_PAD)
+    if k > 0:
+        n_groups = tl.minimum(tl.cdiv(n_cols, GROUP), NG)
+        scratch_ptr += row * (2 * K_PAD)
+        offs_g = tl.arange(0, NG_PAD)
+        mask_g = offs_g < n_groups
+        maxima = tl.load(maxima_ptr + row * NG + offs_g, mask=mask_g, other=0.0).to(tl.float32)
+        key = tl.where(mask_g, _ordered_key(maxima), LOWEST)
+        top = tl.max(key, 0)
+        k_groups = tl.minimum(k, n_groups)
+        # every existing key is above LOWEST, so LOWEST + 1 has at least k_groups keys at or above it
+        floor = _kth_largest(key, LOWEST + 1, top, k_groups)
+        take, rank = _take(key, floor, k_groups)
+        tl.store(scratch_ptr + rank, offs_g, mask=take)
+        tl.debug_barrier()
+
+        offs_c = tl.arange(0, K_PAD * GROUP)
+        slot = offs_c // GROUP
+        chosen = slot < k_groups
+        cols = tl.load(scratch_ptr + slot, mask=chosen, other=0) * GROUP + offs_c % GROUP
+        chosen = chosen & (cols < n_cols)
+        logits = tl.load(logits_ptr + row * N + cols, mask=chosen, other=0.0).to(tl.float32)
+        key2 = tl.where(chosen, _ordered_key(logits), LOWEST)
+        # fewer groups than k (small N): then the floor of the maxima says nothing about the k-th logit
+        low = tl.where(k_groups == k, floor, LOWEST + 1)
+        take2, rank2 = _take(key2, _kth_largest(key2, low, top, k), k)
+        tl.debug_barrier()
+        tl.store(scratch_ptr + rank2, key2, mask=take2)
+        tl.store(scratch_ptr + K_PAD + rank2, cols, mask=take2)
+        tl.debug_barrier()
+
+        mask_k = offs_k < k
+        final = tl.load(scratch_ptr + offs_k, mask=mask_k, other=LOWEST).to(tl.int64)
+        # value, then position: selected columns are in ascending order, so lower slots win ties
+        ordered = tl.sort((final << 32) | (0x7FFFFFFF - offs_k).to(tl.int64), descending=True)
+        best = 0x7FFFFFFF - (ordered & 0x7FFFFFFF).to(tl.int32)
+        col = tl.load(scratch_ptr + K_PAD + best, mask=mask_k, other=0)
+        if COMPACT:
+            col = tl.load(ids_ptr + col, mask=mask_k, other=0)
+        tl.store(out_ptr + (row0 + row) * K + offs_k, col.to(tl.int64), mask=mask_k)
+    tl.store(out_ptr + (row0 + row) * K + offs_k, tl.full((K_PAD,), -1, tl.int64), mask=(offs_k >= k) & (offs_k < K))
+
+
+def _select_triton(xs, w_encs, bias, k, dead):
+    B, n = xs[0].shape[0], w_encs[0].shape[0]
+    device, dtype = xs[0].device, xs[0].dtype
+    acc = acc_dtype(dtype)
+    # what is selected on is what is stored: logits keep the inputs' dtype (fp32 at most: keys have 32 bits)
+    stored = torch.float32 if dtype == torch.float64 else dtype
+    xs = [x if x.stride(1) == 1 else x.contiguous() for x in xs]
+    w_encs = [w if w.stride(1) == 1 else w.contiguous() for w in w_encs]
+    select = select_config(n, k)
+    encode = encode_config(B, xs[0].element_size(), capability(device))
+    block_n = max(encode.block_n, select.group)
+    n_groups = cdiv(n, select.group)
+    chunk = max(encode.block_m, SCRATCH_BYTES // (n * stored.itemsize) // encode.block_m * encode.block_m)
+    chunk = min(chunk, B)
+    ids = count = None
+    if dead is not None:
+        ids = torch.argsort(dead, descending=True, stable=True).int()  # dead latents first, ascending
+        count = dead.sum(dtype=torch.int32)
+    logits = torch.empty(chunk, n, device=device, dtype=stored)
+    maxima = torch.empty(chunk, n_groups, device=device, dtype=stored)
+    scratch = torch.empty(chunk, 2 * select.k_pad, device=device, dtype=torch.int32)
+    out = torch.empty(B, k, device=device, dtype=torch.int64)
+    half = dtype in (torch.bfloat16, torch.float16)
+    precision = "ieee" if half or acc == torch.float64 else "tf32" if _allow_tf32() else "tf32x3"
+    for row0 in range(0, B, chunk):
+        rows = min(chunk, B - row0)
+        _encode_kernel[(cdiv(rows, encode.block_m) * cdiv(n, block_n),)](
+            tuple(xs), tuple(w_encs), tuple(x.shape[1] for x in xs), tuple(x.stride(0) for x in xs),
+            tuple(w.stride(0) for w in w_encs), bias, ids, count, logits, maxima, row0, rows, n, n_groups,
+            S=len(xs), GROUP=select.group, BLOCK_M=encode.block_m, BLOCK_N=block_n, BLOCK_K=encode.block_k,
+            GROUP_M=encode.group_m, COMPACT=dead is not None,
+            DTYPE=tl.float32 if half and INTERPRETED else _tl_dtype(dtype), ACC=_tl_dtype(acc), PRECISION=precision,
+            num_warps=encode.num_warps, num_stages=encode.num_stages,
+        )  # fmt: skip
+        _select_kernel[(rows,)](
+            maxima, logits, scratch, ids, count, out, row0, n, n_groups, k,
+            NG_PAD=select.n_groups_pad, K_PAD=select.k_pad, GROUP=select.group, COMPACT=dead is not None,
+            num_warps=select.num_warps,
+        )  # fmt: skip
+    return out
+
+
+def _allow_tf32() -> bool:
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+def _topk_exact(h, k):
+    """Top k of each row, descending, ties to the lowest column, NaN first: what a stable sort gives, at topk's price."""
+    if h.is_cuda:  # no look at the data: that would be a synchronisation
+        return torch.sort(h, dim=1, descending=True, stable=True).indices[:, :k]
+    values, indices = h.topk(k, dim=1)
+    indices = indices.sort(dim=1).values
+    values = h.gather(1, indices)
+    indices = indices.gather(1, values.sort(dim=1, descending=True, stable=True).indices)
+    # rows where ties cross the border (or NaN hides the border): let the stable sort decide
+    kth = values.min(dim=1, keepdim=True).values
+    unsure = (h >= kth).sum(1) != k
+    if bool(unsure.any()):
+        rows = unsure.nonzero().squeeze(1)
+        indices[rows] = torch.sort(h[rows], dim=1, descending=True, stable=True).indices[:, :k]
+    return indices
+
+
+def _select_torch(xs, w_encs, bias, k, dead):
+    acc = acc_dtype(xs[0].dtype)
+    B, n = xs[0].shape[0], w_encs[0].shape[0]
+    ids = None
+    if dead is not None:
+        ids = dead.nonzero().squeeze(1)
+        n = ids.numel()
+    found = min(k, n)
+    out = torch.full((B, k), -1, dtype=torch.int64, device=xs[0].device)
+    if found == 0:
+        return out
+    if ids is not None:
+        w_encs, bias = [w[ids] for w in w_encs], bias[ids]
+    chunk = max(1, SCRATCH_BYTES // (n * acc.itemsize))
+    for row0 in range(0, B, chunk):
+        part = slice(row0, row0 + chunk)
+        h = bias.to(acc).expand(min(chunk, B - row0), n).contiguous()
+        for x, w in zip(xs, w_encs, strict=True):
+            if x.dtype == acc:
+                h.addmm_(x[part], w.T)
+            else:
+                h += x[part] @ w.T
+        best = _topk_exact(h, found)
+        out[part, :found] = best if ids is None else ids[best]
+    return out
+
+
+def _select_fake(xs, w_encs, bias, k, dead):
+    return xs[0].new_empty(xs[0].shape[0], k, dtype=torch.int64)
+
+
+select = register(
+    "select",
+    "(Tensor[] xs, Tensor[] w_encs, Tensor bias, int k, Tensor? dead, str impl) -> Tensor",
+    torch_impl=_select_torch,
+    triton_impl=_select_triton,
+    fake=_select_fake,
+)
+select.__doc__ = """The k latents with the largest summed pre-activations of each row, int64 [B, k].
+
+Args:
+    xs: centred inputs, [B, d_s] each.  w_encs: [N, d_s] each.  bias: [N], sum of the latent biases.
+    k: how many.
+    dead: bool [N] or None; when given only these latents compete, and missing places hold -1.
+    impl: "triton" or "torch".
+
+Rows are in descending order of the pre-activation selected on, ties to the lowest latent, NaN above +inf.
+"""
+
+# ----------------------------------------------------------------------------------------------------- values, gradients
+
+
+class GatherValues(torch.autograd.Function):
+    """relu(<W_enc[indices], x - pre_bias> + latent_bias[indices]) with gradients to everything but the indices."""
+
+    @staticmethod
+    def forward(ctx, x, w_enc, pre_bias, latent_bias, indices, order, offsets, impl):
+        centred = x - pre_bias
+        pre = gather_dot(indices, w_enc, centred[None], impl)[0]
+        values = torch.relu(pre + latent_bias.to(pre.dtype)[indices])
+        ctx.save_for_backward(x, w_enc, pre_bias, values, indices, order, offsets)
+        ctx.impl = impl
+        return values
+
+    @staticmethod
+    def backward(ctx, dvalues):
+        x, w_enc, pre_bias, values, indices, order, offsets = ctx.saved_tensors
+        need_x, need_w, need_b, need_c = ctx.needs_input_grad[:4]
+        impl = ctx.impl
+        dpre = torch.where(values <= 0, 0.0, dvalues)
+        dx = dw = db = dc = None
+        if need_w or need_b or need_c:
+            if order is None:
+                order, offsets = inverse_index(indices, w_enc.shape[0])
+            centred = x - pre_bias
+            dw, dc = latent_reduce(order, offsets, dpre[None], centred[None], indices.shape[1], w_enc.dtype, impl)
+        if need_b:
+            db = -(dc.to(w_enc.dtype) @ w_enc)  # the same sum as -dx over the batch, as one matrix-vector product
+        if need_x:
+            dx = gather_sum(indices, dpre[None], w_enc, None, impl)[0]
+        return dx, dw if need_w else None, db, dc.to(w_enc.dtype) if need_c else None, None, None, None, None
+
+
+def values_at(
+    x: torch.Tensor,
+    w_enc: torch.Tensor,
+    pre_bias: torch.Tensor,
+    latent_bias: torch.Tensor,
+    indices: torch.Tensor,
+    inverse: InverseIndex | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Activations of one stream at given latents; the differentiable half of `encode_topk`.
+
+    Args:
+        x: [B, d].  w_enc: [N, d].  pre_bias: [d].  latent_bias: [N]; all of one dtype, on one device.
+        indices: int64 [B, k], ids in 0..N-1 (checked on a CPU; on a GPU an id outside gives NaN).
+        inverse: `inverse_index(indices, N)` when the caller already has it; made in the backward otherwise.
+        impl: "auto" (Triton on CUDA tensors, torch elsewhere), "triton" or "torch".
+
+    Returns: values [B, k], float32 (float64 for float64 inputs).
+
+    Equivalent to: `relu(F.linear(x - pre_bias, w_enc, latent_bias).gather(1, indices))`
+    """
+    check_tensor("x", x, ("B", "d"))
+    check_tensor("w_enc", w_enc, ("N", x.shape[1]), like=x)
+    check_tensor("pre_bias", pre_bias, (x.shape[1],), like=x)
+    check_tensor("latent_bias", latent_bias, (w_enc.shape[0],), like=x)
+    check_indices("indices", indices, (x.shape[0], "k"), w_enc.shape[0], x.device)
+    order, offsets = inverse if inverse is not None else (None, None)
+    return GatherValues.apply(x, w_enc, pre_bias, latent_bias, indices, order, offsets, resolve_impl(impl, x))
+
+
+def encode_topk(
+    xs: list[torch.Tensor],
+    w_encs: list[torch.Tensor],
+    pre_biases: list[torch.Tensor],
+    latent_biases: list[torch.Tensor],
+    k: int,
+    topk_type: str = "global",
+    impl: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k latents that each row selects and every stream's activations there.
+
+    Args:
+        xs: S tensors [B, d_s].  w_encs: S tensors [N, d_s].  pre_biases: S tensors [d_s].  latent_biases: S tensors
+            [N]. One floating dtype, one device; S <= 8. Any strides (rows that are not contiguous are copied).
+        k: 1..min(N, 512).
+        topk_type: "global", one selection on the streams' summed pre-activations, or "local", one for each stream.
+        impl: "auto" (Triton on CUDA tensors, torch elsewhere), "triton" or "torch".
+
+    Returns:
+        indices: int64 [B, k] (global) or [S, B, k] (local), in descending order of the pre-activation selected on (in
+            the inputs' dtype for half precision, summed in float32), ties to the lowest latent, NaN above +inf.
+        values: relu of each stream's own pre-activation there, [S, B, k], float32 (float64 for float64 inputs);
+            differentiable in xs, w_encs, pre_biases and latent_biases.
+
+    Raises: ValueError naming the argument.  Source: SPARC, arXiv 2507.06265, section 3.
+
+    Equivalent to (global):
+        h = [F.linear(x - b, w, c) for x, w, b, c in zip(xs, w_encs, pre_biases, latent_biases)]
+        indices = sum(h).topk(k).indices
+        values = stack([relu(h_s.gather(1, indices)) for h_s in h])
+    """
+    S = check_same_length("xs", xs=xs, w_encs=w_encs, pre_biases=pre_biases, latent_biases=latent_biases)
+    require(S <= MAX_STREAMS, "xs", f"at most {MAX_STREAMS} streams", str(S))
+    require(topk_type in ("global", "local"), "topk_type", "'global' or 'local'", topk_type)
+    B, n = None, None
+    for s in range(S):
+        check_tensor(f"xs[{s}]", xs[s], (B if B is not None else "B", "d"), like=xs[0] if s else None)
+        B = xs[0].shape[0]
+        require(B > 0, f"xs[{s}]", "at least one row", xs[s])
+        check_tensor(f"w_encs[{s}]", w_encs[s], (n if n is not None else "N", xs[s].shape[1]), like=xs[0])
+        n = w_encs[0].shape[0]
+        check_tensor(f"pre_biases[{s}]", pre_biases[s], (xs[s].shape[1],), like=xs[0])
+        check_tensor(f"latent_biases[{s}]", latent_biases[s], (n,), like=xs[0])
+    check_int("k", k, 1, min(n, MAX_K), f"at most N and {MAX_K}")
+    impl = resolve_impl(impl, xs[0])
+    indices = select_latents(xs, w_encs, pre_biases, latent_biases, k, topk_type, impl)
+    values = [
+        values_at(xs[s], w_encs[s], pre_biases[s], latent_biases[s], indices if indices.dim() == 2 else indices[s], impl=impl)
+        for s in range(S)
+    ]
+    return indices, torch.stack(values)
+
+
+@torch.no_grad()
+def select_latents(xs, w_encs, pre_biases, latent_biases, k, topk_type, impl, dead=None):
+    """`select` on unchecked, uncentred inputs: [B, k] for "global", [S, B, k] for "local"."""
+    acc = acc_dtype(xs[0].dtype)
+    centred = [x - b for x, b in zip(xs, pre_biases, strict=True)]
+    if topk_type == "global":
+        bias = latent_biases[0].to(acc)
+        for c in latent_biases[1:]:
+            bias = bias + c
+        return select(centred, list(w_encs), bias, k, dead, impl)
+    return torch.stack(
+        [select([x], [w], c.to(acc), k, dead, impl) for x, w, c in zip(centred, w_encs, latent_biases, strict=True)]
+    )

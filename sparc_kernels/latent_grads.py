@@ -1,0 +1,218 @@
+"""Gradients of the weights, latent by latent: the inverse index and the sums over it.
+
+The backward of a gather is a scatter, and scatters on a GPU mean float atomics: slow on hot latents and different on
+every run. Instead the B x k selected ids are sorted once (stable), so that every latent owns the list of the rows that
+chose it; each gradient row is then one program's sum over that list, in a fixed order. One index serves the gradients
+of all 2S weight matrices.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from ._launch import cdiv, reduce_config
+from ._ops import acc_dtype, register
+from ._triton import tl, triton
+
+
+class InverseIndex(NamedTuple):
+    """For each latent n, the flat positions order[offsets[n] : offsets[n + 1]] in `indices` that hold n, ascending."""
+
+    order: torch.Tensor  # int32 [M], M = number of selected ids
+    offsets: torch.Tensor  # int32 [N + 1]
+
+
+def inverse_index(indices: torch.Tensor, n_latents: int) -> InverseIndex:
+    """Lists of the places that selected each latent, without a host synchronisation.
+
+    Args:
+        indices: int64 of any shape, ids in 0..n_latents-1 (ids outside are in no list).
+        n_latents: N.
+
+    Equivalent to: `order = indices.flatten().sort(stable=True).indices`, `offsets = [0, *bincount(indices).cumsum(0)]`.
+    """
+    return InverseIndex(*_inverse_index_op(indices, n_latents, "torch"))
+
+
+def _inverse_index(indices, n_latents):
+    dtype = torch.int16 if n_latents < 2**15 else torch.int32  # fewer radix passes; ids outside must fit too
+    ids, order = torch.sort(indices.reshape(-1).clamp(-1, n_latents).to(dtype), stable=True)
+    bounds = torch.arange(n_latents + 1, device=indices.device, dtype=torch.int32)
+    return order.int(), torch.searchsorted(ids.int(), bounds, out_int32=True)
+
+
+def _inverse_index_fake(indices, n_latents):
+    return indices.new_empty(indices.numel(), dtype=torch.int32), indices.new_empty(n_latents + 1, dtype=torch.int32)
+
+
+_inverse_index_op = register(
+    "inverse_index",
+    "(Tensor indices, int n_latents, str impl) -> (Tensor, Tensor)",
+    torch_impl=_inverse_index,
+    triton_impl=_inverse_index,
+    fake=_inverse_index_fake,
+)
+
+
+@triton.jit
+def _latent_reduce_kernel(
+    order_ptr, offsets_ptr, items_ptr, first_ptr, slot_ptr, coef_ptr, mat_ptr, out_ptr, sum_ptr, part_ptr, part_sum_ptr,
+    M, ROWS, K, D, N, stride_ms, stride_mr,
+    S: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One program: one chunk of one latent's list, one tile of columns."""
+    item = tl.program_id(0)
+    tile = tl.program_id(1)
+    n = tl.load(items_ptr + item)
+    if n < N:  # items beyond the last carry N
+        begin = tl.load(offsets_ptr + n)
+        end = tl.load(offsets_ptr + n + 1)
+        chunk = item - tl.load(first_ptr + n)
+        low = begin + chunk * CHUNK
+        high = tl.minimum(low + CHUNK, end)
+        cols = tile * BLOCK_D + tl.arange(0, BLOCK_D)
+        mask_d = cols < D
+        acc = tl.zeros((BLOCK_D,), ACC)
+        total = tl.zeros((BLOCK_E,), ACC)
+        for e0 in range(low, high, BLOCK_E):
+            e = e0 + tl.arange(0, BLOCK_E)
+            mask_e = e < high
+            place = tl.load(order_ptr + e, mask=mask_e, other=0)
+            row = (place // K).to(tl.int64)
+            for s in tl.static_range(S):
+                c = tl.load(coef_ptr + s * M.to(tl.int64) + place, mask=mask_e, other=0.0).to(ACC)
+                total += c
+                live = mask_e & (c != 0.0)  # entries killed by the ReLU cost no traffic
+                m = tl.load(
+                    mat_ptr + s * stride_ms + row[:, None] * stride_mr + cols[None, :],
+                    mask=live[:, None] & mask_d[None, :], other=0.0,
+                )  # fmt: skip  # [BLOCK_E, BLOCK_D]
+                acc += tl.sum(c[:, None] * m.to(ACC), 0)
+        if end - begin <= CHUNK:
+            tl.store(out_ptr + n.to(tl.int64) * D + cols, acc.to(out_ptr.dtype.element_ty), mask=mask_d)
+            if tile == 0:
+                tl.store(sum_ptr + n, tl.sum(total, 0))
+        else:
+            slot = (tl.load(slot_ptr + n) + chunk).to(tl.int64)
+            tl.store(part_ptr + slot * D + cols, acc, mask=mask_d)
+            if tile == 0:
+                tl.store(part_sum_ptr + slot, tl.sum(total, 0))
+
+
+@triton.jit
+def _latent_finish_kernel(
+    hot_ptr, offsets_ptr, slot_ptr, part_ptr, part_sum_ptr, out_ptr, sum_ptr, D, N,
+    CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Adds the chunks of one hot latent in order."""
+    n = tl.load(hot_ptr + tl.program_id(0))
+    tile = tl.program_id(1)
+    if n < N:
+        count = tl.load(offsets_ptr + n + 1) - tl.load(offsets_ptr + n)
+        slot = tl.load(slot_ptr + n).to(tl.int64)
+        cols = tile * BLOCK_D + tl.arange(0, BLOCK_D)
+        mask_d = cols < D
+        acc = tl.zeros((BLOCK_D,), ACC)
+        total = tl.zeros((1,), ACC)
+        for c in range(tl.cdiv(count, CHUNK)):
+            acc += tl.load(part_ptr + (slot + c) * D + cols, mask=mask_d, other=0.0)
+            total += tl.load(part_sum_ptr + slot + c)
+        tl.store(out_ptr + n.to(tl.int64) * D + cols, acc.to(out_ptr.dtype.element_ty), mask=mask_d)
+        if tile == 0:
+            tl.store(sum_ptr + n + tl.arange(0, 1), total)
+
+
+class _WorkPlan(NamedTuple):
+    items: torch.Tensor  # int32 [N + M // chunk], latent of each program, N for none
+    first: torch.Tensor  # int32 [N], first program of each latent
+    slots: torch.Tensor  # int32 [N], first partial sum of a latent with several chunks
+    hot: torch.Tensor  # int32 [max(M // chunk, 1)], latents with several chunks, N for none
+
+
+def _work_plan(offsets: torch.Tensor, M: int, chunk: int) -> _WorkPlan:
+    """Static bounds instead of counts read back: a latent has max(1, ceil(count / chunk)) programs, M // chunk more in all."""
+    n = offsets.numel() - 1
+    count = offsets[1:] - offsets[:-1]
+    chunks = torch.clamp((count + chunk - 1) // chunk, min=1)
+    ends = chunks.cumsum(0, dtype=torch.int32)
+    programs = torch.arange(n + M // chunk, device=offsets.device, dtype=torch.int32)
+    items = torch.searchsorted(ends, programs, right=True, out_int32=True)
+    split = chunks > 1
+    partial_ends = torch.where(split, chunks, 0).cumsum(0, dtype=torch.int32)
+    ranks = torch.arange(1, max(M // chunk, 1) + 1, device=offsets.device, dtype=torch.int32)
+    hot = torch.searchsorted(split.cumsum(0, dtype=torch.int32), ranks, out_int32=True)
+    return _WorkPlan(items, ends - chunks, partial_ends - torch.where(split, chunks, 0), hot)
+
+
+def _latent_reduce_triton(order, offsets, coef, mat, k, dtype):
+    S, rows, d = mat.shape
+    M, n = order.numel(), offsets.numel() - 1
+    acc = acc_dtype(mat.dtype)
+    coef = coef.reshape(S, M).to(acc).contiguous()
+    if mat.stride(-1) != 1:
+        mat = mat.contiguous()
+    config = reduce_config(d)
+    plan = _work_plan(offsets, M, config.chunk)
+    slots = 2 * (M // config.chunk) + 1  # a split latent has at most twice as many chunks as whole ones
+    out = torch.empty(n, d, device=mat.device, dtype=dtype)
+    sums = torch.empty(n, device=mat.device, dtype=acc)
+    part = torch.empty(slots, d, device=mat.device, dtype=acc)
+    part_sums = torch.empty(slots, device=mat.device, dtype=acc)
+    tiles = cdiv(d, config.block_d)
+    tl_acc = tl.float64 if acc == torch.float64 else tl.float32
+    _latent_reduce_kernel[(plan.items.numel(), tiles)](
+        order, offsets, plan.items, plan.first, plan.slots, coef, mat, out, sums, part, part_sums,
+        M, rows, k, d, n, mat.stride(0), mat.stride(1),
+        S=S, CHUNK=config.chunk, BLOCK_E=config.block_e, BLOCK_D=config.block_d, ACC=tl_acc, num_warps=config.num_warps,
+        num_stages=1,
+    )  # fmt: skip
+    _latent_finish_kernel[(plan.hot.numel(), tiles)](
+        plan.hot, offsets, plan.slots, part, part_sums, out, sums, d, n,
+        CHUNK=config.chunk, BLOCK_D=config.block_d, ACC=tl_acc, num_warps=config.num_warps,
+    )  # fmt: skip
+    return out, sums
+
+
+def _latent_reduce_torch(order, offsets, coef, mat, k, dtype):
+    S, rows, d = mat.shape
+    acc = acc_dtype(mat.dtype)
+    coef = coef.reshape(S, -1).to(acc)[:, order.long()]  # [S, M], in list order
+    sums = torch.segment_reduce(coef.sum(0), "sum", offsets=offsets.long(), axis=0)
+    # a bag per latent over the rows of every source: [M, S] entries, the sources of one place side by side
+    places = (order // k)[:, None] + torch.arange(S, device=order.device, dtype=torch.int32) * rows
+    out = F.embedding_bag(
+        places.reshape(-1), mat.reshape(S * rows, d), offsets * S, mode="sum",
+        per_sample_weights=coef.T.reshape(-1).to(mat.dtype), include_last_offset=True,
+    )  # fmt: skip
+    return out.to(dtype), sums
+
+
+def _latent_reduce_fake(order, offsets, coef, mat, k, dtype):
+    n = offsets.numel() - 1
+    return mat.new_empty(n, mat.shape[2], dtype=dtype), mat.new_empty(n, dtype=acc_dtype(mat.dtype))
+
+
+latent_reduce = register(
+    "latent_reduce",
+    "(Tensor order, Tensor offsets, Tensor coef, Tensor mat, int k, ScalarType dtype, str impl) -> (Tensor, Tensor)",
+    torch_impl=_latent_reduce_torch,
+    triton_impl=_latent_reduce_triton,
+    fake=_latent_reduce_fake,
+)
+latent_reduce.__doc__ = """Sum, for every latent, the rows that chose it.
+
+out[n] = sum over places p in list(n), sources s of coef[s, p] * mat[s, p // k];  sums[n] = sum of the coefficients.
+
+Args:
+    order, offsets: an InverseIndex over rows * k places.
+    coef: [S, rows, k] or [S, rows * k] weights; zero skips a row.
+    mat: [S, rows, d].
+    k: places per row.
+    dtype: of `out`.
+    impl: "triton" or "torch".
+
+Returns: out [N, d] in `dtype`, sums [N] in the accumulator dtype.
+"""

@@ -1,0 +1,493 @@
+"""AlignedSAE, a drop-in for the official SPARC class, and its lazily computed outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ._checks import check_int, check_number, check_tensor, require
+from ._launch import MAX_K, MAX_STREAMS
+from ._ops import IMPLS, resolve_impl
+from .dead import auxk_topk, update_counters_
+from .decode import Decode, DecodeNMSE
+from .encode import GatherValues, select_latents
+from .gather import KEEP_NONE
+from .latent_grads import inverse_index
+
+
+class AlignedSAE(nn.Module):
+    """Sparse autoencoder over several streams that share their latents (SPARC, arXiv 2507.06265).
+
+    Args:
+        d_streams: width of each stream by name, in the order used everywhere; 1 to 8 streams.
+        n_latents: N.
+        k: active latents of each row, 1..min(N, 512).
+        auxk: dead latents used by the auxiliary loss, at most min(N, 512); None or 0 leaves it out.
+        auxk_threshold: a value must be greater for its latent to count as fired.
+        dead_steps_threshold: a latent is dead when it has not fired for more forwards than this.
+        use_sparse_decoder: accepted for compatibility and ignored; the decoder is always sparse.
+        topk_type: "global" (one selection on the summed pre-activations) or "local" (one for each stream).
+        impl: "auto" (Triton kernels on CUDA tensors, torch elsewhere), "triton" or "torch".
+        count_in_eval: let the dead counters move in eval mode too, as the official class does.
+        device, dtype: of the parameters, as in torch.nn.
+
+    state_dict keys and shapes are the official ones and load both ways. `decoders[s].weight` is [d, N] with strides
+    (1, d), so that a latent's decoder row is contiguous; `decoder_layout_` switches that. With the same torch seed the
+    parameters start as the official class's do.
+    """
+
+    def __init__(
+        self,
+        d_streams: dict[str, int],
+        n_latents: int,
+        k: int,
+        auxk: int | None = None,
+        auxk_threshold: float = 1e-3,
+        dead_steps_threshold: int = 1000,
+        use_sparse_decoder: bool = False,
+        *,
+        topk_type: str = "global",
+        impl: str = "auto",
+        count_in_eval: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        _check_streams(d_streams)
+        self.streams = list(d_streams)
+        self.d_streams = dict(d_streams)
+        self.n_latents = check_int("n_latents", n_latents, 1)
+        limit = f"at most n_latents and {MAX_K}"
+        self.k = check_int("k", k, 1, min(n_latents, MAX_K), limit)
+        self.auxk = None if auxk is None else check_int("auxk", auxk, 0, min(n_latents, MAX_K), limit) or None
+        self.auxk_threshold = check_number("auxk_threshold", auxk_threshold)
+        self.dead_steps_threshold = check_int("dead_steps_threshold", dead_steps_threshold, 0)
+        self.use_sparse_decoder = use_sparse_decoder
+        require(topk_type in ("global", "local"), "topk_type", "'global' or 'local'", topk_type)
+        require(impl in IMPLS, "impl", f"one of {', '.join(map(repr, IMPLS))}", impl)
+        require(dtype is None or dtype in _DTYPES, "dtype", "float64, float32, bfloat16 or float16", repr(dtype))
+        self.topk_type, self.impl, self.count_in_eval = topk_type, impl, count_in_eval
+        self.decoder_layout = "rows"
+
+        self.encoders = nn.ModuleDict()
+        self.decoders = nn.ModuleDict()
+        self.pre_biases = nn.ParameterDict()
+        self.latent_biases = nn.ParameterDict()
+        factory = {"device": device, "dtype": dtype}
+        for s, d in d_streams.items():
+            self.encoders[s] = nn.Linear(d, n_latents, bias=False, **factory)
+            self.decoders[s] = nn.Linear(n_latents, d, bias=False, **factory)  # drawn too: keeps the official seeds
+            self.decoders[s].weight.data = self.encoders[s].weight.data.clone().t()
+            self.pre_biases[s] = nn.Parameter(torch.zeros(d, **factory))
+            self.latent_biases[s] = nn.Parameter(torch.zeros(n_latents, **factory))
+            self.register_buffer(f"stats_last_nonzero_{s}", torch.zeros(n_latents, dtype=torch.long, device=device))
+        self.unit_norm_decoder_()
+        self.register_load_state_dict_post_hook(_restore_layout)
+
+    # ------------------------------------------------------------------------------------------------ forward and loss
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> AlignedOutputs:
+        """Select latents, compute their values, move the dead counters.
+
+        Args:
+            inputs: [B, d_s] of the parameters' dtype (any floating dtype under autocast) for any non-empty subset of
+                the streams. All rows b describe the same sample.
+
+        Returns: AlignedOutputs, a read-only mapping with every official key; dense tensors are made when read.
+        """
+        streams = self._check_inputs(inputs)
+        params = {s: self._stream(s) for s in streams}
+        xs = [inputs[s].to(params[s][0].dtype) for s in streams]
+        w_encs, _, pre_biases, latent_biases = zip(*params.values(), strict=True)
+        impl = resolve_impl(self.impl, xs[0])
+        chosen = select_latents(xs, w_encs, pre_biases, latent_biases, self.k, self.topk_type, impl)
+
+        # one inverse index serves every gradient; without gradients nothing needs it
+        inverse = (None, None)
+        per_stream = [(chosen, inverse)] * len(streams)
+        if torch.is_grad_enabled():
+            inverse = inverse_index(chosen, self.n_latents)
+            per_stream = [(chosen, inverse)] * len(streams)
+        if self.topk_type == "local":
+            per_stream = [
+                (idx, inverse_index(idx, self.n_latents) if torch.is_grad_enabled() else inverse) for idx in chosen
+            ]
+        values = [
+            GatherValues.apply(x, *args, idx, *inv, impl)
+            for x, args, (idx, inv) in zip(
+                xs, zip(w_encs, pre_biases, latent_biases, strict=True), per_stream, strict=True
+            )
+        ]
+
+        # local reads the counters for AuxK before it moves them, global after
+        dead = self.get_dead_neurons() if self.auxk and self.topk_type == "local" else None
+        if self.training or self.count_in_eval:
+            for s, (idx, _), v in zip(streams, per_stream, values, strict=True):
+                update_counters_(getattr(self, f"stats_last_nonzero_{s}"), idx, v.detach(), self.auxk_threshold)
+        if self.auxk and dead is None:
+            dead = self.get_dead_neurons()
+        return AlignedOutputs(self, inputs, streams, chosen, dict(zip(streams, values, strict=True)), inverse, dead)
+
+    def compute_loss(
+        self,
+        outputs: AlignedOutputs,
+        inputs: dict[str, torch.Tensor],
+        auxk_coef: float = 1 / 32,
+        cross_loss_coef: float = 1.0,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Total loss of one step, without making a reconstruction or a dense code.
+
+        total = mean_s NMSE(s <- s) + auxk_coef * mean_s Aux_s + cross_loss_coef * mean_{t != s} NMSE(t <- s)
+
+        Args:
+            outputs: what `forward` returned for all streams, before any parameter changed.
+            inputs: the targets, [B, d_s] for every stream.
+            auxk_coef, cross_loss_coef: >= 0.
+
+        Returns: the loss (float32, float64 for float64 parameters), and a dict of detached tensors under the official
+        metric names: mse_loss_{s}, auxk_loss_{s}, cross_loss_{t}_from_{s}, num_active_neurons_{s}, l1_sparsity_{s},
+        avg_mse_loss (the true mean; the official one aliases total_loss), avg_auxk_loss, avg_auxk_loss_scaled,
+        avg_cross_loss, avg_cross_loss_scaled, avg_l1_sparsity, avg_num_active_neurons, total_loss.
+        """
+        require(isinstance(outputs, AlignedOutputs), "outputs", "the AlignedOutputs that forward returned", outputs)
+        require(outputs._model is self, "outputs", "what this model's forward returned", "another model's outputs")
+        check_number("auxk_coef", auxk_coef)
+        check_number("cross_loss_coef", cross_loss_coef)
+        streams = self._check_inputs(inputs)
+        require(streams == self.streams, "inputs", f"all streams {self.streams} (the loss needs them)", repr(streams))
+        done = outputs._streams
+        require(done == self.streams, "outputs", f"a forward over all streams {self.streams}", repr(done))
+        rows, had = inputs[streams[0]].shape[0], outputs._values[streams[0]].shape[0]
+        require(rows == had, "inputs", f"{had} rows as in outputs", str(rows))
+        outputs._check_unchanged()
+
+        S = len(streams)
+        with_cross = cross_loss_coef > 0 and S > 1
+        stacked = torch.stack([outputs._values[s] for s in streams])
+        self_terms, cross_terms, aux_terms = [], {}, []
+        for t, target in enumerate(streams):
+            _, w_dec, pre_bias, _ = self._stream(target)
+            impl = resolve_impl(self.impl, w_dec)
+            x = inputs[target]
+            if with_cross or S == 1:
+                keep = t if self.auxk else KEEP_NONE
+                errors, residual = outputs._nmse(stacked, list(range(S)), w_dec, pre_bias, x, keep, impl)
+                self_terms.append(errors[t])
+            else:  # only the diagonal has gradients; the rest are metrics
+                keep = 0 if self.auxk else KEEP_NONE
+                own, residual = outputs._nmse(stacked, [t], w_dec, pre_bias, x, keep, impl)
+                self_terms.append(own[0])
+                with torch.no_grad():
+                    others = [s for s in range(S) if s != t]
+                    rest, _ = outputs._nmse(stacked, others, w_dec, pre_bias, x, KEEP_NONE, impl)
+                errors = torch.cat([rest[:t], own.detach(), rest[t:]])
+            cross_terms.update({(t, s): errors[s] for s in range(S) if s != t})
+            if self.auxk:
+                aux_terms.append(self._aux_loss(outputs, target, x, residual, w_dec, pre_bias, impl))
+
+        metrics = {f"mse_loss_{s}": v for s, v in zip(streams, self_terms, strict=True)}
+        total = avg_mse = torch.stack(self_terms).mean()
+        metrics["avg_mse_loss"] = avg_mse
+        k = avg_mse.new_full((), float(self.k))
+        sparsity = [v.detach().abs().sum(1).div(self.k + 1e-8).mean() for v in outputs._values.values()]
+        metrics.update({f"num_active_neurons_{s}": k for s in streams})
+        metrics.update({f"l1_sparsity_{s}": v for s, v in zip(streams, sparsity, strict=True)})
+        metrics["avg_num_active_neurons"] = k
+        metrics["avg_l1_sparsity"] = torch.stack(sparsity).mean()
+        if self.auxk:
+            metrics.update({f"auxk_loss_{s}": v for s, v in zip(streams, aux_terms, strict=True)})
+            avg_aux = torch.stack(aux_terms).mean()
+            avg_aux = torch.where(avg_aux > 0, avg_aux, 0.0)  # NaN drops the term too
+            metrics["avg_auxk_loss"], metrics["avg_auxk_loss_scaled"] = avg_aux, avg_aux * auxk_coef
+            total = total + avg_aux * auxk_coef
+        metrics.update({f"cross_loss_{streams[t]}_from_{streams[s]}": v for (t, s), v in cross_terms.items()})
+        if with_cross:
+            avg_cross = torch.stack(list(cross_terms.values())).mean()
+            metrics["avg_cross_loss"], metrics["avg_cross_loss_scaled"] = avg_cross, avg_cross * cross_loss_coef
+            total = total + avg_cross * cross_loss_coef
+        metrics["total_loss"] = total
+        return total, {name: value.detach() for name, value in metrics.items()}
+
+    def _aux_loss(self, outputs, stream, x, error, w_dec, pre_bias, impl):
+        """NMSE of what the dead latents make of x - R + b, R and b held constant in the target."""
+        indices, values = outputs._aux(stream)
+        residual = pre_bias.detach() - error.to(pre_bias.dtype)
+        if x.requires_grad:
+            residual = residual + (x - x.detach()).to(residual.dtype)
+        loss, _ = DecodeNMSE.apply(
+            values[None], w_dec, pre_bias, residual, indices, None, None, KEEP_NONE, impl
+        )  # fmt: skip
+        return loss[0]
+
+    def _stream(self, s):
+        """w_enc, w_dec, pre_bias, latent_bias of a stream, in autocast's dtype when it is on."""
+        params = self.encoders[s].weight, self.decoders[s].weight, self.pre_biases[s], self.latent_biases[s]
+        device = params[0].device.type
+        if torch.is_autocast_enabled(device) and params[0].dtype == torch.float32:
+            dtype = torch.get_autocast_dtype(device)
+            params = tuple(p.to(dtype) for p in params)
+        return params
+
+    def _check_inputs(self, inputs) -> list[str]:
+        """The streams given, in the model's order."""
+        ok = isinstance(inputs, Mapping) and len(inputs) > 0
+        require(ok, "inputs", "a non-empty dict of stream name to tensor", inputs if not isinstance(inputs, dict) else "{}")
+        for name in inputs:
+            require(name in self.d_streams, "inputs", f"streams among {self.streams}", repr(name))
+        streams = [s for s in self.streams if s in inputs]
+        first = streams[0]
+        for s in streams:
+            weight = self.encoders[s].weight
+            autocast = torch.is_autocast_enabled(weight.device.type)
+            x = check_tensor(f"inputs[{s!r}]", inputs[s], ("B", self.d_streams[s]))
+            require(x.device == weight.device, f"inputs[{s!r}]", f"a tensor on {weight.device}", x)
+            ok = x.dtype == weight.dtype or (autocast and weight.dtype != torch.float64)
+            require(ok, f"inputs[{s!r}]", f"dtype {str(weight.dtype).removeprefix('torch.')} as the parameters", x)
+            require(x.shape[0] > 0, f"inputs[{s!r}]", "at least one row", x)
+            rows = inputs[first].shape[0]
+            require(x.shape[0] == rows, f"inputs[{s!r}]", f"{rows} rows as inputs[{first!r}]", x)
+        return streams
+
+    # ------------------------------------------------------------------------------------------------ training helpers
+
+    def get_dead_neurons(self, threshold: int | None = None) -> dict[str, torch.Tensor]:
+        """Latents that have not fired for more than `threshold` forwards (default dead_steps_threshold): {s: bool [N]}."""
+        threshold = self.dead_steps_threshold if threshold is None else check_int("threshold", threshold, 0)
+        return {s: getattr(self, f"stats_last_nonzero_{s}") > threshold for s in self.streams}
+
+    @torch.no_grad()
+    def unit_norm_decoder_(self) -> AlignedSAE:
+        """Divide every decoder column by (its norm + 1e-8)."""
+        for decoder in self.decoders.values():
+            decoder.weight.div_(decoder.weight.norm(dim=0, keepdim=True) + 1e-8)
+        return self
+
+    @torch.no_grad()
+    def project_decoder_grad_(self) -> AlignedSAE:
+        """Remove from every decoder gradient its component along the column; decoders without a gradient are skipped."""
+        for decoder in self.decoders.values():
+            w, grad = decoder.weight, decoder.weight.grad
+            if grad is not None:
+                grad.sub_((w * grad).sum(0, keepdim=True) * w)
+        return self
+
+    @torch.no_grad()
+    def reinit_dead_(self, generator: torch.Generator | None = None) -> dict[str, int]:
+        """Give dead latents new encoder rows, 0.01 * randn, with bias and counter 0; decoder rows stay.
+
+        Returns the number of latents of each stream. Reads the counters back, so it synchronises with the GPU.
+        """
+        counts = {}
+        for s, dead in self.get_dead_neurons().items():
+            weight = self.encoders[s].weight
+            counts[s] = int(dead.sum())
+            if counts[s]:
+                fresh = torch.randn(
+                    counts[s], weight.shape[1], device=weight.device, dtype=weight.dtype, generator=generator
+                )
+                weight[dead] = fresh * 0.01
+                self.latent_biases[s][dead] = 0
+                getattr(self, f"stats_last_nonzero_{s}")[dead] = 0
+        return counts
+
+    @torch.no_grad()
+    def decoder_layout_(self, layout: str) -> AlignedSAE:
+        """Memory layout of decoders.{s}.weight: "rows", strides (1, d), or "contiguous", for tools that insist on it.
+
+        Contiguous decoders (FSDP2, safetensors.save_file) cost a copy of W_dec in every forward and backward.
+        """
+        require(layout in ("rows", "contiguous"), "layout", "'rows' or 'contiguous'", layout)
+        self.decoder_layout = layout
+        for decoder in self.decoders.values():
+            w = decoder.weight
+            laid = w.t().contiguous().t() if layout == "rows" else w.contiguous()
+            if laid.stride() != w.stride():
+                w.data = laid
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"streams={self.d_streams}, n_latents={self.n_latents}, k={self.k}, auxk={self.auxk}, "
+            f"topk_type={self.topk_type!r}, impl={self.impl!r}"
+        )
+
+
+class AlignedOutputs(Mapping):
+    """What `AlignedSAE.forward` returns: every official key, dense tensors made on first reading and then kept.
+
+    Beside the official keys: `indices` (int64 [B, k], local [S, B, k]) and `values_{s}` ([B, k]), which exist already.
+    What is read is differentiable where the official tensor is. A reading that needs the parameters raises
+    RuntimeError when one of them has been changed in place since the forward.
+    """
+
+    def __init__(self, model, inputs, streams, indices, values, inverse, dead):
+        self._model = model
+        self._inputs = dict(inputs)
+        self._streams = streams
+        self._indices = indices
+        self._values = values
+        self._inverse = inverse
+        self._dead = dead
+        self._grad = torch.is_grad_enabled()
+        self._autocast = _autocast_state(indices.device.type)
+        self._made = {}
+        self._versions = None
+        if not torch.compiler.is_compiling():
+            self._versions = [(p, p._version) for p in model.parameters()]
+
+    @property
+    def indices(self) -> torch.Tensor:
+        return self._indices
+
+    def _plan(self):
+        """key -> (maker, its arguments)."""
+        model, local = self._model, self._model.topk_type == "local"
+        plan = {"indices": ("indices",), "avg_num_active_neurons": ("count",)}
+        if local:
+            plan["avg_sparsity"] = ("count",)
+        else:
+            plan.update(shared_indices=("indices",), shared_mask=("mask", self._streams[0]))
+        for s in self._streams:
+            plan.update({f"values_{s}": ("values", s), f"indices_{s}": ("stream_indices", s)})
+            plan.update({f"logits_{s}": ("logits", s), f"sparse_codes_{s}": ("codes", s), f"mask_{s}": ("mask", s)})
+            if model.auxk is not None:
+                plan.update({f"auxk_indices_{s}": ("aux", s, 0), f"auxk_sparse_codes_{s}": ("aux_codes", s)})
+                if local:
+                    plan[f"auxk_values_{s}"] = ("aux", s, 1)
+            plan[f"recon_{s}"] = ("recon", s, s)
+        for t in self._streams:
+            for s in self._streams:
+                if s != t:
+                    plan[f"cross_recon_{t}_from_{s}"] = ("recon", t, s)
+        return plan
+
+    def __iter__(self):
+        return iter(self._plan())
+
+    def __len__(self):
+        return len(self._plan())
+
+    def __contains__(self, key):
+        return key in self._plan()
+
+    def __getitem__(self, key):
+        maker, *args = self._plan()[key]
+        if key not in self._made:
+            self._made[key] = getattr(self, f"_make_{maker}")(*args)
+        return self._made[key]
+
+    def __repr__(self):
+        return f"AlignedOutputs({', '.join(self)})"
+
+    def _check_unchanged(self):
+        for p, version in self._versions or ():
+            if p._version != version:
+                name = next(n for n, q in self._model.named_parameters() if q is p)
+                raise RuntimeError(
+                    f"outputs: parameter {name} was changed in place after this forward (an optimizer step?); read "
+                    "outputs and compute the loss before the parameters change, or run forward again"
+                )
+
+    def _stream_position(self, s):
+        return self._streams.index(s)
+
+    def _of_stream(self, s):
+        return self._indices if self._indices.dim() == 2 else self._indices[self._stream_position(s)]
+
+    def _make_indices(self):
+        return self._indices
+
+    def _make_stream_indices(self, s):
+        return self._of_stream(s)
+
+    def _make_values(self, s):
+        return self._values[s]
+
+    def _make_count(self):
+        return torch.tensor(float(self._model.k), device=self._indices.device)
+
+    def _make_mask(self, s):
+        idx = self._of_stream(s)
+        return torch.zeros(idx.shape[0], self._model.n_latents, dtype=torch.bool, device=idx.device).scatter(1, idx, True)
+
+    def _dense(self, idx, values, s):
+        dense = values.new_zeros(idx.shape[0], self._model.n_latents).scatter_add(1, idx, values)
+        return dense.to(self._inputs[s].dtype)
+
+    def _make_codes(self, s):
+        with torch.set_grad_enabled(self._grad):
+            return self._dense(self._of_stream(s), self._values[s], s)
+
+    def _make_logits(self, s):
+        self._check_unchanged()
+        with torch.set_grad_enabled(self._grad), torch.autocast(**self._autocast):
+            w_enc, _, pre_bias, latent_bias = self._model._stream(s)
+            return F.linear(self._inputs[s].to(w_enc.dtype) - pre_bias, w_enc, latent_bias)
+
+    def _make_recon(self, t, s):
+        self._check_unchanged()
+        with torch.set_grad_enabled(self._grad), torch.autocast(**self._autocast):
+            _, w_dec, pre_bias, _ = self._model._stream(t)
+            inverse = self._inverse if self._indices.dim() == 2 else (None, None)
+            impl = resolve_impl(self._model.impl, w_dec)
+            return Decode.apply(self._values[s][None], w_dec, pre_bias, self._of_stream(s), *inverse, impl)[0]
+
+    def _aux(self, s):
+        """AuxK's indices and values [B, auxk], selected among the latents dead at the time of the forward."""
+        if ("aux", s) not in self._made:
+            self._check_unchanged()
+            with torch.set_grad_enabled(self._grad), torch.autocast(**self._autocast):
+                w_enc, _, pre_bias, latent_bias = self._model._stream(s)
+                x = self._inputs[s].to(w_enc.dtype)
+                impl = resolve_impl(self._model.impl, x)
+                self._made["aux", s] = auxk_topk(
+                    x, w_enc, pre_bias, latent_bias, self._dead[s], self._model.auxk, impl
+                )
+        return self._made["aux", s]
+
+    def _make_aux(self, s, part):
+        return self._aux(s)[part]
+
+    def _make_aux_codes(self, s):
+        with torch.set_grad_enabled(self._grad):
+            return self._dense(*self._aux(s), s)
+
+    def _nmse(self, stacked, sources, w_dec, pre_bias, x, keep, impl):
+        """DecodeNMSE of one target from the given sources."""
+        indices, inverse = self._indices, self._inverse
+        if len(sources) < len(self._streams):
+            stacked = stacked[sources]
+            if indices.dim() == 3:
+                indices, inverse = indices[sources], (None, None)
+        return DecodeNMSE.apply(stacked, w_dec, pre_bias, x, indices, *inverse, keep, impl)
+
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _restore_layout(module: AlignedSAE, _) -> None:
+    module.decoder_layout_(module.decoder_layout)  # load_state_dict(assign=True) brings its own strides
+
+
+def _autocast_state(device: str) -> dict:
+    return {
+        "device_type": device,
+        "enabled": torch.is_autocast_enabled(device),
+        "dtype": torch.get_autocast_dtype(device),
+    }
+
+
+def _check_streams(d_streams) -> None:
+    ok = isinstance(d_streams, Mapping) and len(d_streams) > 0
+    require(ok, "d_streams", "a non-empty dict of stream name to width", "{}" if d_streams == {} else d_streams)
+    require(len(d_streams) <= MAX_STREAMS, "d_streams", f"at most {MAX_STREAMS} streams", str(len(d_streams)))
+    taken = nn.ModuleDict()
+    for name, width in d_streams.items():
+        ok = isinstance(name, str) and name != "" and "." not in name and not hasattr(taken, name)
+        require(ok, "d_streams", "stream names that can name a module (no dot, no attribute of ModuleDict)", repr(name))
+        check_int(f"d_streams[{name!r}]", width, 1)
+    keys = [f"cross_recon_{t}_from_{s}" for t in d_streams for s in d_streams if s != t]
+    require(len(set(keys)) == len(keys), "d_streams", "names whose cross_recon_{t}_from_{s} keys differ", list(d_streams).__repr__())
