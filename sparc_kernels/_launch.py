@@ -59,21 +59,26 @@ def encode_config(rows: int, itemsize: int, arch: int) -> EncodeConfig:
 @dataclass(frozen=True)
 class SelectConfig:
     group: int  # contiguous columns behind one maximum
+    span: int  # contiguous columns behind one coarse maximum; equal to group when two levels are enough
     k_pad: int
-    n_groups_pad: int
+    n_spans_pad: int
     num_warps: int
+
+
+WIDEST = 8192  # candidates of one step of the selection: 32 keys a thread in 8 warps (compiled: twice that spills)
 
 
 def select_config(n: int, k: int) -> SelectConfig:
     """Group size near sqrt(2 N / k) balances the two reads, N / g maxima and k g logits; at least k groups must exist."""
-    group = 1
+    group, k_pad = 1, next_power_of_2(k)
     while group < 128 and (2 * group) ** 2 * k <= 2 * n and 2 * group * k <= n:
         group *= 2
-    k_pad = next_power_of_2(k)
-    n_groups_pad = max(next_power_of_2(cdiv(n, group)), 16)
-    widest = max(n_groups_pad, k_pad * group)
-    num_warps = min(max(widest // 1024, 1), 16)  # 32 keys a thread up to 16k keys, 64 beyond (compiled: no spill)
-    return SelectConfig(group, k_pad, n_groups_pad, num_warps)
+    span = group
+    if max(next_power_of_2(cdiv(n, group)), k_pad * group) > WIDEST:
+        group, span = 16, 128  # N / 128 spans, then 8 groups each of k, then 16 logits each of k
+    n_spans_pad = max(next_power_of_2(cdiv(n, span)), 16)
+    widest = max(n_spans_pad, k_pad * group)
+    return SelectConfig(group, span, k_pad, n_spans_pad, min(max(widest // 512, 1), 8))
 
 
 @dataclass(frozen=True)

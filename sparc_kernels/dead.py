@@ -22,7 +22,9 @@ def update_counters_(counters: torch.Tensor, indices: torch.Tensor, values: torc
 
     Equivalent to: `fired = (dense_codes > threshold).any(0); counters.add_(1); counters[fired] = 1`
     """
-    require(isinstance(counters, torch.Tensor) and counters.dtype == torch.int64, "counters", "an int64 tensor", counters)
+    require(
+        isinstance(counters, torch.Tensor) and counters.dtype == torch.int64, "counters", "an int64 tensor", counters
+    )
     n = counters.shape[0]
     check_indices("indices", indices, tuple(values.shape), n, counters.device)
     # one bucket more than there are latents takes everything that did not fire: no data-dependent shape
@@ -42,7 +44,7 @@ def auxk_topk(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The auxk dead latents of one stream with the largest pre-activations, and their activations.
 
-    Only the dead columns are multiplied. Places beyond the number of dead latents hold latent 0 with value 0.
+    Only the dead columns are multiplied. Where they are fewer than auxk, live latents with value 0 fill the rows.
 
     Args:
         x: [B, d].  w_enc: [N, d].  pre_bias: [d].  latent_bias: [N].  dead: bool [N].  auxk: 1..min(N, 512).
@@ -63,7 +65,8 @@ def auxk_topk(
     require(ok, "dead", f"a bool tensor of shape [{n}] on {x.device}", dead)
     check_int("auxk", auxk, 1, min(n, MAX_K), f"at most N and {MAX_K}")
     impl = resolve_impl(impl, x)
-    found = select_latents([x], [w_enc], [pre_bias], [latent_bias], auxk, "global", impl, dead=dead)
-    indices = found.clamp(min=0)
+    ids = torch.argsort(dead, descending=True, stable=True).int()  # the dead first, ascending; then the live
+    count = dead.sum(dtype=torch.int32)
+    indices = select_latents([x], [w_enc], [pre_bias], [latent_bias], auxk, "global", impl, ids, count)
     values = values_at(x, w_enc, pre_bias, latent_bias, indices, impl=impl)
-    return indices, torch.where(found >= 0, values, 0.0)
+    return indices, torch.where(torch.arange(auxk, device=x.device) < count, values, 0.0)

@@ -28,12 +28,12 @@ def _nan_max(a, b):
 @triton.jit
 def _encode_kernel(
     x_ptrs, w_ptrs, widths, strides_x, strides_w, bias_ptr, ids_ptr, count_ptr, logits_ptr, maxima_ptr,
-    row0, M, N, NG,
-    S: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    coarse_ptr, row0, M, N, NG, NC,
+    S: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, COMPACT: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """logits[m, n] = sum_s <x_s[row0 + m], w_s[n]> + bias[n], and the maximum of each GROUP columns. COMPACT: column n
-    stands for latent ids[n], and only the first count[0] columns exist."""
+    """logits[m, n] = sum_s <x_s[row0 + m], w_s[n]> + bias[n], and the maxima of each GROUP and each SPAN columns (no
+    spans when SPAN == GROUP). COMPACT: column n stands for latent ids[n], and only the first count[0] columns exist."""
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
     per_band = GROUP_M * tl.cdiv(N, BLOCK_N)  # bands of GROUP_M row tiles: neighbours share w tiles in L2
@@ -76,6 +76,14 @@ def _encode_kernel(
             maxima_ptr + out_rows * NG + offs_g[None, :], maxima.to(maxima_ptr.dtype.element_ty),
             mask=mask_m[:, None] & (offs_g[None, :] < NG),
         )  # fmt: skip
+        if SPAN > GROUP:
+            spans: tl.constexpr = BLOCK_N // SPAN
+            coarse = tl.reduce(tl.reshape(maxima, (BLOCK_M, spans, SPAN // GROUP)), 2, _nan_max)
+            offs_c = pid_n * spans + tl.arange(0, spans)
+            tl.store(
+                coarse_ptr + out_rows * NC + offs_c[None, :], coarse.to(coarse_ptr.dtype.element_ty),
+                mask=mask_m[:, None] & (offs_c[None, :] < NC),
+            )  # fmt: skip
         tl.store(
             logits_ptr + out_rows * N + offs_n[None, :], acc.to(logits_ptr.dtype.element_ty),
             mask=mask_m[:, None] & mask_n[None, :],
@@ -83,15 +91,18 @@ def _encode_kernel(
 
 
 @triton.jit
-def _ordered_key(x):
-    """fp32 -> int32 with the order of the values: -0 equals +0, every NaN ranks above +inf, none is INT_MIN."""
+def _ordered_key(x, SHIFT: tl.constexpr):
+    """fp32 -> int32 with the order of the values: -0 equals +0, every NaN ranks above +inf, none is INT_MIN.
+
+    SHIFT drops low bits that are the same for every value of a half precision type: fewer steps for the bisection.
+    """
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
-    return tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+    return tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF) >> SHIFT
 
 
 @triton.jit
 def _kth_largest(key, low, high, k):
-    """Largest t in [low, high] with at least k keys >= t, given that low is such a t; also how many are > t."""
+    """A t in [low, high] with at least k keys >= t and fewer than k keys > t, given that low has at least k."""
     count = k + 1
     while (low < high) & (count != k):
         middle = (low & high) + ((low ^ high) >> 1) + ((low ^ high) & 1)  # rounded up, cannot overflow
@@ -104,17 +115,51 @@ def _kth_largest(key, low, high, k):
 @triton.jit
 def _take(key, t, k):
     """Exactly k of the keys >= t: all that are larger, then ties by position. Returns the mask and each one's rank."""
-    above = key > t
     equal = key == t
-    need = k - tl.sum(above.to(tl.int32), 0)
-    take = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= need))
-    return take, tl.cumsum(take.to(tl.int32), 0) - 1
+    # one scan counts both: the larger ones in the low half, ties in the high half (there are at most 8192 keys)
+    counts = tl.cumsum(tl.where(key > t, 1, tl.where(equal, 65536, 0)), 0)
+    above, ties = counts & 0xFFFF, counts >> 16
+    need = k - tl.sum((key > t).to(tl.int32), 0)
+    return (key > t) | (equal & (ties <= need)), above + tl.minimum(ties, need) - 1
+
+
+@triton.jit
+def _members(ids_ptr, k_ids, limit, WIDTH: tl.constexpr, K_PAD: tl.constexpr):
+    """Positions of the WIDTH members of each of the k_ids groups in ids, and which of them exist (are below limit)."""
+    offs = tl.arange(0, K_PAD * WIDTH)
+    slot = offs // WIDTH
+    exists = slot < k_ids
+    position = tl.load(ids_ptr + slot, mask=exists, other=0) * WIDTH + offs % WIDTH
+    return position, exists & (position < limit)
+
+
+@triton.jit
+def _narrow(
+    ids_ptr, values_ptr, keys_ptr, out_ptr, top, floor, k_ids, k, limit,
+    WIDTH: tl.constexpr, K_PAD: tl.constexpr, SHIFT: tl.constexpr, KEEP_KEYS: tl.constexpr,
+):  # fmt: skip
+    """From the k_ids groups in ids to their best k members, in ascending order. Returns the k-th largest key."""
+    position, exists = _members(ids_ptr, k_ids, limit, WIDTH, K_PAD)
+    value = tl.load(values_ptr + position, mask=exists, other=0.0).to(tl.float32)
+    key = tl.where(exists, _ordered_key(value, SHIFT), -2147483648)
+    # k groups were taken: their maxima bound the k-th from below. With fewer (few columns) that says nothing
+    low = tl.where(k_ids == k, floor, tl.min(tl.where(exists, key, top), 0))
+    kth = _kth_largest(key, low, top, k)
+    take, rank = _take(key, kth, k)
+    if KEEP_KEYS:
+        tl.store(keys_ptr + rank, key, mask=take)
+    tl.debug_barrier()
+    again, _ = _members(ids_ptr, k_ids, limit, WIDTH, K_PAD)  # cheaper to read again than to keep: registers
+    tl.store(out_ptr + rank, again, mask=take)
+    tl.debug_barrier()
+    return kth
 
 
 @triton.jit
 def _select_kernel(
-    maxima_ptr, logits_ptr, scratch_ptr, ids_ptr, count_ptr, out_ptr, row0, N, NG, K,
-    NG_PAD: tl.constexpr, K_PAD: tl.constexpr, GROUP: tl.constexpr, COMPACT: tl.constexpr,
+    coarse_ptr, maxima_ptr, logits_ptr, scratch_ptr, ids_ptr, count_ptr, out_ptr, row0, N, NG, NC, K,
+    NC_PAD: tl.constexpr, K_PAD: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, SHIFT: tl.constexpr,
+    COMPACT: tl.constexpr,
 ):  # fmt: skip
     """One row: the K groups with the largest maxima (ties to the lower) hold a valid top K; read only their logits."""
     row = tl.program_id(0).to(tl.int64)
@@ -126,48 +171,54 @@ def _select_kernel(
         k = tl.minimum(K, n_cols)
     offs_k = tl.arange(0, K_PAD)
     if k > 0:
-        n_groups = tl.minimum(tl.cdiv(n_cols, GROUP), NG)
-        scratch_ptr += row * (2 * K_PAD)
-        offs_g = tl.arange(0, NG_PAD)
-        mask_g = offs_g < n_groups
-        maxima = tl.load(maxima_ptr + row * NG + offs_g, mask=mask_g, other=0.0).to(tl.float32)
-        key = tl.where(mask_g, _ordered_key(maxima), LOWEST)
+        scratch_ptr += row * (4 * K_PAD)
+        n_spans = tl.cdiv(n_cols, SPAN)
+        offs_c = tl.arange(0, NC_PAD)
+        mask_c = offs_c < n_spans
+        coarse = tl.load(coarse_ptr + row * NC + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+        key = tl.where(mask_c, _ordered_key(coarse, SHIFT), LOWEST)
         top = tl.max(key, 0)
-        k_groups = tl.minimum(k, n_groups)
-        # every existing key is above LOWEST, so LOWEST + 1 has at least k_groups keys at or above it
-        floor = _kth_largest(key, LOWEST + 1, top, k_groups)
-        take, rank = _take(key, floor, k_groups)
-        tl.store(scratch_ptr + rank, offs_g, mask=take)
+        found = tl.minimum(k, n_spans)
+        low = tl.min(tl.where(mask_c, key, top), 0)
+        if NC_PAD > K_PAD:  # K_PAD disjoint sets: the smallest of their maxima has K_PAD keys at or above it
+            low = tl.maximum(low, tl.min(tl.max(tl.reshape(key, (K_PAD, NC_PAD // K_PAD)), 1), 0))
+        floor = _kth_largest(key, low, top, found)
+        take, rank = _take(key, floor, found)
+        tl.store(scratch_ptr + rank, offs_c, mask=take)
         tl.debug_barrier()
 
-        offs_c = tl.arange(0, K_PAD * GROUP)
-        slot = offs_c // GROUP
-        chosen = slot < k_groups
-        cols = tl.load(scratch_ptr + slot, mask=chosen, other=0) * GROUP + offs_c % GROUP
-        chosen = chosen & (cols < n_cols)
-        logits = tl.load(logits_ptr + row * N + cols, mask=chosen, other=0.0).to(tl.float32)
-        key2 = tl.where(chosen, _ordered_key(logits), LOWEST)
-        # fewer groups than k (small N): then the floor of the maxima says nothing about the k-th logit
-        low = tl.where(k_groups == k, floor, LOWEST + 1)
-        take2, rank2 = _take(key2, _kth_largest(key2, low, top, k), k)
-        tl.debug_barrier()
-        tl.store(scratch_ptr + rank2, key2, mask=take2)
-        tl.store(scratch_ptr + K_PAD + rank2, cols, mask=take2)
-        tl.debug_barrier()
+        ids = scratch_ptr
+        if SPAN > GROUP:  # the same step once more, from spans to their groups
+            ids = scratch_ptr + K_PAD
+            n_groups = tl.cdiv(n_cols, GROUP)
+            wanted = tl.minimum(k, n_groups)
+            floor = _narrow(
+                scratch_ptr, maxima_ptr + row * NG, ids, ids, top, floor, found, wanted, n_groups,
+                SPAN // GROUP, K_PAD, SHIFT, False,
+            )  # fmt: skip
+            found = wanted
+        keys = scratch_ptr + 2 * K_PAD
+        cols = scratch_ptr + 3 * K_PAD
+        _narrow(
+            ids, logits_ptr + row * N, keys, cols, top, floor, found, k, n_cols, GROUP, K_PAD, SHIFT, True
+        )  # fmt: skip
 
         mask_k = offs_k < k
-        final = tl.load(scratch_ptr + offs_k, mask=mask_k, other=LOWEST).to(tl.int64)
+        best = tl.load(keys + offs_k, mask=mask_k, other=LOWEST).to(tl.int64)
         # value, then position: selected columns are in ascending order, so lower slots win ties
-        ordered = tl.sort((final << 32) | (0x7FFFFFFF - offs_k).to(tl.int64), descending=True)
-        best = 0x7FFFFFFF - (ordered & 0x7FFFFFFF).to(tl.int32)
-        col = tl.load(scratch_ptr + K_PAD + best, mask=mask_k, other=0)
+        ordered = tl.sort((best << 32) | (0x7FFFFFFF - offs_k).to(tl.int64), descending=True)
+        slot = 0x7FFFFFFF - (ordered & 0x7FFFFFFF).to(tl.int32)
+        latent = tl.load(cols + slot, mask=mask_k, other=0)
         if COMPACT:
-            col = tl.load(ids_ptr + col, mask=mask_k, other=0)
-        tl.store(out_ptr + (row0 + row) * K + offs_k, col.to(tl.int64), mask=mask_k)
-    tl.store(out_ptr + (row0 + row) * K + offs_k, tl.full((K_PAD,), -1, tl.int64), mask=(offs_k >= k) & (offs_k < K))
+            latent = tl.load(ids_ptr + latent, mask=mask_k, other=0)
+        tl.store(out_ptr + (row0 + row) * K + offs_k, latent.to(tl.int64), mask=mask_k)
+    if COMPACT:  # fewer columns than K: the latents that follow in ids fill the row
+        mask_rest = (offs_k >= k) & (offs_k < K)
+        rest = tl.load(ids_ptr + offs_k, mask=mask_rest, other=0).to(tl.int64)
+        tl.store(out_ptr + (row0 + row) * K + offs_k, rest, mask=mask_rest)
 
 
-def _select_triton(xs, w_encs, bias, k, dead):
+def _select_triton(xs, w_encs, bias, k, ids, count):
     B, n = xs[0].shape[0], w_encs[0].shape[0]
     device, dtype = xs[0].device, xs[0].dtype
     acc = acc_dtype(dtype)
@@ -177,17 +228,15 @@ def _select_triton(xs, w_encs, bias, k, dead):
     w_encs = [w if w.stride(1) == 1 else w.contiguous() for w in w_encs]
     select = select_config(n, k)
     encode = encode_config(B, xs[0].element_size(), capability(device))
-    block_n = max(encode.block_n, select.group)
-    n_groups = cdiv(n, select.group)
+    block_n = max(encode.block_n, select.span)
+    n_groups, n_spans = cdiv(n, select.group), cdiv(n, select.span)
     chunk = max(encode.block_m, SCRATCH_BYTES // (n * stored.itemsize) // encode.block_m * encode.block_m)
     chunk = min(chunk, B)
-    ids = count = None
-    if dead is not None:
-        ids = torch.argsort(dead, descending=True, stable=True).int()  # dead latents first, ascending
-        count = dead.sum(dtype=torch.int32)
     logits = torch.empty(chunk, n, device=device, dtype=stored)
     maxima = torch.empty(chunk, n_groups, device=device, dtype=stored)
-    scratch = torch.empty(chunk, 2 * select.k_pad, device=device, dtype=torch.int32)
+    two_levels = select.span == select.group
+    coarse = maxima if two_levels else torch.empty(chunk, n_spans, device=device, dtype=stored)
+    scratch = torch.empty(chunk, 4 * select.k_pad, device=device, dtype=torch.int32)
     out = torch.empty(B, k, device=device, dtype=torch.int64)
     half = dtype in (torch.bfloat16, torch.float16)
     precision = "ieee" if half or acc == torch.float64 else "tf32" if _allow_tf32() else "tf32x3"
@@ -195,15 +244,16 @@ def _select_triton(xs, w_encs, bias, k, dead):
         rows = min(chunk, B - row0)
         _encode_kernel[(cdiv(rows, encode.block_m) * cdiv(n, block_n),)](
             tuple(xs), tuple(w_encs), tuple(x.shape[1] for x in xs), tuple(x.stride(0) for x in xs),
-            tuple(w.stride(0) for w in w_encs), bias, ids, count, logits, maxima, row0, rows, n, n_groups,
-            S=len(xs), GROUP=select.group, BLOCK_M=encode.block_m, BLOCK_N=block_n, BLOCK_K=encode.block_k,
-            GROUP_M=encode.group_m, COMPACT=dead is not None,
+            tuple(w.stride(0) for w in w_encs), bias, ids, count, logits, maxima, coarse, row0, rows, n, n_groups, n_spans,
+            S=len(xs), GROUP=select.group, SPAN=select.span, BLOCK_M=encode.block_m, BLOCK_N=block_n, BLOCK_K=encode.block_k,
+            GROUP_M=encode.group_m, COMPACT=ids is not None,
             DTYPE=tl.float32 if half and INTERPRETED else _tl_dtype(dtype), ACC=_tl_dtype(acc), PRECISION=precision,
             num_warps=encode.num_warps, num_stages=encode.num_stages,
         )  # fmt: skip
         _select_kernel[(rows,)](
-            maxima, logits, scratch, ids, count, out, row0, n, n_groups, k,
-            NG_PAD=select.n_groups_pad, K_PAD=select.k_pad, GROUP=select.group, COMPACT=dead is not None,
+            coarse, maxima, logits, scratch, ids, count, out, row0, n, n_groups, n_spans, k,
+            NC_PAD=select.n_spans_pad, K_PAD=select.k_pad, GROUP=select.group, SPAN=select.span,
+            SHIFT={torch.bfloat16: 16, torch.float16: 13}.get(stored, 0), COMPACT=ids is not None,
             num_warps=select.num_warps,
         )  # fmt: skip
     return out
@@ -230,18 +280,18 @@ def _topk_exact(h, k):
     return indices
 
 
-def _select_torch(xs, w_encs, bias, k, dead):
+def _select_torch(xs, w_encs, bias, k, ids, count):
     acc = acc_dtype(xs[0].dtype)
     B, n = xs[0].shape[0], w_encs[0].shape[0]
-    ids = None
-    if dead is not None:
-        ids = dead.nonzero().squeeze(1)
-        n = ids.numel()
-    found = min(k, n)
-    out = torch.full((B, k), -1, dtype=torch.int64, device=xs[0].device)
-    if found == 0:
-        return out
+    out = torch.empty(B, k, dtype=torch.int64, device=xs[0].device)
+    found = k
     if ids is not None:
+        n = int(count)
+        found = min(k, n)
+        out[:, found:] = ids[found:k]
+        if found == 0:
+            return out
+        ids = ids[:n].long()
         w_encs, bias = [w[ids] for w in w_encs], bias[ids]
     chunk = max(1, SCRATCH_BYTES // (n * acc.itemsize))
     for row0 in range(0, B, chunk):
@@ -257,13 +307,13 @@ def _select_torch(xs, w_encs, bias, k, dead):
     return out
 
 
-def _select_fake(xs, w_encs, bias, k, dead):
+def _select_fake(xs, w_encs, bias, k, ids, count):
     return xs[0].new_empty(xs[0].shape[0], k, dtype=torch.int64)
 
 
 select = register(
     "select",
-    "(Tensor[] xs, Tensor[] w_encs, Tensor bias, int k, Tensor? dead, str impl) -> Tensor",
+    "(Tensor[] xs, Tensor[] w_encs, Tensor bias, int k, Tensor? ids, Tensor? count, str impl) -> Tensor",
     torch_impl=_select_torch,
     triton_impl=_select_triton,
     fake=_select_fake,
@@ -273,7 +323,8 @@ select.__doc__ = """The k latents with the largest summed pre-activations of eac
 Args:
     xs: centred inputs, [B, d_s] each.  w_encs: [N, d_s] each.  bias: [N], sum of the latent biases.
     k: how many.
-    dead: bool [N] or None; when given only these latents compete, and missing places hold -1.
+    ids, count: int32 [N] and int32 []; when given only the latents ids[:count] compete, and where they are fewer
+        than k the rows end with ids[count:k]. `count` stays on the device.
     impl: "triton" or "torch".
 
 Rows are in descending order of the pre-activation selected on, ties to the lowest latent, NaN above +inf.
@@ -390,14 +441,16 @@ def encode_topk(
     impl = resolve_impl(impl, xs[0])
     indices = select_latents(xs, w_encs, pre_biases, latent_biases, k, topk_type, impl)
     values = [
-        values_at(xs[s], w_encs[s], pre_biases[s], latent_biases[s], indices if indices.dim() == 2 else indices[s], impl=impl)
+        values_at(
+            xs[s], w_encs[s], pre_biases[s], latent_biases[s], indices if indices.dim() == 2 else indices[s], impl=impl
+        )
         for s in range(S)
     ]
     return indices, torch.stack(values)
 
 
 @torch.no_grad()
-def select_latents(xs, w_encs, pre_biases, latent_biases, k, topk_type, impl, dead=None):
+def select_latents(xs, w_encs, pre_biases, latent_biases, k, topk_type, impl, ids=None, count=None):
     """`select` on unchecked, uncentred inputs: [B, k] for "global", [S, B, k] for "local"."""
     acc = acc_dtype(xs[0].dtype)
     centred = [x - b for x, b in zip(xs, pre_biases, strict=True)]
@@ -405,7 +458,10 @@ def select_latents(xs, w_encs, pre_biases, latent_biases, k, topk_type, impl, de
         bias = latent_biases[0].to(acc)
         for c in latent_biases[1:]:
             bias = bias + c
-        return select(centred, list(w_encs), bias, k, dead, impl)
+        return select(centred, list(w_encs), bias, k, ids, count, impl)
     return torch.stack(
-        [select([x], [w], c.to(acc), k, dead, impl) for x, w, c in zip(centred, w_encs, latent_biases, strict=True)]
+        [
+            select([x], [w], c.to(acc), k, ids, count, impl)
+            for x, w, c in zip(centred, w_encs, latent_biases, strict=True)
+        ]
     )

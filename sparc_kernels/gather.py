@@ -34,8 +34,8 @@ def _split_columns(x, DTYPE: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr
 @triton.jit
 def _gather_kernel(
     idx_ptr, v_ptr, w_ptr, bias_ptr, x_ptr, e_ptr, sq_ptr, dot_ptr,
-    B, K, D, N, stride_wn, stride_xs, stride_xb, stored,
-    S: tl.constexpr, K_PAD: tl.constexpr, BLOCK_D: tl.constexpr, TILES: tl.constexpr, SUM: tl.constexpr,
+    B, K, D, N, stride_wn, stride_xs, stride_xb, stored, tiles,
+    S: tl.constexpr, K_PAD: tl.constexpr, BLOCK_D: tl.constexpr, SUM: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_X: tl.constexpr, STORE: tl.constexpr, SQ: tl.constexpr, DOT: tl.constexpr,
     SPLIT: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -65,8 +65,8 @@ def _gather_kernel(
             v_op = v.to(DTYPE)
     acc = tl.zeros((K_PAD, 16), ACC)
     sq = tl.zeros((BLOCK_D, COLS), ACC)
-    for i in tl.range(0, TILES, num_stages=STAGES):
-        cols = (slab * TILES + i) * BLOCK_D + tl.arange(0, BLOCK_D)
+    for i in tl.range(0, tiles, num_stages=STAGES):
+        cols = (slab * tiles + i) * BLOCK_D + tl.arange(0, BLOCK_D)
         mask_d = cols < D
         w = tl.load(
             w_ptr + rows[:, None] * stride_wn + cols[None, :], mask=mask_w[:, None] & mask_d[None, :], other=0.0
@@ -115,7 +115,12 @@ def _gather_kernel(
 
 
 def _tl_dtype(dtype: torch.dtype):
-    return {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+    return {
+        torch.float64: tl.float64,
+        torch.float32: tl.float32,
+        torch.bfloat16: tl.bfloat16,
+        torch.float16: tl.float16,
+    }[dtype]
 
 
 def _launch_gather(indices, values, w, bias, x, *, store=0, stored=0, sq=False, dot=False, out_dtype=None):
@@ -143,8 +148,8 @@ def _launch_gather(indices, values, w, bias, x, *, store=0, stored=0, sq=False, 
     _gather_kernel[(slabs * B,)](
         indices, values, w, bias, x, e, sq_part, dot_part,
         B, k, d, n, w.stride(0),
-        x.stride(0) if x is not None and x.dim() == 3 else 0, x.stride(-2) if x is not None else 0, stored,
-        S=S, K_PAD=config.k_pad, BLOCK_D=config.block_d, TILES=config.tiles, SUM=values is not None,
+        x.stride(0) if x is not None and x.dim() == 3 else 0, x.stride(-2) if x is not None else 0, stored, config.tiles,
+        S=S, K_PAD=config.k_pad, BLOCK_D=config.block_d, SUM=values is not None,
         HAS_BIAS=bias is not None, HAS_X=x is not None, STORE=store, SQ=sq, DOT=dot, SPLIT=half,
         DTYPE=operand, ACC=_tl_dtype(acc), PRECISION="ieee" if half or acc == torch.float64 else "tf32x3",
         STAGES=config.num_stages, num_warps=config.num_warps,

@@ -234,7 +234,9 @@ class AlignedSAE(nn.Module):
     def _check_inputs(self, inputs) -> list[str]:
         """The streams given, in the model's order."""
         ok = isinstance(inputs, Mapping) and len(inputs) > 0
-        require(ok, "inputs", "a non-empty dict of stream name to tensor", inputs if not isinstance(inputs, dict) else "{}")
+        require(
+            ok, "inputs", "a non-empty dict of stream name to tensor", inputs if not isinstance(inputs, dict) else "{}"
+        )
         for name in inputs:
             require(name in self.d_streams, "inputs", f"streams among {self.streams}", repr(name))
         streams = [s for s in self.streams if s in inputs]
@@ -411,7 +413,9 @@ class AlignedOutputs(Mapping):
 
     def _make_mask(self, s):
         idx = self._of_stream(s)
-        return torch.zeros(idx.shape[0], self._model.n_latents, dtype=torch.bool, device=idx.device).scatter(1, idx, True)
+        return torch.zeros(idx.shape[0], self._model.n_latents, dtype=torch.bool, device=idx.device).scatter(
+            1, idx, True
+        )
 
     def _dense(self, idx, values, s):
         dense = values.new_zeros(idx.shape[0], self._model.n_latents).scatter_add(1, idx, values)
@@ -443,9 +447,7 @@ class AlignedOutputs(Mapping):
                 w_enc, _, pre_bias, latent_bias = self._model._stream(s)
                 x = self._inputs[s].to(w_enc.dtype)
                 impl = resolve_impl(self._model.impl, x)
-                self._made["aux", s] = auxk_topk(
-                    x, w_enc, pre_bias, latent_bias, self._dead[s], self._model.auxk, impl
-                )
+                self._made["aux", s] = auxk_topk(x, w_enc, pre_bias, latent_bias, self._dead[s], self._model.auxk, impl)
         return self._made["aux", s]
 
     def _make_aux(self, s, part):
@@ -490,4 +492,9 @@ def _check_streams(d_streams) -> None:
         require(ok, "d_streams", "stream names that can name a module (no dot, no attribute of ModuleDict)", repr(name))
         check_int(f"d_streams[{name!r}]", width, 1)
     keys = [f"cross_recon_{t}_from_{s}" for t in d_streams for s in d_streams if s != t]
-    require(len(set(keys)) == len(keys), "d_streams", "names whose cross_recon_{t}_from_{s} keys differ", list(d_streams).__repr__())
+    require(
+        len(set(keys)) == len(keys),
+        "d_streams",
+        "names whose cross_recon_{t}_from_{s} keys differ",
+        list(d_streams).__repr__(),
+    )

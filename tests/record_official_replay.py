@@ -2,8 +2,8 @@
 
     python tests/record_official_replay.py --official PATH [--out tests/official_replay.npz]
 
-PATH is a clone of github.com/AtlasAnalyticsLab/SPARC. Its two model files are imported from there and run in fp64 on the
-CPU for 14 optimizer steps per case; only numbers reach the output. Streams are visited in their declared order (the
+PATH is a clone of github.com/AtlasAnalyticsLab/SPARC. Its two model files are imported from there and run in fp64 on
+the CPU for 14 optimizer steps per case; only numbers reach the output. Streams are visited in their declared order (the
 classes iterate over a set, whose order varies by process). The first seed is taken for which no selection, relu or
 counter is within MIN_GAP of going the other way, and for which AuxK is idle, partial and full at some point.
 
@@ -118,6 +118,9 @@ def draw(seed: int, fresh: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
         moved[key] = coarse(value + 0.05 * randn(*value.shape)) if value.is_floating_point() else value.clone()
         if key.startswith("latent_biases"):
             moved[key][:4] -= 4.0  # latents that never fire: dead, and with no positive pre-activation
+        if key.startswith("decoders"):
+            moved[key][:, 10:16] = coarse(moved[key][:, 10:16] * 0.02)  # short enough for the 1e-8 of unit norm to show
+            moved[key][:, 16] = 0
     return inputs, moved
 
 
@@ -227,7 +230,7 @@ def lacking(name: str, case: Case, dead: np.ndarray, positive: np.ndarray) -> st
         return ""
     if dead[:DEAD_STEPS_THRESHOLD].any() or not dead.any():
         return f"{name}: no dead latents at first, some later"
-    if not ((0 < dead) & (dead < case.auxk)).any():
+    if not ((dead > 0) & (dead < case.auxk)).any():
         return f"{name}: a stream with fewer dead latents than auxk"
     if case.detail == 3 and not (positive > case.auxk).any():
         return f"{name}: a row with more than auxk positive dead latents"
@@ -277,7 +280,7 @@ def main():
     packed["meta"] = np.array(
         json.dumps(
             {
-                "source": "github.com/AtlasAnalyticsLab/SPARC, MultiStreamSparseAutoencoder of model_global and model_local",
+                "source": "github.com/AtlasAnalyticsLab/SPARC",
                 "torch": torch.__version__,
                 "seed": seed,
                 "smallest_gap": gap.value,
@@ -291,9 +294,8 @@ def main():
         )
     )
     np.savez_compressed(args.out, **packed)
-    print(
-        f"seed {seed}, smallest gap {gap.value:.2e}, {args.out} {args.out.stat().st_size / 1e6:.2f} MB, {len(packed)} arrays"
-    )
+    size = args.out.stat().st_size / 1e6
+    print(f"seed {seed}, smallest gap {gap.value:.2e}, {args.out} {size:.2f} MB, {len(packed)} arrays")
 
 
 if __name__ == "__main__":

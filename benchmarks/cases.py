@@ -1,0 +1,714 @@
+"""What the benchmarks run: shapes, seeded tensors, bytes and FLOPs of each op, and who computes it (the providers).
+
+Bytes are what the op has to move given how it works (tensors read once, gathered rows read once per use), not a lower
+bound over all algorithms; the one-line reason stands in each formula's docstring. Nothing is measured in this file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from sparc_kernels import AlignedSAE, auxk_topk, decode_nmse, inverse_index, reference, values_at
+from sparc_kernels._launch import cdiv, select_config
+from sparc_kernels._ops import resolve_impl
+from sparc_kernels.encode import select_latents
+from sparc_kernels.gather import KEEP_ALL, gather_error
+from sparc_kernels.latent_grads import latent_reduce
+
+# ---------------------------------------------------------------------------------------------------------------- shapes
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    B: int
+    N: int
+    k: int
+    d_streams: tuple[int, ...]
+    auxk: int
+
+    @property
+    def S(self) -> int:
+        return len(self.d_streams)
+
+    @property
+    def D(self) -> int:
+        return sum(self.d_streams)
+
+    @property
+    def streams(self) -> dict[str, int]:
+        return {f"s{i}": d for i, d in enumerate(self.d_streams)}
+
+    def __str__(self):
+        return f"{self.name}: B {self.B}, N {self.N}, k {self.k}, d {'/'.join(map(str, self.d_streams))}"
+
+
+CASES = {
+    c.name: c
+    for c in (
+        Case("A", 256, 8192, 64, (1024, 768, 768), 64),  # the official configuration
+        Case("B", 4096, 32768, 64, (1024, 768, 768), 64),
+        Case("C", 4096, 131072, 64, (1536, 1152, 1152), 64),  # DINOv2 giant with the two SigLIP so400m towers
+        Case("D", 8192, 65536, 100, (2304,) * 8, 64),  # a crosscoder over eight layers
+        Case("E", 4096, 2**20, 32, (2688,), 64),
+    )
+}
+# the same five for a CPU: each keeps what is special about it (streams, k that is no power of two, N against k)
+TINY = {
+    c.name: c
+    for c in (
+        Case("A", 16, 128, 8, (24, 16, 16), 8),
+        Case("B", 64, 256, 8, (24, 16, 16), 8),
+        Case("C", 64, 1024, 8, (36, 24, 24), 8),
+        Case("D", 48, 256, 12, (18,) * 8, 8),
+        Case("E", 64, 2048, 4, (42,), 8),
+    )
+}
+DEAD = 0.1  # fraction of latents that are dead where AuxK is measured
+DEAD_THRESHOLD = 1000
+
+# -------------------------------------------------------------------------------------------------------- bytes and FLOPs
+
+
+class Cost(NamedTuple):
+    bytes: int | None
+    flops: int | None
+
+
+def gemm_cost(c: Case, e: int) -> Cost:
+    """x and W_enc read, the logits written; one multiply-add per (row, latent, column)."""
+    return Cost((c.B * c.D + c.N * c.D + c.B * c.N) * e, 2 * c.B * c.N * c.D)
+
+
+def mm_topk_cost(c: Case, e: int) -> Cost:
+    """The GEMM, then the logits read again and k values and int64 ids of each row written."""
+    gemm = gemm_cost(c, e)
+    return Cost(gemm.bytes + c.B * c.N * e + c.B * c.k * (e + 8), gemm.flops)
+
+
+def select_cost(c: Case, e: int) -> Cost:
+    """The GEMM, one maximum per group written and read, the k best groups' logits read, int64 ids written."""
+    g = select_config(c.N, c.k).group
+    gemm = gemm_cost(c, e)
+    return Cost(gemm.bytes + 2 * c.B * cdiv(c.N, g) * e + c.B * c.k * g * e + 8 * c.B * c.k, gemm.flops)
+
+
+def values_cost(c: Case, e: int) -> Cost:
+    """k encoder rows gathered per row and stream, x and ids read, fp32 values written."""
+    return Cost(c.B * c.k * c.D * e + c.B * c.D * e + c.S * c.B * c.k * (8 + 4), 2 * c.B * c.k * c.D)
+
+
+def decode_nmse_cost(c: Case, e: int) -> Cost:
+    """k decoder rows gathered once per row and target, for all S sources; x, ids and every source's fp32 values read."""
+    per_target = c.B * c.k * (8 + 4 * c.S)
+    return Cost(c.B * c.k * c.D * e + c.B * c.D * e + c.S * per_target, 2 * c.S * c.B * c.k * c.D)
+
+
+def gather_error_cost(c: Case, e: int) -> Cost:
+    """decode_nmse, the errors of all S sources written in the weights' dtype, and fp32 dots [S, B, k] per target."""
+    forward = decode_nmse_cost(c, e)
+    return Cost(forward.bytes + c.S * c.B * c.D * e + 4 * c.S * c.S * c.B * c.k, 2 * forward.flops)
+
+
+def reduce_dec_cost(c: Case, e: int) -> Cost:
+    """Per list entry the errors of S sources and their weights read; dW_dec written once."""
+    M = c.B * c.k
+    return Cost(c.S * M * c.D * e + c.S * M * (4 + 4 * c.S) + c.N * c.D * e, 2 * c.S * M * c.D)
+
+
+def reduce_enc_cost(c: Case, e: int) -> Cost:
+    """Per list entry one row of x and its weight read; dW_enc and fp32 dc written once."""
+    M = c.B * c.k
+    return Cost(M * c.D * e + c.S * M * (4 + 4) + c.N * c.D * e + 4 * c.S * c.N, 2 * M * c.D)
+
+
+def dense_dec_cost(c: Case, e: int) -> Cost:
+    """dW_dec as a GEMM: the codes [S B, N] read for each target, the errors read, dW_dec written."""
+    return Cost((c.S * c.S * c.B * c.N + c.S * c.B * c.D + c.N * c.D) * e, 2 * c.S * c.B * c.N * c.D)
+
+
+def dense_enc_cost(c: Case, e: int) -> Cost:
+    """dW_enc as a GEMM: every stream's codes and inputs read, dW_enc written."""
+    return Cost((c.S * c.B * c.N + c.B * c.D + c.N * c.D) * e, 2 * c.B * c.N * c.D)
+
+
+def inverse_index_cost(c: Case, e: int) -> Cost:
+    """A radix pass per key byte reads and writes a key (2 or 4 bytes) and an int64 position; ids read, lists written."""
+    key = 2 if c.N < 2**15 else 4
+    M = c.B * c.k
+    return Cost(8 * M + key * 2 * M * (key + 8) + 4 * M + 4 * (c.N + 1), None)
+
+
+def auxk_cost(c: Case, e: int) -> Cost:
+    """Per stream: `select` over the dead columns alone, then auxk encoder rows gathered per row."""
+    n = int(DEAD * c.N)
+    select = (c.B * c.D + n * c.D + 2 * c.S * c.B * n) * e
+    return Cost(select + c.B * c.auxk * c.D * e, 2 * c.B * n * c.D + 2 * c.B * c.auxk * c.D)
+
+
+def auxk_dense_cost(c: Case, e: int) -> Cost:
+    """Per stream: all pre-activations written, read and written masked, read by the selection."""
+    return Cost((c.B * c.D + c.N * c.D + 4 * c.S * c.B * c.N) * e, 2 * c.B * c.N * c.D)
+
+
+def step_cost(c: Case, e: int) -> Cost:
+    """Forward, loss and backward of ours without AuxK: the sum of its ops (the biases and counters are left out)."""
+    parts = [
+        f(c, e)
+        for f in (
+            select_cost, values_cost, inverse_index_cost, decode_nmse_cost, gather_error_cost, reduce_dec_cost,
+            reduce_enc_cost,
+        )
+    ]  # fmt: skip
+    return Cost(sum(p.bytes for p in parts), sum(p.flops or 0 for p in parts))
+
+
+def dense_step_cost(c: Case, e: int) -> Cost:
+    """Dense arithmetic of the reference: encoder forward and dW, S sources' decoders forward, dW and dcodes."""
+    return Cost(None, 2 * c.B * c.N * c.D * (2 + 3 * c.S))
+
+
+def adam_cost(c: Case, e: int) -> Cost:
+    """Weight, gradient and two moments read, weight and two moments written, for both weight matrices."""
+    return Cost(7 * 2 * c.N * c.D * e, None)
+
+
+def unit_norm_cost(c: Case, e: int) -> Cost:
+    """Normalising reads W_dec twice and writes it; the projection reads W_dec and its gradient twice and writes it."""
+    return Cost(8 * c.N * c.D * e, None)
+
+
+def copy_cost(c: Case, e: int) -> Cost:
+    """The buffer read and written."""
+    return Cost(2 * c.N * c.D * e, None)
+
+
+def gather_cost(c: Case, e: int) -> Cost:
+    """B k random rows of the widest stream read and written, int64 ids read."""
+    return Cost(c.B * c.k * (2 * max(c.d_streams) * e + 8), None)
+
+
+# --------------------------------------------------------------------------------------------------------------- tensors
+
+
+class Bench:
+    """Seeded tensors of one case on one device, made when first asked for; the providers of a group share them.
+
+    Rows of the inputs have unit norm, as the data has. Weights are AlignedSAE's initialisation, drawn in float32 and
+    then rounded, so that every dtype computes the same problem. Only one model is kept at a time.
+    """
+
+    def __init__(self, case: Case, device: str, seed: int = 0):
+        self.case, self.device, self.seed = case, torch.device(device), seed
+        self._made: dict[Any, Any] = {}
+
+    def clear(self) -> None:
+        self._made.clear()
+
+    def once(self, key, make: Callable[[], Any]):
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def _generator(self, offset: int) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(self.seed + offset)
+
+    def xs(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        """[B, d_s] for each stream, rows of unit norm."""
+
+        def make():
+            gen = self._generator(1)
+            xs = [torch.randn(self.case.B, d, device=self.device, generator=gen) for d in self.case.d_streams]
+            return [(x / (x.norm(dim=1, keepdim=True) + 1e-8)).to(dtype) for x in xs]
+
+        return self.once(("xs", dtype), make)
+
+    def model(self, dtype: torch.dtype, auxk: bool = False) -> AlignedSAE:
+        """In training mode. With auxk, every tenth latent is dead and its bias keeps it out of the main selection."""
+
+        def make():
+            c = self.case
+            for key in [key for key in self._made if key[0] == "model"]:
+                del self._made[key]
+            torch.manual_seed(self.seed)
+            model = AlignedSAE(
+                c.streams, c.N, c.k, c.auxk if auxk else None, dead_steps_threshold=DEAD_THRESHOLD, device=self.device
+            ).to(dtype)
+            if auxk:
+                every = round(1 / DEAD)
+                with torch.no_grad():
+                    for s, d in c.streams.items():
+                        # a pre-activation has standard deviation (3 d)^-1/2: still positive for some rows
+                        model.latent_biases[s][::every] = -1.2 * (3 * d) ** -0.5
+                        getattr(model, f"stats_last_nonzero_{s}")[::every] = 10 * DEAD_THRESHOLD
+            return model
+
+        return self.once(("model", dtype, auxk), make)
+
+    def params(self, dtype: torch.dtype, auxk: bool = False) -> tuple[list, list, list, list]:
+        """w_encs, w_decs, pre_biases, latent_biases of the model, in stream order."""
+        m = self.model(dtype, auxk)
+        return (
+            [m.encoders[s].weight for s in m.streams],
+            [m.decoders[s].weight for s in m.streams],
+            [m.pre_biases[s] for s in m.streams],
+            [m.latent_biases[s] for s in m.streams],
+        )
+
+    def weights(self, dtype: torch.dtype, auxk: bool = False) -> tuple[list, list, list, list]:
+        """`params` without gradients, for the ops."""
+        return tuple([p.detach() for p in group] for group in self.params(dtype, auxk))
+
+    def wide(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """The streams side by side: x [B, D] and W_enc [N, D], what one library GEMM wants."""
+        return self.once(
+            ("wide", dtype), lambda: (torch.cat(self.xs(dtype), 1), torch.cat(self.weights(dtype)[0], 1))
+        )
+
+    def indices(self, dtype: torch.dtype) -> torch.Tensor:
+        """int64 [B, k], a real selection made by torch alone."""
+
+        def make():
+            w_encs = self.weights(dtype)[0]
+            rows = max(1, 2**30 // (8 * self.case.N))
+            parts = zip(*(x.split(rows) for x in self.xs(dtype)), strict=True)
+            return torch.cat([sum(x @ w.T for x, w in zip(part, w_encs, strict=True)).topk(self.case.k).indices for part in parts])
+
+        return self.once(("indices", dtype), make)
+
+    def values(self) -> torch.Tensor:
+        """float32 [S, B, k], all positive, of the size that activations have."""
+        c = self.case
+        return self.once("values", lambda: 0.1 * torch.rand(c.S, c.B, c.k, device=self.device, generator=self._generator(2)))
+
+    def errors(self, dtype: torch.dtype, t: int) -> torch.Tensor:
+        """[S, B, d_t] stand-ins for the errors R - x."""
+        c = self.case
+        shape = (c.S, c.B, c.d_streams[t])
+        return self.once(
+            ("errors", dtype, t),
+            lambda: torch.randn(shape, device=self.device, generator=self._generator(3 + t)).mul_(0.03).to(dtype),
+        )
+
+    def dense_codes(self, dtype: torch.dtype) -> torch.Tensor:
+        """[S B, N], what a dense decoder's gradient reads."""
+
+        def make():
+            c = self.case
+            dense = torch.zeros(c.S, c.B, c.N, device=self.device, dtype=dtype)
+            index = self.indices(dtype).expand(c.S, -1, -1)
+            return dense.scatter_(2, index, self.values().to(dtype)).view(c.S * c.B, c.N)
+
+        return self.once(("codes", dtype), make)
+
+
+# ------------------------------------------------------------------------------------------------------------- providers
+
+
+@dataclass
+class Job:
+    """Something ready to be timed. `reset` runs before each `run`, outside the clock."""
+
+    run: Callable[[], Any]
+    reset: Callable[[], None] = lambda: None
+    peak_bytes: int | None = None  # given where a measurement around `run` cannot see it
+    grads: Callable[[], list] | None = None  # what `run` leaves behind, to compare
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute one op. The first provider of an op is ours (or the ceiling), and the others are compared with it."""
+
+    op: str
+    name: str
+    dtype: str
+    make: Callable[[Bench], Job]
+    cost: Callable[[Case, int], Cost] = field(default=lambda c, e: Cost(None, None))
+    compare: str | None = None  # "ids", "tensor" or None: how outputs are set against the first provider's
+    seconds: float = 8.0  # what it takes on a GPU, compilation included: decides whether it is still begun
+
+    @property
+    def itemsize(self) -> int:
+        return getattr(torch, self.dtype).itemsize
+
+
+@contextlib.contextmanager
+def matmul_precision(precision: str):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def library_topk():
+    """The reference with torch.topk, as the official code selects, in place of the stable sort that defines ties."""
+    before = reference.topk_indices
+    reference.topk_indices = _library_topk
+    try:
+        yield
+    finally:
+        reference.topk_indices = before
+
+
+def _library_topk(h, k):
+    return h.topk(k, dim=-1).indices
+
+
+def _clear_grads(params):
+    def reset():
+        for p in params:
+            p.grad = None
+
+    return reset
+
+
+def _grads(params):
+    return lambda: [p.grad for p in params]
+
+
+def _autocast(b: Bench, enabled: bool):
+    return torch.autocast(b.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def ours_step(dtype: str, *, precision: str = "highest", autocast: bool = False, auxk: bool = False, graph: bool = False):
+    """Forward, loss and backward of AlignedSAE; the optimizer is measured apart."""
+
+    def make(b: Bench) -> Job:
+        dt = getattr(torch, dtype)
+        model = b.model(dt, auxk)
+        inputs = dict(zip(model.streams, b.xs(dt), strict=True))
+        params = list(model.parameters())
+        reset = _clear_grads(params)
+
+        def run():
+            with matmul_precision(precision):
+                with _autocast(b, autocast):
+                    loss, _ = model.compute_loss(model(inputs), inputs)
+                loss.backward()
+            return loss.detach()
+
+        if graph:
+            return _captured(b, run, reset, params)
+        return Job(run, reset, grads=_grads(params))
+
+    return make
+
+
+def _captured(b: Bench, run, reset, params) -> Job:
+    """The same in a CUDA graph: warm-up on a side stream, capture, replays. Gradients live in the graph's pool."""
+    if b.device.type != "cuda":
+        raise NotImplementedError("CUDA graphs need a CUDA device")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            reset()
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    reset()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    base = torch.cuda.memory_allocated()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = run()
+    peak = torch.cuda.max_memory_allocated() - base
+
+    def replay():
+        graph.replay()
+        return loss
+
+    return Job(replay, peak_bytes=peak, grads=_grads(params))
+
+
+def reference_step(
+    dtype: str, *, precision: str = "highest", autocast: bool = False, auxk: bool = False, compiled: bool = False,
+    stable_sort: bool = False,
+):  # fmt: skip
+    """reference.training_loss and its backward on the parameters of the same model."""
+
+    def make(b: Bench) -> Job:
+        c, dt = b.case, getattr(torch, dtype)
+        xs, params = b.xs(dt), b.params(dt, auxk)
+        dead = list(b.model(dt, auxk).get_dead_neurons().values()) if auxk else None
+        leaves = [p for group in params for p in group]
+
+        def loss_fn():
+            return reference.training_loss(xs, *params, c.k, auxk_k=c.auxk if auxk else None, dead=dead)
+
+        if compiled:
+            torch._dynamo.reset()
+            backend = "inductor" if b.device.type == "cuda" else "aot_eager"
+            loss_fn = torch.compile(loss_fn, dynamic=False, backend=backend)
+
+        def run():
+            with matmul_precision(precision):
+                with _autocast(b, autocast), contextlib.nullcontext() if stable_sort else library_topk():
+                    loss = loss_fn()
+                loss.backward()
+            return loss.detach()
+
+        return Job(run, _clear_grads(leaves), grads=_grads(leaves))
+
+    return make
+
+
+def step_providers() -> list[Provider]:
+    """The step without AuxK: ours first, then the reference, eager."""
+    bf, fp = "bfloat16", "float32"
+    return [
+        Provider("step", "ours bf16", bf, ours_step(bf), step_cost, seconds=25),
+        Provider("step", "ours bf16 graph", bf, ours_step(bf, graph=True), step_cost),
+        Provider("step", "ours bf16 autocast", fp, ours_step(fp, autocast=True), step_cost),
+        Provider("step", "reference bf16 autocast", fp, reference_step(fp, autocast=True), dense_step_cost),
+        Provider("step", "reference tf32", fp, reference_step(fp, precision="high"), dense_step_cost),
+        Provider("step", "reference fp32", fp, reference_step(fp), dense_step_cost),
+        Provider("step", "ours tf32", fp, ours_step(fp, precision="high"), step_cost, seconds=20),
+        Provider("step", "ours fp32", fp, ours_step(fp), step_cost, seconds=20),
+        Provider("step", "reference bf16", bf, reference_step(bf), dense_step_cost),
+        Provider("step", "reference fp32 stable sort", fp, reference_step(fp, stable_sort=True), dense_step_cost),
+    ]
+
+
+def compiled_providers() -> list[Provider]:
+    """The reference under torch.compile. Compared with ours of the step group by the recorded loss."""
+    fp = "float32"
+    options = {"bf16 autocast": {"autocast": True}, "tf32": {"precision": "high"}, "fp32": {}}
+    return [
+        Provider("step", f"compiled {name}", fp, reference_step(fp, compiled=True, **how), dense_step_cost, seconds=45)
+        for name, how in options.items()
+    ]
+
+
+def auxk_step_providers() -> list[Provider]:
+    """The step with AuxK over a tenth of the latents."""
+    bf, fp = "bfloat16", "float32"
+    return [
+        Provider("step+auxk", "ours bf16", bf, ours_step(bf, auxk=True), seconds=20),
+        Provider("step+auxk", "ours bf16 graph", bf, ours_step(bf, auxk=True, graph=True)),
+        Provider("step+auxk", "reference bf16 autocast", fp, reference_step(fp, autocast=True, auxk=True)),
+        Provider("step+auxk", "reference fp32", fp, reference_step(fp, auxk=True)),
+        Provider("step+auxk", "ours fp32", fp, ours_step(fp, auxk=True), seconds=20),
+    ]
+
+
+def _op(make_run: Callable[[Bench], Callable[[], Any]]) -> Callable[[Bench], Job]:
+    """An op without gradients."""
+
+    def make(b: Bench) -> Job:
+        with torch.no_grad():
+            return Job(torch.no_grad()(make_run(b)))
+
+    return make
+
+
+def op_providers(dtype: str) -> list[Provider]:
+    """Each op of the step: ours, then what a library does for the same."""
+    dt = getattr(torch, dtype)
+
+    def select_ours(b):
+        xs, (w_encs, _, pre_biases, latent_biases) = b.xs(dt), b.weights(dt)
+        impl = resolve_impl("auto", xs[0])
+        return lambda: select_latents(xs, w_encs, pre_biases, latent_biases, b.case.k, "global", impl)
+
+    def mm_topk(b):
+        x, w = b.wide(dt)
+        out = torch.empty(b.case.B, b.case.N, device=b.device, dtype=dt)
+        return lambda: torch.mm(x, w.T, out=out).topk(b.case.k).indices
+
+    def mm_alone(b):
+        x, w = b.wide(dt)
+        out = torch.empty(b.case.B, b.case.N, device=b.device, dtype=dt)
+        return lambda: torch.mm(x, w.T, out=out)
+
+    def values_ours(b):
+        xs, (w_encs, _, pre_biases, latent_biases), indices = b.xs(dt), b.weights(dt), b.indices(dt)
+        return lambda: [values_at(*a, indices) for a in zip(xs, w_encs, pre_biases, latent_biases, strict=True)]
+
+    def values_gathered(b):
+        xs, w_encs, indices = b.xs(dt), b.weights(dt)[0], b.indices(dt)
+        return lambda: [torch.relu(torch.bmm(w[indices], x[:, :, None])[..., 0]) for x, w in zip(xs, w_encs, strict=True)]
+
+    def nmse_ours(b):
+        _, w_decs, pre_biases, _ = b.weights(dt)
+        return lambda: decode_nmse(b.indices(dt), b.values(), w_decs, pre_biases, b.xs(dt))
+
+    def nmse_dense(b):
+        _, w_decs, pre_biases, _ = b.weights(dt)
+        return lambda: reference.decode_nmse(b.indices(dt), b.values().to(dt), w_decs, pre_biases, b.xs(dt))
+
+    def nmse_bags(b):
+        rows, xs, indices = [w.T for w in b.weights(dt)[1]], b.xs(dt), b.indices(dt)
+        values = b.values().to(dt)
+
+        def run():
+            recons = [[F.embedding_bag(indices, w, mode="sum", per_sample_weights=v) for v in values] for w in rows]
+            return torch.stack([torch.stack([reference.nmse(r, x) for r in row]) for row, x in zip(recons, xs, strict=True)])
+
+        return run
+
+    def error_ours(b):
+        _, w_decs, pre_biases, _ = b.weights(dt)
+        impl = resolve_impl("auto", w_decs[0])
+        indices, values, xs = b.indices(dt), b.values(), b.xs(dt)
+
+        def run():  # one target after the other, as the backward does
+            for w, bias, x in zip(w_decs, pre_biases, xs, strict=True):
+                out = gather_error(indices, values, w.t(), bias, x, KEEP_ALL, True, impl)
+            return out
+
+        return run
+
+    def reduce_dec_ours(b):
+        indices, values = b.indices(dt), b.values()
+        errors = [b.errors(dt, t) for t in range(b.case.S)]
+        lists, impl = inverse_index(indices, b.case.N), resolve_impl("auto", errors[0])
+
+        def run():
+            for e in errors:
+                out = latent_reduce(*lists, values, e, b.case.k, dt, impl)
+            return out[0]
+
+        return run
+
+    def reduce_dec_dense(b):
+        codes, errors = b.dense_codes(dt), [b.errors(dt, t).flatten(0, 1) for t in range(b.case.S)]
+
+        def run():
+            for e in errors:
+                out = torch.mm(codes.T, e)
+            return out
+
+        return run
+
+    def reduce_enc_ours(b):
+        indices, values, xs = b.indices(dt), b.values(), b.xs(dt)
+        lists, impl = inverse_index(indices, b.case.N), resolve_impl("auto", xs[0])
+
+        def run():
+            for x, v in zip(xs, values, strict=True):
+                out = latent_reduce(*lists, v[None], x[None], b.case.k, dt, impl)
+            return out[0]
+
+        return run
+
+    def reduce_enc_dense(b):
+        codes, xs = b.dense_codes(dt).view(b.case.S, b.case.B, b.case.N), b.xs(dt)
+
+        def run():
+            for x, code in zip(xs, codes, strict=True):
+                out = torch.mm(code.T, x)
+            return out
+
+        return run
+
+    def lists_ours(b):
+        indices = b.indices(dt)
+        return lambda: inverse_index(indices, b.case.N)
+
+    def auxk_ours(b):
+        xs, (w_encs, _, pre_biases, latent_biases) = b.xs(dt), b.weights(dt, True)
+        dead = b.model(dt, True).get_dead_neurons().values()
+        streams = list(zip(xs, w_encs, pre_biases, latent_biases, dead, strict=True))
+        return lambda: [auxk_topk(*stream, b.case.auxk) for stream in streams][-1][1]
+
+    def auxk_dense(b):
+        xs, (w_encs, _, pre_biases, latent_biases) = b.xs(dt), b.weights(dt, True)
+        dead = b.model(dt, True).get_dead_neurons().values()
+        streams = list(zip(xs, w_encs, pre_biases, latent_biases, dead, strict=True))
+
+        def run():
+            with library_topk():
+                for x, w, bias, c, mask in streams:
+                    out = reference.auxk(reference.preactivations(x, w, bias, c), mask, b.case.auxk)
+            return out[1]
+
+        return run
+
+    def provider(op, name, make_run, cost, compare=None, seconds=5.0):
+        return Provider(op, name, dtype, _op(make_run), cost, compare, seconds)
+
+    return [
+        provider("select", "ours", select_ours, select_cost, "ids", 15),
+        provider("select", "mm + topk", mm_topk, mm_topk_cost, "ids"),
+        provider("select", "mm alone", mm_alone, gemm_cost),
+        provider("values", "ours", values_ours, values_cost, "tensor", 10),
+        provider("values", "index + bmm", values_gathered, values_cost, "tensor"),
+        provider("decode_nmse", "ours", nmse_ours, decode_nmse_cost, "tensor", 10),
+        provider("decode_nmse", "embedding_bag", nmse_bags, decode_nmse_cost, "tensor"),
+        provider("decode_nmse", "dense", nmse_dense, decode_nmse_cost, "tensor"),
+        provider("gather_error", "ours", error_ours, gather_error_cost, None, 10),
+        provider("latent_reduce dec", "ours", reduce_dec_ours, reduce_dec_cost, "tensor", 10),
+        provider("latent_reduce dec", "dense mm", reduce_dec_dense, dense_dec_cost, "tensor"),
+        provider("latent_reduce enc", "ours", reduce_enc_ours, reduce_enc_cost, "tensor", 10),
+        provider("latent_reduce enc", "dense mm", reduce_enc_dense, dense_enc_cost, "tensor"),
+        provider("inverse_index", "ours", lists_ours, inverse_index_cost),
+        provider("auxk", "ours", auxk_ours, auxk_cost, "tensor", 10),
+        provider("auxk", "dense", auxk_dense, auxk_dense_cost, "tensor"),
+    ]
+
+
+def optimizer_providers() -> list[Provider]:
+    """What follows the step: unit norm and projection, then torch's Adam, on float32 parameters."""
+
+    def with_grads(b):
+        model = b.model(torch.float32)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        return model
+
+    def norm(b):
+        model = with_grads(b)
+        return Job(lambda: model.unit_norm_decoder_().project_decoder_grad_() and None, grads=None)
+
+    def adam(**how):
+        def make(b):
+            model = with_grads(b)
+            # lr 0 keeps the weights as they are for whoever comes next; the work is the same
+            optimizer = torch.optim.Adam(model.parameters(), lr=0.0, eps=1e-8, **how)
+            return Job(lambda: optimizer.step())
+
+        return make
+
+    return [
+        Provider("optimizer", "unit norm + projection", "float32", norm, unit_norm_cost),
+        Provider("optimizer", "Adam fused", "float32", adam(fused=True), adam_cost),
+        Provider("optimizer", "Adam foreach", "float32", adam(foreach=True), adam_cost),
+    ]
+
+
+def ceiling_providers(dtype: str) -> list[Provider]:
+    """What the device can do at most: a library GEMM of the encoder's shape, a copy, a gather of random rows."""
+    dt = getattr(torch, dtype)
+
+    def gemm(b):
+        x, w = b.wide(dt)
+        out = torch.empty(b.case.B, b.case.N, device=b.device, dtype=dt)
+        return lambda: torch.mm(x, w.T, out=out)
+
+    def copy(b):
+        source = torch.randn(b.case.N, b.case.D, device=b.device).to(dt)
+        target = torch.empty_like(source)
+        return lambda: target.copy_(source)
+
+    def gather(b):
+        c = b.case
+        source = torch.randn(c.N, max(c.d_streams), device=b.device).to(dt)
+        rows = torch.randint(c.N, (c.B * c.k,), device=b.device)
+        out = torch.empty(c.B * c.k, max(c.d_streams), device=b.device, dtype=dt)
+        return lambda: torch.index_select(source, 0, rows, out=out)
+
+    return [
+        Provider("gemm", "torch.mm", dtype, _op(gemm), gemm_cost),
+        Provider("copy", "copy_", dtype, _op(copy), copy_cost),
+        Provider("gather", "index_select", dtype, _op(gather), gather_cost),
+    ]

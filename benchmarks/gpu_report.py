@@ -1,0 +1,941 @@
+"""Everything a first look at a GPU should bring back, in one command and one JSON file.
+
+    python benchmarks/gpu_report.py [--minutes 8] [--out FILE] [--device auto|cuda|cpu] [--skip SECTION,...]
+
+Sections: environment, verify, memory_checker, timings, profile, ceilings. The file is replaced atomically after every
+section and every measured row, so a run that is killed leaves what it had; whatever did not run says why. On a CPU the
+same code runs at tiny shapes: its numbers mean nothing and are marked `device: cpu`.
+
+Three processes keep a fault from costing more than one row. This one never touches the GPU: it writes the environment,
+runs `sparc_kernels verify` and the memory checker in subprocesses with time limits, and then watches a worker that
+measures. When the worker crashes, hangs or loses its CUDA context, the row in progress is marked and a new worker goes on
+behind it. Time runs out for everyone at the same moment, `--minutes` after the start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import datetime
+import faulthandler
+import gc
+import glob
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+SECTIONS = ("environment", "verify", "memory_checker", "timings", "profile", "ceilings")
+CUDA_LOST = 70  # exit code of a worker whose CUDA context is beyond use
+MAX_WORKERS = 10
+MIB = 2**20
+
+
+def last_lines(text: str, lines: int = 4, chars: int = 700) -> str:
+    return "\n".join([line for line in text.strip().splitlines() if line.strip()][-lines:])[-chars:]
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+# --------------------------------------------------------------------------------------------------------------- the file
+
+
+class Report:
+    """The JSON, in memory and on disk. One process at a time writes it."""
+
+    def __init__(self, path: Path, data: dict):
+        self.path, self.data = path, data
+
+    @classmethod
+    def new(cls, path: Path, device: str, minutes: float, started: float) -> Report:
+        sections = {name: {"status": "not run", "reason": "not reached"} for name in SECTIONS}
+        for name in ("timings", "ceilings"):
+            sections[name]["rows"] = []
+        sections["timings"]["groups"] = []
+        sections["profile"]["tables"] = []
+        return cls(
+            path,
+            {
+                "schema": 1, "report": "sparc_kernels gpu_report", "device": device, "complete": False,
+                "minutes": minutes, "deadline": started + 60 * minutes, "started": now(), "finished": None,
+                "stopped": "still running, or killed", "workers": 0, "watch": None, "sections": sections,
+            },
+        )  # fmt: skip
+
+    @classmethod
+    def load(cls, path: Path) -> Report:
+        return cls(path, json.loads(path.read_text()))
+
+    def save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_name(f"{self.path.name}.{os.getpid()}.part")
+        part.write_text(json.dumps(_plain(self.data), indent=1) + "\n")
+        os.replace(part, self.path)
+
+    def __getitem__(self, section: str) -> dict:
+        return self.data["sections"][section]
+
+    @property
+    def left(self) -> float:
+        return self.data["deadline"] - time.time()
+
+    @property
+    def grace(self) -> float:
+        """How far past the deadline something already begun may finish."""
+        return min(20.0, 2 + 6 * self.data["minutes"])
+
+    def rows(self) -> list[dict]:
+        return self["ceilings"]["rows"] + self["timings"]["rows"]
+
+    def watch(self, what: str, seconds: float) -> None:
+        """Tell the parent how long to wait before it takes this for a hang."""
+        self.data["watch"] = {"what": what, "until": time.time() + seconds}
+        self.save()
+
+
+def _plain(value):
+    """JSON knows no NaN: such numbers become strings."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+@contextlib.contextmanager
+def section(report: Report, name: str):
+    """Runs one section of this process; a failure is recorded and passed over."""
+    entry = report[name]
+    entry.update(status="running", reason="killed while it ran")
+    report.save()
+    t0 = time.time()
+    try:
+        yield entry
+        if entry["status"] == "running":
+            entry.update(status="ran", reason=None)
+    except Exception:
+        entry.update(status="failed", reason=last_lines(traceback.format_exc()))
+    finally:
+        entry["seconds"] = round(time.time() - t0, 1)
+        report.save()
+        print(f"[{name}] {entry['status']}, {entry['seconds']} s", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------- subprocesses
+
+
+def _die_with_parent():
+    """Linux: the child is killed when this process is, however that happens."""
+    with contextlib.suppress(Exception):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def start(command: list[str], **kwargs) -> subprocess.Popen:
+    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, preexec_fn=_die_with_parent, **kwargs)
+
+
+def stop(child: subprocess.Popen) -> None:
+    """Ends a child and what it started; it leads its own process group."""
+    if child.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a process stuck in the driver must not hold us up
+        child.wait(timeout=5)
+
+
+def run_limited(command: list[str], seconds: float, env: dict | None = None) -> tuple[int | None, str]:
+    """(exit code, output); the exit code is None when it was stopped at its limit."""
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        env = {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})}
+        child = start(command, stdout=output, stderr=subprocess.STDOUT, env=env)
+        try:
+            code = child.wait(timeout=max(seconds, 1))
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            stop(child)
+        output.seek(0)
+        return code, output.read()
+
+
+def this(*args: str) -> list[str]:
+    return [sys.executable, str(Path(__file__).resolve()), *args]
+
+
+# ------------------------------------------------------------------------------------------------------------ environment
+
+
+def probe() -> dict:
+    """Versions and device properties as torch sees them. Runs in a process of its own."""
+    import torch
+
+    found = {"torch": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip, "triton": None, "gpu": None}
+    try:
+        import triton
+
+        found["triton"] = triton.__version__
+    except ImportError:
+        pass
+    if torch.cuda.is_available():
+        p = torch.cuda.get_device_properties(0)
+        free, total = torch.cuda.mem_get_info(0)
+        found["gpu"] = {
+            "name": p.name, "count": torch.cuda.device_count(), "compute_capability": f"{p.major}.{p.minor}",
+            "memory_mib": total // MIB, "memory_free_mib": free // MIB, "multiprocessors": p.multi_processor_count,
+            "l2_bytes": getattr(p, "L2_cache_size", None), "uuid": str(getattr(p, "uuid", "")) or None,
+        }  # fmt: skip
+    return found
+
+
+def gpu_state(uuid: str | None = None) -> dict:
+    """Clocks, power, temperature, throttle reasons and driver, now."""
+    try:
+        return _state_by_nvml(uuid)
+    except Exception as error:
+        first = f"pynvml: {type(error).__name__}: {error}"
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return {"source": None, "reason": f"{first}; nvidia-smi: not found"}
+    fields = (
+        "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,power.draw,temperature.gpu,"
+        "clocks_throttle_reasons.active"
+    )
+    code, text = run_limited([smi, f"--query-gpu={fields}", "--format=csv,noheader"], 20)
+    if code != 0:
+        return {"source": None, "reason": f"{first}; nvidia-smi: {last_lines(text, 1)}"}
+    values = [v.strip() for v in text.strip().splitlines()[0].split(",")]
+    return {"source": "nvidia-smi", **dict(zip(fields.split(","), values, strict=False))}
+
+
+def _state_by_nvml(uuid: str | None) -> dict:
+    import pynvml as nv
+
+    nv.nvmlInit()
+    try:
+        handle = None
+        if uuid:
+            with contextlib.suppress(Exception):
+                handle = nv.nvmlDeviceGetHandleByUUID((uuid if uuid.startswith("GPU-") else f"GPU-{uuid}").encode())
+        if handle is None:
+            handle = nv.nvmlDeviceGetHandleByIndex(0)
+        questions = {
+            "name": lambda: nv.nvmlDeviceGetName(handle),
+            "driver": lambda: nv.nvmlSystemGetDriverVersion(),
+            "sm_mhz": lambda: nv.nvmlDeviceGetClockInfo(handle, nv.NVML_CLOCK_SM),
+            "sm_max_mhz": lambda: nv.nvmlDeviceGetMaxClockInfo(handle, nv.NVML_CLOCK_SM),
+            "memory_mhz": lambda: nv.nvmlDeviceGetClockInfo(handle, nv.NVML_CLOCK_MEM),
+            "memory_max_mhz": lambda: nv.nvmlDeviceGetMaxClockInfo(handle, nv.NVML_CLOCK_MEM),
+            "power_limit_w": lambda: nv.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
+            "power_w": lambda: nv.nvmlDeviceGetPowerUsage(handle) / 1000,
+            "temperature_c": lambda: nv.nvmlDeviceGetTemperature(handle, nv.NVML_TEMPERATURE_GPU),
+            "throttle_reasons": lambda: hex(nv.nvmlDeviceGetCurrentClocksThrottleReasons(handle)),
+            "memory_used_mib": lambda: nv.nvmlDeviceGetMemoryInfo(handle).used // MIB,
+        }
+        answers = {"source": "pynvml"}
+        for name, ask in questions.items():
+            try:
+                value = ask()
+                answers[name] = value.decode() if isinstance(value, bytes) else value
+            except Exception as error:  # one question the driver does not answer
+                answers[name] = f"unknown: {error}"
+        return answers
+    finally:
+        nv.nvmlShutdown()
+
+
+def commit() -> dict:
+    """The commit measured: git's word, else the variable SPARC_KERNELS_COMMIT (a copy without .git)."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 20}
+        head = subprocess.run(["git", "rev-parse", "HEAD"], **options)
+        if head.returncode == 0:
+            status = subprocess.run(["git", "status", "--porcelain"], **options)
+            dirty = bool(status.stdout.strip()) if status.returncode == 0 else None
+            return {"commit": head.stdout.strip(), "dirty": dirty, "commit_source": "git"}
+    given = os.environ.get("SPARC_KERNELS_COMMIT")
+    return {"commit": given, "dirty": None, "commit_source": "SPARC_KERNELS_COMMIT" if given else None}
+
+
+def environment(entry: dict, found: dict, code: dict) -> None:
+    entry.update(
+        code, python=platform.python_version(), platform=platform.platform(), cpu_count=os.cpu_count(), date=now(),
+        command_line=sys.argv, **found,
+    )  # fmt: skip
+    if found.get("gpu"):
+        entry["state"] = gpu_state(found["gpu"]["uuid"])
+    names = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TRITON_INTERPRET", "TRITON_CACHE_DIR", "PYTORCH_CUDA_ALLOC_CONF")
+    entry["variables"] = {name: os.environ[name] for name in names if name in os.environ}
+
+
+# ---------------------------------------------------------------------------------------------------------------- verify
+
+
+def verify(report: Report, entry: dict) -> None:
+    """`sparc_kernels verify` in a process of its own: a CUDA fault there ends nothing here."""
+    on_gpu = report.data["device"] == "cuda"
+    entry["verified"] = False
+    tries = [[], ["--quick"]] if on_gpu else [["--quick"]]
+    for extra in tries:
+        with tempfile.TemporaryDirectory() as folder:
+            result = Path(folder) / "verify.json"
+            command = [sys.executable, "-m", "sparc_kernels", "verify", *extra, "--json", str(result)]
+            # on a GPU the whole of it is worth a third of the time; the quick one a fifth
+            seconds = min(180, (0.3 if not extra else 0.2) * 60 * report.data["minutes"], report.left - 2)
+            code, output = run_limited(command, seconds)
+            entry.update(command=" ".join(command[1:]), exit_code=code, limit_s=round(seconds, 1))
+            entry["output_tail"] = last_lines(output, 12, 2500)
+            if result.exists():
+                read_verdicts(entry, json.loads(result.read_text()))
+        if code is not None:
+            break
+        entry.update(status="timed out", reason=f"stopped after {seconds:.0f} s")
+    if code is None:
+        return
+    if "rows" not in entry:
+        entry.update(status="failed", reason=f"exit code {code}, no JSON; output_tail has its last lines")
+        return
+    entry["verified"] = code == 0 and entry["rows"] > 0 and not entry["failed"]
+    entry.update(status="ran", reason=None)
+
+
+def read_verdicts(entry: dict, found) -> None:
+    """Counts by verdict and the rows that are neither passed nor skipped."""
+    rows = found
+    if isinstance(found, dict):
+        rows = next((v for v in found.values() if isinstance(v, list) and v and isinstance(v[0], dict)), [])
+        entry["header"] = {k: v for k, v in found.items() if v is not rows}
+    counts: dict[str, int] = {}
+    failed = []
+    for row in rows:
+        word = str(next((row[name] for name in ("verdict", "status", "ok", "passed") if name in row), "unknown")).lower()
+        counts[word] = counts.get(word, 0) + 1
+        if word not in ("pass", "passed", "ok", "true", "skip", "skipped"):
+            failed.append(row)
+    entry.update(rows=len(rows), counts=counts, failed=failed[:50])
+
+
+# --------------------------------------------------------------------------------------------------------- memory checker
+
+
+def find_sanitizer() -> tuple[str | None, list[str]]:
+    found = shutil.which("compute-sanitizer")
+    if found:
+        return found, ["PATH"]
+    patterns = ["/usr/local/cuda*/bin", "/opt/nvidia/*", "/opt/nvidia/*/*"]
+    patterns += [f"{os.environ[name]}/bin" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    for base in {p for p in sys.path if p.endswith("-packages")}:
+        patterns += [f"{base}/triton/backends/nvidia/bin", f"{base}/torch/bin", f"{base}/nvidia/*/bin", f"{base}/nvidia/*"]
+    for pattern in patterns:
+        for folder in sorted(glob.glob(pattern), reverse=True):
+            for path in (f"{folder}/compute-sanitizer", f"{folder}/compute-sanitizer/compute-sanitizer"):
+                if os.path.isfile(path) and os.access(path, os.X_OK):
+                    return path, ["PATH", *patterns]
+    return None, ["PATH", *patterns]
+
+
+def memory_checker(report: Report, entry: dict) -> None:
+    """compute-sanitizer over every kernel at small odd shapes (`--exercise`): memcheck, then racecheck if time allows."""
+    if report.data["device"] != "cuda":
+        entry.update(status="skipped", reason="no CUDA device")
+        return
+    tool, searched = find_sanitizer()
+    if tool is None:
+        entry.update(status="absent", reason=f"compute-sanitizer is in none of {', '.join(searched)}")
+        return
+    entry.update(path=tool, runs=[])
+    limit = min(90.0, 0.19 * 60 * report.data["minutes"])
+    for check in ("memcheck", "racecheck"):
+        seconds = min(limit if check == "memcheck" else limit / 2, report.left - 5)
+        run = {"tool": check, "limit_s": round(seconds, 1)}
+        entry["runs"].append(run)
+        if seconds < 10 or (check == "racecheck" and report.left < 0.6 * 60 * report.data["minutes"]):
+            run.update(status="skipped", reason=f"{report.left:.0f} s left of the time limit")
+            continue
+        t0 = time.time()
+        command = [tool, "--tool", check, "--error-exitcode", "86", *this("--exercise")]
+        # every tensor its own allocation, so that a read past its end is seen
+        code, output = run_limited(command, seconds, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", output)
+        status = "timed out" if code is None else "clean" if code == 0 and summary else "failed"
+        run.update(
+            status=status, exit_code=code, seconds=round(time.time() - t0, 1), summary=summary,
+            exercised=[line for line in output.splitlines() if line.startswith("exercised")],
+            output_head=output[:3000] if status == "failed" else None, output_tail=last_lines(output, 8, 1500),
+        )  # fmt: skip
+        report.save()
+    entry.update(status="ran", reason=None, clean=all(r["status"] == "clean" for r in entry["runs"] if r["status"] != "skipped"))
+
+
+def exercise() -> None:
+    """Launches every kernel at small shapes that divide nothing: what the memory checker looks at."""
+    import torch
+
+    from sparc_kernels import AlignedSAE
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    streams = {"a": 40, "b": 33, "c": 65}
+    for dtype, topk_type in ((torch.bfloat16, "global"), (torch.float32, "global"), (torch.bfloat16, "local")):
+        torch.manual_seed(0)
+        model = AlignedSAE(
+            streams, 203, 7, 5, dead_steps_threshold=0, topk_type=topk_type, device=device, dtype=torch.float32
+        ).to(dtype)
+        inputs = {s: torch.randn(37, d, device=device).to(dtype).requires_grad_() for s, d in streams.items()}
+        for _ in range(2):
+            outputs = model(inputs)
+            loss, _ = model.compute_loss(outputs, inputs)
+            (loss + outputs["recon_a"].float().square().mean()).backward()
+        print(f"exercised {topk_type} {dtype} loss {float(loss):.4f}", flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------- worker: measuring
+
+
+class Timer:
+    """Times jobs with a cold L2: CUDA events on a GPU, perf_counter on a CPU."""
+
+    def __init__(self, device: str):
+        import torch
+
+        self.torch, self.cuda = torch, device == "cuda"
+        size = 1 * MIB
+        if self.cuda:
+            l2 = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or 64 * MIB
+            size = max(2 * l2, 128 * MIB)
+        self.flush = torch.empty(size, dtype=torch.int8, device=device)
+
+    def sync(self) -> None:
+        if self.cuda:
+            self.torch.cuda.synchronize()
+
+    def wall(self, job) -> tuple[float, object]:
+        """Seconds of one synchronised run, and what it returned."""
+        job.reset()
+        self.sync()
+        t0 = time.perf_counter()
+        out = job.run()
+        self.sync()
+        return time.perf_counter() - t0, out
+
+    def peak(self, job) -> tuple[float, int | None]:
+        """Seconds of one run and the most memory it had beyond what was allocated before."""
+        job.reset()
+        if not self.cuda:
+            return self.wall(job)[0], None
+        self.sync()
+        self.torch.cuda.reset_peak_memory_stats()
+        base = self.torch.cuda.memory_allocated()
+        seconds, out = self.wall(job)
+        del out
+        return seconds, self.torch.cuda.max_memory_allocated() - base
+
+    def many(self, job, repeats: int, queued: bool) -> list[float]:
+        """Milliseconds of each run. `queued` lets the host run ahead first, so that launches cost nothing."""
+        if not self.cuda:
+            times = []
+            for _ in range(repeats):
+                job.reset()
+                self.flush.zero_()
+                t0 = time.perf_counter()
+                job.run()
+                times.append(1000 * (time.perf_counter() - t0))
+            return times
+        events = []
+        for _ in range(repeats):
+            begin, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
+            job.reset()
+            self.flush.zero_()
+            if queued:
+                self.torch.cuda._sleep(2_000_000)  # about a millisecond
+            begin.record()
+            job.run()
+            end.record()
+            events.append((begin, end))
+        self.sync()
+        return [begin.elapsed_time(end) for begin, end in events]
+
+
+def quantile(times: list[float], q: float) -> float:
+    times = sorted(times)
+    place = q * (len(times) - 1)
+    low = int(place)
+    high = min(low + 1, len(times) - 1)
+    return times[low] + (place - low) * (times[high] - times[low])
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    kind = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
+    return isinstance(error, (kind, MemoryError)) or "out of memory" in str(error).lower()
+
+
+def difference(kind: str, ours, theirs) -> float:
+    """"ids": fraction of the ids of each row that ours did not select. "tensor": |theirs - ours| / |ours|."""
+    import torch
+
+    if kind == "ids":
+        base = torch.arange(ours.shape[0], device=ours.device)[:, None] << 32
+        return 1 - float(torch.isin(theirs + base, ours + base).double().mean())
+    if isinstance(ours, (list, tuple)):
+        pairs = list(zip(ours, theirs, strict=True))
+    else:
+        pairs = [(ours, theirs)]
+    above = below = 0.0
+    for a, b in pairs:
+        for part_a, part_b in zip(a.split(4096), b.split(4096), strict=True):  # never a float copy of a whole matrix
+            above += float((part_b.float() - part_a.float()).square().sum(dtype=torch.float64))
+            below += float(part_a.float().square().sum(dtype=torch.float64))
+    return math.sqrt(above / below) if below else math.sqrt(above)
+
+
+def norm(tensors) -> float:
+    import torch
+
+    parts = [t for t in tensors if t is not None]
+    total = sum(float(p.square().sum(dtype=torch.float64)) for t in parts for p in t.float().reshape(-1).split(2**26))
+    return math.sqrt(total)
+
+
+class Worker:
+    """Runs the plan, row by row, into the report. Rows that are already there are not run again."""
+
+    def __init__(self, report: Report):
+        import torch
+
+        from benchmarks import cases
+
+        self.report, self.cases, self.torch = report, cases, torch
+        self.device = report.data["device"]
+        self.cuda = self.device == "cuda"
+        self.shapes = cases.CASES if self.cuda else cases.TINY
+        self.row_seconds = 1.0 if self.cuda else 0.03
+        self.timer = None
+
+    def plan(self) -> list[tuple[str, str, str, object]]:
+        """(name, section, case, providers), the most telling first."""
+        c = self.cases
+        step, compiled, aux = c.step_providers(), c.compiled_providers(), c.auxk_step_providers()
+        ops, ops_fp32, optimizer = c.op_providers("bfloat16"), c.op_providers("float32"), c.optimizer_providers()
+        return [
+            ("ceilings B", "ceilings", "B", c.ceiling_providers("bfloat16")),
+            ("step B", "timings", "B", step),
+            ("step A", "timings", "A", step),
+            ("profile B step", "profile", "B", step[0]),
+            ("profile B select", "profile", "B", ops[0]),
+            ("ops B", "timings", "B", ops),
+            ("profile A step", "profile", "A", step[0]),
+            ("step+auxk B", "timings", "B", aux),
+            ("compiled B", "timings", "B", compiled),
+            ("step+auxk A", "timings", "A", aux),
+            ("compiled A", "timings", "A", compiled),
+            ("optimizer B", "timings", "B", optimizer),
+            ("step C", "timings", "C", step),
+            ("ops C", "timings", "C", ops),
+            ("optimizer A", "timings", "A", optimizer),
+            ("step D", "timings", "D", step),
+            ("step E", "timings", "E", step),
+            ("ops D", "timings", "D", ops),
+            ("ops E", "timings", "E", ops),
+            ("ops A", "timings", "A", ops),
+            ("ops B fp32", "timings", "B", ops_fp32),
+        ]
+
+    def run(self) -> None:
+        plan = self.plan()
+        entries = self.report["timings"]["groups"]
+        if not entries:
+            entries += [{"name": name, "status": "not run", "reason": "not reached"} for name, *_ in plan]
+        for name in ("timings", "profile", "ceilings"):
+            if self.report[name]["status"] == "not run":
+                self.report[name].update(status="running", reason="the run ended before its end")
+        self.report.save()
+        self.timer = Timer(self.device)
+        for (name, part, case, what), entry in zip(plan, entries, strict=True):
+            if entry["status"] not in ("not run", "running"):
+                continue
+            t0 = time.time()
+            entry.update(status="running", reason="the run ended in it")
+            bench = self.cases.Bench(self.shapes[case], self.device)
+            if part == "profile":
+                self.profile(bench, name, what, entry)
+            else:
+                self.group(bench, name, part, what, entry)
+            bench.clear()
+            self.tidy()
+            entry["seconds"] = round(entry.get("seconds", 0) + time.time() - t0, 2)
+            if self.cuda and entry["status"] == "ran":
+                entry["state"] = gpu_state()
+            self.report.save()
+        self.close(entries, plan)
+
+    def close(self, entries, plan) -> None:
+        """A section ran when everything in it did; otherwise its reason lists what did not."""
+        for name in ("timings", "profile", "ceilings"):
+            mine = [e for e, (_, part, *_) in zip(entries, plan, strict=True) if part == name]
+            missing = [f"{e['name']}: {e['reason']}" for e in mine if e["status"] != "ran"]
+            ran = len(missing) < len(mine)
+            self.report[name].update(
+                status=("ran" if not missing else "ran in part") if ran else "not run", reason="; ".join(missing) or None
+            )
+        self.report.data["watch"] = None
+        self.report.save()
+
+    def tidy(self) -> None:
+        gc.collect()
+        if self.cuda:
+            self.torch.cuda.empty_cache()
+
+    def needed(self, provider) -> float:
+        if self.cuda:
+            return provider.seconds
+        return 4.0 if provider.name.startswith("compiled") else 1.0
+
+    def group(self, bench, name: str, part: str, providers, entry: dict) -> None:
+        rows = self.report[part]["rows"]
+        done = {(r["group"], r["op"], r["provider"]) for r in rows}
+        firsts: dict[str, object] = {}  # what each op's first provider returned
+        for p in providers:
+            if (name, p.op, p.name) in done:
+                continue
+            row = {
+                "section": part, "group": name, "case": bench.case.name, "op": p.op, "provider": p.name, "dtype": p.dtype,
+                "device": self.device, "verified": bool(self.report["verify"].get("verified")), "status": "running",
+                "reason": "the run ended in it",
+            }  # fmt: skip
+            rows.append(row)
+            needed = self.needed(p)
+            if self.report.left < needed:
+                row.update(status="skipped", reason=f"{self.report.left:.0f} s left, about {needed:.0f} s needed")
+                continue
+            self.report.watch(f"{name}, {p.op}, {p.name}", 4 * needed + 30)
+            t0 = time.time()
+            try:
+                self.measure(bench, p, row, firsts)
+                row.update(status="ok", reason=None)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    row.update(status="out of memory", reason=last_lines(str(error), 1, 300))
+                else:
+                    row.update(status="failed", reason=last_lines(traceback.format_exc()))
+            row["seconds"] = round(time.time() - t0, 2)
+            if row["status"] != "ok":
+                self.tidy()
+                self.check_context(row)
+            self.report.save()
+            said = f"{row['median_ms']:.4g} ms" if row["status"] == "ok" else f"{row['status']}: {row['reason']}"
+            print(f"{name} | {p.op} | {p.name} | {said}".replace("\n", " ")[:200], flush=True)
+        mine = [r for r in rows if r["group"] == name]
+        bad = [f"{r['op']} {r['provider']}: {r['status']}" for r in mine if r["status"] != "ok"]
+        if len(bad) < len(mine):
+            entry.update(status="ran", reason="; ".join(bad) or None)
+        else:
+            same = {r["status"] for r in mine}
+            entry.update(status=same.pop() if len(same) == 1 else "failed", reason=mine[0]["reason"])
+
+    def check_context(self, row: dict) -> None:
+        """After a failure: is the CUDA context still good? If not, leave the rest to a new process."""
+        if not self.cuda:
+            return
+        try:
+            self.torch.cuda.synchronize()
+            float(self.torch.ones(1, device="cuda"))
+        except Exception as error:
+            row.update(status="failed", reason=f"{row['reason']}\nCUDA context lost: {last_lines(str(error), 1, 200)}")
+            self.report.save()
+            print(f"CUDA context lost in {row['group']}, {row['op']}, {row['provider']}", flush=True)
+            os._exit(CUDA_LOST)
+
+    def measure(self, bench, p, row: dict, firsts: dict) -> None:
+        timer, is_step = self.timer, p.op.startswith("step")
+        t0 = time.perf_counter()
+        job = p.make(bench)
+        _, out = timer.wall(job)
+        row["first_call_s"] = round(time.perf_counter() - t0, 3)
+        if is_step:
+            self.compare_step(row, float(out), norm(job.grads()))
+        elif p.compare and p.op not in firsts and not self.has_row(row):
+            firsts[p.op] = out
+        elif p.compare and p.op in firsts:
+            row["compared_with"] = "first provider of the op"
+            row["vs_ours"] = difference(p.compare, firsts[p.op], out)
+        del out
+        seconds, peak = timer.peak(job)
+        peak = job.peak_bytes if job.peak_bytes is not None else peak
+        budget = min(self.row_seconds, max(self.report.left, 0.1))
+        repeats = max(5 if seconds < 1 else 2, min(200, int(budget / max(seconds, 1e-5))))
+        timer.many(job, 2 if seconds < 1 else 1, not is_step)  # warm-up
+        times = timer.many(job, repeats, not is_step)
+        job.reset()
+        median = quantile(times, 0.5)
+        size, flops = p.cost(bench.case, p.itemsize)
+        row.update(
+            median_ms=median, p20_ms=quantile(times, 0.2), p80_ms=quantile(times, 0.8), repeats=repeats,
+            queued=self.cuda and not is_step, peak_mib=None if peak is None else round(peak / MIB, 2), bytes=size,
+            flops=flops, gb_s=size / median / 1e6 if size else None, tflop_s=flops / median / 1e9 if flops else None,
+        )  # fmt: skip
+
+    def has_row(self, row: dict) -> bool:
+        """Whether an earlier row of the same op is there, so that this provider is not the first."""
+        same = [r for r in self.report[row["section"]]["rows"] if (r["group"], r["op"]) == (row["group"], row["op"])]
+        return same[0] is not row
+
+    def compare_step(self, row: dict, loss: float, grad_norm: float) -> None:
+        """The loss and the norm of all gradients, set against ours in the same dtype, else against ours in any."""
+        row.update(loss=loss, grad_norm=grad_norm)
+        ours = [
+            r
+            for r in self.report["timings"]["rows"]
+            if (r["case"], r["op"]) == (row["case"], row["op"]) and r["provider"].startswith("ours") and "loss" in r
+        ]
+        exact = [r for r in ours if r["provider"] == row["provider"].replace("reference", "ours").replace("compiled", "ours")]
+        for other in (exact or ours)[:1]:
+            row["compared_with"] = other["provider"]
+            row["vs_ours"] = abs(loss - other["loss"]) / max(abs(other["loss"]), 1e-30)
+            row["grad_norm_vs_ours"] = abs(grad_norm - other["grad_norm"]) / max(other["grad_norm"], 1e-30)
+
+    def profile(self, bench, name: str, provider, entry: dict) -> None:
+        """The kernels of a few runs by device time."""
+        if self.report.left < (self.needed(provider) if self.cuda else 2):
+            entry.update(status="skipped", reason=f"{self.report.left:.0f} s left of the time limit")
+            return
+        self.report.watch(name, 4 * provider.seconds + 30)
+        try:
+            job = provider.make(bench)
+            for _ in range(3):
+                seconds, _ = self.timer.wall(job)
+            calls = 3
+            from torch.profiler import ProfilerActivity, profile
+
+            with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.cuda) as prof:
+                for _ in range(calls):
+                    self.timer.wall(job)
+            rows = [self.kernel_row(event, calls) for event in prof.key_averages()]
+            rows = sorted((r for r in rows if r and r["us"] > 0), key=lambda r: -r["us"])
+            self.report["profile"]["tables"].append(
+                {
+                    "name": name, "case": bench.case.name, "provider": f"{provider.op}, {provider.name}", "device": self.device,
+                    "per": "call, microseconds", "wall_us": round(1e6 * seconds, 1),
+                    "total_us": round(sum(r["us"] for r in rows), 1), "kernels": rows[:40],
+                }
+            )  # fmt: skip
+            entry.update(status="ran", reason=None)
+        except Exception:
+            entry.update(status="failed", reason=last_lines(traceback.format_exc()))
+            self.check_context({"group": name, "op": provider.op, "provider": provider.name, "reason": entry["reason"]})
+
+    def kernel_row(self, event, calls: int) -> dict | None:
+        if self.cuda:
+            if "CUDA" not in str(getattr(event, "device_type", "CUDA")):
+                return None  # an operator: its kernels stand for themselves
+            us = getattr(event, "self_device_time_total", None)
+            us = getattr(event, "self_cuda_time_total", 0) if us is None else us
+        else:
+            us = event.self_cpu_time_total
+        return {"name": event.key[:120], "calls": event.count / calls, "us": round(us / calls, 2)}
+
+
+# ------------------------------------------------------------------------------------------------- parent: the worker's life
+
+
+def supervise(report: Report) -> Report:
+    """Runs workers until one ends well, time is up, or too many have died. Returns the report as it then is."""
+    while report.data["workers"] < MAX_WORKERS and report.left > 3:
+        report.data["workers"] += 1
+        report.watch("start of the worker", 150)
+        child = start(this("--worker", str(report.path)))
+        reason = None
+        try:
+            while child.poll() is None and reason is None:
+                time.sleep(0.2)
+                if report.left < -report.grace:
+                    reason = "stopped at the time limit"
+                    break
+                watch = Report.load(report.path).data["watch"]
+                if watch and time.time() > watch["until"]:
+                    reason = f"no sign of life in {watch['what']}: taken for a hang and stopped"
+        finally:
+            stop(child)
+        report = Report.load(report.path)
+        if reason is None and child.returncode == 0:
+            break
+        reason = reason or f"the worker ended with exit code {child.returncode}"
+        print(f"[worker {report.data['workers']}] {reason}", flush=True)
+        for row in report.rows():
+            if row["status"] == "running":
+                row.update(status="failed", reason=reason)
+        for entry in report["timings"]["groups"]:
+            # a profile has no rows to go on behind: not again
+            if entry["status"] == "running" and entry["name"].startswith("profile"):
+                entry.update(status="failed", reason=reason)
+        for name in ("timings", "profile", "ceilings"):
+            if report[name]["status"] in ("running", "not run"):
+                report[name]["reason"] = reason
+        report.save()
+    for name in ("timings", "profile", "ceilings"):
+        if report[name]["status"] == "not run" and report[name]["reason"] == "not reached":
+            report[name]["reason"] = f"{report.left:.0f} s left of the time limit"
+        if report[name]["status"] == "running":
+            report[name]["status"] = "ran in part"
+    return report
+
+
+# ---------------------------------------------------------------------------------------------------------------- summary
+
+
+def summary(data: dict, limit: int = 11000) -> str:
+    """What fits in a terminal: ratios to ours, side by side."""
+    parts = data["sections"]
+    env, ver, mem = parts["environment"], parts["verify"], parts["memory_checker"]
+    gpu = env.get("gpu") or {}
+    head = [
+        f"sparc_kernels gpu_report: {gpu.get('name') or 'CPU (tiny shapes: times mean nothing)'}, torch {env.get('torch')}, "
+        f"triton {env.get('triton')}, commit {str(env.get('commit'))[:10]}{' dirty' if env.get('dirty') else ''}",
+        f"{'complete' if data['complete'] else data['stopped']}; workers {data['workers']}",
+        f"verify: {ver['status']}, verified {ver.get('verified', False)}, {ver.get('counts') or ver['reason']}",
+    ]
+    head += [f"  FAILED {json.dumps(row)[:230]}" for row in ver.get("failed", [])[:6]]
+    head.append(f"memory checker: {mem['status']} {mem['reason'] or ''}"[:200])
+    head += [f"  {r['tool']}: {r['status']} {' '.join(r.get('summary', []))}"[:150] for r in mem.get("runs", [])]
+    head += [f"{name}: {parts[name]['status']}" for name in ("timings", "profile", "ceilings") if parts[name]["status"] != "ran"]
+    tops = {}
+    for r in parts["ceilings"]["rows"]:
+        if r["status"] == "ok":
+            tops[r["op"]] = r
+            rate = f"{r['tflop_s']:.1f} TFLOP/s" if r["tflop_s"] else f"{r['gb_s']:.0f} GB/s"
+            head.append(f"ceiling {r['op']} ({r['provider']}, {r['dtype']}): {r['median_ms']:.4f} ms, {rate}")
+    blocks = []
+    groups: dict[str, list] = {}
+    for r in parts["timings"]["rows"]:
+        groups.setdefault(f"{r['op'] if r['op'].startswith('step') else r['group']} {r['case']}", []).append(r)
+    for title, rows in groups.items():
+        lines = [f"-- {title}: median ms [p20 p80], times ours, peak MiB, difference | GB/s TFLOP/s (of the ceiling)"]
+        first: dict[str, float] = {}
+        missed = []
+        for r in rows:
+            if r["status"] != "ok":
+                why = r["reason"].splitlines()[-1][:90] if r["status"] == "failed" and r["reason"] else ""
+                missed.append(f"{'' if r['op'].startswith('step') else r['op'] + ' '}{r['provider']} {r['status']} {why}".strip())
+                continue
+            first.setdefault(r["op"], r["median_ms"])
+            label = r["provider"] if r["op"].startswith("step") else f"{r['op']}: {r['provider']}"
+            line = f"{label[:30]:30} {r['median_ms']:9.4g} [{r['p20_ms']:.4g} {r['p80_ms']:.4g}]"
+            line += f" x{r['median_ms'] / first[r['op']]:.2f}"
+            line += f" {r['peak_mib']:.0f}" if r["peak_mib"] is not None else ""
+            line += f" {r['vs_ours']:.1e}" if isinstance(r.get("vs_ours"), float) else ""
+            rates = []
+            for key, top in (("gb_s", "copy"), ("tflop_s", "gemm")):
+                if r[key]:
+                    share = f" ({100 * r[key] / tops[top][key]:.0f}%)" if top in tops else ""
+                    rates.append(f"{r[key]:.3g}{share}")
+            lines.append(line + (" | " + " ".join(rates) if rates else ""))
+        if missed:
+            lines.append(("   not measured: " + "; ".join(missed))[:600])
+        blocks.append("\n".join(lines))
+    for table in parts["profile"]["tables"]:
+        kernels = [f"  {k['us']:9.1f} us x{k['calls']:.0f} {k['name'][:60]}" for k in table["kernels"][:9]]
+        total = f"-- {table['name']}: kernels {table['total_us']:.0f} us of {table['wall_us']:.0f} us wall"
+        blocks.insert(min(2, len(blocks)), "\n".join([total, *kernels]))
+    text = "\n".join(head)
+    for i, block in enumerate(blocks):
+        if len(text) + len(block) > limit:
+            return f"{text}\n({len(blocks) - i} more tables in the JSON)"
+        text += "\n" + block
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------------------- main
+
+
+def parse(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="gpu_report", description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=8.0, help="time limit of the whole run (default 8)")
+    parser.add_argument("--out", type=Path, help="default benchmarks/results/<gpu-or-cpu>_<date>_<commit>.json")
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument("--skip", default="", help="sections to leave out, comma-separated: verify, memory_checker, timings")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--probe", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--exercise", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    args.skip = {name for name in args.skip.split(",") if name}
+    if args.skip - set(SECTIONS):
+        parser.error(f"--skip: expected sections among {', '.join(SECTIONS)}, got {', '.join(sorted(args.skip))}")
+    if not args.minutes > 0:
+        parser.error(f"--minutes: expected a number > 0, got {args.minutes}")
+    return args
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
+    if args.probe:
+        print("\n" + json.dumps(probe()))
+        return 0
+    if args.exercise:
+        exercise()
+        return 0
+    if args.worker:
+        faulthandler.enable()
+        Worker(Report.load(args.worker)).run()
+        return 0
+
+    started = time.time()
+    # a polite stop ends the children and the file; the device tool's limit comes as one
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))
+    exit_code, output = run_limited(this("--probe"), min(150, 30 * args.minutes))
+    found = {"torch": None, "gpu": None, "probe": last_lines(output)}
+    if exit_code == 0:
+        found = json.loads(output.strip().splitlines()[-1])
+    device = ("cuda" if found["gpu"] else "cpu") if args.device == "auto" else args.device
+    code = commit()
+    name = re.sub(r"[^a-z0-9]+", "-", found["gpu"]["name"].lower()).strip("-") if device == "cuda" and found["gpu"] else "cpu"
+    out = args.out or ROOT / "benchmarks" / "results" / f"{name}_{now()[:10]}_{(code['commit'] or 'nocommit')[:7]}.json"
+    report = Report.new(out.resolve(), device, args.minutes, started)
+    print(f"writing {report.path}", flush=True)
+    try:
+        with section(report, "environment") as entry:
+            environment(entry, found, code)
+        for part, run in (("verify", verify), ("memory_checker", memory_checker)):
+            if part in args.skip:
+                report[part].update(status="skipped", reason="asked for with --skip")
+                continue
+            with section(report, part) as entry:
+                run(report, entry)
+        if "timings" in args.skip:
+            for part in ("timings", "profile", "ceilings"):
+                report[part].update(status="skipped", reason="asked for with --skip")
+        else:
+            report = supervise(report)
+        ran = all(report[part]["status"] not in ("not run", "running", "ran in part") for part in SECTIONS)
+        report.data.update(complete=ran, stopped=None if ran else f"time limit of {args.minutes:g} minutes, or failures")
+    except (KeyboardInterrupt, SystemExit) as stopped:
+        with contextlib.suppress(OSError, ValueError):
+            report = Report.load(report.path)
+        report.data["stopped"] = str(stopped) or "interrupted"
+    if device == "cuda" and report.left > -report.grace:
+        report["environment"]["state_at_end"] = gpu_state((found["gpu"] or {}).get("uuid"))
+    report.data.update(finished=now(), seconds=round(time.time() - started, 1), watch=None)
+    report.save()
+    print("\n" + summary(report.data), flush=True)
+    print(f"{report.data['seconds']} s; {report.path}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

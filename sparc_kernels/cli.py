@@ -1,0 +1,29 @@
+"""`sparc-kernels SUBCOMMAND`, also `python -m sparc_kernels SUBCOMMAND`. Each subcommand lives in the module it names."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import import_module
+
+from . import __version__
+
+# module with add_arguments(parser) and run(args) -> exit code, and its line of help
+SUBCOMMANDS = {
+    "demo": "train on real data built on the spot, print the alignment table, write figures",
+    "verify": "check every operator and a training step against the float64 reference on this machine",
+    "audit": "compile every Triton kernel for GPUs that are not here: registers, spills, shared memory, instructions",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="sparc-kernels", description="Concept-aligned sparse autoencoders, fast.")
+    parser.add_argument("--version", action="version", version=f"sparc_kernels {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
+    for name, text in SUBCOMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if name in argv[:1]:  # the others need not be imported to print help
+            import_module(f".{name}", __package__).add_arguments(command)
+    args = parser.parse_args(argv)
+    return import_module(f".{args.command}", __package__).run(args)
