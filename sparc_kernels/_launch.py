@@ -44,14 +44,16 @@ class EncodeConfig:
     num_stages: int
 
 
-def encode_config(rows: int, itemsize: int, arch: int) -> EncodeConfig:
+def encode_config(rows: int, itemsize: int, arch: int, compact: bool) -> EncodeConfig:
     if INTERPRETED:
         return EncodeConfig(16, 32, 16, 4, 4, 1)  # the interpreter's generic reduction walks every element
     block_k = 128 // itemsize  # one 128-byte line of either operand
+    if itemsize == 4:  # compiled: the three products of tf32x3 spill in larger tiles, and in this one with 4 warps
+        return EncodeConfig(64, 128, block_k, 8, 8, 3)
     if rows <= 512:  # launch-bound shapes: smaller tiles fill the GPU
         return EncodeConfig(64, 128, block_k, 8, 4, 3)
-    if arch in (90, 100, 103) and itemsize == 2:
-        # compiled: wgmma / tcgen05, no spill, 147 kB of the 227 kB
+    if arch in (90, 100, 103) and not compact:
+        # compiled: wgmma / tcgen05, no spill, 147 kB of the 227 kB; with gathered columns sm_100 spills
         return EncodeConfig(128, 256, block_k, 8, 8, 3)
     return EncodeConfig(128, 128, block_k, 8, 8, 3)  # 96 kB: also fits the 99 kB of sm_86, sm_89 and sm_120
 
@@ -90,13 +92,15 @@ class GatherConfig:
     num_stages: int
 
 
-def gather_config(k: int, d: int, n: int, itemsize: int) -> GatherConfig:
+def gather_config(k: int, d: int, n: int, itemsize: int, arch: int) -> GatherConfig:
     k_pad = max(next_power_of_2(k), 16)  # tl.dot needs 16
     if INTERPRETED:
         block_d = 16
     else:
-        # a [k_pad, block_d] tile of 16 kB, two or three in flight; 64 rows of 128 columns in bf16 is the studied form
-        block_d = min(max(16384 // (k_pad * itemsize), 16), 128, max(next_power_of_2(d), 16))
+        # a [k_pad, block_d] tile, two or three in flight; 64 rows of 128 columns in bf16 is the form studied on sm_90.
+        # Compiled: half of it where the product's operands live in registers (before sm_90, and the splits of tf32x3)
+        tile = 16384 if arch >= 90 and itemsize == 2 else 8192
+        block_d = min(max(tile // (k_pad * itemsize), 16), 128, max(next_power_of_2(d), 16))
     total = cdiv(d, block_d)
     tiles = min(max(SLAB_BYTES // (n * block_d * itemsize), 4), total)
     # 512 rows: 64 accumulator registers a thread in 4 warps would leave little for the addresses (compiled)

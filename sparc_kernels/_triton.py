@@ -15,8 +15,8 @@ except ImportError:  # macOS, Windows, Arm laptops: the torch path carries every
     class _Absent:
         """Answers any attribute; a kernel decorated with it is never launched, since HAS_TRITON is checked first."""
 
-        def jit(self, fn):
-            return fn
+        def jit(self, fn=None, **options):
+            return fn or (lambda fn: fn)
 
         def __getattr__(self, name):
             return _Absent()

@@ -97,8 +97,11 @@ class _Recorder:
     def _launch(self, *args, num_warps=4, num_stages=3, **constexprs):
         signature, constants, divisible = {}, {}, []
         names = self.kernel.arg_names
-        for i, (name, arg) in enumerate(zip(names, args, strict=False)):
-            signature[name] = _specialise(arg, (i,), constants, divisible)
+        for i, (param, arg) in enumerate(zip(self.kernel.params, args, strict=False)):
+            if param.do_not_specialize:
+                signature[param.name] = "i32"
+            else:
+                signature[param.name] = _specialise(arg, (i,), constants, divisible)
         for name, value in constexprs.items():
             signature[name] = "constexpr"
             constants[(names.index(name),)] = value
@@ -143,8 +146,9 @@ def launches(shape: Shape, arch: int) -> list[Launch]:
             kernel = getattr(module, name)
             patched.append((module, name, kernel))
             setattr(module, name, _Recorder(f"{module.__name__}:{name}", kernel, found))
-    patched.append((encode, "capability", encode.capability))
-    encode.capability = lambda _: arch
+    for module in (encode, gather):
+        patched.append((module, "capability", module.capability))
+        module.capability = lambda _: arch
     try:
         dtype = getattr(torch, shape.dtype)
         B, N, k, d, S = shape.B, shape.N, shape.k, shape.d, shape.S

@@ -25,7 +25,7 @@ def _nan_max(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row0", "M"])
 def _encode_kernel(
     x_ptrs, w_ptrs, widths, strides_x, strides_w, bias_ptr, ids_ptr, count_ptr, logits_ptr, maxima_ptr,
     coarse_ptr, row0, M, N, NG, NC,
@@ -155,7 +155,7 @@ def _narrow(
     return kth
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row0"])
 def _select_kernel(
     coarse_ptr, maxima_ptr, logits_ptr, scratch_ptr, ids_ptr, count_ptr, out_ptr, row0, N, NG, NC, K,
     NC_PAD: tl.constexpr, K_PAD: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, SHIFT: tl.constexpr,
@@ -227,7 +227,7 @@ def _select_triton(xs, w_encs, bias, k, ids, count):
     xs = [x if x.stride(1) == 1 else x.contiguous() for x in xs]
     w_encs = [w if w.stride(1) == 1 else w.contiguous() for w in w_encs]
     select = select_config(n, k)
-    encode = encode_config(B, xs[0].element_size(), capability(device))
+    encode = encode_config(B, xs[0].element_size(), capability(device), ids is not None)
     block_n = max(encode.block_n, select.span)
     n_groups, n_spans = cdiv(n, select.group), cdiv(n, select.span)
     chunk = max(encode.block_m, SCRATCH_BYTES // (n * stored.itemsize) // encode.block_m * encode.block_m)

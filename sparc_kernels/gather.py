@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ._launch import cdiv, gather_config
+from ._launch import capability, cdiv, gather_config
 from ._ops import acc_dtype, register
 from ._triton import INTERPRETED, tl, triton
 
@@ -31,7 +31,7 @@ def _split_columns(x, DTYPE: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr
     return tl.reshape(tl.permute(tl.join(high, low), (0, 2, 1)), (ROWS, 16))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stored", "tiles"])
 def _gather_kernel(
     idx_ptr, v_ptr, w_ptr, bias_ptr, x_ptr, e_ptr, sq_ptr, dot_ptr,
     B, K, D, N, stride_wn, stride_xs, stride_xb, stored, tiles,
@@ -130,7 +130,7 @@ def _launch_gather(indices, values, w, bias, x, *, store=0, stored=0, sq=False, 
     acc = acc_dtype(w.dtype)
     device = w.device
     S = values.shape[0] if values is not None else x.shape[0]
-    config = gather_config(k, d, n, w.element_size())
+    config = gather_config(k, d, n, w.element_size(), capability(device))
     slabs = cdiv(d, config.block_d * config.tiles)
     indices = indices.contiguous()
     w = w if w.stride(1) == 1 else w.contiguous()

@@ -194,7 +194,7 @@ def record(model, helpers, case: Case, inputs: dict[str, Tensor], seed: int, gap
                 model.latent_biases[s].data[mask] = 0
                 stats[s][mask] = 0
 
-    partial = [t for t, counts in enumerate(dead_counts) if any(0 < n < (case.auxk or 0) for n in counts)]
+    partial = [t for t, counts in enumerate(dead_counts[:-1]) if any(0 < n < (case.auxk or 0) for n in counts)]
     if case.detail == 1:
         steps = [max(range(STEPS), key=lambda t: max(positives[t]))]
     else:
@@ -230,8 +230,8 @@ def lacking(name: str, case: Case, dead: np.ndarray, positive: np.ndarray) -> st
         return ""
     if dead[:DEAD_STEPS_THRESHOLD].any() or not dead.any():
         return f"{name}: no dead latents at first, some later"
-    if not ((dead > 0) & (dead < case.auxk)).any():
-        return f"{name}: a stream with fewer dead latents than auxk"
+    if not ((dead > 0) & (dead < case.auxk))[:-1].any():
+        return f"{name}: a stream with fewer dead latents than auxk before the last step"
     if case.detail == 3 and not (positive > case.auxk).any():
         return f"{name}: a row with more than auxk positive dead latents"
     if name == "local_large_k" and not (positive > 0).any():

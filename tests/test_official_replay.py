@@ -203,7 +203,7 @@ def subset(case: str, model: AlignedSAE, x: dict[str, Tensor], compare: Comparis
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """At these sizes a second thread only waits: measured 2.8 s for this file with one, a minute with two on busy cores."""
+    """At these sizes a second thread only waits: measured 3 s for this file with one, a minute with two on busy cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -256,6 +256,6 @@ def test_the_record_shows_auxk_idle_partial_and_full():
     for case in WITH_AUXK:
         dead = np.array(CONFIGS[case]["dead"])  # [step, stream], as AuxK sees them
         assert not dead[:2].any(), case
-        assert ((dead > 0) & (dead < CONFIGS[case]["auxk"])).any(), case
+        assert ((dead > 0) & (dead < CONFIGS[case]["auxk"]))[:-1].any(), case
     for case in ("global_auxk", "local_auxk"):  # and AuxK has to choose
         assert np.max(CONFIGS[case]["positive_dead"]) > CONFIGS[case]["auxk"], case
