@@ -21,7 +21,7 @@ from sparc_kernels.encode import select_latents
 from sparc_kernels.gather import KEEP_ALL, gather_error
 from sparc_kernels.latent_grads import latent_reduce
 
-# ---------------------------------------------------------------------------------------------------------------- shapes
+# --------------------------------------------------------------------------------------------------------------- shapes
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ TINY = {
 DEAD = 0.1  # fraction of latents that are dead where AuxK is measured
 DEAD_THRESHOLD = 1000
 
-# -------------------------------------------------------------------------------------------------------- bytes and FLOPs
+# ------------------------------------------------------------------------------------------------------ bytes and FLOPs
 
 
 class Cost(NamedTuple):
@@ -93,10 +93,12 @@ def mm_topk_cost(c: Case, e: int) -> Cost:
 
 
 def select_cost(c: Case, e: int) -> Cost:
-    """The GEMM, one maximum per group written and read, the k best groups' logits read, int64 ids written."""
-    g = select_config(c.N, c.k).group
+    """The GEMM; a maximum per group (and span) written; the coarse ones, then k groups at each level read; ids written."""
+    config = select_config(c.N, c.k)
+    group, span = config.group, config.span
+    maxima = 2 * cdiv(c.N, group) if span == group else cdiv(c.N, group) + 2 * cdiv(c.N, span) + c.k * (span // group)
     gemm = gemm_cost(c, e)
-    return Cost(gemm.bytes + 2 * c.B * cdiv(c.N, g) * e + c.B * c.k * g * e + 8 * c.B * c.k, gemm.flops)
+    return Cost(gemm.bytes + c.B * (maxima + c.k * group) * e + 8 * c.B * c.k, gemm.flops)
 
 
 def values_cost(c: Case, e: int) -> Cost:
@@ -105,7 +107,7 @@ def values_cost(c: Case, e: int) -> Cost:
 
 
 def decode_nmse_cost(c: Case, e: int) -> Cost:
-    """k decoder rows gathered once per row and target, for all S sources; x, ids and every source's fp32 values read."""
+    """k decoder rows gathered per row and target, once for all S sources; x, ids and the sources' fp32 values read."""
     per_target = c.B * c.k * (8 + 4 * c.S)
     return Cost(c.B * c.k * c.D * e + c.B * c.D * e + c.S * per_target, 2 * c.S * c.B * c.k * c.D)
 
@@ -139,7 +141,7 @@ def dense_enc_cost(c: Case, e: int) -> Cost:
 
 
 def inverse_index_cost(c: Case, e: int) -> Cost:
-    """A radix pass per key byte reads and writes a key (2 or 4 bytes) and an int64 position; ids read, lists written."""
+    """A radix pass per key byte reads and writes a 2 or 4 byte key and an int64 position; ids read, lists written."""
     key = 2 if c.N < 2**15 else 4
     M = c.B * c.k
     return Cost(8 * M + key * 2 * M * (key + 8) + 4 * M + 4 * (c.N + 1), None)
@@ -194,7 +196,7 @@ def gather_cost(c: Case, e: int) -> Cost:
     return Cost(c.B * c.k * (2 * max(c.d_streams) * e + 8), None)
 
 
-# --------------------------------------------------------------------------------------------------------------- tensors
+# -------------------------------------------------------------------------------------------------------------- tensors
 
 
 class Bench:
@@ -278,14 +280,15 @@ class Bench:
             w_encs = self.weights(dtype)[0]
             rows = max(1, 2**30 // (8 * self.case.N))
             parts = zip(*(x.split(rows) for x in self.xs(dtype)), strict=True)
-            return torch.cat([sum(x @ w.T for x, w in zip(part, w_encs, strict=True)).topk(self.case.k).indices for part in parts])
+            logits = (sum(x @ w.T for x, w in zip(part, w_encs, strict=True)) for part in parts)
+            return torch.cat([h.topk(self.case.k).indices for h in logits])
 
         return self.once(("indices", dtype), make)
 
     def values(self) -> torch.Tensor:
         """float32 [S, B, k], all positive, of the size that activations have."""
-        c = self.case
-        return self.once("values", lambda: 0.1 * torch.rand(c.S, c.B, c.k, device=self.device, generator=self._generator(2)))
+        shape = self.case.S, self.case.B, self.case.k
+        return self.once("values", lambda: 0.1 * torch.rand(shape, device=self.device, generator=self._generator(2)))
 
     def errors(self, dtype: torch.dtype, t: int) -> torch.Tensor:
         """[S, B, d_t] stand-ins for the errors R - x."""
@@ -308,7 +311,7 @@ class Bench:
         return self.once(("codes", dtype), make)
 
 
-# ------------------------------------------------------------------------------------------------------------- providers
+# ------------------------------------------------------------------------------------------------------------ providers
 
 
 @dataclass
@@ -323,7 +326,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to compute one op. The first provider of an op is ours (or the ceiling), and the others are compared with it."""
+    """One way to compute one op. An op's first provider is ours (or the ceiling); the others are compared with it."""
 
     op: str
     name: str
@@ -379,7 +382,9 @@ def _autocast(b: Bench, enabled: bool):
     return torch.autocast(b.device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
-def ours_step(dtype: str, *, precision: str = "highest", autocast: bool = False, auxk: bool = False, graph: bool = False):
+def ours_step(
+    dtype: str, *, precision: str = "highest", autocast: bool = False, auxk: bool = False, graph: bool = False
+):  # fmt: skip
     """Forward, loss and backward of AlignedSAE; the optimizer is measured apart."""
 
     def make(b: Bench) -> Job:
@@ -536,7 +541,7 @@ def op_providers(dtype: str) -> list[Provider]:
 
     def values_gathered(b):
         xs, w_encs, indices = b.xs(dt), b.weights(dt)[0], b.indices(dt)
-        return lambda: [torch.relu(torch.bmm(w[indices], x[:, :, None])[..., 0]) for x, w in zip(xs, w_encs, strict=True)]
+        return lambda: [torch.bmm(w[indices], x[:, :, None])[..., 0].relu() for x, w in zip(xs, w_encs, strict=True)]
 
     def nmse_ours(b):
         _, w_decs, pre_biases, _ = b.weights(dt)
@@ -551,8 +556,12 @@ def op_providers(dtype: str) -> list[Provider]:
         values = b.values().to(dt)
 
         def run():
-            recons = [[F.embedding_bag(indices, w, mode="sum", per_sample_weights=v) for v in values] for w in rows]
-            return torch.stack([torch.stack([reference.nmse(r, x) for r in row]) for row, x in zip(recons, xs, strict=True)])
+            errors = [
+                reference.nmse(F.embedding_bag(indices, w, mode="sum", per_sample_weights=v), x)
+                for w, x in zip(rows, xs, strict=True)
+                for v in values
+            ]
+            return torch.stack(errors).view(b.case.S, b.case.S)
 
         return run
 
@@ -668,7 +677,7 @@ def optimizer_providers() -> list[Provider]:
 
     def norm(b):
         model = with_grads(b)
-        return Job(lambda: model.unit_norm_decoder_().project_decoder_grad_() and None, grads=None)
+        return Job(lambda: model.unit_norm_decoder_().project_decoder_grad_())
 
     def adam(**how):
         def make(b):

@@ -8,8 +8,8 @@ same code runs at tiny shapes: its numbers mean nothing and are marked `device: 
 
 Three processes keep a fault from costing more than one row. This one never touches the GPU: it writes the environment,
 runs `sparc_kernels verify` and the memory checker in subprocesses with time limits, and then watches a worker that
-measures. When the worker crashes, hangs or loses its CUDA context, the row in progress is marked and a new worker goes on
-behind it. Time runs out for everyone at the same moment, `--minutes` after the start.
+measures. When the worker crashes, hangs or loses its CUDA context, the row in progress is marked and a new worker goes
+on behind it. Time runs out for everyone at the same moment, `--minutes` after the start.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ if str(ROOT) not in sys.path:
 SECTIONS = ("environment", "verify", "memory_checker", "timings", "profile", "ceilings")
 CUDA_LOST = 70  # exit code of a worker whose CUDA context is beyond use
 MAX_WORKERS = 10
+PATIENCE = 30.0  # seconds beyond four times the expected ones before a silent worker is taken for hung
 MIB = 2**20
 
 
@@ -53,7 +54,7 @@ def now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
-# --------------------------------------------------------------------------------------------------------------- the file
+# ------------------------------------------------------------------------------------------------------------- the file
 
 
 class Report:
@@ -139,7 +140,7 @@ def section(report: Report, name: str):
         print(f"[{name}] {entry['status']}, {entry['seconds']} s", flush=True)
 
 
-# ----------------------------------------------------------------------------------------------------------- subprocesses
+# --------------------------------------------------------------------------------------------------------- subprocesses
 
 
 def _die_with_parent():
@@ -180,20 +181,20 @@ def this(*args: str) -> list[str]:
     return [sys.executable, str(Path(__file__).resolve()), *args]
 
 
-# ------------------------------------------------------------------------------------------------------------ environment
+# ---------------------------------------------------------------------------------------------------------- environment
 
 
 def probe() -> dict:
     """Versions and device properties as torch sees them. Runs in a process of its own."""
     import torch
 
-    found = {"torch": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip, "triton": None, "gpu": None}
+    found = {"torch": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip, "gpu": None}
     try:
         import triton
 
         found["triton"] = triton.__version__
     except ImportError:
-        pass
+        found["triton"] = None
     if torch.cuda.is_available():
         p = torch.cuda.get_device_properties(0)
         free, total = torch.cuda.mem_get_info(0)
@@ -281,11 +282,11 @@ def environment(entry: dict, found: dict, code: dict) -> None:
     )  # fmt: skip
     if found.get("gpu"):
         entry["state"] = gpu_state(found["gpu"]["uuid"])
-    names = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TRITON_INTERPRET", "TRITON_CACHE_DIR", "PYTORCH_CUDA_ALLOC_CONF")
-    entry["variables"] = {name: os.environ[name] for name in names if name in os.environ}
+    said = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TRITON_", "PYTORCH_", "NVIDIA_TF32_OVERRIDE", "CUBLAS_")
+    entry["variables"] = {name: value for name, value in os.environ.items() if name.startswith(said)}
 
 
-# ---------------------------------------------------------------------------------------------------------------- verify
+# --------------------------------------------------------------------------------------------------------------- verify
 
 
 def verify(report: Report, entry: dict) -> None:
@@ -297,8 +298,8 @@ def verify(report: Report, entry: dict) -> None:
         with tempfile.TemporaryDirectory() as folder:
             result = Path(folder) / "verify.json"
             command = [sys.executable, "-m", "sparc_kernels", "verify", *extra, "--json", str(result)]
-            # on a GPU the whole of it is worth a third of the time; the quick one a fifth
-            seconds = min(180, (0.3 if not extra else 0.2) * 60 * report.data["minutes"], report.left - 2)
+            # the whole of it is worth a quarter of the time; when that was not enough, its kernels are compiled by now
+            seconds = min(180, (0.15 if on_gpu and extra else 0.25) * 60 * report.data["minutes"], report.left - 2)
             code, output = run_limited(command, seconds)
             entry.update(command=" ".join(command[1:]), exit_code=code, limit_s=round(seconds, 1))
             entry["output_tail"] = last_lines(output, 12, 2500)
@@ -325,14 +326,15 @@ def read_verdicts(entry: dict, found) -> None:
     counts: dict[str, int] = {}
     failed = []
     for row in rows:
-        word = str(next((row[name] for name in ("verdict", "status", "ok", "passed") if name in row), "unknown")).lower()
+        word = next((row[name] for name in ("verdict", "status", "ok", "passed") if name in row), "unknown")
+        word = str(word).lower()
         counts[word] = counts.get(word, 0) + 1
         if word not in ("pass", "passed", "ok", "true", "skip", "skipped"):
             failed.append(row)
     entry.update(rows=len(rows), counts=counts, failed=failed[:50])
 
 
-# --------------------------------------------------------------------------------------------------------- memory checker
+# ------------------------------------------------------------------------------------------------------- memory checker
 
 
 def find_sanitizer() -> tuple[str | None, list[str]]:
@@ -342,7 +344,8 @@ def find_sanitizer() -> tuple[str | None, list[str]]:
     patterns = ["/usr/local/cuda*/bin", "/opt/nvidia/*", "/opt/nvidia/*/*"]
     patterns += [f"{os.environ[name]}/bin" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     for base in {p for p in sys.path if p.endswith("-packages")}:
-        patterns += [f"{base}/triton/backends/nvidia/bin", f"{base}/torch/bin", f"{base}/nvidia/*/bin", f"{base}/nvidia/*"]
+        folders = ("triton/backends/nvidia/bin", "torch/bin", "nvidia/*/bin", "nvidia/*")
+        patterns += [f"{base}/{folder}" for folder in folders]
     for pattern in patterns:
         for folder in sorted(glob.glob(pattern), reverse=True):
             for path in (f"{folder}/compute-sanitizer", f"{folder}/compute-sanitizer/compute-sanitizer"):
@@ -352,7 +355,7 @@ def find_sanitizer() -> tuple[str | None, list[str]]:
 
 
 def memory_checker(report: Report, entry: dict) -> None:
-    """compute-sanitizer over every kernel at small odd shapes (`--exercise`): memcheck, then racecheck if time allows."""
+    """compute-sanitizer over every kernel at small odd shapes (`--exercise`): memcheck, and racecheck if time allows."""
     if report.data["device"] != "cuda":
         entry.update(status="skipped", reason="no CUDA device")
         return
@@ -361,7 +364,7 @@ def memory_checker(report: Report, entry: dict) -> None:
         entry.update(status="absent", reason=f"compute-sanitizer is in none of {', '.join(searched)}")
         return
     entry.update(path=tool, runs=[])
-    limit = min(90.0, 0.19 * 60 * report.data["minutes"])
+    limit = min(90.0, 0.15 * 60 * report.data["minutes"])
     for check in ("memcheck", "racecheck"):
         seconds = min(limit if check == "memcheck" else limit / 2, report.left - 5)
         run = {"tool": check, "limit_s": round(seconds, 1)}
@@ -381,137 +384,37 @@ def memory_checker(report: Report, entry: dict) -> None:
             output_head=output[:3000] if status == "failed" else None, output_tail=last_lines(output, 8, 1500),
         )  # fmt: skip
         report.save()
-    entry.update(status="ran", reason=None, clean=all(r["status"] == "clean" for r in entry["runs"] if r["status"] != "skipped"))
+    entry.update(status="ran", reason=None, clean=all(r["status"] in ("clean", "skipped") for r in entry["runs"]))
 
 
 def exercise() -> None:
     """Launches every kernel at small shapes that divide nothing: what the memory checker looks at."""
     import torch
 
-    from sparc_kernels import AlignedSAE
+    from sparc_kernels import AlignedSAE, encode_topk
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     streams = {"a": 40, "b": 33, "c": 65}
     for dtype, topk_type in ((torch.bfloat16, "global"), (torch.float32, "global"), (torch.bfloat16, "local")):
         torch.manual_seed(0)
         model = AlignedSAE(
-            streams, 203, 7, 5, dead_steps_threshold=0, topk_type=topk_type, device=device, dtype=torch.float32
+            streams, 203, 7, 5, dead_steps_threshold=1, topk_type=topk_type, device=device, dtype=torch.float32
         ).to(dtype)
-        inputs = {s: torch.randn(37, d, device=device).to(dtype).requires_grad_() for s, d in streams.items()}
-        for _ in range(2):
+        # a common mean: some latents are chosen by every row, more than a program of the gradient takes at once
+        inputs = {s: (torch.randn(133, d, device=device) + 2).to(dtype).requires_grad_() for s, d in streams.items()}
+        for _ in range(3):  # the first has no dead latents yet
             outputs = model(inputs)
             loss, _ = model.compute_loss(outputs, inputs)
             (loss + outputs["recon_a"].float().square().mean()).backward()
         print(f"exercised {topk_type} {dtype} loss {float(loss):.4f}", flush=True)
+    # the selection in three levels
+    n, d = 2**20 + 5, 16
+    w, zeros = torch.randn(n, d, device=device).bfloat16(), torch.zeros(n, device=device).bfloat16()
+    indices, _ = encode_topk([w[:3].contiguous()], [w], [zeros[:d]], [zeros], 64)
+    print(f"exercised selection among {n}, largest id {int(indices.max())}", flush=True)
 
 
-# ------------------------------------------------------------------------------------------------------- worker: measuring
-
-
-class Timer:
-    """Times jobs with a cold L2: CUDA events on a GPU, perf_counter on a CPU."""
-
-    def __init__(self, device: str):
-        import torch
-
-        self.torch, self.cuda = torch, device == "cuda"
-        size = 1 * MIB
-        if self.cuda:
-            l2 = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or 64 * MIB
-            size = max(2 * l2, 128 * MIB)
-        self.flush = torch.empty(size, dtype=torch.int8, device=device)
-
-    def sync(self) -> None:
-        if self.cuda:
-            self.torch.cuda.synchronize()
-
-    def wall(self, job) -> tuple[float, object]:
-        """Seconds of one synchronised run, and what it returned."""
-        job.reset()
-        self.sync()
-        t0 = time.perf_counter()
-        out = job.run()
-        self.sync()
-        return time.perf_counter() - t0, out
-
-    def peak(self, job) -> tuple[float, int | None]:
-        """Seconds of one run and the most memory it had beyond what was allocated before."""
-        job.reset()
-        if not self.cuda:
-            return self.wall(job)[0], None
-        self.sync()
-        self.torch.cuda.reset_peak_memory_stats()
-        base = self.torch.cuda.memory_allocated()
-        seconds, out = self.wall(job)
-        del out
-        return seconds, self.torch.cuda.max_memory_allocated() - base
-
-    def many(self, job, repeats: int, queued: bool) -> list[float]:
-        """Milliseconds of each run. `queued` lets the host run ahead first, so that launches cost nothing."""
-        if not self.cuda:
-            times = []
-            for _ in range(repeats):
-                job.reset()
-                self.flush.zero_()
-                t0 = time.perf_counter()
-                job.run()
-                times.append(1000 * (time.perf_counter() - t0))
-            return times
-        events = []
-        for _ in range(repeats):
-            begin, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
-            job.reset()
-            self.flush.zero_()
-            if queued:
-                self.torch.cuda._sleep(2_000_000)  # about a millisecond
-            begin.record()
-            job.run()
-            end.record()
-            events.append((begin, end))
-        self.sync()
-        return [begin.elapsed_time(end) for begin, end in events]
-
-
-def quantile(times: list[float], q: float) -> float:
-    times = sorted(times)
-    place = q * (len(times) - 1)
-    low = int(place)
-    high = min(low + 1, len(times) - 1)
-    return times[low] + (place - low) * (times[high] - times[low])
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    import torch
-
-    kind = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
-    return isinstance(error, (kind, MemoryError)) or "out of memory" in str(error).lower()
-
-
-def difference(kind: str, ours, theirs) -> float:
-    """"ids": fraction of the ids of each row that ours did not select. "tensor": |theirs - ours| / |ours|."""
-    import torch
-
-    if kind == "ids":
-        base = torch.arange(ours.shape[0], device=ours.device)[:, None] << 32
-        return 1 - float(torch.isin(theirs + base, ours + base).double().mean())
-    if isinstance(ours, (list, tuple)):
-        pairs = list(zip(ours, theirs, strict=True))
-    else:
-        pairs = [(ours, theirs)]
-    above = below = 0.0
-    for a, b in pairs:
-        for part_a, part_b in zip(a.split(4096), b.split(4096), strict=True):  # never a float copy of a whole matrix
-            above += float((part_b.float() - part_a.float()).square().sum(dtype=torch.float64))
-            below += float(part_a.float().square().sum(dtype=torch.float64))
-    return math.sqrt(above / below) if below else math.sqrt(above)
-
-
-def norm(tensors) -> float:
-    import torch
-
-    parts = [t for t in tensors if t is not None]
-    total = sum(float(p.square().sum(dtype=torch.float64)) for t in parts for p in t.float().reshape(-1).split(2**26))
-    return math.sqrt(total)
+# ---------------------------------------------------------------------------------------------------- worker: measuring
 
 
 class Worker:
@@ -520,9 +423,9 @@ class Worker:
     def __init__(self, report: Report):
         import torch
 
-        from benchmarks import cases
+        from benchmarks import cases, timing
 
-        self.report, self.cases, self.torch = report, cases, torch
+        self.report, self.cases, self.timing, self.torch = report, cases, timing, torch
         self.device = report.data["device"]
         self.cuda = self.device == "cuda"
         self.shapes = cases.CASES if self.cuda else cases.TINY
@@ -567,7 +470,7 @@ class Worker:
             if self.report[name]["status"] == "not run":
                 self.report[name].update(status="running", reason="the run ended before its end")
         self.report.save()
-        self.timer = Timer(self.device)
+        self.timer = self.timing.Timer(self.device)
         for (name, part, case, what), entry in zip(plan, entries, strict=True):
             if entry["status"] not in ("not run", "running"):
                 continue
@@ -592,9 +495,8 @@ class Worker:
             mine = [e for e, (_, part, *_) in zip(entries, plan, strict=True) if part == name]
             missing = [f"{e['name']}: {e['reason']}" for e in mine if e["status"] != "ran"]
             ran = len(missing) < len(mine)
-            self.report[name].update(
-                status=("ran" if not missing else "ran in part") if ran else "not run", reason="; ".join(missing) or None
-            )
+            status = "not run" if not ran else "ran in part" if missing else "ran"
+            self.report[name].update(status=status, reason="; ".join(missing) or None)
         self.report.data["watch"] = None
         self.report.save()
 
@@ -615,9 +517,10 @@ class Worker:
         for p in providers:
             if (name, p.op, p.name) in done:
                 continue
+            verified = bool(self.report["verify"].get("verified"))
             row = {
-                "section": part, "group": name, "case": bench.case.name, "op": p.op, "provider": p.name, "dtype": p.dtype,
-                "device": self.device, "verified": bool(self.report["verify"].get("verified")), "status": "running",
+                "section": part, "group": name, "case": bench.case.name, "op": p.op, "provider": p.name,
+                "dtype": p.dtype, "device": self.device, "verified": verified, "status": "running",
                 "reason": "the run ended in it",
             }  # fmt: skip
             rows.append(row)
@@ -625,13 +528,15 @@ class Worker:
             if self.report.left < needed:
                 row.update(status="skipped", reason=f"{self.report.left:.0f} s left, about {needed:.0f} s needed")
                 continue
-            self.report.watch(f"{name}, {p.op}, {p.name}", 4 * needed + 30)
+            self.report.watch(f"{name}, {p.op}, {p.name}", 4 * needed + PATIENCE)
             t0 = time.time()
             try:
                 self.measure(bench, p, row, firsts)
                 row.update(status="ok", reason=None)
             except Exception as error:
-                if is_out_of_memory(error):
+                if isinstance(error, NotImplementedError):
+                    row.update(status="absent", reason=last_lines(str(error), 1, 300))
+                elif self.timing.is_out_of_memory(error):
                     row.update(status="out of memory", reason=last_lines(str(error), 1, 300))
                 else:
                     row.update(status="failed", reason=last_lines(traceback.format_exc()))
@@ -664,78 +569,72 @@ class Worker:
             os._exit(CUDA_LOST)
 
     def measure(self, bench, p, row: dict, firsts: dict) -> None:
-        timer, is_step = self.timer, p.op.startswith("step")
+        is_step = p.op.startswith("step")
         t0 = time.perf_counter()
         job = p.make(bench)
-        _, out = timer.wall(job)
+        _, out = self.timer.once(job)
         row["first_call_s"] = round(time.perf_counter() - t0, 3)
         if is_step:
-            self.compare_step(row, float(out), norm(job.grads()))
-        elif p.compare and p.op not in firsts and not self.has_row(row):
+            row.update(loss=float(out), grad_norm=self.timing.norm(job.grads()))
+        elif p.compare and self.is_first(row):
+            firsts.clear()
             firsts[p.op] = out
         elif p.compare and p.op in firsts:
-            row["compared_with"] = "first provider of the op"
-            row["vs_ours"] = difference(p.compare, firsts[p.op], out)
+            row["compared_with"] = "ours"
+            row["vs_ours"] = self.timing.difference(p.compare, firsts[p.op], out)
         del out
-        seconds, peak = timer.peak(job)
-        peak = job.peak_bytes if job.peak_bytes is not None else peak
-        budget = min(self.row_seconds, max(self.report.left, 0.1))
-        repeats = max(5 if seconds < 1 else 2, min(200, int(budget / max(seconds, 1e-5))))
-        timer.many(job, 2 if seconds < 1 else 1, not is_step)  # warm-up
-        times = timer.many(job, repeats, not is_step)
-        job.reset()
-        median = quantile(times, 0.5)
+        row.update(self.timer.measure(job, min(self.row_seconds, max(self.report.left, 0.1)), queued=not is_step))
         size, flops = p.cost(bench.case, p.itemsize)
+        median = row["median_ms"]
         row.update(
-            median_ms=median, p20_ms=quantile(times, 0.2), p80_ms=quantile(times, 0.8), repeats=repeats,
-            queued=self.cuda and not is_step, peak_mib=None if peak is None else round(peak / MIB, 2), bytes=size,
-            flops=flops, gb_s=size / median / 1e6 if size else None, tflop_s=flops / median / 1e9 if flops else None,
+            bytes=size, flops=flops, gb_s=size / median / 1e6 if size else None,
+            tflop_s=flops / median / 1e9 if flops else None,
         )  # fmt: skip
+        if is_step:
+            self.compare_steps(row["case"], row["op"])
 
-    def has_row(self, row: dict) -> bool:
-        """Whether an earlier row of the same op is there, so that this provider is not the first."""
-        same = [r for r in self.report[row["section"]]["rows"] if (r["group"], r["op"]) == (row["group"], row["op"])]
-        return same[0] is not row
+    def is_first(self, row: dict) -> bool:
+        rows = self.report[row["section"]]["rows"]
+        return next(r for r in rows if (r["group"], r["op"]) == (row["group"], row["op"])) is row
 
-    def compare_step(self, row: dict, loss: float, grad_norm: float) -> None:
-        """The loss and the norm of all gradients, set against ours in the same dtype, else against ours in any."""
-        row.update(loss=loss, grad_norm=grad_norm)
-        ours = [
-            r
-            for r in self.report["timings"]["rows"]
-            if (r["case"], r["op"]) == (row["case"], row["op"]) and r["provider"].startswith("ours") and "loss" in r
-        ]
-        exact = [r for r in ours if r["provider"] == row["provider"].replace("reference", "ours").replace("compiled", "ours")]
-        for other in (exact or ours)[:1]:
-            row["compared_with"] = other["provider"]
-            row["vs_ours"] = abs(loss - other["loss"]) / max(abs(other["loss"]), 1e-30)
-            row["grad_norm_vs_ours"] = abs(grad_norm - other["grad_norm"]) / max(other["grad_norm"], 1e-30)
+    def compare_steps(self, case: str, op: str) -> None:
+        """Each provider against ours in the same precision, ours against our fp32: time, loss, norm of all gradients."""
+        rows = self.report["timings"]["rows"]
+        rows = {r["provider"]: r for r in rows if (r["case"], r["op"]) == (case, op) and "median_ms" in r}
+        for name, row in rows.items():
+            precision = name.split(" ", 1)[1].removesuffix(" stable sort")
+            partner = rows.get("ours fp32" if name.startswith("ours") else f"ours {precision}")
+            if partner is None or partner is row:
+                continue
+            row["compared_with"] = partner["provider"]
+            row["vs_ours"] = abs(row["loss"] - partner["loss"]) / max(abs(partner["loss"]), 1e-30)
+            row["grad_norm_vs_ours"] = abs(row["grad_norm"] - partner["grad_norm"]) / max(partner["grad_norm"], 1e-30)
+            row["times_ours"] = row["median_ms"] / partner["median_ms"]
 
     def profile(self, bench, name: str, provider, entry: dict) -> None:
         """The kernels of a few runs by device time."""
         if self.report.left < (self.needed(provider) if self.cuda else 2):
             entry.update(status="skipped", reason=f"{self.report.left:.0f} s left of the time limit")
             return
-        self.report.watch(name, 4 * provider.seconds + 30)
+        self.report.watch(name, 4 * provider.seconds + PATIENCE)
         try:
             job = provider.make(bench)
             for _ in range(3):
-                seconds, _ = self.timer.wall(job)
+                seconds, _ = self.timer.once(job)
             calls = 3
             from torch.profiler import ProfilerActivity, profile
 
             with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.cuda) as prof:
                 for _ in range(calls):
-                    self.timer.wall(job)
+                    self.timer.once(job)
             rows = [self.kernel_row(event, calls) for event in prof.key_averages()]
             rows = sorted((r for r in rows if r and r["us"] > 0), key=lambda r: -r["us"])
-            self.report["profile"]["tables"].append(
-                {
-                    "name": name, "case": bench.case.name, "provider": f"{provider.op}, {provider.name}", "device": self.device,
-                    "per": "call, microseconds", "wall_us": round(1e6 * seconds, 1),
-                    "total_us": round(sum(r["us"] for r in rows), 1), "kernels": rows[:40],
-                }
-            )  # fmt: skip
+            table = {
+                "name": name, "case": bench.case.name, "provider": f"{provider.op}, {provider.name}",
+                "device": self.device, "per": "call, microseconds", "wall_us": round(1e6 * seconds, 1),
+                "total_us": round(sum(r["us"] for r in rows), 1), "kernels": rows[:40],
+            }  # fmt: skip
+            self.report["profile"]["tables"].append(table)
             entry.update(status="ran", reason=None)
         except Exception:
             entry.update(status="failed", reason=last_lines(traceback.format_exc()))
@@ -752,19 +651,24 @@ class Worker:
         return {"name": event.key[:120], "calls": event.count / calls, "us": round(us / calls, 2)}
 
 
-# ------------------------------------------------------------------------------------------------- parent: the worker's life
+# -------------------------------------------------------------------------------------------- parent: the worker's life
 
 
 def supervise(report: Report) -> Report:
     """Runs workers until one ends well, time is up, or too many have died. Returns the report as it then is."""
+    progress = -1
     while report.data["workers"] < MAX_WORKERS and report.left > 3:
+        done = len(report.rows()) + sum(e["status"] != "not run" for e in report["timings"]["groups"])
+        if done == progress:  # two in a row died before they had begun anything
+            break
+        progress = done
         report.data["workers"] += 1
         report.watch("start of the worker", 150)
         child = start(this("--worker", str(report.path)))
         reason = None
         try:
             while child.poll() is None and reason is None:
-                time.sleep(0.2)
+                time.sleep(0.3)
                 if report.left < -report.grace:
                     reason = "stopped at the time limit"
                     break
@@ -797,7 +701,7 @@ def supervise(report: Report) -> Report:
     return report
 
 
-# ---------------------------------------------------------------------------------------------------------------- summary
+# -------------------------------------------------------------------------------------------------------------- summary
 
 
 def summary(data: dict, limit: int = 11000) -> str:
@@ -861,7 +765,7 @@ def summary(data: dict, limit: int = 11000) -> str:
     return text
 
 
-# ------------------------------------------------------------------------------------------------------------------- main
+# ----------------------------------------------------------------------------------------------------------------- main
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -869,7 +773,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8.0, help="time limit of the whole run (default 8)")
     parser.add_argument("--out", type=Path, help="default benchmarks/results/<gpu-or-cpu>_<date>_<commit>.json")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    parser.add_argument("--skip", default="", help="sections to leave out, comma-separated: verify, memory_checker, timings")
+    parser.add_argument("--skip", default="", help="sections to leave out: verify,memory_checker,timings")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--probe", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--exercise", action="store_true", help=argparse.SUPPRESS)
@@ -904,7 +808,8 @@ def main(argv=None) -> int:
         found = json.loads(output.strip().splitlines()[-1])
     device = ("cuda" if found["gpu"] else "cpu") if args.device == "auto" else args.device
     code = commit()
-    name = re.sub(r"[^a-z0-9]+", "-", found["gpu"]["name"].lower()).strip("-") if device == "cuda" and found["gpu"] else "cpu"
+    gpu = found["gpu"] if device == "cuda" else None
+    name = re.sub(r"[^a-z0-9]+", "-", gpu["name"].lower()).strip("-") if gpu else "cpu"
     out = args.out or ROOT / "benchmarks" / "results" / f"{name}_{now()[:10]}_{(code['commit'] or 'nocommit')[:7]}.json"
     report = Report.new(out.resolve(), device, args.minutes, started)
     print(f"writing {report.path}", flush=True)
@@ -923,7 +828,8 @@ def main(argv=None) -> int:
         else:
             report = supervise(report)
         ran = all(report[part]["status"] not in ("not run", "running", "ran in part") for part in SECTIONS)
-        report.data.update(complete=ran, stopped=None if ran else f"time limit of {args.minutes:g} minutes, or failures")
+        why = None if ran else f"not everything ran within {args.minutes:g} minutes: see the sections' reasons"
+        report.data.update(complete=ran, stopped=why)
     except (KeyboardInterrupt, SystemExit) as stopped:
         with contextlib.suppress(OSError, ValueError):
             report = Report.load(report.path)

@@ -203,7 +203,7 @@ def subset(case: str, model: AlignedSAE, x: dict[str, Tensor], compare: Comparis
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """At these sizes a second thread only waits: measured 3 s for this file with one, a minute with two on busy cores."""
+    """At these sizes a second thread only waits: on two busy cores it turned 3 s for this file into a minute."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,0 +1,32 @@
+"""Triton kernels run for real where there is a GPU and in Triton's interpreter elsewhere; fresh memory is poisoned."""
+
+import os
+
+import torch
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"  # before sparc_kernels is imported
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import pytest
+
+DEVICE = "cuda" if CUDA else "cpu"
+# fp64 kernels exist in the interpreter only; there they leave no rounding to hide behind
+KERNEL_DTYPE = torch.float32 if CUDA else torch.float64
+
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty is filled with NaN (and the largest integers), so a place left unwritten is noticed."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["torch", "triton"])
+def impl(request):
+    return request.param

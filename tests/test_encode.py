@@ -1,0 +1,179 @@
+import pytest
+import torch
+from common import assert_close, assert_grads_close, problem
+from conftest import CUDA, DEVICE, KERNEL_DTYPE
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparc_kernels import encode_topk, reference, values_at
+from sparc_kernels._launch import select_config
+from sparc_kernels.encode import select, select_latents
+
+NAMES = [f"{what}[{s}]" for what in ("xs", "w_encs", "pre_biases", "latent_biases") for s in range(3)]
+
+
+@pytest.mark.parametrize("topk_type", ["global", "local"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        dict(B=6, N=70, widths=(20, 13, 7), k=5),
+        dict(B=1, N=33, widths=(1, 40, 17), k=1),
+        dict(B=17, N=16, widths=(5, 3, 2), k=16),  # k = N
+        dict(B=3, N=200, widths=(9, 8, 33), k=12),
+    ],
+    ids=lambda s: f"B{s['B']}-N{s['N']}-k{s['k']}",
+)
+def test_agrees_with_the_reference_and_so_do_all_gradients(impl, topk_type, shape):
+    shape = dict(shape)
+    k = shape.pop("k")
+    p = problem(**shape)
+    indices, values = encode_topk(*p.encoder, k, topk_type, impl)
+    want_indices, want_values = reference.encode_topk(*p.encoder, k, topk_type)
+    assert torch.equal(indices, want_indices)
+    assert_close(values, want_values, what="values")
+    cotangent = torch.randn_like(want_values)
+    tensors = [t for group in p.encoder for t in group]
+    assert_grads_close((values * cotangent).sum(), (want_values * cotangent).sum(), tensors, NAMES)
+
+
+def exact_select(h, k, impl, dtype=torch.float32):
+    """Selection among given logits: one stream of identity weights carries them through the GEMM exactly."""
+    B, N = h.shape
+    x = torch.zeros(B, 1, dtype=dtype, device=DEVICE)
+    weights = torch.zeros(N, 1, dtype=dtype, device=DEVICE)
+    if B == 1:  # through the bias
+        return select([x], [weights], h[0].to(DEVICE, torch.float32), k, None, None, impl)
+    eye = torch.eye(B, dtype=dtype, device=DEVICE)
+    return select([eye], [h.T.contiguous().to(DEVICE, dtype)], torch.zeros(N, device=DEVICE), k, None, None, impl)
+
+
+LEVELS = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 0.5, -3.0, 7.0])
+
+
+@settings(max_examples=20 if not CUDA else 200, deadline=None)
+@given(data=st.data(), n=st.integers(1, 90))
+def test_selection_is_the_stable_sort_on_rows_full_of_ties(data, n):
+    k = data.draw(st.integers(1, min(n, 9)))
+    h = torch.tensor([data.draw(st.lists(LEVELS, min_size=n, max_size=n)) for _ in range(2)])
+    want = reference.topk_indices(h, k)
+    for impl in ("torch", "triton"):
+        assert torch.equal(exact_select(h, k, impl).cpu(), want), impl
+
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize("k", [1, 5, 70])
+@pytest.mark.parametrize(
+    "row",
+    [
+        torch.zeros(70),  # a tie storm
+        torch.full((70,), -INF),
+        torch.full((70,), INF),
+        torch.full((70,), NAN),
+        torch.full((70,), -INF).index_fill(0, torch.tensor([69, 3]), 2.0),
+        torch.arange(70.0).index_fill(0, torch.tensor([0, 40]), NAN),
+        torch.arange(70.0).index_fill(0, torch.tensor([7]), INF),
+        -torch.arange(70.0),  # the whole top-k in the first groups
+        torch.arange(70.0),  # and in the ragged last one
+        torch.full((70,), -1.0),  # no positive value
+        torch.tensor([-0.0, 0.0] * 35),  # equal: the lowest index first
+    ],
+    ids=["ties", "-inf", "+inf", "nan", "two finite", "some nan", "one inf", "first", "last", "negative", "signed zero"],
+)
+def test_hard_rows(impl, row, k):
+    assert exact_select(row[None], k, impl).tolist() == reference.topk_indices(row[None], k).tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_small_integers_are_selected_exactly_in_every_dtype(impl, dtype):
+    g = torch.Generator().manual_seed(1)
+    xs = [torch.randint(-3, 4, (9, d), generator=g).to(DEVICE, dtype) for d in (6, 5)]
+    ws = [torch.randint(-2, 3, (50, d), generator=g).to(DEVICE, dtype) for d in (6, 5)]
+    h = sum(x.float() @ w.float().T for x, w in zip(xs, ws, strict=True))
+    got = select(xs, ws, torch.zeros(50, device=DEVICE), 7, None, None, impl)
+    assert torch.equal(got, reference.topk_indices(h, 7))
+
+
+@pytest.mark.parametrize("dead", [0, 1, 3, 8, 40])
+def test_selection_among_given_columns_only(impl, dead):
+    p = problem(requires_grad=False)
+    x, w = p.xs[0], p.w_encs[0]
+    chosen = torch.randperm(70, generator=torch.Generator().manual_seed(2))[:dead].sort().values
+    rest = torch.tensor([n for n in range(70) if n not in set(chosen.tolist())])
+    ids = torch.cat([chosen, rest]).int().to(DEVICE)
+    count = torch.tensor(dead, dtype=torch.int32, device=DEVICE)
+    got = select([x], [w], p.latent_biases[0], 8, ids, count, impl)
+    h = x @ w.T + p.latent_biases[0]
+    among = h[:, chosen.to(DEVICE)]
+    want = chosen.to(DEVICE)[reference.topk_indices(among, min(8, dead))]
+    assert torch.equal(got[:, : min(8, dead)], want)
+    assert torch.equal(got[:, dead:], ids[dead:8].long().expand(6, -1))
+
+
+def test_selection_in_three_levels_is_exact(monkeypatch):
+    """Large N with large k adds a level of coarse maxima; here at a tiny shape."""
+    from sparc_kernels import _launch, encode
+
+    assert select_config(2**20, 512).span > select_config(2**20, 512).group
+    config = _launch.SelectConfig(group=4, span=16, k_pad=8, n_spans_pad=16, num_warps=4)
+    monkeypatch.setattr(encode, "select_config", lambda n, k: config)
+    for seed in range(3):
+        h = torch.randint(-4, 5, (2, 150), generator=torch.Generator().manual_seed(seed)).float()
+        assert torch.equal(exact_select(h, 6, "triton").cpu(), reference.topk_indices(h, 6))
+
+
+def test_rows_are_processed_in_chunks_with_the_same_result(impl, monkeypatch):
+    from sparc_kernels import encode
+
+    p = problem(B=40, requires_grad=False)
+    whole = select_latents(*p.encoder, 5, "global", impl)
+    monkeypatch.setattr(encode, "SCRATCH_BYTES", 70 * 8 * 17)
+    assert torch.equal(select_latents(*p.encoder, 5, "global", impl), whole)
+
+
+def test_inputs_of_any_strides(impl):
+    p = problem(requires_grad=False)
+    want = encode_topk(*p.encoder, 5, impl=impl)
+    xs = [torch.empty(x.shape[1], x.shape[0], dtype=x.dtype, device=DEVICE).copy_(x.t()).t() for x in p.xs]
+    wide = [torch.cat([w, w], 1)[:, : w.shape[1]] for w in p.w_encs]
+    strided = [torch.stack([b, b], 1)[:, 0] for b in p.pre_biases]
+    got = encode_topk(xs, wide, strided, p.latent_biases, 5, impl=impl)
+    assert torch.equal(got[0], want[0])
+    assert_close(got[1], want[1])
+
+
+def test_only_asked_gradients_are_made(impl):
+    p = problem(requires_grad=False)
+    args = [p.xs[0], p.w_encs[0], p.pre_biases[0], p.latent_biases[0]]
+    indices = torch.arange(30, device=DEVICE).reshape(6, 5)
+    every = [a.clone().requires_grad_() for a in args]
+    full = torch.autograd.grad(values_at(*every, indices, impl=impl).square().sum(), every)
+    for i in range(4):
+        some = [a.clone().requires_grad_(j == i) for j, a in enumerate(args)]
+        values_at(*some, indices, impl=impl).square().sum().backward()
+        assert_close(some[i].grad, full[i])
+        assert all(a.grad is None for j, a in enumerate(some) if j != i)
+
+
+@pytest.mark.skipif(CUDA, reason="float64 kernels run in the interpreter only")
+def test_gradcheck_of_values(impl):
+    p = problem(B=2, N=9, widths=(4, 3, 2))
+    indices = torch.tensor([[1, 5, 2], [5, 0, 8]])
+    args = (p.xs[0], p.w_encs[0], p.pre_biases[0], p.latent_biases[0])
+    assert torch.autograd.gradcheck(lambda *a: values_at(*a, indices, impl=impl), args)
+
+
+def test_nothing_is_selected_twice_and_values_descend_in_the_sum(impl):
+    p = problem(B=30, N=300, dtype=torch.float32, requires_grad=False)
+    indices, _ = encode_topk(*p.encoder, 20, impl=impl)
+    h = sum(reference.preactivations(*a) for a in zip(*p.encoder, strict=True))
+    picked = h.gather(1, indices)
+    assert (picked.diff(dim=1) <= 1e-5).all()
+    assert all(len(set(row)) == 20 for row in indices.tolist())
+    others = h.scatter(1, indices, float("-inf"))
+    assert (others.max(1).values <= picked.min(1).values + 1e-5).all()
+
+
+def test_kernel_dtype_is_what_the_machine_can_do():
+    assert torch.float64 != KERNEL_DTYPE or not CUDA
