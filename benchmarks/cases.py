@@ -93,7 +93,7 @@ def mm_topk_cost(c: Case, e: int) -> Cost:
 
 
 def select_cost(c: Case, e: int) -> Cost:
-    """The GEMM; a maximum per group (and span) written; the coarse ones, then k groups at each level read; ids written."""
+    """The GEMM; a maximum per group (and span) written, the coarse ones and k groups per level read; ids written."""
     config = select_config(c.N, c.k)
     group, span = config.group, config.span
     maxima = 2 * cdiv(c.N, group) if span == group else cdiv(c.N, group) + 2 * cdiv(c.N, span) + c.k * (span // group)
@@ -247,7 +247,7 @@ class Bench:
                 with torch.no_grad():
                     for s, d in c.streams.items():
                         # a pre-activation has standard deviation (3 d)^-1/2: still positive for some rows
-                        model.latent_biases[s][::every] = -1.2 * (3 * d) ** -0.5
+                        model.latent_biases[s][::every] = -1.6 * (3 * d) ** -0.5
                         getattr(model, f"stats_last_nonzero_{s}")[::every] = 10 * DEAD_THRESHOLD
             return model
 
@@ -269,9 +269,7 @@ class Bench:
 
     def wide(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """The streams side by side: x [B, D] and W_enc [N, D], what one library GEMM wants."""
-        return self.once(
-            ("wide", dtype), lambda: (torch.cat(self.xs(dtype), 1), torch.cat(self.weights(dtype)[0], 1))
-        )
+        return self.once(("wide", dtype), lambda: (torch.cat(self.xs(dtype), 1), torch.cat(self.weights(dtype)[0], 1)))
 
     def indices(self, dtype: torch.dtype) -> torch.Tensor:
         """int64 [B, k], a real selection made by torch alone."""
@@ -500,6 +498,7 @@ def auxk_step_providers() -> list[Provider]:
     return [
         Provider("step+auxk", "ours bf16", bf, ours_step(bf, auxk=True), seconds=20),
         Provider("step+auxk", "ours bf16 graph", bf, ours_step(bf, auxk=True, graph=True)),
+        Provider("step+auxk", "ours bf16 autocast", fp, ours_step(fp, autocast=True, auxk=True)),
         Provider("step+auxk", "reference bf16 autocast", fp, reference_step(fp, autocast=True, auxk=True)),
         Provider("step+auxk", "reference fp32", fp, reference_step(fp, auxk=True)),
         Provider("step+auxk", "ours fp32", fp, ours_step(fp, auxk=True), seconds=20),

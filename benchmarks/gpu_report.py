@@ -143,10 +143,13 @@ def section(report: Report, name: str):
 # --------------------------------------------------------------------------------------------------------- subprocesses
 
 
+_LIBC = ctypes.CDLL(None)  # before any fork
+
+
 def _die_with_parent():
     """Linux: the child is killed when this process is, however that happens."""
-    with contextlib.suppress(Exception):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if sys.platform == "linux":
+        _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def start(command: list[str], **kwargs) -> subprocess.Popen:
@@ -219,9 +222,11 @@ def gpu_state(uuid: str | None = None) -> dict:
         "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,power.draw,temperature.gpu,"
         "clocks_throttle_reasons.active"
     )
-    code, text = run_limited([smi, f"--query-gpu={fields}", "--format=csv,noheader"], 20)
-    if code != 0:
-        return {"source": None, "reason": f"{first}; nvidia-smi: {last_lines(text, 1)}"}
+    try:
+        query = [smi, f"--query-gpu={fields}", "--format=csv,noheader"]
+        text = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return {"source": None, "reason": f"{first}; nvidia-smi: {error}"}
     values = [v.strip() for v in text.strip().splitlines()[0].split(",")]
     return {"source": "nvidia-smi", **dict(zip(fields.split(","), values, strict=False))}
 
@@ -327,7 +332,7 @@ def read_verdicts(entry: dict, found) -> None:
     failed = []
     for row in rows:
         word = next((row[name] for name in ("verdict", "status", "ok", "passed") if name in row), "unknown")
-        word = str(word).lower()
+        word = str(word).lower().split(":")[0]
         counts[word] = counts.get(word, 0) + 1
         if word not in ("pass", "passed", "ok", "true", "skip", "skipped"):
             failed.append(row)
@@ -355,7 +360,7 @@ def find_sanitizer() -> tuple[str | None, list[str]]:
 
 
 def memory_checker(report: Report, entry: dict) -> None:
-    """compute-sanitizer over every kernel at small odd shapes (`--exercise`): memcheck, and racecheck if time allows."""
+    """compute-sanitizer over every kernel at small odd shapes (`--exercise`): memcheck, racecheck if time allows."""
     if report.data["device"] != "cuda":
         entry.update(status="skipped", reason="no CUDA device")
         return
@@ -406,7 +411,7 @@ def exercise() -> None:
             outputs = model(inputs)
             loss, _ = model.compute_loss(outputs, inputs)
             (loss + outputs["recon_a"].float().square().mean()).backward()
-        print(f"exercised {topk_type} {dtype} loss {float(loss):.4f}", flush=True)
+        print(f"exercised {topk_type} {dtype} loss {float(loss.detach()):.4f}", flush=True)
     # the selection in three levels
     n, d = 2**20 + 5, 16
     w, zeros = torch.randn(n, d, device=device).bfloat16(), torch.zeros(n, device=device).bfloat16()
@@ -429,7 +434,7 @@ class Worker:
         self.device = report.data["device"]
         self.cuda = self.device == "cuda"
         self.shapes = cases.CASES if self.cuda else cases.TINY
-        self.row_seconds = 1.0 if self.cuda else 0.03
+        self.row_seconds = 1.0 if self.cuda else 0.02
         self.timer = None
 
     def plan(self) -> list[tuple[str, str, str, object]]:
@@ -481,11 +486,11 @@ class Worker:
                 self.profile(bench, name, what, entry)
             else:
                 self.group(bench, name, part, what, entry)
+            if self.cuda and entry["status"] == "ran":  # while the clocks are still those of the work
+                entry["state"] = gpu_state((self.report["environment"].get("gpu") or {}).get("uuid"))
             bench.clear()
             self.tidy()
             entry["seconds"] = round(entry.get("seconds", 0) + time.time() - t0, 2)
-            if self.cuda and entry["status"] == "ran":
-                entry["state"] = gpu_state()
             self.report.save()
         self.close(entries, plan)
 
@@ -581,7 +586,10 @@ class Worker:
             firsts[p.op] = out
         elif p.compare and p.op in firsts:
             row["compared_with"] = "ours"
-            row["vs_ours"] = self.timing.difference(p.compare, firsts[p.op], out)
+            try:
+                row["vs_ours"] = self.timing.difference(p.compare, firsts[p.op], out)
+            except Exception:  # no reason to lose the time
+                row.update(vs_ours=None, compare_failed=last_lines(traceback.format_exc(), 2))
         del out
         row.update(self.timer.measure(job, min(self.row_seconds, max(self.report.left, 0.1)), queued=not is_step))
         size, flops = p.cost(bench.case, p.itemsize)
@@ -598,7 +606,11 @@ class Worker:
         return next(r for r in rows if (r["group"], r["op"]) == (row["group"], row["op"])) is row
 
     def compare_steps(self, case: str, op: str) -> None:
-        """Each provider against ours in the same precision, ours against our fp32: time, loss, norm of all gradients."""
+        """Each provider against ours in the same precision, ours against our fp32: time, loss, gradient norm."""
+
+        def apart(a, b):  # a NaN that has been through the file is a string
+            return abs(float(a) - float(b)) / max(abs(float(b)), 1e-30)
+
         rows = self.report["timings"]["rows"]
         rows = {r["provider"]: r for r in rows if (r["case"], r["op"]) == (case, op) and "median_ms" in r}
         for name, row in rows.items():
@@ -607,8 +619,8 @@ class Worker:
             if partner is None or partner is row:
                 continue
             row["compared_with"] = partner["provider"]
-            row["vs_ours"] = abs(row["loss"] - partner["loss"]) / max(abs(partner["loss"]), 1e-30)
-            row["grad_norm_vs_ours"] = abs(row["grad_norm"] - partner["grad_norm"]) / max(partner["grad_norm"], 1e-30)
+            row["vs_ours"] = apart(row["loss"], partner["loss"])
+            row["grad_norm_vs_ours"] = apart(row["grad_norm"], partner["grad_norm"])
             row["times_ours"] = row["median_ms"] / partner["median_ms"]
 
     def profile(self, bench, name: str, provider, entry: dict) -> None:
@@ -681,6 +693,8 @@ def supervise(report: Report) -> Report:
         if reason is None and child.returncode == 0:
             break
         reason = reason or f"the worker ended with exit code {child.returncode}"
+        if report.data.get("worker_error"):
+            reason += f"\n{report.data.pop('worker_error')}"
         print(f"[worker {report.data['workers']}] {reason}", flush=True)
         for row in report.rows():
             if row["status"] == "running":
@@ -697,7 +711,11 @@ def supervise(report: Report) -> Report:
         if report[name]["status"] == "not run" and report[name]["reason"] == "not reached":
             report[name]["reason"] = f"{report.left:.0f} s left of the time limit"
         if report[name]["status"] == "running":
-            report[name]["status"] = "ran in part"
+            entries = report[name].get("rows", report[name].get("tables"))
+            report[name]["status"] = "ran in part" if entries else "failed"
+    for entry in report["timings"]["groups"]:
+        if entry["status"] == "running":
+            entry["status"] = "ran in part"
     return report
 
 
@@ -707,62 +725,86 @@ def supervise(report: Report) -> Report:
 def summary(data: dict, limit: int = 11000) -> str:
     """What fits in a terminal: ratios to ours, side by side."""
     parts = data["sections"]
-    env, ver, mem = parts["environment"], parts["verify"], parts["memory_checker"]
-    gpu = env.get("gpu") or {}
-    head = [
-        f"sparc_kernels gpu_report: {gpu.get('name') or 'CPU (tiny shapes: times mean nothing)'}, torch {env.get('torch')}, "
-        f"triton {env.get('triton')}, commit {str(env.get('commit'))[:10]}{' dirty' if env.get('dirty') else ''}",
-        f"{'complete' if data['complete'] else data['stopped']}; workers {data['workers']}",
-        f"verify: {ver['status']}, verified {ver.get('verified', False)}, {ver.get('counts') or ver['reason']}",
-    ]
-    head += [f"  FAILED {json.dumps(row)[:230]}" for row in ver.get("failed", [])[:6]]
-    head.append(f"memory checker: {mem['status']} {mem['reason'] or ''}"[:200])
-    head += [f"  {r['tool']}: {r['status']} {' '.join(r.get('summary', []))}"[:150] for r in mem.get("runs", [])]
-    head += [f"{name}: {parts[name]['status']}" for name in ("timings", "profile", "ceilings") if parts[name]["status"] != "ran"]
-    tops = {}
-    for r in parts["ceilings"]["rows"]:
-        if r["status"] == "ok":
-            tops[r["op"]] = r
-            rate = f"{r['tflop_s']:.1f} TFLOP/s" if r["tflop_s"] else f"{r['gb_s']:.0f} GB/s"
-            head.append(f"ceiling {r['op']} ({r['provider']}, {r['dtype']}): {r['median_ms']:.4f} ms, {rate}")
-    blocks = []
-    groups: dict[str, list] = {}
+    tops = {r["op"]: r for r in parts["ceilings"]["rows"] if r["status"] == "ok"}
+    legend = (
+        "Tables: median ms [p20 p80] x times the first row, peak MiB; x times ours in the same precision, relative\n"
+        "difference from ours (steps: loss and gradient norm) | GB/s TFLOP/s (share of the copy's and the GEMM's)"
+    )
+    text = "\n".join([*_summary_head(data), *_summary_ceilings(tops), legend])
+    groups: dict[str, list[dict]] = {}
     for r in parts["timings"]["rows"]:
-        groups.setdefault(f"{r['op'] if r['op'].startswith('step') else r['group']} {r['case']}", []).append(r)
-    for title, rows in groups.items():
-        lines = [f"-- {title}: median ms [p20 p80], times ours, peak MiB, difference | GB/s TFLOP/s (of the ceiling)"]
-        first: dict[str, float] = {}
-        missed = []
-        for r in rows:
-            if r["status"] != "ok":
-                why = r["reason"].splitlines()[-1][:90] if r["status"] == "failed" and r["reason"] else ""
-                missed.append(f"{'' if r['op'].startswith('step') else r['op'] + ' '}{r['provider']} {r['status']} {why}".strip())
-                continue
-            first.setdefault(r["op"], r["median_ms"])
-            label = r["provider"] if r["op"].startswith("step") else f"{r['op']}: {r['provider']}"
-            line = f"{label[:30]:30} {r['median_ms']:9.4g} [{r['p20_ms']:.4g} {r['p80_ms']:.4g}]"
-            line += f" x{r['median_ms'] / first[r['op']]:.2f}"
-            line += f" {r['peak_mib']:.0f}" if r["peak_mib"] is not None else ""
-            line += f" {r['vs_ours']:.1e}" if isinstance(r.get("vs_ours"), float) else ""
-            rates = []
-            for key, top in (("gb_s", "copy"), ("tflop_s", "gemm")):
-                if r[key]:
-                    share = f" ({100 * r[key] / tops[top][key]:.0f}%)" if top in tops else ""
-                    rates.append(f"{r[key]:.3g}{share}")
-            lines.append(line + (" | " + " ".join(rates) if rates else ""))
-        if missed:
-            lines.append(("   not measured: " + "; ".join(missed))[:600])
-        blocks.append("\n".join(lines))
-    for table in parts["profile"]["tables"]:
-        kernels = [f"  {k['us']:9.1f} us x{k['calls']:.0f} {k['name'][:60]}" for k in table["kernels"][:9]]
-        total = f"-- {table['name']}: kernels {table['total_us']:.0f} us of {table['wall_us']:.0f} us wall"
-        blocks.insert(min(2, len(blocks)), "\n".join([total, *kernels]))
-    text = "\n".join(head)
+        title = f"{r['op']} {r['case']}" if r["op"].startswith("step") else r["group"]
+        groups.setdefault(title, []).append(r)
+    blocks = [_summary_table(title, rows, tops) for title, rows in groups.items()]
+    blocks[2:2] = [_summary_profile(table) for table in parts["profile"]["tables"]]
     for i, block in enumerate(blocks):
         if len(text) + len(block) > limit:
             return f"{text}\n({len(blocks) - i} more tables in the JSON)"
         text += "\n" + block
     return text
+
+
+def _summary_head(data: dict) -> list[str]:
+    parts = data["sections"]
+    env, ver, mem = parts["environment"], parts["verify"], parts["memory_checker"]
+    device = (env.get("gpu") or {}).get("name") if data["device"] == "cuda" else "CPU (tiny shapes: times mean nothing)"
+    commit_ = f"{str(env.get('commit'))[:10]}{' dirty' if env.get('dirty') else ''}"
+    lines = [
+        f"sparc_kernels gpu_report: {device}, torch {env.get('torch')}, triton {env.get('triton')}, commit {commit_}",
+        f"{'complete' if data['complete'] else data['stopped']}; workers {data['workers']}",
+        f"verify: {ver['status']}, verified {ver.get('verified', False)}, {ver.get('counts') or ver['reason']}",
+    ]
+    lines += [f"  NOT PASSED {json.dumps(row)[:230]}" for row in ver.get("failed", [])[:6]]
+    lines.append(f"memory checker: {mem['status']} {mem['reason'] or ''}"[:200])
+    lines += [f"  {r['tool']}: {r['status']} {' '.join(r.get('summary', []))}"[:150] for r in mem.get("runs", [])]
+    for name in ("timings", "profile", "ceilings"):
+        if parts[name]["status"] != "ran":
+            reason = str(parts[name]["reason"]).replace("\n", " ")
+            lines.append(f"{name}: {parts[name]['status']}: {reason}"[:400])
+    return lines
+
+
+def _summary_ceilings(tops: dict) -> list[str]:
+    lines = []
+    for op, r in tops.items():
+        rate = f"{r['tflop_s']:.4g} TFLOP/s" if r["tflop_s"] else f"{r['gb_s']:.0f} GB/s"
+        lines.append(f"ceiling {op} ({r['provider']}, {r['dtype']}): {r['median_ms']:.4f} ms, {rate}")
+    return lines
+
+
+def _summary_table(title: str, rows: list[dict], tops: dict) -> str:
+    is_step = rows[0]["op"].startswith("step")
+    lines = [f"-- {title}"]
+    first: dict[str, float] = {}
+    missed = []
+    for r in rows:
+        label = r["provider"] if is_step else f"{r['op']}: {r['provider']}"
+        if r["status"] != "ok":
+            why = (r["reason"] or "").splitlines()[-1:] if r["status"] == "failed" else []
+            missed.append(" ".join([label, r["status"], *(line[:90] for line in why)]))
+            continue
+        first.setdefault(r["op"], r["median_ms"])
+        line = f"{label[:30]:30} {r['median_ms']:8.4g} [{r['p20_ms']:.4g} {r['p80_ms']:.4g}]"
+        line += f" x{r['median_ms'] / first[r['op']]:.2f}"
+        line += f" {r['peak_mib']:.0f}" if r["peak_mib"] is not None else ""
+        extra = [f"x{r['times_ours']:.2f}"] if "times_ours" in r else []
+        extra += [f"{float(r[key]):.0e}" for key in ("vs_ours", "grad_norm_vs_ours") if r.get(key) is not None]
+        line += "; " + " ".join(extra) if extra else ""
+        rates = []
+        for key, top in (("gb_s", "copy"), ("tflop_s", "gemm")):
+            if r[key]:
+                share = f" ({100 * r[key] / tops[top][key]:.0f}%)" if top in tops else ""
+                rates.append(f"{r[key]:.3g}{share}")
+        lines.append(line + (" | " + " ".join(rates) if rates else ""))
+    if missed:
+        lines.append(("   not measured: " + "; ".join(missed))[:600])
+    return "\n".join(lines)
+
+
+def _summary_profile(table: dict) -> str:
+    kernels = [f"  {k['us']:9.1f} us x{k['calls']:.0f} {k['name'][:60]}" for k in table["kernels"][:9]]
+    total = f"-- {table['name']}: kernels {table['total_us']:.0f} us of {table['wall_us']:.0f} us wall"
+    return "\n".join([total, *kernels])
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
@@ -796,7 +838,13 @@ def main(argv=None) -> int:
         return 0
     if args.worker:
         faulthandler.enable()
-        Worker(Report.load(args.worker)).run()
+        report = Report.load(args.worker)
+        try:
+            Worker(report).run()
+        except Exception:
+            report.data["worker_error"] = last_lines(traceback.format_exc())
+            report.save()
+            raise
         return 0
 
     started = time.time()
@@ -827,7 +875,7 @@ def main(argv=None) -> int:
                 report[part].update(status="skipped", reason="asked for with --skip")
         else:
             report = supervise(report)
-        ran = all(report[part]["status"] not in ("not run", "running", "ran in part") for part in SECTIONS)
+        ran = all(report[part]["status"] in ("ran", "absent", "skipped") for part in SECTIONS)
         why = None if ran else f"not everything ran within {args.minutes:g} minutes: see the sections' reasons"
         report.data.update(complete=ran, stopped=why)
     except (KeyboardInterrupt, SystemExit) as stopped:

@@ -48,7 +48,7 @@ class Timer:
         return seconds, torch.cuda.max_memory_allocated() - base
 
     def many(self, job, repeats: int, queued: bool) -> list[float]:
-        """Milliseconds of each run. `queued` keeps the GPU busy first, so that the host runs ahead and launches are free."""
+        """Milliseconds of each run. `queued` keeps the GPU busy first: the host runs ahead, launches cost nothing."""
         if not self.cuda:
             return [self._cpu(job) for _ in range(repeats)]
         events = []
@@ -107,7 +107,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @torch.no_grad()
 def difference(kind: str, ours, theirs) -> float:
-    """"ids": fraction of theirs that ours did not select, row by row. "tensor": |theirs - ours| / |ours|."""
+    """For "ids" the fraction of theirs that ours did not select, row by row; for "tensor" |theirs - ours| / |ours|."""
     if kind == "ids":
         base = torch.arange(ours.shape[0], device=ours.device)[:, None] << 32
         return 1 - float(torch.isin(theirs + base, ours + base).double().mean())

@@ -92,6 +92,13 @@ class GatherConfig:
     num_stages: int
 
 
+def gather_chunk(itemsize: int) -> int:
+    """Selected rows that one launch of the gather kernel takes."""
+    if INTERPRETED:
+        return 16 if itemsize >= 4 else MAX_K  # small, so that tiny tests take the route in chunks
+    return MAX_K if itemsize == 2 else 128  # compiled: the splits of tf32x3 keep a whole tile in registers
+
+
 def gather_config(k: int, d: int, n: int, itemsize: int, arch: int) -> GatherConfig:
     k_pad = max(next_power_of_2(k), 16)  # tl.dot needs 16
     if INTERPRETED:

@@ -1,6 +1,6 @@
 """Small real data sets, built on the spot: no download, no file on disk.
 
-`unicode_streams` shows one concept, a Unicode character, to three models that never meet: a classifier of its sans-serif
+`unicode_streams` shows one concept, a Unicode character, to three models that never meet: a classifier of its sans
 rendering, an autoencoder of its serif rendering, and a text embedding of its name. `digits_streams` is the smoke test.
 """
 
@@ -137,7 +137,7 @@ def digits_streams(seed: int = 0) -> StreamData:
         "classifier": classifier.activations(pixels),
         "autoencoder": autoencoder.activations(pixels),
     }
-    label_names = tuple(f"DIGIT {word}" for word in "ZERO ONE TWO THREE FOUR FIVE SIX SEVEN EIGHT NINE".split())
+    label_names = tuple(unicodedata.name(str(d)) for d in range(10))  # DIGIT ZERO, ...
     train, test = (_normalised(features, train_rows, rows) for rows in (train_rows, test_rows))
     return StreamData(
         train,
@@ -232,7 +232,8 @@ def _convolutions() -> list[nn.Module]:
 
 def _deconvolutions() -> list[nn.Module]:
     """[B, _FLAT] -> [B, 1, 32, 32]"""
-    first, second = nn.ConvTranspose2d(32, 16, 4, stride=2, padding=1), nn.ConvTranspose2d(16, 1, 4, stride=2, padding=1)
+    first = nn.ConvTranspose2d(32, 16, 4, stride=2, padding=1)
+    second = nn.ConvTranspose2d(16, 1, 4, stride=2, padding=1)
     return [nn.ReLU(), nn.Unflatten(1, (32, IMAGE_SIZE // 4, IMAGE_SIZE // 4)), first, nn.ReLU(), second]
 
 

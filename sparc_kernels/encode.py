@@ -427,7 +427,7 @@ def encode_topk(
     """
     S = check_same_length("xs", xs=xs, w_encs=w_encs, pre_biases=pre_biases, latent_biases=latent_biases)
     require(S <= MAX_STREAMS, "xs", f"at most {MAX_STREAMS} streams", str(S))
-    require(topk_type in ("global", "local"), "topk_type", "'global' or 'local'", topk_type)
+    require(topk_type in ("global", "local"), "topk_type", "'global' or 'local'", repr(topk_type))
     B, n = None, None
     for s in range(S):
         check_tensor(f"xs[{s}]", xs[s], (B if B is not None else "B", "d"), like=xs[0] if s else None)

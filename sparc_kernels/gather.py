@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ._launch import capability, cdiv, gather_config
+from ._launch import capability, cdiv, gather_chunk, gather_config
 from ._ops import acc_dtype, register
 from ._triton import INTERPRETED, tl, triton
 
@@ -128,6 +128,10 @@ def _launch_gather(indices, values, w, bias, x, *, store=0, stored=0, sq=False, 
     B, k = indices.shape
     n, d = w.shape
     acc = acc_dtype(w.dtype)
+    if k > gather_chunk(w.element_size()):
+        return _launch_gather_in_chunks(
+            indices, values, w, bias, x, store=store, stored=stored, sq=sq, dot=dot, out_dtype=out_dtype
+        )
     device = w.device
     S = values.shape[0] if values is not None else x.shape[0]
     config = gather_config(k, d, n, w.element_size(), capability(device))
@@ -159,6 +163,25 @@ def _launch_gather(indices, values, w, bias, x, *, store=0, stored=0, sq=False, 
         (sq_part[0] if slabs == 1 else sq_part.sum(0)) if sq else None,
         (dot_part[0] if slabs == 1 else dot_part.sum(0)) if dot else None,
     )
+
+
+def _launch_gather_in_chunks(indices, values, w, bias, x, *, store, stored, sq, dot, out_dtype):
+    """The same, a few of the k rows at a time, with E in memory between the launches."""
+    chunk = gather_chunk(w.element_size())
+    parts = [slice(j, j + chunk) for j in range(0, indices.shape[1], chunk)]
+    e = x
+    if values is not None:
+        acc = acc_dtype(w.dtype)
+        e = torch.zeros((), device=w.device, dtype=acc)
+        for part in parts:
+            e = e + _launch_gather(indices[:, part], values[..., part], w, None, None, store=1, out_dtype=acc)[0]
+        if bias is not None:
+            e = e + bias
+        if x is not None:
+            e = e - x
+    kept = None if not store else (e if store == 1 else e[stored]).to(out_dtype or w.dtype)
+    dots = [_launch_gather(indices[:, part], None, w, None, e, dot=True)[2] for part in parts] if dot else None
+    return kept, e.square().sum(2) if sq else None, torch.cat(dots, 2) if dot else None
 
 
 # gather_dot: out[s, b, j] = <W[indices[b, j]], x[s, b]>

@@ -12,7 +12,7 @@ from ._checks import check_int, check_number, check_tensor, require
 from ._launch import MAX_K, MAX_STREAMS
 from ._ops import IMPLS, resolve_impl
 from .dead import auxk_topk, update_counters_
-from .decode import Decode, DecodeNMSE
+from .decoder import Decode, DecodeNMSE
 from .encode import GatherValues, select_latents
 from .gather import KEEP_NONE
 from .latent_grads import inverse_index
@@ -66,8 +66,8 @@ class AlignedSAE(nn.Module):
         self.auxk_threshold = check_number("auxk_threshold", auxk_threshold)
         self.dead_steps_threshold = check_int("dead_steps_threshold", dead_steps_threshold, 0)
         self.use_sparse_decoder = use_sparse_decoder
-        require(topk_type in ("global", "local"), "topk_type", "'global' or 'local'", topk_type)
-        require(impl in IMPLS, "impl", f"one of {', '.join(map(repr, IMPLS))}", impl)
+        require(topk_type in ("global", "local"), "topk_type", "'global' or 'local'", repr(topk_type))
+        require(impl in IMPLS, "impl", f"one of {', '.join(map(repr, IMPLS))}", repr(impl))
         require(dtype is None or dtype in _DTYPES, "dtype", "float64, float32, bfloat16 or float16", repr(dtype))
         self.topk_type, self.impl, self.count_in_eval = topk_type, impl, count_in_eval
         self.decoder_layout = "rows"
@@ -301,7 +301,7 @@ class AlignedSAE(nn.Module):
 
         Contiguous decoders (FSDP2, safetensors.save_file) cost a copy of W_dec in every forward and backward.
         """
-        require(layout in ("rows", "contiguous"), "layout", "'rows' or 'contiguous'", layout)
+        require(layout in ("rows", "contiguous"), "layout", "'rows' or 'contiguous'", repr(layout))
         self.decoder_layout = layout
         for decoder in self.decoders.values():
             w = decoder.weight

@@ -198,7 +198,9 @@ def decode_nmse(
 ) -> torch.Tensor:
     """Normalised mean squared error of every reconstruction, without keeping any.
 
-    Args: as `decode`, and xs: T targets [B, d_t], of the weights' dtype.
+    Args:
+        xs: T targets [B, d_t], of the weights' dtype.
+        indices, values, w_decs, pre_biases, pairs, inverse, impl: as in `decode`.
 
     Returns: [T, S] in float32 (float64 for float64), entry (t, s) for target t from source s; 0 where `pairs` does not
         ask. Differentiable in values, w_decs, pre_biases and xs. A zero row in a target makes its entries inf or NaN.
