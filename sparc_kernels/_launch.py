@@ -71,7 +71,7 @@ WIDEST = 8192  # candidates of one step of the selection: 32 keys a thread in 8 
 
 
 def select_config(n: int, k: int) -> SelectConfig:
-    """Group size near sqrt(2 N / k) balances the two reads, N / g maxima and k g logits; at least k groups must exist."""
+    """Group size g near sqrt(2 N / k) balances two reads, N / g maxima and k g logits; at least k groups must exist."""
     group, k_pad = 1, next_power_of_2(k)
     while group < 128 and (2 * group) ** 2 * k <= 2 * n and 2 * group * k <= n:
         group *= 2

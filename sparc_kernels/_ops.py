@@ -44,7 +44,7 @@ def _tensors(args):
 
 
 def resolve_impl(impl: str, tensor: torch.Tensor) -> str:
-    """Turn "auto" into "triton" (CUDA tensors of a supported dtype, Triton installed) or "torch"; refuse the impossible."""
+    """Turn "auto" into "triton" (CUDA tensors of a supported dtype, Triton installed) or "torch"; refuse the rest."""
     if impl not in IMPLS:
         raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
     if impl == "auto":

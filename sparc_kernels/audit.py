@@ -74,7 +74,13 @@ GRID = [
         (8192, 32768, 131072, 1048576),
         (32, 64, 128, 256, 512),
         (512, 1024, 2304, 4096),
-        ((4096, 3, "bfloat16"), (256, 3, "bfloat16"), (4096, 1, "bfloat16"), (4096, 8, "bfloat16"), (4096, 3, "float32")),
+        (
+            (4096, 3, "bfloat16"),
+            (256, 3, "bfloat16"),
+            (4096, 1, "bfloat16"),
+            (4096, 8, "bfloat16"),
+            (4096, 3, "float32"),
+        ),
     )
 ]
 QUICK = [
@@ -105,15 +111,8 @@ class _Recorder:
         for name, value in constexprs.items():
             signature[name] = "constexpr"
             constants[(names.index(name),)] = value
-        self.found.append(
-            Launch(
-                self.name, _freeze(signature), tuple(constants.items()), tuple(divisible), num_warps, num_stages
-            )  # fmt: skip
-        )
-
-
-def _freeze(mapping):
-    return tuple(mapping.items())
+        parts = tuple(signature.items()), tuple(constants.items()), tuple(divisible)
+        self.found.append(Launch(self.name, *parts, num_warps, num_stages))
 
 
 def _specialise(arg, path, constants, divisible):
@@ -296,15 +295,22 @@ def run(args: argparse.Namespace) -> int:
             print(f"\rcompiled {i}/{n}", end="" if i < n else "\n", file=sys.stderr, flush=True)
 
     results = audit(shapes, tuple(args.arch or DEFAULT_ARCHS), args.workers, progress)
-    print(f"{'kernel':<22} {'sm':>4} {'warps':>5} {'regs':>5} {'spill':>6} {'shared':>7} {'sass':>6} {'matrix':>8} {'load':>5}")
+    print(
+        f"{'kernel':<22} {'sm':>4} {'warps':>5} {'regs':>5} {'spill':>6} {'shared':>7} {'sass':>6} {'matrix':>8} "
+        f"{'load':>5}"
+    )
     for r in sorted(results, key=lambda r: (r.launch.kernel, r.arch, _flags(r.launch))):
         name = r.launch.kernel.split(":")[1].strip("_").removesuffix("_kernel")
         print(
             f"{name:<22} {r.arch:>4} {r.launch.num_warps:>5} {r.registers:>5} {r.spill_bytes:>6} {r.shared:>7} "
-            f"{r.instructions:>6} {r.matrix:>8} {r.load_bits:>5}  {_flags(r.launch)}" + (f"  FAULT: {r.fault}" if r.fault else "")
+            f"{r.instructions:>6} {r.matrix:>8} {r.load_bits:>5}  {_flags(r.launch)}"
+            + (f"  FAULT: {r.fault}" if r.fault else "")
         )
     faults = [r for r in results if r.fault]
-    print(f"{len(results)} kernels compiled for {len({r.arch for r in results})} architectures, {len(faults)} with a fault")
+    print(
+        f"{len(results)} kernels compiled for {len({r.arch for r in results})} architectures, "
+        f"{len(faults)} with a fault"
+    )
     if args.json:
         rows = [{**asdict(r), "fault": r.fault} for r in results]
         with open(args.json, "w") as file:

@@ -1,4 +1,4 @@
-"""`sparc-kernels SUBCOMMAND`, also `python -m sparc_kernels SUBCOMMAND`. Each subcommand lives in the module it names."""
+"""`sparc-kernels SUBCOMMAND`, also `python -m sparc_kernels SUBCOMMAND`; each is the module of that name."""
 
 from __future__ import annotations
 

@@ -29,7 +29,8 @@ def _nan_max(a, b):
 def _encode_kernel(
     x_ptrs, w_ptrs, widths, strides_x, strides_w, bias_ptr, ids_ptr, count_ptr, logits_ptr, maxima_ptr,
     coarse_ptr, row0, M, N, NG, NC,
-    S: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    S: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, COMPACT: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """logits[m, n] = sum_s <x_s[row0 + m], w_s[n]> + bias[n], and the maxima of each GROUP and each SPAN columns (no
@@ -244,8 +245,9 @@ def _select_triton(xs, w_encs, bias, k, ids, count):
         rows = min(chunk, B - row0)
         _encode_kernel[(cdiv(rows, encode.block_m) * cdiv(n, block_n),)](
             tuple(xs), tuple(w_encs), tuple(x.shape[1] for x in xs), tuple(x.stride(0) for x in xs),
-            tuple(w.stride(0) for w in w_encs), bias, ids, count, logits, maxima, coarse, row0, rows, n, n_groups, n_spans,
-            S=len(xs), GROUP=select.group, SPAN=select.span, BLOCK_M=encode.block_m, BLOCK_N=block_n, BLOCK_K=encode.block_k,
+            tuple(w.stride(0) for w in w_encs), bias, ids, count, logits, maxima, coarse,
+            row0, rows, n, n_groups, n_spans, S=len(xs), GROUP=select.group, SPAN=select.span,
+            BLOCK_M=encode.block_m, BLOCK_N=block_n, BLOCK_K=encode.block_k,
             GROUP_M=encode.group_m, COMPACT=ids is not None,
             DTYPE=tl.float32 if half and INTERPRETED else _tl_dtype(dtype), ACC=_tl_dtype(acc), PRECISION=precision,
             num_warps=encode.num_warps, num_stages=encode.num_stages,
@@ -264,7 +266,7 @@ def _allow_tf32() -> bool:
 
 
 def _topk_exact(h, k):
-    """Top k of each row, descending, ties to the lowest column, NaN first: what a stable sort gives, at topk's price."""
+    """Top k of each row, descending, ties to the lowest column, NaN first: a stable sort at topk's price."""
     if h.is_cuda:  # no look at the data: that would be a synchronisation
         return torch.sort(h, dim=1, descending=True, stable=True).indices[:, :k]
     values, indices = h.topk(k, dim=1)
@@ -330,7 +332,7 @@ Args:
 Rows are in descending order of the pre-activation selected on, ties to the lowest latent, NaN above +inf.
 """
 
-# ----------------------------------------------------------------------------------------------------- values, gradients
+# --------------------------------------------------------------------------------------------------- values, gradients
 
 
 class GatherValues(torch.autograd.Function):

@@ -152,7 +152,8 @@ def _launch_gather(indices, values, w, bias, x, *, store=0, stored=0, sq=False, 
     _gather_kernel[(slabs * B,)](
         indices, values, w, bias, x, e, sq_part, dot_part,
         B, k, d, n, w.stride(0),
-        x.stride(0) if x is not None and x.dim() == 3 else 0, x.stride(-2) if x is not None else 0, stored, config.tiles,
+        x.stride(0) if x is not None and x.dim() == 3 else 0, x.stride(-2) if x is not None else 0,
+        stored, config.tiles,
         S=S, K_PAD=config.k_pad, BLOCK_D=config.block_d, SUM=values is not None,
         HAS_BIAS=bias is not None, HAS_X=x is not None, STORE=store, SQ=sq, DOT=dot, SPLIT=half,
         DTYPE=operand, ACC=_tl_dtype(acc), PRECISION="ieee" if half or acc == torch.float64 else "tf32x3",
@@ -288,7 +289,7 @@ gather_error = register(
     triton_impl=_gather_error_triton,
     fake=_gather_error_fake,
 )
-gather_error.__doc__ = """Error of the reconstructions of one target from every source, in one pass over the gathered rows.
+gather_error.__doc__ = """Errors of one target's reconstructions from every source, in one pass over the gathered rows.
 
 E[s, b] = sum_j values[s, b, j] W[indices[b, j]] + bias - x[b]
 

@@ -133,7 +133,7 @@ class _WorkPlan(NamedTuple):
 
 
 def _work_plan(offsets: torch.Tensor, M: int, chunk: int) -> _WorkPlan:
-    """Static bounds instead of counts read back: a latent has max(1, ceil(count / chunk)) programs, M // chunk more in all."""
+    """Static bounds, no counts read back: max(1, ceil(count / chunk)) programs a latent, N + M // chunk in all."""
     n = offsets.numel() - 1
     count = offsets[1:] - offsets[:-1]
     chunks = torch.clamp((count + chunk - 1) // chunk, min=1)

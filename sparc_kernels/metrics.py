@@ -38,7 +38,14 @@ class Codes(NamedTuple):
 
 
 class Jaccard(NamedTuple):
-    """Attributes: mean over all N latents; mean over those alive in a stream or more; per_latent, float64 [N]; alive."""
+    """What `jaccard` returns.
+
+    Attributes:
+        mean: over all N latents.
+        mean_alive: over the latents alive in one stream or more.
+        per_latent: float64 [N].
+        alive: bool [N].
+    """
 
     mean: float
     mean_alive: float
@@ -47,13 +54,20 @@ class Jaccard(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """Attributes: mean test log-loss in nats; per_class, float64 [C], NaN where not probed; latents, int64 [C] or -1."""
+    """What `probe_1d` returns.
+
+    Attributes:
+        mean: of per_class, over the classes probed.
+        per_class: float64 [C], test log-loss in nats, NaN where the class was left out.
+        latents: int64 [C], the latent chosen, -1 where none was.
+    """
 
     mean: float
     per_class: Tensor
     latents: Tensor
 
 
+@torch.no_grad()
 def jaccard(codes: Mapping[str, Codes], labels: Tensor) -> Jaccard:
     """Do a latent's activations mean the same in every stream, judged by the labels of the rows it fires on?
 
@@ -65,7 +79,7 @@ def jaccard(codes: Mapping[str, Codes], labels: Tensor) -> Jaccard:
         codes: of two or more streams over the same B rows and N latents.
         labels: bool [B, C], multi-hot. Labels without a row and rows without a label are allowed; they count nothing.
 
-    Returns: Jaccard. `mean_alive` is 0 when no latent is alive.
+    Returns: Jaccard; `mean_alive` is 0 when no latent is alive. Memory: N x C floats for each stream.
 
     Equivalent to, with dense codes: counts = [(c > 0).T.float() @ labels.float() for c in codes], then the mean over
     pairs of minimum(a, b).sum(1) / maximum(a, b).sum(1).
@@ -87,6 +101,7 @@ def jaccard(codes: Mapping[str, Codes], labels: Tensor) -> Jaccard:
     return Jaccard(per_latent.mean().item(), mean_alive.item(), per_latent, alive)
 
 
+@torch.no_grad()
 def dead_fractions(codes: Mapping[str, Codes]) -> dict[str, float]:
     """Fractions of the N latents that fired in no stream, in some, in every one: `all_dead`, `mixed`, `all_alive`."""
     codes = _check_streams(codes, at_least=1)
@@ -96,6 +111,7 @@ def dead_fractions(codes: Mapping[str, Codes]) -> dict[str, float]:
     return {"all_dead": all_dead, "mixed": 1 - all_dead - all_alive, "all_alive": all_alive}
 
 
+@torch.no_grad()
 def retrieval(query: Codes | Tensor, target: Codes | Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
     """Does row i of `query` find row i of `target` among all B by cosine similarity?
 
@@ -136,6 +152,7 @@ def retrieval(query: Codes | Tensor, target: Codes | Tensor, ks: Sequence[int] =
     return {**scores, "median_rank": float(ranks.median()), "MRR": ranks.double().reciprocal().mean().item()}
 
 
+@torch.no_grad()
 def explained_variance(
     batches: Iterable[tuple[Mapping[str, Tensor], Mapping[tuple[str, str], Tensor]]],
 ) -> dict[tuple[str, str], float]:
@@ -152,7 +169,9 @@ def explained_variance(
     """
     moments, errors, pairs = {}, {}, None
     for inputs, recons in batches:
-        require(isinstance(recons, Mapping) and len(recons) > 0, "batches", "a non-empty dict of reconstructions", recons)
+        require(
+            isinstance(recons, Mapping) and len(recons) > 0, "batches", "non-empty dicts of reconstructions", recons
+        )
         pairs = set(recons) if pairs is None else pairs
         require(set(recons) == pairs, "batches", f"the pairs {sorted(pairs)} in every batch", repr(sorted(recons)))
         for t in sorted({t for t, _ in recons}):
@@ -168,14 +187,15 @@ def explained_variance(
     }
 
 
+@torch.no_grad()
 def probe_1d(codes: Codes, labels: Tensor, n_candidates: int = 20, min_count: int = 50, seed: int = 0) -> Probe:
     """How well one latent alone predicts a class: test log-loss of the best one, in nats (ln 2 = 0.693 is chance).
 
     For each class: as many negative rows as positive ones (or the reverse, where negatives are fewer), divided
     70/15/15 with equal halves; the candidates are the `n_candidates` latents that fire on most of the class's rows
-    (among those that fire in the training part; ties to the lower latent); a logistic regression on each (weight penalty
-    w^2 / 2, as scikit-learn's default); the best on validation is scored on test. A class for which no latent fires in
-    the training part scores ln 2.
+    (among those that fire in the training part; ties to the lower latent); a logistic regression on each (penalty
+    weight^2 / 2, scikit-learn's default); the best on validation is scored on test. A class for which no latent fires
+    in the training part scores ln 2.
 
     Args:
         codes: of one stream.
@@ -314,6 +334,8 @@ def _fit_logistic(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
                 break
             step = torch.where(new <= loss, step, step / 2)
         step = torch.where(new <= loss, step, 0.0)
+        if not step.any():  # only rounding is left
+            break
         weight, bias = weight - step * d_w, bias - step * d_b
         loss = torch.minimum(new, loss)
     return weight, bias

@@ -256,7 +256,7 @@ class AlignedSAE(nn.Module):
     # ------------------------------------------------------------------------------------------------ training helpers
 
     def get_dead_neurons(self, threshold: int | None = None) -> dict[str, torch.Tensor]:
-        """Latents that have not fired for more than `threshold` forwards (default dead_steps_threshold): {s: bool [N]}."""
+        """Latents that did not fire for more than `threshold` forwards (None: dead_steps_threshold): {s: bool [N]}."""
         threshold = self.dead_steps_threshold if threshold is None else check_int("threshold", threshold, 0)
         return {s: getattr(self, f"stats_last_nonzero_{s}") > threshold for s in self.streams}
 
@@ -269,7 +269,7 @@ class AlignedSAE(nn.Module):
 
     @torch.no_grad()
     def project_decoder_grad_(self) -> AlignedSAE:
-        """Remove from every decoder gradient its component along the column; decoders without a gradient are skipped."""
+        """Remove from every decoder gradient its component along the column; no gradient, nothing to do."""
         for decoder in self.decoders.values():
             w, grad = decoder.weight, decoder.weight.grad
             if grad is not None:

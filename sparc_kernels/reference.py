@@ -84,13 +84,13 @@ def decode_nmse(
 
 
 def update_counters(counters: Tensor, indices: Tensor, values: Tensor, threshold: float) -> Tensor:
-    """Steps since a latent last fired: 1 where some value exceeds `threshold` in the batch, else one more. int64 [N]."""
+    """Steps since a latent last fired: 1 where a value exceeds `threshold` in the batch, else one more: int64 [N]."""
     fired = (codes(indices, values, counters.shape[0]) > threshold).any(0)
     return torch.where(fired, torch.ones_like(counters), counters + 1)
 
 
 def auxk(h: Tensor, dead: Tensor, auxk: int) -> tuple[Tensor, Tensor]:
-    """Top-auxk of the pre-activations with live latents set to 0: h [B, N], dead bool [N] -> indices, values [B, auxk]."""
+    """Top-auxk of h [B, N] with live latents set to 0, dead bool [N]: -> indices, values [B, auxk]."""
     masked = h * dead
     indices = topk_indices(masked, auxk)
     return indices, torch.relu(masked.gather(1, indices))

@@ -79,7 +79,19 @@ INF, NAN = float("inf"), float("nan")
         torch.full((70,), -1.0),  # no positive value
         torch.tensor([-0.0, 0.0] * 35),  # equal: the lowest index first
     ],
-    ids=["ties", "-inf", "+inf", "nan", "two finite", "some nan", "one inf", "first", "last", "negative", "signed zero"],
+    ids=[
+        "ties",
+        "-inf",
+        "+inf",
+        "nan",
+        "two finite",
+        "some nan",
+        "one inf",
+        "first",
+        "last",
+        "negative",
+        "signed zero",
+    ],
 )
 def test_hard_rows(impl, row, k):
     assert exact_select(row[None], k, impl).tolist() == reference.topk_indices(row[None], k).tolist()

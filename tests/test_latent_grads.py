@@ -46,7 +46,9 @@ def test_work_plan_covers_every_list_within_its_static_bounds(counts, chunk):
     assert len(set(slots)) == len(slots) and max(slots, default=0) < 2 * (M // chunk) + 1
 
 
-@pytest.mark.parametrize(("rows", "k", "n", "d", "S"), [(6, 5, 70, 20, 1), (6, 5, 70, 13, 3), (30, 4, 3, 33, 2), (1, 1, 5, 1, 1)])
+@pytest.mark.parametrize(
+    ("rows", "k", "n", "d", "S"), [(6, 5, 70, 20, 1), (6, 5, 70, 13, 3), (30, 4, 3, 33, 2), (1, 1, 5, 1, 1)]
+)
 def test_latent_reduce(impl, rows, k, n, d, S):
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(0, n, (rows, k), generator=g)

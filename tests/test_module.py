@@ -1,4 +1,4 @@
-"""AlignedSAE: loss and gradients against the reference, the outputs' contract, memory, checkpoints, training helpers."""
+"""AlignedSAE: loss and gradients against the reference, outputs, memory, checkpoints, training helpers."""
 
 import copy
 import gc
