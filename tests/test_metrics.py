@@ -10,6 +10,7 @@ import torch
 from conftest import DEVICE
 from scipy import sparse
 from scipy.stats import rankdata
+from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, r2_score
 from sklearn.metrics.pairwise import cosine_similarity
@@ -73,7 +74,7 @@ def test_jaccard_agrees_with_brute_force(streams):
 
 
 def test_jaccard_by_hand():
-    """Latent 0 fires on rows 0, 1 of a and on rows 1, 2 of b; latent 1 in a only; latent 2 on unlabelled row 3 in both."""
+    """Latent 0 fires on rows 0, 1 of a and on 1, 2 of b; latent 1 in a only; latent 2 on unlabelled row 3 of both."""
     a = Codes(torch.tensor([[0, 1], [0, 1], [1, 0], [2, 0]]), torch.tensor([[1.0, 1], [1, 0], [1, 0], [1, 0]]), 4)
     b = Codes(torch.tensor([[1, 0], [0, 1], [0, 1], [2, 1]]), torch.tensor([[0.0, 0], [1, 0], [1, 0], [1, 0]]), 4)
     labels = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 0, 0]]).bool()  # the last class is empty
@@ -189,7 +190,8 @@ def test_a_silent_target_ranks_behind_what_is_similar():
 @pytest.mark.parametrize("batch", [1, 7, 50])
 def test_explained_variance_agrees_with_scikit_learn(batch):
     g = torch.Generator().manual_seed(0)
-    inputs = {"a": torch.randn(50, 6, generator=g) + 100, "b": torch.randn(50, 3, generator=g) * torch.tensor([1, 5, 9])}
+    a, b = torch.randn(50, 6, generator=g) + 100, torch.randn(50, 3, generator=g) * torch.tensor([1, 5, 9])
+    inputs = {"a": a, "b": b}
     noise = {("a", "a"): 0.1, ("a", "b"): 0.5, ("b", "a"): 2.0}
     recons = {(t, s): inputs[t] + e * torch.randn(inputs[t].shape, generator=g) for (t, s), e in noise.items()}
     rows = torch.arange(50).split(batch)
@@ -236,12 +238,12 @@ def test_probe_agrees_with_scikit_learn():
         assert y_all[positive, c].all() and not y_all[negative, c].any() and len(set(positive) | set(negative)) == 2 * m
         cuts = [round(0.7 * m), round(0.7 * m) + round(0.15 * m)]
         train, val, test = (
-            np.concatenate(parts)
-            for parts in zip(np.split(positive, cuts), np.split(negative, cuts), strict=True)
+            np.concatenate(parts) for parts in zip(np.split(positive, cuts), np.split(negative, cuts), strict=True)
         )
         together = (x[y_all[:, c]] > 0).sum(0)
         candidates = [n for n in np.argsort(-together, kind="stable") if x[train, n].any()][:5]
-        models = [LogisticRegression(tol=1e-10, max_iter=1000).fit(x[train][:, [n]], y_all[train, c]) for n in candidates]
+        model = LogisticRegression(tol=1e-10, max_iter=1000)
+        models = [clone(model).fit(x[train][:, [n]], y_all[train, c]) for n in candidates]
         losses = [
             log_loss(y_all[val, c], m.predict_proba(x[val][:, [n]])) for m, n in zip(models, candidates, strict=True)
         ]
@@ -324,7 +326,7 @@ def test_bad_arguments_are_named():
         (lambda: retrieval(x[:0], x[:0]), "query: expected at least one row"),
         (lambda: retrieval(x, x, ks=(0,)), "ks: expected an int >= 1"),
         (lambda: explained_variance([]), "batches: expected at least one batch"),
-        (lambda: explained_variance([({"a": x}, {})]), "batches: expected dicts of reconstructions"),
+        (lambda: explained_variance([({"a": x}, {})]), "batches: expected non-empty dicts of reconstructions"),
         (lambda: explained_variance([({"a": x}, {("b", "a"): x})]), "batches: expected inputs with stream 'b'"),
         (lambda: explained_variance([({"a": x}, {("a", "a"): x[:, :2]})]), "reconstructions['a', 'a']: expected shape"),
         (

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import CUDA
 from torch import Tensor
 
 from sparc_kernels import AlignedSAE
@@ -23,8 +24,6 @@ class Run:
     steps: int = 14  # fewer leave out what comes after the last step
     rtol: float = 1e-8  # of the largest magnitude in the official tensor; absolute where that is 0
 
-
-RUNS = [Run("torch")]
 
 with np.load(Path(__file__).with_name("official_replay.npz")) as file:
     FILE = {key: file[key] for key in file.files}
@@ -210,8 +209,12 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("case", CONFIGS)
-@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.impl)
+KERNEL_RUNS = [] if CUDA else ["global_auxk", "local_auxk"]  # float64 kernels exist in the interpreter only
+RUNS = [(case, Run("torch")) for case in CONFIGS]
+RUNS += [(case, Run("triton", steps=5)) for case in KERNEL_RUNS]  # AuxK finds dead latents in the last ones
+
+
+@pytest.mark.parametrize(("case", "run"), RUNS, ids=lambda value: getattr(value, "impl", value))
 def test_every_step_agrees_with_the_official_classes(case, run):
     found = replay(case, run)
     assert not found, f"{len(found)} departures from the official run, first:\n  " + "\n  ".join(found[:20])
