@@ -96,7 +96,7 @@ class DecodeNMSE(torch.autograd.Function):
         if need_v:
             dvalues = torch.where(counts[..., None], coef[..., None] * dots, 0.0)
         if need_w or need_b or need_x:
-            error = torch.where(counts[..., None], error, 0.0)
+            error.masked_fill_(~counts[..., None], 0.0)
         if need_w:
             weights = torch.where(counts[..., None], values * coef[..., None], 0.0)
             dw = _grad_w_dec((order, offsets), indices, weights, error, w_dec.dtype, w_dec.shape[1], impl)
@@ -140,14 +140,17 @@ def _check(indices, values, w_decs, pre_biases, pairs):
     return T, S, asked
 
 
+def pick(x: torch.Tensor, places: list[int]) -> torch.Tensor:
+    """x[places]; indexing a CUDA tensor with a list would copy the list to the device, a synchronisation."""
+    return torch.stack([x[i] for i in places])
+
+
 def _sources(indices, values, inverse, asked):
     """What a target needs of the sources it asks for; the inverse index stays valid while all of them are asked for."""
-    S = values.shape[0]
-    if asked == list(range(S)):
+    if asked == list(range(values.shape[0])):
         return indices, values, inverse
-    if indices.dim() == 2:
-        return indices, values[asked], inverse
-    return indices[asked], values[asked], (None, None)
+    values = pick(values, asked)
+    return (indices, values, inverse) if indices.dim() == 2 else (pick(indices, asked), values, (None, None))
 
 
 def decode(

@@ -15,12 +15,17 @@ beside the rounding of W itself. Programs of one column slab run next to each ot
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 
 from ._launch import capability, cdiv, gather_chunk, gather_config
 from ._ops import acc_dtype, register
 from ._triton import INTERPRETED, tl, triton
+
+# sampled_addmm needs a CSR pattern; that torch calls the format beta is no news to a user of this package
+warnings.filterwarnings("ignore", message="Sparse (CSR tensor support|invariant checks)")
 
 
 @triton.jit

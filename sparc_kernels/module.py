@@ -12,7 +12,7 @@ from ._checks import check_int, check_number, check_tensor, require
 from ._launch import MAX_K, MAX_STREAMS
 from ._ops import IMPLS, resolve_impl
 from .dead import auxk_topk, update_counters_
-from .decoder import Decode, DecodeNMSE
+from .decoder import Decode, DecodeNMSE, pick
 from .encode import GatherValues, select_latents
 from .gather import KEEP_NONE
 from .latent_grads import inverse_index
@@ -461,9 +461,9 @@ class AlignedOutputs(Mapping):
         """DecodeNMSE of one target from the given sources."""
         indices, inverse = self._indices, self._inverse
         if len(sources) < len(self._streams):
-            stacked = stacked[sources]
+            stacked = pick(stacked, sources)
             if indices.dim() == 3:
-                indices, inverse = indices[sources], (None, None)
+                indices, inverse = pick(indices, sources), (None, None)
         return DecodeNMSE.apply(stacked, w_dec, pre_bias, x, indices, *inverse, keep, impl)
 
 

@@ -1,0 +1,387 @@
+"""`sparc-kernels demo`: trains four configurations on real data built on the spot and compares their latents."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import permutations
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import __version__
+from .data import StreamData, unicode_streams
+from .metrics import Codes, dead_fractions, explained_variance, jaccard, retrieval
+from .module import AlignedSAE
+
+CONFIGURATIONS = {  # name -> topk_type, cross_loss_coef; the first is SPARC, the others leave one part out, or both
+    "global+cross": ("global", 1.0),
+    "global": ("global", 0.0),
+    "local+cross": ("local", 1.0),
+    "local": ("local", 0.0),
+}
+COLORS = {"global+cross": "#c2410c", "global": "#d97706", "local+cross": "#2563eb", "local": "#64748b"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One training run. The data are 2,544 rows, 10 steps an epoch, so everything is shorter than the paper's."""
+
+    steps: int
+    lr: float
+    n_latents: int = 512
+    k: int = 16
+    batch_size: int = 256
+    dead_steps_threshold: int = 200
+    reinit_every: int = 100
+
+
+FULL = Settings(steps=1000, lr=1e-3)
+QUICK = Settings(steps=200, lr=2e-3)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    out = Path("sparc-demo")
+    parser.add_argument("--out", type=Path, default=out, help=f"folder of the results (default {out})")
+    parser.add_argument("--quick", action="store_true", help="half the characters, a fifth of the steps: rougher figures")
+    parser.add_argument("--seed", type=int, default=0, help="of data and training (default 0)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code: 0; 2 when an argument, the output folder or a missing package stands in the way; 130 after Ctrl-C."""
+    if args.seed < 0:
+        return _refuse(f"--seed: expected an integer >= 0, got {args.seed}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        return _refuse("--device cuda: PyTorch sees no GPU here; use --device cpu")
+    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.out):
+            pass
+    except OSError as error:
+        return _refuse(f"--out {args.out}: cannot write there ({error.strerror or error})")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            _demo(args.out, args.seed, args.quick, device)
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
+    except ImportError as error:
+        return _refuse(str(error))
+    except OSError as error:  # a full disk, a folder that went away
+        return _refuse(f"--out {args.out}: {error}")
+    return 0
+
+
+def _refuse(message: str) -> int:
+    print(f"sparc-kernels demo: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _demo(out: Path, seed: int, quick: bool, device: torch.device) -> None:
+    started = time.perf_counter()
+    _import_matplotlib()  # before the work, so that a missing package is known at once
+    settings = QUICK if quick else FULL
+    if quick:
+        print("Quick run: fewer characters and steps. Leave out --quick for the figures to quote.")
+    print("Building the data: Unicode characters, drawn in two fonts, and their names ...", flush=True)
+    data = unicode_streams(seed, quick)
+    widths = ", ".join(f"{s} {d}" for s, d in data.d_streams.items())
+    print(
+        f"{len(data.train_rows):,} characters to train on, {len(data.test_rows):,} held out, "
+        f"{len(data.label_names)} labels; streams {widths} ({time.perf_counter() - started:.0f} s)"
+    )
+    print(f"Training {len(CONFIGURATIONS)} x {settings.steps} steps, N {settings.n_latents}, k {settings.k}, {device}")
+    train = {s: x.to(device) for s, x in data.train.items()}
+    test = {s: x.to(device) for s, x in data.test.items()}
+    labels = data.test_labels.to(device)
+
+    curves, scores, models = {}, {}, {}
+    for name, (topk_type, cross_coef) in CONFIGURATIONS.items():
+        torch.manual_seed(seed)
+        model = AlignedSAE(
+            data.d_streams,
+            settings.n_latents,
+            settings.k,
+            dead_steps_threshold=settings.dead_steps_threshold,
+            topk_type=topk_type,
+            device=device,
+        )
+        with _Progress(name, settings.steps) as progress:
+            curves[name] = train_steps(model, train, cross_coef, settings, seed, progress.update)
+        models[name] = model.eval()
+        scores[name] = evaluate(model, test, labels)
+    chance = chance_level(select_locally(models["global+cross"])(test), settings.n_latents, labels, seed)
+
+    table = format_table(scores, chance, len(data.test_rows))
+    first = leads(scores)
+    verdict = "yes" if first else "NO, unlike the published figures"
+    report = f"{table}\n\nglobal+cross first in Jaccard and in latent R@1: {verdict}\n"
+    print(f"\n{report}")
+    record = {
+        "quick": quick,
+        "seed": seed,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "versions": {"sparc_kernels": __version__, "torch": torch.__version__},
+        "settings": asdict(settings),
+        "held_out": len(data.test_rows),
+        "global_cross_first": first,
+        "scores": scores,
+        "chance": chance,
+    }
+    (out / "alignment.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (out / "alignment.txt").write_text(report, encoding="utf-8")
+    plot_curves(curves, out / "curves.png")
+    plot_gallery(data, codes_of(select_locally(models["global+cross"])(test), settings.n_latents), out / "gallery.png")
+    print(f"Wrote alignment.json, alignment.txt, curves.png and gallery.png to {out}")
+    print(f"Done in {time.perf_counter() - started:.0f} s")
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def train_steps(
+    model: AlignedSAE,
+    streams: dict[str, Tensor],
+    cross_coef: float,
+    settings: Settings,
+    seed: int,
+    on_step: Callable[[int, Tensor], None] = lambda step, loss: None,
+) -> dict[str, list[float]]:
+    """The official training step in its order, on shuffled batches of `streams` ({s: [n, d_s]}).
+
+    Returns: curves, every tenth step: `step`, and the NMSE of the self and of the cross reconstructions, averaged over
+    streams and pairs (also where the cross term is not part of the loss).
+    """
+    device = next(model.parameters()).device
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)
+    order, fresh = torch.Generator().manual_seed(seed), torch.Generator(device).manual_seed(seed)
+    n = len(next(iter(streams.values())))
+    batches = iter(())
+    curves = {"step": [], "self": [], "cross": []}
+    model.train()
+    for step in range(settings.steps):
+        rows = next(batches, None)
+        if rows is None:
+            batches = iter(torch.randperm(n, generator=order).split(settings.batch_size))
+            rows = next(batches)
+        x = {s: stream[rows] for s, stream in streams.items()}
+        optimizer.zero_grad()
+        outputs = model(x)
+        loss, metrics = model.compute_loss(outputs, x, cross_loss_coef=cross_coef)
+        if not loss.isfinite():
+            continue
+        loss.backward()
+        model.unit_norm_decoder_()
+        model.project_decoder_grad_()
+        optimizer.step()
+        if step % settings.reinit_every == 0:
+            model.reinit_dead_(generator=fresh)
+        if step % 10 == 9:
+            cross = [v for name, v in metrics.items() if name.startswith("cross_loss_")]
+            curves["step"].append(step + 1)
+            curves["self"].append(metrics["avg_mse_loss"].item())
+            curves["cross"].append(torch.stack(cross).mean().item())
+        on_step(step + 1, loss)
+    return curves
+
+
+class _Progress:
+    """A tqdm bar on a terminal, one line for each run elsewhere."""
+
+    def __init__(self, name: str, steps: int):
+        self.name, self.steps, self.bar = name, steps, None
+        if sys.stderr.isatty():
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                return
+            self.bar = tqdm(total=steps, desc=f"{name:12}", unit="step", dynamic_ncols=True)
+
+    def __enter__(self):
+        self.started = time.perf_counter()
+        return self
+
+    def update(self, step: int, loss: Tensor) -> None:
+        if self.bar is not None:
+            if step % 20 == 0:
+                self.bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+            self.bar.update()
+        elif step == self.steps:
+            print(f"  {self.name:12}  loss {loss.item():.3f}  {time.perf_counter() - self.started:.1f} s", flush=True)
+
+    def __exit__(self, *exception):
+        if self.bar is not None:
+            self.bar.close()
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluation
+
+
+def select_locally(model: AlignedSAE) -> AlignedSAE:
+    """The same weights under local selection, where no stream sees what another selects; in eval mode."""
+    local = AlignedSAE(
+        model.d_streams, model.n_latents, model.k, topk_type="local", device=next(model.parameters()).device
+    )
+    local.load_state_dict(model.state_dict())
+    return local.eval().requires_grad_(False)
+
+
+def codes_of(outputs, n_latents: int) -> dict[str, Codes]:
+    """Sparse codes by stream."""
+    streams = [key.removeprefix("values_") for key in outputs if key.startswith("values_")]
+    return {s: Codes(outputs[f"indices_{s}"], outputs[f"values_{s}"], n_latents) for s in streams}
+
+
+@torch.no_grad()
+def evaluate(model: AlignedSAE, streams: dict[str, Tensor], labels: Tensor) -> dict:
+    """Alignment of a trained model on held-out rows, {s: [B, d_s]} and bool [B, C].
+
+    Returns: `own`, with the selection the model was trained with (global selection lets streams see each other), and
+    `local`, each stream selecting alone with the same weights: Jaccard, dead and mixed fractions, explained variance.
+    `latent` and `cross_recon`: retrieval, local only, averaged over the ordered pairs of streams.
+    """
+    model.eval()
+    outputs = select_locally(model)(streams)
+    codes = codes_of(outputs, model.n_latents)
+    recons = _recons(outputs, streams)
+    pairs = list(permutations(streams, 2))
+    return {
+        "own": _agreement(model(streams), streams, labels, model.n_latents),
+        "local": _agreement(outputs, streams, labels, model.n_latents),
+        "latent": _mean([retrieval(codes[s], codes[t]) for s, t in pairs]),
+        "cross_recon": _mean([retrieval(recons[t, s], streams[t]) for s, t in pairs]),
+    }
+
+
+def _agreement(outputs, streams: dict[str, Tensor], labels: Tensor, n_latents: int) -> dict[str, float]:
+    codes = codes_of(outputs, n_latents)
+    score, dead = jaccard(codes, labels), dead_fractions(codes)
+    variance = explained_variance([(streams, _recons(outputs, streams))])
+    own = [v for (t, s), v in variance.items() if t == s]
+    cross = [v for (t, s), v in variance.items() if t != s]
+    return {
+        "jaccard": score.mean,
+        "jaccard_alive": score.mean_alive,
+        "all_dead": dead["all_dead"],
+        "mixed": dead["mixed"],
+        "explained_variance_self": sum(own) / len(own),
+        "explained_variance_cross": sum(cross) / len(cross),
+    }
+
+
+def _recons(outputs, streams) -> dict[tuple[str, str], Tensor]:
+    """(target, source) -> reconstruction [B, d_t]."""
+    return {
+        (t, s): outputs[f"recon_{t}" if s == t else f"cross_recon_{t}_from_{s}"] for t in streams for s in streams
+    }
+
+
+def _mean(scores: list[dict[str, float]]) -> dict[str, float]:
+    return {key: sum(score[key] for score in scores) / len(scores) for key in scores[0]}
+
+
+def chance_level(outputs, n_latents: int, labels: Tensor, seed: int) -> dict[str, float]:
+    """Retrieval by guessing, and the Jaccard of latents that each stream numbers at random."""
+    generator, n = torch.Generator().manual_seed(seed), len(labels)
+    shuffled = {
+        s: c._replace(indices=torch.randperm(n_latents, generator=generator).to(labels.device)[c.indices])
+        for s, c in codes_of(outputs, n_latents).items()
+    }
+    guess = {f"R@{k}": min(1.0, k / n) for k in (1, 5, 10)}
+    guess["MRR"] = sum(1 / rank for rank in range(1, n + 1)) / n
+    score = jaccard(shuffled, labels)
+    return {"jaccard": score.mean, "jaccard_alive": score.mean_alive, **guess}
+
+
+def leads(scores: dict[str, dict]) -> bool:
+    """global+cross is first in Jaccard, under either selection, and in latent R@1."""
+    others = [score for name, score in scores.items() if name != "global+cross"]
+    columns = (("own", "jaccard"), ("local", "jaccard"), ("latent", "R@1"))
+    return all(scores["global+cross"][part][key] > max(score[part][key] for score in others) for part, key in columns)
+
+
+def format_table(scores: dict[str, dict], chance: dict[str, float], held_out: int) -> str:
+    """The alignment table as text: a column for each configuration, and chance."""
+    agreement = (
+        ("Jaccard, all latents", "jaccard"),
+        ("Jaccard, alive latents", "jaccard_alive"),
+        ("dead in every stream", "all_dead"),
+        ("dead in some (mixed)", "mixed"),
+        ("explained variance, self", "explained_variance_self"),
+        ("explained variance, cross", "explained_variance_cross"),
+    )
+    recall = ("R@1", "R@10", "MRR")
+    sections = (
+        ("Latents selected as in training", [(title, "own", key) for title, key in agreement]),
+        ("Each stream selects alone, same weights", [(title, "local", key) for title, key in agreement]),
+        ("Retrieval, each stream selects alone", [(f"latent {key}", "latent", key) for key in recall]
+         + [(f"cross-reconstruction {key}", "cross_recon", key) for key in recall]),
+    )  # fmt: skip
+    header = f"{f'{held_out} held-out characters':27}" + "".join(f"{name:>14}" for name in (*scores, "chance"))
+    lines = [header, "-" * len(header)]
+    for title, rows in sections:
+        lines.append(title)
+        for label, part, key in rows:
+            cells = [f"{score[part][key]:14.3f}" for score in scores.values()]
+            guess = f"{chance[key]:14.4f}" if key in chance and part != "own" else f"{'-':>14}"
+            lines.append(f"  {label:25}" + "".join(cells) + guess)
+    return "\n".join(lines)
+
+
+# -------------------------------------------------------------------------------------------------------------- figures
+
+
+def _import_matplotlib():
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('the figures need matplotlib: pip install "sparc_kernels[demo]"') from error
+    return Figure
+
+
+def plot_curves(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """Self and cross NMSE of the training batches over the steps."""
+    figure = _import_matplotlib()(figsize=(10, 4), layout="constrained")
+    for axes, (key, title) in zip(
+        figure.subplots(1, 2),
+        (("self", "A stream from its own code"), ("cross", "A stream from another stream's code")),
+        strict=True,
+    ):
+        for name, curve in curves.items():
+            axes.plot(curve["step"], curve[key], label=name, color=COLORS[name], linewidth=1.6)
+        axes.set(title=title, xlabel="training step", ylabel="normalised mean squared error", yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.grid(alpha=0.25, which="both")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def plot_gallery(data: StreamData, codes: dict[str, Codes], path: Path, n_latents: int = 12) -> None:
+    """The best aligned latents: for each, the held-out characters that excite it most in every stream, on its own.
+
+    Args:
+        codes: of the held-out rows, selected locally.
+    """
+    codes = {s: Codes(c.indices.cpu(), c.values.cpu(), c.n_latents) for s, c in codes.items()}
+    figure = _import_matplotlib()(figsize=(15, 3.05 * n_latents / 3 + 0.9), facecolor="white")
+    figure.suptitle(
+        "What single latents respond to: held-out characters, each stream selecting alone", x=0.03, ha="left", size=17
+    )
+    score = jaccard(codes, data.test_labels).per_latent
+    cards = figure.subfigures(-(-n_latents // 3), 3)
+    for card, (latent, label) in zip(cards.flat, _aligned_latents(codes, data, score, n_latents), strict=False):
+        axes = card.subplots()
+        axes.axis("off")
+        axes.set_title(f"{label}   latent {latent}, Jaccard {score[latent]:.2f}")
