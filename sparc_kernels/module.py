@@ -99,9 +99,8 @@ class AlignedSAE(nn.Module):
         Returns: AlignedOutputs, a read-only mapping with every official key; dense tensors are made when read.
         """
         streams = self._check_inputs(inputs)
-        params = {s: self._stream(s) for s in streams}
-        xs = [inputs[s].to(params[s][0].dtype) for s in streams]
-        w_encs, _, pre_biases, latent_biases = zip(*params.values(), strict=True)
+        w_encs, pre_biases, latent_biases = zip(*(self._encoder(s) for s in streams), strict=True)
+        xs = [inputs[s].to(w.dtype) for s, w in zip(streams, w_encs, strict=True)]
         impl = resolve_impl(self.impl, xs[0])
         chosen = select_latents(xs, w_encs, pre_biases, latent_biases, self.k, self.topk_type, impl)
 
@@ -169,7 +168,7 @@ class AlignedSAE(nn.Module):
         stacked = torch.stack([outputs._values[s] for s in streams])
         self_terms, cross_terms, aux_terms = [], {}, []
         for t, target in enumerate(streams):
-            _, w_dec, pre_bias, _ = self._stream(target)
+            w_dec, pre_bias = self._decoder(target)
             impl = resolve_impl(self.impl, w_dec)
             x = inputs[target]
             if with_cross or S == 1:
@@ -222,14 +221,13 @@ class AlignedSAE(nn.Module):
         )  # fmt: skip
         return loss[0]
 
-    def _stream(self, s):
-        """w_enc, w_dec, pre_bias, latent_bias of a stream, in autocast's dtype when it is on."""
-        params = self.encoders[s].weight, self.decoders[s].weight, self.pre_biases[s], self.latent_biases[s]
-        device = params[0].device.type
-        if torch.is_autocast_enabled(device) and params[0].dtype == torch.float32:
-            dtype = torch.get_autocast_dtype(device)
-            params = tuple(p.to(dtype) for p in params)
-        return params
+    def _encoder(self, s):
+        """w_enc, pre_bias, latent_bias of a stream as the operators take them."""
+        return _autocast(self.encoders[s].weight, self.pre_biases[s], self.latent_biases[s])
+
+    def _decoder(self, s):
+        """w_dec, pre_bias of a stream as the operators take them."""
+        return _autocast(self.decoders[s].weight, self.pre_biases[s])
 
     def _check_inputs(self, inputs) -> list[str]:
         """The streams given, in the model's order."""
@@ -428,13 +426,13 @@ class AlignedOutputs(Mapping):
     def _make_logits(self, s):
         self._check_unchanged()
         with torch.set_grad_enabled(self._grad), torch.autocast(**self._autocast):
-            w_enc, _, pre_bias, latent_bias = self._model._stream(s)
+            w_enc, pre_bias, latent_bias = self._model._encoder(s)
             return F.linear(self._inputs[s].to(w_enc.dtype) - pre_bias, w_enc, latent_bias)
 
     def _make_recon(self, t, s):
         self._check_unchanged()
         with torch.set_grad_enabled(self._grad), torch.autocast(**self._autocast):
-            _, w_dec, pre_bias, _ = self._model._stream(t)
+            w_dec, pre_bias = self._model._decoder(t)
             inverse = self._inverse if self._indices.dim() == 2 else (None, None)
             impl = resolve_impl(self._model.impl, w_dec)
             return Decode.apply(self._values[s][None], w_dec, pre_bias, self._of_stream(s), *inverse, impl)[0]
@@ -444,7 +442,7 @@ class AlignedOutputs(Mapping):
         if ("aux", s) not in self._made:
             self._check_unchanged()
             with torch.set_grad_enabled(self._grad), torch.autocast(**self._autocast):
-                w_enc, _, pre_bias, latent_bias = self._model._stream(s)
+                w_enc, pre_bias, latent_bias = self._model._encoder(s)
                 x = self._inputs[s].to(w_enc.dtype)
                 impl = resolve_impl(self._model.impl, x)
                 self._made["aux", s] = auxk_topk(x, w_enc, pre_bias, latent_bias, self._dead[s], self._model.auxk, impl)
@@ -472,6 +470,15 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def _restore_layout(module: AlignedSAE, _) -> None:
     module.decoder_layout_(module.decoder_layout)  # load_state_dict(assign=True) brings its own strides
+
+
+def _autocast(*params: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The parameters, in autocast's dtype where it is on (float64 ones stay, as torch's do)."""
+    device = params[0].device.type
+    if torch.is_autocast_enabled(device) and params[0].dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        params = tuple(p.to(dtype) for p in params)
+    return params
 
 
 def _autocast_state(device: str) -> dict:
