@@ -70,7 +70,7 @@ class SelectConfig:
 WIDEST = 8192  # candidates of one step of the selection: 32 keys a thread in 8 warps (compiled: twice that spills)
 
 
-def select_config(n: int, k: int) -> SelectConfig:
+def select_config(n: int, k: int, compact: bool = False) -> SelectConfig:
     """Group size g near sqrt(2 N / k) balances two reads, N / g maxima and k g logits; at least k groups must exist."""
     group, k_pad = 1, next_power_of_2(k)
     while group < 128 and (2 * group) ** 2 * k <= 2 * n and 2 * group * k <= n:
@@ -80,7 +80,9 @@ def select_config(n: int, k: int) -> SelectConfig:
         group, span = 16, 128  # N / 128 spans, then 8 groups each of k, then 16 logits each of k
     n_spans_pad = max(next_power_of_2(cdiv(n, span)), 16)
     widest = max(n_spans_pad, k_pad * group)
-    return SelectConfig(group, span, k_pad, n_spans_pad, min(max(widest // 512, 1), 8))
+    # compiled: 16 keys a thread, but 4,096 keys with the list of ids in 8 warps spill 8 bytes on sm_80
+    keys = 1024 if compact else 512
+    return SelectConfig(group, span, k_pad, n_spans_pad, min(max(widest // keys, 1), 8))
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,8 @@ def gather_config(k: int, d: int, n: int, itemsize: int, arch: int) -> GatherCon
         block_d = min(max(tile // (k_pad * itemsize), 16), 128, max(next_power_of_2(d), 16))
     total = cdiv(d, block_d)
     tiles = min(max(SLAB_BYTES // (n * block_d * itemsize), 4), total)
-    # 512 rows: 64 accumulator registers a thread in 4 warps would leave little for the addresses (compiled)
-    num_warps = 8 if k_pad >= 512 else 4
+    # compiled: with 4 warps these spill 8 to 40 bytes; k 512 would need 64 accumulator registers a thread
+    num_warps = 8 if k_pad >= 512 or (k_pad >= 128 and (arch < 90 or itemsize >= 4)) else 4
     return GatherConfig(k_pad, block_d, tiles, num_warps, 3 if k_pad * block_d * itemsize <= 16384 else 2)
 
 

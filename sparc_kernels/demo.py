@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import __version__
 from .data import StreamData, unicode_streams
@@ -50,9 +51,13 @@ QUICK = Settings(steps=200, lr=2e-3)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     out = Path("sparc-demo")
     parser.add_argument("--out", type=Path, default=out, help=f"folder of the results (default {out})")
-    parser.add_argument("--quick", action="store_true", help="half the characters, a fifth of the steps: rougher figures")
+    parser.add_argument(
+        "--quick", action="store_true", help="half the characters, a fifth of the steps: rougher figures"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of data and training (default 0)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -120,7 +125,8 @@ def _demo(out: Path, seed: int, quick: bool, device: torch.device) -> None:
             curves[name] = train_steps(model, train, cross_coef, settings, seed, progress.update)
         models[name] = model.eval()
         scores[name] = evaluate(model, test, labels)
-    chance = chance_level(select_locally(models["global+cross"])(test), settings.n_latents, labels, seed)
+    codes = codes_of(select_locally(models["global+cross"])(test), settings.n_latents)
+    chance = guessing(len(labels))
 
     table = format_table(scores, chance, len(data.test_rows))
     first = leads(scores)
@@ -141,7 +147,8 @@ def _demo(out: Path, seed: int, quick: bool, device: torch.device) -> None:
     (out / "alignment.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     (out / "alignment.txt").write_text(report, encoding="utf-8")
     plot_curves(curves, out / "curves.png")
-    plot_gallery(data, codes_of(select_locally(models["global+cross"])(test), settings.n_latents), out / "gallery.png")
+    gallery = out / "gallery.png"
+    plot_gallery(data, {s: Codes(c.indices.cpu(), c.values.cpu(), c.n_latents) for s, c in codes.items()}, gallery)
     print(f"Wrote alignment.json, alignment.txt, curves.png and gallery.png to {out}")
     print(f"Done in {time.perf_counter() - started:.0f} s")
 
@@ -248,6 +255,7 @@ def evaluate(model: AlignedSAE, streams: dict[str, Tensor], labels: Tensor) -> d
 
     Returns: `own`, with the selection the model was trained with (global selection lets streams see each other), and
     `local`, each stream selecting alone with the same weights: Jaccard, dead and mixed fractions, explained variance.
+    `jaccard_chance` is the Jaccard of the same codes after each stream has numbered its latents at random.
     `latent` and `cross_recon`: retrieval, local only, averaged over the ordered pairs of streams.
     """
     model.eval()
@@ -266,12 +274,18 @@ def evaluate(model: AlignedSAE, streams: dict[str, Tensor], labels: Tensor) -> d
 def _agreement(outputs, streams: dict[str, Tensor], labels: Tensor, n_latents: int) -> dict[str, float]:
     codes = codes_of(outputs, n_latents)
     score, dead = jaccard(codes, labels), dead_fractions(codes)
+    generator = torch.Generator().manual_seed(0)
+    renumbered = {
+        s: c._replace(indices=torch.randperm(n_latents, generator=generator).to(c.indices.device)[c.indices])
+        for s, c in codes.items()
+    }
     variance = explained_variance([(streams, _recons(outputs, streams))])
     own = [v for (t, s), v in variance.items() if t == s]
     cross = [v for (t, s), v in variance.items() if t != s]
     return {
         "jaccard": score.mean,
         "jaccard_alive": score.mean_alive,
+        "jaccard_chance": jaccard(renumbered, labels).mean,
         "all_dead": dead["all_dead"],
         "mixed": dead["mixed"],
         "explained_variance_self": sum(own) / len(own),
@@ -281,26 +295,16 @@ def _agreement(outputs, streams: dict[str, Tensor], labels: Tensor, n_latents: i
 
 def _recons(outputs, streams) -> dict[tuple[str, str], Tensor]:
     """(target, source) -> reconstruction [B, d_t]."""
-    return {
-        (t, s): outputs[f"recon_{t}" if s == t else f"cross_recon_{t}_from_{s}"] for t in streams for s in streams
-    }
+    return {(t, s): outputs[f"recon_{t}" if s == t else f"cross_recon_{t}_from_{s}"] for t in streams for s in streams}
 
 
 def _mean(scores: list[dict[str, float]]) -> dict[str, float]:
     return {key: sum(score[key] for score in scores) / len(scores) for key in scores[0]}
 
 
-def chance_level(outputs, n_latents: int, labels: Tensor, seed: int) -> dict[str, float]:
-    """Retrieval by guessing, and the Jaccard of latents that each stream numbers at random."""
-    generator, n = torch.Generator().manual_seed(seed), len(labels)
-    shuffled = {
-        s: c._replace(indices=torch.randperm(n_latents, generator=generator).to(labels.device)[c.indices])
-        for s, c in codes_of(outputs, n_latents).items()
-    }
-    guess = {f"R@{k}": min(1.0, k / n) for k in (1, 5, 10)}
-    guess["MRR"] = sum(1 / rank for rank in range(1, n + 1)) / n
-    score = jaccard(shuffled, labels)
-    return {"jaccard": score.mean, "jaccard_alive": score.mean_alive, **guess}
+def guessing(n: int) -> dict[str, float]:
+    """Retrieval scores of a random order of n targets."""
+    return {**{f"R@{k}": min(1.0, k / n) for k in (1, 5, 10)}, "MRR": sum(1 / rank for rank in range(1, n + 1)) / n}
 
 
 def leads(scores: dict[str, dict]) -> bool:
@@ -315,6 +319,7 @@ def format_table(scores: dict[str, dict], chance: dict[str, float], held_out: in
     agreement = (
         ("Jaccard, all latents", "jaccard"),
         ("Jaccard, alive latents", "jaccard_alive"),
+        ("Jaccard, chance", "jaccard_chance"),
         ("dead in every stream", "all_dead"),
         ("dead in some (mixed)", "mixed"),
         ("explained variance, self", "explained_variance_self"),
@@ -333,7 +338,7 @@ def format_table(scores: dict[str, dict], chance: dict[str, float], held_out: in
         lines.append(title)
         for label, part, key in rows:
             cells = [f"{score[part][key]:14.3f}" for score in scores.values()]
-            guess = f"{chance[key]:14.4f}" if key in chance and part != "own" else f"{'-':>14}"
+            guess = f"{chance[key]:14.4f}" if key in chance else f"{'-':>14}"
             lines.append(f"  {label:25}" + "".join(cells) + guess)
     return "\n".join(lines)
 
@@ -351,6 +356,8 @@ def _import_matplotlib():
 
 def plot_curves(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
     """Self and cross NMSE of the training batches over the steps."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     figure = _import_matplotlib()(figsize=(10, 4), layout="constrained")
     for axes, (key, title) in zip(
         figure.subplots(1, 2),
@@ -358,30 +365,86 @@ def plot_curves(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
         strict=True,
     ):
         for name, curve in curves.items():
-            axes.plot(curve["step"], curve[key], label=name, color=COLORS[name], linewidth=1.6)
+            style = "-" if CONFIGURATIONS[name][1] else "--"
+            axes.plot(curve["step"], curve[key], style, label=name, color=COLORS[name], linewidth=1.7)
         axes.set(title=title, xlabel="training step", ylabel="normalised mean squared error", yscale="log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
-        axes.grid(alpha=0.25, which="both")
+        axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_locator=NullLocator())
+        axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=150)
 
 
-def plot_gallery(data: StreamData, codes: dict[str, Codes], path: Path, n_latents: int = 12) -> None:
-    """The best aligned latents: for each, the held-out characters that excite it most in every stream, on its own.
+def plot_gallery(data: StreamData, codes: dict[str, Codes], path: Path, columns: int = 3, rows: int = 4) -> None:
+    """The best aligned latents: what excites each most in every stream, among the held-out characters.
 
     Args:
-        codes: of the held-out rows, selected locally.
+        codes: of the held-out rows, selected locally, for the streams `sans`, `serif` and `name`.
     """
-    codes = {s: Codes(c.indices.cpu(), c.values.cpu(), c.n_latents) for s, c in codes.items()}
-    figure = _import_matplotlib()(figsize=(15, 3.05 * n_latents / 3 + 0.9), facecolor="white")
-    figure.suptitle(
-        "What single latents respond to: held-out characters, each stream selecting alone", x=0.03, ha="left", size=17
+    figure = _import_matplotlib()(figsize=(5 * columns, 2.55 * rows + 1))
+    figure.text(0.025, 0.985, "One latent, three models", size=19, weight="bold", va="top")
+    note = (
+        "global+cross; the held-out characters with the highest activation, each stream selecting its latents alone. "
+        "Shaded: found in both fonts. Titles: the name word that fits best."
     )
-    score = jaccard(codes, data.test_labels).per_latent
-    cards = figure.subfigures(-(-n_latents // 3), 3)
-    for card, (latent, label) in zip(cards.flat, _aligned_latents(codes, data, score, n_latents), strict=False):
-        axes = card.subplots()
-        axes.axis("off")
-        axes.set_title(f"{label}   latent {latent}, Jaccard {score[latent]:.2f}")
+    figure.text(0.025, 0.957, note, size=10.5, color="#57534e", va="top")
+    grid = figure.add_gridspec(rows, columns, left=0.055, right=0.985, top=0.90, bottom=0.01, hspace=0.32, wspace=0.16)
+    activations = {s: _dense_columns(c) for s, c in codes.items()}  # [B, N]: a few hundred rows
+    for cell, (latent, word, score) in zip(grid, _best_aligned(activations, codes, data, columns * rows), strict=False):
+        sans, serif, names = (
+            figure.add_subplot(part) for part in cell.subgridspec(3, 1, height_ratios=(1, 1, 1.35), hspace=0.06)
+        )
+        sans.set_title(word.lower(), loc="left", size=14, weight="bold", color=COLORS["global+cross"])
+        sans.set_title(f"latent {latent}   Jaccard {score:.2f}", loc="right", size=9, color="#78716c")
+        best = {s: data.test_rows[_top(a[:, latent], 4 if s == "name" else 9)] for s, a in activations.items()}
+        for axes, kind in ((sans, "sans"), (serif, "serif")):
+            both = torch.isin(best[kind], best["serif" if kind == "sans" else "sans"])
+            axes.imshow(_strip(data.images[kind][best[kind]], both, 9), interpolation="bicubic", aspect="auto")
+        text = "\n".join(_shorten(data.names[row].lower(), 60) for row in best["name"].tolist())
+        names.text(0.015, 0.9, text, size=8.2, va="top", linespacing=1.35, transform=names.transAxes, color="#292524")
+        for axes, kind in ((sans, "sans"), (serif, "serif"), (names, "name")):
+            axes.set(xticks=(), yticks=(), facecolor="white")
+            axes.set_ylabel(kind, rotation=0, ha="right", va="center", size=9, color="#78716c", labelpad=4)
+            axes.spines[:].set_color("#e7e5e4")
+    figure.savefig(path, dpi=130)
+
+
+def _strip(images: Tensor, shaded: Tensor, places: int) -> Tensor:
+    """uint8 [n, 32, 32], 255 is ink, and bool [n] -> float RGB [36, 36 places, 3], dark on shaded or white paper."""
+    empty = places - len(images)
+    ink = F.pad(images.float() / 255, (2, 2, 2, 2, 0, empty)).unsqueeze(-1)
+    shaded = F.pad(shaded, (0, empty))[:, None, None, None]
+    paper = torch.where(shaded, torch.tensor([1.0, 0.93, 0.84]), torch.ones(3))
+    return torch.cat(list(paper * (1 - ink) + 0.1 * ink), dim=1)
+
+
+def _best_aligned(activations, codes, data: StreamData, n: int) -> list[tuple[int, str, float]]:
+    """At most n latents with a different word each: (latent, word, Jaccard), those both aligned and nameable first.
+
+    A latent's word has the best F1 as a predictor of where it fired, averaged over streams.
+    """
+    labels = data.test_labels.float()
+    jaccards = jaccard(codes, data.test_labels).per_latent
+    fired = torch.stack([a > 0 for a in activations.values()]).float()  # [S, B, N]
+    hits = fired.transpose(1, 2) @ labels  # [S, N, C]
+    f1 = (2 * hits / (fired.sum(1).unsqueeze(2) + labels.sum(0)).clamp_min(1)).mean(0)
+    fit, word = f1.sort(dim=1, descending=True, stable=True)  # of equal words the most frequent
+    often = (fired.sum(1) >= 5).all(0)
+    chosen = {}
+    for latent in (jaccards * fit[:, 0] * often).argsort(descending=True).tolist():
+        chosen.setdefault(word[latent, 0].item(), latent)
+    return [(latent, data.label_names[w], jaccards[latent].item()) for w, latent in list(chosen.items())[:n]]
+
+
+def _dense_columns(codes: Codes) -> Tensor:
+    return torch.zeros(len(codes.values), codes.n_latents).scatter_(1, codes.indices, codes.values)
+
+
+def _top(activations: Tensor, n: int) -> Tensor:
+    """Rows of the n highest activations, only where there is one."""
+    best = activations.topk(min(n, len(activations))).indices
+    return best[activations[best] > 0]
+
+
+def _shorten(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1].rstrip() + "…"

@@ -227,7 +227,7 @@ def _select_triton(xs, w_encs, bias, k, ids, count):
     stored = torch.float32 if dtype == torch.float64 else dtype
     xs = [x if x.stride(1) == 1 else x.contiguous() for x in xs]
     w_encs = [w if w.stride(1) == 1 else w.contiguous() for w in w_encs]
-    select = select_config(n, k)
+    select = select_config(n, k, ids is not None)
     encode = encode_config(B, xs[0].element_size(), capability(device), ids is not None)
     block_n = max(encode.block_n, select.span)
     n_groups, n_spans = cdiv(n, select.group), cdiv(n, select.span)

@@ -129,7 +129,7 @@ def test_selection_in_three_levels_is_exact(monkeypatch):
 
     assert select_config(2**20, 512).span > select_config(2**20, 512).group
     config = _launch.SelectConfig(group=4, span=16, k_pad=8, n_spans_pad=16, num_warps=4)
-    monkeypatch.setattr(encode, "select_config", lambda n, k: config)
+    monkeypatch.setattr(encode, "select_config", lambda n, k, compact: config)
     for seed in range(3):
         h = torch.randint(-4, 5, (2, 150), generator=torch.Generator().manual_seed(seed)).float()
         assert torch.equal(exact_select(h, 6, "triton").cpu(), reference.topk_indices(h, 6))
