@@ -62,8 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code: 0; 2 when an argument, the output folder or a missing package stands in the way; 130 after Ctrl-C."""
-    if args.seed < 0:
-        return _refuse(f"--seed: expected an integer >= 0, got {args.seed}")
+    if not 0 <= args.seed < 2**32:
+        return _refuse(f"--seed: expected an integer in 0..{2**32 - 1}, got {args.seed}")
     if args.device == "cuda" and not torch.cuda.is_available():
         return _refuse("--device cuda: PyTorch sees no GPU here; use --device cpu")
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         return _refuse(str(error))
     except OSError as error:  # a full disk, a folder that went away
-        return _refuse(f"--out {args.out}: {error}")
+        return _refuse(str(error))
     return 0
 
 
@@ -110,7 +110,7 @@ def _demo(out: Path, seed: int, quick: bool, device: torch.device) -> None:
     test = {s: x.to(device) for s, x in data.test.items()}
     labels = data.test_labels.to(device)
 
-    curves, scores, models = {}, {}, {}
+    curves, scores, codes = {}, {}, {}
     for name, (topk_type, cross_coef) in CONFIGURATIONS.items():
         torch.manual_seed(seed)
         model = AlignedSAE(
@@ -123,13 +123,11 @@ def _demo(out: Path, seed: int, quick: bool, device: torch.device) -> None:
         )
         with _Progress(name, settings.steps) as progress:
             curves[name] = train_steps(model, train, cross_coef, settings, seed, progress.update)
-        models[name] = model.eval()
         scores[name] = evaluate(model, test, labels)
-    codes = codes_of(select_locally(models["global+cross"])(test), settings.n_latents)
-    chance = guessing(len(labels))
+        codes[name] = codes_of(select_locally(model)(test), settings.n_latents)
 
-    table = format_table(scores, chance, len(data.test_rows))
-    first = leads(scores)
+    chance, first = guessing(len(labels)), leads(scores)
+    table = format_table(scores, chance, len(labels))
     verdict = "yes" if first else "NO, unlike the published figures"
     report = f"{table}\n\nglobal+cross first in Jaccard and in latent R@1: {verdict}\n"
     print(f"\n{report}")
@@ -147,8 +145,7 @@ def _demo(out: Path, seed: int, quick: bool, device: torch.device) -> None:
     (out / "alignment.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     (out / "alignment.txt").write_text(report, encoding="utf-8")
     plot_curves(curves, out / "curves.png")
-    gallery = out / "gallery.png"
-    plot_gallery(data, {s: Codes(c.indices.cpu(), c.values.cpu(), c.n_latents) for s, c in codes.items()}, gallery)
+    plot_gallery(data, codes["global+cross"], out / "gallery.png")
     print(f"Wrote alignment.json, alignment.txt, curves.png and gallery.png to {out}")
     print(f"Done in {time.perf_counter() - started:.0f} s")
 
@@ -389,7 +386,8 @@ def plot_gallery(data: StreamData, codes: dict[str, Codes], path: Path, columns:
     )
     figure.text(0.025, 0.957, note, size=10.5, color="#57534e", va="top")
     grid = figure.add_gridspec(rows, columns, left=0.055, right=0.985, top=0.90, bottom=0.01, hspace=0.32, wspace=0.16)
-    activations = {s: _dense_columns(c) for s, c in codes.items()}  # [B, N]: a few hundred rows
+    codes = {s: Codes(c.indices.cpu(), c.values.cpu(), c.n_latents) for s, c in codes.items()}
+    activations = {s: _dense(c) for s, c in codes.items()}
     for cell, (latent, word, score) in zip(grid, _best_aligned(activations, codes, data, columns * rows), strict=False):
         sans, serif, names = (
             figure.add_subplot(part) for part in cell.subgridspec(3, 1, height_ratios=(1, 1, 1.35), hspace=0.06)
@@ -399,7 +397,8 @@ def plot_gallery(data: StreamData, codes: dict[str, Codes], path: Path, columns:
         best = {s: data.test_rows[_top(a[:, latent], 4 if s == "name" else 9)] for s, a in activations.items()}
         for axes, kind in ((sans, "sans"), (serif, "serif")):
             both = torch.isin(best[kind], best["serif" if kind == "sans" else "sans"])
-            axes.imshow(_strip(data.images[kind][best[kind]], both, 9), interpolation="bicubic", aspect="auto")
+            strip = _strip(data.images[kind][best[kind]], both, 9)
+            axes.imshow(strip.numpy(), interpolation="bicubic", aspect="auto")
         text = "\n".join(_shorten(data.names[row].lower(), 60) for row in best["name"].tolist())
         names.text(0.015, 0.9, text, size=8.2, va="top", linespacing=1.35, transform=names.transAxes, color="#292524")
         for axes, kind in ((sans, "sans"), (serif, "serif"), (names, "name")):
@@ -436,7 +435,8 @@ def _best_aligned(activations, codes, data: StreamData, n: int) -> list[tuple[in
     return [(latent, data.label_names[w], jaccards[latent].item()) for w, latent in list(chosen.items())[:n]]
 
 
-def _dense_columns(codes: Codes) -> Tensor:
+def _dense(codes: Codes) -> Tensor:
+    """[B, N], which a gallery of a few hundred rows can afford."""
     return torch.zeros(len(codes.values), codes.n_latents).scatter_(1, codes.indices, codes.values)
 
 
