@@ -91,7 +91,7 @@ class DecodeNMSE(torch.autograd.Function):
         )
         # a term that does not count (upstream 0) must not, even where its error is NaN
         counts = (dnmse != 0)[:, None]
-        coef = torch.where(counts, dnmse[:, None] * 2 / (B * norm), 0.0)  # [S, B]: dloss / d(E / 1)
+        coef = torch.where(counts, dnmse[:, None] * 2 / (B * norm), 0.0)  # [S, B]: dloss / dR = coef * E
         dvalues = dw = db = dx = None
         if need_v:
             dvalues = torch.where(counts[..., None], coef[..., None] * dots, 0.0)

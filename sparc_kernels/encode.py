@@ -103,7 +103,7 @@ def _ordered_key(x, SHIFT: tl.constexpr):
 
 @triton.jit
 def _kth_largest(key, low, high, k):
-    """A t in [low, high] with at least k keys >= t and fewer than k keys > t, given that low has at least k."""
+    """A t in [low, high] with at least k keys >= t and at most k keys > t, given that low has at least k."""
     count = k + 1
     while (low < high) & (count != k):
         middle = (low & high) + ((low ^ high) >> 1) + ((low ^ high) & 1)  # rounded up, cannot overflow
@@ -116,12 +116,14 @@ def _kth_largest(key, low, high, k):
 @triton.jit
 def _take(key, t, k):
     """Exactly k of the keys >= t: all that are larger, then ties by position. Returns the mask and each one's rank."""
-    equal = key == t
-    # one scan counts both: the larger ones in the low half, ties in the high half (there are at most 8192 keys)
-    counts = tl.cumsum(tl.where(key > t, 1, tl.where(equal, 65536, 0)), 0)
-    above, ties = counts & 0xFFFF, counts >> 16
-    need = k - tl.sum((key > t).to(tl.int32), 0)
-    return (key > t) | (equal & (ties <= need)), above + tl.minimum(ties, need) - 1
+    larger, equal = key > t, key == t
+    if key.shape[0] < 32768:  # one scan counts both: the larger ones in the low half, ties in the high half
+        counts = tl.cumsum(tl.where(larger, 1, tl.where(equal, 65536, 0)), 0)
+        above, ties = counts & 0xFFFF, counts >> 16
+    else:  # ties might not fit (N beyond 4 million)
+        above, ties = tl.cumsum(larger.to(tl.int32), 0), tl.cumsum(equal.to(tl.int32), 0)
+    need = k - tl.sum(larger.to(tl.int32), 0)
+    return larger | (equal & (ties <= need)), above + tl.minimum(ties, need) - 1
 
 
 @triton.jit
@@ -304,7 +306,7 @@ def _select_torch(xs, w_encs, bias, k, ids, count):
                 h.addmm_(x[part], w.T)
             else:
                 h += x[part] @ w.T
-        best = _topk_exact(h, found)
+        best = _topk_exact(h.to(xs[0].dtype), found)  # half precision is selected on as the kernels store it
         out[part, :found] = best if ids is None else ids[best]
     return out
 
@@ -415,8 +417,10 @@ def encode_topk(
         impl: "auto" (Triton on CUDA tensors, torch elsewhere), "triton" or "torch".
 
     Returns:
-        indices: int64 [B, k] (global) or [S, B, k] (local), in descending order of the pre-activation selected on (in
-            the inputs' dtype for half precision, summed in float32), ties to the lowest latent, NaN above +inf.
+        indices: int64 [B, k] (global) or [S, B, k] (local), in descending order of the pre-activation selected on, ties
+            to the lowest latent, NaN above +inf. It is summed in float32 and rounded to the inputs' dtype for half
+            precision (impl="torch" rounds each stream's product too); float32 products follow
+            torch.get_float32_matmul_precision: "highest" is tf32x3 in Triton, anything else tf32.
         values: relu of each stream's own pre-activation there, [S, B, k], float32 (float64 for float64 inputs);
             differentiable in xs, w_encs, pre_biases and latent_biases.
 

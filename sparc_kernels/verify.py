@@ -75,7 +75,7 @@ class Case:
 _GPU = (F32, BF16, F16)
 CUDA_CASES = [
     Case("tiny", 6, 70, 5, (20, 13), _GPU, ALL, quick=True),
-    Case("strided", 6, 70, 5, (20, 13), (F32, BF16), "encode values decode nmse auxk", quick=True),
+    Case("strided", 6, 70, 5, (20, 13), (F32, BF16), "encode values decode nmse auxk", quick=True, strided=True),
     Case("official", 256, 8192, 64, (1024, 768, 768), _GPU, ALL),
     Case("prime", 67, 1021, 17, (131, 97), (F32, BF16), "encode exact values decode nmse reduce auxk"),
     Case("hot", 512, 1024, 16, (128, 96), (F32, BF16), "encode values decode nmse index reduce train", hot=True),
@@ -106,13 +106,14 @@ CPU_CASES = [
     Case("S=1", 32, 512, 32, (320,), _CPU, ALL),
 ]
 _INT = (F32, F64)
-INTERPRET_CASES = [
-    Case("tiny", 6, 70, 5, (20, 13), _INT, ALL, quick=True),
-    Case("strided", 3, 40, 5, (20, 13), _INT, "encode values decode nmse auxk", strided=True),
-    Case("hot", 11, 24, 3, (17,), _INT, "encode values reduce train", hot=True),
-    Case("k=1", 5, 33, 1, (16,), _INT, "encode exact values decode nmse"),
-    Case("k=N", 4, 19, 19, (9, 16), _INT, "encode exact values decode nmse train"),
-    Case("S=8", 3, 40, 4, (5, 9, 17, 4, 16, 3, 8, 11), _INT, "encode decode nmse train"),
+INTERPRET_CASES = [  # a launch takes milliseconds for every program here
+    Case("tiny", 4, 40, 5, (20, 13), _INT),
+    Case("step", 3, 20, 3, (17, 6), _INT, "train", quick=True),
+    Case("strided", 2, 33, 4, (9, 6), (F64,), "encode decode nmse auxk", strided=True, quick=True),
+    Case("hot", 11, 12, 3, (17,), (F32,), "encode values reduce train", hot=True),
+    Case("k=1", 3, 33, 1, (16,), (F64,), "encode exact values decode"),
+    Case("k=N", 2, 19, 19, (9,), _INT, "encode exact values decode nmse"),
+    Case("S=8", 2, 16, 3, (5, 9, 17, 4, 16, 3, 8, 11), (F32,), "encode nmse"),
 ]
 
 
@@ -159,11 +160,12 @@ class Result:
 
 
 MULTIPLE = 2  # of PyTorch's own error
-UNITS = 2  # of the dtype's rounding, half an ulp each, for the maximum; one for the RMS
+UNITS = 2  # of the dtype's rounding, half an ulp each, for the maximum; half as many for the RMS
+UNITS_F64 = 8  # there PyTorch's own error is 0 by definition, and the truth is rounded itself
 
 
 def _slack(check: _Check) -> float:
-    """What an error may have beside a multiple of PyTorch's own: two units of rounding, and the accumulator's share.
+    """What an error may have beside a multiple of PyTorch's own: units of rounding, and the accumulator's share.
 
     A sum of n terms one after the other is a random walk of sqrt(n) roundings of the accumulator, where the dense
     reference, summing in blocks, gets by with fewer (and in float64 is the truth itself).
@@ -171,7 +173,8 @@ def _slack(check: _Check) -> float:
     c = check.case
     n = max(*c.dims, c.k, len(c.dims) * c.B, min(c.N, c.B * c.k))  # the longest: dot, latent's list, W_enc^T dc
     acc = torch.finfo(acc_dtype(check.dtype)).eps / 2
-    slack = UNITS * torch.finfo(check.dtype).eps / 2 + acc * math.sqrt(n)
+    units = UNITS_F64 if check.dtype == F64 else UNITS
+    slack = units * torch.finfo(check.dtype).eps / 2 + acc * math.sqrt(n)
     if check.kernels and check.device.type == "cuda" and check.dtype == F32:
         # tf32x3 drops the product of both low parts; tensor cores truncate their sum after every 8 products (modelled)
         slack += 2**-22 + max(*c.dims, c.k) / 8 * 2**-24
@@ -204,6 +207,7 @@ class _Check:
         resolved = resolve_impl(impl, torch.empty(0, dtype=dtype, device=device))
         self.kernels = resolved == "triton"
         self.resolved = resolved
+        self.interpreted = self.kernels and device.type == "cpu"
 
     def problem(self, kind: Callable[[_Check], Problem]) -> Problem:
         """The data of this case; operators share them."""
@@ -802,9 +806,10 @@ def _training_step(check: _Check, topk_type: str) -> None:
         return outputs, metrics, [loss.detach(), *(q.grad for group in parameters.values() for q in group)]
 
     outputs, metrics, first = step()
-    _, _, second = step()
-    same = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    check.add("twice", same, "same bits" if same else "two runs gave different bits")
+    if not check.interpreted:
+        _, _, second = step()
+        same = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        check.add("twice", same, "exact" if same else "two runs gave different bits")
 
     indices = outputs.indices
     chosen, p64 = _Selection(c.N), p.to(F64)
