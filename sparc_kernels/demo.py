@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import __version__
-from .data import StreamData, unicode_streams
+from .data import StreamData, one_thread, unicode_streams
 from .metrics import Codes, dead_fractions, explained_variance, jaccard, retrieval
 from .module import AlignedSAE
 
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         return _refuse(f"--out {args.out}: cannot write there ({error.strerror or error})")
     try:
-        with warnings.catch_warnings():
+        with one_thread(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
             _demo(args.out, args.seed, args.quick, device)
     except KeyboardInterrupt:

@@ -92,8 +92,8 @@ def jaccard(codes: Mapping[str, Codes], labels: Tensor) -> Jaccard:
     total = torch.zeros(first.n_latents, dtype=torch.float64, device=labels.device)
     for s, t in combinations(range(len(counts)), 2):
         shared, union = torch.minimum(counts[s], counts[t]), torch.maximum(counts[s], counts[t])
-        ratio = shared.sum(1, dtype=torch.float64) / union.sum(1, dtype=torch.float64).clamp_min(1)
-        total += ratio * (alive[s] & alive[t])
+        # 0 where the latent is dead in s or t, as its counts are
+        total += shared.sum(1, dtype=torch.float64) / union.sum(1, dtype=torch.float64).clamp_min(1)
     n_alive = alive.sum(0)
     per_latent = total / (n_alive * (n_alive - 1) // 2).clamp_min(1)
     alive = n_alive > 0
@@ -288,9 +288,8 @@ def _candidates(codes: Codes, positive: Tensor, train_rows: Tensor, n: int) -> T
     """At most n latents that fire in train_rows, those that fire on most positive rows first."""
     fired = codes.values > 0
     together = torch.bincount(codes.indices[positive][fired[positive]], minlength=codes.n_latents)
-    seen = torch.bincount(codes.indices[train_rows][fired[train_rows]], minlength=codes.n_latents) > 0
-    order = torch.where(seen, together, -1).sort(descending=True, stable=True).indices[:n]
-    return order[seen[order]]
+    seen = codes.indices[train_rows][fired[train_rows]].unique()  # ascending
+    return seen[together[seen].sort(descending=True, stable=True).indices[:n]]
 
 
 def _columns(codes: Codes, rows: Tensor, latents: Tensor) -> Tensor:

@@ -1,14 +1,7 @@
 """`sparc-kernels verify`: every operator and a whole training step against the float64 reference, on this machine.
 
-How a result is judged:
-- A tensor: its error against `reference.py` in float64, computed from the same rounded inputs, may be at most twice the
-  error that `reference.py` itself makes in that dtype, plus a few units of rounding (`_slack`). Maximum error is taken
-  relative to the largest magnitude of the true tensor, RMS error relative to its RMS.
-- A selection: by value, never by index, because near ties make correct kernels differ. No latent that was left out may
-  be truly larger than one that was taken by more than both logits' rounding (`_logit_error`).
-- Integer-valued problems leave no rounding: there the selection must be the stable sort's, index for index.
-- Gradients are compared with the selection held fixed. The derivative of relu jumps at 0, where rounding may decide
-  the side, so the data keep away from it: see `_gapped`, and the cotangents of `_values_at`.
+Which shapes and dtypes, and in how many processes, stands here; what is compared and how it is judged in
+`_verify_checks.py`.
 """
 
 from __future__ import annotations
@@ -21,73 +14,45 @@ import platform
 import re
 import subprocess
 import sys
+import textwrap
 import time
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
-from . import __version__, reference
-from ._ops import acc_dtype, resolve_impl
+from . import __version__
+from ._ops import resolve_impl
 from ._triton import HAS_TRITON, INTERPRETED, triton
-from .dead import auxk_topk, update_counters_
-from .decoder import decode, decode_nmse
-from .encode import encode_topk, values_at
-from .latent_grads import inverse_index, latent_reduce
-from .module import AlignedSAE
-
-Tensor = torch.Tensor
-F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-SHORT = {F64: "fp64", F32: "fp32", BF16: "bf16", F16: "fp16"}
+from ._verify_checks import BF16, CHECKS, F16, F32, F64, MULTIPLE, SHORT, Case, Check, Result
 
 # --------------------------------------------------------------------------------------------------------------- cases
 
 OPERATORS = "encode exact values decode nmse index reduce auxk counters"
 ALL = OPERATORS + " train"
 
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    B: int
-    N: int
-    k: int
-    dims: tuple[int, ...]
-    dtypes: tuple[torch.dtype, ...]
-    ops: str = OPERATORS
-    quick: bool = False
-    hot: bool = False  # one latent on every row
-    strided: bool = False  # no input is contiguous
-    gib: float = 0.0  # free GPU memory it needs
-
-    @property
-    def auxk(self) -> int:
-        return max(2, min(self.k, self.N // 8))
-
-    @property
-    def shape(self) -> str:
-        return f"B{self.B} N{self.N} k{self.k} S{len(self.dims)}"
-
-
-# Every distinct kernel has to be compiled first (about a second each), so on CUDA not every shape has every dtype.
-_GPU = (F32, BF16, F16)
+# A kernel is compiled for every distinct setting, half a second each: shapes share settings where they can (k 64, S 3,
+# multiples of 16), and not every shape has every dtype. Counted with `audit`'s recorder: about KERNELS for the whole grid.
 CUDA_CASES = [
-    Case("tiny", 6, 70, 5, (20, 13), _GPU, ALL, quick=True),
+    Case("tiny", 6, 70, 5, (20, 13), (F32, BF16), ALL, quick=True),
     Case("strided", 6, 70, 5, (20, 13), (F32, BF16), "encode values decode nmse auxk", quick=True, strided=True),
-    Case("official", 256, 8192, 64, (1024, 768, 768), _GPU, ALL),
-    Case("prime", 67, 1021, 17, (131, 97), (F32, BF16), "encode exact values decode nmse reduce auxk"),
-    Case("hot", 512, 1024, 16, (128, 96), (F32, BF16), "encode values decode nmse index reduce train", hot=True),
-    Case("k=1", 33, 1000, 1, (64, 48), (F32, BF16), "encode exact values decode nmse"),
-    Case("k=N", 9, 16, 16, (24, 16), (F32, BF16), "encode exact values decode nmse"),
-    Case("k=512", 16, 8192, 512, (256, 192), (F32, BF16), "encode values decode nmse reduce auxk"),
-    Case("d=4096", 16, 2048, 32, (4096, 4096), (F32, BF16), "encode values decode nmse reduce"),
-    Case("S=8", 32, 2048, 32, (64, 48, 80, 33, 64, 48, 80, 33), (F32, BF16), "encode decode nmse reduce train"),
-    Case("S=1", 32, 2048, 32, (320,), (F32, BF16), "encode values decode nmse train"),
-    Case("tall", 777, 2053, 32, (160, 96), (F32, BF16), "encode values decode"),
-    Case("wide", 4, 131072, 64, (384, 256), (F32, BF16), "encode exact values decode nmse reduce auxk", gib=6),
-    Case("wider", 8, 300000, 512, (64,), (F32, BF16), "encode exact auxk", gib=6),
+    Case("official", 256, 8192, 64, (1024, 768, 768), (F32, BF16, F16), ALL),
+    Case("prime", 67, 1021, 17, (131, 97), (BF16,), "encode exact values decode nmse auxk"),
+    Case("hot", 512, 1024, 64, (128, 96, 64), (F32, BF16), "encode values decode nmse index reduce train", hot=True),
+    Case("k=1", 33, 1000, 1, (64,), (BF16,), "encode exact values decode"),
+    Case("k=N", 9, 16, 16, (24,), (F32, BF16), "encode exact decode"),
+    Case("k=512", 16, 8192, 512, (256, 192, 64), (F32, BF16), "encode values decode nmse"),
+    Case("d=4096", 16, 2048, 64, (4096, 2048, 64), (F32, BF16), "encode values decode nmse"),
+    Case("S=8", 32, 2048, 64, (64, 48, 80, 16, 64, 48, 80, 32), (F32, BF16), "encode decode nmse train"),
+    Case("S=1", 32, 2048, 64, (320,), (F32, BF16), "encode values decode nmse train"),
+    Case("tall", 784, 2064, 64, (160, 96, 64), (F32, BF16), "encode values decode nmse"),
+    Case("wide", 16, 131072, 64, (256, 128, 64), (F32, BF16), "encode exact values decode nmse reduce", gib=10),
+    Case("wider", 8, 300000, 512, (64,), (BF16,), "encode exact", gib=6),
     Case("chunked", 2100, 131072, 32, (48,), (BF16,), "encode", gib=8),  # logits beyond SCRATCH_BYTES
     Case("int64", 4, 2**20 + 4097, 16, (2048,), (BF16,), "int64", gib=30),  # N d > 2^31
 ]
@@ -124,826 +89,6 @@ def cases(device: torch.device, interpret: bool = False, quick: bool = False) ->
     return [c for c in every if c.quick or not quick]
 
 
-# ------------------------------------------------------------------------------------------------------------- results
-
-
-@dataclass
-class Result:
-    """One tensor, selection or exact comparison. Errors and limits are relative; None where nothing is to be measured."""
-
-    op: str
-    tensor: str
-    dtype: str
-    case: str
-    shape: str
-    verdict: str = "ok"  # "ok", "FAIL" or "skip"
-    max_error: float | None = None
-    rms_error: float | None = None
-    torch_max: float | None = None  # PyTorch's own error: the dense reference computed in this dtype
-    torch_rms: float | None = None
-    max_limit: float | None = None
-    rms_limit: float | None = None
-    note: str = ""
-    seconds: float = 0.0  # of the whole check that this is a part of
-
-    @property
-    def passed(self) -> bool:
-        return self.verdict != "FAIL"
-
-    @property
-    def share(self) -> float:
-        """How much of its limit the error uses; inf where it failed."""
-        if not self.passed:
-            return math.inf
-        pairs = ((self.max_error, self.max_limit), (self.rms_error, self.rms_limit))
-        return max((error / limit for error, limit in pairs if error and limit), default=-1.0 if self.note else 0.0)
-
-
-MULTIPLE = 2  # of PyTorch's own error
-UNITS = 2  # of the dtype's rounding, half an ulp each, for the maximum; half as many for the RMS
-UNITS_F64 = 8  # there PyTorch's own error is 0 by definition, and the truth is rounded itself
-
-
-def _slack(check: _Check) -> float:
-    """What an error may have beside a multiple of PyTorch's own: units of rounding, and the accumulator's share.
-
-    A sum of n terms one after the other is a random walk of sqrt(n) roundings of the accumulator, where the dense
-    reference, summing in blocks, gets by with fewer (and in float64 is the truth itself).
-    """
-    c = check.case
-    n = max(*c.dims, c.k, len(c.dims) * c.B, min(c.N, c.B * c.k))  # the longest: dot, latent's list, W_enc^T dc
-    acc = torch.finfo(acc_dtype(check.dtype)).eps / 2
-    units = UNITS_F64 if check.dtype == F64 else UNITS
-    slack = units * torch.finfo(check.dtype).eps / 2 + acc * math.sqrt(n)
-    if check.kernels and check.device.type == "cuda" and check.dtype == F32:
-        # tf32x3 drops the product of both low parts; tensor cores truncate their sum after every 8 products (modelled)
-        slack += 2**-22 + max(*c.dims, c.k) / 8 * 2**-24
-    return slack
-
-
-def _errors(value: Tensor, truth: Tensor) -> tuple[float, float]:
-    """Largest error over the largest magnitude, RMS error over the RMS; inf where shapes or non-finite places differ."""
-    if value.shape != truth.shape:
-        return math.inf, math.inf
-    if truth.numel() == 0:
-        return 0.0, 0.0
-    value = value.detach().to(truth.dtype)
-    finite = truth.isfinite()
-    if not torch.equal(value.isfinite(), finite) or not torch.equal(value.isnan(), truth.isnan()):
-        return math.inf, math.inf
-    truth = torch.where(finite, truth, 0.0)
-    error = torch.where(finite, value - truth, 0.0)
-    largest, rms = truth.abs().max().item(), truth.square().mean().sqrt().item()
-    return error.abs().max().item() / (largest or 1.0), error.square().mean().sqrt().item() / (rms or 1.0)
-
-
-class _Check:
-    """One operator on one case in one dtype: its data and its results."""
-
-    def __init__(self, op: str, case: Case, dtype: torch.dtype, device: torch.device, impl: str, problems: dict):
-        self.op, self.case, self.dtype, self.device, self.impl = op, case, dtype, device, impl
-        self.problems = problems
-        self.results: list[Result] = []
-        resolved = resolve_impl(impl, torch.empty(0, dtype=dtype, device=device))
-        self.kernels = resolved == "triton"
-        self.resolved = resolved
-        self.interpreted = self.kernels and device.type == "cpu"
-
-    def problem(self, kind: Callable[[_Check], Problem]) -> Problem:
-        """The data of this case; operators share them."""
-        if kind not in self.problems:
-            self.problems[kind] = kind(self)
-        return self.problems[kind]
-
-    @property
-    def generator(self) -> torch.Generator:
-        return torch.Generator(self.device).manual_seed(sum(map(ord, self.case.name)))
-
-    def add(self, tensor: str, passed: bool, note: str = "", **figures) -> None:
-        verdict = "ok" if passed else "FAIL"
-        names = {"dtype": SHORT[self.dtype], "case": self.case.name, "shape": self.case.shape}
-        self.results.append(Result(self.op, tensor, **names, verdict=verdict, note=note, **figures))
-
-    def compare(self, tensor: str, ours: Tensor, truth: Tensor, own: Tensor, note: str = "") -> None:
-        """`truth` from float64, `own` from plain PyTorch in this dtype."""
-        max_error, rms_error = _errors(ours, truth)
-        torch_max, torch_rms = _errors(own, truth)
-        slack = _slack(self)
-        max_limit, rms_limit = slack, slack / 2
-        if math.isfinite(torch_max):
-            max_limit, rms_limit = max_limit + MULTIPLE * torch_max, rms_limit + MULTIPLE * torch_rms
-        passed = max_error <= max_limit and rms_error <= rms_limit
-        if not passed and math.isinf(max_error):
-            note = f"{_describe(ours)}, expected {_describe(truth)}"
-        elif not passed:
-            note = f"error {max_error:.1e} of at most {max_limit:.1e}, RMS {rms_error:.1e} of at most {rms_limit:.1e}"
-        self.add(
-            tensor, passed, note, max_error=max_error, rms_error=rms_error, torch_max=torch_max, torch_rms=torch_rms,
-            max_limit=max_limit, rms_limit=rms_limit,
-        )  # fmt: skip
-
-    def exact(self, tensor: str, ours: Tensor, expected: Tensor) -> None:
-        """Equal in every entry; NaN equals NaN, dtypes may differ."""
-        if ours.shape != expected.shape:
-            self.add(tensor, False, f"shape {tuple(ours.shape)}, expected {tuple(expected.shape)}")
-            return
-        ours = ours.detach().to(expected.dtype)
-        differ = (ours != expected) & ~((ours != ours) & (expected != expected))
-        count, note = int(differ.sum()), "exact"
-        if count:
-            at = tuple(differ.nonzero()[0].tolist())
-            got, want = ours[at].item(), expected[at].item()
-            note = f"{count} of {differ.numel()} entries differ, first {list(at)}: {got}, expected {want}"
-        self.add(tensor, count == 0, note)
-
-
-def _describe(x: Tensor) -> str:
-    return f"shape {tuple(x.shape)} with {int(x.isnan().sum())} NaN, {int(x.isinf().sum())} inf"
-
-
-# ---------------------------------------------------------------------------------------------------------------- data
-
-
-@dataclass
-class Problem:
-    xs: list[Tensor]
-    w_encs: list[Tensor]
-    w_decs: list[Tensor]
-    pre_biases: list[Tensor]
-    latent_biases: list[Tensor]
-    quiet: Tensor  # bool [N]: latents that never come near the top k
-
-    @property
-    def encoder(self) -> tuple[list[Tensor], ...]:
-        return self.xs, self.w_encs, self.pre_biases, self.latent_biases
-
-    def stream(self, s: int) -> tuple[Tensor, ...]:
-        return tuple(group[s] for group in self.encoder)
-
-    def to(self, dtype: torch.dtype) -> Problem:
-        """Copies, contiguous, in another dtype."""
-        groups = [[t.detach().to(dtype, copy=True) for t in g] for g in (*self.encoder[:2], self.w_decs)]
-        biases = [[t.detach().to(dtype, copy=True) for t in g] for g in self.encoder[2:]]
-        return Problem(*groups, *biases, self.quiet)
-
-    def rows(self, rows) -> Problem:
-        return replace(self, xs=[x[rows] for x in self.xs])
-
-    def logits(self) -> list[Tensor]:
-        return [reference.preactivations(*self.stream(s)) for s in range(len(self.xs))]
-
-
-def _generic(check: _Check, rows: int | None = None) -> Problem:
-    """Gaussian data; rows of different length, biases about as large as the products."""
-    c, g = check.case, check.generator
-    wide = F64 if check.dtype == F64 else F32
-
-    def randn(*shape):
-        return torch.randn(*shape, generator=g, device=check.device, dtype=wide)
-
-    def uniform(*shape):
-        return torch.rand(*shape, generator=g, device=check.device, dtype=wide)
-
-    B = rows or c.B
-    quiet = uniform(c.N) < 0.25
-    loud = torch.where(quiet, 0.25, 1.0).to(wide)
-    p = Problem(
-        xs=[randn(B, d) * (0.5 + uniform(B, 1)) for d in c.dims],
-        w_encs=[randn(c.N, d) / d**0.5 * loud[:, None] for d in c.dims],
-        w_decs=[(randn(c.N, d) / d**0.5).t() for d in c.dims],
-        pre_biases=[0.5 * randn(d) for d in c.dims],
-        latent_biases=[0.5 * randn(c.N) * loud for d in c.dims],
-        quiet=quiet,
-    )
-    if c.hot:
-        for bias in p.latent_biases:
-            bias[c.N // 2] = 30
-        quiet[c.N // 2] = False
-    for group in (*p.encoder, p.w_decs):
-        group[:] = [t.to(check.dtype) for t in group]
-    return _stride(p) if c.strided else p
-
-
-def _stride(p: Problem) -> Problem:
-    """The same values in memory nobody would choose: sliced columns, transposed weights, every other bias."""
-
-    def columns(x):
-        return torch.cat([x, torch.full_like(x, float("nan"))], 1)[:, : x.shape[1]]
-
-    def alternate(bias):
-        return torch.stack([bias, torch.full_like(bias, float("nan"))], 1)[:, 0]
-
-    return Problem(
-        [columns(x) if s % 2 == 0 else x.t().contiguous().t() for s, x in enumerate(p.xs)],
-        [w.t().contiguous().t() if s % 2 == 0 else columns(w) for s, w in enumerate(p.w_encs)],
-        [w.contiguous() if s % 2 == 0 else columns(w.t().contiguous()).t() for s, w in enumerate(p.w_decs)],
-        [alternate(b) for b in p.pre_biases],
-        [alternate(b) for b in p.latent_biases],
-        p.quiet,
-    )
-
-
-def _integers(check: _Check) -> Problem:
-    """Small integers: every pre-activation and every sum over streams is exact in the dtype, and ties are frequent."""
-    c, g = check.case, check.generator
-
-    def integers(high, *shape):
-        return torch.randint(-high, high + 1, shape, generator=g, device=check.device).to(check.dtype)
-
-    high = 2 if sum(c.dims) < 600 else 1
-    p = Problem(
-        xs=[integers(high, c.B, d) for d in c.dims],
-        w_encs=[integers(1, c.N, d) for d in c.dims],
-        w_decs=[integers(1, c.N, d).t() for d in c.dims],
-        pre_biases=[torch.zeros(d, dtype=check.dtype, device=check.device) for d in c.dims],
-        latent_biases=[integers(4, c.N) for d in c.dims],
-        quiet=torch.zeros(c.N, dtype=torch.bool, device=check.device),
-    )
-    exact_to = {BF16: 2**8, F16: 2**11}.get(check.dtype, 2**24)
-    hs = p.to(F64).logits()
-    assert all(h.abs().max() <= exact_to for h in (*hs, sum(hs))), "integer problem: sums beyond what is exact"
-    return p
-
-
-def _gapped(check: _Check) -> Problem:
-    """Data on which rounding cannot move a selected pre-activation across 0 (nor across AuxK's threshold).
-
-    float32 and float64: of four times as many Gaussian rows those with a margin of 8 times the logits' rounding.
-    Half precision: multiples of a power of two, a latent bias half a step beside them; fp32 sums of those are exact.
-    """
-    c = check.case
-    if check.dtype in (F64, F32):
-        p = _generic(check, rows=4 * c.B)
-        p64 = p.to(F64)
-        hs = p64.logits()
-        safe = torch.ones(4 * c.B, dtype=torch.bool, device=check.device)
-        chosen = [*reference.select(hs, min(c.k + 4, c.N), "local"), reference.select(hs, min(c.k + 4, c.N))]
-        for s, h in enumerate(hs):
-            near = torch.minimum(h.abs(), (h - 1e-3).abs()) < 8 * _logit_error(check, p64, s, h)
-            dead = reference.topk_indices(h.masked_fill(~p.quiet, float("-inf")), min(c.auxk + 4, c.N))
-            unused = ~p.quiet[dead]
-            for idx in (chosen[s], chosen[-1]):
-                safe &= ~near.gather(1, idx).any(1)
-            safe &= ~(near.gather(1, dead) & ~unused).any(1)
-        rows = safe.nonzero().squeeze(1)[: c.B]
-        assert rows.numel() == c.B, f"only {rows.numel()} of {4 * c.B} rows keep away from the border of relu"
-        return p.rows(rows)
-    g = check.generator
-    quiet = torch.rand(c.N, generator=g, device=check.device) < 0.25
-    loud = torch.where(quiet, 0.25, 1.0)
-
-    def integers(high, *shape):
-        return torch.randint(-high, high + 1, shape, generator=g, device=check.device).float()
-
-    steps = [2.0 ** -round(math.log2(4.3 * d**0.5)) for d in c.dims]  # about unit variance of x, 1 / d of w
-    p = Problem(
-        xs=[integers(7, c.B, d) / 4 for d in c.dims],
-        w_encs=[integers(7, c.N, d) * step * loud[:, None] for d, step in zip(c.dims, steps, strict=True)],
-        w_decs=[(torch.randn(c.N, d, generator=g, device=check.device) / d**0.5).t() for d in c.dims],
-        pre_biases=[integers(3, d) / 4 for d in c.dims],
-        latent_biases=[(integers(60, c.N) + 0.5) * step / 4 * loud for step in steps],
-        quiet=quiet,
-    )
-    if c.hot:
-        for bias in p.latent_biases:
-            bias[c.N // 2] = 30
-        quiet[c.N // 2] = False
-    return p.to(check.dtype)
-
-
-def _logit_error(check: _Check, p64: Problem, s: int, h: Tensor) -> Tensor:
-    """How far rounding may move each pre-activation of stream s: [B, N].
-
-    Storage: a unit of the largest intermediate, |h| + |c|. Centring: x - b is rounded in the dtype, independently for
-    every column, so by the random walk sqrt(sum (x_d w_d)^2), 4 units of it. Accumulation: a random walk in fp32.
-    """
-    x, w, pre_bias, latent_bias = p64.stream(s)
-    spread = ((x - pre_bias).square() @ w.square().T).sqrt()
-    unit = torch.finfo(check.dtype).eps / 2
-    stored = torch.finfo(F32).eps / 2 if check.kernels and check.dtype == F64 else unit  # keys have 32 bits
-    acc = torch.finfo(acc_dtype(check.dtype)).eps / 2
-    d = x.shape[1]
-    error = stored * (2 * h.abs() + latent_bias.abs()) + (4 * unit + acc * math.sqrt(d)) * spread
-    if check.kernels and check.device.type == "cuda" and check.dtype == F32:
-        cut = 2**-10 if torch.get_float32_matmul_precision() != "highest" else 2**-22  # tf32, or tf32x3
-        error += (cut + d / 8 * 2**-24) * (h.abs() + 4 * spread)
-    return error
-
-
-def _random_latents(check: _Check, streams: int = 0) -> Tensor:
-    """Distinct latents in random order, [B, k] or [streams, B, k]; the hot latent in every row of a hot case."""
-    c, g = check.case, check.generator
-    shape = (streams, c.B) if streams else (c.B,)
-    if c.k * 4 > c.N:
-        idx = torch.rand(*shape, c.N, generator=g, device=check.device).argsort(-1)[..., : c.k].contiguous()
-    else:  # a random start and random steps: distinct while they sum to less than N
-        gaps = torch.randint(1, c.N // c.k + 1, (*shape, c.k), generator=g, device=check.device)
-        start = torch.randint(0, c.N, (*shape, 1), generator=g, device=check.device)
-        idx = ((start + gaps.cumsum(-1)) % c.N)[..., torch.randperm(c.k, generator=g, device=check.device)]
-    if c.hot:
-        idx = torch.where((idx == c.N // 2).any(-1, keepdim=True) | _is_first(idx), _swap(idx, c.N // 2), idx)
-    return idx.contiguous()
-
-
-def _is_first(idx: Tensor) -> Tensor:
-    return torch.arange(idx.shape[-1], device=idx.device) == 0
-
-
-def _swap(idx: Tensor, latent: int) -> Tensor:
-    """idx with `latent` in the first place, and what stood there where `latent` was."""
-    moved = torch.where(idx == latent, idx[..., :1], idx)
-    return torch.where(_is_first(idx), latent, moved)
-
-
-def _leaves(tensors: list[Tensor]) -> list[Tensor]:
-    return [t.detach().requires_grad_() for t in tensors]
-
-
-# -------------------------------------------------------------------------------------------------------------- checks
-
-
-def _encode(check: _Check, topk_type: str) -> None:
-    c, p = check.case, check.problem(_generic)
-    indices, values = encode_topk(*p.encoder, c.k, topk_type, check.impl)
-    S = len(c.dims)
-    chosen = _Selection(c.N)
-    truths, owns = [], []
-    for rows in torch.arange(c.B).split(max(1, 2**25 // c.N)):  # dense logits of a few rows at a time
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
-        few = p.rows(part)
-        few64 = few.to(F64)
-        hs, own = few64.logits(), few.logits()
-        idx = indices[..., part, :]
-        own_idx = reference.select(own, c.k, topk_type)
-        errors = [_logit_error(check, few64, s, h) for s, h in enumerate(hs)]
-        if topk_type == "global":
-            total, error = sum(hs), sum(errors)
-            chosen.judge(total, error + torch.finfo(check.dtype).eps / 2 * total.abs(), idx, own_idx, part.start)
-        else:
-            for s in range(S):
-                chosen.judge(hs[s], errors[s], idx[s], own_idx[s], part.start)
-        if chosen.invalid:
-            break
-        truths.append([torch.relu(h.gather(1, reference.of_stream(idx, s))) for s, h in enumerate(hs)])
-        owns.append([torch.relu(h.gather(1, reference.of_stream(idx, s))) for s, h in enumerate(own)])
-    chosen.report(check)
-    if not chosen.invalid:
-        for s in range(S):
-            truth, own = (torch.cat([part[s] for part in parts]) for parts in (truths, owns))
-            check.compare(f"values[{s}]", values[s], truth, own)
-
-
-class _Selection:
-    """Judges selected latents by their true scores, rows block by block."""
-
-    def __init__(self, n: int):
-        self.n, self.invalid, self.note = n, "", ""
-        self.shortfalls, self.own_shortfalls, self.limits = [], [], []
-
-    def judge(self, score: Tensor, error: Tensor, idx: Tensor, own_idx: Tensor, row0: int = 0) -> None:
-        """score, its possible error: [B, N]; indices, and those of plain PyTorch in the dtype: [B, k]."""
-        ordered = idx.sort(1).values
-        if idx.numel() and (int(ordered[:, 0].min()) < 0 or int(ordered[:, -1].max()) >= self.n):
-            self.invalid = f"latents outside 0..{self.n - 1}: {int(ordered[:, 0].min())}..{int(ordered[:, -1].max())}"
-            return
-        twice = (ordered[:, 1:] == ordered[:, :-1]).any(1)
-        if twice.any():
-            self.invalid = f"row {row0 + int(twice.nonzero()[0])}: a latent twice"
-            return
-        taken = torch.zeros_like(score, dtype=torch.bool).scatter(1, idx, True)
-        low, high = (score - error).masked_fill(taken, float("-inf")), (score + error).gather(1, idx)
-        wrong = low.amax(1) > high.amin(1)
-        if wrong.any() and not self.note:
-            r = int(wrong.nonzero()[0])
-            i, j = int(idx[r, high[r].argmin()]), int(low[r].argmax())
-            what = f"latent {j} ({score[r, j]:.6g}) left out, {i} ({score[r, i]:.6g}) taken"
-            self.note = f"{int(wrong.sum())} of {len(wrong)} rows; row {row0 + r}: {what}"
-        at, err = score.gather(1, idx), error.gather(1, idx)
-        disorder = (at[:, 1:] - err[:, 1:] > at[:, :-1] + err[:, :-1]).any(1)
-        if disorder.any() and not self.note:
-            self.note = f"{int(disorder.sum())} rows not in descending order, first {row0 + int(disorder.nonzero()[0])}"
-        size = score.abs().amax(1).clamp(min=torch.finfo(score.dtype).tiny)
-        self.shortfalls.append(self._shortfall(score, idx) / size)
-        self.own_shortfalls.append(self._shortfall(score, own_idx) / size)
-        self.limits.append((error.gather(1, low.argmax(1, keepdim=True)).squeeze(1) + err.amax(1)) / size)
-
-    @staticmethod
-    def _shortfall(score: Tensor, idx: Tensor) -> Tensor:
-        rest = torch.scatter(score, 1, idx, float("-inf"))
-        return (rest.amax(1) - score.gather(1, idx).amin(1)).clamp(min=0)
-
-    def report(self, check: _Check) -> None:
-        if self.invalid:
-            check.add("selection", False, self.invalid)
-            return
-        ours, own, limit = (torch.cat(parts) for parts in (self.shortfalls, self.own_shortfalls, self.limits))
-        check.add(
-            "selection", not self.note, self.note,
-            max_error=ours.max().item(), rms_error=ours.square().mean().sqrt().item(),
-            torch_max=own.max().item(), torch_rms=own.square().mean().sqrt().item(), max_limit=limit.max().item(),
-        )  # fmt: skip
-
-
-def _exact(check: _Check) -> None:
-    c, p = check.case, check.problem(_integers)
-    hs = p.to(F64).logits()
-    S = len(c.dims)
-
-    def judge(what, problem, hs):
-        for topk_type in ("global", "local"):
-            indices, values = encode_topk(*problem.encoder, c.k, topk_type, check.impl)
-            expected = reference.select(hs, c.k, topk_type)
-            check.exact(f"{what} {topk_type}", indices, expected)
-            truth = torch.stack([torch.relu(h.gather(1, reference.of_stream(expected, s))) for s, h in enumerate(hs)])
-            if torch.equal(indices, expected):
-                clean = torch.stack([x.isfinite().all(1) for x in problem.xs])  # inf - inf inside a kernel is NaN
-                check.exact(f"{what} values", values[clean], truth[clean])
-
-    judge("integers", p, hs)
-
-    same = replace(p, xs=[torch.ones_like(x) for x in p.xs], w_encs=[torch.ones_like(w) for w in p.w_encs])
-    same.latent_biases = [torch.full_like(b, 3) for b in p.latent_biases]
-    judge("all equal", same, same.to(F64).logits())
-
-    odd = replace(p, latent_biases=[b.clone() for b in p.latent_biases])
-    for place, value in ((1, -math.inf), (2, math.inf), (3, math.nan), (c.N // 2, -math.inf), (c.N - 1, math.inf)):
-        odd.latent_biases[0][place] = value
-    judge("inf, NaN biases", odd, odd.to(F64).logits())
-
-    few = replace(p, latent_biases=[b.clone() for b in p.latent_biases])
-    few.latent_biases[0][max(c.k - 2, 1) :] = -math.inf  # fewer finite pre-activations than k
-    judge("-inf beyond k", few, few.to(F64).logits())
-
-    bad = replace(p, xs=[x.clone() for x in p.xs])
-    bad.xs[0][0, 0], bad.xs[0][1 % c.B, -1], bad.xs[S - 1][2 % c.B, 0] = math.nan, math.inf, -math.inf
-    judge("inf, NaN rows", bad, bad.to(F64).logits())
-
-    dead = torch.arange(c.N, device=check.device) % 3 != 0
-    for s in range(min(S, 2)):
-        idx, val = auxk_topk(*p.stream(s), dead, c.auxk, check.impl)
-        ref_idx, ref_val = reference.auxk(hs[s], dead, c.auxk)
-        check.exact(f"auxk values[{s}]", val, ref_val)
-        fired = ref_val > 0  # which latents stand behind zeros is arbitrary
-        check.exact(f"auxk indices[{s}]", idx[fired], ref_idx[fired])
-
-
-def _values_at(check: _Check) -> None:
-    c, p = check.case, check.problem(_generic)
-    indices = _random_latents(check)
-    p64 = p.to(F64)
-    names = ("dx", "dw_enc", "dpre_bias", "dlatent_bias")
-    for s in range(min(len(c.dims), 2)):
-        with torch.no_grad():
-            h = reference.preactivations(*p64.stream(s))
-            near = (h.abs() < 2 * _logit_error(check, p64, s, h)).gather(1, indices)
-        # where rounding may decide relu's side, either derivative is right: those entries get no cotangent
-        dvalues = _cotangent(check, indices.shape).masked_fill(near, 0.0)
-        note = f"{int(near.sum())} of {near.numel()} entries at relu's border not differentiated" if near.any() else ""
-
-        def outcome(tensors, fn, dvalues=dvalues):
-            leaves = _leaves(tensors)
-            values = fn(*leaves)
-            return [values, *torch.autograd.grad(values, leaves, dvalues.to(values.dtype))]
-
-        def dense(x, w, b, c):
-            return torch.relu(reference.preactivations(x, w, b, c).gather(1, indices))
-
-        ours = outcome(p.stream(s), lambda x, w, b, c: values_at(x, w, b, c, indices, impl=check.impl))
-        truth, own = outcome(p64.stream(s), dense), outcome(p.stream(s), dense)
-        for name, *three in zip(("values", *names), ours, truth, own, strict=True):
-            check.compare(f"{name}[{s}]", *three, note=note)
-
-
-def _cotangent(check: _Check, shape, wide: bool = True) -> Tensor:
-    """Random upstream gradient in the accumulator's dtype, with values that the dtype can hold.
-
-    Its mean is not 0: sums that cancel would be judged by rounding alone.
-    """
-    g = (torch.randn(*shape, generator=check.generator, device=check.device) + 0.5).to(check.dtype)
-    return g.to(acc_dtype(check.dtype)) if wide else g
-
-
-def _codes(check: _Check, local: bool) -> tuple[Tensor, Tensor]:
-    """Indices [B, k] or [S, B, k] and non-negative values [S, B, k] with zeros among them."""
-    c = check.case
-    indices = _random_latents(check, len(c.dims) if local else 0)
-    if c.name == "tiny":
-        indices[..., 0, 1] = indices[..., 0, 0]  # a latent twice in a row adds up
-    return indices, torch.relu(_cotangent(check, (len(c.dims), c.B, c.k)))
-
-
-def _decode(check: _Check, local: bool) -> None:
-    c, p = check.case, check.problem(_generic)
-    indices, values = _codes(check, local)
-    S = len(c.dims)
-    pairs = [(t, s) for t in range(S) for s in range(S)]
-    upstream = [_cotangent(check, (S, c.B, d), wide=False) for d in c.dims]
-
-    def outcome(values, w_decs, pre_biases, fn):
-        leaves = _leaves([values, *w_decs, *pre_biases])
-        recons = fn(indices, leaves[0], leaves[1 : S + 1], leaves[S + 1 :])
-        cotangents = [upstream[t][s].to(recons[t, s].dtype) for t, s in pairs]
-        grads = torch.autograd.grad([recons[pair] for pair in pairs], leaves, cotangents)
-        return [torch.stack([recons[t, s] for s in range(S)]) for t in range(S)] + list(grads)
-
-    p64 = p.to(F64)
-    ours = outcome(values, p.w_decs, p.pre_biases, partial(decode, impl=check.impl))
-    truth = outcome(values.double(), p64.w_decs, p64.pre_biases, reference.decode)
-    own = outcome(values.to(check.dtype), p.w_decs, p.pre_biases, reference.decode)
-    names = [f"recon[{t}]" for t in range(S)] + ["dvalues"]
-    names += [f"dw_dec[{t}]" for t in range(S)] + [f"dpre_bias[{t}]" for t in range(S)]
-    for name, *three in zip(names, ours, truth, own, strict=True):
-        check.compare(name, *three)
-    if S > 1:
-        some = decode(indices, values, p.w_decs, p.pre_biases, pairs=[(0, S - 1)], impl=check.impl)
-        check.compare("one pair", some[0, S - 1], truth[0][S - 1], own[0][S - 1])
-
-
-def _decode_nmse(check: _Check, local: bool) -> None:
-    c, p = check.case, check.problem(_generic)
-    indices, values = _codes(check, local)
-    S = len(c.dims)
-    scale = _scale(check)
-    upstream = (_cotangent(check, (S, S)).abs() + 0.5) * scale
-
-    def outcome(values, w_decs, pre_biases, xs, fn):
-        leaves = _leaves([values, *w_decs, *pre_biases, *xs])
-        matrix = fn(indices, leaves[0], leaves[1 : S + 1], leaves[S + 1 : 2 * S + 1], leaves[2 * S + 1 :])
-        return [matrix, *torch.autograd.grad(matrix, leaves, upstream.to(matrix.dtype))]
-
-    p64 = p.to(F64)
-    ours = outcome(values, p.w_decs, p.pre_biases, p.xs, partial(decode_nmse, impl=check.impl))
-    truth = outcome(values.double(), p64.w_decs, p64.pre_biases, p64.xs, reference.decode_nmse)
-    own = outcome(values.to(check.dtype), p.w_decs, p.pre_biases, p.xs, reference.decode_nmse)
-    names = ["nmse", "dvalues", *(f"{name}[{t}]" for name in ("dw_dec", "dpre_bias", "dx") for t in range(S))]
-    for name, *three in zip(names, ours, truth, own, strict=True):
-        check.compare(name, *three)
-
-
-def _scale(check: _Check) -> float:
-    """As a gradient scaler would choose it: 2 / (B d) alone is below fp16's normal numbers."""
-    return 2.0 ** min(round(math.log2(check.case.B * max(check.case.dims))), 12)
-
-
-def _inverse_index(check: _Check) -> None:
-    c = check.case
-    for name, indices in (("ids", _random_latents(check)), ("local ids", _random_latents(check, 2))):
-        order, offsets = inverse_index(indices, c.N)
-        flat = indices.reshape(-1)
-        check.exact(f"order, {name}", order, flat.sort(stable=True).indices)
-        counts = torch.zeros(c.N, dtype=torch.int64, device=flat.device)
-        counts.index_add_(0, flat, torch.ones_like(flat))
-        check.exact(f"offsets, {name}", offsets, torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
-    outside = _random_latents(check)
-    outside[0, 0], outside[-1, -1], outside[0, -1] = -3, c.N, c.N + 10**6
-    order, offsets = inverse_index(outside, c.N)
-    flat = outside.reshape(-1)
-    places = flat.sort(stable=True).indices
-    kept = places[(flat[places] >= 0) & (flat[places] < c.N)]
-    check.exact("ids outside", order[int(offsets[0]) : int(offsets[-1])], kept)
-
-
-def _latent_reduce(check: _Check) -> None:
-    c = check.case
-    indices = _random_latents(check)
-    S, d = len(c.dims), c.dims[0]
-    coef = _cotangent(check, (S, c.B, c.k))
-    coef = torch.where(coef.abs() < 0.4, 0.0, coef)  # as relu leaves them
-    mat = torch.randn(S, c.B, d, generator=check.generator, device=check.device).to(check.dtype)
-    order, offsets = inverse_index(indices, c.N)
-    ours = latent_reduce(order, offsets, coef, mat, c.k, check.dtype, check.resolved)
-
-    def dense(coef, mat):
-        codes = [reference.codes(indices, v, c.N) for v in coef]
-        return sum(a.T @ m for a, m in zip(codes, mat, strict=True)), sum(codes).sum(0)
-
-    truth, own = dense(coef.double(), mat.double()), dense(coef.to(check.dtype), mat)
-    for name, *three in zip(("rows", "sums"), ours, truth, own, strict=True):
-        check.compare(name, *three)
-
-
-def _auxk_topk(check: _Check, how_many: str) -> None:
-    c, p = check.case, check.problem(_generic)
-    g = check.generator
-    count = {"none": 0, "few": max(c.auxk // 2, 1), "many": max(c.N // 2, c.auxk)}[how_many]
-    dead = torch.zeros(c.N, dtype=torch.bool, device=check.device)
-    dead[torch.randperm(c.N, generator=g, device=check.device)[:count]] = True
-    p64, s = p.to(F64), len(c.dims) - 1
-    leaves = _leaves(p.stream(s))
-    indices, values = auxk_topk(*leaves, dead, c.auxk, check.impl)
-    with torch.no_grad():
-        h = reference.preactivations(*p64.stream(s))
-        error = _logit_error(check, p64, s, h)
-    # only positive pre-activations of dead latents matter; what fills a row has the value 0
-    chosen, score = _Selection(c.N), torch.relu(h * dead)
-    own_idx, _ = reference.auxk(reference.preactivations(*p.stream(s)), dead, c.auxk)
-    chosen.judge(score, error * dead, indices, own_idx)
-    chosen.report(check)
-    if chosen.invalid:
-        return
-    near = ((h.abs() < 2 * error) & dead).gather(1, indices)
-    dvalues = _cotangent(check, indices.shape).masked_fill(near, 0.0)
-    note = f"{int(near.sum())} of {near.numel()} entries at relu's border not differentiated" if near.any() else ""
-
-    def dense(tensors):
-        inputs = _leaves(tensors)
-        v = torch.relu((reference.preactivations(*inputs) * dead).gather(1, indices))
-        return [v, *torch.autograd.grad(v, inputs, dvalues.to(v.dtype))]
-
-    ours = [values, *torch.autograd.grad(values, leaves, dvalues.to(values.dtype))]
-    names = ("values", "dx", "dw_enc", "dpre_bias", "dlatent_bias")
-    for name, *three in zip(names, ours, dense(p64.stream(s)), dense(p.stream(s)), strict=True):
-        check.compare(name, *three, note=note)
-
-
-def _update_counters(check: _Check) -> None:
-    c, g = check.case, check.generator
-    indices = _random_latents(check)
-    values = torch.randint(0, 4, (c.B, c.k), generator=g, device=check.device).to(acc_dtype(check.dtype)) / 4
-    counters = torch.randint(0, 5000, (c.N,), generator=g, device=check.device)
-    expected = reference.update_counters(counters, indices, values, 0.5)  # a value of 0.5 has not fired
-    returned = update_counters_(counters, indices, values, 0.5)
-    check.exact("counters", counters, expected)
-    check.add("in place", returned is counters, "exact" if returned is counters else "another tensor was returned")
-
-
-DEAD_STEPS = 10
-
-
-def _training_step(check: _Check, topk_type: str) -> None:
-    """Loss, metrics, counters and every parameter's gradient, AuxK included; and the same bits when done again."""
-    c, p = check.case, check.problem(_gapped)
-    S = len(c.dims)
-    streams = [f"s{s}" for s in range(S)]
-    scale = _scale(check)
-    with torch.random.fork_rng(devices=[check.device] if check.device.type == "cuda" else []):
-        model = AlignedSAE(
-            dict(zip(streams, c.dims, strict=True)), c.N, c.k, auxk=c.auxk, dead_steps_threshold=DEAD_STEPS,
-            topk_type=topk_type, impl=check.impl, device=check.device, dtype=check.dtype,
-        )  # fmt: skip
-    counters = torch.where(p.quiet, DEAD_STEPS + 5, 3)
-    parameters = {
-        "dw_enc": [model.encoders[s].weight for s in streams],
-        "dw_dec": [model.decoders[s].weight for s in streams],
-        "dpre_bias": [model.pre_biases[s] for s in streams],
-        "dlatent_bias": [model.latent_biases[s] for s in streams],
-    }
-    buffers = [getattr(model, f"stats_last_nonzero_{s}") for s in streams]
-    with torch.no_grad():
-        wanted = (p.w_encs, p.w_decs, p.pre_biases, p.latent_biases)
-        for group, tensors in zip(parameters.values(), wanted, strict=True):
-            for parameter, tensor in zip(group, tensors, strict=True):
-                parameter.copy_(tensor)
-    inputs = dict(zip(streams, p.xs, strict=True))
-
-    def step():
-        for buffer in buffers:
-            buffer.copy_(counters)
-        model.zero_grad(set_to_none=True)
-        outputs = model(inputs)
-        loss, metrics = model.compute_loss(outputs, inputs)
-        (loss * scale).backward()
-        return outputs, metrics, [loss.detach(), *(q.grad for group in parameters.values() for q in group)]
-
-    outputs, metrics, first = step()
-    if not check.interpreted:
-        _, _, second = step()
-        same = all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-        check.add("twice", same, "exact" if same else "two runs gave different bits")
-
-    indices = outputs.indices
-    chosen, p64 = _Selection(c.N), p.to(F64)
-    hs = p64.logits()
-    errors = [_logit_error(check, p64, s, h) for s, h in enumerate(hs)]
-    own_hs = p.logits()
-    own_idx = reference.select(own_hs, c.k, topk_type)
-    if topk_type == "global":
-        error = sum(errors) + torch.finfo(check.dtype).eps / 2 * sum(hs).abs()
-        chosen.judge(sum(hs), error, indices, own_idx)
-    else:
-        for s in range(S):
-            chosen.judge(hs[s], errors[s], indices[s], own_idx[s])
-    chosen.report(check)
-    if chosen.invalid:
-        return
-
-    after = []
-    for s, (h, buffer) in enumerate(zip(hs, buffers, strict=True)):
-        idx = reference.of_stream(indices, s)
-        after.append(reference.update_counters(counters, idx, torch.relu(h.gather(1, idx)), 1e-3))
-        check.exact(f"counters[{s}]", buffer, after[s])
-    dead = [(counters if topk_type == "local" else a) > DEAD_STEPS for a in after]  # global reads them after the update
-    auxk_indices = [outputs[f"auxk_indices_{s}"] for s in streams]
-    picked = _Selection(c.N)
-    for s in range(S):
-        own_aux, _ = reference.auxk(own_hs[s], dead[s], c.auxk)
-        picked.judge(torch.relu(hs[s] * dead[s]), errors[s] * dead[s], auxk_indices[s], own_aux)
-    picked.report(check)
-    check.results[-1].tensor = "auxk selection"
-    if picked.invalid:
-        return
-
-    truth_terms, truth_grads = _reference_step(p64, c, indices, auxk_indices, dead, scale)
-    own_terms, own_grads = _reference_step(p, c, indices, auxk_indices, dead, scale)
-    missing = {name for names in _metric_names(streams).values() for name in names} ^ set(metrics)
-    check.add("metric names", not missing, f"missing or unexpected: {sorted(missing)}" if missing else "exact")
-    for term, names in _metric_names(streams).items():
-        if names and not missing:
-            ours = torch.stack([metrics[name] for name in names])
-            size = truth_terms[term].abs() if term == "averages" else 1.0  # averages differ in size: each for itself
-            check.compare(term, ours / size, truth_terms[term] / size, own_terms[term] / size)
-    check.compare("loss", first[0], truth_terms["averages"][-1], own_terms["averages"][-1])
-    names = [f"{name}[{s}]" for name in parameters for s in range(S)]
-    for name, *three in zip(names, first[1:], truth_grads, own_grads, strict=True):
-        check.compare(name, *three)
-
-
-def _metric_names(streams: list[str]) -> dict[str, list[str]]:
-    cross = [f"cross_loss_{t}_from_{s}" for t in streams for s in streams if s != t]
-    averages = ["avg_mse_loss", "avg_num_active_neurons", "avg_l1_sparsity", "avg_auxk_loss", "avg_auxk_loss_scaled"]
-    averages += ["avg_cross_loss", "avg_cross_loss_scaled"] if cross else []
-    return {
-        **{name: [f"{name}_{s}" for s in streams] for name in ("mse_loss", "auxk_loss", "l1_sparsity")},
-        "num_active": [f"num_active_neurons_{s}" for s in streams],
-        "cross_loss": cross,
-        "averages": [*averages, "total_loss"],
-    }
-
-
-def _reference_step(p: Problem, c: Case, indices, auxk_indices, dead, scale):
-    """The same terms and gradients from the dense reference, in the dtype of p."""
-    S = len(c.dims)
-    groups = [_leaves(group) for group in (p.w_encs, p.w_decs, p.pre_biases, p.latent_biases)]
-    loss = reference.training_loss(
-        p.xs, *groups, c.k, auxk_k=c.auxk, dead=dead, indices=indices, auxk_indices=auxk_indices
-    )
-    grads = torch.autograd.grad(loss * scale, [t for group in groups for t in group])
-    with torch.no_grad():
-        hs = p.logits()
-        values = torch.stack([torch.relu(h.gather(1, reference.of_stream(indices, s))) for s, h in enumerate(hs)])
-        matrix = reference.decode_nmse(indices, values, p.w_decs, p.pre_biases, p.xs)
-        aux = []
-        for s, h in enumerate(hs):
-            recon = reference.decode_one(reference.of_stream(indices, s), values[s], p.w_decs[s], p.pre_biases[s])
-            u = torch.relu((h * dead[s]).gather(1, auxk_indices[s]))
-            aux.append(reference.auxk_nmse(p.xs[s], recon, auxk_indices[s], u, p.w_decs[s], p.pre_biases[s]))
-        aux = torch.stack(aux)
-        l1 = values.sum(2).div(c.k + 1e-8).mean(1)
-        k = torch.full_like(l1, c.k)
-        cross = matrix[~torch.eye(S, dtype=torch.bool, device=matrix.device)]
-        averages = [matrix.diagonal().mean(), k[0], l1.mean(), aux.mean(), aux.mean() / 32]
-        averages += [cross.mean()] * 2 if S > 1 else []
-        averages = torch.stack([*averages, loss])
-    terms = {"mse_loss": matrix.diagonal(), "auxk_loss": aux, "l1_sparsity": l1, "num_active": k, "cross_loss": cross}
-    return {**terms, "averages": averages}, grads
-
-
-def _int64_offsets(check: _Check) -> None:
-    """A decoder of more than 2^31 entries, read and written at its far end."""
-    c, g = check.case, check.generator
-    d = c.dims[0]
-    w = torch.empty(c.N, d, dtype=check.dtype, device=check.device).normal_(generator=g)
-    indices = _random_latents(check)
-    indices[:, 0], indices[0, 1] = c.N - 1, c.N - 2
-    values = _cotangent(check, (1, c.B, c.k)).abs() + 0.1
-    bias = torch.randn(d, generator=g, device=check.device).to(check.dtype)
-    upstream = _cotangent(check, (c.B, d), wide=False)
-    leaves = _leaves([values, w.t()])
-    recon = decode(indices, leaves[0], [leaves[1]], [bias], impl=check.impl)[0, 0]
-    dvalues, dw = torch.autograd.grad(recon, leaves, upstream)
-    used, places = indices.unique(return_inverse=True)  # the reference needs only the rows that are used
-
-    def dense(dtype):
-        few = _leaves([values.to(dtype), w[used].to(dtype).t()])
-        out = reference.decode(places, few[0], [few[1]], [bias.to(dtype)])[0, 0]
-        return [out, *torch.autograd.grad(out, few, upstream.to(dtype))]
-
-    ours = [recon, dvalues, dw[:, used]]
-    for name, *three in zip(("recon", "dvalues", "dw_dec"), ours, dense(F64), dense(check.dtype), strict=True):
-        check.compare(name, *three)
-    written = torch.cat([part.ne(0).any(1) for part in dw.t().split(2**17)])
-    check.exact("rows written", written.nonzero().squeeze(1), used)
-
-
-# name, the word that asks for it in Case.ops, what runs it
-CHECKS: list[tuple[str, str, Callable[[_Check], None]]] = [
-    ("encode_topk global", "encode", partial(_encode, topk_type="global")),
-    ("encode_topk local", "encode", partial(_encode, topk_type="local")),
-    ("exact selection", "exact", _exact),
-    ("values_at", "values", _values_at),
-    ("decode global", "decode", partial(_decode, local=False)),
-    ("decode local", "decode", partial(_decode, local=True)),
-    ("decode_nmse global", "nmse", partial(_decode_nmse, local=False)),
-    ("decode_nmse local", "nmse", partial(_decode_nmse, local=True)),
-    ("inverse_index", "index", _inverse_index),
-    ("latent_reduce", "reduce", _latent_reduce),
-    *((f"auxk_topk {n}", "auxk", partial(_auxk_topk, how_many=n)) for n in ("none", "few", "many")),
-    ("update_counters_", "counters", _update_counters),
-    ("training global", "train", partial(_training_step, topk_type="global")),
-    ("training local", "train", partial(_training_step, topk_type="local")),
-    ("decode int64", "int64", _int64_offsets),
-]
-
 # -------------------------------------------------------------------------------------------------------------- runner
 
 
@@ -953,8 +98,8 @@ def run_checks(
     quick: bool = False,
     filter: str | None = None,
     interpret: bool = False,
-    on_start: Callable[[str, int, int], None] | None = None,
-    on_done: Callable[[list[Result]], None] | None = None,
+    jobs: int | None = None,
+    on_done: Callable[[list[Result], int, int], None] | None = None,
 ) -> list[Result]:
     """Check every operator and a training step against the float64 reference.
 
@@ -965,8 +110,9 @@ def run_checks(
         filter: a regular expression searched in "op dtype case", for example "decode.*bf16".
         interpret: the Triton kernels in Triton's interpreter, on the CPU; TRITON_INTERPRET=1 must have been set before
             the package was imported (`sparc-kernels verify --interpret` starts such a process).
-        on_start: called with "op dtype case", number and total before each check.
-        on_done: called with the results of each check.
+        jobs: worker processes; None is 1 on a CPU and up to 4 on CUDA, where most of the time is compilation. With
+            more than one, a script that calls this must guard its main module, as multiprocessing asks.
+        on_done: called as each check ends, with its results, its number in order of ending, and how many there are.
 
     Returns: one Result for each tensor that was judged. An exception in a check is a failed Result.
 
@@ -980,55 +126,109 @@ def run_checks(
         )
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: expected a device of this machine, got {device} where CUDA is not available")
-    if interpret:
-        impl = "triton"
-    plan = [
-        (op, case, dtype, fn)
+    tasks = [
+        _Task(case, dtype, device, "triton" if interpret else impl, names)
         for case in cases(device, interpret, quick)
         for dtype in case.dtypes
-        for op, word, fn in CHECKS
-        if word in case.ops.split() and re.search(filter or "", f"{op} {SHORT[dtype]} {case.name}")
+        if (names := _chosen(case, dtype, filter))
     ]
-    if not plan:
+    if not tasks:
         raise ValueError(f"filter: expected a pattern found in some 'op dtype case', got {filter!r}")
-    results: list[Result] = []
+    resolve_impl(tasks[0].impl, torch.empty(0, dtype=tasks[0].dtype, device=device))  # refuses what cannot be
+    total, done = sum(len(task.names) for task in tasks), 0
+
+    def ended(results: list[Result]) -> None:
+        nonlocal done
+        done += 1
+        if on_done:
+            on_done(results, done, total)
+
+    if jobs is None:
+        jobs = max(1, min(4, (os.cpu_count() or 1) // 2)) if device.type == "cuda" else 1
+    if jobs == 1 or len(tasks) == 1:
+        return [result for task in tasks for results in _run_task(task, ended) for result in results]
+    # the large ones one by one after the others: they share the GPU's memory
+    waves = [[t for t in tasks if not t.case.gib], *([t] for t in tasks if t.case.gib)]
+    found: dict[_Task, list[list[Result]]] = {}
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _set_precision, (torch.get_float32_matmul_precision(),)) as pool:
+        for wave in waves:
+            running = {pool.submit(_run_task, task): task for task in wave}
+            for future in as_completed(running):
+                task = running[future]
+                try:
+                    found[task] = future.result()
+                except BrokenProcessPool as error:
+                    found[task] = [[_failure(task, name, f"a worker process died: {error}")] for name in task.names]
+                for results in found[task]:
+                    ended(results)
+    return [result for task in tasks for results in found[task] for result in results]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """The checks of one case in one dtype, which share its data."""
+
+    case: Case
+    dtype: torch.dtype
+    device: torch.device
+    impl: str
+    names: tuple[str, ...]
+
+
+def _chosen(case: Case, dtype: torch.dtype, filter: str | None) -> tuple[str, ...]:
+    words = case.ops.split()
+    return tuple(
+        op for op, word, _ in CHECKS if word in words and re.search(filter or "", f"{op} {SHORT[dtype]} {case.name}")
+    )
+
+
+_lost = ""  # why this process cannot use its device any more
+
+
+def _run_task(task: _Task, ended: Callable[[list[Result]], None] | None = None) -> list[list[Result]]:
+    """The results of each check of a task."""
+    global _lost
+    functions = {op: fn for op, _, fn in CHECKS}
+    cuda = task.device.type == "cuda"
     problems: dict = {}
-    lost = ""
-    for i, (op, case, dtype, fn) in enumerate(plan):
-        if on_start:
-            on_start(f"{op} {SHORT[dtype]} {case.name}", i + 1, len(plan))
-        if i == 0 or (case, dtype) != plan[i - 1][1:3]:
-            problems = {}
-            if device.type == "cuda" and not lost:
-                torch.cuda.empty_cache()
+    found = []
+    if cuda and not _lost:
+        torch.cuda.empty_cache()
+    for name in task.names:
         started = time.perf_counter()
-        check = _Check(op, case, dtype, device, impl, problems)
-        if lost:
-            check.add("-", False, f"not run: {lost}")
-        elif _lacks_memory(case, device):
-            check.add("-", True, f"needs {case.gib:g} GiB of free GPU memory")
+        check = Check(name, task.case, task.dtype, task.device, task.impl, problems)
+        if _lost:
+            check.results.append(_failure(task, name, f"not run: {_lost}"))
+        elif cuda and task.case.gib and torch.cuda.mem_get_info(task.device)[0] < task.case.gib * 2**30:
+            check.add("-", True, f"needs {task.case.gib:g} GiB of free GPU memory")
             check.results[-1].verdict = "skip"
         else:
             try:
+                fn = functions[name]
                 fn(check)
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)  # a fault in a kernel shows up here, not in the next check
+                if cuda:
+                    torch.cuda.synchronize(task.device)  # a kernel's fault shows up here, not in the next check
             except Exception as error:
-                check.add("-", False, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-                lost = _lost(device)
+                text = " ".join(str(error).split())[:300]
+                check.results.append(_failure(task, name, f"{type(error).__name__}: {text}"))
+                _lost = _device_lost(task.device)
         for result in check.results:
             result.seconds = round(time.perf_counter() - started, 3)
-        results += check.results
-        if on_done:
-            on_done(check.results)
-    return results
+        found.append(check.results)
+        if ended:
+            ended(check.results)
+    return found
 
 
-def _lacks_memory(case: Case, device: torch.device) -> bool:
-    return device.type == "cuda" and case.gib > 0 and torch.cuda.mem_get_info(device)[0] < case.gib * 2**30
+def _failure(task: _Task, op: str, note: str) -> Result:
+    return Result(op, "-", SHORT[task.dtype], task.case.name, task.case.shape, verdict="FAIL", note=note)
 
 
-def _lost(device: torch.device) -> str:
+def _set_precision(precision: str) -> None:
+    torch.set_float32_matmul_precision(precision)
+
+
+def _device_lost(device: torch.device) -> str:
     """Why nothing more can run on the device after an exception, or nothing."""
     if device.type != "cuda":
         return ""
@@ -1094,30 +294,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="write the results there (no FILE: to stdout)"
     )
+    parser.add_argument("--jobs", type=int, metavar="N", help="worker processes (default: 1 on a CPU, up to 4 on CUDA)")
     parser.add_argument("--verbose", action="store_true", help="a line for every tensor, not for every check")
 
 
 def run(args: argparse.Namespace) -> int:
     if args.interpret and not INTERPRETED:
         return _run_interpreted(args)
+    if args.interpret:  # inf and NaN are among the data, and numpy says so at each of them
+        warnings.filterwarnings("ignore", category=RuntimeWarning)
     table = _Table(sys.stderr if args.json == "-" else sys.stdout, args.verbose)
     started = time.perf_counter()
     try:
-        device = torch.device(
-            args.device or ("cuda" if torch.cuda.is_available() and not args.interpret else "cpu")
-        )  # fmt: skip
-        table.header(environment(device), args)
-        results = run_checks(
-            device, args.impl, args.quick, args.filter, args.interpret, on_start=table.start, on_done=table.done
-        )
-    except (ValueError, RuntimeError, re.error) as error:
+        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() and not args.interpret else "cpu"))
+        about = environment(device)
+        table.header(about, args)
+        results = run_checks(device, args.impl, args.quick, args.filter, args.interpret, args.jobs, on_done=table.done)
+    except (ValueError, RuntimeError, AssertionError, re.error) as error:
         print(f"verify: {error}", file=sys.stderr)
         return 2
     seconds = time.perf_counter() - started
     passed = all(r.passed for r in results)
     table.footer(results, seconds)
     if args.json:
-        _write_json(args, environment(device), results, seconds)
+        _write_json(args, about, results, seconds)
     return 0 if passed else 1
 
 
@@ -1132,6 +332,7 @@ def _run_interpreted(args: argparse.Namespace) -> int:
     command = [sys.executable, "-m", __package__, "verify", "--interpret"]
     command += [f"--{name}" for name in ("quick", "verbose") if getattr(args, name)]
     command += ["--filter", args.filter] if args.filter else []
+    command += ["--jobs", str(args.jobs)] if args.jobs else []
     command += [] if args.json is None else ["--json"] if args.json == "-" else ["--json", args.json]
     parent = str(Path(__file__).resolve().parent.parent)
     paths = os.pathsep.join([parent, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -1188,14 +389,10 @@ class _Table:
         self._print(f"Against reference.py in float64. Passes: error <= {MULTIPLE} x PyTorch's own + rounding; the line")
         self._print("shows the tensor that uses most of its limit. max: over the largest magnitude; rms: over the RMS.")
         self._print()
-        names = ("op", "type", "case", "worst tensor", "max", "rms", "its max", "its rms", "verdict")
+        names = ("op", "type", "case", "worst tensor", "max", "rms", "own max", "own rms", "verdict")
         self._print(self.ROW.format(*names))
 
-    def start(self, what: str, i: int, total: int) -> None:
-        if self.live:
-            print(f"\r\033[K[{i}/{total}] {what}", end="", file=sys.stderr, flush=True)
-
-    def done(self, results: list[Result]) -> None:
+    def done(self, results: list[Result], number: int, total: int) -> None:
         failed = [r for r in results if not r.passed]
         worst = max(results, key=lambda r: r.share)
         for r in results if self.verbose else failed or [worst]:
@@ -1207,6 +404,8 @@ class _Table:
                 self._print(f"    {r.note}")
         if failed and not self.verbose:
             self._print(f"    {len(failed)} of the {len(results)} tensors of this check failed")
+        if self.live:
+            print(f"\r\033[K{number} of {total} checks", end="", file=sys.stderr, flush=True)
 
     def footer(self, results: list[Result], seconds: float) -> None:
         failed = sum(not r.passed for r in results)

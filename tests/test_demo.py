@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from sparc_kernels import AlignedSAE, cli, demo
+from sparc_kernels.data import one_thread
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "sparc_kernels", "demo"]
-# one thread: on a busy machine two threads of so small a network mostly wait for each other
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # NumPy's threads, on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +149,7 @@ def test_training_step_is_in_the_official_order(monkeypatch):
     assert not torch.equal(model.decoders["a"].weight, before)
 
 
+@one_thread()
 def test_training_lowers_the_curves_and_repeats():
     settings, x = demo.Settings(steps=100, lr=3e-3, batch_size=40), streams()
 
