@@ -1,6 +1,11 @@
-"""Argument checks. Every error is a ValueError that names the argument, what was expected and what came."""
+"""Argument checks. Every error is a ValueError that names the argument, what was expected and what came.
+
+Messages are built only on failure: under torch.compile a shape may be symbolic, and a symbol has no text.
+"""
 
 from __future__ import annotations
+
+import numbers
 
 import torch
 
@@ -16,33 +21,54 @@ def describe(value) -> str:
     return f"a {type(value).__name__}"
 
 
+def fail(argument: str, expected: str, got) -> None:
+    raise ValueError(f"{argument}: expected {expected}, got {got if isinstance(got, str) else describe(got)}")
+
+
 def require(condition: bool, argument: str, expected: str, got) -> None:
+    """For messages without shapes in them; `got` is described, or given as text."""
     if not condition:
-        raise ValueError(f"{argument}: expected {expected}, got {got if isinstance(got, str) else describe(got)}")
+        fail(argument, expected, got)
 
 
 def check_int(argument: str, value, low: int, high: int | None = None, high_name: str = "") -> int:
-    bound = f"an int >= {low}" if high is None else f"an int in {low}..{high}{f' ({high_name})' if high_name else ''}"
-    ok = isinstance(value, int) and not isinstance(value, bool)
-    require(ok and value >= low and (high is None or value <= high), argument, bound, repr(value))
-    return value
+    """An integer (Python's or NumPy's, not a bool) in low..high, as an int."""
+    ok = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not (ok and value >= low and (high is None or value <= high)):
+        bound = f"an int >= {low}" if high is None else f"an int in {low}..{high}"
+        fail(argument, f"{bound} ({high_name})" if high_name else bound, repr(value))
+    return int(value)
 
 
 def check_number(argument: str, value, low: float = 0.0) -> float:
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value < float("inf")
-    require(ok, argument, f"a finite number >= {low:g}", repr(value))
+    ok = isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= value < float("inf")
+    if not ok:
+        fail(argument, f"a finite number >= {low:g}", repr(value))
     return value
 
 
-def check_tensor(argument: str, value, shape: tuple, like: torch.Tensor | None = None) -> torch.Tensor:
-    """A floating tensor of `shape` (None matches any size, a name in the tuple is any size and said in the message)."""
-    want = f"[{', '.join(str(n) if n is not None else '?' for n in shape)}]"
-    require(isinstance(value, torch.Tensor), argument, f"a tensor of shape {want}", value)
-    require(value.dtype in FLOATS, argument, "a float64, float32, bfloat16 or float16 tensor", value)
-    fits = value.dim() == len(shape) and all(
-        not isinstance(n, int) or n == m for n, m in zip(shape, value.shape, strict=True)
+def check_bool(argument: str, value) -> bool:
+    require(isinstance(value, bool), argument, "True or False", repr(value))
+    return value
+
+
+def _shape_text(shape: tuple) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def _fits(value: torch.Tensor, shape: tuple) -> bool:
+    return value.dim() == len(shape) and all(
+        isinstance(n, str) or n == m for n, m in zip(shape, value.shape, strict=True)
     )
-    require(fits, argument, f"shape {want}", value)
+
+
+def check_tensor(argument: str, value, shape: tuple, like: torch.Tensor | None = None) -> torch.Tensor:
+    """A floating tensor of `shape`; a name in place of a size allows any and is said in the message."""
+    if not isinstance(value, torch.Tensor):
+        fail(argument, f"a tensor of shape {_shape_text(shape)}", value)
+    require(value.dtype in FLOATS, argument, "a float64, float32, bfloat16 or float16 tensor", value)
+    if not _fits(value, shape):
+        fail(argument, f"shape {_shape_text(shape)}", value)
     if like is not None:
         require(value.device == like.device, argument, f"a tensor on {like.device}", value)
         require(value.dtype == like.dtype, argument, f"dtype {str(like.dtype).removeprefix('torch.')}", value)
@@ -51,18 +77,28 @@ def check_tensor(argument: str, value, shape: tuple, like: torch.Tensor | None =
 
 def check_indices(argument: str, value, shape: tuple, n_latents: int, device: torch.device) -> torch.Tensor:
     """int64 latent ids. Their range is checked on the CPU only: on a GPU it would be a host synchronisation."""
-    want = f"[{', '.join(map(str, shape))}]"
-    require(isinstance(value, torch.Tensor), argument, f"an int64 tensor of shape {want}", value)
-    require(value.dtype == torch.int64, argument, "an int64 tensor", value)
-    fits = value.dim() == len(shape) and all(
-        not isinstance(n, int) or n == m for n, m in zip(shape, value.shape, strict=True)
-    )
-    require(fits, argument, f"shape {want}", value)
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.int64:
+        fail(argument, f"an int64 tensor of shape {_shape_text(shape)}", value)
+    if not _fits(value, shape):
+        fail(argument, f"shape {_shape_text(shape)}", value)
     require(value.device == device, argument, f"a tensor on {device}", value)
-    if value.device.type == "cpu" and value.numel() and not torch.compiler.is_compiling():
+    real = type(value) is torch.Tensor and not torch.compiler.is_compiling()
+    if value.device.type == "cpu" and real and value.numel():
         low, high = int(value.min()), int(value.max())
         require(low >= 0 and high < n_latents, argument, f"latent ids in 0..{n_latents - 1}", f"{low}..{high}")
     return value
+
+
+def check_inverse(argument: str, inverse, indices: torch.Tensor, n_latents: int) -> None:
+    """An InverseIndex made for these indices, as far as shapes can tell."""
+    if inverse is None:
+        return
+    ok = isinstance(inverse, tuple) and len(inverse) == 2 and all(isinstance(t, torch.Tensor) for t in inverse)
+    require(ok, argument, "what inverse_index(indices, N) returned", inverse)
+    for name, tensor, size in zip(("order", "offsets"), inverse, (indices.numel(), n_latents + 1), strict=True):
+        ok = tensor.dtype == torch.int32 and tensor.device == indices.device and tensor.is_contiguous()
+        if not ok or tensor.dim() != 1 or tensor.numel() != size:
+            fail(f"{argument}.{name}", f"a contiguous int32 tensor of shape [{size}] on {indices.device}", tensor)
 
 
 def check_same_length(first: str, **sequences) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 
 from ._triton import HAS_TRITON, INTERPRETED
@@ -12,7 +14,7 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def register(name: str, schema: str, *, torch_impl, triton_impl, fake):
-    """Define `sparc_kernels::name` for CPU and CUDA and return the callable operator.
+    """Define `sparc_kernels::name` and return the callable operator.
 
     The last schema argument must be `str impl`, "torch" or "triton", already resolved by `resolve_impl`. Operators are
     raw: gradients come from the autograd.Function that calls them. Autocast is switched off inside, where dtypes are
@@ -24,15 +26,21 @@ def register(name: str, schema: str, *, torch_impl, triton_impl, fake):
     def dispatch(*args):
         *args, impl = args
         fn = triton_impl if impl == "triton" else torch_impl
-        device = next(a.device for a in _tensors(args)).type
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return fn(*args)
-        return fn(*args)
+        with no_autocast(next(_tensors(args)).device):
+            return fn(*args)
 
-    torch.library.impl(qualname, ("cpu", "cuda"))(dispatch)
+    torch.library.impl(qualname, "default")(dispatch)  # every device; Triton is chosen by `impl`
     torch.library.register_fake(qualname)(lambda *args: fake(*args[:-1]))
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def autocast_enabled(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def no_autocast(device: torch.device):
+    """Context in which products run in the dtypes of their operands."""
+    return torch.autocast(device.type, enabled=False) if autocast_enabled(device) else nullcontext()
 
 
 def _tensors(args):

@@ -43,7 +43,7 @@ class Case:
     k: int
     dims: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
-    ops: str = OPERATORS
+    ops: str  # words of CHECKS
     quick: bool = False
     hot: bool = False  # one latent on every row
     strided: bool = False  # no input is contiguous
@@ -60,7 +60,7 @@ class Case:
 
 @dataclass
 class Result:
-    """One tensor, selection or exact comparison. Errors and limits are relative; None where nothing is to be measured."""
+    """One tensor, selection or exact comparison. Errors and limits are relative, None where nothing is measured."""
 
     op: str
     tensor: str
@@ -92,20 +92,18 @@ class Result:
 
 MULTIPLE = 2  # of PyTorch's own error
 UNITS = 2  # of the dtype's rounding, half an ulp each, for the maximum; half as many for the RMS
-UNITS_F64 = 8  # there PyTorch's own error is 0 by definition, and the truth is rounded itself
 
 
 def _slack(check: Check) -> float:
     """What an error may have beside a multiple of PyTorch's own: units of rounding, and the accumulator's share.
 
     A sum of n terms one after the other is a random walk of sqrt(n) roundings of the accumulator, where the dense
-    reference, summing in blocks, gets by with fewer (and in float64 is the truth itself).
+    reference, summing in blocks, gets by with fewer.
     """
     c = check.case
     n = max(*c.dims, c.k, len(c.dims) * c.B, min(c.N, c.B * c.k))  # the longest: dot, latent's list, W_enc^T dc
     acc = torch.finfo(acc_dtype(check.dtype)).eps / 2
-    units = UNITS_F64 if check.dtype == F64 else UNITS
-    slack = units * torch.finfo(check.dtype).eps / 2 + acc * math.sqrt(n)
+    slack = UNITS * torch.finfo(check.dtype).eps / 2 + acc * math.sqrt(n)
     if check.kernels and check.device.type == "cuda" and check.dtype == F32:
         # tf32x3 drops the product of both low parts; tensor cores truncate their sum after every 8 products (modelled)
         slack += 2**-22 + max(*c.dims, c.k) / 8 * 2**-24
@@ -113,7 +111,7 @@ def _slack(check: Check) -> float:
 
 
 def _errors(value: Tensor, truth: Tensor) -> tuple[float, float]:
-    """Largest error over the largest magnitude, RMS error over the RMS; inf where shapes or non-finite places differ."""
+    """Largest error over the largest magnitude, RMS error over the RMS; inf where shapes or inf and NaN differ."""
     if value.shape != truth.shape:
         return math.inf, math.inf
     if truth.numel() == 0:
@@ -140,6 +138,9 @@ class Check:
         self.kernels = resolved == "triton"
         self.resolved = resolved
         self.interpreted = self.kernels and device.type == "cpu"
+        # in float64 the reference is the truth: PyTorch's own error is taken in float32, and scaled
+        self.own_dtype = F32 if dtype == F64 else dtype
+        self.own_scale = 2.0**-29 if dtype == F64 else 1.0
 
     def seeded(self, text: str) -> torch.Generator:
         return torch.Generator(self.device).manual_seed(zlib.crc32(text.encode()))
@@ -150,15 +151,19 @@ class Check:
             self.problems[kind] = kind(self)
         return self.problems[kind]
 
+    def own(self, problem: Problem) -> Problem:
+        """What plain PyTorch works on for its own error."""
+        return problem if problem.xs[0].dtype == self.own_dtype else problem.to(self.own_dtype)
+
     def add(self, tensor: str, passed: bool, note: str = "", **figures) -> None:
         verdict = "ok" if passed else "FAIL"
         names = {"dtype": SHORT[self.dtype], "case": self.case.name, "shape": self.case.shape}
         self.results.append(Result(self.op, tensor, **names, verdict=verdict, note=note, **figures))
 
     def compare(self, tensor: str, ours: Tensor, truth: Tensor, own: Tensor, note: str = "") -> None:
-        """`truth` from float64, `own` from plain PyTorch in this dtype."""
+        """`truth` from float64, `own` from plain PyTorch in `own_dtype`."""
         max_error, rms_error = _errors(ours, truth)
-        torch_max, torch_rms = _errors(own, truth)
+        torch_max, torch_rms = (x * self.own_scale for x in _errors(own, truth))
         slack = _slack(self)
         max_limit, rms_limit = slack, slack / 2
         if math.isfinite(torch_max):
@@ -342,8 +347,10 @@ def _gapped(check: Check) -> Problem:
     return p.to(check.dtype)
 
 
-def _logit_error(check: Check, p64: Problem, s: int, h: Tensor) -> Tensor:
+def _logit_error(check: Check, p64: Problem, s: int, h: Tensor, selecting: bool = False) -> Tensor:
     """How far rounding may move each pre-activation of stream s: [B, N].
+
+    `selecting`: for the product that is selected on, which follows torch.get_float32_matmul_precision.
 
     Storage: a unit of the largest intermediate, |h| + |c|. Centring: x - b is rounded in the dtype, independently for
     every column, so by the random walk sqrt(sum (x_d w_d)^2), 4 units of it. Accumulation: a random walk in fp32.
@@ -356,7 +363,7 @@ def _logit_error(check: Check, p64: Problem, s: int, h: Tensor) -> Tensor:
     d = x.shape[1]
     error = stored * (2 * h.abs() + latent_bias.abs()) + (4 * unit + acc * math.sqrt(d)) * spread
     if check.kernels and check.device.type == "cuda" and check.dtype == F32:
-        cut = 2**-10 if torch.get_float32_matmul_precision() != "highest" else 2**-22  # tf32, or tf32x3
+        cut = 2**-10 if selecting and torch.get_float32_matmul_precision() != "highest" else 2**-22  # tf32, or tf32x3
         error += (cut + d / 8 * 2**-24) * (h.abs() + 4 * spread)
     return error
 
@@ -403,16 +410,11 @@ def _encode(check: Check, topk_type: str) -> None:
         part = slice(int(rows[0]), int(rows[-1]) + 1)
         few = p.rows(part)
         few64 = few.to(F64)
-        hs, own = few64.logits(), few.logits()
+        hs, own = few64.logits(), check.own(few).logits()
         idx = indices[..., part, :]
         own_idx = reference.select(own, c.k, topk_type)
-        errors = [_logit_error(check, few64, s, h) for s, h in enumerate(hs)]
-        if topk_type == "global":
-            total, error = sum(hs), sum(errors)
-            chosen.judge(total, error + torch.finfo(check.dtype).eps / 2 * total.abs(), idx, own_idx, part.start)
-        else:
-            for s in range(S):
-                chosen.judge(hs[s], errors[s], idx[s], own_idx[s], part.start)
+        errors = [_logit_error(check, few64, s, h, selecting=True) for s, h in enumerate(hs)]
+        chosen.judge_streams(hs, errors, idx, own_idx, torch.finfo(check.dtype).eps / 2, part.start)
         if chosen.invalid:
             break
         truths.append([torch.relu(h.gather(1, reference.of_stream(idx, s))) for s, h in enumerate(hs)])
@@ -458,20 +460,28 @@ class _Selection:
         self.own_shortfalls.append(self._shortfall(score, own_idx) / size)
         self.limits.append((error.gather(1, low.argmax(1, keepdim=True)).squeeze(1) + err.amax(1)) / size)
 
+    def judge_streams(self, hs, errors, idx: Tensor, own_idx: Tensor, unit: float, row0: int = 0) -> None:
+        """Indices [B, k] on the streams' sum, whose storage adds a unit of rounding, or [S, B, k] on each stream."""
+        if idx.dim() == 2:
+            self.judge(sum(hs), sum(errors) + unit * sum(hs).abs(), idx, own_idx, row0)
+        else:
+            for h, error, i, own in zip(hs, errors, idx, own_idx, strict=True):
+                self.judge(h, error, i, own, row0)
+
     @staticmethod
     def _shortfall(score: Tensor, idx: Tensor) -> Tensor:
         rest = torch.scatter(score, 1, idx, float("-inf"))
         return (rest.amax(1) - score.gather(1, idx).amin(1)).clamp(min=0)
 
-    def report(self, check: Check) -> None:
+    def report(self, check: Check, tensor: str = "selection") -> None:
         if self.invalid:
-            check.add("selection", False, self.invalid)
+            check.add(tensor, False, self.invalid)
             return
         ours, own, limit = (torch.cat(parts) for parts in (self.shortfalls, self.own_shortfalls, self.limits))
         check.add(
-            "selection", not self.note, self.note,
-            max_error=ours.max().item(), rms_error=ours.square().mean().sqrt().item(),
-            torch_max=own.max().item(), torch_rms=own.square().mean().sqrt().item(), max_limit=limit.max().item(),
+            tensor, not self.note, self.note,
+            max_error=ours.max().item(), rms_error=ours.square().mean().sqrt().item(), max_limit=limit.max().item(),
+            torch_max=own.max().item() * check.own_scale, torch_rms=own.square().mean().sqrt().item() * check.own_scale,
         )  # fmt: skip
 
 
@@ -521,7 +531,7 @@ def _exact(check: Check) -> None:
 def _values_at(check: Check) -> None:
     c, p = check.case, check.problem(_generic)
     indices = _random_latents(check)
-    p64 = p.to(F64)
+    p64, own_p = p.to(F64), check.own(p)
     names = ("dx", "dw_enc", "dpre_bias", "dlatent_bias")
     for s in range(min(len(c.dims), 2)):
         with torch.no_grad():
@@ -540,7 +550,7 @@ def _values_at(check: Check) -> None:
             return torch.relu(reference.preactivations(x, w, b, c).gather(1, indices))
 
         ours = outcome(p.stream(s), lambda x, w, b, c: values_at(x, w, b, c, indices, impl=check.impl))
-        truth, own = outcome(p64.stream(s), dense), outcome(p.stream(s), dense)
+        truth, own = outcome(p64.stream(s), dense), outcome(own_p.stream(s), dense)
         for name, *three in zip(("values", *names), ours, truth, own, strict=True):
             check.compare(f"{name}[{s}]", *three, note=note)
 
@@ -577,10 +587,10 @@ def _decode(check: Check, local: bool) -> None:
         grads = torch.autograd.grad([recons[pair] for pair in pairs], leaves, cotangents)
         return [torch.stack([recons[t, s] for s in range(S)]) for t in range(S)] + list(grads)
 
-    p64 = p.to(F64)
+    p64, own_p = p.to(F64), check.own(p)
     ours = outcome(values, p.w_decs, p.pre_biases, partial(decode, impl=check.impl))
     truth = outcome(values.double(), p64.w_decs, p64.pre_biases, reference.decode)
-    own = outcome(values.to(check.dtype), p.w_decs, p.pre_biases, reference.decode)
+    own = outcome(values.to(check.own_dtype), own_p.w_decs, own_p.pre_biases, reference.decode)
     names = [f"recon[{t}]" for t in range(S)] + ["dvalues"]
     names += [f"dw_dec[{t}]" for t in range(S)] + [f"dpre_bias[{t}]" for t in range(S)]
     for name, *three in zip(names, ours, truth, own, strict=True):
@@ -602,10 +612,10 @@ def _decode_nmse(check: Check, local: bool) -> None:
         matrix = fn(indices, leaves[0], leaves[1 : S + 1], leaves[S + 1 : 2 * S + 1], leaves[2 * S + 1 :])
         return [matrix, *torch.autograd.grad(matrix, leaves, upstream.to(matrix.dtype))]
 
-    p64 = p.to(F64)
+    p64, own_p = p.to(F64), check.own(p)
     ours = outcome(values, p.w_decs, p.pre_biases, p.xs, partial(decode_nmse, impl=check.impl))
     truth = outcome(values.double(), p64.w_decs, p64.pre_biases, p64.xs, reference.decode_nmse)
-    own = outcome(values.to(check.dtype), p.w_decs, p.pre_biases, p.xs, reference.decode_nmse)
+    own = outcome(values.to(check.own_dtype), own_p.w_decs, own_p.pre_biases, own_p.xs, reference.decode_nmse)
     names = ["nmse", "dvalues", *(f"{name}[{t}]" for name in ("dw_dec", "dpre_bias", "dx") for t in range(S))]
     for name, *three in zip(names, ours, truth, own, strict=True):
         check.compare(name, *three)
@@ -648,27 +658,27 @@ def _latent_reduce(check: Check) -> None:
         codes = [reference.codes(indices, v, c.N) for v in coef]
         return sum(a.T @ m for a, m in zip(codes, mat, strict=True)), sum(codes).sum(0)
 
-    truth, own = dense(coef.double(), mat.double()), dense(coef.to(check.dtype), mat)
+    truth, own = dense(coef.double(), mat.double()), dense(coef.to(check.own_dtype), mat.to(check.own_dtype))
     for name, *three in zip(("rows", "sums"), ours, truth, own, strict=True):
         check.compare(name, *three)
 
 
 def _auxk_topk(check: Check, how_many: str) -> None:
     c, p = check.case, check.problem(_generic)
-    g = check.generator
+    p64, own_p, s = p.to(F64), check.own(p), len(c.dims) - 1
+    h = reference.preactivations(*p64.stream(s))
+    error = _logit_error(check, p64, s, h)
     count = {"none": 0, "few": max(c.auxk // 2, 1), "many": max(c.N // 2, c.auxk)}[how_many]
+    # few: those that reach far above 0, so that no value is a small difference of large numbers only
+    order = h.amax(0) if how_many == "few" else torch.rand(c.N, generator=check.generator, device=check.device)
     dead = torch.zeros(c.N, dtype=torch.bool, device=check.device)
-    dead[torch.randperm(c.N, generator=g, device=check.device)[:count]] = True
-    p64, s = p.to(F64), len(c.dims) - 1
+    dead[order.topk(count).indices] = True
     leaves = _leaves(p.stream(s))
     indices, values = auxk_topk(*leaves, dead, c.auxk, check.impl)
-    with torch.no_grad():
-        h = reference.preactivations(*p64.stream(s))
-        error = _logit_error(check, p64, s, h)
     # only positive pre-activations of dead latents matter; what fills a row has the value 0
     chosen, score = _Selection(c.N), torch.relu(h * dead)
-    own_idx, _ = reference.auxk(reference.preactivations(*p.stream(s)), dead, c.auxk)
-    chosen.judge(score, error * dead, indices, own_idx)
+    own_idx, _ = reference.auxk(reference.preactivations(*own_p.stream(s)), dead, c.auxk)
+    chosen.judge(score, _logit_error(check, p64, s, h, selecting=True) * dead, indices, own_idx)
     chosen.report(check)
     if chosen.invalid:
         return
@@ -683,7 +693,7 @@ def _auxk_topk(check: Check, how_many: str) -> None:
 
     ours = [values, *torch.autograd.grad(values, leaves, dvalues.to(values.dtype))]
     names = ("values", "dx", "dw_enc", "dpre_bias", "dlatent_bias")
-    for name, *three in zip(names, ours, dense(p64.stream(s)), dense(p.stream(s)), strict=True):
+    for name, *three in zip(names, ours, dense(p64.stream(s)), dense(own_p.stream(s)), strict=True):
         check.compare(name, *three, note=note)
 
 
@@ -743,17 +753,12 @@ def _training_step(check: Check, topk_type: str) -> None:
         check.add("twice", same, "exact" if same else "two runs gave different bits")
 
     indices = outputs.indices
-    chosen, p64 = _Selection(c.N), p.to(F64)
+    chosen, p64, own_p = _Selection(c.N), p.to(F64), check.own(p)
     hs = p64.logits()
-    errors = [_logit_error(check, p64, s, h) for s, h in enumerate(hs)]
-    own_hs = p.logits()
+    errors = [_logit_error(check, p64, s, h, selecting=True) for s, h in enumerate(hs)]
+    own_hs = own_p.logits()
     own_idx = reference.select(own_hs, c.k, topk_type)
-    if topk_type == "global":
-        error = sum(errors) + torch.finfo(check.dtype).eps / 2 * sum(hs).abs()
-        chosen.judge(sum(hs), error, indices, own_idx)
-    else:
-        for s in range(S):
-            chosen.judge(hs[s], errors[s], indices[s], own_idx[s])
+    chosen.judge_streams(hs, errors, indices, own_idx, torch.finfo(check.dtype).eps / 2)
     chosen.report(check)
     if chosen.invalid:
         return
@@ -769,13 +774,12 @@ def _training_step(check: Check, topk_type: str) -> None:
     for s in range(S):
         own_aux, _ = reference.auxk(own_hs[s], dead[s], c.auxk)
         picked.judge(torch.relu(hs[s] * dead[s]), errors[s] * dead[s], auxk_indices[s], own_aux)
-    picked.report(check)
-    check.results[-1].tensor = "auxk selection"
+    picked.report(check, "auxk selection")
     if picked.invalid:
         return
 
     truth_terms, truth_grads = _reference_step(p64, c, indices, auxk_indices, dead, scale)
-    own_terms, own_grads = _reference_step(p, c, indices, auxk_indices, dead, scale)
+    own_terms, own_grads = _reference_step(own_p, c, indices, auxk_indices, dead, scale)
     missing = {name for names in _metric_names(streams).values() for name in names} ^ set(metrics)
     check.add("metric names", not missing, f"missing or unexpected: {sorted(missing)}" if missing else "exact")
     for term, names in _metric_names(streams).items():

@@ -242,12 +242,14 @@ def _name_features(names: tuple[str, ...], train_rows: Tensor, width: int, seed:
     try:
         from sklearn.decomposition import TruncatedSVD
         from sklearn.feature_extraction.text import TfidfVectorizer
+        from threadpoolctl import threadpool_limits  # a requirement of scikit-learn
     except ImportError as error:
         raise _missing("scikit-learn") from error
     tfidf = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True)
     svd = TruncatedSVD(width, random_state=seed)
-    svd.fit(tfidf.fit_transform([names[i] for i in train_rows.tolist()]))
-    return torch.from_numpy(svd.transform(tfidf.transform(names))).float()
+    with threadpool_limits(1):  # NumPy's threads, as in one_thread
+        svd.fit(tfidf.fit_transform([names[i] for i in train_rows.tolist()]))
+        return torch.from_numpy(svd.transform(tfidf.transform(names))).float()
 
 
 def _split(n: int, n_test: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -22,9 +22,9 @@ def update_counters_(counters: torch.Tensor, indices: torch.Tensor, values: torc
 
     Equivalent to: `fired = (dense_codes > threshold).any(0); counters.add_(1); counters[fired] = 1`
     """
-    require(
-        isinstance(counters, torch.Tensor) and counters.dtype == torch.int64, "counters", "an int64 tensor", counters
-    )
+    ok = isinstance(counters, torch.Tensor) and counters.dtype == torch.int64 and counters.dim() == 1
+    require(ok, "counters", "an int64 tensor of shape [N]", counters)
+    check_tensor("values", values, ("B", "k"))
     n = counters.shape[0]
     check_indices("indices", indices, tuple(values.shape), n, counters.device)
     # one bucket more than there are latents takes everything that did not fire: no data-dependent shape

@@ -8,10 +8,11 @@ they are there. Nothing of size [S, S, B, d] outlives a call.
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import once_differentiable
 
-from ._checks import check_indices, check_same_length, check_tensor, require
+from ._checks import check_indices, check_inverse, check_same_length, check_tensor, require
 from ._launch import MAX_K, MAX_STREAMS
-from ._ops import acc_dtype, resolve_impl
+from ._ops import acc_dtype, no_autocast, resolve_impl
 from .gather import KEEP_ALL, KEEP_NONE, gather_dot, gather_error, gather_sum
 from .latent_grads import InverseIndex, inverse_index, latent_reduce
 
@@ -45,6 +46,7 @@ class Decode(torch.autograd.Function):
         return _per_source(lambda i, v: gather_sum(i, v, rows, pre_bias, impl), indices, values)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, drecon):
         values, w_dec, indices, order, offsets = ctx.saved_tensors
         dvalues = dw = db = None
@@ -81,6 +83,7 @@ class DecodeNMSE(torch.autograd.Function):
         return (sq / _squared_norm(x)).mean(1), error
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dnmse, _):
         values, w_dec, pre_bias, x, indices, order, offsets = ctx.saved_tensors
         need_v, need_w, need_b, need_x = ctx.needs_input_grad[:4]
@@ -101,9 +104,10 @@ class DecodeNMSE(torch.autograd.Function):
             weights = torch.where(counts[..., None], values * coef[..., None], 0.0)
             dw = _grad_w_dec((order, offsets), indices, weights, error, w_dec.dtype, w_dec.shape[1], impl)
         if need_b:
-            db = (coef.reshape(1, -1) @ error.reshape(-1, x.shape[1]).to(coef.dtype))[0].to(pre_bias.dtype)
+            with no_autocast(x.device):
+                db = (coef.reshape(1, -1) @ error.reshape(-1, x.shape[1]).to(coef.dtype))[0].to(pre_bias.dtype)
         if need_x:
-            direct = torch.einsum("sb,sbd->bd", coef, error.to(coef.dtype))
+            direct = (coef[..., None] * error.to(coef.dtype)).sum(0)
             through_norm = (torch.where(counts, coef * sq / norm, 0.0)).sum(0)[:, None] * x.to(coef.dtype)
             dx = -(direct + through_norm).to(x.dtype)
         return dvalues, dw, db, dx, None, None, None, None, None
@@ -114,7 +118,7 @@ def _squared_norm(x: torch.Tensor) -> torch.Tensor:
     return x.to(acc_dtype(x.dtype)).square().sum(1)
 
 
-def _check(indices, values, w_decs, pre_biases, pairs):
+def _check(indices, values, w_decs, pre_biases, pairs, inverse):
     T = check_same_length("w_decs", w_decs=w_decs, pre_biases=pre_biases)
     check_tensor("w_decs[0]", w_decs[0], ("d", "N"))
     n, like = w_decs[0].shape[1], w_decs[0]
@@ -130,13 +134,18 @@ def _check(indices, values, w_decs, pre_biases, pairs):
     for t in range(T):
         check_tensor(f"w_decs[{t}]", w_decs[t], ("d", n), like=like)
         check_tensor(f"pre_biases[{t}]", pre_biases[t], (w_decs[t].shape[0],), like=like)
+    check_inverse("inverse", inverse, indices, n)
     if pairs is None:
         return T, S, {t: list(range(S)) for t in range(T)}
+    require(isinstance(pairs, (list, tuple, set, dict)), "pairs", "a list of (target, source) tuples", pairs)
     asked: dict[int, list[int]] = {}
     for pair in pairs:
-        ok = isinstance(pair, tuple) and len(pair) == 2 and 0 <= pair[0] < T and 0 <= pair[1] < S
+        ok = isinstance(pair, tuple) and len(pair) == 2 and all(type(i) is int for i in pair)
+        ok = ok and 0 <= pair[0] < T and 0 <= pair[1] < S
         require(ok, "pairs", f"(target, source) tuples with target in 0..{T - 1} and source in 0..{S - 1}", repr(pair))
-        asked.setdefault(pair[0], []).append(pair[1])
+        sources = asked.setdefault(pair[0], [])
+        if pair[1] not in sources:
+            sources.append(pair[1])
     return T, S, asked
 
 
@@ -166,8 +175,9 @@ def decode(
 
     Args:
         indices: int64 [B, k] shared by all sources, or [S, B, k]. Ids in 0..N-1 (checked on a CPU; on a GPU an id
-            outside gives NaN, never a read out of bounds). An id twice in a row adds up.
-        values: [S, B, k], any floating dtype; used in float32 (float64 for float64 weights).
+            outside gives NaN with Triton, torch's device assert with impl="torch"). An id twice in a row adds up.
+        values: [S, B, k], any floating dtype; used in float32 (float64 for float64 weights). Half precision weights:
+            impl="torch" rounds them to the weights' dtype; fp16 cannot hold values beyond 65504 in either.
         w_decs: T tensors [d_t, N]. Best with strides (1, d_t), as `AlignedSAE` keeps them; others are copied.
         pre_biases: T tensors [d_t].
         pairs: which (target, source) to make; all T x S when None.
@@ -179,7 +189,7 @@ def decode(
     Equivalent to: `{(t, s): codes[s] @ w_decs[t].T + pre_biases[t]}` with
     `codes[s] = zeros(B, N).scatter(1, indices, values[s])`
     """
-    _, _, asked = _check(indices, values, w_decs, pre_biases, pairs)
+    _, _, asked = _check(indices, values, w_decs, pre_biases, pairs, inverse)
     impl = resolve_impl(impl, w_decs[0])
     recons = {}
     for t, sources in asked.items():
@@ -210,7 +220,7 @@ def decode_nmse(
 
     Equivalent to: `((recon[t, s] - xs[t]).square().mean(1) / xs[t].square().mean(1)).mean()`
     """
-    T, S, asked = _check(indices, values, w_decs, pre_biases, pairs)
+    T, S, asked = _check(indices, values, w_decs, pre_biases, pairs, inverse)
     check_same_length("w_decs", w_decs=w_decs, xs=xs)
     for t in range(T):
         check_tensor(f"xs[{t}]", xs[t], (values.shape[1], w_decs[t].shape[0]), like=w_decs[0])

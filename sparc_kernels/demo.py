@@ -399,7 +399,7 @@ def plot_gallery(data: StreamData, codes: dict[str, Codes], path: Path, columns:
             both = torch.isin(best[kind], best["serif" if kind == "sans" else "sans"])
             strip = _strip(data.images[kind][best[kind]], both, 9)
             axes.imshow(strip.numpy(), interpolation="bicubic", aspect="auto")
-        text = "\n".join(_shorten(data.names[row].lower(), 60) for row in best["name"].tolist())
+        text = "\n".join(_shorten(data.names[row].lower(), 68) for row in best["name"].tolist())
         names.text(0.015, 0.9, text, size=8.2, va="top", linespacing=1.35, transform=names.transAxes, color="#292524")
         for axes, kind in ((sans, "sans"), (serif, "serif"), (names, "name")):
             axes.set(xticks=(), yticks=(), facecolor="white")

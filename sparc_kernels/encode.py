@@ -9,10 +9,11 @@ what carries gradients.
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import once_differentiable
 
-from ._checks import check_indices, check_int, check_same_length, check_tensor, require
+from ._checks import check_indices, check_int, check_inverse, check_same_length, check_tensor, require
 from ._launch import MAX_K, MAX_STREAMS, SCRATCH_BYTES, capability, cdiv, encode_config, select_config
-from ._ops import acc_dtype, register, resolve_impl
+from ._ops import acc_dtype, no_autocast, register, resolve_impl
 from ._triton import INTERPRETED, tl, triton
 from .gather import _tl_dtype, gather_dot, gather_sum
 from .latent_grads import InverseIndex, inverse_index, latent_reduce
@@ -224,6 +225,7 @@ def _select_kernel(
 def _select_triton(xs, w_encs, bias, k, ids, count):
     B, n = xs[0].shape[0], w_encs[0].shape[0]
     device, dtype = xs[0].device, xs[0].dtype
+    bias = bias.contiguous()
     acc = acc_dtype(dtype)
     # what is selected on is what is stored: logits keep the inputs' dtype (fp32 at most: keys have 32 bits)
     stored = torch.float32 if dtype == torch.float64 else dtype
@@ -264,7 +266,9 @@ def _select_triton(xs, w_encs, bias, k, ids, count):
 
 
 def _allow_tf32() -> bool:
-    return torch.get_float32_matmul_precision() != "highest"
+    """Asked of torch's new setting where it exists: once a user has touched that, the old one must not be read."""
+    new = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    return new == "tf32" if new is not None else torch.get_float32_matmul_precision() != "highest"
 
 
 def _topk_exact(h, k):
@@ -300,7 +304,7 @@ def _select_torch(xs, w_encs, bias, k, ids, count):
     chunk = max(1, SCRATCH_BYTES // (n * acc.itemsize))
     for row0 in range(0, B, chunk):
         part = slice(row0, row0 + chunk)
-        h = bias.to(acc).expand(min(chunk, B - row0), n).contiguous()
+        h = bias.to(acc).repeat(min(chunk, B - row0), 1)  # a copy even for one row: it is written to
         for x, w in zip(xs, w_encs, strict=True):
             if x.dtype == acc:
                 h.addmm_(x[part], w.T)
@@ -344,12 +348,15 @@ class GatherValues(torch.autograd.Function):
     def forward(ctx, x, w_enc, pre_bias, latent_bias, indices, order, offsets, impl):
         centred = x - pre_bias
         pre = gather_dot(indices, w_enc, centred[None], impl)[0]
-        values = torch.relu(pre + latent_bias.to(pre.dtype)[indices])
+        # an id outside has made its pre NaN already; it must not index the bias (on a GPU that is a fatal assert)
+        inside = indices.clamp(0, latent_bias.shape[0] - 1) if impl == "triton" else indices
+        values = torch.relu(pre + latent_bias.to(pre.dtype)[inside])
         ctx.save_for_backward(x, w_enc, pre_bias, values, indices, order, offsets)
         ctx.impl = impl
         return values
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dvalues):
         x, w_enc, pre_bias, values, indices, order, offsets = ctx.saved_tensors
         need_x, need_w, need_b, need_c = ctx.needs_input_grad[:4]
@@ -362,7 +369,8 @@ class GatherValues(torch.autograd.Function):
             centred = x - pre_bias
             dw, dc = latent_reduce(order, offsets, dpre[None], centred[None], indices.shape[1], w_enc.dtype, impl)
         if need_b:
-            db = -(dc.to(w_enc.dtype) @ w_enc)  # the same sum as -dx over the batch, as one matrix-vector product
+            with no_autocast(x.device):  # the same sum as -dx over the batch, as one matrix-vector product
+                db = -(dc.to(w_enc.dtype) @ w_enc)
         if need_x:
             dx = gather_sum(indices, dpre[None], w_enc, None, impl)[0]
         return dx, dw if need_w else None, db, dc.to(w_enc.dtype) if need_c else None, None, None, None, None
@@ -381,7 +389,8 @@ def values_at(
 
     Args:
         x: [B, d].  w_enc: [N, d].  pre_bias: [d].  latent_bias: [N]; all of one dtype, on one device.
-        indices: int64 [B, k], ids in 0..N-1 (checked on a CPU; on a GPU an id outside gives NaN).
+        indices: int64 [B, k], ids in 0..N-1. Checked on a CPU; on a GPU an id outside gives NaN with Triton and torch's
+            own device assert with impl="torch".
         inverse: `inverse_index(indices, N)` when the caller already has it; made in the backward otherwise.
         impl: "auto" (Triton on CUDA tensors, torch elsewhere), "triton" or "torch".
 
@@ -394,6 +403,7 @@ def values_at(
     check_tensor("pre_bias", pre_bias, (x.shape[1],), like=x)
     check_tensor("latent_bias", latent_bias, (w_enc.shape[0],), like=x)
     check_indices("indices", indices, (x.shape[0], "k"), w_enc.shape[0], x.device)
+    check_inverse("inverse", inverse, indices, w_enc.shape[0])
     order, offsets = inverse if inverse is not None else (None, None)
     return GatherValues.apply(x, w_enc, pre_bias, latent_bias, indices, order, offsets, resolve_impl(impl, x))
 

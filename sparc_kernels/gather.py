@@ -15,6 +15,7 @@ beside the rounding of W itself. Programs of one column slab run next to each ot
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import torch
@@ -23,9 +24,6 @@ import torch.nn.functional as F
 from ._launch import capability, cdiv, gather_chunk, gather_config
 from ._ops import acc_dtype, register
 from ._triton import INTERPRETED, tl, triton
-
-# sampled_addmm needs a CSR pattern; that torch calls the format beta is no news to a user of this package
-warnings.filterwarnings("ignore", message="Sparse (CSR tensor support|invariant checks)")
 
 
 @triton.jit
@@ -142,6 +140,7 @@ def _launch_gather(indices, values, w, bias, x, *, store=0, stored=0, sq=False, 
     config = gather_config(k, d, n, w.element_size(), capability(device))
     slabs = cdiv(d, config.block_d * config.tiles)
     indices = indices.contiguous()
+    bias = bias.contiguous() if bias is not None else None
     w = w if w.stride(1) == 1 else w.contiguous()
     if values is not None:
         values = values.to(acc).contiguous()
@@ -197,12 +196,21 @@ def _gather_dot_triton(indices, w, x):
     return _launch_gather(indices, None, w, None, x, dot=True)[2]
 
 
+@functools.cache
+def _hear_beta_warning():
+    """sampled_addmm needs a CSR pattern; torch warns once that the format is beta, which is no news to our users."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
+
+
 def _gather_dot_torch(indices, w, x):
     S, B, d = x.shape
     k = indices.shape[1]
     acc = acc_dtype(w.dtype)
     if w.device.type == "cpu" and w.dtype in (torch.float32, torch.float64):
         # a sampled product reads each selected row once, where bmm would first copy all B * k of them
+        _hear_beta_warning()
         crow = torch.arange(0, B * k + 1, k)
         pattern = torch.sparse_csr_tensor(
             crow, indices.reshape(-1), w.new_zeros(B * k), (B, w.shape[0]), check_invariants=False

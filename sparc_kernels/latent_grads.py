@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ._checks import check_int, require
 from ._launch import cdiv, reduce_config
 from ._ops import acc_dtype, register
 from ._triton import tl, triton
@@ -34,6 +35,8 @@ def inverse_index(indices: torch.Tensor, n_latents: int) -> InverseIndex:
 
     Equivalent to: `order = indices.flatten().sort(stable=True).indices`, `offsets = [0, *bincount(indices).cumsum(0)]`.
     """
+    require(isinstance(indices, torch.Tensor) and indices.dtype == torch.int64, "indices", "an int64 tensor", indices)
+    n_latents = check_int("n_latents", n_latents, 1)
     return InverseIndex(*_inverse_index_op(indices, n_latents, "torch"))
 
 
@@ -83,11 +86,12 @@ def _latent_reduce_kernel(
             place = tl.load(order_ptr + e, mask=mask_e, other=0)
             row = (place // K).to(tl.int64)
             for s in tl.static_range(S):
-                c = tl.load(coef_ptr + s * M.to(tl.int64) + place, mask=mask_e, other=0.0).to(ACC)
+                source = tl.full((), s, tl.int64)  # 64-bit, also where the JIT takes a size of 1 for a constant
+                c = tl.load(coef_ptr + source * M + place, mask=mask_e, other=0.0).to(ACC)
                 total += c
                 live = mask_e & (c != 0.0)  # entries killed by the ReLU cost no traffic
                 m = tl.load(
-                    mat_ptr + s * stride_ms + row[:, None] * stride_mr + cols[None, :],
+                    mat_ptr + source * stride_ms + row[:, None] * stride_mr + cols[None, :],
                     mask=live[:, None] & mask_d[None, :], other=0.0,
                 )  # fmt: skip  # [BLOCK_E, BLOCK_D]
                 acc += tl.sum(c[:, None] * m.to(ACC), 0)

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ._checks import check_int, check_number, check_tensor, require
+from ._checks import check_bool, check_int, check_number, check_tensor, fail, require
 from ._launch import MAX_K, MAX_STREAMS
-from ._ops import IMPLS, resolve_impl
+from ._ops import IMPLS, autocast_enabled, resolve_impl
 from .dead import auxk_topk, update_counters_
 from .decoder import Decode, DecodeNMSE, pick
 from .encode import GatherValues, select_latents
@@ -69,7 +69,8 @@ class AlignedSAE(nn.Module):
         require(topk_type in ("global", "local"), "topk_type", "'global' or 'local'", repr(topk_type))
         require(impl in IMPLS, "impl", f"one of {', '.join(map(repr, IMPLS))}", repr(impl))
         require(dtype is None or dtype in _DTYPES, "dtype", "float64, float32, bfloat16 or float16", repr(dtype))
-        self.topk_type, self.impl, self.count_in_eval = topk_type, impl, count_in_eval
+        self.topk_type, self.impl = topk_type, impl
+        self.count_in_eval = check_bool("count_in_eval", count_in_eval)
         self.decoder_layout = "rows"
 
         self.encoders = nn.ModuleDict()
@@ -97,6 +98,9 @@ class AlignedSAE(nn.Module):
                 the streams. All rows b describe the same sample.
 
         Returns: AlignedOutputs, a read-only mapping with every official key; dense tensors are made when read.
+
+        Not for use inside activation checkpointing together with the loss: the recomputation would move the counters
+        a second time, and AuxK would see other dead latents.
         """
         streams = self._check_inputs(inputs)
         w_encs, pre_biases, latent_biases = zip(*(self._encoder(s) for s in streams), strict=True)
@@ -160,8 +164,13 @@ class AlignedSAE(nn.Module):
         done = outputs._streams
         require(done == self.streams, "outputs", f"a forward over all streams {self.streams}", repr(done))
         rows, had = inputs[streams[0]].shape[0], outputs._values[streams[0]].shape[0]
-        require(rows == had, "inputs", f"{had} rows as in outputs", str(rows))
+        if rows != had:
+            fail("inputs", f"{had} rows as in outputs", str(rows))
         outputs._check_unchanged()
+        with torch.set_grad_enabled(outputs._grad and torch.is_grad_enabled()):
+            return self._loss(outputs, inputs, streams, auxk_coef, cross_loss_coef)
+
+    def _loss(self, outputs, inputs, streams, auxk_coef, cross_loss_coef):
 
         S = len(streams)
         with_cross = cross_loss_coef > 0 and S > 1
@@ -216,9 +225,7 @@ class AlignedSAE(nn.Module):
         residual = pre_bias.detach() - error.to(pre_bias.dtype)
         if x.requires_grad:
             residual = residual + (x - x.detach()).to(residual.dtype)
-        loss, _ = DecodeNMSE.apply(
-            values[None], w_dec, pre_bias, residual, indices, None, None, KEEP_NONE, impl
-        )  # fmt: skip
+        loss, _ = DecodeNMSE.apply(values[None], w_dec, pre_bias, residual, indices, None, None, KEEP_NONE, impl)
         return loss[0]
 
     def _encoder(self, s):
@@ -240,16 +247,32 @@ class AlignedSAE(nn.Module):
         streams = [s for s in self.streams if s in inputs]
         first = streams[0]
         for s in streams:
-            weight = self.encoders[s].weight
-            autocast = torch.is_autocast_enabled(weight.device.type)
-            x = check_tensor(f"inputs[{s!r}]", inputs[s], ("B", self.d_streams[s]))
-            require(x.device == weight.device, f"inputs[{s!r}]", f"a tensor on {weight.device}", x)
-            ok = x.dtype == weight.dtype or (autocast and weight.dtype != torch.float64)
-            require(ok, f"inputs[{s!r}]", f"dtype {str(weight.dtype).removeprefix('torch.')} as the parameters", x)
-            require(x.shape[0] > 0, f"inputs[{s!r}]", "at least one row", x)
-            rows = inputs[first].shape[0]
-            require(x.shape[0] == rows, f"inputs[{s!r}]", f"{rows} rows as inputs[{first!r}]", x)
+            name, weight = f"inputs[{s!r}]", self.encoders[s].weight
+            self._check_parameters(s)
+            x = check_tensor(name, inputs[s], ("B", self.d_streams[s]))
+            require(x.device == weight.device, name, f"a tensor on {weight.device}", x)
+            ok = x.dtype == weight.dtype or (autocast_enabled(weight.device) and weight.dtype != torch.float64)
+            require(ok, name, f"dtype {str(weight.dtype).removeprefix('torch.')} as the parameters", x)
+            require(x.shape[0] > 0, name, "at least one row", x)
+            if x.shape[0] != inputs[first].shape[0]:
+                fail(name, f"{inputs[first].shape[0]} rows as inputs[{first!r}]", x)
         return streams
+
+    def _check_parameters(self, s):
+        """One dtype and device for what belongs to a stream: the operators take no mixtures."""
+        like = self.encoders[s].weight
+        others = {
+            f"decoders.{s}.weight": self.decoders[s].weight,
+            f"pre_biases.{s}": self.pre_biases[s],
+            f"latent_biases.{s}": self.latent_biases[s],
+        }
+        for name, p in others.items():
+            if p.dtype != like.dtype or p.device != like.device:
+                fail(
+                    name,
+                    f"a {str(like.dtype).removeprefix('torch.')} tensor on {like.device} as encoders.{s}.weight",
+                    p,
+                )
 
     # ------------------------------------------------------------------------------------------------ training helpers
 
@@ -332,11 +355,13 @@ class AlignedOutputs(Mapping):
         self._inverse = inverse
         self._dead = dead
         self._grad = torch.is_grad_enabled()
-        self._autocast = _autocast_state(indices.device.type)
+        self._autocast = _autocast_state(indices.device)
         self._made = {}
-        self._versions = None
-        if not torch.compiler.is_compiling():
-            self._versions = [(p, p._version) for p in model.parameters()]
+        self._inference, self._versions = False, None
+        if not torch.compiler.is_compiling():  # neither exists for the tracer
+            self._inference = torch.is_inference_mode_enabled()
+            self._versions = [_version(p) for p in model.parameters()]
+            self._input_versions = [_version(x) for x in self._inputs.values()]
 
     @property
     def indices(self) -> torch.Tensor:
@@ -375,20 +400,39 @@ class AlignedOutputs(Mapping):
 
     def __getitem__(self, key):
         maker, *args = self._plan()[key]
+        return self._once(key, getattr(self, f"_make_{maker}"), args)
+
+    def _once(self, key, make, args):
+        """Made on first reading, under the gradient mode and autocast of the forward."""
         if key not in self._made:
-            self._made[key] = getattr(self, f"_make_{maker}")(*args)
+            leave = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled() and not self._inference
+            if leave:  # an inference tensor could never be part of a gradient afterwards
+                with torch.inference_mode(False):
+                    return self._once(key, make, args)
+            with torch.set_grad_enabled(self._grad), torch.autocast(**self._autocast):
+                self._made[key] = make(*args)
         return self._made[key]
+
+    def __reduce__(self):
+        raise TypeError("AlignedOutputs cannot be copied or pickled (it belongs to its model); use dict(outputs)")
 
     def __repr__(self):
         return f"AlignedOutputs({', '.join(self)})"
 
     def _check_unchanged(self):
-        for p, version in self._versions or ():
-            if p._version != version:
-                name = next(n for n, q in self._model.named_parameters() if q is p)
+        if self._versions is None:
+            return
+        for (name, p), then in zip(self._model.named_parameters(), self._versions, strict=True):
+            if _version(p) != then:
                 raise RuntimeError(
-                    f"outputs: parameter {name} was changed in place after this forward (an optimizer step?); read "
-                    "outputs and compute the loss before the parameters change, or run forward again"
+                    f"outputs: parameter {name} was changed in place or replaced after this forward (an optimizer "
+                    "step?); read outputs and compute the loss before the parameters change, or run forward again"
+                )
+        for (name, x), then in zip(self._inputs.items(), self._input_versions, strict=True):
+            if _version(x) != then:
+                raise RuntimeError(
+                    f"outputs: inputs[{name!r}] was changed in place after this forward (a reused buffer?); read "
+                    "outputs and compute the loss before refilling it"
                 )
 
     def _stream_position(self, s):
@@ -420,40 +464,36 @@ class AlignedOutputs(Mapping):
         return dense.to(self._inputs[s].dtype)
 
     def _make_codes(self, s):
-        with torch.set_grad_enabled(self._grad):
-            return self._dense(self._of_stream(s), self._values[s], s)
+        return self._dense(self._of_stream(s), self._values[s], s)
 
     def _make_logits(self, s):
         self._check_unchanged()
-        with torch.set_grad_enabled(self._grad), torch.autocast(**self._autocast):
-            w_enc, pre_bias, latent_bias = self._model._encoder(s)
-            return F.linear(self._inputs[s].to(w_enc.dtype) - pre_bias, w_enc, latent_bias)
+        w_enc, pre_bias, latent_bias = self._model._encoder(s)
+        return F.linear(self._inputs[s].to(w_enc.dtype) - pre_bias, w_enc, latent_bias)
 
     def _make_recon(self, t, s):
         self._check_unchanged()
-        with torch.set_grad_enabled(self._grad), torch.autocast(**self._autocast):
-            w_dec, pre_bias = self._model._decoder(t)
-            inverse = self._inverse if self._indices.dim() == 2 else (None, None)
-            impl = resolve_impl(self._model.impl, w_dec)
-            return Decode.apply(self._values[s][None], w_dec, pre_bias, self._of_stream(s), *inverse, impl)[0]
+        w_dec, pre_bias = self._model._decoder(t)
+        inverse = self._inverse if self._indices.dim() == 2 else (None, None)
+        impl = resolve_impl(self._model.impl, w_dec)
+        return Decode.apply(self._values[s][None], w_dec, pre_bias, self._of_stream(s), *inverse, impl)[0]
 
     def _aux(self, s):
         """AuxK's indices and values [B, auxk], selected among the latents dead at the time of the forward."""
-        if ("aux", s) not in self._made:
-            self._check_unchanged()
-            with torch.set_grad_enabled(self._grad), torch.autocast(**self._autocast):
-                w_enc, pre_bias, latent_bias = self._model._encoder(s)
-                x = self._inputs[s].to(w_enc.dtype)
-                impl = resolve_impl(self._model.impl, x)
-                self._made["aux", s] = auxk_topk(x, w_enc, pre_bias, latent_bias, self._dead[s], self._model.auxk, impl)
-        return self._made["aux", s]
+        return self._once(("aux", s), self._select_aux, [s])
+
+    def _select_aux(self, s):
+        self._check_unchanged()
+        w_enc, pre_bias, latent_bias = self._model._encoder(s)
+        x = self._inputs[s].to(w_enc.dtype)
+        impl = resolve_impl(self._model.impl, x)
+        return auxk_topk(x, w_enc, pre_bias, latent_bias, self._dead[s], self._model.auxk, impl)
 
     def _make_aux(self, s, part):
         return self._aux(s)[part]
 
     def _make_aux_codes(self, s):
-        with torch.set_grad_enabled(self._grad):
-            return self._dense(*self._aux(s), s)
+        return self._dense(*self._aux(s), s)
 
     def _nmse(self, stacked, sources, w_dec, pre_bias, x, keep, impl):
         """DecodeNMSE of one target from the given sources."""
@@ -474,28 +514,32 @@ def _restore_layout(module: AlignedSAE, _) -> None:
 
 def _autocast(*params: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The parameters, in autocast's dtype where it is on (float64 ones stay, as torch's do)."""
-    device = params[0].device.type
-    if torch.is_autocast_enabled(device) and params[0].dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
+    device = params[0].device
+    if autocast_enabled(device) and params[0].dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
         params = tuple(p.to(dtype) for p in params)
     return params
 
 
-def _autocast_state(device: str) -> dict:
-    return {
-        "device_type": device,
-        "enabled": torch.is_autocast_enabled(device),
-        "dtype": torch.get_autocast_dtype(device),
-    }
+def _autocast_state(device: torch.device) -> dict:
+    """Arguments of torch.autocast that restore what is on now."""
+    if not autocast_enabled(device):
+        return {"device_type": "cpu" if device.type == "meta" else device.type, "enabled": False}
+    return {"device_type": device.type, "enabled": True, "dtype": torch.get_autocast_dtype(device.type)}
+
+
+def _version(x: torch.Tensor) -> tuple[int, int]:
+    """Identity and in-place version of a tensor; inference tensors have no version."""
+    return id(x), -1 if x.is_inference() else x._version
 
 
 def _check_streams(d_streams) -> None:
     ok = isinstance(d_streams, Mapping) and len(d_streams) > 0
     require(ok, "d_streams", "a non-empty dict of stream name to width", "{}" if d_streams == {} else d_streams)
     require(len(d_streams) <= MAX_STREAMS, "d_streams", f"at most {MAX_STREAMS} streams", str(len(d_streams)))
-    taken = nn.ModuleDict()
     for name, width in d_streams.items():
-        ok = isinstance(name, str) and name != "" and "." not in name and not hasattr(taken, name)
+        ok = isinstance(name, str) and name != "" and "." not in name
+        ok = ok and not any(hasattr(kind(), name) for kind in (nn.ModuleDict, nn.ParameterDict))
         require(ok, "d_streams", "stream names that can name a module (no dot, no attribute of ModuleDict)", repr(name))
         check_int(f"d_streams[{name!r}]", width, 1)
     keys = [f"cross_recon_{t}_from_{s}" for t in d_streams for s in d_streams if s != t]

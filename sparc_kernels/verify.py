@@ -36,8 +36,8 @@ from ._verify_checks import BF16, CHECKS, F16, F32, F64, MULTIPLE, SHORT, Case, 
 OPERATORS = "encode exact values decode nmse index reduce auxk counters"
 ALL = OPERATORS + " train"
 
-# A kernel is compiled for every distinct setting, half a second each: shapes share settings where they can (k 64, S 3,
-# multiples of 16), and not every shape has every dtype. Counted with `audit`'s recorder: about KERNELS for the whole grid.
+# Every distinct setting of a kernel is compiled first, about half a second each: shapes share settings where they can
+# (k 64, S 3, multiples of 16), and not every one has every dtype. Counted with `audit`'s recorder: about 300 in all.
 CUDA_CASES = [
     Case("tiny", 6, 70, 5, (20, 13), (F32, BF16), ALL, quick=True),
     Case("strided", 6, 70, 5, (20, 13), (F32, BF16), "encode values decode nmse auxk", quick=True, strided=True),
@@ -65,14 +65,14 @@ CPU_CASES = [
     Case("hot", 256, 512, 16, (64, 48), _CPU, "encode values decode nmse index reduce train", hot=True),
     Case("k=1", 33, 1000, 1, (64, 48), _CPU, ALL),
     Case("k=N", 9, 16, 16, (24, 16), _CPU, OPERATORS, quick=True),
-    Case("k=512", 8, 1024, 512, (64, 48), _CPU),
-    Case("d=4096", 8, 256, 32, (4096,), _CPU),
+    Case("k=512", 8, 1024, 512, (64, 48), _CPU, OPERATORS),
+    Case("d=4096", 8, 256, 32, (4096,), _CPU, OPERATORS),
     Case("S=8", 16, 512, 32, (64, 48, 80, 33, 64, 48, 80, 33), _CPU, ALL),
     Case("S=1", 32, 512, 32, (320,), _CPU, ALL),
 ]
 _INT = (F32, F64)
 INTERPRET_CASES = [  # a launch takes milliseconds for every program here
-    Case("tiny", 4, 40, 5, (20, 13), _INT),
+    Case("tiny", 4, 40, 5, (20, 13), _INT, OPERATORS),
     Case("step", 3, 20, 3, (17, 6), _INT, "train", quick=True),
     Case("strided", 2, 33, 4, (9, 6), (F64,), "encode decode nmse auxk", strided=True, quick=True),
     Case("hot", 11, 12, 3, (17,), (F32,), "encode values reduce train", hot=True),
@@ -118,6 +118,39 @@ def run_checks(
 
     Raises: ValueError where the device or interpreter is not to be had, or the filter leaves nothing.
     """
+    tasks = _plan(device, impl, quick, filter, interpret)
+    device = tasks[0].device
+    total, done = sum(len(task.names) for task in tasks), 0
+
+    def ended(results: list[Result]) -> None:
+        nonlocal done
+        done += 1
+        if on_done:
+            on_done(results, done, total)
+
+    if jobs is None:
+        jobs = max(1, min(4, (os.cpu_count() or 1) // 2)) if device.type == "cuda" else 1
+    if jobs == 1 or len(tasks) == 1:
+        return [result for task in tasks for results in _run_task(task, ended) for result in results]
+    # the large ones one by one after the others: they share the GPU's memory
+    waves = [[t for t in tasks if not t.case.gib], *([t] for t in tasks if t.case.gib)]
+    found: dict[_Task, list[list[Result]]] = {}
+    settings = (torch.get_float32_matmul_precision(), interpret)
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _prepare_worker, settings) as pool:
+        for wave in waves:
+            running = {pool.submit(_run_task, task): task for task in wave}
+            for future in as_completed(running):
+                task = running[future]
+                try:
+                    found[task] = future.result()
+                except BrokenProcessPool as error:
+                    found[task] = [[_failure(task, name, f"a worker process died: {error}")] for name in task.names]
+                for results in found[task]:
+                    ended(results)
+    return [result for task in tasks for results in found[task] for result in results]
+
+
+def _plan(device, impl: str, quick: bool, filter: str | None, interpret: bool) -> list[_Task]:
     device = torch.device(device or ("cuda" if torch.cuda.is_available() and not interpret else "cpu"))
     if interpret and (not INTERPRETED or device.type != "cpu"):
         raise ValueError(
@@ -135,33 +168,7 @@ def run_checks(
     if not tasks:
         raise ValueError(f"filter: expected a pattern found in some 'op dtype case', got {filter!r}")
     resolve_impl(tasks[0].impl, torch.empty(0, dtype=tasks[0].dtype, device=device))  # refuses what cannot be
-    total, done = sum(len(task.names) for task in tasks), 0
-
-    def ended(results: list[Result]) -> None:
-        nonlocal done
-        done += 1
-        if on_done:
-            on_done(results, done, total)
-
-    if jobs is None:
-        jobs = max(1, min(4, (os.cpu_count() or 1) // 2)) if device.type == "cuda" else 1
-    if jobs == 1 or len(tasks) == 1:
-        return [result for task in tasks for results in _run_task(task, ended) for result in results]
-    # the large ones one by one after the others: they share the GPU's memory
-    waves = [[t for t in tasks if not t.case.gib], *([t] for t in tasks if t.case.gib)]
-    found: dict[_Task, list[list[Result]]] = {}
-    with ProcessPoolExecutor(jobs, get_context("spawn"), _set_precision, (torch.get_float32_matmul_precision(),)) as pool:
-        for wave in waves:
-            running = {pool.submit(_run_task, task): task for task in wave}
-            for future in as_completed(running):
-                task = running[future]
-                try:
-                    found[task] = future.result()
-                except BrokenProcessPool as error:
-                    found[task] = [[_failure(task, name, f"a worker process died: {error}")] for name in task.names]
-                for results in found[task]:
-                    ended(results)
-    return [result for task in tasks for results in found[task] for result in results]
+    return tasks
 
 
 @dataclass(frozen=True)
@@ -224,8 +231,15 @@ def _failure(task: _Task, op: str, note: str) -> Result:
     return Result(op, "-", SHORT[task.dtype], task.case.name, task.case.shape, verdict="FAIL", note=note)
 
 
-def _set_precision(precision: str) -> None:
+def _prepare_worker(precision: str, interpret: bool) -> None:
     torch.set_float32_matmul_precision(precision)
+    if interpret:
+        _silence_numpy()
+
+
+def _silence_numpy() -> None:
+    """inf and NaN are among the data, and numpy, which the interpreter computes with, says so at each of them."""
+    warnings.filterwarnings("ignore", category=RuntimeWarning)
 
 
 def _device_lost(device: torch.device) -> str:
@@ -257,9 +271,12 @@ def environment(device: torch.device) -> dict:
     if device.type == "cuda":
         about = torch.cuda.get_device_properties(device)
         found.update(
-            gpu=about.name, capability=f"{about.major}.{about.minor}", gpu_memory_gib=round(about.total_memory / 2**30, 1),
-            cuda=torch.version.cuda, hip=torch.version.hip,
-        )  # fmt: skip
+            gpu=about.name,
+            capability=f"{about.major}.{about.minor}",
+            gpu_memory_gib=round(about.total_memory / 2**30, 1),
+            cuda=torch.version.cuda,
+            hip=torch.version.hip,
+        )
     return found
 
 
@@ -301,18 +318,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.interpret and not INTERPRETED:
         return _run_interpreted(args)
-    if args.interpret:  # inf and NaN are among the data, and numpy says so at each of them
-        warnings.filterwarnings("ignore", category=RuntimeWarning)
-    table = _Table(sys.stderr if args.json == "-" else sys.stdout, args.verbose)
+    if args.interpret:
+        _silence_numpy()
     started = time.perf_counter()
+    choice = (args.device, args.impl, args.quick, args.filter, args.interpret)
     try:
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() and not args.interpret else "cpu"))
-        about = environment(device)
-        table.header(about, args)
-        results = run_checks(device, args.impl, args.quick, args.filter, args.interpret, args.jobs, on_done=table.done)
-    except (ValueError, RuntimeError, AssertionError, re.error) as error:
+        device = _plan(*choice)[0].device
+    except (ValueError, RuntimeError, re.error) as error:
         print(f"verify: {error}", file=sys.stderr)
         return 2
+    about = environment(device)
+    table = _Table(sys.stderr if args.json == "-" else sys.stdout, args.verbose)
+    table.header(about, args)
+    results = run_checks(*choice, args.jobs, on_done=table.done)
     seconds = time.perf_counter() - started
     passed = all(r.passed for r in results)
     table.footer(results, seconds)
@@ -386,9 +404,13 @@ class _Table:
             f"sparc_kernels {about['sparc_kernels']}{commit}, torch {about['torch']}, triton {about['triton']}, "
             f"{where}, {how}"
         )
-        self._print(f"Against reference.py in float64. Passes: error <= {MULTIPLE} x PyTorch's own + rounding; the line")
-        self._print("shows the tensor that uses most of its limit. max: over the largest magnitude; rms: over the RMS.")
-        self._print()
+        self._print(
+            f"""\
+Against reference.py in float64. A tensor passes when its error is at most {MULTIPLE} x that of plain PyTorch in the
+dtype (own) + a few roundings. max: over the largest magnitude, rms: over the RMS. A line is a check: its
+tensor that uses most of what it may, and how many passed; --verbose has them all.
+"""
+        )
         names = ("op", "type", "case", "worst tensor", "max", "rms", "own max", "own rms", "verdict")
         self._print(self.ROW.format(*names))
 
@@ -400,8 +422,8 @@ class _Table:
             figures = map(_figure, (r.max_error, r.rms_error, r.torch_max, r.torch_rms))
             verdict = r.verdict if self.verbose or failed or r.verdict == "skip" else f"ok {len(results)}"
             self._print(self.ROW.format(r.op, r.dtype, case, r.tensor[:15], *figures, verdict))
-            if r.note and (not r.passed or r.verdict == "skip"):
-                self._print(f"    {r.note}")
+            if r.note and r.note != "exact" and (self.verbose or r.verdict != "ok"):
+                self._print(textwrap.fill(r.note, 110, initial_indent="    ", subsequent_indent="    "))
         if failed and not self.verbose:
             self._print(f"    {len(failed)} of the {len(results)} tensors of this check failed")
         if self.live:
@@ -412,6 +434,5 @@ class _Table:
         skipped = sum(r.verdict == "skip" for r in results)
         checks = len({(r.op, r.dtype, r.case) for r in results})
         self._print()
-        self._print(
-            f"{len(results) - failed - skipped} ok, {failed} failed, {skipped} skipped, in {checks} checks, {seconds:.0f} s"
-        )
+        passed = len(results) - failed - skipped
+        self._print(f"{passed} passed, {failed} failed, {skipped} skipped, in {checks} checks, {seconds:.0f} s")

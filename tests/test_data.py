@@ -24,9 +24,9 @@ def quick():
 
 @pytest.fixture
 def few_characters(monkeypatch, rendered):
-    """The first 700 characters only, so that a build takes a second. Returns what `_render` will give."""
+    """The first 500 characters only, so that a build takes a second. Returns what `_render` will give."""
     codepoints, images = rendered
-    few = codepoints[:700], {kind: x[:700].clone() for kind, x in images.items()}
+    few = codepoints[:500], {kind: x[:500].clone() for kind, x in images.items()}
     monkeypatch.setattr(data, "_render", lambda: few)
     return few
 

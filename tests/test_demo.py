@@ -17,7 +17,7 @@ from sparc_kernels.data import one_thread
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "sparc_kernels", "demo"]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # NumPy's threads, on a busy machine
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(scope="module")
