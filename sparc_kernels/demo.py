@@ -7,7 +7,6 @@ import json
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import permutations
@@ -74,8 +73,7 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         return _refuse(f"--out {args.out}: cannot write there ({error.strerror or error})")
     try:
-        with one_thread(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        with one_thread():
             _demo(args.out, args.seed, args.quick, device)
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
