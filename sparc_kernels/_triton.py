@@ -26,4 +26,10 @@ except ImportError:  # macOS, Windows, Arm laptops: the torch path carries every
 # Read once, as Triton itself does: kernels decorated under the interpreter stay interpreted.
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
-__all__ = ["HAS_TRITON", "INTERPRETED", "tl", "triton"]
+
+def tl_dtype(dtype):
+    """Triton's name of a torch dtype."""
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+__all__ = ["HAS_TRITON", "INTERPRETED", "tl", "tl_dtype", "triton"]

@@ -48,6 +48,7 @@ class Case:
     hot: bool = False  # one latent on every row
     strided: bool = False  # no input is contiguous
     gib: float = 0.0  # free GPU memory it needs
+    threads: bool = False  # on a CPU: all threads, not one
 
     @property
     def auxk(self) -> int:
@@ -455,7 +456,8 @@ class _Selection:
         disorder = (at[:, 1:] - err[:, 1:] > at[:, :-1] + err[:, :-1]).any(1)
         if disorder.any() and not self.note:
             self.note = f"{int(disorder.sum())} rows not in descending order, first {row0 + int(disorder.nonzero()[0])}"
-        size = score.abs().amax(1).clamp(min=torch.finfo(score.dtype).tiny)
+        size = score.abs().amax(1)
+        size = torch.where(size > 0, size, 1.0)
         self.shortfalls.append(self._shortfall(score, idx) / size)
         self.own_shortfalls.append(self._shortfall(score, own_idx) / size)
         self.limits.append((error.gather(1, low.argmax(1, keepdim=True)).squeeze(1) + err.amax(1)) / size)

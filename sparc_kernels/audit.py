@@ -76,6 +76,7 @@ GRID = [
         (512, 1024, 2304, 4096),
         (
             (4096, 3, "bfloat16"),
+            (4096, 3, "float16"),
             (256, 3, "bfloat16"),
             (4096, 1, "bfloat16"),
             (4096, 8, "bfloat16"),
@@ -84,6 +85,7 @@ GRID = [
     )
 ]
 QUICK = [
+    Shape(4096, 32768, 64, 768, 2, "float16"),
     Shape(1, 8192, 1, 64, 1, "float32"),  # sizes of 1 are constants to the JIT
     Shape(4096, 32768, 64, 1024, 3, "bfloat16"),
     Shape(256, 8192, 64, 768, 3, "float32"),
@@ -146,6 +148,7 @@ def launches(shape: Shape, arch: int) -> list[Launch]:
             kernel = getattr(module, name)
             patched.append((module, name, kernel))
             setattr(module, name, _Recorder(f"{module.__name__}:{name}", kernel, found))
+    patched.append((encode, "_allow_tf32", encode._allow_tf32))
     for module in (encode, gather):
         patched.append((module, "capability", module.capability))
         module.capability = lambda _: arch
@@ -159,7 +162,9 @@ def launches(shape: Shape, arch: int) -> list[Launch]:
         x, w, bias = meta(B, d), meta(N, d), meta(d)
         indices, values = meta(B, k, dtype=torch.int64), meta(S, B, k, dtype=torch.float32)
         latent_bias = meta(N, dtype=torch.float32)
-        encode._select_triton([x] * S, [w] * S, latent_bias, k, None, None)
+        for tf32 in (False, True) if dtype == torch.float32 else (False,):
+            encode._allow_tf32 = lambda tf32=tf32: tf32
+            encode._select_triton([x] * S, [w] * S, latent_bias, k, None, None)
         ids, count = meta(N, dtype=torch.int32), meta((), dtype=torch.int32)
         encode._select_triton([x], [w], latent_bias, k, ids, count)  # AuxK
         gather._gather_dot_triton(indices, w, x[None])  # values
@@ -243,8 +248,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape", action="append", metavar="B,N,k,d,S[,DTYPE]", help="audit this shape instead of the grid; repeatable"
     )
     parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_LIMIT), help="default: 80 90 100")
-    parser.add_argument("--quick", action="store_true", help="four shapes instead of the whole grid")
-    parser.add_argument("--workers", type=int, help="compiling processes (default: one per core)")
+    parser.add_argument("--quick", action="store_true", help="a few shapes instead of the whole grid")
+    parser.add_argument("--workers", type=int, help="compiling processes (default: one per core, at most 8)")
     parser.add_argument("--json", metavar="FILE", help="write the results there too")
 
 

@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 from ._checks import check_indices, check_int, check_inverse, check_same_length, check_tensor, require
 from ._launch import MAX_K, MAX_STREAMS, SCRATCH_BYTES, capability, cdiv, encode_config, select_config
 from ._ops import acc_dtype, no_autocast, register, resolve_impl
-from ._triton import INTERPRETED, tl, triton
-from .gather import _tl_dtype, gather_dot, gather_sum
+from ._triton import INTERPRETED, tl, tl_dtype, triton
+from .gather import gather_dot, gather_sum
 from .latent_grads import InverseIndex, inverse_index, latent_reduce
 
 # ---------------------------------------------------------------------------------------------------- selection kernels
@@ -253,7 +253,7 @@ def _select_triton(xs, w_encs, bias, k, ids, count):
             row0, rows, n, n_groups, n_spans, S=len(xs), GROUP=select.group, SPAN=select.span,
             BLOCK_M=encode.block_m, BLOCK_N=block_n, BLOCK_K=encode.block_k,
             GROUP_M=encode.group_m, COMPACT=ids is not None,
-            DTYPE=tl.float32 if half and INTERPRETED else _tl_dtype(dtype), ACC=_tl_dtype(acc), PRECISION=precision,
+            DTYPE=tl.float32 if half and INTERPRETED else tl_dtype(dtype), ACC=tl_dtype(acc), PRECISION=precision,
             num_warps=encode.num_warps, num_stages=encode.num_stages,
         )  # fmt: skip
         _select_kernel[(rows,)](
@@ -348,7 +348,7 @@ class GatherValues(torch.autograd.Function):
     def forward(ctx, x, w_enc, pre_bias, latent_bias, indices, order, offsets, impl):
         centred = x - pre_bias
         pre = gather_dot(indices, w_enc, centred[None], impl)[0]
-        # an id outside has made its pre NaN already; it must not index the bias (on a GPU that is a fatal assert)
+        # an id outside has made its pre NaN already; it must not index the bias (on a GPU a device assert)
         inside = indices.clamp(0, latent_bias.shape[0] - 1) if impl == "triton" else indices
         values = torch.relu(pre + latent_bias.to(pre.dtype)[inside])
         ctx.save_for_backward(x, w_enc, pre_bias, values, indices, order, offsets)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 from ._launch import capability, cdiv, gather_chunk, gather_config
 from ._ops import acc_dtype, register
-from ._triton import INTERPRETED, tl, triton
+from ._triton import INTERPRETED, tl, tl_dtype, triton
 
 
 @triton.jit
@@ -117,15 +117,6 @@ def _gather_kernel(
         tl.store(dot_ptr + out[None, :] * K + offs_k[:, None], dot, mask=mask_s[None, :] & mask_k[:, None])
 
 
-def _tl_dtype(dtype: torch.dtype):
-    return {
-        torch.float64: tl.float64,
-        torch.float32: tl.float32,
-        torch.bfloat16: tl.bfloat16,
-        torch.float16: tl.float16,
-    }[dtype]
-
-
 def _launch_gather(indices, values, w, bias, x, *, store=0, stored=0, sq=False, dot=False, out_dtype=None):
     """Runs the kernel; returns (E or None, sq [S, B] or None, dot [S, B, k] or None)."""
     B, k = indices.shape
@@ -152,7 +143,7 @@ def _launch_gather(indices, values, w, bias, x, *, store=0, stored=0, sq=False, 
     dot_part = torch.empty((slabs, S, B, k) if dot else (0,), device=device, dtype=acc)
     half = w.dtype in (torch.bfloat16, torch.float16)
     # the interpreter multiplies bf16 wrongly: there the operands stay fp32, and the low half is zero
-    operand = tl.float32 if half and INTERPRETED else _tl_dtype(w.dtype)
+    operand = tl.float32 if half and INTERPRETED else tl_dtype(w.dtype)
     _gather_kernel[(slabs * B,)](
         indices, values, w, bias, x, e, sq_part, dot_part,
         B, k, d, n, w.stride(0),
@@ -160,7 +151,7 @@ def _launch_gather(indices, values, w, bias, x, *, store=0, stored=0, sq=False, 
         stored, config.tiles,
         S=S, K_PAD=config.k_pad, BLOCK_D=config.block_d, SUM=values is not None,
         HAS_BIAS=bias is not None, HAS_X=x is not None, STORE=store, SQ=sq, DOT=dot, SPLIT=half,
-        DTYPE=operand, ACC=_tl_dtype(acc), PRECISION="ieee" if half or acc == torch.float64 else "tf32x3",
+        DTYPE=operand, ACC=tl_dtype(acc), PRECISION="ieee" if half or acc == torch.float64 else "tf32x3",
         STAGES=config.num_stages, num_warps=config.num_warps,
     )  # fmt: skip
     return (
@@ -266,8 +257,11 @@ gather_sum = register(
 # gather_error: E[s, b] = gather_sum - x[b]; its square norms, and what is asked for of E and <W, E>
 
 
+KEEP_NONE, KEEP_ALL = -2, -1  # which E to return; else the number of one source
+
+
 def _gather_error_triton(indices, values, w, bias, x, keep, dot):
-    store = 0 if keep == -2 else 1 if keep == -1 else 2
+    store = 0 if keep == KEEP_NONE else 1 if keep == KEEP_ALL else 2
     e, sq, dots = _launch_gather(indices, values, w, bias, x, store=store, stored=max(keep, 0), sq=True, dot=dot)
     return sq, w.new_empty(0) if e is None else e, sq.new_empty(0) if dots is None else dots
 
@@ -277,22 +271,20 @@ def _gather_error_torch(indices, values, w, bias, x, keep, dot):
     e = _gather_sum_torch(indices, values, w, bias).sub_(x)
     sq = e.to(acc).square().sum(2)
     dots = _gather_dot_torch(indices, w, e) if dot else w.new_empty(0, dtype=acc)
-    kept = w.new_empty(0) if keep == -2 else e if keep == -1 else e[keep].clone()
+    kept = w.new_empty(0) if keep == KEEP_NONE else e if keep == KEEP_ALL else e[keep].clone()
     return sq, kept, dots
 
 
 def _gather_error_fake(indices, values, w, bias, x, keep, dot):
     acc = acc_dtype(w.dtype)
     S, (B, d) = values.shape[0], x.shape
-    kept = (0,) if keep == -2 else (S, B, d) if keep == -1 else (B, d)
+    kept = (0,) if keep == KEEP_NONE else (S, B, d) if keep == KEEP_ALL else (B, d)
     return (
         w.new_empty(S, B, dtype=acc),
         w.new_empty(kept),
         w.new_empty((S, *indices.shape) if dot else (0,), dtype=acc),
     )
 
-
-KEEP_NONE, KEEP_ALL = -2, -1
 
 gather_error = register(
     "gather_error",

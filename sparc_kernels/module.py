@@ -171,7 +171,7 @@ class AlignedSAE(nn.Module):
             return self._loss(outputs, inputs, streams, auxk_coef, cross_loss_coef)
 
     def _loss(self, outputs, inputs, streams, auxk_coef, cross_loss_coef):
-
+        """compute_loss on checked arguments, under the gradient mode of the forward."""
         S = len(streams)
         with_cross = cross_loss_coef > 0 and S > 1
         stacked = torch.stack([outputs._values[s] for s in streams])

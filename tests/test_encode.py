@@ -1,13 +1,14 @@
 import pytest
 import torch
 from common import assert_close, assert_grads_close, problem
-from conftest import CUDA, DEVICE, KERNEL_DTYPE
+from conftest import CUDA, DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparc_kernels import encode_topk, reference, values_at
 from sparc_kernels._launch import select_config
-from sparc_kernels.encode import select, select_latents
+from sparc_kernels._triton import tl, triton
+from sparc_kernels.encode import _ordered_key, select, select_latents
 
 NAMES = [f"{what}[{s}]" for what in ("xs", "w_encs", "pre_biases", "latent_biases") for s in range(3)]
 
@@ -187,5 +188,26 @@ def test_nothing_is_selected_twice_and_values_descend_in_the_sum(impl):
     assert (others.max(1).values <= picked.min(1).values + 1e-5).all()
 
 
-def test_kernel_dtype_is_what_the_machine_can_do():
-    assert torch.float64 != KERNEL_DTYPE or not CUDA
+@triton.jit
+def _key_kernel(x_ptr, key_ptr, n: tl.constexpr, SHIFT: tl.constexpr):
+    offs = tl.arange(0, n)
+    tl.store(key_ptr + offs, _ordered_key(tl.load(x_ptr + offs).to(tl.float32), SHIFT))
+
+
+@pytest.mark.parametrize(("dtype", "shift"), [(torch.bfloat16, 16), (torch.float16, 13), (torch.float32, 0)])
+def test_keys_order_every_value_as_torch_does(dtype, shift):
+    """All 65,536 half precision values (the same bit patterns widened for float32): order, ties and NaN."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int16, device=DEVICE)
+    half = torch.bfloat16 if dtype == torch.float32 else dtype
+    x = bits.view(half).to(dtype)
+    key = torch.empty(2**16, dtype=torch.int32, device=DEVICE)
+    _key_kernel[(1,)](x, key, 2**16, shift)
+    order = torch.sort(x.float(), stable=True).indices
+    keys, values = key[order], x.float()[order]
+    assert (key > torch.iinfo(torch.int32).min).all()
+    ordered = values[1:] > values[:-1]
+    assert (keys[1:] >= keys[:-1]).all() and (keys[1:] > keys[:-1])[ordered].all()
+    tied = values[1:] == values[:-1]
+    nan = values.isnan()
+    assert (keys[1:] == keys[:-1])[tied].all()
+    assert (keys[nan] > keys[~nan].max()).all() and keys[nan].unique().numel() == 1

@@ -1,0 +1,443 @@
+"""`sparc-kernels verify` passes here, its report can be read, and it catches faults that are planted."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from importlib import import_module
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sparc_kernels import _verify_checks as checks
+from sparc_kernels import cli, verify
+from sparc_kernels._triton import INTERPRETED
+
+NAMES = ("encode", "decoder", "dead", "module")
+encode, decoder, dead, module = (import_module(f"sparc_kernels.{name}") for name in NAMES)
+
+
+def command(*words: str) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
+    line = [sys.executable, "-m", "sparc_kernels", "verify", "--device", "cpu", *words]
+    if "--interpret" in words:
+        line.remove("--device"), line.remove("cpu")
+    return subprocess.run(line, env=env, capture_output=True, text=True, check=False)
+
+
+def test_command_passes_and_writes_json(tmp_path):
+    file = tmp_path / "verify.json"
+    run = command("--quick", "--json", str(file))
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
+    assert max(map(len, run.stdout.splitlines())) <= 110
+    assert re.search(r"^\d+ passed, 0 failed, 0 skipped, in \d+ checks, \d+ s$", run.stdout, re.MULTILINE)
+    found = json.loads(file.read_text())
+    assert found["passed"] is True
+    assert {"torch", "triton", "device", "gpu", "commit", "python"} <= set(found["environment"])
+    assert all(r["verdict"] == "ok" for r in found["results"])
+    for op, word, _ in checks.CHECKS:
+        if word != "int64":  # needs a GPU
+            assert {r["dtype"] for r in found["results"] if r["op"] == op} == {"fp64", "fp32", "bf16"}, op
+
+
+def test_json_on_stdout_is_nothing_else():
+    run = command("--quick", "--filter", "inverse_index fp32 tiny", "--json")
+    assert run.returncode == 0, run.stderr
+    results = json.loads(run.stdout)["results"]
+    assert {r["op"] for r in results} == {"inverse_index"}
+    assert "inverse_index" in run.stderr  # the table
+
+
+def test_worker_processes_give_the_same_results_in_the_same_order():
+    run = command("--quick", "--jobs", "2", "--filter", "decode_nmse", "--json")
+    assert run.returncode == 0, run.stderr
+    alone = verify.run_checks("cpu", quick=True, filter="decode_nmse")
+    found = json.loads(run.stdout)["results"]
+    assert [(r["op"], r["dtype"], r["case"], r["tensor"]) for r in found] == [
+        (r.op, r.dtype, r.case, r.tensor) for r in alone
+    ]
+
+
+@pytest.mark.skipif(not verify.HAS_TRITON, reason="Triton is not installed")
+def test_interpreted_kernels():
+    run = command("--interpret", "--quick", "--filter", "training global fp32 step|decode local fp64")
+    assert run.returncode in (0, 1), run.stdout + run.stderr
+    assert "training global    fp32 step" in run.stdout
+    assert not re.search("training.*FAIL", run.stdout), run.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--filter", "no such check"), "filter: expected a pattern found in some 'op dtype case'"),
+        (("--filter", "("), "unterminated"),
+        (("--device", "nowhere"), "nowhere"),
+        (("--interpret", "--device", "cuda"), "leave out --device"),
+        pytest.param(
+            ("--device", "cuda"),
+            "CUDA is not available",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_impossible_requests_exit_with_2(words, message, capsys, monkeypatch):
+    monkeypatch.setattr(verify, "INTERPRETED", False)
+    assert cli.main(["verify", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_interpreter_must_be_chosen_before_the_import(monkeypatch):
+    monkeypatch.setattr(verify, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="interpret: expected TRITON_INTERPRET=1"):
+        verify.run_checks("cpu", interpret=True)
+
+
+# ----------------------------------------------------------------------------------------------------- limits that bite
+
+
+@pytest.fixture(scope="module")
+def sound():
+    return verify.run_checks("cpu", quick=True)
+
+
+def test_limits_are_a_few_roundings(sound):
+    for r in sound:
+        if r.max_limit is not None and "selection" not in r.tensor:
+            bound = {"fp64": 1e-13, "fp32": 5e-5, "bf16": 0.06}[r.dtype]
+            assert r.max_limit < bound, r
+            assert r.rms_limit is None or r.rms_limit < bound, r
+
+
+def test_little_is_left_out_at_the_border_of_relu(sound):
+    notes = [re.match(r"(\d+) of (\d+) entries at relu's border", r.note) for r in sound]
+    assert any(notes)  # bf16 has some
+    shares = [int(m[1]) / int(m[2]) for m in notes if m]
+    assert max(shares) <= 0.2
+    assert sum(shares) / len(shares) < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gapped_data_keep_away_from_zero(dtype):
+    case = verify.CPU_CASES[0]
+    check = checks.Check("training global", case, dtype, torch.device("cpu"), "torch", {})
+    p = checks._gapped(check)
+    exact = p.to(torch.float64).logits()
+    for rounded, h in zip(p.logits(), exact, strict=True):
+        indices = checks.reference.topk_indices(h, case.k)
+        assert torch.equal(rounded.gather(1, indices) > 0, h.gather(1, indices) > 0)
+        if dtype != torch.float32:
+            assert h.abs().min() > 0
+            assert torch.equal(rounded > 0, h > 0)
+
+
+def test_errors_are_infinite_where_they_cannot_be_compared():
+    truth = torch.tensor([1.0, -2.0, math.inf], dtype=torch.float64)
+    assert checks._errors(truth.float(), truth) == (0.0, 0.0)
+    assert checks._errors(truth[:2], truth) == (math.inf, math.inf)
+    assert checks._errors(torch.tensor([1.0, math.nan, math.inf]), truth) == (math.inf, math.inf)
+    assert checks._errors(torch.tensor([1.0, -2.0, 5.0]), truth) == (math.inf, math.inf)
+    assert checks._errors(torch.tensor([1.5, -2.0, math.inf]), truth)[0] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("indices", "complaint"),
+    [
+        ([[3, 1], [0, 2]], ""),
+        ([[3, 3], [0, 2]], "a latent twice"),
+        ([[3, 4], [0, 2]], "outside 0..3"),
+        ([[-1, 3], [0, 2]], "outside 0..3"),
+        ([[3, 0], [0, 2]], "left out"),  # 1 is larger than 0
+        ([[1, 3], [0, 2]], "descending"),
+    ],
+)
+def test_selection_by_value(indices, complaint):
+    score = torch.tensor([[0.0, 2.0, 1.0, 3.0], [9.0, 1.0, 5.0, 2.0]], dtype=torch.float64)
+    chosen = checks._Selection(4)
+    chosen.judge(score, torch.full_like(score, 0.01), torch.tensor(indices), torch.tensor([[3, 1], [0, 2]]))
+    assert complaint in chosen.invalid + chosen.note
+    assert bool(complaint) == bool(chosen.invalid + chosen.note)
+
+
+def test_near_ties_are_no_fault():
+    score = torch.tensor([[1.0, 1.001, 0.5]], dtype=torch.float64)
+    chosen = checks._Selection(3)
+    chosen.judge(score, torch.full_like(score, 0.001), torch.tensor([[0]]), torch.tensor([[1]]))
+    assert not chosen.invalid + chosen.note
+
+
+# ------------------------------------------------------------------------------------------------------ planted faults
+
+
+def relu_mask_missing(patch):
+    sound = encode.GatherValues.backward
+
+    def backward(ctx, dvalues):
+        saved = list(ctx.saved_tensors)
+        saved[3] = torch.ones_like(saved[3])  # the values: all fired
+        ctx = SimpleNamespace(saved_tensors=saved, needs_input_grad=ctx.needs_input_grad, impl=ctx.impl)
+        return sound(ctx, dvalues)
+
+    patch(encode.GatherValues, "backward", staticmethod(backward))
+
+
+def row_dropped_by_latent_reduce(patch):
+    sound = encode.latent_reduce
+
+    def latent_reduce(order, offsets, coef, mat, k, dtype, impl):
+        coef = coef.clone().reshape(coef.shape[0], -1)
+        coef[0, -1] = 0
+        return sound(order, offsets, coef, mat, k, dtype, impl)
+
+    for where in (encode, decoder, checks):
+        patch(where, "latent_reduce", latent_reduce)
+
+
+def gradient_of_wrong_row(patch):
+    sound = encode.latent_reduce
+    shifted = lambda order, offsets, coef, mat, *rest: sound(order, offsets, coef, mat.roll(1, 1), *rest)  # noqa: E731
+    for where in (encode, decoder, checks):
+        patch(where, "latent_reduce", shifted)
+
+
+def patch_select(patch, faulty):
+    sound = encode.select
+    patch(encode, "select", lambda *args: faulty(sound, *args))
+
+
+def one_rank_off(patch):
+    def select(sound, xs, w_encs, bias, k, ids, count, impl):
+        if ids is not None or k == w_encs[0].shape[0]:
+            return sound(xs, w_encs, bias, k, ids, count, impl)
+        return sound(xs, w_encs, bias, k + 1, ids, count, impl)[:, 1:].contiguous()
+
+    patch_select(patch, select)
+
+
+def last_rank_off(patch):
+    """The k-th replaced by the one after it: right but for one place."""
+
+    def select(sound, xs, w_encs, bias, k, ids, count, impl):
+        if ids is not None or k == w_encs[0].shape[0]:
+            return sound(xs, w_encs, bias, k, ids, count, impl)
+        found = sound(xs, w_encs, bias, k + 1, ids, count, impl)
+        return torch.cat([found[:, : k - 1], found[:, k:]], 1)
+
+    patch_select(patch, select)
+
+
+def selection_without_latent_bias(patch):
+    patch_select(patch, lambda sound, xs, w, bias, *rest: sound(xs, w, torch.zeros_like(bias), *rest))
+
+
+def ties_to_the_highest(patch):
+    def select(sound, xs, w_encs, bias, k, ids, count, impl):
+        if ids is not None:
+            return sound(xs, w_encs, bias, k, ids, count, impl)
+        n = w_encs[0].shape[0]
+        return n - 1 - sound(xs, [w.flip(0) for w in w_encs], bias.flip(0), k, None, None, impl)
+
+    patch_select(patch, select)
+
+
+def ascending_order(patch):
+    patch_select(patch, lambda sound, *args: sound(*args).flip(1))
+
+
+def nan_below_everything(patch):
+    def select(sound, xs, w_encs, bias, *rest):
+        return sound(xs, w_encs, torch.where(bias.isnan(), -math.inf, bias), *rest)
+
+    patch_select(patch, select)
+
+
+def one_row_selected_twice(patch):
+    def select(sound, *args):
+        found = sound(*args)
+        found[-1] = found[0]
+        return found
+
+    patch_select(patch, select)
+
+
+def local_selects_globally(patch):
+    sound = encode.select_latents
+
+    def select_latents(xs, w_encs, pre_biases, latent_biases, k, topk_type, *rest, **more):
+        found = sound(xs, w_encs, pre_biases, latent_biases, k, "global", *rest, **more)
+        return found if topk_type == "global" else torch.stack([found] * len(xs))
+
+    for where in (encode, module):
+        patch(where, "select_latents", select_latents)
+
+
+def latent_bias_missing_in_values(patch):
+    sound = encode.values_at
+
+    def values_at(x, w_enc, pre_bias, latent_bias, *rest, **more):
+        return sound(x, w_enc, pre_bias, torch.zeros_like(latent_bias), *rest, **more)
+
+    for where in (encode, checks, dead):
+        patch(where, "values_at", values_at)
+
+
+def decoder_bias_lost(patch):
+    sound = decoder.gather_sum
+    patch(decoder, "gather_sum", lambda indices, values, w, bias, impl: sound(indices, values, w, None, impl))
+
+
+def half_precision_sums(patch):
+    """bf16-level error in the dot products of wider types."""
+    sound = encode.gather_dot
+    rounded = lambda indices, w, x, impl: sound(indices, w, x.bfloat16().to(x.dtype), impl)  # noqa: E731
+    for where in (encode, decoder):
+        patch(where, "gather_dot", rounded)
+
+
+def error_in_half_precision(patch):
+    sound = decoder.gather_error
+
+    def gather_error(*args):
+        sq, error, dots = sound(*args)
+        return sq, error.bfloat16().to(error.dtype), dots
+
+    patch(decoder, "gather_error", gather_error)
+
+
+def norm_with_epsilon(patch):
+    sound = decoder._squared_norm
+    patch(decoder, "_squared_norm", lambda x: sound(x) + 1e-2)
+
+
+def dead_mask_ignored(patch):
+    sound = dead.select_latents
+
+    def select_latents(*args):
+        return sound(*args[:-2])
+
+    patch(dead, "select_latents", select_latents)
+
+
+def counters_at_the_threshold(patch):
+    sound = checks.update_counters_
+    patch(checks, "update_counters_", lambda c, i, v, threshold: sound(c, i, v, threshold - 1e-6))
+
+
+def nothing_ever_fires(patch):
+    sound = module.update_counters_
+    patch(module, "update_counters_", lambda counters, indices, values, _: sound(counters, indices, values, 1e9))
+
+
+def unstable_lists(patch):
+    sound = checks.inverse_index
+
+    def inverse_index(indices, n):
+        order, offsets = sound(indices, n)
+        order = order.clone()
+        hot = int((offsets[1:] - offsets[:-1]).argmax())
+        order[offsets[hot] : offsets[hot + 1]] = order[offsets[hot] : offsets[hot + 1]].flip(0)
+        return type(sound(indices, n))(order, offsets)
+
+    patch(checks, "inverse_index", inverse_index)
+
+
+def aux_weight_doubled(patch):
+    sound = module.AlignedSAE.compute_loss
+    patch(
+        module.AlignedSAE, "compute_loss", lambda self, outputs, inputs: sound(self, outputs, inputs, auxk_coef=1 / 16)
+    )
+
+
+# the fault, and the checks that must notice it; every other one must go on passing
+FAULTS = {
+    relu_mask_missing: "values_at|auxk_topk|training",
+    row_dropped_by_latent_reduce: "latent_reduce|values_at|decode|auxk_topk|training",
+    gradient_of_wrong_row: "latent_reduce|values_at|decode|auxk_topk|training",
+    one_rank_off: "encode_topk|exact|training",
+    last_rank_off: "encode_topk|exact|training",
+    selection_without_latent_bias: "encode_topk|exact|auxk|training",
+    ties_to_the_highest: "exact",
+    ascending_order: "encode_topk|exact|auxk|training",
+    nan_below_everything: "exact",
+    one_row_selected_twice: "encode_topk|exact|auxk|training",
+    local_selects_globally: "encode_topk local|exact|training local",
+    latent_bias_missing_in_values: "encode_topk|exact|values_at|auxk|training",
+    decoder_bias_lost: "decode (global|local)",
+    half_precision_sums: "encode_topk|values_at|decode (global|local)|auxk|training",
+    error_in_half_precision: "decode_nmse|training",
+    norm_with_epsilon: "decode_nmse|training",
+    dead_mask_ignored: "exact|auxk|training",
+    counters_at_the_threshold: "update_counters_",
+    nothing_ever_fires: "training",
+    unstable_lists: "inverse_index",
+    aux_weight_doubled: "training",
+}
+
+
+@pytest.mark.parametrize("plant", FAULTS, ids=lambda plant: plant.__name__)
+def test_planted_fault_is_caught(plant, monkeypatch):
+    plant(monkeypatch.setattr)
+    results = verify.run_checks("cpu", quick=True)
+    failed = {r.op for r in results if not r.passed}
+    others = {op for op in failed if not re.match(FAULTS[plant], op)}
+    assert failed, "nothing noticed it"
+    assert not others, f"noticed by {others}, which it does not concern"
+    for alternative in re.sub(r"\(.*\)", "", FAULTS[plant]).split("|"):
+        assert any(op.startswith(alternative.split(" ")[0]) for op in failed), f"{alternative} did not notice"
+    assert all(r.note for r in results if not r.passed)
+
+
+def test_half_precision_in_float32_is_seen_there_only(monkeypatch):
+    half_precision_sums(monkeypatch.setattr)
+    failed = [r for r in verify.run_checks("cpu", quick=True) if not r.passed]
+    assert {r.dtype for r in failed} == {"fp64", "fp32"}
+
+
+def test_exception_is_a_failed_row_and_the_rest_goes_on(monkeypatch):
+    def decode(*args, **more):
+        raise RuntimeError("the kernel\nfell over")
+
+    monkeypatch.setattr(checks, "decode", decode)
+    results = verify.run_checks("cpu", quick=True, filter="fp32 tiny")
+    failed = [r for r in results if not r.passed]
+    assert {r.op for r in failed} == {"decode global", "decode local"}
+    assert {r.note for r in failed} == {"RuntimeError: the kernel fell over"}
+    assert len({r.op for r in results}) > 10
+
+
+def test_nothing_runs_on_a_device_that_is_lost(monkeypatch):
+    monkeypatch.setattr(checks, "decode", lambda *args, **more: 1 / 0)
+    monkeypatch.setattr(verify, "_device_lost", lambda device: "it does not answer")
+    monkeypatch.setattr(verify, "_lost", "")
+    results = verify.run_checks("cpu", quick=True, filter="decode.* fp32 tiny|counters.* fp32 tiny")
+    assert [(r.op, r.verdict, r.note) for r in results] == [
+        ("decode global", "FAIL", "ZeroDivisionError: division by zero"),
+        *((op, "FAIL", "not run: it does not answer") for op in _ops_after("decode global")),
+    ]
+
+
+def _ops_after(first):
+    ops = [op for op, _, _ in checks.CHECKS if "decode" in op or "counters" in op]
+    return [op for op in ops[ops.index(first) + 1 :] if "int64" not in op]
+
+
+def test_failure_is_the_exit_code_and_is_printed(monkeypatch, capsys, tmp_path):
+    norm_with_epsilon(monkeypatch.setattr)
+    file = tmp_path / "out.json"
+    words = ["--device", "cpu", "--quick", "--filter", "nmse.*tiny", "--json", str(file)]
+    assert cli.main(["verify", *words]) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"decode_nmse global fp32 .* nmse .* FAIL\n    error .* of at most", out)
+    assert max(map(len, out.splitlines())) <= 110
+    found = json.loads(file.read_text())
+    assert found["passed"] is False
+    assert any(r["verdict"] == "FAIL" for r in found["results"])
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the kernels are compiled here")
+def test_planted_fault_is_caught_in_the_kernels(monkeypatch):
+    decoder_bias_lost(monkeypatch.setattr)
+    results = verify.run_checks("cpu", quick=True, interpret=True, filter="decode global fp64 strided")
+    assert not all(r.passed for r in results)
