@@ -253,16 +253,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the results there too")
 
 
+def _refuse(message: str) -> None:
+    print(f"sparc-kernels audit: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
 def _parse_shape(text: str) -> Shape:
     parts = text.split(",")
     if len(parts) not in (5, 6) or not all(p.isdigit() and int(p) > 0 for p in parts[:5]):
-        raise SystemExit(f"--shape: expected B,N,k,d,S[,DTYPE] with positive integers, got {text!r}")
+        _refuse(f"--shape: expected B,N,k,d,S[,DTYPE] with positive integers, got {text!r}")
     dtype = parts[5] if len(parts) == 6 else "bfloat16"
     if dtype not in ("bfloat16", "float16", "float32"):
-        raise SystemExit(f"--shape: expected DTYPE bfloat16, float16 or float32, got {dtype!r}")
+        _refuse(f"--shape: expected DTYPE bfloat16, float16 or float32, got {dtype!r}")
     shape = Shape(*map(int, parts[:5]), dtype)
     if shape.k > min(shape.N, 512) or shape.S > 8:
-        raise SystemExit(f"--shape: expected k <= min(N, 512) and S <= 8, got {text!r}")
+        _refuse(f"--shape: expected k <= min(N, 512) and S <= 8, got {text!r}")
     return shape
 
 

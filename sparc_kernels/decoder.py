@@ -129,11 +129,11 @@ def _check(indices, values, w_decs, pre_biases, pairs, inverse):
     require(1 <= S <= MAX_STREAMS, "values", f"1..{MAX_STREAMS} sources", values)
     require(1 <= k <= MAX_K, "values", f"1..{MAX_K} values a row", values)
     require(B > 0, "values", "at least one row", values)
-    shape = (S, B, k) if getattr(indices, "ndim", 2) == 3 else (B, k)
-    check_indices("indices", indices, shape, n, like.device)
     for t in range(T):
         check_tensor(f"w_decs[{t}]", w_decs[t], ("d", n), like=like)
         check_tensor(f"pre_biases[{t}]", pre_biases[t], (w_decs[t].shape[0],), like=like)
+    shape = (S, B, k) if getattr(indices, "ndim", 2) == 3 else (B, k)
+    check_indices("indices", indices, shape, n, like.device)
     check_inverse("inverse", inverse, indices, n)
     if pairs is None:
         return T, S, {t: list(range(S)) for t in range(T)}

@@ -377,7 +377,7 @@ def plot_gallery(data: StreamData, codes: dict[str, Codes], path: Path, columns:
         codes: of the held-out rows, selected locally, for the streams `sans`, `serif` and `name`.
     """
     figure = _import_matplotlib()(figsize=(5 * columns, 2.55 * rows + 1))
-    figure.text(0.025, 0.985, "One latent, three models", size=19, weight="bold", va="top")
+    figure.text(0.025, 0.985, "Twelve latents, three streams each", size=19, weight="bold", va="top")
     note = (
         "global+cross; the held-out characters with the highest activation, each stream selecting its latents alone. "
         "Shaded: found in both fonts. Titles: the name word that fits best."

@@ -426,7 +426,7 @@ class AlignedOutputs(Mapping):
             if _version(p) != then:
                 raise RuntimeError(
                     f"outputs: parameter {name} was changed in place or replaced after this forward (an optimizer "
-                    "step?); read outputs and compute the loss before the parameters change, or run forward again"
+                    "step, unit_norm_decoder_?); read outputs and compute the loss before that, or run forward again"
                 )
         for (name, x), then in zip(self._inputs.items(), self._input_versions, strict=True):
             if _version(x) != then:
