@@ -441,7 +441,7 @@ tensor that uses most of what it may, and how many passed; --verbose has them al
             self._print(self.ROW.format(r.op, r.dtype, case, r.tensor[:15], *figures, verdict))
             if r.note and r.note != "exact" and (self.verbose or r.verdict != "ok"):
                 self._print(textwrap.fill(r.note, 110, initial_indent="    ", subsequent_indent="    "))
-        if failed and not self.verbose:
+        if failed and len(results) > 1 and not self.verbose:
             self._print(f"    {len(failed)} of the {len(results)} tensors of this check failed")
         if self.live:
             print(f"\r\033[K{number} of {total} checks", end="", file=sys.stderr, flush=True)
