@@ -848,7 +848,7 @@ def main(argv=None) -> int:
         return 0
 
     started = time.time()
-    # a polite stop ends the children and the file; the device tool's limit comes as one
+    # a polite stop, such as a scheduler's time limit, ends the children and the file
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))
     exit_code, output = run_limited(this("--probe"), min(150, 30 * args.minutes))
     found = {"torch": None, "gpu": None, "probe": last_lines(output)}
