@@ -48,10 +48,10 @@ def encode_config(rows: int, itemsize: int, arch: int, compact: bool) -> EncodeC
     if INTERPRETED:
         return EncodeConfig(16, 32, 16, 4, 4, 1)  # the interpreter's generic reduction walks every element
     block_k = 128 // itemsize  # one 128-byte line of either operand
-    if itemsize == 4:  # compiled: the three products of tf32x3 spill in larger tiles, and in this one with 4 warps
+    # few rows are launch-bound: smaller tiles fill the GPU. Compiled: the products of tf32x3 spill in larger tiles,
+    # and with 4 warps this one spills too, tf32x3 everywhere and bf16 at widths whose loads cannot be vectorised
+    if itemsize == 4 or rows <= 512:
         return EncodeConfig(64, 128, block_k, 8, 8, 3)
-    if rows <= 512:  # launch-bound shapes: smaller tiles fill the GPU
-        return EncodeConfig(64, 128, block_k, 8, 4, 3)
     if arch in (90, 100, 103) and not compact:
         # compiled: wgmma / tcgen05, no spill, 147 kB of the 227 kB; with gathered columns sm_100 spills
         return EncodeConfig(128, 256, block_k, 8, 8, 3)

@@ -86,6 +86,7 @@ GRID = [
 ]
 QUICK = [
     Shape(4096, 32768, 64, 768, 2, "float16"),
+    Shape(256, 2048, 16, 33, 1, "bfloat16"),  # a width that no wide load fits
     Shape(1, 8192, 1, 64, 1, "float32"),  # sizes of 1 are constants to the JIT
     Shape(4096, 32768, 64, 1024, 3, "bfloat16"),
     Shape(256, 8192, 64, 768, 3, "float32"),
