@@ -11,6 +11,7 @@ from ._triton import HAS_TRITON, INTERPRETED
 NAMESPACE = "sparc_kernels"
 IMPLS = ("auto", "triton", "torch")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OPERATORS: dict[str, tuple] = {}  # name -> (torch_impl, triton_impl, fake) of every registered operator
 
 
 def register(name: str, schema: str, *, torch_impl, triton_impl, fake):
@@ -21,6 +22,7 @@ def register(name: str, schema: str, *, torch_impl, triton_impl, fake):
     already settled.
     """
     qualname = f"{NAMESPACE}::{name}"
+    OPERATORS[name] = torch_impl, triton_impl, fake
     torch.library.define(qualname, schema)
 
     def dispatch(*args):

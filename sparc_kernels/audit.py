@@ -1,8 +1,8 @@
 """`sparc-kernels audit`: what the compiler makes of every kernel, for GPUs that are not here.
 
-The launchers run on meta tensors of the real shapes with their kernels replaced by recorders, so what is compiled is
-what would be launched: same settings, same specialisation of every argument. Needs only the Triton wheel (ptxas and
-cuobjdump travel inside it). Compiles in worker processes, where TRITON_INTERPRET is unset.
+What is compiled is what a training step would launch, traced on meta tensors of the real shapes (`_trace.py`): same
+settings, same specialisation of every argument. Needs only the Triton wheel (ptxas and cuobjdump travel inside it).
+Compiles in worker processes, where TRITON_INTERPRET is unset.
 """
 
 from __future__ import annotations
@@ -18,31 +18,23 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import product
 
+from ._trace import Launch, Shape, Trace, launches, reference_peak_bytes, trace
+
+__all__ = [
+    "Compiled",
+    "Launch",
+    "Shape",
+    "Trace",
+    "audit",
+    "compile_launch",
+    "launches",
+    "reference_peak_bytes",
+    "trace",
+]
+
 # Shared memory that one block may use, bytes (CUDA programming guide, technical specifications by compute capability).
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 DEFAULT_ARCHS = (80, 90, 100)
-
-
-@dataclass(frozen=True)
-class Shape:
-    B: int
-    N: int
-    k: int
-    d: int
-    S: int
-    dtype: str  # a torch dtype's name
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One specialisation of one kernel: everything the compiler sees."""
-
-    kernel: str  # module:function
-    signature: tuple
-    constexprs: tuple
-    divisible: tuple
-    num_warps: int
-    num_stages: int
 
 
 @dataclass
@@ -95,95 +87,6 @@ QUICK = [
 ]
 
 
-class _Recorder:
-    """Stands in for a kernel in its launcher's module and notes what it is launched with."""
-
-    def __init__(self, name, kernel, found):
-        self.name, self.kernel, self.found = name, kernel, found
-
-    def __getitem__(self, grid):
-        return self._launch
-
-    def _launch(self, *args, num_warps=4, num_stages=3, **constexprs):
-        signature, constants, divisible = {}, {}, []
-        names = self.kernel.arg_names
-        for i, (param, arg) in enumerate(zip(self.kernel.params, args, strict=False)):
-            if param.do_not_specialize:
-                signature[param.name] = "i32"
-            else:
-                signature[param.name] = _specialise(arg, (i,), constants, divisible)
-        for name, value in constexprs.items():
-            signature[name] = "constexpr"
-            constants[(names.index(name),)] = value
-        parts = tuple(signature.items()), tuple(constants.items()), tuple(divisible)
-        self.found.append(Launch(self.name, *parts, num_warps, num_stages))
-
-
-def _specialise(arg, path, constants, divisible):
-    """The Triton type of an argument; what the JIT treats as a constant or as divisible by 16 is noted as it does."""
-    if isinstance(arg, tuple):
-        return tuple(_specialise(a, (*path, i), constants, divisible) for i, a in enumerate(arg))
-    if arg is None or (isinstance(arg, int) and arg == 1):
-        constants[path] = arg
-        return "constexpr"
-    if isinstance(arg, int):
-        if arg % 16 == 0:
-            divisible.append(path)
-        return "i32" if arg < 2**31 else "i64"
-    divisible.append(path)  # torch allocations are aligned
-    names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64", "bool": "i1"}
-    name = str(arg.dtype).removeprefix("torch.")
-    return "*" + names.get(name, name.replace("int", "i"))
-
-
-def launches(shape: Shape, arch: int) -> list[Launch]:
-    """Every kernel launch of a training step at this shape on this architecture."""
-    import torch
-
-    from . import encode, gather, latent_grads
-
-    found: list[Launch] = []
-    patched = []
-    for module in (encode, gather, latent_grads):
-        for name in [n for n in vars(module) if n.startswith("_") and n.endswith("_kernel")]:
-            kernel = getattr(module, name)
-            patched.append((module, name, kernel))
-            setattr(module, name, _Recorder(f"{module.__name__}:{name}", kernel, found))
-    patched.append((encode, "_allow_tf32", encode._allow_tf32))
-    for module in (encode, gather):
-        patched.append((module, "capability", module.capability))
-        module.capability = lambda _: arch
-    try:
-        dtype = getattr(torch, shape.dtype)
-        B, N, k, d, S = shape.B, shape.N, shape.k, shape.d, shape.S
-
-        def meta(*size, dtype=dtype):
-            return torch.empty(*size, dtype=dtype, device="meta")
-
-        x, w, bias = meta(B, d), meta(N, d), meta(d)
-        indices, values = meta(B, k, dtype=torch.int64), meta(S, B, k, dtype=torch.float32)
-        latent_bias = meta(N, dtype=torch.float32)
-        for tf32 in (False, True) if dtype == torch.float32 else (False,):
-            encode._allow_tf32 = lambda tf32=tf32: tf32
-            encode._select_triton([x] * S, [w] * S, latent_bias, k, None, None)
-        ids, count = meta(N, dtype=torch.int32), meta((), dtype=torch.int32)
-        encode._select_triton([x], [w], latent_bias, k, ids, count)  # AuxK
-        gather._gather_dot_triton(indices, w, x[None])  # values
-        gather._gather_dot_triton(indices, w, meta(S, B, d))  # decode, backward
-        gather._gather_sum_triton(indices, values, w, bias)  # decode
-        gather._gather_sum_triton(indices, values[:1], w, None)  # encode, gradient of x
-        for keep, dot in ((gather.KEEP_NONE, False), (0, False), (gather.KEEP_ALL, True)):  # loss, its backward
-            gather._gather_error_triton(indices, values, w, bias, x, keep, dot)
-        order, offsets = meta(B * k, dtype=torch.int32), meta(N + 1, dtype=torch.int32)
-        for sources in (1, S):  # encoder, decoder
-            mat = meta(sources, B, d)
-            latent_grads._latent_reduce_triton(order, offsets, meta(sources, B * k), mat, k, dtype)
-    finally:
-        for module, name, original in patched:
-            setattr(module, name, original)
-    return found
-
-
 def compile_launch(launch: Launch, arch: int, shape: Shape) -> Compiled:
     """Compile for `sm_{arch}` and read the result. Runs in a worker."""
     from importlib import import_module
@@ -230,12 +133,12 @@ def audit(shapes: list[Shape], archs=DEFAULT_ARCHS, workers: int | None = None, 
 
     Returns: one Compiled for each distinct (architecture, launch), with the first shape that needs it.
     """
-    tasks = {}
-    for arch, shape in product(archs, shapes):
-        for launch in launches(shape, arch):
-            tasks.setdefault((arch, launch), shape)
-    done = []
+    tasks, done = {}, []
     with ProcessPoolExecutor(workers or min(os.cpu_count() or 1, 8)) as pool:
+        wanted = [(shape, arch) for arch in archs for shape in shapes]
+        for (shape, arch), found in zip(wanted, pool.map(launches, *zip(*wanted, strict=True)), strict=True):
+            for launch in found:
+                tasks.setdefault((arch, launch), shape)
         futures = [pool.submit(compile_launch, launch, arch, shape) for (arch, launch), shape in tasks.items()]
         for i, future in enumerate(futures):
             done.append(future.result())

@@ -1,4 +1,4 @@
-"""Kernels compiled ahead of time for GPUs that are not here, at the real shapes."""
+"""The traced step: launches, memory, no synchronisation. Kernels compiled ahead of time for GPUs that are not here."""
 
 import json
 import os
@@ -7,8 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
+from sparc_kernels import module
+from sparc_kernels.audit import Shape, launches, reference_peak_bytes, trace
+
+SMALL = Shape(256, 2048, 16, (64, 48), 2, "bfloat16")
+PAPER = Shape(4096, 65536, 64, (1024, 768, 768), 3, "bfloat16")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -57,3 +63,80 @@ def test_a_spilling_kernel_is_found(tmp_path):
 def test_bad_shapes_are_refused(shape, tmp_path):
     done, _ = audit("--shape", shape, tmp_path=tmp_path)
     assert done.returncode != 0 and "--shape: expected" in done.stderr
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("topk_type", ["global", "local"])
+@pytest.mark.parametrize("auxk", [False, True])
+def test_a_step_never_waits_for_the_device(dtype, topk_type, auxk):
+    """On meta tensors any reading of a value raises; what is returned has run to the end."""
+    step = trace(Shape(256, 2048, 16, (64, 48), 2, dtype), topk_type=topk_type, auxk=auxk, input_grads=True)
+    assert {launch.kernel.split(":")[1] for launch in step.launches} >= {"_encode_kernel", "_select_kernel"}
+    assert step.live_bytes_at_end == 0, step.largest
+
+
+def plant(monkeypatch, fault):
+    """Runs `fault` on the loss and the values of every compute_loss."""
+    sound = module.AlignedSAE._loss
+
+    def faulty(self, outputs, *args):
+        loss, metrics = sound(self, outputs, *args)
+        kept = fault(loss, outputs["values_s0"])
+        return loss if kept is None else loss + kept[(0,) * kept.dim()], metrics
+
+    monkeypatch.setattr(module.AlignedSAE, "_loss", faulty)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda loss, values: loss.item() and None,
+        lambda loss, values: bool(loss > 0) and None,
+        lambda loss, values: values.cpu() and None,
+        lambda loss, values: values[values > 0] and None,
+        lambda loss, values: values.nonzero() and None,
+        lambda loss, values: values[[0, 2]],  # the list is copied to the device
+        lambda loss, values: values * torch.tensor([2.0], device=values.device),
+        lambda loss, values: values * torch.ones(16).to(values.device),
+    ],
+    ids=["item", "bool", "cpu", "mask", "nonzero", "list", "tensor", "to"],
+)
+def test_a_planted_synchronisation_is_caught(fault, monkeypatch):
+    trace(SMALL)
+    plant(monkeypatch, fault)
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"meta|waits for it"):
+        trace(SMALL)
+
+
+def test_peak_memory_counts_what_lives_at_one_time(monkeypatch):
+    honest = trace(SMALL)
+    assert 0 < honest.kept_bytes < honest.peak_bytes
+    assert honest.gradient_bytes == 2 * (2 * 2048 * (64 + 48) + 2 * 2048 + 64 + 48)
+    size = 100 * 2**20
+    plant(monkeypatch, lambda loss, values: values.new_zeros(size // 4, dtype=torch.float32))
+    planted = trace(SMALL)
+    assert planted.largest[0].bytes == size and planted.largest[0].shape == (size // 4,)
+    assert size < planted.peak_bytes < size + honest.peak_bytes
+    # one after the other is not together
+    plant(monkeypatch, lambda loss, values: [values.new_zeros(size, dtype=torch.uint8) for _ in range(2)] and None)
+    assert trace(SMALL).peak_bytes >= 2 * size
+    plant(
+        monkeypatch, lambda loss, values: [values.new_zeros(size, dtype=torch.uint8).sum() for _ in range(2)] and None
+    )
+    assert size <= trace(SMALL).peak_bytes < 3 * size
+
+
+def test_reference_peak_is_that_of_dense_tensors():
+    """Nothing dense fits below one [B, N]; codes of 3 streams, their pre-activations and a sort are well beyond."""
+    dense = PAPER.B * PAPER.N * 2
+    assert 10 * dense < reference_peak_bytes(PAPER) < 40 * dense
+    assert reference_peak_bytes(PAPER, auxk=True) > reference_peak_bytes(PAPER)
+
+
+def test_launches_know_the_architecture_and_the_shape():
+    found = launches(PAPER, 90)
+    assert len(found) == len(set(found))
+    encode = [launch for launch in found if launch.kernel.endswith(":_encode_kernel")]
+    streams = {len(dict(launch.signature)["x_ptrs"]) for launch in encode}
+    assert streams == {1, 3}  # AuxK and local, global
+    assert {x.num_warps for x in launches(PAPER, 80)} and set(found) != set(launches(PAPER, 80))
