@@ -26,12 +26,18 @@ def next_power_of_2(n: int) -> int:
     return 1 << (max(n, 1) - 1).bit_length()
 
 
+AMD = 0x900  # architectures from here on are AMD's: gfx942 is 0x942, gfx1100 is 0x1100
+
+
 def capability(device: torch.device) -> int:
-    """Compute capability as 10 * major + minor; 80 for anything that is not an NVIDIA GPU."""
-    if device.type == "cuda" and torch.version.cuda:
-        major, minor = torch.cuda.get_device_capability(device)
-        return 10 * major + minor
-    return 80
+    """An NVIDIA GPU's compute capability as 10 * major + minor, an AMD GPU's gfx number read as hexadecimal, else 80."""
+    if device.type != "cuda":
+        return 80
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(device).gcnArchName  # "gfx942:sramecc+:xnack-"
+        return int(name.split(":")[0].removeprefix("gfx"), 16)
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 @dataclass(frozen=True)
