@@ -89,13 +89,13 @@ def check_indices(argument: str, value, shape: tuple, n_latents: int, device: to
     return value
 
 
-def check_inverse(argument: str, inverse, indices: torch.Tensor, n_latents: int) -> None:
-    """An InverseIndex made for these indices, as far as shapes can tell."""
+def check_inverse(argument: str, inverse, indices: torch.Tensor, sizes: tuple[int, int, int]) -> None:
+    """An InverseIndex made for these indices, as far as the sizes of its parts can tell."""
     if inverse is None:
         return
-    ok = isinstance(inverse, tuple) and len(inverse) == 2 and all(isinstance(t, torch.Tensor) for t in inverse)
+    ok = isinstance(inverse, tuple) and len(inverse) == 3 and all(isinstance(t, torch.Tensor) for t in inverse)
     require(ok, argument, "what inverse_index(indices, N) returned", inverse)
-    for name, tensor, size in zip(("order", "offsets"), inverse, (indices.numel(), n_latents + 1), strict=True):
+    for name, tensor, size in zip(("order", "offsets", "plan"), inverse, sizes, strict=True):
         ok = tensor.dtype == torch.int32 and tensor.device == indices.device and tensor.is_contiguous()
         if not ok or tensor.dim() != 1 or tensor.numel() != size:
             fail(f"{argument}.{name}", f"a contiguous int32 tensor of shape [{size}] on {indices.device}", tensor)

@@ -1,21 +1,28 @@
 """Launch settings of every kernel, each with its reason. Pure Python: the compile audit uses the same functions.
 
+Functions marked `tunable` give way to what `sparc-kernels tune` recorded on the user's GPU (`_tuned.py`), if anything.
+
 Reasons marked "compiled" come from ahead-of-time compiles (registers, spills, shared memory; see `sparc-kernels
 audit`), "modelled" from bytes and bandwidth. None is measured on a GPU yet; docs/design.md says which are open.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ._triton import INTERPRETED
+from ._tuned import Bound, tunable
 
 SCRATCH_BYTES = 512 * 2**20  # logits kept at once by the selection; rows are processed in chunks of this size
 SLAB_BYTES = 25 * 10**6  # slice of a weight matrix meant to stay in L2 while every row gathers from it (modelled)
 MAX_K = 512
 MAX_STREAMS = 8
+# Sources from which a decoder's gradient goes by way of H = sum_s coef_s v_s E_s in list order, written and read once
+# (2 B k d through HBM), instead of every list entry reading S errors (S B k d through L2). Modelled: even near 3.
+SPREAD_SOURCES = 4
+SPREAD_COLUMNS = 128  # fewer columns of H within SCRATCH_BYTES are not worth a pass
 
 
 def cdiv(a: int, b: int) -> int:
@@ -27,10 +34,18 @@ def next_power_of_2(n: int) -> int:
 
 
 AMD = 0x900  # architectures from here on are AMD's: gfx942 is 0x942, gfx1100 is 0x1100
+# Shared memory that one block may use, bytes: CUDA programming guide, technical specifications by compute capability;
+# AMD CDNA and RDNA instruction set references, local data share of a workgroup.
+SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376, 121: 101376}
+SHARED_LIMIT |= {0x90A: 65536, 0x942: 65536, 0x1100: 65536}
+
+
+def shared_limit(arch: int) -> int:
+    return SHARED_LIMIT.get(arch, min(SHARED_LIMIT.values()))
 
 
 def capability(device: torch.device) -> int:
-    """An NVIDIA GPU's compute capability as 10 * major + minor, an AMD GPU's gfx number read as hexadecimal, else 80."""
+    """10 * major + minor of an NVIDIA GPU's compute capability, an AMD GPU's gfx number in hexadecimal, else 80."""
     if device.type != "cuda":
         return 80
     if torch.version.hip:
@@ -38,6 +53,13 @@ def capability(device: torch.device) -> int:
         return int(name.split(":")[0].removeprefix("gfx"), 16)
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def fp32_precision(arch: int, tf32: bool) -> str:
+    """How tl.dot multiplies float32: tensor cores on NVIDIA GPUs; AMD's matrix cores take fp32 as it is."""
+    if arch >= AMD:
+        return "tf32" if tf32 and arch == 0x942 else "ieee"  # compiled: only gfx942 has the shorter product
+    return "tf32" if tf32 else "tf32x3"
 
 
 @dataclass(frozen=True)
@@ -50,6 +72,18 @@ class EncodeConfig:
     num_stages: int
 
 
+WARPS, STAGES = Bound(1, 16), Bound(1, 8, power_of_2=False)
+
+
+def _encode_shared(config, rows, itemsize, arch, compact):
+    tiles = (config.block_m + config.block_n) * config.block_k * itemsize
+    return tiles * (max(config.num_stages - 1, 1) if arch >= AMD else config.num_stages), shared_limit(arch)
+
+
+@tunable(
+    "encode", block_m=Bound(16, 256), block_n=Bound(16, 512), block_k=Bound(16, 256),
+    group_m=Bound(1, 64, power_of_2=False), num_warps=WARPS, num_stages=STAGES, shared=_encode_shared,
+)  # fmt: skip
 def encode_config(rows: int, itemsize: int, arch: int, compact: bool) -> EncodeConfig:
     if INTERPRETED:
         return EncodeConfig(16, 32, 16, 4, 4, 1)  # the interpreter's generic reduction walks every element
@@ -64,6 +98,18 @@ def encode_config(rows: int, itemsize: int, arch: int, compact: bool) -> EncodeC
     return EncodeConfig(128, 128, block_k, 8, 8, 3)  # 96 kB: also fits the 99 kB of sm_86, sm_89 and sm_120
 
 
+# Summed widths from which a library GEMM and one pass over its logits beat the fused kernel. Modelled: the pass costs
+# 2 B N itemsize / HBM, what a library GEMM is faster by (7 % of 2 B N D / peak, if Triton reaches 93 % of it) grows with D.
+LIBRARY_WIDTH = 4096
+LIBRARY_ROWS = 1024  # fewer rows leave the fused kernel's epilogue nothing to wait for
+MAXIMA_BLOCK = 4096  # logits of one program of that pass: 32 a thread in 4 warps
+
+
+def encode_by_library(rows: int, width: int, itemsize: int, tf32: bool) -> bool:
+    """float32 at the highest precision stays fused: tf32x3 on tensor cores is faster than a library's FMA."""
+    return rows >= LIBRARY_ROWS and width >= LIBRARY_WIDTH and (itemsize == 2 or tf32)
+
+
 @dataclass(frozen=True)
 class SelectConfig:
     group: int  # contiguous columns behind one maximum
@@ -76,12 +122,8 @@ class SelectConfig:
 WIDEST = 8192  # candidates of one step of the selection: 32 keys a thread in 8 warps (compiled: twice that spills)
 
 
-def select_config(n: int, k: int, compact: bool = False) -> SelectConfig:
-    """Group size g near sqrt(2 N / k) balances two reads, N / g maxima and k g logits; at least k groups must exist."""
-    group, k_pad = 1, next_power_of_2(k)
-    while group < 128 and (2 * group) ** 2 * k <= 2 * n and 2 * group * k <= n:
-        group *= 2
-    span = group
+def _select_with(n: int, k: int, compact: bool, group: int) -> SelectConfig:
+    k_pad, span = next_power_of_2(k), group
     if max(next_power_of_2(cdiv(n, group)), k_pad * group) > WIDEST:
         group, span = 16, 128  # N / 128 spans, then 8 groups each of k, then 16 logits each of k
     n_spans_pad = max(next_power_of_2(cdiv(n, span)), 16)
@@ -89,6 +131,20 @@ def select_config(n: int, k: int, compact: bool = False) -> SelectConfig:
     # compiled: 16 keys a thread, but 4,096 keys with the list of ids in 8 warps spill 8 bytes on sm_80
     keys = 1024 if compact else 512
     return SelectConfig(group, span, k_pad, n_spans_pad, min(max(widest // keys, 1), 8))
+
+
+@tunable(
+    "select", group=Bound(1, 128), num_warps=WARPS,
+    complete=lambda config, n, k, compact: replace(
+        _select_with(n, k, compact, config.group), num_warps=config.num_warps
+    ),
+)  # fmt: skip
+def select_config(n: int, k: int, compact: bool = False) -> SelectConfig:
+    """Group size g near sqrt(2 N / k) balances two reads, N / g maxima and k g logits; at least k groups must exist."""
+    group = 1
+    while group < 128 and (2 * group) ** 2 * k <= 2 * n and 2 * group * k <= n:
+        group *= 2
+    return _select_with(n, k, compact, group)
 
 
 @dataclass(frozen=True)
@@ -107,6 +163,12 @@ def gather_chunk(itemsize: int) -> int:
     return MAX_K if itemsize == 2 else 128  # compiled: the splits of tf32x3 keep a whole tile in registers
 
 
+@tunable(
+    "gather", block_d=Bound(16, 256), tiles=Bound(1, 1024, power_of_2=False), num_warps=WARPS, num_stages=STAGES,
+    shared=lambda config, k, d, n, itemsize, arch: (
+        config.k_pad * config.block_d * itemsize * config.num_stages, shared_limit(arch)
+    ),
+)  # fmt: skip
 def gather_config(k: int, d: int, n: int, itemsize: int, arch: int) -> GatherConfig:
     k_pad = max(next_power_of_2(k), 16)  # tl.dot needs 16
     if INTERPRETED:
@@ -127,13 +189,18 @@ def gather_config(k: int, d: int, n: int, itemsize: int, arch: int) -> GatherCon
 class ReduceConfig:
     block_e: int
     block_d: int
-    chunk: int
     num_warps: int
 
 
+def reduce_chunk() -> int:
+    """List entries that one program adds up; longer lists are split. The inverse index has its work list cut to it."""
+    return 4 if INTERPRETED else 64  # small, so that tiny tests split hot latents
+
+
+@tunable("reduce", block_e=Bound(1, 16), block_d=Bound(16, 2048), num_warps=WARPS)
 def reduce_config(d: int) -> ReduceConfig:
     if INTERPRETED:
-        return ReduceConfig(2, 16, 4, 4)  # small chunks, so that tiny tests split hot latents
+        return ReduceConfig(2, 16, 4)
     block_d = min(max(next_power_of_2(d), 128), 1024)
     # 256 columns a warp: a thread owns whole columns, so the sum over entries never crosses threads
-    return ReduceConfig(4, block_d, 64, max(block_d // 256, 1))
+    return ReduceConfig(4, block_d, max(block_d // 256, 1))

@@ -7,7 +7,7 @@ import torch
 from ._checks import check_indices, check_int, check_tensor, require
 from ._launch import MAX_K
 from ._ops import resolve_impl
-from .encode import select_latents, values_at
+from .encode import Selection, select_latents, values_of
 
 
 @torch.no_grad()
@@ -65,8 +65,13 @@ def auxk_topk(
     require(ok, "dead", f"a bool tensor of shape [{n}] on {x.device}", dead)
     check_int("auxk", auxk, 1, min(n, MAX_K), f"at most N and {MAX_K}")
     impl = resolve_impl(impl, x)
+    selection = select_dead(x, w_enc, pre_bias, latent_bias, dead, auxk, impl)
+    return selection.indices, values_of(x, w_enc, pre_bias, latent_bias, selection, impl)
+
+
+def select_dead(x, w_enc, pre_bias, latent_bias, dead, auxk, impl) -> Selection:
+    """`auxk_topk`'s indices on unchecked arguments; `count` is the number of dead latents, on the device."""
     ids = torch.argsort(dead, descending=True, stable=True).int()  # the dead first, ascending; then the live
     count = dead.sum(dtype=torch.int32)
     indices = select_latents([x], [w_enc], [pre_bias], [latent_bias], auxk, "global", impl, ids, count)
-    values = values_at(x, w_enc, pre_bias, latent_bias, indices, impl=impl)
-    return indices, torch.where(torch.arange(auxk, device=x.device) < count, values, 0.0)
+    return Selection(indices, count)

@@ -8,15 +8,28 @@ what carries gradients.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch.autograd.function import once_differentiable
 
 from ._checks import check_indices, check_int, check_inverse, check_same_length, check_tensor, require
-from ._launch import MAX_K, MAX_STREAMS, SCRATCH_BYTES, capability, cdiv, encode_config, select_config
+from ._launch import (
+    LIBRARY_WIDTH,
+    MAX_K,
+    MAX_STREAMS,
+    MAXIMA_BLOCK,
+    SCRATCH_BYTES,
+    capability,
+    cdiv,
+    encode_by_library,
+    encode_config,
+    select_config,
+)
 from ._ops import acc_dtype, no_autocast, register, resolve_impl
 from ._triton import INTERPRETED, tl, tl_dtype, triton
 from .gather import gather_dot, gather_sum
-from .latent_grads import InverseIndex, inverse_index, latent_reduce
+from .latent_grads import InverseIndex, inverse_index, inverse_sizes, latent_reduce
 
 # ---------------------------------------------------------------------------------------------------- selection kernels
 
@@ -90,6 +103,24 @@ def _encode_kernel(
             logits_ptr + out_rows * N + offs_n[None, :], acc.to(logits_ptr.dtype.element_ty),
             mask=mask_m[:, None] & mask_n[None, :],
         )  # fmt: skip
+
+
+@triton.jit
+def _row_maxima_kernel(
+    logits_ptr, maxima_ptr, coarse_ptr, N, NG, NC, GROUP: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr
+):
+    """What the epilogue of `_encode_kernel` stores beside the logits, for logits that a library has made."""
+    row = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    offs_n = tile * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(logits_ptr + row * N + offs_n, mask=offs_n < N, other=float("-inf")).to(tl.float32)
+    maxima = tl.reduce(tl.reshape(x, (BLOCK // GROUP, GROUP)), 1, _nan_max)
+    offs_g = tile * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
+    tl.store(maxima_ptr + row * NG + offs_g, maxima.to(maxima_ptr.dtype.element_ty), mask=offs_g < NG)
+    if SPAN > GROUP:
+        coarse = tl.reduce(tl.reshape(maxima, (BLOCK // SPAN, SPAN // GROUP)), 1, _nan_max)
+        offs_c = tile * (BLOCK // SPAN) + tl.arange(0, BLOCK // SPAN)
+        tl.store(coarse_ptr + row * NC + offs_c, coarse.to(coarse_ptr.dtype.element_ty), mask=offs_c < NC)
 
 
 @triton.jit
@@ -235,27 +266,44 @@ def _select_triton(xs, w_encs, bias, k, ids, count):
     encode = encode_config(B, xs[0].element_size(), capability(device), ids is not None)
     block_n = max(encode.block_n, select.span)
     n_groups, n_spans = cdiv(n, select.group), cdiv(n, select.span)
-    chunk = max(encode.block_m, SCRATCH_BYTES // (n * stored.itemsize) // encode.block_m * encode.block_m)
+    two_levels = select.span == select.group
+    columns = n + n_groups + (0 if two_levels else n_spans)
+    chunk = max(1, SCRATCH_BYTES // (columns * stored.itemsize + 16 * select.k_pad))
+    if chunk > encode.block_m:
+        chunk = chunk // encode.block_m * encode.block_m
     chunk = min(chunk, B)
     logits = torch.empty(chunk, n, device=device, dtype=stored)
     maxima = torch.empty(chunk, n_groups, device=device, dtype=stored)
-    two_levels = select.span == select.group
     coarse = maxima if two_levels else torch.empty(chunk, n_spans, device=device, dtype=stored)
     scratch = torch.empty(chunk, 4 * select.k_pad, device=device, dtype=torch.int32)
     out = torch.empty(B, k, device=device, dtype=torch.int64)
     half = dtype in (torch.bfloat16, torch.float16)
     precision = "ieee" if half or acc == torch.float64 else "tf32" if _allow_tf32() else "tf32x3"
+    wide_x = wide_w = None
+    if ids is None and encode_by_library(B, sum(x.shape[1] for x in xs), dtype.itemsize, precision == "tf32"):
+        wide_x, wide_w = joint(xs), joint(w_encs)
+    library = wide_x is not None and wide_w is not None
     for row0 in range(0, B, chunk):
         rows = min(chunk, B - row0)
-        _encode_kernel[(cdiv(rows, encode.block_m) * cdiv(n, block_n),)](
-            tuple(xs), tuple(w_encs), tuple(x.shape[1] for x in xs), tuple(x.stride(0) for x in xs),
-            tuple(w.stride(0) for w in w_encs), bias, ids, count, logits, maxima, coarse,
-            row0, rows, n, n_groups, n_spans, S=len(xs), GROUP=select.group, SPAN=select.span,
-            BLOCK_M=encode.block_m, BLOCK_N=block_n, BLOCK_K=encode.block_k,
-            GROUP_M=encode.group_m, COMPACT=ids is not None,
-            DTYPE=tl.float32 if half and INTERPRETED else tl_dtype(dtype), ACC=tl_dtype(acc), PRECISION=precision,
-            num_warps=encode.num_warps, num_stages=encode.num_stages,
-        )  # fmt: skip
+        if library:
+            made = torch.addmm(bias.to(dtype), wide_x[row0 : row0 + rows], wide_w.t(), **_out(logits[:rows], dtype))
+            if dtype != stored:
+                logits[:rows].copy_(made)
+            block = max(MAXIMA_BLOCK, select.span)
+            _row_maxima_kernel[(rows, cdiv(n, block))](
+                logits, maxima, coarse, n, n_groups, n_spans, GROUP=select.group, SPAN=select.span, BLOCK=block,
+                num_warps=4,
+            )  # fmt: skip
+        else:
+            _encode_kernel[(cdiv(rows, encode.block_m) * cdiv(n, block_n),)](
+                tuple(xs), tuple(w_encs), tuple(x.shape[1] for x in xs), tuple(x.stride(0) for x in xs),
+                tuple(w.stride(0) for w in w_encs), bias, ids, count, logits, maxima, coarse,
+                row0, rows, n, n_groups, n_spans, S=len(xs), GROUP=select.group, SPAN=select.span,
+                BLOCK_M=encode.block_m, BLOCK_N=block_n, BLOCK_K=encode.block_k,
+                GROUP_M=encode.group_m, COMPACT=ids is not None,
+                DTYPE=tl.float32 if half and INTERPRETED else tl_dtype(dtype), ACC=tl_dtype(acc), PRECISION=precision,
+                num_warps=encode.num_warps, num_stages=encode.num_stages,
+            )  # fmt: skip
         _select_kernel[(rows,)](
             coarse, maxima, logits, scratch, ids, count, out, row0, n, n_groups, n_spans, k,
             NC_PAD=select.n_spans_pad, K_PAD=select.k_pad, GROUP=select.group, SPAN=select.span,
@@ -263,6 +311,49 @@ def _select_triton(xs, w_encs, bias, k, ids, count):
             num_warps=select.num_warps,
         )  # fmt: skip
     return out
+
+
+def _out(logits, dtype):
+    """Where the library may write, if it can: float64 has logits of 32 bits."""
+    return {"out": logits} if logits.dtype == dtype else {}
+
+
+def joint(parts: list[torch.Tensor]) -> torch.Tensor | None:
+    """[rows, D] whose columns, side by side, are the parts [rows, d_s]; None where they do not lie like that."""
+    first, offset = parts[0], parts[0].storage_offset()
+    for part in parts:
+        ok = part.untyped_storage()._cdata == first.untyped_storage()._cdata and part.storage_offset() == offset
+        if not ok or part.stride() != (first.stride(0), 1):
+            return None
+        offset += part.shape[1]
+    width = offset - first.storage_offset()
+    if first.stride(0) < width:
+        return None
+    return first.as_strided((first.shape[0], width), first.stride())
+
+
+def wants_joint(w_encs: list[torch.Tensor]) -> bool:
+    """Whether a copy of the streams' weights should lie side by side: where the library's GEMM may then be chosen."""
+    widths = [w.shape[1] for w in w_encs]
+    return len(widths) > 1 and sum(widths) >= LIBRARY_WIDTH and all(d % 8 == 0 for d in widths)
+
+
+class JointCast(torch.autograd.Function):
+    """The weights [N, d_s] in another dtype, written side by side into one [N, D]."""
+
+    @staticmethod
+    def forward(ctx, dtype, *w_encs):
+        ctx.dtypes = [w.dtype for w in w_encs]
+        widths = [w.shape[1] for w in w_encs]
+        wide = w_encs[0].new_empty(w_encs[0].shape[0], sum(widths), dtype=dtype)
+        parts = wide.split(widths, 1)
+        for part, w in zip(parts, w_encs, strict=True):
+            part.copy_(w)
+        return tuple(parts)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return None, *(g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
 
 
 def _allow_tf32() -> bool:
@@ -341,39 +432,89 @@ Rows are in descending order of the pre-activation selected on, ties to the lowe
 # --------------------------------------------------------------------------------------------------- values, gradients
 
 
-class GatherValues(torch.autograd.Function):
-    """relu(<W_enc[indices], x - pre_bias> + latent_bias[indices]) with gradients to everything but the indices."""
+class Selection(NamedTuple):
+    """Latents chosen for every row of a batch."""
+
+    indices: torch.Tensor  # int64 [B, k]
+    count: torch.Tensor | None = None  # int32 []: only the first `count` columns exist; None: all
+    order: torch.Tensor | None = None  # the InverseIndex of the columns that exist, once somebody has made it
+    offsets: torch.Tensor | None = None
+    plan: torch.Tensor | None = None
+
+    def inverse(self, n_latents: int) -> InverseIndex:
+        if self.order is not None:
+            return InverseIndex(self.order, self.offsets, self.plan)
+        indices = self.indices
+        if self.count is not None:  # ids outside are in no list
+            indices = torch.where(self._exists(), indices, n_latents)
+        return inverse_index(indices, n_latents)
+
+    def with_inverse(self, n_latents: int) -> Selection:
+        return Selection(self.indices, self.count, *self.inverse(n_latents))
+
+    def masked(self, values):
+        """values [..., B, k] with 0 in the columns that do not exist."""
+        return values if self.count is None else torch.where(self._exists(), values, 0.0)
+
+    def _exists(self):
+        return torch.arange(self.indices.shape[1], device=self.indices.device) < self.count
+
+
+@torch.no_grad()
+def gather_values(x, w_enc, pre_bias, latent_bias, selection, impl):
+    """`values_at` on unchecked arguments, without gradients; 0 in columns that do not exist."""
+    indices = selection.indices
+    pre = gather_dot(indices, w_enc, (x - pre_bias)[None], selection.count, impl)[0]
+    # an id outside has made its pre NaN already; it must not index the bias (on a GPU a device assert)
+    inside = indices.clamp(0, latent_bias.shape[0] - 1) if impl == "triton" else indices
+    return selection.masked(torch.relu(pre + latent_bias.to(pre.dtype)[inside]))
+
+
+class Values(torch.autograd.Function):
+    """Gives what `gather_values` made its gradients, to everything but the indices.
+
+    Takes the values of one or more selections and then those selections, flat. AuxK's selection shares the centred
+    inputs and the gradients' buffers with the main one: its sums are added in place to the few latents that it chose.
+    """
 
     @staticmethod
-    def forward(ctx, x, w_enc, pre_bias, latent_bias, indices, order, offsets, impl):
-        centred = x - pre_bias
-        pre = gather_dot(indices, w_enc, centred[None], impl)[0]
-        # an id outside has made its pre NaN already; it must not index the bias (on a GPU a device assert)
-        inside = indices.clamp(0, latent_bias.shape[0] - 1) if impl == "triton" else indices
-        values = torch.relu(pre + latent_bias.to(pre.dtype)[inside])
-        ctx.save_for_backward(x, w_enc, pre_bias, values, indices, order, offsets)
-        ctx.impl = impl
+    def forward(ctx, x, w_enc, pre_bias, latent_bias, impl, n, *tensors):
+        ctx.impl, ctx.n = impl, n
+        values = tuple(v.clone() for v in tensors[:n])
+        ctx.save_for_backward(x, w_enc, pre_bias, *values, *tensors[n:])
         return values
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dvalues):
-        x, w_enc, pre_bias, values, indices, order, offsets = ctx.saved_tensors
+    def backward(ctx, *all_dvalues):
+        x, w_enc, pre_bias, *rest = ctx.saved_tensors
+        n, size = ctx.n, len(Selection._fields)
+        selections = [Selection(*rest[i : i + size]) for i in range(n, len(rest), size)]
+        all_dpre = [torch.where(v <= 0, 0.0, dv)[None] for v, dv in zip(rest[:n], all_dvalues, strict=True)]
         need_x, need_w, need_b, need_c = ctx.needs_input_grad[:4]
-        impl = ctx.impl
-        dpre = torch.where(values <= 0, 0.0, dvalues)
-        dx = dw = db = dc = None
+        impl, dtype = ctx.impl, w_enc.dtype
+        dx = sums = db = None
         if need_w or need_b or need_c:
-            if order is None:
-                order, offsets = inverse_index(indices, w_enc.shape[0])
-            centred = x - pre_bias
-            dw, dc = latent_reduce(order, offsets, dpre[None], centred[None], indices.shape[1], w_enc.dtype, impl)
+            centred = (x - pre_bias)[None]
+            for selection, dpre in zip(selections, all_dpre, strict=True):
+                inverse = selection.inverse(w_enc.shape[0])
+                sums = latent_reduce(inverse, dpre, centred, dpre.shape[-1], dtype, impl, into=sums)
+        dw, dc = sums or (None, None)
         if need_b:
             with no_autocast(x.device):  # the same sum as -dx over the batch, as one matrix-vector product
-                db = -(dc.to(w_enc.dtype) @ w_enc)
+                db = -(dc.to(dtype) @ w_enc)
         if need_x:
-            dx = gather_sum(indices, dpre[None], w_enc, None, impl)[0]
-        return dx, dw if need_w else None, db, dc.to(w_enc.dtype) if need_c else None, None, None, None, None
+            for selection, dpre in zip(selections, all_dpre, strict=True):
+                part = gather_sum(selection.indices, dpre, w_enc, None, impl)[0]
+                dx = part if dx is None else dx + part
+        dc = dc.to(dtype) if need_c else None
+        return dx, dw if need_w else None, db, dc, None, None, *[None] * len(rest)
+
+
+def differentiable_values(x, w_enc, pre_bias, latent_bias, selections, values, impl):
+    """The values of each selection, as `gather_values` made them, with gradients."""
+    flat = [t for selection in selections for t in selection]
+    return Values.apply(x, w_enc, pre_bias, latent_bias, impl, len(values), *values, *flat)
 
 
 def values_at(
@@ -403,9 +544,14 @@ def values_at(
     check_tensor("pre_bias", pre_bias, (x.shape[1],), like=x)
     check_tensor("latent_bias", latent_bias, (w_enc.shape[0],), like=x)
     check_indices("indices", indices, (x.shape[0], "k"), w_enc.shape[0], x.device)
-    check_inverse("inverse", inverse, indices, w_enc.shape[0])
-    order, offsets = inverse if inverse is not None else (None, None)
-    return GatherValues.apply(x, w_enc, pre_bias, latent_bias, indices, order, offsets, resolve_impl(impl, x))
+    check_inverse("inverse", inverse, indices, inverse_sizes(indices.numel(), w_enc.shape[0]))
+    selection = Selection(indices, None, *(inverse or ()))
+    return values_of(x, w_enc, pre_bias, latent_bias, selection, resolve_impl(impl, x))
+
+
+def values_of(x, w_enc, pre_bias, latent_bias, selection, impl):
+    args = x, w_enc, pre_bias, latent_bias
+    return differentiable_values(*args, [selection], [gather_values(*args, selection, impl)], impl)[0]
 
 
 def encode_topk(
@@ -469,7 +615,11 @@ def encode_topk(
 def select_latents(xs, w_encs, pre_biases, latent_biases, k, topk_type, impl, ids=None, count=None):
     """`select` on unchecked, uncentred inputs: [B, k] for "global", [S, B, k] for "local"."""
     acc = acc_dtype(xs[0].dtype)
-    centred = [x - b for x, b in zip(xs, pre_biases, strict=True)]
+    if wants_joint(w_encs) and joint(w_encs) is not None:
+        wide = torch.cat(list(xs), 1) - torch.cat(list(pre_biases))
+        centred = list(wide.split([x.shape[1] for x in xs], 1))
+    else:
+        centred = [x - b for x, b in zip(xs, pre_biases, strict=True)]
     if topk_type == "global":
         bias = latent_biases[0].to(acc)
         for c in latent_biases[1:]:

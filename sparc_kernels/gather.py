@@ -1,12 +1,14 @@
 """Gather kernels: what a row's k selected weight rows make of it.
 
-One kernel serves four uses. A program takes one row b, fetches the k selected rows of W tile by tile, and while a tile
+One kernel serves every use. A program takes one row b, fetches the k selected rows of W tile by tile, and while a tile
 is on the chip uses it for every source s at once:
 
-    R[s] = sum_j v[s, j] W[I_j]          (SUM)         a reconstruction, or the gradient of an encoder's input
-    E[s] = R[s] + bias - x               (with x)      the error of that reconstruction
-    sq[s] = |E[s]|^2                     (SQ)          its square norm
-    dot[s, j] = <W[I_j], E[s]>           (DOT)         pre-activations, or the gradient of the values
+    R[s] = sum_j v[s, j] W[I_j]              a reconstruction, or the gradient of an encoder's input
+    E[s] = R[s] + bias - x                   the error of that reconstruction
+    sq[s] = |E[s]|^2                         its square norm
+    dot[s, j] = <W[I_j], E[s]>               pre-activations, or the gradient of the values
+    g = sum_s coef[s] E[s]                   the gradient of the decoder's bias, and of its target
+    H[j] = sum_s coef[s] v[s, j] E[s]        what latent I_j's decoder row gets from this row of the batch
 
 Both contractions are matrix products with W as the first operand and the sources, padded to 16, as columns. For half
 precision weights, columns 0-7 carry the high half of v or E and columns 8-15 the low half, so that nothing is lost
@@ -34,15 +36,20 @@ def _split_columns(x, DTYPE: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr
     return tl.reshape(tl.permute(tl.join(high, low), (0, 2, 1)), (ROWS, 16))
 
 
-@triton.jit(do_not_specialize=["stored", "tiles"])
+@triton.jit(do_not_specialize=["kept", "tiles"])
 def _gather_kernel(
-    idx_ptr, v_ptr, w_ptr, bias_ptr, x_ptr, e_ptr, sq_ptr, dot_ptr,
-    B, K, D, N, stride_wn, stride_xs, stride_xb, stored, tiles,
-    S: tl.constexpr, K_PAD: tl.constexpr, BLOCK_D: tl.constexpr, SUM: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_X: tl.constexpr, STORE: tl.constexpr, SQ: tl.constexpr, DOT: tl.constexpr,
+    idx_ptr, v_ptr, w_ptr, bias_ptr, x_ptr, count_ptr, coef_ptr, place_ptr,
+    e_ptr, one_ptr, g_ptr, h_ptr, sq_ptr, dot_ptr,
+    B, K, D, N, stride_wn, stride_xs, stride_xb, stride_ob, kept, tiles,
+    S: tl.constexpr, K_PAD: tl.constexpr, BLOCK_D: tl.constexpr,
     SPLIT: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """STORE 1 writes E of every source to [S, B, D], STORE 2 only that of source `stored` to [B, D]."""
+    """Any pointer may be None, and what it stands for is left out: v (no R), bias, x, count (all K columns exist) and
+    every output: e [S, B, D]; one [B, D] = e[kept]; g [B, D] = sum_s coef_s e_s; h [B * K, D], whose row place[p] is
+    sum_s coef_s v_s e_s of place p; sq [slabs, S, B]; dot [slabs, S, B, K]. Sources whose coef is 0 are left out of g
+    and h, whatever their errors are."""
+    SUM: tl.constexpr = v_ptr is not None
+    DOT: tl.constexpr = dot_ptr is not None
     pid = tl.program_id(0)
     slab = pid // B  # slow axis
     b = (pid % B).to(tl.int64)
@@ -51,13 +58,16 @@ def _gather_kernel(
     offs_s = tl.arange(0, COLS)
     mask_k = offs_k < K
     mask_s = offs_s < S
-    rows = tl.load(idx_ptr + b * K + offs_k, mask=mask_k, other=0).to(tl.int64)
+    mask_in = mask_k
+    if count_ptr is not None:
+        mask_in = offs_k < tl.minimum(tl.load(count_ptr), K)
+    rows = tl.load(idx_ptr + b * K + offs_k, mask=mask_in, other=0).to(tl.int64)
     inside = (rows >= 0) & (rows < N)  # anything else reads nothing and poisons the result
-    mask_w = mask_k & inside
-    poison = tl.where(mask_k & (inside == 0), float("nan"), 0.0).to(ACC)
+    mask_w = mask_in & inside
+    poison = tl.where(mask_in & (inside == 0), float("nan"), 0.0).to(ACC)
     if SUM:
         v = tl.load(
-            v_ptr + (offs_s[None, :] * B + b) * K + offs_k[:, None], mask=mask_s[None, :] & mask_k[:, None], other=0.0
+            v_ptr + (offs_s[None, :] * B + b) * K + offs_k[:, None], mask=mask_s[None, :] & mask_in[:, None], other=0.0
         ).to(ACC)  # [K_PAD, COLS]
         if not DOT:
             mask_w = mask_w & (tl.sum((v != 0.0).to(tl.int32), 1) > 0)  # rows that no source uses cost no traffic
@@ -66,6 +76,16 @@ def _gather_kernel(
             v_op = _split_columns(v, DTYPE, K_PAD, ACC)
         else:
             v_op = v.to(DTYPE)
+    if coef_ptr is not None:
+        coef = tl.load(coef_ptr + offs_s * B + b, mask=mask_s, other=0.0).to(ACC)  # [COLS]
+        asked = (coef != 0.0)[None, :]
+    if h_ptr is not None:
+        weighted = tl.where(asked, v * coef[None, :], 0.0)
+        if SPLIT:
+            h_op = _split_columns(weighted, DTYPE, K_PAD, ACC)
+        else:
+            h_op = weighted.to(DTYPE)
+        place = tl.load(place_ptr + b * K + offs_k, mask=mask_k, other=0).to(tl.int64)
     acc = tl.zeros((K_PAD, 16), ACC)
     sq = tl.zeros((BLOCK_D, COLS), ACC)
     for i in tl.range(0, tiles, num_stages=STAGES):
@@ -80,24 +100,36 @@ def _gather_kernel(
                 e = tl.sum(tl.reshape(r, (BLOCK_D, 2, 8)), 1)
             else:
                 e = r
-            if HAS_BIAS:
+            if bias_ptr is not None:
                 e += tl.load(bias_ptr + cols, mask=mask_d, other=0.0).to(ACC)[:, None]
-            if HAS_X:
+            if x_ptr is not None:
                 e -= tl.load(x_ptr + b * stride_xb + cols, mask=mask_d, other=0.0).to(ACC)[:, None]
         else:
             e = tl.load(
                 x_ptr + offs_s[None, :].to(tl.int64) * stride_xs + b * stride_xb + cols[:, None],
                 mask=mask_s[None, :] & mask_d[:, None], other=0.0,
             ).to(ACC)  # fmt: skip  # [BLOCK_D, COLS]
-        if STORE == 1:
+        if e_ptr is not None:
             tl.store(
                 e_ptr + (offs_s[None, :] * B + b) * D + cols[:, None], e.to(e_ptr.dtype.element_ty),
                 mask=mask_s[None, :] & mask_d[:, None],
             )  # fmt: skip
-        if STORE == 2:
-            one = tl.sum(tl.where(offs_s[None, :] == stored, e, 0.0), 1)
-            tl.store(e_ptr + b * D + cols, one.to(e_ptr.dtype.element_ty), mask=mask_d)
-        if SQ:
+        if one_ptr is not None:
+            one = tl.sum(tl.where(offs_s[None, :] == kept, e, 0.0), 1)
+            tl.store(one_ptr + b * stride_ob + cols, one.to(one_ptr.dtype.element_ty), mask=mask_d)
+        if g_ptr is not None:
+            g = tl.sum(tl.where(asked, coef[None, :] * e, 0.0), 1)
+            tl.store(g_ptr + b * stride_ob + cols, g, mask=mask_d)
+        if h_ptr is not None:
+            e_h = tl.where(asked, e, 0.0).to(DTYPE)
+            if SPLIT:  # both halves of the weights meet the same errors
+                e_h = tl.reshape(tl.permute(tl.join(e_h, e_h), (0, 2, 1)), (BLOCK_D, 16))
+            h = tl.dot(h_op, tl.trans(e_h), input_precision=PRECISION, out_dtype=ACC)  # [K_PAD, BLOCK_D]
+            tl.store(
+                h_ptr + place[:, None] * D + cols[None, :], h.to(h_ptr.dtype.element_ty),
+                mask=mask_k[:, None] & mask_d[None, :],
+            )  # fmt: skip
+        if sq_ptr is not None:
             sq += e * e
         if DOT:
             if SPLIT:
@@ -106,7 +138,7 @@ def _gather_kernel(
                 e_op = e.to(DTYPE)
             acc = tl.dot(w, e_op, acc, input_precision=PRECISION, out_dtype=ACC)
     out = (slab * S + offs_s).to(tl.int64) * B + b
-    if SQ:
+    if sq_ptr is not None:
         tl.store(sq_ptr + out, tl.sum(sq, 0), mask=mask_s)
     if DOT:
         if SPLIT:
@@ -117,74 +149,94 @@ def _gather_kernel(
         tl.store(dot_ptr + out[None, :] * K + offs_k[:, None], dot, mask=mask_s[None, :] & mask_k[:, None])
 
 
-def _launch_gather(indices, values, w, bias, x, *, store=0, stored=0, sq=False, dot=False, out_dtype=None):
-    """Runs the kernel; returns (E or None, sq [S, B] or None, dot [S, B, k] or None)."""
+def launch_gather(
+    indices, values, w, bias, x, *, count=None, coef=None, place=None, e=None, one=None, kept=0, g=None, h=None,
+    sq=False, dot=False,
+):  # fmt: skip
+    """Runs the kernel into the outputs given; returns (sq [S, B] or None, dot [S, B, k] or None).
+
+    All tensors may be slices of columns (their last stride is 1); `e` and `h` are contiguous, `one` and `g` share their
+    row stride.
+    """
     B, k = indices.shape
     n, d = w.shape
     acc = acc_dtype(w.dtype)
     if k > gather_chunk(w.element_size()):
         return _launch_gather_in_chunks(
-            indices, values, w, bias, x, store=store, stored=stored, sq=sq, dot=dot, out_dtype=out_dtype
+            indices, values, w, bias, x, count=count, coef=coef, e=e, one=one, kept=kept, g=g, sq=sq, dot=dot
         )
     device = w.device
     S = values.shape[0] if values is not None else x.shape[0]
     config = gather_config(k, d, n, w.element_size(), capability(device))
     slabs = cdiv(d, config.block_d * config.tiles)
     indices = indices.contiguous()
-    bias = bias.contiguous() if bias is not None else None
     w = w if w.stride(1) == 1 else w.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
     if values is not None:
         values = values.to(acc).contiguous()
+    if coef is not None:
+        coef = coef.to(acc).contiguous()
     if x is not None and x.stride(-1) != 1:
         x = x.contiguous()
-    shape = (S, B, d) if store == 1 else (B, d) if store == 2 else (0,)
-    e = torch.empty(shape, device=device, dtype=out_dtype or w.dtype)
-    sq_part = torch.empty((slabs, S, B) if sq else (0,), device=device, dtype=acc)
-    dot_part = torch.empty((slabs, S, B, k) if dot else (0,), device=device, dtype=acc)
+    sq_part = torch.empty(slabs, S, B, device=device, dtype=acc) if sq else None
+    dot_part = torch.empty(slabs, S, B, k, device=device, dtype=acc) if dot else None
     half = w.dtype in (torch.bfloat16, torch.float16)
     # the interpreter multiplies bf16 wrongly: there the operands stay fp32, and the low half is zero
     operand = tl.float32 if half and INTERPRETED else tl_dtype(w.dtype)
     _gather_kernel[(slabs * B,)](
-        indices, values, w, bias, x, e, sq_part, dot_part,
+        indices, values, w, bias, x, count, coef, place, e, one, g, h, sq_part, dot_part,
         B, k, d, n, w.stride(0),
         x.stride(0) if x is not None and x.dim() == 3 else 0, x.stride(-2) if x is not None else 0,
-        stored, config.tiles,
-        S=S, K_PAD=config.k_pad, BLOCK_D=config.block_d, SUM=values is not None,
-        HAS_BIAS=bias is not None, HAS_X=x is not None, STORE=store, SQ=sq, DOT=dot, SPLIT=half,
+        next((t.stride(0) for t in (one, g) if t is not None), 0), kept, config.tiles,
+        S=S, K_PAD=config.k_pad, BLOCK_D=config.block_d, SPLIT=half,
         DTYPE=operand, ACC=tl_dtype(acc), PRECISION="ieee" if half or acc == torch.float64 else "tf32x3",
         STAGES=config.num_stages, num_warps=config.num_warps,
     )  # fmt: skip
     return (
-        e if store else None,
         (sq_part[0] if slabs == 1 else sq_part.sum(0)) if sq else None,
         (dot_part[0] if slabs == 1 else dot_part.sum(0)) if dot else None,
     )
 
 
-def _launch_gather_in_chunks(indices, values, w, bias, x, *, store, stored, sq, dot, out_dtype):
+def _launch_gather_in_chunks(indices, values, w, bias, x, *, count, coef, e, one, kept, g, sq, dot):
     """The same, a few of the k rows at a time, with E in memory between the launches."""
-    chunk = gather_chunk(w.element_size())
-    parts = [slice(j, j + chunk) for j in range(0, indices.shape[1], chunk)]
-    e = x
+    (B, k), chunk, acc = indices.shape, gather_chunk(w.element_size()), acc_dtype(w.dtype)
+    parts = [slice(j, min(j + chunk, k)) for j in range(0, k, chunk)]
+    counts = [None if count is None else (count - part.start).clamp(min=0) for part in parts]
+    error = x
     if values is not None:
-        acc = acc_dtype(w.dtype)
-        e = torch.zeros((), device=w.device, dtype=acc)
-        for part in parts:
-            e = e + _launch_gather(indices[:, part], values[..., part], w, None, None, store=1, out_dtype=acc)[0]
+        S, d = values.shape[0], w.shape[1]
+        error = torch.zeros(S, B, d, device=w.device, dtype=acc)
+        for part, left in zip(parts, counts, strict=True):
+            added = torch.empty_like(error)
+            launch_gather(indices[:, part], values[..., part], w, None, None, count=left, e=added)
+            error += added
         if bias is not None:
-            e = e + bias
+            error += bias
         if x is not None:
-            e = e - x
-    kept = None if not store else (e if store == 1 else e[stored]).to(out_dtype or w.dtype)
-    dots = [_launch_gather(indices[:, part], None, w, None, e, dot=True)[2] for part in parts] if dot else None
-    return kept, e.square().sum(2) if sq else None, torch.cat(dots, 2) if dot else None
+            error -= x
+    if e is not None:
+        e.copy_(error)
+    if one is not None:
+        one.copy_(error[kept])
+    if g is not None:
+        asked = (coef != 0)[..., None]
+        g.copy_(torch.where(asked, coef[..., None] * error, 0.0).sum(0))
+    dots = None
+    if dot:
+        dots = [
+            launch_gather(indices[:, part], None, w, None, error, count=left, dot=True)[1]
+            for part, left in zip(parts, counts, strict=True)
+        ]
+    return error.square().sum(2) if sq else None, torch.cat(dots, 2) if dot else None
 
 
-# gather_dot: out[s, b, j] = <W[indices[b, j]], x[s, b]>
+# gather_dot: out[s, b, j] = <W[indices[b, j]], x[s, b]>; 0 in the columns that `count` leaves out
 
 
-def _gather_dot_triton(indices, w, x):
-    return _launch_gather(indices, None, w, None, x, dot=True)[2]
+def _gather_dot_triton(indices, w, x, count):
+    return launch_gather(indices, None, w, None, x, count=count, dot=True)[1]
 
 
 @functools.cache
@@ -195,10 +247,19 @@ def _hear_beta_warning():
         torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
 
 
-def _gather_dot_torch(indices, w, x):
+def gather_dot_torch(indices, w, x, count):
     S, B, d = x.shape
     k = indices.shape[1]
     acc = acc_dtype(w.dtype)
+    if count is not None:
+        if w.device.type != "cpu":  # no look at the count: that would be a synchronisation
+            mask = torch.arange(k, device=w.device) < count
+            return torch.where(mask, gather_dot_torch(indices, w, x, None), 0.0)
+        found = min(k, int(count))
+        out = torch.zeros(S, B, k, dtype=acc)
+        if found:
+            out[:, :, :found] = gather_dot_torch(indices[:, :found].contiguous(), w, x, None)
+        return out
     if w.device.type == "cpu" and w.dtype in (torch.float32, torch.float64):
         # a sampled product reads each selected row once, where bmm would first copy all B * k of them
         _hear_beta_warning()
@@ -209,20 +270,21 @@ def _gather_dot_torch(indices, w, x):
         dots = [torch.sparse.sampled_addmm(pattern, x_s, w.T, beta=0.0).values().view(B, k) for x_s in x]
         return torch.stack(dots)
     out = torch.empty(S, B, k, device=w.device, dtype=acc)
-    for rows in torch.arange(B, device="cpu").split(max(1, 2**24 // (k * d))):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
+    rows = max(1, 2**24 // (k * d))
+    for b in range(0, B, rows):
+        part = slice(b, b + rows)
         out[:, part] = torch.einsum("bkd,sbd->sbk", w[indices[part]].to(acc), x[:, part].to(acc))
     return out
 
 
-def _gather_dot_fake(indices, w, x):
+def _gather_dot_fake(indices, w, x, count):
     return w.new_empty(x.shape[0], *indices.shape, dtype=acc_dtype(w.dtype))
 
 
 gather_dot = register(
     "gather_dot",
-    "(Tensor indices, Tensor w, Tensor x, str impl) -> Tensor",
-    torch_impl=_gather_dot_torch,
+    "(Tensor indices, Tensor w, Tensor x, Tensor? count, str impl) -> Tensor",
+    torch_impl=gather_dot_torch,
     triton_impl=_gather_dot_triton,
     fake=_gather_dot_fake,
 )
@@ -232,10 +294,12 @@ gather_dot = register(
 
 
 def _gather_sum_triton(indices, values, w, bias):
-    return _launch_gather(indices, values, w, bias, None, store=1)[0]
+    out = w.new_empty(values.shape[0], indices.shape[0], w.shape[1])
+    launch_gather(indices, values, w, bias, None, e=out)
+    return out
 
 
-def _gather_sum_torch(indices, values, w, bias):
+def gather_sum_torch(indices, values, w, bias):
     w = w.contiguous()
     sums = torch.stack([F.embedding_bag(indices, w, mode="sum", per_sample_weights=v.to(w.dtype)) for v in values])
     return sums if bias is None else sums.add_(bias)
@@ -248,61 +312,53 @@ def _gather_sum_fake(indices, values, w, bias):
 gather_sum = register(
     "gather_sum",
     "(Tensor indices, Tensor values, Tensor w, Tensor? bias, str impl) -> Tensor",
-    torch_impl=_gather_sum_torch,
+    torch_impl=gather_sum_torch,
     triton_impl=_gather_sum_triton,
     fake=_gather_sum_fake,
 )
 
 
-# gather_error: E[s, b] = gather_sum - x[b]; its square norms, and what is asked for of E and <W, E>
+# gather_error: |E|^2 of every source and E of one, where E[s, b] = gather_sum - x[b]
 
 
-KEEP_NONE, KEEP_ALL = -2, -1  # which E to return; else the number of one source
+KEEP_NONE = -1  # in place of the number of the source whose E is returned
 
 
-def _gather_error_triton(indices, values, w, bias, x, keep, dot):
-    store = 0 if keep == KEEP_NONE else 1 if keep == KEEP_ALL else 2
-    e, sq, dots = _launch_gather(indices, values, w, bias, x, store=store, stored=max(keep, 0), sq=True, dot=dot)
-    return sq, w.new_empty(0) if e is None else e, sq.new_empty(0) if dots is None else dots
-
-
-def _gather_error_torch(indices, values, w, bias, x, keep, dot):
-    acc = acc_dtype(w.dtype)
-    e = _gather_sum_torch(indices, values, w, bias).sub_(x)
-    sq = e.to(acc).square().sum(2)
-    dots = _gather_dot_torch(indices, w, e) if dot else w.new_empty(0, dtype=acc)
-    kept = w.new_empty(0) if keep == KEEP_NONE else e if keep == KEEP_ALL else e[keep].clone()
-    return sq, kept, dots
-
-
-def _gather_error_fake(indices, values, w, bias, x, keep, dot):
-    acc = acc_dtype(w.dtype)
-    S, (B, d) = values.shape[0], x.shape
-    kept = (0,) if keep == KEEP_NONE else (S, B, d) if keep == KEEP_ALL else (B, d)
-    return (
-        w.new_empty(S, B, dtype=acc),
-        w.new_empty(kept),
-        w.new_empty((S, *indices.shape) if dot else (0,), dtype=acc),
+def _gather_error_triton(indices, values, w, bias, x, keep, count):
+    one = w.new_empty(x.shape if keep != KEEP_NONE else (0,))
+    sq, _ = launch_gather(
+        indices, values, w, bias, x, count=count, one=one if keep != KEEP_NONE else None, kept=max(keep, 0), sq=True
     )
+    return sq, one
+
+
+def _gather_error_torch(indices, values, w, bias, x, keep, count):
+    e = gather_sum_torch(indices, values, w, bias).sub_(x)
+    return e.to(acc_dtype(w.dtype)).square().sum(2), w.new_empty(0) if keep == KEEP_NONE else e[keep].clone()
+
+
+def _gather_error_fake(indices, values, w, bias, x, keep, count):
+    sq = w.new_empty(values.shape[0], x.shape[0], dtype=acc_dtype(w.dtype))
+    return sq, w.new_empty(x.shape if keep != KEEP_NONE else (0,))
 
 
 gather_error = register(
     "gather_error",
-    "(Tensor indices, Tensor values, Tensor w, Tensor bias, Tensor x, int keep, bool dot, str impl)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor indices, Tensor values, Tensor w, Tensor bias, Tensor x, int keep, Tensor? count, str impl)"
+    " -> (Tensor, Tensor)",
     torch_impl=_gather_error_torch,
     triton_impl=_gather_error_triton,
     fake=_gather_error_fake,
 )
-gather_error.__doc__ = """Errors of one target's reconstructions from every source, in one pass over the gathered rows.
+gather_error.__doc__ = """Errors of one target's reconstructions from every source.
 
 E[s, b] = sum_j values[s, b, j] W[indices[b, j]] + bias - x[b]
 
 Args:
     indices: int64 [B, k].  values: [S, B, k].  w: [N, d].  bias: [d].  x: [B, d].
-    keep: which E to return: KEEP_NONE, KEEP_ALL ([S, B, d]), or a source's number ([B, d]).
-    dot: whether to return <W[indices], E>, [S, B, k].
+    keep: the source whose E is returned, or KEEP_NONE.
+    count: int32 [], the columns of indices that exist (all when None); the values beyond it are zero.
     impl: "triton" or "torch".
 
-Returns: |E|^2 [S, B] in the accumulator dtype, the kept E in w's dtype, the dots in the accumulator dtype.
+Returns: |E|^2 [S, B] in the accumulator dtype, E [B, d] of one source in w's dtype (empty for KEEP_NONE).
 """

@@ -11,11 +11,9 @@ from torch import nn
 from ._checks import check_bool, check_int, check_number, check_tensor, fail, require
 from ._launch import MAX_K, MAX_STREAMS
 from ._ops import IMPLS, autocast_enabled, resolve_impl
-from .dead import auxk_topk, update_counters_
-from .decoder import Decode, DecodeNMSE, pick
-from .encode import GatherValues, select_latents
-from .gather import KEEP_NONE
-from .latent_grads import inverse_index
+from .dead import select_dead, update_counters_
+from .decoder import Decode, TargetLoss
+from .encode import JointCast, Selection, differentiable_values, gather_values, select_latents, wants_joint
 
 
 class AlignedSAE(nn.Module):
@@ -87,6 +85,7 @@ class AlignedSAE(nn.Module):
             self.register_buffer(f"stats_last_nonzero_{s}", torch.zeros(n_latents, dtype=torch.long, device=device))
         self.unit_norm_decoder_()
         self.register_load_state_dict_post_hook(_restore_layout)
+        self._dead_then = {}  # of the latest forwards, should activation checkpointing run one again
 
     # ------------------------------------------------------------------------------------------------ forward and loss
 
@@ -99,40 +98,69 @@ class AlignedSAE(nn.Module):
 
         Returns: AlignedOutputs, a read-only mapping with every official key; dense tensors are made when read.
 
-        Not for use inside activation checkpointing together with the loss: the recomputation would move the counters
-        a second time, and AuxK would see other dead latents.
+        Activation checkpointing around forward and loss moves the counters once.
         """
         streams = self._check_inputs(inputs)
-        w_encs, pre_biases, latent_biases = zip(*(self._encoder(s) for s in streams), strict=True)
+        w_encs, pre_biases, latent_biases = self._encoders(streams)
         xs = [inputs[s].to(w.dtype) for s, w in zip(streams, w_encs, strict=True)]
         impl = resolve_impl(self.impl, xs[0])
-        chosen = select_latents(xs, w_encs, pre_biases, latent_biases, self.k, self.topk_type, impl)
-
+        encoders = list(zip(xs, w_encs, pre_biases, latent_biases, strict=True))
+        with torch.no_grad():
+            chosen = select_latents(xs, w_encs, pre_biases, latent_biases, self.k, self.topk_type, impl)
+            selections = [Selection(i) for i in chosen] if self.topk_type == "local" else [Selection(chosen)]
         # one inverse index serves every gradient; without gradients nothing needs it
-        inverse = (None, None)
-        per_stream = [(chosen, inverse)] * len(streams)
         if torch.is_grad_enabled():
-            inverse = inverse_index(chosen, self.n_latents)
-            per_stream = [(chosen, inverse)] * len(streams)
-        if self.topk_type == "local":
-            per_stream = [
-                (idx, inverse_index(idx, self.n_latents) if torch.is_grad_enabled() else inverse) for idx in chosen
-            ]
-        values = [
-            GatherValues.apply(x, *args, idx, *inv, impl)
-            for x, args, (idx, inv) in zip(
-                xs, zip(w_encs, pre_biases, latent_biases, strict=True), per_stream, strict=True
-            )
-        ]
+            selections = [selection.with_inverse(self.n_latents) for selection in selections]
+        if self.topk_type == "global":
+            selections *= len(streams)
+        values = [gather_values(*args, choice, impl) for args, choice in zip(encoders, selections, strict=True)]
+        dead = self._move_counters(inputs, streams, selections, values)
+        aux = {}
+        for i, s in enumerate(streams):
+            choices, made = [selections[i]], [values[i]]
+            if self.auxk:
+                choices.append(select_dead(*encoders[i], dead[s], self.auxk, impl))
+                if torch.is_grad_enabled():
+                    choices[1] = choices[1].with_inverse(self.n_latents)
+                made.append(gather_values(*encoders[i], choices[1], impl))
+            values[i], *aux_values = differentiable_values(*encoders[i], choices, made, impl)
+            if self.auxk:
+                aux[s] = choices[1], aux_values[0]
+        return AlignedOutputs(self, inputs, streams, chosen, selections, dict(zip(streams, values, strict=True)), aux)
 
+    def _move_counters(self, inputs, streams, selections, values) -> dict[str, torch.Tensor] | None:
+        """One step of the dead counters. Returns the latents that AuxK may choose from: {s: bool [N]}.
+
+        A forward that runs inside a backward is activation checkpointing making an earlier one again: the counters have
+        moved by then, and its dead latents are those of the first time.
+        """
+        key = None
+        if self.auxk and not torch.compiler.is_compiling():
+            key = tuple((s, x.data_ptr(), *_version(x)[1:], x.shape[0]) for s, x in inputs.items())
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            if self.auxk and key not in self._dead_then:
+                raise RuntimeError(
+                    f"inputs: expected those of one of the last {_REMEMBERED} forwards when activation checkpointing "
+                    "runs one again, got others, whose dead latents are forgotten; run backward sooner or set auxk=None"
+                )
+            return self._dead_then[key] if self.auxk else None
         # local reads the counters for AuxK before it moves them, global after
-        dead = self.get_dead_neurons() if self.auxk and self.topk_type == "local" else None
+        dead = self.get_dead_neurons() if self.topk_type == "local" else None
         if self.training or self.count_in_eval:
-            for s, (idx, _), v in zip(streams, per_stream, values, strict=True):
-                update_counters_(getattr(self, f"stats_last_nonzero_{s}"), idx, v.detach(), self.auxk_threshold)
-        if self.auxk and dead is None:
-            dead = self.get_dead_neurons()
-        return AlignedOutputs(self, inputs, streams, chosen, dict(zip(streams, values, strict=True)), inverse, dead)
+            for s, selection, v in zip(streams, selections, values, strict=True):
+                update_counters_(getattr(self, f"stats_last_nonzero_{s}"), selection.indices, v, self.auxk_threshold)
+        if not self.auxk:
+            return None
+        dead = self.get_dead_neurons() if dead is None else dead
+        if key is not None:
+            self._dead_then.pop(key, None)
+            self._dead_then[key] = dead
+            while len(self._dead_then) > _REMEMBERED:
+                del self._dead_then[next(iter(self._dead_then))]
+        return dead
+
+    def __getstate__(self):
+        return {**self.__dict__, "_dead_then": {}}
 
     def compute_loss(
         self,
@@ -175,30 +203,22 @@ class AlignedSAE(nn.Module):
         S = len(streams)
         with_cross = cross_loss_coef > 0 and S > 1
         stacked = torch.stack([outputs._values[s] for s in streams])
-        self_terms, cross_terms, aux_terms = [], {}, []
+        # filled on the device: a tensor made of Python numbers would be copied there, and wait
+        weights = stacked.new_full((S, S), cross_loss_coef / (S * (S - 1)) if with_cross else 0.0)
+        weights.fill_diagonal_(1 / S)
+        terms, self_terms, cross_terms, aux_terms = [], [], {}, []
         for t, target in enumerate(streams):
             w_dec, pre_bias = self._decoder(target)
             impl = resolve_impl(self.impl, w_dec)
-            x = inputs[target]
-            if with_cross or S == 1:
-                keep = t if self.auxk else KEEP_NONE
-                errors, residual = outputs._nmse(stacked, list(range(S)), w_dec, pre_bias, x, keep, impl)
-                self_terms.append(errors[t])
-            else:  # only the diagonal has gradients; the rest are metrics
-                keep = 0 if self.auxk else KEEP_NONE
-                own, residual = outputs._nmse(stacked, [t], w_dec, pre_bias, x, keep, impl)
-                self_terms.append(own[0])
-                with torch.no_grad():
-                    others = [s for s in range(S) if s != t]
-                    rest, _ = outputs._nmse(stacked, others, w_dec, pre_bias, x, KEEP_NONE, impl)
-                errors = torch.cat([rest[:t], own.detach(), rest[t:]])
+            term, aux_term, errors = outputs._target_loss(stacked, t, w_dec, pre_bias, inputs[target], weights[t], impl)
+            terms.append(term)
+            aux_terms.append(aux_term)
+            self_terms.append(errors[t])
             cross_terms.update({(t, s): errors[s] for s in range(S) if s != t})
-            if self.auxk:
-                aux_terms.append(self._aux_loss(outputs, target, x, residual, w_dec, pre_bias, impl))
 
         metrics = {f"mse_loss_{s}": v for s, v in zip(streams, self_terms, strict=True)}
-        total = avg_mse = torch.stack(self_terms).mean()
-        metrics["avg_mse_loss"] = avg_mse
+        total = torch.stack(terms).sum()
+        metrics["avg_mse_loss"] = avg_mse = torch.stack(self_terms).mean()
         k = avg_mse.new_full((), float(self.k))
         sparsity = [v.detach().abs().sum(1).div(self.k + 1e-8).mean() for v in outputs._values.values()]
         metrics.update({f"num_active_neurons_{s}": k for s in streams})
@@ -215,18 +235,22 @@ class AlignedSAE(nn.Module):
         if with_cross:
             avg_cross = torch.stack(list(cross_terms.values())).mean()
             metrics["avg_cross_loss"], metrics["avg_cross_loss_scaled"] = avg_cross, avg_cross * cross_loss_coef
-            total = total + avg_cross * cross_loss_coef
         metrics["total_loss"] = total
         return total, {name: value.detach() for name, value in metrics.items()}
 
-    def _aux_loss(self, outputs, stream, x, error, w_dec, pre_bias, impl):
-        """NMSE of what the dead latents make of x - R + b, R and b held constant in the target."""
-        indices, values = outputs._aux(stream)
-        residual = pre_bias.detach() - error.to(pre_bias.dtype)
-        if x.requires_grad:
-            residual = residual + (x - x.detach()).to(residual.dtype)
-        loss, _ = DecodeNMSE.apply(values[None], w_dec, pre_bias, residual, indices, None, None, KEEP_NONE, impl)
-        return loss[0]
+    def _encoders(self, streams):
+        """Lists of w_enc, pre_bias, latent_bias as the operators take them."""
+        weights = [self.encoders[s].weight for s in streams]
+        if wants_joint(weights) and autocast_enabled(weights[0].device):
+            # the cast has to be written anyway: side by side, so that one library GEMM can take all streams
+            w_encs = JointCast.apply(torch.get_autocast_dtype(weights[0].device.type), *weights)
+        else:
+            w_encs = [_autocast(w)[0] for w in weights]
+        return (
+            w_encs,
+            [_autocast(self.pre_biases[s])[0] for s in streams],
+            [_autocast(self.latent_biases[s])[0] for s in streams],
+        )
 
     def _encoder(self, s):
         """w_enc, pre_bias, latent_bias of a stream as the operators take them."""
@@ -346,14 +370,14 @@ class AlignedOutputs(Mapping):
     RuntimeError when one of them has been changed in place since the forward.
     """
 
-    def __init__(self, model, inputs, streams, indices, values, inverse, dead):
+    def __init__(self, model, inputs, streams, indices, selections, values, aux):
         self._model = model
         self._inputs = dict(inputs)
         self._streams = streams
         self._indices = indices
         self._values = values
-        self._inverse = inverse
-        self._dead = dead
+        self._selections = selections
+        self._aux = aux
         self._grad = torch.is_grad_enabled()
         self._autocast = _autocast_state(indices.device)
         self._made = {}
@@ -474,37 +498,32 @@ class AlignedOutputs(Mapping):
     def _make_recon(self, t, s):
         self._check_unchanged()
         w_dec, pre_bias = self._model._decoder(t)
-        inverse = self._inverse if self._indices.dim() == 2 else (None, None)
         impl = resolve_impl(self._model.impl, w_dec)
-        return Decode.apply(self._values[s][None], w_dec, pre_bias, self._of_stream(s), *inverse, impl)[0]
-
-    def _aux(self, s):
-        """AuxK's indices and values [B, auxk], selected among the latents dead at the time of the forward."""
-        return self._once(("aux", s), self._select_aux, [s])
-
-    def _select_aux(self, s):
-        self._check_unchanged()
-        w_enc, pre_bias, latent_bias = self._model._encoder(s)
-        x = self._inputs[s].to(w_enc.dtype)
-        impl = resolve_impl(self._model.impl, x)
-        return auxk_topk(x, w_enc, pre_bias, latent_bias, self._dead[s], self._model.auxk, impl)
+        indices, _, *inverse = self._selections[self._stream_position(s)]
+        return Decode.apply(self._values[s][None], w_dec, pre_bias, indices, *inverse, impl)[0]
 
     def _make_aux(self, s, part):
-        return self._aux(s)[part]
+        choice, values = self._aux[s]
+        return values if part else choice.indices
 
     def _make_aux_codes(self, s):
-        return self._dense(*self._aux(s), s)
+        choice, values = self._aux[s]
+        return self._dense(choice.indices, values, s)
 
-    def _nmse(self, stacked, sources, w_dec, pre_bias, x, keep, impl):
-        """DecodeNMSE of one target from the given sources."""
-        indices, inverse = self._indices, self._inverse
-        if len(sources) < len(self._streams):
-            stacked = pick(stacked, sources)
-            if indices.dim() == 3:
-                indices, inverse = pick(indices, sources), (None, None)
-        return DecodeNMSE.apply(stacked, w_dec, pre_bias, x, indices, *inverse, keep, impl)
+    def _target_loss(self, stacked, t, w_dec, pre_bias, x, weights, impl):
+        """TargetLoss of the target at place t: its weighted sum, AuxK's term, the NMSE of every source."""
+        selections = self._selections[:1] if self._indices.dim() == 2 else self._selections
+        aux_indices = aux_count = aux_values = None
+        if self._aux:
+            choice, aux_values = self._aux[self._streams[t]]
+            aux_indices, aux_count, selections = choice.indices, choice.count, [*selections, choice]
+        inverses = [part for selection in selections for part in (selection.order, selection.offsets, selection.plan)]
+        return TargetLoss.apply(
+            stacked, w_dec, pre_bias, x, aux_values, weights, t, impl, self._indices, aux_indices, aux_count, *inverses
+        )
 
 
+_REMEMBERED = 8  # forwards whose dead latents are kept
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

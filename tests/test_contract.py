@@ -170,7 +170,7 @@ def test_kernels_never_read_out_of_bounds(bad):
     indices[2, 3] = bad
     values = torch.rand(1, 6, 5, device=DEVICE, dtype=p.xs[0].dtype)
     sums = gather_sum(indices, values, p.w_encs[0], None, "triton")[0]
-    dots = gather_dot(indices, p.w_encs[0], p.xs[0][None], "triton")[0]
+    dots = gather_dot(indices, p.w_encs[0], p.xs[0][None], None, "triton")[0]
     assert sums[2].isnan().all() and sums[[0, 1, 3, 4, 5]].isfinite().all()
     assert dots[2, 3].isnan() and dots.isnan().sum() == 1
 
@@ -180,21 +180,34 @@ def ops_and_arguments(impl):
     indices = torch.arange(30, device=DEVICE).reshape(6, 5)
     values = torch.rand(3, 6, 5, device=DEVICE, dtype=p.xs[0].dtype)
     ops = torch.ops.sparc_kernels
-    order, offsets = ops.inverse_index(indices, 70, impl)
+    inverse = ops.inverse_index(indices, 70, impl)
+    out, sums = torch.zeros_like(p.w_encs[0]), torch.zeros_like(p.latent_biases[0])
+    stacked = torch.stack([p.xs[0]] * 3)
+    coef = torch.ones(3, 6, device=DEVICE, dtype=out.dtype)
     ids = torch.arange(70, device=DEVICE, dtype=torch.int32)
     count = torch.tensor(3, dtype=torch.int32, device=DEVICE)
     rows = p.w_decs[0].t()
     return {
         "inverse_index": (ops.inverse_index, (indices, 70, impl)),
-        "latent_reduce": (ops.latent_reduce, (order, offsets, values, torch.stack([p.xs[0]] * 3), 5, rows.dtype, impl)),
+        "latent_reduce_": (ops.latent_reduce_, (out, sums, *inverse, values, stacked, 5, False, impl)),
+        "latent_reduce_ added": (ops.latent_reduce_, (out, None, *inverse, values, stacked, 5, True, impl)),
         "select": (ops.select, (p.xs, p.w_encs, p.latent_biases[0], 5, None, None, impl)),
         "select dead": (ops.select, (p.xs[:1], p.w_encs[:1], p.latent_biases[0], 5, ids, count, impl)),
-        "gather_dot": (ops.gather_dot, (indices, p.w_encs[0], p.xs[0][None], impl)),
+        "gather_dot": (ops.gather_dot, (indices, p.w_encs[0], p.xs[0][None], None, impl)),
+        "gather_dot some": (ops.gather_dot, (indices, p.w_encs[0], p.xs[0][None], count, impl)),
         "gather_sum": (ops.gather_sum, (indices, values, rows, p.pre_biases[0], impl)),
         "gather_sum bare": (ops.gather_sum, (indices, values, rows, None, impl)),
-        "gather_error": (ops.gather_error, (indices, values, rows, p.pre_biases[0], p.xs[0], -1, True, impl)),
-        "gather_error loss": (ops.gather_error, (indices, values, rows, p.pre_biases[0], p.xs[0], -2, False, impl)),
-        "gather_error self": (ops.gather_error, (indices, values, rows, p.pre_biases[0], p.xs[0], 1, False, impl)),
+        "gather_error": (ops.gather_error, (indices, values, rows, p.pre_biases[0], p.xs[0], -1, None, impl)),
+        "gather_error self": (ops.gather_error, (indices, values, rows, p.pre_biases[0], p.xs[0], 1, None, impl)),
+        "decode_grads": (
+            ops.decode_grads,
+            (indices, values, rows, p.pre_biases[0], p.xs[0], coef, *inverse, None, 2, out, False, impl),
+        ),
+        "decode_grads of values": (
+            ops.decode_grads,
+            (indices, values, rows, p.pre_biases[0], p.xs[0], coef, *inverse, count, -1, None, False, impl),
+        ),
+        "scale_": (ops.scale_, (out, torch.full_like(sums[0], 3.0), impl)),
     }
 
 

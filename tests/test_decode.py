@@ -155,3 +155,46 @@ def test_gradcheck(impl):
         return decode_nmse(indices, values, [w0, w1], [b0, b1], [x0, x1], impl=impl)
 
     assert torch.autograd.gradcheck(errors, (values, *p.w_decs, *p.pre_biases, *p.xs))
+
+
+@pytest.mark.parametrize("spread", [1, 99], ids=["in list order", "from the errors"])
+@pytest.mark.parametrize("columns", [None, 16], ids=["whole", "by columns"])
+def test_both_routes_of_the_decoder_gradient(monkeypatch, spread, columns):
+    """H = sum_s coef v E in list order, or the errors of every source; all columns at once, or a few at a time."""
+    from sparc_kernels import decoder
+
+    p = problem(widths=(40, 13, 7))
+    indices, values = sparse()
+    indices[:, 2] = 11  # a hot latent on every row
+    monkeypatch.setattr(decoder, "SPREAD_SOURCES", spread)
+    if columns:
+        monkeypatch.setattr(decoder, "SPREAD_COLUMNS", 8)
+        monkeypatch.setattr(decoder, "SCRATCH_BYTES", 16 * 6 * (5 if spread == 1 else 3) * values.element_size())
+    got = decode_nmse(indices, values, p.w_decs, p.pre_biases, p.xs, impl="triton")
+    want = reference.decode_nmse(indices, values, p.w_decs, p.pre_biases, p.xs)
+    weights = torch.randn_like(want)
+    weights[0, 1] = weights[2, 2] = 0  # terms that do not count
+    tensors = [values, *p.w_decs, *p.pre_biases, *p.xs]
+    assert_grads_close((got * weights).sum(), (want * weights).sum(), tensors, NAMES)
+
+
+def test_the_route_keeps_its_scratch_within_the_limit():
+    from sparc_kernels._launch import SCRATCH_BYTES
+    from sparc_kernels.decoder import _route
+
+    assert _route(3, 4096 * 64, 4096, 64, 2560, torch.bfloat16) == (False, 2560)
+    for B, k, S, d in [(8192, 100, 8, 2304), (65536, 64, 8, 2304), (65536, 512, 8, 8192), (4096, 512, 4, 8192)]:
+        spread, width = _route(S, B * k, B, k, d, torch.bfloat16)
+        assert width * (B * k if spread else S * B) * 2 <= SCRATCH_BYTES and (width % 128 == 0 or width == d)
+        assert spread == (B * k * 128 * 2 <= SCRATCH_BYTES)
+    assert not _route(8, 8192 * 100, 8192, 100, 2304, torch.float16)[0]  # float16 would lose the coefficients
+
+
+def test_scaling_by_one_writes_nothing_and_by_anything_else_does(impl):
+    from sparc_kernels.decoder import scale_
+
+    x = torch.randn(70, 3, device=DEVICE)
+    for factor in (1.0, 0.25, 0.0, float("nan")):
+        got = x.clone()
+        scale_(got, torch.tensor(factor, device=DEVICE), impl)
+        assert torch.equal(got.nan_to_num(7.0), (x * factor).nan_to_num(7.0))

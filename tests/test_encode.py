@@ -211,3 +211,120 @@ def test_keys_order_every_value_as_torch_does(dtype, shift):
     nan = values.isnan()
     assert (keys[1:] == keys[:-1])[tied].all()
     assert (keys[nan] > keys[~nan].max()).all() and keys[nan].unique().numel() == 1
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """The library's GEMM wherever the weights lie side by side."""
+    from sparc_kernels import encode
+
+    monkeypatch.setattr(encode, "encode_by_library", lambda *_: True)
+    monkeypatch.setattr(encode, "wants_joint", lambda w: True)
+    monkeypatch.setattr(encode, "MAXIMA_BLOCK", 32)
+    used = []
+    kernel = encode._row_maxima_kernel
+    monkeypatch.setattr(encode, "_row_maxima_kernel", {"no": kernel})
+
+    class Counting:
+        def __getitem__(self, grid):
+            used.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(encode, "_row_maxima_kernel", Counting())
+    return used
+
+
+@pytest.mark.parametrize("widths", [(20,), (20, 13, 7)], ids=["one stream", "three streams"])
+def test_library_gemm_and_row_maxima_select_the_same(library, widths, monkeypatch):
+    from sparc_kernels import encode
+
+    p = problem(B=9, widths=widths, requires_grad=False)
+    wide = torch.cat(p.w_encs, 1)
+    joint = list(wide.split(widths, 1))
+    want = select_latents(*p.encoder, 5, "global", "torch")
+    assert torch.equal(select_latents(p.xs, joint, p.pre_biases, p.latent_biases, 5, "global", "triton"), want)
+    assert len(library) == 1
+    monkeypatch.setattr(encode, "SCRATCH_BYTES", 70 * 8 * 4)  # a few rows at a time
+    assert torch.equal(select_latents(p.xs, joint, p.pre_biases, p.latent_biases, 5, "global", "triton"), want)
+    assert len(library) > 2
+
+
+@pytest.mark.parametrize("k", [1, 5, 70])
+@pytest.mark.parametrize("levels", [2, 3])
+def test_library_selection_on_hard_rows(library, monkeypatch, k, levels):
+    from sparc_kernels import _launch, encode
+
+    if levels == 3:
+        config = _launch.SelectConfig(group=4, span=16, k_pad=_launch.next_power_of_2(k), n_spans_pad=16, num_warps=4)
+        monkeypatch.setattr(encode, "select_config", lambda n, k, compact: config)
+    rows = torch.stack(
+        [
+            torch.zeros(70),
+            torch.full((70,), -INF),
+            torch.full((70,), INF),
+            torch.full((70,), NAN),
+            torch.arange(70.0).index_fill(0, torch.tensor([0, 40]), NAN),
+            torch.arange(70.0).index_fill(0, torch.tensor([7]), INF),
+            -torch.arange(70.0),
+            torch.arange(70.0),
+            torch.full((70,), -1.0),
+        ]
+    ).to(DEVICE)
+    eye = torch.eye(9, device=DEVICE)
+    for i, row in enumerate(rows):  # one at a time: 0 * inf would spread a row over the others
+        got = select(
+            [eye[i : i + 1, i : i + 1]],
+            [row[:, None].contiguous()],
+            torch.zeros(70, device=DEVICE),
+            k,
+            None,
+            None,
+            "triton",
+        )
+        assert got[0].tolist() == reference.topk_indices(row[None], k)[0].tolist(), i
+    assert len(library) == 9
+
+
+def test_what_lies_side_by_side_is_recognised():
+    from sparc_kernels.encode import JointCast, joint
+
+    wide = torch.arange(24.0).reshape(4, 6)
+    a, b = wide.split([2, 4], 1)
+    assert torch.equal(joint([a, b]), wide) and torch.equal(joint([wide]), wide)
+    assert joint([b, a]) is None and joint([a, a]) is None and joint([a, b.clone()]) is None
+    assert joint([a, wide[:, 3:]]) is None and joint([wide.t()]) is None
+    w = [torch.randn(5, d, dtype=torch.float64, requires_grad=True) for d in (3, 2)]
+    cast = JointCast.apply(torch.float32, *w)
+    assert joint(cast).shape == (5, 5) and all(torch.equal(c, x.float()) for c, x in zip(cast, w, strict=True))
+    grads = torch.autograd.grad(cast[1].square().sum() + 3 * cast[0].sum(), w)
+    assert grads[0].dtype == torch.float64 and torch.equal(grads[0], torch.full_like(w[0], 3.0))
+    assert torch.equal(grads[1], 2 * w[1].detach().float().double())
+
+
+@pytest.mark.parametrize("N", [70, 8192, 2**20, 2**23, 2**26])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_scratch_of_the_selection_stays_within_its_limit(monkeypatch, N, dtype):
+    """On meta tensors with the kernels left out: what is allocated for any B and N."""
+    from sparc_kernels import encode
+    from sparc_kernels._launch import SCRATCH_BYTES
+
+    class Nothing:
+        def __getitem__(self, grid):
+            return lambda *args, **options: None
+
+    sizes = []
+    empty = torch.empty
+    monkeypatch.setattr(encode, "_encode_kernel", Nothing())
+    monkeypatch.setattr(encode, "_select_kernel", Nothing())
+
+    def noted(*size, **options):
+        t = empty(*size, **options)
+        sizes.append(t.numel() * t.element_size())
+        return t
+
+    x, w = (empty(n, 8, device="meta", dtype=dtype) for n in (65536, N))
+    bias = empty(N, device="meta", dtype=torch.float32)
+    monkeypatch.setattr(torch, "empty", noted)
+    out = encode._select_triton([x], [w], bias, 32, None, None)
+    assert out.shape == (65536, 32)
+    assert sum(sizes) - out.numel() * 8 <= SCRATCH_BYTES

@@ -191,8 +191,13 @@ def test_nothing_of_size_B_N_is_alive_or_saved_after_the_loss(impl, topk_type):
     assert not any(6 in s and 70 in s for s in sizes), sizes
     reconstructions = {(3, 6, d) for d in WIDTHS.values()} | {(3, 3, 6, d) for d in WIDTHS.values()}
     assert not sizes & reconstructions, sizes
-    # everything kept is an input-sized residual, codes, or an index over latents
-    assert max(t.numel() for t in mine) <= max(largest, 6 * 20, 3 * 6 * 5, 71), sizes
+    # the decoders' gradients exist already, one each
+    gradients = [tuple(t.shape) for t in {t.data_ptr(): t for t in mine}.values() if t.dim() == 2 and 70 in t.shape]
+    assert len(gradients) == 3 and set(gradients) == {(70, d) for d in WIDTHS.values()}, gradients
+    rest = [t for t in mine if tuple(t.shape) not in gradients]
+    # everything else that is kept is an input-sized residual, codes, or an index over latents with its work list
+    plan = 3 * 70 + 2 * (6 * 8 // 4)
+    assert max(t.numel() for t in rest) <= max(largest, 6 * 20, 3 * 6 * 5, 71, plan), sizes
     assert loss.requires_grad
 
 
@@ -356,3 +361,120 @@ def test_compiles_as_one_graph(mode):
     for (name, a), b in zip(model.named_parameters(), eager.parameters(), strict=True):
         assert_close(a.grad, b.grad, what=name)
     assert torch.equal(model.stats_last_nonzero_text, eager.stats_last_nonzero_text)
+
+
+def gradients_of(model, loss, **options):
+    return torch.autograd.grad(loss, list(model.parameters()), **options)
+
+
+def test_scaled_accumulated_and_repeated_backwards(impl):
+    """The decoders' gradients are taken in the forward: whatever comes from above must still multiply them, once."""
+    model, inputs = make(impl)
+    model.eval()  # the same latents stay dead
+    loss, _ = model.compute_loss(model(inputs), inputs)
+    want = gradients_of(model, loss, retain_graph=True)
+    again = gradients_of(model, loss)  # the buffers were given away by the first
+    for _ in range(4):
+        loss, _ = model.compute_loss(model(inputs), inputs)
+        (loss / 4).backward()
+    loss, _ = model.compute_loss(model(inputs), inputs)
+    scaled = gradients_of(model, torch.tensor(-3.0, dtype=loss.dtype, device=DEVICE) * loss)
+    for (name, p), g, h, minus in zip(model.named_parameters(), want, again, scaled, strict=True):
+        assert_close(h, g, what=name)
+        assert_close(p.grad, g, what=name)
+        assert_close(minus, -3 * g, what=name)
+
+
+@pytest.mark.parametrize("topk_type", ["global", "local"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_moves_the_counters_once(impl, topk_type, reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    plain, inputs = make(impl, topk_type)
+    kept = copy.deepcopy(plain)
+    others = {s: torch.randn_like(x) for s, x in inputs.items()}
+
+    def losses(model, wrap):
+        return [wrap(lambda anchor, x=x: model.compute_loss(model(x), x)[0] + 0 * anchor) for x in (inputs, others)]
+
+    anchor = torch.zeros((), device=DEVICE, dtype=inputs["text"].dtype, requires_grad=True)  # for the reentrant form
+    want = losses(plain, lambda f: f(anchor))
+    got = losses(kept, lambda f: checkpoint(f, anchor, use_reentrant=reentrant))  # two in flight
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+        a.backward()
+        b.backward()
+    for (name, p), q in zip(kept.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), name
+    for s in WIDTHS:
+        assert torch.equal(getattr(kept, f"stats_last_nonzero_{s}"), getattr(plain, f"stats_last_nonzero_{s}"))
+    assert not copy.deepcopy(kept)._dead_then
+
+
+def test_checkpointing_too_many_forwards_at_once_is_refused_by_name():
+    from torch.utils.checkpoint import checkpoint
+
+    model, _ = make()
+    batches = [{s: torch.randn(6, d, dtype=KERNEL_DTYPE, device=DEVICE) for s, d in WIDTHS.items()} for _ in range(9)]
+    losses = [checkpoint(lambda x=x: model.compute_loss(model(x), x)[0], use_reentrant=False) for x in batches]
+    losses[-1].backward()
+    with pytest.raises(RuntimeError, match="inputs: expected those of one of the last 8 forwards"):
+        losses[0].backward()
+
+
+def test_one_hot_latent_on_every_row_and_no_positive_value(impl):
+    """Every row selects the same latents; then latent biases so low that the ReLU kills all of them."""
+    model, inputs = make(impl, B=24, k=3)
+    with torch.no_grad():
+        for s in WIDTHS:
+            model.latent_biases[s][:3] = 100.0
+    loss, _ = model.compute_loss(model(inputs), inputs)
+    assert model(inputs).indices.sort(1).values.eq(torch.arange(3, device=DEVICE)).all()
+    dead = model.get_dead_neurons()
+    loss, _ = model.compute_loss(model(inputs), inputs)
+    want = reference_loss(model, inputs, model.get_dead_neurons())
+    assert dead.keys() == model.get_dead_neurons().keys()
+    for (name, _), a, b in zip(
+        model.named_parameters(), gradients_of(model, loss), gradients_of(model, want), strict=True
+    ):
+        assert_close(a, b, what=name)
+    with torch.no_grad():
+        for s in WIDTHS:
+            model.latent_biases[s][:] = -100.0
+    out = model(inputs)
+    loss, metrics = model.compute_loss(out, inputs)
+    assert all((out[f"values_{s}"] == 0).all() for s in WIDTHS) and metrics["avg_l1_sparsity"] == 0
+    want = reference_loss(model, inputs, model.get_dead_neurons())
+    assert_close(loss, want)
+    for (name, _), a, b in zip(
+        model.named_parameters(), gradients_of(model, loss), gradients_of(model, want), strict=True
+    ):
+        assert_close(a, b, what=name)
+
+
+def test_autocast_lays_the_encoders_side_by_side_for_the_library(monkeypatch):
+    from sparc_kernels import encode, module
+
+    model, inputs = make(dtype=torch.float32)
+
+    def step():
+        model.zero_grad()
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            loss, _ = model.compute_loss(model(inputs), inputs)
+        loss.backward()
+        return loss, [p.grad for p in model.parameters()]
+
+    apart, want = step()
+    monkeypatch.setattr(module, "wants_joint", lambda w: True)
+    seen = []
+    monkeypatch.setattr(
+        module, "select_latents", lambda xs, ws, *a: seen.append(encode.joint(ws)) or encode.select_latents(xs, ws, *a)
+    )
+    for s in WIDTHS:
+        getattr(model, f"stats_last_nonzero_{s}").copy_(
+            getattr(make(dtype=torch.float32)[0], f"stats_last_nonzero_{s}")
+        )
+    together, got = step()
+    assert seen[0].shape == (70, 40) and torch.equal(together, apart)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
