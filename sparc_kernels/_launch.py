@@ -55,7 +55,7 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def fp32_precision(arch: int, tf32: bool) -> str:
+def dot_precision(arch: int, tf32: bool) -> str:
     """How tl.dot multiplies float32: tensor cores on NVIDIA GPUs; AMD's matrix cores take fp32 as it is."""
     if arch >= AMD:
         return "tf32" if tf32 and arch == 0x942 else "ieee"  # compiled: only gfx942 has the shorter product

@@ -41,6 +41,25 @@ class Shape:
         return (self.d,) * self.S if isinstance(self.d, int) else self.d
 
 
+def parse_shape(text: str) -> Shape:
+    """ "4096,32768,64,1024,3" or with a dtype at the end; a width for each stream as 1024/768/768."""
+    parts = text.split(",")
+    widths = parts[3].split("/") if len(parts) > 3 else []
+    numbers = [*parts[:3], *widths, *parts[4:5]]
+    if len(parts) not in (5, 6) or not all(p.isascii() and p.isdigit() and int(p) > 0 for p in numbers):
+        raise ValueError(f"--shape: expected B,N,k,d,S[,DTYPE] with positive integers, got {text!r}")
+    dtype = parts[5] if len(parts) == 6 else "bfloat16"
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise ValueError(f"--shape: expected DTYPE bfloat16, float16 or float32, got {dtype!r}")
+    B, N, k, S = (int(parts[i]) for i in (0, 1, 2, 4))
+    if k > min(N, _launch.MAX_K) or _launch.MAX_STREAMS < S or len(widths) not in (1, S):
+        raise ValueError(
+            f"--shape: expected k <= min(N, {_launch.MAX_K}), S <= {_launch.MAX_STREAMS} and one width or S of them, "
+            f"got {text!r}"
+        )
+    return Shape(B, N, k, int(widths[0]) if len(widths) == 1 else tuple(map(int, widths)), S, dtype)
+
+
 @dataclass(frozen=True)
 class Launch:
     """One specialisation of one kernel: everything the compiler sees."""
@@ -243,6 +262,7 @@ def _as_on_gpu(arch: int, tf32: bool, found: list[Launch]):
     # what is replaced by name, where a module holds it; kernels are recognised by their type
     stand_ins = {
         "capability": lambda device: arch,
+        "device_name": lambda: None,  # recorded settings are this machine's
         "resolve_impl": lambda impl, tensor: "torch" if impl == "torch" else "triton",
         "_allow_tf32": lambda: tf32,
         "INTERPRETED": False,

@@ -1,8 +1,8 @@
 """`sparc-kernels audit`: what the compiler makes of every kernel, for GPUs that are not here.
 
 What is compiled is what a training step would launch, traced on meta tensors of the real shapes (`_trace.py`): same
-settings, same specialisation of every argument. Needs only the Triton wheel (ptxas and cuobjdump travel inside it).
-Compiles in worker processes, where TRITON_INTERPRET is unset.
+settings, same specialisation of every argument. Needs only the Triton wheel (ptxas, cuobjdump and AMD's LLVM travel
+inside it). Compiles in worker processes, where TRITON_INTERPRET is unset.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import product
 
-from ._trace import Launch, Shape, Trace, launches, reference_peak_bytes, trace
+from ._launch import AMD, SHARED_LIMIT
+from ._trace import Launch, Shape, Trace, launches, parse_shape, reference_peak_bytes, trace
 
 __all__ = [
     "Compiled",
@@ -32,9 +33,12 @@ __all__ = [
     "trace",
 ]
 
-# Shared memory that one block may use, bytes (CUDA programming guide, technical specifications by compute capability).
-SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 DEFAULT_ARCHS = (80, 90, 100)
+
+
+def arch_name(arch: int) -> str:
+    """80 -> "sm_80", 0x942 -> "gfx942"."""
+    return f"gfx{arch:x}" if arch >= AMD else f"sm_{arch}"
 
 
 @dataclass
@@ -42,11 +46,11 @@ class Compiled:
     arch: int
     launch: Launch
     shape: Shape  # the first shape that launches it
-    registers: int = 0
+    registers: int = 0  # of a thread; vector registers with the accumulation ones on AMD
     spill_bytes: int = 0
     shared: int = 0
     instructions: int = 0
-    matrix: str = "-"  # wgmma, tcgen05, mma or fma
+    matrix: str = "-"  # wgmma, tcgen05, mma (NVIDIA), mfma, wmma (AMD) or fma
     load_bits: int = 0  # widest global load
     error: str = ""
 
@@ -88,7 +92,7 @@ QUICK = [
 
 
 def compile_launch(launch: Launch, arch: int, shape: Shape) -> Compiled:
-    """Compile for `sm_{arch}` and read the result. Runs in a worker."""
+    """Compile for one architecture and read the result. Runs in a worker."""
     from importlib import import_module
 
     import triton
@@ -101,17 +105,30 @@ def compile_launch(launch: Launch, arch: int, shape: Shape) -> Compiled:
     constants = dict(launch.constexprs)
     signature = {arg: dict(launch.signature).get(arg, "constexpr") for arg in kernel.arg_names}
     attrs = {path: [["tt.divisibility", 16]] for path in launch.divisible}
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    for path in launch.small:
+        attrs.setdefault(path, []).append(["tt.pointer_range", 32])
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **dict(launch.options)}
+    target = (
+        GPUTarget("hip", arch_name(arch), 64 if arch < 0x1000 else 32) if arch >= AMD else GPUTarget("cuda", arch, 32)
+    )
     try:
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
-        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        compiled = triton.compile(source, target=target, options=options)
     except Exception as error:  # a kernel that does not compile is a finding, not a crash
         cause = error.__cause__ or error  # Triton chains its errors, the reason stands in the innermost
         result.error = f"{type(cause).__name__}: {' '.join(str(cause).split())[-200:]}"
         return result
+    result.shared = compiled.metadata.shared
+    (_read_amdgcn if arch >= AMD else _read_cubin)(compiled.asm, result)
+    return result
+
+
+def _read_cubin(asm, result: Compiled) -> None:
+    import triton
+
     tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(asm["cubin"])
         file.flush()
         run = {"capture_output": True, "text": True, "check": True}
         usage = subprocess.run([tool, "--dump-resource-usage", file.name], **run).stdout
@@ -119,13 +136,29 @@ def compile_launch(launch: Launch, arch: int, shape: Shape) -> Compiled:
     registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage).groups()
     codes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.MULTILINE)
     result.registers, result.spill_bytes = int(registers), int(stack) + int(local)
-    result.shared, result.instructions = compiled.metadata.shared, len(codes)
-    ptx = compiled.asm["ptx"]
-    result.matrix = next((m for m in ("tcgen05", "wgmma", "mma") if f"{m}." in ptx), "fma")
+    result.instructions = len(codes)
+    result.matrix = next((m for m in ("tcgen05", "wgmma", "mma") if f"{m}." in asm["ptx"]), "fma")
     loads = [c for c in codes if c.startswith(("LDG", "LDGSTS"))]
     widths = [int(m.group(1)) if (m := re.search(r"\.(128|64)\b", c)) else 32 for c in loads]
     result.load_bits = max(widths, default=0)
-    return result
+
+
+def _read_amdgcn(asm, result: Compiled) -> None:
+    text = asm["amdgcn"]
+
+    def number(key):
+        found = re.search(rf"\.{key}:\s+(\d+)", text)
+        return int(found.group(1)) if found else 0
+
+    result.registers = number("vgpr_count")  # on gfx9 the accumulation registers are among them
+    # scratch memory of a lane: what does not fit the registers is there, like CUDA's local memory
+    result.spill_bytes = number("private_segment_fixed_size")
+    codes = re.findall(r"^\t([a-z][a-z0-9_]+)", text, re.MULTILINE)
+    result.instructions = len(codes)
+    result.matrix = next((m for m in ("mfma", "wmma") if any(c.startswith(f"v_{m}") for c in codes)), "fma")
+    loads = [c for c in codes if c.startswith(("global_load", "buffer_load", "flat_load"))]
+    widths = [32 * int(m.group(1)) if (m := re.search(r"(?:dwordx|_b)(\d+)$", c)) else 32 for c in loads]
+    result.load_bits = max((w if w <= 128 else w // 32 for w in widths), default=0)  # gfx11 says b128 for dwordx4
 
 
 def audit(shapes: list[Shape], archs=DEFAULT_ARCHS, workers: int | None = None, progress=None) -> list[Compiled]:
@@ -151,7 +184,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shape", action="append", metavar="B,N,k,d,S[,DTYPE]", help="audit this shape instead of the grid; repeatable"
     )
-    parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_LIMIT), help="default: 80 90 100")
+    parser.add_argument(
+        "--arch",
+        action="append",
+        metavar="ARCH",
+        help="80, 86, 89, 90, 100, 120, gfx90a, gfx942, gfx1100; repeatable; default: 80 90 100",
+    )
     parser.add_argument("--quick", action="store_true", help="a few shapes instead of the whole grid")
     parser.add_argument("--workers", type=int, help="compiling processes (default: one per core, at most 8)")
     parser.add_argument("--json", metavar="FILE", help="write the results there too")
@@ -162,17 +200,18 @@ def _refuse(message: str) -> None:
     raise SystemExit(2)
 
 
-def _parse_shape(text: str) -> Shape:
-    parts = text.split(",")
-    if len(parts) not in (5, 6) or not all(p.isdigit() and int(p) > 0 for p in parts[:5]):
-        _refuse(f"--shape: expected B,N,k,d,S[,DTYPE] with positive integers, got {text!r}")
-    dtype = parts[5] if len(parts) == 6 else "bfloat16"
-    if dtype not in ("bfloat16", "float16", "float32"):
-        _refuse(f"--shape: expected DTYPE bfloat16, float16 or float32, got {dtype!r}")
-    shape = Shape(*map(int, parts[:5]), dtype)
-    if shape.k > min(shape.N, 512) or shape.S > 8:
-        _refuse(f"--shape: expected k <= min(N, 512) and S <= 8, got {text!r}")
-    return shape
+def _shape(text: str) -> Shape:
+    try:
+        return parse_shape(text)
+    except ValueError as error:
+        return _refuse(str(error))
+
+
+def _parse_arch(text: str) -> int:
+    names = {arch_name(arch).removeprefix("sm_"): arch for arch in SHARED_LIMIT}
+    if text not in names:
+        _refuse(f"--arch: expected one of {', '.join(names)}, got {text!r}")
+    return names[text]
 
 
 def _flags(launch: Launch) -> str:
@@ -203,22 +242,23 @@ def run(args: argparse.Namespace) -> int:
     if INTERPRETED:  # interpreted kernels cannot be compiled: start over without
         env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         return subprocess.run([sys.executable, "-m", "sparc_kernels", *sys.argv[1:]], env=env, check=False).returncode
-    shapes = [_parse_shape(s) for s in args.shape] if args.shape else QUICK if args.quick else GRID
+    shapes = [_shape(s) for s in args.shape] if args.shape else QUICK if args.quick else GRID
 
     def progress(i, n):
         if sys.stderr.isatty():
             print(f"\rcompiled {i}/{n}", end="" if i < n else "\n", file=sys.stderr, flush=True)
 
-    results = audit(shapes, tuple(args.arch or DEFAULT_ARCHS), args.workers, progress)
+    archs = tuple(map(_parse_arch, args.arch)) if args.arch else DEFAULT_ARCHS
+    results = audit(shapes, archs, args.workers, progress)
     print(
-        f"{'kernel':<22} {'sm':>4} {'warps':>5} {'regs':>5} {'spill':>6} {'shared':>7} {'sass':>6} {'matrix':>8} "
+        f"{'kernel':<22} {'arch':>7} {'warps':>5} {'regs':>5} {'spill':>6} {'shared':>7} {'sass':>6} {'matrix':>8} "
         f"{'load':>5}"
     )
     for r in sorted(results, key=lambda r: (r.launch.kernel, r.arch, _flags(r.launch))):
         name = r.launch.kernel.split(":")[1].strip("_").removesuffix("_kernel")
         print(
-            f"{name:<22} {r.arch:>4} {r.launch.num_warps:>5} {r.registers:>5} {r.spill_bytes:>6} {r.shared:>7} "
-            f"{r.instructions:>6} {r.matrix:>8} {r.load_bits:>5}  {_flags(r.launch)}"
+            f"{name:<22} {arch_name(r.arch):>7} {r.launch.num_warps:>5} {r.registers:>5} {r.spill_bytes:>6} "
+            f"{r.shared:>7} {r.instructions:>6} {r.matrix:>8} {r.load_bits:>5}  {_flags(r.launch)}"
             + (f"  FAULT: {r.fault}" if r.fault else "")
         )
     faults = [r for r in results if r.fault]

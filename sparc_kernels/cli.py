@@ -13,6 +13,8 @@ SUBCOMMANDS = {
     "demo": "train on real data built on the spot, print the alignment table, write figures",
     "verify": "check every operator and a training step against the float64 reference on this machine",
     "audit": "compile every Triton kernel for GPUs that are not here: registers, spills, shared memory, instructions",
+    "tune": "search launch settings for one shape on this machine's GPU and record them for later launches",
+    "cost": "what a training step should take on a GPU, op by op, and against dense PyTorch: modelled, nothing runs",
 }
 
 
