@@ -1,0 +1,890 @@
+"""The cost model: bytes and FLOPs of every op from its shape, what a GPU could do at best, and which part is the limit.
+
+Everything here is **modelled**. Nothing was measured, and no number is more than its assumptions, which are:
+
+- A kernel takes as long as the slowest of four: bytes through HBM, bytes through L2 (all it moves, HBM's included),
+  FLOPs, instructions (only the selector's). Kernels of a step run one after the other, and each adds `launch_us`.
+- Tensors are read or written once per kernel, and cross HBM each time: small ones that stay in L2 are not credited.
+- Gathered rows cross L2 at every use. HBM delivers each of the distinct rows once while the slab that a kernel works on
+  fits in L2; beyond that a repeated use misses with probability 1 - (L2 / slab). Ids are taken as uniform, which is
+  the worst case: real latents are skewed.
+- Rates are the data sheet's times a fraction that is written beside it. The fractions are assumptions.
+- Outside a CUDA graph the host must issue every launch: a step lasts at least launches * `host_us`.
+
+Not modelled: wave quantisation, tails, hot latents split over programs, fp32 with k > 128 (several launches), clocks.
+
+Symbols as in docs/math.md: B rows, N latents, k active, S streams, D = sum of their widths, M = B k, e = bytes of a
+weight.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from ._checks import check_int, fail, require
+from ._launch import (
+    MAX_K,
+    MAX_STREAMS,
+    SCRATCH_BYTES,
+    SLAB_BYTES,
+    SPREAD_COLUMNS,
+    SPREAD_SOURCES,
+    cdiv,
+    encode_by_library,
+    next_power_of_2,
+    select_config,
+)
+
+# ----------------------------------------------------------------------------------------------------------------- GPUs
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Ceilings of one GPU: data sheet rates, and the fraction of them that is taken to be within reach."""
+
+    name: str
+    match: tuple[str, ...]  # words that torch's name of the device holds, all of them
+    hbm_gb_s: float  # data sheet
+    l2_gb_s: float  # taken to be within reach, reads of rows of 1 kB and more: an assumption on every GPU
+    l2_bytes: float
+    tflop_s: dict[str, float]  # data sheet, dense, by unit; half precision accumulating in fp32
+    sms: int
+    clock_ghz: float
+    without: tuple[str, ...] = ()  # words that the name must not hold
+    hbm_fraction: float = 0.9  # assumption
+    gemm_fraction: float = 0.8  # assumption, a library GEMM of thousands of rows
+    issue_fraction: float = 0.5  # assumption, of 4 instructions a clock and multiprocessor, for code full of barriers
+    launch_us: float = 2.0  # assumption, what a kernel costs the device beyond its work: ramp, tail, gap to the next
+    host_us: float = 6.0  # assumption, what PyTorch's eager mode needs for a launch, autograd included
+
+    def bytes_per_s(self, level: str) -> float:
+        return 1e9 * (self.hbm_gb_s * self.hbm_fraction if level == "HBM" else self.l2_gb_s)
+
+    def flop_per_s(self, unit: str) -> float:
+        rate = self.tflop_s["tf32"] / 3 if unit == "tf32x3" else self.tflop_s[unit]  # three tf32 products each
+        return 1e12 * rate * self.gemm_fraction
+
+    def instructions_per_s(self) -> float:
+        return 4e9 * self.sms * self.clock_ghz * self.issue_fraction
+
+
+def _rates(half: float, tf32: float, fp32: float) -> dict[str, float]:
+    return {"bfloat16": half, "float16": half, "tf32": tf32, "float32": fp32}
+
+
+MIB = 2**20
+# Rates, sizes: data sheets NVIDIA A100 (2021), H100 (2023), H200 (2024), HGX B200, L40S; whitepapers "NVIDIA Ada GPU
+# Architecture" and "NVIDIA RTX Blackwell GPU Architecture", appendix A; AMD Instinct MI300X (2023). Where NVIDIA quotes
+# tensor rates with sparsity half of that stands here; GeForce rates are those that accumulate in fp32. The L40S is
+# taken to have the whole L2 of its die, as the L40 has.
+# L2 within reach: 5.5 TB/s is what the study of these kernels took for the H200, and taken for the H100 (same die) too;
+# A100 the same share of its 5,120 B a clock. RTX 4090 and MI300X (its Infinity Cache: the 4 MB L2s hold no slab) are
+# near what Chips and Cheese published, RTX 5090 and L40S scaled from the former. B200 is a guess above its HBM.
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        GPU("A100", ("a100", "80gb"), 2039, 4200, 40 * MIB, _rates(312, 156, 19.5), 108, 1.41, ("pcie",)),
+        GPU("H100", ("h100", "hbm3"), 3350, 5500, 50 * MIB, _rates(989, 494, 67), 132, 1.75, ("nvl", "pcie")),
+        GPU("H200", ("h200",), 4800, 5500, 60 * MIB, _rates(989, 494, 67), 132, 1.75, ("nvl", "gh200")),
+        GPU("B200", ("b200",), 8000, 10000, 126 * MIB, _rates(2250, 1125, 75), 148, 1.85, ("gb200",)),
+        GPU("RTX4090", ("rtx", "4090"), 1008, 5000, 72 * MIB, _rates(165, 82.6, 82.6), 128, 2.52, ("4090 d",)),
+        GPU("RTX5090", ("rtx", "5090"), 1792, 6000, 96 * MIB, _rates(209, 105, 105), 170, 2.41, ("5090 d",)),
+        GPU("L40S", ("l40s",), 864, 5000, 96 * MIB, _rates(362, 183, 91.6), 142, 2.52),
+        GPU("MI300X", ("mi300x",), 5300, 11900, 256 * MIB, _rates(1307, 654, 163), 304, 2.1),
+    )
+}
+DEFAULT_GPU = "H200"
+NOT_WHOLE = ("mig ", "laptop", "max-q")  # words of names that say: not the device of the data sheet
+
+
+def gpu_named(name: str) -> GPU:
+    """A GPU of the table by its key, upper or lower case."""
+    found = {key.lower(): gpu for key, gpu in GPUS.items()}.get(str(name).lower())
+    if found is None:
+        fail("gpu", f"one of {', '.join(GPUS)}", repr(name))
+    return found
+
+
+def gpu_of_device(name: str) -> GPU | None:
+    """The GPU whose words the device's name holds ("NVIDIA H200" is H200); None when it is not in the table."""
+    name = name.lower()
+    for gpu in GPUS.values():
+        if all(w in name for w in gpu.match) and not any(w in name for w in (*gpu.without, *NOT_WHOLE)):
+            return gpu
+    return None
+
+
+# --------------------------------------------------------------------------------------------------------------- shapes
+
+ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One training step: sizes, and how it computes."""
+
+    B: int
+    N: int
+    k: int
+    d_streams: tuple[int, ...]
+    dtype: str = "bfloat16"  # of the arithmetic, and of the parameters unless autocast
+    auxk: int = 0  # AuxK's latents a row, 0 without
+    dead: int = 0  # dead latents of each stream
+    tf32: bool = False  # what torch's float32 matmul precision allows
+    autocast: bool = False  # float32 parameters, rounded to `dtype` in every step
+    compiled: bool = False  # under torch.compile, where the gradient is not taken in the forward
+
+    def __post_init__(self):
+        for name in ("B", "N"):
+            check_int(name, getattr(self, name), 1)
+        limit = f"at most N and {MAX_K}"
+        check_int("k", self.k, 1, min(self.N, MAX_K), limit)
+        check_int("auxk", self.auxk, 0, min(self.N, MAX_K), limit)
+        check_int("dead", self.dead, 0, self.N, "N")
+        ok = isinstance(self.d_streams, tuple) and 1 <= len(self.d_streams) <= MAX_STREAMS
+        require(ok, "d_streams", f"a tuple of 1..{MAX_STREAMS} widths", repr(self.d_streams))
+        for s, d in enumerate(self.d_streams):
+            check_int(f"d_streams[{s}]", d, 1)
+        require(self.dtype in ITEMSIZE, "dtype", f"one of {', '.join(ITEMSIZE)}", repr(self.dtype))
+        require(not (self.autocast and self.dtype == "float32"), "autocast", "a half precision dtype", self.dtype)
+
+    @property
+    def S(self) -> int:
+        return len(self.d_streams)
+
+    @property
+    def D(self) -> int:
+        return sum(self.d_streams)
+
+    @property
+    def M(self) -> int:
+        """Selected ids."""
+        return self.B * self.k
+
+    @property
+    def e(self) -> int:
+        """Bytes of a weight."""
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def library_unit(self) -> str:
+        """What a library GEMM computes on."""
+        return "tf32" if self.dtype == "float32" and self.tf32 else self.dtype
+
+    @property
+    def kernel_unit(self) -> str:
+        """What the Triton GEMM computes on: never slower than the library's fp32."""
+        return self.dtype if self.dtype != "float32" else "tf32" if self.tf32 else "tf32x3"
+
+    @property
+    def gather_unit(self) -> str:
+        return self.dtype if self.dtype != "float32" else "tf32x3"
+
+    def __str__(self):
+        same = len(set(self.d_streams)) == 1
+        widths = f"{self.S} x {self.d_streams[0]}" if same else "/".join(map(str, self.d_streams))
+        return f"B {self.B}, N {self.N}, k {self.k}, d {widths}, {self.dtype}"
+
+
+# -------------------------------------------------------------------------------------------- parts, ops and their time
+
+
+class Reuse(NamedTuple):
+    """Rows gathered by id: bytes used, bytes of the distinct rows, and bytes that compete for L2 at one time."""
+
+    used: float
+    distinct: float
+    footprint: float
+
+
+NO_REUSE = Reuse(0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One kernel, or a few of one kind."""
+
+    name: str
+    streamed: float = 0  # bytes that cross HBM and L2 once
+    reuse: Reuse = NO_REUSE  # bytes that cross L2 at every use and HBM when they are not there
+    flops: float = 0  # of the algorithm, a multiply-add is 2
+    unit: str = "float32"
+    padding: float = 1  # FLOPs executed for one of `flops`, or the inverse of the share of a library GEMM's rate
+    instructions: float = 0  # of a warp, where they and not bytes decide
+    launches: int = 1
+
+    @property
+    def l2(self) -> float:
+        return self.streamed + self.reuse.used
+
+    def hbm(self, gpu: GPU) -> float:
+        used, distinct, footprint = self.reuse
+        missed = max(0.0, 1 - gpu.l2_bytes / footprint) if footprint else 0.0
+        return self.streamed + distinct + missed * (used - distinct)
+
+    def limits(self, gpu: GPU) -> dict[str, float]:
+        """Seconds that each of the four would take alone."""
+        return {
+            "HBM": self.hbm(gpu) / gpu.bytes_per_s("HBM"),
+            "L2": self.l2 / gpu.bytes_per_s("L2"),
+            "FLOPs": self.padding * self.flops / gpu.flop_per_s(self.unit),
+            "instructions": self.instructions / gpu.instructions_per_s(),
+        }
+
+    def seconds(self, gpu: GPU) -> float:
+        """On the device, launches included."""
+        return max(self.limits(gpu).values()) + 1e-6 * gpu.launch_us * self.launches
+
+
+@dataclass(frozen=True)
+class Op:
+    name: str
+    parts: tuple[Part, ...]
+
+    @property
+    def l2(self) -> float:
+        """Bytes between the multiprocessors and L2: all that the op moves."""
+        return sum(p.l2 for p in self.parts)
+
+    @property
+    def flops(self) -> float:
+        return sum(p.flops for p in self.parts)
+
+    @property
+    def launches(self) -> int:
+        return sum(p.launches for p in self.parts)
+
+    def hbm(self, gpu: GPU) -> float:
+        return sum(p.hbm(gpu) for p in self.parts)
+
+    def seconds(self, gpu: GPU) -> float:
+        """On the device: its parts one after the other."""
+        return sum(p.seconds(gpu) for p in self.parts)
+
+    def bound(self, gpu: GPU) -> str:
+        """What most of the time goes to: HBM, L2, FLOPs, instructions or launches."""
+        shares: dict[str, float] = {"launches": 1e-6 * gpu.launch_us * self.launches}
+        for part in self.parts:
+            name, seconds = max(part.limits(gpu).items(), key=lambda item: item[1])
+            shares[name] = shares.get(name, 0.0) + seconds
+        return max(shares, key=shares.get)
+
+
+def total(name: str, ops: list[Op]) -> Op:
+    return Op(name, tuple(part for op in ops for part in op.parts))
+
+
+def step_seconds(op: Op, gpu: GPU, graph: bool) -> float:
+    """A whole step: as long as the device needs, or the host to issue its launches when there is no graph."""
+    device = op.seconds(gpu)
+    return device if graph else max(device, 1e-6 * gpu.host_us * op.launches)
+
+
+def _distinct(n: int, uses: float) -> float:
+    """Expected distinct ids among `uses` uniform ones of n."""
+    return -n * math.expm1(uses * math.log1p(-1 / n)) if n > 1 else 1.0
+
+
+def _slab(s: Shape, n: int, d: int, k: int) -> int:
+    """Columns of W that the programs of one gather work on at a time, as `_launch.gather_config` cuts them."""
+    block = min(max(16384 // (max(next_power_of_2(k), 16) * s.e), 16), 128)
+    return min(d, max(SLAB_BYTES // (n * block * s.e), 4) * block)
+
+
+def _gathered(s: Shape, d: int, k: int, n: int, columns: int | None = None) -> Reuse:
+    """k of n rows of d columns for each of B rows, column slab after column slab."""
+    uses = s.B * k
+    distinct = _distinct(n, uses)
+    return Reuse(uses * d * s.e, distinct * d * s.e, distinct * min(columns or d, _slab(s, s.N, d, k)) * s.e)
+
+
+# ------------------------------------------------------------------------------------------------------- encoder's ops
+
+# Compiled (sm_90, Triton 3.9): the epilogue adds about 46 / D of the main loop to a 128 x 256 tile.
+EPILOGUE = 46
+# Assumption: the share of the library's rate that the Triton GEMM reaches; the one behind `_launch.encode_by_library`.
+TRITON_GEMM = 0.93
+# Compiled (sm_90, Triton 3.9): a warp of the selector executes about 1,700 instructions outside its two bisections, and
+# 46 + 73 a step. Steps are an assumption: 16 or 32 at most, fewer because the bisections are bracketed.
+SELECT_INSTRUCTIONS = 1700
+BISECTION_INSTRUCTIONS = 119
+BISECTION_STEPS = {2: 10, 4: 20}
+
+
+def _gemm(s: Shape, name: str, m: int, n: int, d: int, unit: str, padding: float = 1, extra: float = 0) -> Part:
+    """[m, d] x [d, n]: operands read, product written, `extra` bytes beside."""
+    return Part(name, (m * d + n * d + m * n) * s.e + extra, flops=2 * m * n * d, unit=unit, padding=padding)
+
+
+def gemm(s: Shape) -> Op:
+    """The bare encoder GEMM of a library: x and W_enc read, the logits written."""
+    return Op("encoder GEMM", (_gemm(s, "GEMM", s.B, s.N, s.D, s.library_unit),))
+
+
+# torch.topk at thousands of rows is a radix select of 2 bits a pass with ballots, then two collecting passes. Its
+# instructions for 32 logits and a pass are an assumption under which bf16 at (4096, 32768) costs about what the GEMM of
+# D 2560 does, the figure of the kernels' study; a public timing (ml-explore/mlx issue 3064) suggests twice as many.
+TOPK_INSTRUCTIONS = 12
+
+
+def _topk(s: Shape, k: int) -> Part:
+    """torch.topk of [B, N] logits: rows stay in L2 between the passes; k values and int64 ids written."""
+    passes, size = 4 * s.e + 2, s.B * s.N * s.e
+    return Part(
+        "topk", s.B * k * (s.e + 8), Reuse(passes * size, size, 0),
+        instructions=TOPK_INSTRUCTIONS * passes * s.B * s.N / 32, launches=3,
+    )  # fmt: skip
+
+
+def mm_topk(s: Shape) -> Op:
+    """The GEMM, then torch.topk."""
+    return Op("mm + topk", (*gemm(s).parts, _topk(s, s.k)))
+
+
+def maxima_bytes(s: Shape, k: int, n: int) -> tuple[float, float]:
+    """(written by whoever takes the maxima, read by the selector beside ids and logits), of n columns, in bytes."""
+    config = select_config(s.N, k)
+    group, span = config.group, config.span
+    groups, spans = cdiv(n, group), cdiv(n, span)
+    if group == span:
+        return s.B * groups * s.e, s.B * groups * s.e
+    return s.B * (groups + spans) * s.e, s.B * (spans + k * (span // group)) * s.e
+
+
+def _selector(s: Shape, k: int, n: int) -> Part:
+    """Maxima and the logits of k groups read, int64 ids written; per warp, what its code executes."""
+    config = select_config(s.N, k)
+    _, read = maxima_bytes(s, k, n)
+    per_warp = SELECT_INSTRUCTIONS + BISECTION_STEPS[s.e] * BISECTION_INSTRUCTIONS
+    steps = 1 if config.group == config.span else 1.5  # a third narrowing
+    return Part(
+        "selector", read + s.B * min(k * config.group, n) * s.e + 8 * s.B * k,
+        instructions=steps * per_warp * config.num_warps * s.B,
+    )  # fmt: skip
+
+
+def _chunks(s: Shape, n: int) -> int:
+    """Launches of GEMM and selector: rows whose logits fit in the scratch."""
+    return cdiv(s.B, max(128, SCRATCH_BYTES // (n * s.e) // 128 * 128))
+
+
+def select_fused(s: Shape) -> Op:
+    """Triton GEMM whose epilogue writes group maxima, then the selector."""
+    written, _ = maxima_bytes(s, s.k, s.N)
+    padding = (1 + EPILOGUE / s.D) / TRITON_GEMM
+    main = _gemm(s, "GEMM + maxima", s.B, s.N, s.D, s.kernel_unit, padding, written)
+    chunks = _chunks(s, s.N)
+    return Op("select (fused)", (replace(main, launches=chunks), replace(_selector(s, s.k, s.N), launches=chunks)))
+
+
+def select_library(s: Shape) -> Op:
+    """One library GEMM over joint storage, one pass over the logits for the maxima, then the selector."""
+    written, _ = maxima_bytes(s, s.k, s.N)
+    chunks = _chunks(s, s.N)
+    main = _gemm(s, "GEMM", s.B, s.N, s.D, s.library_unit)
+    passed = Part("row maxima", s.B * s.N * s.e + written, launches=chunks)
+    return Op(
+        "select (library)", (replace(main, launches=chunks), passed, replace(_selector(s, s.k, s.N), launches=chunks))
+    )
+
+
+def select(s: Shape) -> Op:
+    """The variant that the package takes at this shape."""
+    return select_library(s) if encode_by_library(s.B, s.D, s.e, s.tf32) else select_fused(s)
+
+
+def even_gemm_share(s: Shape, gpu: GPU) -> float:
+    """The share of the library's GEMM rate from which the fused variant is the faster one."""
+    main, selector = select_fused(s).parts
+    spare = select_library(s).seconds(gpu) - selector.seconds(gpu) - 1e-6 * gpu.launch_us * main.launches
+    return main.flops * (1 + EPILOGUE / s.D) / gpu.flop_per_s(main.unit) / spare
+
+
+def values(s: Shape) -> Op:
+    """k encoder rows gathered per row and stream, x and ids read, fp32 values written."""
+    parts = [
+        Part(
+            "gather_dot", s.B * d * s.e + s.M * (8 + 4), _gathered(s, d, s.k, s.N), 2 * s.M * d, s.gather_unit,
+            padding=16,
+        )
+        for d in s.d_streams
+    ]  # fmt: skip
+    return Op("values", tuple(parts))
+
+
+def inverse_index(s: Shape) -> Op:
+    """A radix pass per key byte reads and writes a 2 or 4 byte key and an int64 position; ids read, lists and the work
+    plan of N + M / 64 programs written."""
+    key = 2 if s.N < 2**15 else 4
+    sort = 8 * s.M + key * 2 * s.M * (key + 8) + 4 * s.M
+    plan = 4 * (s.N + 1) + 12 * (3 * s.N + s.M // 64)
+    return Op("inverse index", (Part("sort", sort, launches=2 * key + 4), Part("lists and plan", plan, launches=18)))
+
+
+# ------------------------------------------------------------------------------------------------------ decoder's ops
+
+
+def decode_nmse(s: Shape) -> Op:
+    """Losses alone: k decoder rows gathered per row and target, once for all S sources; x, ids and values read."""
+    parts = [
+        Part(
+            "gather", s.B * d * s.e + s.M * (8 + 4 * s.S), _gathered(s, d, s.k, s.N), 2 * s.S * s.M * d, s.gather_unit,
+            padding=16 / s.S,
+        )
+        for d in s.d_streams
+    ]  # fmt: skip
+    return Op("losses", tuple(parts))
+
+
+def spread(s: Shape, d: int) -> int:
+    """Columns that the H route takes at a time for a decoder of width d; 0 where errors are kept instead."""
+    width = SCRATCH_BYTES // (s.M * s.e)
+    chunk = MAX_K if s.e == 2 else 128
+    if s.S < SPREAD_SOURCES or s.dtype == "float16" or s.k > chunk or width < min(d, SPREAD_COLUMNS):
+        return 0
+    return min(d, max(width // 128 * 128, 16))
+
+
+def _one_pass(s: Shape, d: int) -> Part:
+    """Gather of one target that makes losses, dv, sum_s coef E in fp32, and E of all sources or H."""
+    columns = spread(s, d)
+    chunks = cdiv(d, columns) if columns else 1
+    kept = s.M * d * s.e if columns else s.S * s.B * d * s.e
+    slabs = sum(cdiv(min(columns or d, d - c), _slab(s, s.N, d, s.k)) for c in range(0, d, columns or d))
+    # every slab writes its part of the dots [S, M]; they are read and summed, then added to those of other chunks
+    dots = 4 * s.S * s.M * (2 * slabs + (3 * (chunks - 1)))
+    ids = chunks * s.M * (8 + 4 * s.S + (4 if columns else 0))
+    return Part(
+        "gather", s.B * d * (s.e + 4) + ids + kept + dots, _gathered(s, d, s.k, s.N, columns or d),
+        flops=4 * s.S * s.M * d + (2 * s.S * s.M * d if columns else 0), unit=s.gather_unit, padding=16 / s.S,
+        launches=chunks * (2 if slabs > chunks else 1) + 2 * (chunks - 1),
+    )  # fmt: skip
+
+
+def decode_losses_and_gradients(s: Shape) -> Op:
+    """One gather pass per target that makes losses, dv and the errors (or H); the weights' sums are `reduce_dec`."""
+    return Op("losses + dv", tuple(_one_pass(s, d) for d in s.d_streams))
+
+
+REDUCE_COLUMNS = 1024  # of one program
+
+
+def _errors_reduced(s: Shape, d: int) -> Part:
+    """Per list entry the errors of S sources read out of L2, with their weights; dW_dec written."""
+    errors = s.S * s.B * d * s.e
+    tile = errors * min(1, REDUCE_COLUMNS / d)
+    return Part(
+        "reduce", 4 * s.M + 4 * s.S * s.M + s.N * d * s.e, Reuse(s.S * s.M * d * s.e, errors, tile),
+        flops=2 * s.S * s.M * d, launches=2,
+    )  # fmt: skip
+
+
+def _spread_reduced(s: Shape, d: int) -> Part:
+    """H, in list order, read once and summed in segments; dW_dec written."""
+    chunks = cdiv(d, spread(s, d))
+    return Part("segment sum", s.M * d * s.e + s.N * d * s.e, flops=s.M * d, launches=2 * chunks)
+
+
+def reduce_errors(s: Shape) -> Op:
+    """dW_dec by the E route, whatever S is."""
+    return Op("dW_dec (errors)", tuple(_errors_reduced(s, d) for d in s.d_streams))
+
+
+def reduce_dec(s: Shape) -> Op:
+    """dW_dec by the route that the package takes: through H from four sources on."""
+    parts = [_spread_reduced(s, d) if spread(s, d) else _errors_reduced(s, d) for d in s.d_streams]
+    return Op("dW_dec", tuple(parts))
+
+
+def decode_grads(s: Shape) -> Op:
+    """Losses, dv and dW_dec of every target."""
+    return total("decode_grads", [decode_losses_and_gradients(s), reduce_dec(s)])
+
+
+def reduce_enc(s: Shape) -> Op:
+    """Per list entry one row of x - b out of L2 and its weight; dW_enc and fp32 dc written."""
+    parts = []
+    for d in s.d_streams:
+        x = s.B * d * s.e
+        reuse = Reuse(s.M * d * s.e, x, x * min(1, REDUCE_COLUMNS / d))
+        streamed = s.M * (4 + 4) + s.N * d * s.e + 4 * s.N
+        parts.append(Part("reduce", streamed, reuse, flops=2 * s.M * d, launches=2))
+    return Op("dW_enc", tuple(parts))
+
+
+def bias_grad(s: Shape) -> Op:
+    """d pre_bias = -W_enc^T dc: W_enc read once more."""
+    parts = [Part("matrix-vector", s.N * d * s.e + s.N * s.e, flops=2 * s.N * d) for d in s.d_streams]
+    return Op("d pre_bias", tuple(parts))
+
+
+def glue(s: Shape) -> Op:
+    """What torch does around the kernels, counted on the traced step: two centrings of x, |x|^2 in fp32, the sum of the
+    bias gradient, some 13 S + 30 passes over [S, B, k] values (coefficients, biases, masks, metrics), the counters."""
+    BD, passes = s.B * s.D, 4 * s.S * s.M * (13 * s.S + 30)
+    rows = BD * (2 * 3 * s.e + (s.e + 4) + 8 + 4) + 4 * BD
+    return Op("torch around them", (Part("glue", rows + passes + 45 * s.S * s.N, launches=12 + 60 * s.S),))
+
+
+def casts(s: Shape) -> Op:
+    """Autocast: both weight matrices of every stream rounded, their gradients widened."""
+    return Op("casts", (Part("casts", 2 * 2 * s.N * s.D * (4 + s.e), launches=4 * s.S),))
+
+
+# ----------------------------------------------------------------------------------------------------------------- AuxK
+
+
+def auxk_select(s: Shape) -> Op:
+    """Per stream: `select` over the dead columns alone, then min(auxk, dead) encoder rows gathered per row."""
+    found, parts = min(s.auxk, s.dead), []
+    for d in s.d_streams:
+        parts.append(Part("dead first", 20 * s.N, launches=12))
+        if s.dead == 0:  # programs look at the count and exit
+            parts.append(Part("nothing dead", launches=3))
+            continue
+        written, _ = maxima_bytes(s, s.auxk, s.dead)
+        padding = (1 + EPILOGUE / d) / TRITON_GEMM
+        parts.append(_gemm(s, "GEMM + maxima", s.B, s.dead, d, s.kernel_unit, padding, written))
+        parts.append(_selector(s, s.auxk, s.dead))
+        reuse = _gathered(s, d, found, s.dead)
+        parts.append(Part("gather_dot", s.B * d * s.e, reuse, 2 * s.B * found * d, s.gather_unit, padding=16))
+    return Op("AuxK select", tuple(parts))
+
+
+def auxk(s: Shape) -> Op:
+    """AuxK of a step: selection and values; loss and, in the backward, gradients over min(auxk, dead) decoder rows; the
+    sums added in place to the latents that have entries; one more inverse index; torch's passes over residuals."""
+    found, parts = min(s.auxk, s.dead), list(auxk_select(s).parts)
+    for d in s.d_streams:
+        lists = inverse_index(replace(s, k=s.auxk)).parts
+        parts += [*lists, Part("torch", 58 * s.B * d + 4 * 40 * s.B * s.auxk, launches=45)]
+        if s.dead == 0:
+            parts.append(Part("nothing dead", launches=6))
+            continue
+        reuse = _gathered(s, d, found, s.dead)
+        per_row = s.B * d * s.e
+        parts.append(Part("loss", 2 * per_row, reuse, 2 * s.B * found * d, s.gather_unit, padding=16))
+        parts.append(Part("gradients", 2 * per_row, reuse, 4 * s.B * found * d, s.gather_unit, padding=16))
+        touched = 2 * _distinct(s.dead, s.B * found) * d * s.e
+        for _ in range(2):  # dW_dec, dW_enc
+            rows = Reuse(s.B * found * d * s.e, per_row, per_row * min(1, REDUCE_COLUMNS / d))
+            parts.append(Part("reduce", touched + 8 * s.B * found, rows, flops=2 * s.B * found * d, launches=2))
+    return Op("AuxK", tuple(parts))
+
+
+def auxk_dense(s: Shape) -> Op:
+    """Per stream: all pre-activations written, read and written masked, read by the selection."""
+    parts = []
+    for d in s.d_streams:
+        parts.append(_gemm(s, "GEMM", s.B, s.N, d, s.library_unit))
+        parts.append(Part("mask", 2 * s.B * s.N * s.e))
+        parts.append(_topk(s, s.auxk))
+    return Op("AuxK (dense)", tuple(parts))
+
+
+# ---------------------------------------------------------------------------------------------------------- whole steps
+
+
+def step_ops(s: Shape) -> list[Op]:
+    """Forward, losses and backward of ours, op by op; the optimizer is apart."""
+    one_pass = not s.compiled and s.dtype != "float16"
+    ops = [select(s), inverse_index(s), values(s)]
+    if not one_pass:  # losses in the forward, everything again in the backward
+        ops.append(decode_nmse(s))
+    ops += [decode_losses_and_gradients(s), reduce_dec(s), reduce_enc(s), bias_grad(s), glue(s)]
+    # scaling by the upstream gradient: programs read one number and exit when it is 1
+    ops.append(Op("scale by 1", (Part("scale", launches=s.S),)))
+    if s.auxk:
+        ops.append(auxk(s))
+    if s.autocast:
+        ops.append(casts(s))
+    return ops
+
+
+def step(s: Shape) -> Op:
+    return total("step", step_ops(s))
+
+
+DENSE_VARIANTS = {
+    "eager fp32": {"dtype": "float32"},
+    "eager tf32": {"dtype": "float32", "tf32": True},
+    "eager bf16 autocast": {"dtype": "bfloat16", "autocast": True},
+    "torch.compile bf16 autocast": {"dtype": "bfloat16", "autocast": True, "compiled": True},
+}
+
+
+def dense_step(s: Shape) -> Op:
+    """`reference.training_loss` and its backward with torch.topk, without AuxK; dtype, tf32, autocast and compiled as
+    in s. The official code does more than this: it also makes masks and dense codes for its outputs.
+
+    GEMMs: per stream the encoder, its dW and, because the pre-bias has a gradient, its dx; per (target, source) pair
+    the decoder, its dW and its dcodes. So 2 B N D (3 + 3 S) FLOPs, each GEMM its operands and its product.
+
+    Eager, passes over [B, N] beside the GEMMs: summing the streams 3 (S - 1); topk (see `_topk`); per pair zeros and an
+    out-of-place scatter_add 3; per stream the same again for the gather's backward 3, and the sum for dc 1.
+    Over [d, N]: adding the S gradients of a decoder 3 (S - 1). Over [B, d] in fp32: 21 per pair (bias, difference,
+    squares, means, and their backward), 5 per stream. 24 S^2 + 12 S + 13 launches. Checked against torch's dispatcher.
+
+    Compiled, beside the same GEMMs and topk: codes built once per source (equal expressions are merged), zeros written
+    and scattered into 1; the sum of the streams S + 1; the gather's backward 1 and dc 1 per stream; gradients of a
+    decoder summed and widened in one pass; 4 over [B, d] per pair. About one launch per GEMM, 2 S^2 + 9 S + 10 others.
+    Not checked against inductor's output.
+
+    Autocast: both weight matrices read in fp32 and written rounded, gradients widened (in eager mode apart).
+    """
+    B, N, D, S, e = s.B, s.N, s.D, s.S, s.e
+    BN, ND, BD = B * N, N * D, B * D
+    unit, wide = s.library_unit, 4 + e
+    gemms = []
+    for d in s.d_streams:
+        one = _gemm(s, "GEMM", B, N, d, unit)
+        n = 3 + 3 * S
+        gemms.append(replace(one, streamed=n * one.streamed, flops=n * one.flops, launches=n))
+    topk = _topk(s, s.k)
+    n_gemms = sum(p.launches for p in gemms)
+    if s.compiled:
+        passes = BN * e * ((S + 1 if S > 1 else 0) + S + 2 * S) + 4 * 4 * S * BD
+        weights = ND * (S * e + 4 if S > 1 else 0)
+        if s.autocast:
+            weights += 2 * ND * wide + ND * wide + (0 if S > 1 else ND * wide)
+        others = 2 * S * S + 9 * S + 10
+    else:
+        passes = BN * e * (3 * (S - 1) + 3 * S * S + 3 * S + S) + 4 * BD * (21 * S + 5)
+        weights = 3 * (S - 1) * ND * e + (4 * ND * wide if s.autocast else 0)
+        others = 24 * S * S + 12 * S + 13 - n_gemms + (4 * S if s.autocast else 0)
+    return Op(
+        "dense step", (*gemms, topk, Part("passes", passes, launches=others), Part("weights", weights, launches=0))
+    )
+
+
+# ----------------------------------------------------------------------------------- what benchmarks compare and follow
+
+
+def dense_dec(s: Shape) -> Op:
+    """dW_dec as a GEMM: the codes [S B, N] read for each target, the errors read, dW_dec written."""
+    parts = [_gemm(s, "GEMM", s.N, d, s.S * s.B, s.library_unit) for d in s.d_streams]
+    return Op("dW_dec (dense)", tuple(parts))
+
+
+def dense_enc(s: Shape) -> Op:
+    """dW_enc as a GEMM: every stream's codes and inputs read, dW_enc written."""
+    return Op("dW_enc (dense)", tuple(_gemm(s, "GEMM", s.N, d, s.B, s.library_unit) for d in s.d_streams))
+
+
+def adam(s: Shape) -> Op:
+    """Weight, gradient and two moments read, weight and two moments written, for both weight matrices, in fp32."""
+    return Op("Adam", (Part("Adam", 7 * 2 * s.N * s.D * 4),))
+
+
+def unit_norm(s: Shape) -> Op:
+    """Normalising reads W_dec twice and writes it; the projection reads W_dec and its gradient twice and writes it."""
+    return Op("unit norm + projection", (Part("passes", 8 * s.N * s.D * 4, launches=8 * s.S),))
+
+
+def copy(s: Shape) -> Op:
+    """A buffer of W's size read and written."""
+    return Op("copy", (Part("copy", 2 * s.N * s.D * s.e),))
+
+
+def gather(s: Shape) -> Op:
+    """B k random rows of the widest stream read and written, int64 ids read."""
+    d = max(s.d_streams)
+    distinct = _distinct(s.N, s.M) * d * s.e
+    return Op("gather", (Part("gather", s.M * d * s.e + 8 * s.M, Reuse(s.M * d * s.e, distinct, distinct)),))
+
+
+# --------------------------------------------------------------------------------------------------------------- claims
+
+CASES = {
+    "A": Shape(256, 8192, 64, (1024, 768, 768)),  # the official configuration
+    "B": Shape(4096, 32768, 64, (1024, 768, 768)),
+    "C": Shape(4096, 131072, 64, (1536, 1152, 1152)),  # DINOv2 giant with the two SigLIP so400m towers
+    "D": Shape(8192, 65536, 100, (2304,) * 8),  # a crosscoder over eight layers
+    "E": Shape(4096, 2**20, 32, (2688,)),
+}
+
+
+def select_over_gemm(s: Shape, gpu: GPU) -> float:
+    """Encode + TopK, as the package does it, as a multiple of the bare library GEMM."""
+    return select(s).seconds(gpu) / gemm(s).seconds(gpu)
+
+
+def decode_fraction(s: Shape, gpu: GPU) -> float:
+    """Decode, losses, dv and dW_dec: the time that L2 needs for the gathered bytes alone (decoder rows, and errors
+    where they are read per entry), as a share of the whole time."""
+    op = decode_grads(s)
+    return sum(p.reuse.used for p in op.parts) / gpu.bytes_per_s("L2") / op.seconds(gpu)
+
+
+def pass_fraction(s: Shape, gpu: GPU) -> float:
+    """The same for the one gather pass: losses, dv and errors without the sums of dW_dec."""
+    op = decode_losses_and_gradients(s)
+    return sum(p.reuse.used for p in op.parts) / gpu.bytes_per_s("L2") / op.seconds(gpu)
+
+
+def dense_seconds(s: Shape, gpu: GPU) -> dict[str, float]:
+    """Seconds of the reference's step by variant; none of them in a CUDA graph."""
+    plain = replace(s, auxk=0, dead=0, tf32=False, autocast=False, compiled=False)
+    return {
+        name: step_seconds(dense_step(replace(plain, **how)), gpu, graph=False) for name, how in DENSE_VARIANTS.items()
+    }
+
+
+class Claim(NamedTuple):
+    """One modelled figure, and the goal it is held against (None where there is none)."""
+
+    what: str
+    case: str
+    shape: str
+    value: float
+    goal: float | None = None
+    at_most: bool = False
+
+    @property
+    def holds(self) -> bool | None:
+        if self.goal is None:
+            return None
+        return self.value <= self.goal if self.at_most else self.value >= self.goal
+
+    def __str__(self):
+        verdict = ""
+        if self.goal is not None:
+            verdict = f"  {'<=' if self.at_most else '>='} {self.goal:g} {'holds' if self.holds else 'DOES NOT HOLD'}"
+        return f"{self.what:<52} {self.case:<2} {self.value:>7.2f}{verdict}"
+
+
+def claims(gpu: GPU | None = None) -> list[Claim]:
+    """What the project promises, as modelled on one GPU (the default GPU when None), at the benchmarks' shapes.
+
+    Case A is the official configuration, its step in a CUDA graph; "B8" is B with N 8192.
+    """
+    gpu, found = gpu or GPUS[DEFAULT_GPU], []
+    for name, s in {**CASES, "B8": replace(CASES["B"], N=8192)}.items():
+        goal = None if s.B < 4096 else 1.15 if s.N >= 32768 else 1.25
+        found.append(Claim("encode + TopK over the bare GEMM", name, str(s), select_over_gemm(s, gpu), goal, True))
+    for name, s in CASES.items():
+        found.append(Claim("gather bandwidth: losses + dv", name, str(s), pass_fraction(s, gpu)))
+        found.append(Claim("gather bandwidth: losses + dv + dW_dec", name, str(s), decode_fraction(s, gpu)))
+    for name, s in CASES.items():
+        official = name == "A"
+        dense = dense_seconds(s, gpu)
+        ours = step_seconds(step(s), gpu, graph=official)
+        rounded = step_seconds(step(replace(s, autocast=True)), gpu, graph=official)
+        best = min(dense.values())
+        goals = (10, None) if official else (20, 5)
+        found.append(Claim("eager fp32 step over ours in bf16", name, str(s), dense["eager fp32"] / ours, goals[0]))
+        found.append(Claim("best dense step over ours in bf16", name, str(s), best / ours, goals[1]))
+        found.append(Claim("best dense step over ours under autocast", name, str(s), best / rounded))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- printing
+
+
+def _row(op: Op, gpu: GPU) -> dict:
+    return {
+        "op": op.name, "hbm_mb": op.hbm(gpu) / 1e6, "l2_mb": op.l2 / 1e6, "gflop": op.flops / 1e9,
+        "launches": op.launches, "predicted_us": 1e6 * op.seconds(gpu), "bound_by": op.bound(gpu),
+    }  # fmt: skip
+
+
+def summary(s: Shape, gpu: GPU) -> dict:
+    """Everything `table` prints, as numbers."""
+    ops = step_ops(s)
+    whole = total("step", ops)
+    graph, eager = (step_seconds(whole, gpu, graph) for graph in (True, False))
+    dense = dense_seconds(s, gpu)
+    return {
+        "modelled": True, "gpu": gpu.name, "shape": str(s), "rows": [_row(op, gpu) for op in [*ops, whole]],
+        "apart": [_row(op, gpu) for op in (adam(s), unit_norm(s))],
+        "step_us": {"CUDA graph": 1e6 * graph, "eager": 1e6 * eager},
+        "dense_us": {name: 1e6 * seconds for name, seconds in dense.items()},
+        "dense_over_ours": {name: seconds / eager for name, seconds in dense.items()},
+        "dense_over_ours_in_graph": {name: seconds / graph for name, seconds in dense.items()},
+        "select_over_gemm": {
+            op.name: op.seconds(gpu) / gemm(s).seconds(gpu) for op in (select_fused(s), select_library(s), mm_topk(s))
+        },
+        "even_gemm_share": even_gemm_share(s, gpu), "gather_fraction": pass_fraction(s, gpu),
+        "decode_fraction": decode_fraction(s, gpu),
+    }  # fmt: skip
+
+
+def table(s: Shape, gpu: GPU) -> str:
+    """The modelled step as text: op by op, then against the dense reference."""
+    found = summary(s, gpu)
+    lines = [
+        f"modelled, nothing measured: {s} on {gpu.name}",
+        f"{'op':<22} {'HBM MB':>10} {'L2 MB':>10} {'GFLOP':>10} {'launches':>8} {'predicted us':>12}  bound by",
+    ]
+    lines += [
+        f"{r['op']:<22} {r['hbm_mb']:>10.1f} {r['l2_mb']:>10.1f} {r['gflop']:>10.1f} {r['launches']:>8} "
+        f"{r['predicted_us']:>12.1f}  {r['bound_by']}"
+        for r in [*found["rows"], *found["apart"]]
+    ]
+    times = found["step_us"]
+    lines.append(f"step {times['eager']:.0f} us, in a CUDA graph {times['CUDA graph']:.0f} us (last two rows apart)")
+    ratios = ", ".join(f"{name} x{ratio:.2f}" for name, ratio in found["select_over_gemm"].items())
+    lines.append(f"over the bare GEMM: {ratios}")
+    lines.append(
+        f"fused selection wins where its GEMM reaches {found['even_gemm_share']:.2f} of the library's rate "
+        f"(assumed: {TRITON_GEMM:g})"
+    )
+    lines.append(
+        f"share of the gather bandwidth: losses + dv {found['gather_fraction']:.2f}, with dW_dec "
+        f"{found['decode_fraction']:.2f}"
+    )
+    for name, us in found["dense_us"].items():
+        ratio, in_graph = found["dense_over_ours"][name], found["dense_over_ours_in_graph"][name]
+        lines.append(f"dense {name:<28} {us:>10.0f} us, x{ratio:.1f} ours, x{in_graph:.1f} ours in a graph")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------- subcommand
+
+
+def parse_shape(text: str) -> Shape:
+    """B,N,k,d,S[,DTYPE], S streams of width d."""
+    parts = str(text).split(",")
+    ok = len(parts) in (5, 6) and all(p.isdigit() and int(p) > 0 for p in parts[:5])
+    require(ok, "shape", "B,N,k,d,S[,DTYPE] with positive integers", repr(text))
+    B, N, k, d, S = map(int, parts[:5])
+    try:
+        return Shape(B, N, k, (d,) * S, *parts[5:])
+    except ValueError as error:
+        raise ValueError(f"shape: {error}") from None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shape",
+        action="append",
+        metavar="B,N,k,d,S[,DTYPE]",
+        help="repeatable; default: the five of the benchmarks, and the goals",
+    )
+    parser.add_argument("--gpu", default=DEFAULT_GPU, help=f"one of {', '.join(GPUS)} (default {DEFAULT_GPU})")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        gpu = gpu_named(args.gpu)
+        shapes = [parse_shape(text) for text in args.shape] if args.shape else list(CASES.values())
+    except ValueError as error:
+        print(f"sparc-kernels cost: error: --{error}", file=sys.stderr)
+        return 2
+    print("\n\n".join(table(s, gpu) for s in shapes))
+    goals = [] if args.shape else claims(gpu)
+    if goals:
+        print(f"\nmodelled goals on {gpu.name}", *goals, sep="\n")
+    if args.json:
+        data = {
+            "shapes": [summary(s, gpu) for s in shapes], "claims": [{**c._asdict(), "holds": c.holds} for c in goals]
+        }  # fmt: skip
+        with open(args.json, "w") as file:
+            json.dump(data, file, indent=1)
+    return 0
