@@ -1,7 +1,6 @@
-"""What the benchmarks run: shapes, seeded tensors, bytes and FLOPs of each op, and who computes it (the providers).
+"""What the benchmarks run: shapes, seeded tensors, and who computes each op (the providers).
 
-Bytes are what the op has to move given how it works (tensors read once, gathered rows read once per use), not a lower
-bound over all algorithms; the one-line reason stands in each formula's docstring. Nothing is measured in this file.
+Bytes, FLOPs and the time they should take are those of `sparc_kernels.cost`. Nothing is measured in this file.
 """
 
 from __future__ import annotations
@@ -9,17 +8,20 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from sparc_kernels import AlignedSAE, auxk_topk, decode_nmse, inverse_index, reference, values_at
-from sparc_kernels._launch import cdiv, select_config
+from sparc_kernels import AlignedSAE, auxk_topk, cost, decode_nmse, inverse_index, reference, values_at
 from sparc_kernels._ops import resolve_impl
+from sparc_kernels.decoder import decode_grads
 from sparc_kernels.encode import select_latents
-from sparc_kernels.gather import KEEP_ALL, gather_error
+from sparc_kernels.gather import KEEP_NONE
 from sparc_kernels.latent_grads import latent_reduce
+
+DEAD = 0.1  # fraction of latents that are dead where AuxK is measured
+DEAD_THRESHOLD = 1000
 
 # --------------------------------------------------------------------------------------------------------------- shapes
 
@@ -45,20 +47,17 @@ class Case:
     def streams(self) -> dict[str, int]:
         return {f"s{i}": d for i, d in enumerate(self.d_streams)}
 
+    def shape(self, dtype: str, /, auxk: bool = False, **how) -> cost.Shape:
+        """What the cost model needs to know."""
+        aux = {"auxk": self.auxk, "dead": len(range(0, self.N, round(1 / DEAD)))} if auxk else {}
+        return cost.Shape(self.B, self.N, self.k, self.d_streams, **{"dtype": dtype, **aux, **how})
+
     def __str__(self):
         return f"{self.name}: B {self.B}, N {self.N}, k {self.k}, d {'/'.join(map(str, self.d_streams))}"
 
 
-CASES = {
-    c.name: c
-    for c in (
-        Case("A", 256, 8192, 64, (1024, 768, 768), 64),  # the official configuration
-        Case("B", 4096, 32768, 64, (1024, 768, 768), 64),
-        Case("C", 4096, 131072, 64, (1536, 1152, 1152), 64),  # DINOv2 giant with the two SigLIP so400m towers
-        Case("D", 8192, 65536, 100, (2304,) * 8, 64),  # a crosscoder over eight layers
-        Case("E", 4096, 2**20, 32, (2688,), 64),
-    )
-}
+# auxk as in the official configuration
+CASES = {name: Case(name, s.B, s.N, s.k, s.d_streams, 64) for name, s in cost.CASES.items()}
 # the same five for a CPU: each keeps what is special about it (streams, k that is no power of two, N against k)
 TINY = {
     c.name: c
@@ -70,132 +69,6 @@ TINY = {
         Case("E", 64, 2048, 4, (42,), 8),
     )
 }
-DEAD = 0.1  # fraction of latents that are dead where AuxK is measured
-DEAD_THRESHOLD = 1000
-
-# ------------------------------------------------------------------------------------------------------ bytes and FLOPs
-
-
-class Cost(NamedTuple):
-    bytes: int | None
-    flops: int | None
-
-
-def gemm_cost(c: Case, e: int) -> Cost:
-    """x and W_enc read, the logits written; one multiply-add per (row, latent, column)."""
-    return Cost((c.B * c.D + c.N * c.D + c.B * c.N) * e, 2 * c.B * c.N * c.D)
-
-
-def mm_topk_cost(c: Case, e: int) -> Cost:
-    """The GEMM, then the logits read again and k values and int64 ids of each row written."""
-    gemm = gemm_cost(c, e)
-    return Cost(gemm.bytes + c.B * c.N * e + c.B * c.k * (e + 8), gemm.flops)
-
-
-def select_cost(c: Case, e: int) -> Cost:
-    """The GEMM; a maximum per group (and span) written, the coarse ones and k groups per level read; ids written."""
-    config = select_config(c.N, c.k)
-    group, span = config.group, config.span
-    maxima = 2 * cdiv(c.N, group) if span == group else cdiv(c.N, group) + 2 * cdiv(c.N, span) + c.k * (span // group)
-    gemm = gemm_cost(c, e)
-    return Cost(gemm.bytes + c.B * (maxima + c.k * group) * e + 8 * c.B * c.k, gemm.flops)
-
-
-def values_cost(c: Case, e: int) -> Cost:
-    """k encoder rows gathered per row and stream, x and ids read, fp32 values written."""
-    return Cost(c.B * c.k * c.D * e + c.B * c.D * e + c.S * c.B * c.k * (8 + 4), 2 * c.B * c.k * c.D)
-
-
-def decode_nmse_cost(c: Case, e: int) -> Cost:
-    """k decoder rows gathered per row and target, once for all S sources; x, ids and the sources' fp32 values read."""
-    per_target = c.B * c.k * (8 + 4 * c.S)
-    return Cost(c.B * c.k * c.D * e + c.B * c.D * e + c.S * per_target, 2 * c.S * c.B * c.k * c.D)
-
-
-def gather_error_cost(c: Case, e: int) -> Cost:
-    """decode_nmse, the errors of all S sources written in the weights' dtype, and fp32 dots [S, B, k] per target."""
-    forward = decode_nmse_cost(c, e)
-    return Cost(forward.bytes + c.S * c.B * c.D * e + 4 * c.S * c.S * c.B * c.k, 2 * forward.flops)
-
-
-def reduce_dec_cost(c: Case, e: int) -> Cost:
-    """Per list entry the errors of S sources and their weights read; dW_dec written once."""
-    M = c.B * c.k
-    return Cost(c.S * M * c.D * e + c.S * M * (4 + 4 * c.S) + c.N * c.D * e, 2 * c.S * M * c.D)
-
-
-def reduce_enc_cost(c: Case, e: int) -> Cost:
-    """Per list entry one row of x and its weight read; dW_enc and fp32 dc written once."""
-    M = c.B * c.k
-    return Cost(M * c.D * e + c.S * M * (4 + 4) + c.N * c.D * e + 4 * c.S * c.N, 2 * M * c.D)
-
-
-def dense_dec_cost(c: Case, e: int) -> Cost:
-    """dW_dec as a GEMM: the codes [S B, N] read for each target, the errors read, dW_dec written."""
-    return Cost((c.S * c.S * c.B * c.N + c.S * c.B * c.D + c.N * c.D) * e, 2 * c.S * c.B * c.N * c.D)
-
-
-def dense_enc_cost(c: Case, e: int) -> Cost:
-    """dW_enc as a GEMM: every stream's codes and inputs read, dW_enc written."""
-    return Cost((c.S * c.B * c.N + c.B * c.D + c.N * c.D) * e, 2 * c.B * c.N * c.D)
-
-
-def inverse_index_cost(c: Case, e: int) -> Cost:
-    """A radix pass per key byte reads and writes a 2 or 4 byte key and an int64 position; ids read, lists written."""
-    key = 2 if c.N < 2**15 else 4
-    M = c.B * c.k
-    return Cost(8 * M + key * 2 * M * (key + 8) + 4 * M + 4 * (c.N + 1), None)
-
-
-def auxk_cost(c: Case, e: int) -> Cost:
-    """Per stream: `select` over the dead columns alone, then auxk encoder rows gathered per row."""
-    n = int(DEAD * c.N)
-    select = (c.B * c.D + n * c.D + 2 * c.S * c.B * n) * e
-    return Cost(select + c.B * c.auxk * c.D * e, 2 * c.B * n * c.D + 2 * c.B * c.auxk * c.D)
-
-
-def auxk_dense_cost(c: Case, e: int) -> Cost:
-    """Per stream: all pre-activations written, read and written masked, read by the selection."""
-    return Cost((c.B * c.D + c.N * c.D + 4 * c.S * c.B * c.N) * e, 2 * c.B * c.N * c.D)
-
-
-def step_cost(c: Case, e: int) -> Cost:
-    """Forward, loss and backward of ours without AuxK: the sum of its ops (the biases and counters are left out)."""
-    parts = [
-        f(c, e)
-        for f in (
-            select_cost, values_cost, inverse_index_cost, decode_nmse_cost, gather_error_cost, reduce_dec_cost,
-            reduce_enc_cost,
-        )
-    ]  # fmt: skip
-    return Cost(sum(p.bytes for p in parts), sum(p.flops or 0 for p in parts))
-
-
-def dense_step_cost(c: Case, e: int) -> Cost:
-    """Dense arithmetic of the reference: encoder forward and dW, S sources' decoders forward, dW and dcodes."""
-    return Cost(None, 2 * c.B * c.N * c.D * (2 + 3 * c.S))
-
-
-def adam_cost(c: Case, e: int) -> Cost:
-    """Weight, gradient and two moments read, weight and two moments written, for both weight matrices."""
-    return Cost(7 * 2 * c.N * c.D * e, None)
-
-
-def unit_norm_cost(c: Case, e: int) -> Cost:
-    """Normalising reads W_dec twice and writes it; the projection reads W_dec and its gradient twice and writes it."""
-    return Cost(8 * c.N * c.D * e, None)
-
-
-def copy_cost(c: Case, e: int) -> Cost:
-    """The buffer read and written."""
-    return Cost(2 * c.N * c.D * e, None)
-
-
-def gather_cost(c: Case, e: int) -> Cost:
-    """B k random rows of the widest stream read and written, int64 ids read."""
-    return Cost(c.B * c.k * (2 * max(c.d_streams) * e + 8), None)
-
-
 # -------------------------------------------------------------------------------------------------------------- tensors
 
 
@@ -330,13 +203,22 @@ class Provider:
     name: str
     dtype: str
     make: Callable[[Bench], Job]
-    cost: Callable[[Case, int], Cost] = field(default=lambda c, e: Cost(None, None))
+    formula: Callable[[cost.Shape], cost.Op] | None = None  # of `sparc_kernels.cost`
     compare: str | None = None  # "ids", "tensor" or None: how outputs are set against the first provider's
     seconds: float = 8.0  # what it takes on a GPU, compilation included: decides whether it is still begun
+    modelled: bool = True  # whether `formula` describes what this provider does, or only what the op is about
+    graph: bool = False  # replayed from a CUDA graph
+    how: dict = field(default_factory=dict)  # of cost.Shape, where not the defaults
 
-    @property
-    def itemsize(self) -> int:
-        return getattr(torch, self.dtype).itemsize
+    def op_cost(self, case: Case) -> cost.Op | None:
+        return self.formula(case.shape(self.dtype, **self.how)) if self.formula else None
+
+    def predicted_seconds(self, case: Case, gpu: cost.GPU) -> float | None:
+        """Modelled seconds on that GPU; None where there is no model of what this provider does."""
+        op = self.op_cost(case) if self.modelled else None
+        if op is None:
+            return None
+        return cost.step_seconds(op, gpu, self.graph) if self.op.startswith("step") else op.seconds(gpu)
 
 
 @contextlib.contextmanager
@@ -468,40 +350,51 @@ def reference_step(
 def step_providers() -> list[Provider]:
     """The step without AuxK: ours first, then the reference, eager."""
     bf, fp = "bfloat16", "float32"
+    ours, dense = cost.step, cost.dense_step
+    rounded, tf32 = {"dtype": bf, "autocast": True}, {"tf32": True}
     return [
-        Provider("step", "ours bf16", bf, ours_step(bf), step_cost, seconds=25),
-        Provider("step", "ours bf16 graph", bf, ours_step(bf, graph=True), step_cost),
-        Provider("step", "ours bf16 autocast", fp, ours_step(fp, autocast=True), step_cost),
-        Provider("step", "reference bf16 autocast", fp, reference_step(fp, autocast=True), dense_step_cost),
-        Provider("step", "reference tf32", fp, reference_step(fp, precision="high"), dense_step_cost),
-        Provider("step", "reference fp32", fp, reference_step(fp), dense_step_cost),
-        Provider("step", "ours tf32", fp, ours_step(fp, precision="high"), step_cost, seconds=20),
-        Provider("step", "ours fp32", fp, ours_step(fp), step_cost, seconds=20),
-        Provider("step", "reference bf16", bf, reference_step(bf), dense_step_cost),
-        Provider("step", "reference fp32 stable sort", fp, reference_step(fp, stable_sort=True), dense_step_cost),
+        Provider("step", "ours bf16", bf, ours_step(bf), ours, seconds=25),
+        Provider("step", "ours bf16 graph", bf, ours_step(bf, graph=True), ours, graph=True),
+        Provider("step", "ours bf16 autocast", fp, ours_step(fp, autocast=True), ours, how=rounded),
+        Provider("step", "reference bf16 autocast", fp, reference_step(fp, autocast=True), dense, how=rounded),
+        Provider("step", "reference tf32", fp, reference_step(fp, precision="high"), dense, how=tf32),
+        Provider("step", "reference fp32", fp, reference_step(fp), dense),
+        Provider("step", "ours tf32", fp, ours_step(fp, precision="high"), ours, seconds=20, how=tf32),
+        Provider("step", "ours fp32", fp, ours_step(fp), ours, seconds=20),
+        Provider("step", "reference bf16", bf, reference_step(bf), dense),
+        Provider("step", "reference fp32 stable sort", fp, reference_step(fp, stable_sort=True), dense, modelled=False),
     ]
 
 
 def compiled_providers() -> list[Provider]:
     """The reference under torch.compile. Compared with ours of the step group by the recorded loss."""
     fp = "float32"
-    options = {"bf16 autocast": {"autocast": True}, "tf32": {"precision": "high"}, "fp32": {}}
+    options = {
+        "bf16 autocast": ({"autocast": True}, {"dtype": "bfloat16", "autocast": True}),
+        "tf32": ({"precision": "high"}, {"tf32": True}),
+        "fp32": ({}, {}),
+    }
     return [
-        Provider("step", f"compiled {name}", fp, reference_step(fp, compiled=True, **how), dense_step_cost, seconds=45)
-        for name, how in options.items()
-    ]
+        Provider(
+            "step", f"compiled {name}", fp, reference_step(fp, compiled=True, **flags), cost.dense_step, seconds=45,
+            how={"compiled": True, **how},
+        )
+        for name, (flags, how) in options.items()
+    ]  # fmt: skip
 
 
 def auxk_step_providers() -> list[Provider]:
     """The step with AuxK over a tenth of the latents."""
     bf, fp = "bfloat16", "float32"
+    ours, aux = cost.step, {"auxk": True}
+    rounded = {"dtype": bf, "autocast": True, **aux}
     return [
-        Provider("step+auxk", "ours bf16", bf, ours_step(bf, auxk=True), seconds=20),
-        Provider("step+auxk", "ours bf16 graph", bf, ours_step(bf, auxk=True, graph=True)),
-        Provider("step+auxk", "ours bf16 autocast", fp, ours_step(fp, autocast=True, auxk=True)),
+        Provider("step+auxk", "ours bf16", bf, ours_step(bf, auxk=True), ours, seconds=20, how=aux),
+        Provider("step+auxk", "ours bf16 graph", bf, ours_step(bf, auxk=True, graph=True), ours, graph=True, how=aux),
+        Provider("step+auxk", "ours bf16 autocast", fp, ours_step(fp, autocast=True, auxk=True), ours, how=rounded),
         Provider("step+auxk", "reference bf16 autocast", fp, reference_step(fp, autocast=True, auxk=True)),
         Provider("step+auxk", "reference fp32", fp, reference_step(fp, auxk=True)),
-        Provider("step+auxk", "ours fp32", fp, ours_step(fp, auxk=True), seconds=20),
+        Provider("step+auxk", "ours fp32", fp, ours_step(fp, auxk=True), ours, seconds=20, how=aux),
     ]
 
 
@@ -564,14 +457,20 @@ def op_providers(dtype: str) -> list[Provider]:
 
         return run
 
-    def error_ours(b):
+    def grads_ours(b):
         _, w_decs, pre_biases, _ = b.weights(dt)
         impl = resolve_impl("auto", w_decs[0])
-        indices, values, xs = b.indices(dt), b.values(), b.xs(dt)
+        c, indices, values, xs = b.case, b.indices(dt), b.values(), b.xs(dt)
+        lists = inverse_index(indices, c.N)
+        coef = torch.full((c.S, c.B), 2 / (c.S * c.B), device=b.device)
+        targets = [
+            (w.t(), bias, x, torch.empty(c.N, x.shape[1], device=b.device, dtype=dt))
+            for w, bias, x in zip(w_decs, pre_biases, xs, strict=True)
+        ]
 
-        def run():  # one target after the other, as the backward does
-            for w, bias, x in zip(w_decs, pre_biases, xs, strict=True):
-                out = gather_error(indices, values, w.t(), bias, x, KEEP_ALL, True, impl)
+        def run():  # one target after the other, as the step does
+            for w, bias, x, dw in targets:
+                out = decode_grads(indices, values, w, bias, x, coef, *lists, None, KEEP_NONE, dw, False, impl)
             return out
 
         return run
@@ -583,7 +482,7 @@ def op_providers(dtype: str) -> list[Provider]:
 
         def run():
             for e in errors:
-                out = latent_reduce(*lists, values, e, b.case.k, dt, impl)
+                out = latent_reduce(lists, values, e, b.case.k, dt, impl)
             return out[0]
 
         return run
@@ -604,7 +503,7 @@ def op_providers(dtype: str) -> list[Provider]:
 
         def run():
             for x, v in zip(xs, values, strict=True):
-                out = latent_reduce(*lists, v[None], x[None], b.case.k, dt, impl)
+                out = latent_reduce(lists, v[None], x[None], b.case.k, dt, impl)
             return out[0]
 
         return run
@@ -642,26 +541,26 @@ def op_providers(dtype: str) -> list[Provider]:
 
         return run
 
-    def provider(op, name, make_run, cost, compare=None, seconds=5.0):
-        return Provider(op, name, dtype, _op(make_run), cost, compare, seconds)
+    def provider(op, name, make_run, formula, compare=None, seconds=5.0, modelled=True, **how):
+        return Provider(op, name, dtype, _op(make_run), formula, compare, seconds, modelled, how=how)
 
     return [
-        provider("select", "ours", select_ours, select_cost, "ids", 15),
-        provider("select", "mm + topk", mm_topk, mm_topk_cost, "ids"),
-        provider("select", "mm alone", mm_alone, gemm_cost),
-        provider("values", "ours", values_ours, values_cost, "tensor", 10),
-        provider("values", "index + bmm", values_gathered, values_cost, "tensor"),
-        provider("decode_nmse", "ours", nmse_ours, decode_nmse_cost, "tensor", 10),
-        provider("decode_nmse", "embedding_bag", nmse_bags, decode_nmse_cost, "tensor"),
-        provider("decode_nmse", "dense", nmse_dense, decode_nmse_cost, "tensor"),
-        provider("gather_error", "ours", error_ours, gather_error_cost, None, 10),
-        provider("latent_reduce dec", "ours", reduce_dec_ours, reduce_dec_cost, "tensor", 10),
-        provider("latent_reduce dec", "dense mm", reduce_dec_dense, dense_dec_cost, "tensor"),
-        provider("latent_reduce enc", "ours", reduce_enc_ours, reduce_enc_cost, "tensor", 10),
-        provider("latent_reduce enc", "dense mm", reduce_enc_dense, dense_enc_cost, "tensor"),
-        provider("inverse_index", "ours", lists_ours, inverse_index_cost),
-        provider("auxk", "ours", auxk_ours, auxk_cost, "tensor", 10),
-        provider("auxk", "dense", auxk_dense, auxk_dense_cost, "tensor"),
+        provider("select", "ours", select_ours, cost.select, "ids", 15),
+        provider("select", "mm + topk", mm_topk, cost.mm_topk, "ids"),
+        provider("select", "mm alone", mm_alone, cost.gemm),
+        provider("values", "ours", values_ours, cost.values, "tensor", 10),
+        provider("values", "index + bmm", values_gathered, cost.values, "tensor", modelled=False),
+        provider("decode_nmse", "ours", nmse_ours, cost.decode_nmse, "tensor", 10),
+        provider("decode_nmse", "embedding_bag", nmse_bags, cost.decode_nmse, "tensor", modelled=False),
+        provider("decode_nmse", "dense", nmse_dense, cost.decode_nmse, "tensor", modelled=False),
+        provider("decode_grads", "ours", grads_ours, cost.decode_grads, None, 10),
+        provider("latent_reduce dec", "ours", reduce_dec_ours, cost.reduce_errors, "tensor", 10),
+        provider("latent_reduce dec", "dense mm", reduce_dec_dense, cost.dense_dec, "tensor"),
+        provider("latent_reduce enc", "ours", reduce_enc_ours, cost.reduce_enc, "tensor", 10),
+        provider("latent_reduce enc", "dense mm", reduce_enc_dense, cost.dense_enc, "tensor"),
+        provider("inverse_index", "ours", lists_ours, cost.inverse_index),
+        provider("auxk", "ours", auxk_ours, cost.auxk_select, "tensor", 10, auxk=True),
+        provider("auxk", "dense", auxk_dense, cost.auxk_dense, "tensor", auxk=True),
     ]
 
 
@@ -688,9 +587,9 @@ def optimizer_providers() -> list[Provider]:
         return make
 
     return [
-        Provider("optimizer", "unit norm + projection", "float32", norm, unit_norm_cost),
-        Provider("optimizer", "Adam fused", "float32", adam(fused=True), adam_cost),
-        Provider("optimizer", "Adam foreach", "float32", adam(foreach=True), adam_cost),
+        Provider("optimizer", "unit norm + projection", "float32", norm, cost.unit_norm),
+        Provider("optimizer", "Adam fused", "float32", adam(fused=True), cost.adam),
+        Provider("optimizer", "Adam foreach", "float32", adam(foreach=True), cost.adam, modelled=False),
     ]
 
 
@@ -716,7 +615,7 @@ def ceiling_providers(dtype: str) -> list[Provider]:
         return lambda: torch.index_select(source, 0, rows, out=out)
 
     return [
-        Provider("gemm", "torch.mm", dtype, _op(gemm), gemm_cost),
-        Provider("copy", "copy_", dtype, _op(copy), copy_cost),
-        Provider("gather", "index_select", dtype, _op(gather), gather_cost),
+        Provider("gemm", "torch.mm", dtype, _op(gemm), cost.gemm),
+        Provider("copy", "copy_", dtype, _op(copy), cost.copy),
+        Provider("gather", "index_select", dtype, _op(gather), cost.gather),
     ]

@@ -422,6 +422,18 @@ def exercise() -> None:
 # ---------------------------------------------------------------------------------------------------- worker: measuring
 
 
+def cost_model(report: Report):
+    """The GPU of `sparc_kernels.cost` that this one is, or None, and what the file says about it."""
+    from sparc_kernels import cost
+
+    device = (report["environment"].get("gpu") or {}).get("name") if report.data["device"] == "cuda" else None
+    gpu = cost.gpu_of_device(device) if device else None
+    reason = None
+    if gpu is None:
+        reason = f"{device!r} is not one of {', '.join(cost.GPUS)}" if device else "no GPU"
+    return gpu, {"gpu": gpu.name if gpu else None, "reason": reason}
+
+
 class Worker:
     """Runs the plan, row by row, into the report. Rows that are already there are not run again."""
 
@@ -435,6 +447,7 @@ class Worker:
         self.cuda = self.device == "cuda"
         self.shapes = cases.CASES if self.cuda else cases.TINY
         self.row_seconds = 1.0 if self.cuda else 0.02
+        self.gpu, report.data["cost_model"] = cost_model(report)
         self.timer = None
 
     def plan(self) -> list[tuple[str, str, str, object]]:
@@ -592,12 +605,16 @@ class Worker:
                 row.update(vs_ours=None, compare_failed=last_lines(traceback.format_exc(), 2))
         del out
         row.update(self.timer.measure(job, min(self.row_seconds, max(self.report.left, 0.1)), queued=not is_step))
-        size, flops = p.cost(bench.case, p.itemsize)
+        op = p.op_cost(bench.case)
+        size, flops = (op.l2, op.flops) if op else (None, None)
         median = row["median_ms"]
         row.update(
             bytes=size, flops=flops, gb_s=size / median / 1e6 if size else None,
-            tflop_s=flops / median / 1e9 if flops else None,
+            tflop_s=flops / median / 1e9 if flops else None, predicted_us=None, measured_over_predicted=None,
         )  # fmt: skip
+        seconds = p.predicted_seconds(bench.case, self.gpu) if self.gpu else None
+        if seconds is not None:
+            row.update(predicted_us=1e6 * seconds, measured_over_predicted=1e-3 * median / seconds)
         if is_step:
             self.compare_steps(row["case"], row["op"])
 
@@ -728,7 +745,8 @@ def summary(data: dict, limit: int = 11000) -> str:
     tops = {r["op"]: r for r in parts["ceilings"]["rows"] if r["status"] == "ok"}
     legend = (
         "Tables: median ms [p20 p80] x times the first row, peak MiB; x times ours in the same precision, relative\n"
-        "difference from ours (steps: loss and gradient norm) | GB/s TFLOP/s (share of the copy's and the GEMM's)"
+        "difference from ours (steps: loss and gradient norm) m/p measured over predicted by the cost model | GB/s\n"
+        "TFLOP/s (share of the copy's and the GEMM's)"
     )
     text = "\n".join([*_summary_head(data), *_summary_ceilings(tops), legend])
     groups: dict[str, list[dict]] = {}
@@ -755,6 +773,8 @@ def _summary_head(data: dict) -> list[str]:
         f"verify: {ver['status']}, verified {ver.get('verified', False)}, {ver.get('counts') or ver['reason']}",
     ]
     lines += [f"  NOT PASSED {json.dumps(row)[:230]}" for row in ver.get("failed", [])[:6]]
+    model = data.get("cost_model") or {"gpu": None, "reason": "nothing was timed"}
+    lines.append(f"cost model: {model['gpu'] or 'no predictions, ' + model['reason']}")
     lines.append(f"memory checker: {mem['status']} {mem['reason'] or ''}"[:200])
     lines += [f"  {r['tool']}: {r['status']} {' '.join(r.get('summary', []))}"[:150] for r in mem.get("runs", [])]
     for name in ("timings", "profile", "ceilings"):
@@ -791,6 +811,8 @@ def _summary_table(title: str, rows: list[dict], tops: dict) -> str:
         extra += [f"{float(r[key]):.0e}" for key in ("vs_ours", "grad_norm_vs_ours") if r.get(key) is not None]
         line += "; " + " ".join(extra) if extra else ""
         rates = []
+        if r.get("measured_over_predicted"):
+            line += f" m/p {r['measured_over_predicted']:.2f}"
         for key, top in (("gb_s", "copy"), ("tflop_s", "gemm")):
             if r[key]:
                 share = f" ({100 * r[key] / tops[top][key]:.0f}%)" if top in tops else ""

@@ -19,6 +19,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks import cases, gpu_report, timing  # noqa: E402
+from sparc_kernels import cost  # noqa: E402
 
 SCRIPT = ROOT / "benchmarks" / "gpu_report.py"
 DONE = ("ran", "ran in part", "failed", "timed out", "absent", "skipped")
@@ -45,6 +46,7 @@ def check_structure(data):
         if row["status"] == "ok":
             assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] and row["repeats"] >= 2
             assert {"peak_mib", "bytes", "flops", "gb_s", "tflop_s"} <= set(row)
+            assert row["predicted_us"] is None and row["measured_over_predicted"] is None  # a CPU is in no table
         else:
             assert row["reason"], row
 
@@ -271,10 +273,34 @@ def test_cases_match_the_shapes_of_the_model():
         (256, 8192, 64, 2560, 3), (4096, 32768, 64, 2560, 3), (4096, 131072, 64, 3840, 3), (8192, 65536, 100, 18432, 8),
         (4096, 2**20, 32, 2688, 1),
     ]  # fmt: skip
-    b = cases.CASES["B"]
-    assert cases.gemm_cost(b, 2).flops == 2 * 4096 * 32768 * 2560
-    assert cases.reduce_dec_cost(b, 2).bytes > 3 * 4096 * 64 * 2560 * 2  # S rows an entry
-    assert cases.dense_step_cost(b, 2).flops > 100 * cases.step_cost(b, 2).flops / 10
+
+
+def test_every_row_of_ours_has_a_prediction():
+    """Measured over predicted needs a model of what is timed; those without one say nothing."""
+    gpu = cost.GPUS["H200"]
+    for name, case in cases.CASES.items():
+        groups = [cases.step_providers(), cases.compiled_providers(), cases.auxk_step_providers()]
+        groups += [cases.op_providers("bfloat16"), cases.op_providers("float32"), cases.optimizer_providers()]
+        for p in [p for group in [*groups, cases.ceiling_providers("bfloat16")] for p in group]:
+            seconds = p.predicted_seconds(case, gpu)
+            assert (seconds or 0) > 0 or not p.name.startswith("ours"), (name, p.op, p.name)
+            if p.op_cost(case):
+                assert p.op_cost(case).l2 > 0
+    timed = {p.name: p.predicted_seconds(cases.CASES["A"], gpu) for p in cases.step_providers()}
+    assert timed["ours bf16 graph"] < timed["ours bf16"]  # the host is what eager waits for
+    assert timed["reference fp32 stable sort"] is None
+
+
+def test_the_gpu_is_found_by_name_or_said_to_be_unknown(tmp_path):
+    report = gpu_report.Report.new(tmp_path / "report.json", "cuda", 1.0, time.time())
+    for name, found in (("NVIDIA H200", "H200"), ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA X", None)):
+        report["environment"]["gpu"] = {"name": name}
+        gpu, said = gpu_report.cost_model(report)
+        assert (gpu.name if gpu else None) == found == said["gpu"]
+        assert (said["reason"] is None) == (found is not None)
+    assert "'NVIDIA X' is not one of A100" in said["reason"]
+    report.data["device"] = "cpu"
+    assert gpu_report.cost_model(report) == (None, {"gpu": None, "reason": "no GPU"})
 
 
 def test_tensors_are_seeded_and_as_described():
