@@ -562,7 +562,7 @@ def auxk(s: Shape) -> Op:
     found, parts = min(s.auxk, s.dead), list(auxk_select(s).parts)
     for d in s.d_streams:
         lists = inverse_index(replace(s, k=s.auxk)).parts
-        parts += [*lists, Part("torch", 58 * s.B * d + 4 * 40 * s.B * s.auxk, launches=45)]
+        parts += [*lists, Part("torch", 58 * s.B * d + 4 * 40 * s.B * s.auxk, launches=34)]
         if s.dead == 0:
             parts.append(Part("nothing dead", launches=6))
             continue
@@ -848,15 +848,15 @@ def table(s: Shape, gpu: GPU) -> str:
 
 
 def parse_shape(text: str) -> Shape:
-    """B,N,k,d,S[,DTYPE], S streams of width d."""
-    parts = str(text).split(",")
-    ok = len(parts) in (5, 6) and all(p.isdigit() and int(p) > 0 for p in parts[:5])
-    require(ok, "shape", "B,N,k,d,S[,DTYPE] with positive integers", repr(text))
-    B, N, k, d, S = map(int, parts[:5])
-    try:
-        return Shape(B, N, k, (d,) * S, *parts[5:])
-    except ValueError as error:
-        raise ValueError(f"shape: {error}") from None
+    """B,N,k,d,S[,DTYPE] as the audit reads it: S streams of width d, or their widths as 1024/768/768."""
+    from ._trace import parse_shape
+
+    return of_trace(parse_shape(text))
+
+
+def of_trace(shape) -> Shape:
+    """The shape of a traced or audited step (`_trace.Shape`)."""
+    return Shape(shape.B, shape.N, shape.k, shape.widths, shape.dtype)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -875,7 +875,7 @@ def run(args: argparse.Namespace) -> int:
         gpu = gpu_named(args.gpu)
         shapes = [parse_shape(text) for text in args.shape] if args.shape else list(CASES.values())
     except ValueError as error:
-        print(f"sparc-kernels cost: error: --{error}", file=sys.stderr)
+        print(f"sparc-kernels cost: error: --{str(error).removeprefix('--')}", file=sys.stderr)
         return 2
     print("\n\n".join(table(s, gpu) for s in shapes))
     goals = [] if args.shape else claims(gpu)
