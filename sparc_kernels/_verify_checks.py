@@ -631,7 +631,7 @@ def _scale(check: Check) -> float:
 def _inverse_index(check: Check) -> None:
     c = check.case
     for name, indices in (("ids", _random_latents(check)), ("local ids", _random_latents(check, 2))):
-        order, offsets = inverse_index(indices, c.N)
+        order, offsets, _ = inverse_index(indices, c.N)
         flat = indices.reshape(-1)
         check.exact(f"order, {name}", order, flat.sort(stable=True).indices)
         counts = torch.zeros(c.N, dtype=torch.int64, device=flat.device)
@@ -639,7 +639,7 @@ def _inverse_index(check: Check) -> None:
         check.exact(f"offsets, {name}", offsets, torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
     outside = _random_latents(check)
     outside[0, 0], outside[-1, -1], outside[0, -1] = -3, c.N, c.N + 10**6
-    order, offsets = inverse_index(outside, c.N)
+    order, offsets, _ = inverse_index(outside, c.N)
     flat = outside.reshape(-1)
     places = flat.sort(stable=True).indices
     kept = places[(flat[places] >= 0) & (flat[places] < c.N)]
@@ -653,8 +653,8 @@ def _latent_reduce(check: Check) -> None:
     coef = _cotangent(check, (S, c.B, c.k))
     coef = torch.where(coef.abs() < 0.4, 0.0, coef)  # as relu leaves them
     mat = torch.randn(S, c.B, d, generator=check.generator, device=check.device).to(check.dtype)
-    order, offsets = inverse_index(indices, c.N)
-    ours = latent_reduce(order, offsets, coef, mat, c.k, check.dtype, check.resolved)
+    inverse = inverse_index(indices, c.N)
+    ours = latent_reduce(inverse, coef, mat, c.k, check.dtype, check.resolved)
 
     def dense(coef, mat):
         codes = [reference.codes(indices, v, c.N) for v in coef]

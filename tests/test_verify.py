@@ -172,34 +172,40 @@ def test_near_ties_are_no_fault():
 
 
 def relu_mask_missing(patch):
-    sound = encode.GatherValues.backward
+    sound = encode.Values.backward
 
-    def backward(ctx, dvalues):
+    def backward(ctx, *dvalues):
         saved = list(ctx.saved_tensors)
-        saved[3] = torch.ones_like(saved[3])  # the values: all fired
-        ctx = SimpleNamespace(saved_tensors=saved, needs_input_grad=ctx.needs_input_grad, impl=ctx.impl)
-        return sound(ctx, dvalues)
+        saved[3 : 3 + ctx.n] = map(torch.ones_like, saved[3 : 3 + ctx.n])  # the values: all fired
+        ctx = SimpleNamespace(saved_tensors=saved, needs_input_grad=ctx.needs_input_grad, impl=ctx.impl, n=ctx.n)
+        return sound(ctx, *dvalues)
 
-    patch(encode.GatherValues, "backward", staticmethod(backward))
+    patch(encode.Values, "backward", staticmethod(backward))
 
 
 def row_dropped_by_latent_reduce(patch):
-    sound = encode.latent_reduce
-
-    def latent_reduce(order, offsets, coef, mat, k, dtype, impl):
+    def dropped(coef):
         coef = coef.clone().reshape(coef.shape[0], -1)
         coef[0, -1] = 0
-        return sound(order, offsets, coef, mat, k, dtype, impl)
+        return coef
 
-    for where in (encode, decoder, checks):
-        patch(where, "latent_reduce", latent_reduce)
+    patch_sums(patch, lambda coef, mat: (dropped(coef), mat))
 
 
 def gradient_of_wrong_row(patch):
-    sound = encode.latent_reduce
-    shifted = lambda order, offsets, coef, mat, *rest: sound(order, offsets, coef, mat.roll(1, 1), *rest)  # noqa: E731
+    patch_sums(patch, lambda coef, mat: (coef, mat.roll(1, 1)))
+
+
+def patch_sums(patch, faulty):
+    """Every sum over a latent's list, with other coefficients or rows."""
+    sound, inner = encode.latent_reduce, decoder.reduce_torch
+
+    def latent_reduce(inverse, coef, mat, *rest, **more):
+        return sound(inverse, *faulty(coef, mat), *rest, **more)
+
     for where in (encode, decoder, checks):
-        patch(where, "latent_reduce", shifted)
+        patch(where, "latent_reduce", latent_reduce)
+    patch(decoder, "reduce_torch", lambda *args: inner(*args[:5], *faulty(args[5], args[6]), *args[7:]))
 
 
 def patch_select(patch, faulty):
@@ -274,13 +280,13 @@ def local_selects_globally(patch):
 
 
 def latent_bias_missing_in_values(patch):
-    sound = encode.values_at
+    sound = encode.gather_values
 
-    def values_at(x, w_enc, pre_bias, latent_bias, *rest, **more):
-        return sound(x, w_enc, pre_bias, torch.zeros_like(latent_bias), *rest, **more)
+    def gather_values(x, w_enc, pre_bias, latent_bias, *rest):
+        return sound(x, w_enc, pre_bias, torch.zeros_like(latent_bias), *rest)
 
-    for where in (encode, checks, dead):
-        patch(where, "values_at", values_at)
+    for where in (encode, module):
+        patch(where, "gather_values", gather_values)
 
 
 def decoder_bias_lost(patch):
@@ -291,19 +297,19 @@ def decoder_bias_lost(patch):
 def half_precision_sums(patch):
     """bf16-level error in the dot products of wider types."""
     sound = encode.gather_dot
-    rounded = lambda indices, w, x, impl: sound(indices, w, x.bfloat16().to(x.dtype), impl)  # noqa: E731
+    rounded = lambda indices, w, x, *rest: sound(indices, w, x.bfloat16().to(x.dtype), *rest)  # noqa: E731
     for where in (encode, decoder):
         patch(where, "gather_dot", rounded)
 
 
 def error_in_half_precision(patch):
-    sound = decoder.gather_error
+    sound = decoder.decode_grads
 
-    def gather_error(*args):
-        sq, error, dots = sound(*args)
-        return sq, error.bfloat16().to(error.dtype), dots
+    def decode_grads(*args):
+        sq, dvalues, g, error = sound(*args)
+        return sq, dvalues, g.bfloat16().to(g.dtype), error
 
-    patch(decoder, "gather_error", gather_error)
+    patch(decoder, "decode_grads", decode_grads)
 
 
 def norm_with_epsilon(patch):
@@ -334,11 +340,11 @@ def unstable_lists(patch):
     sound = checks.inverse_index
 
     def inverse_index(indices, n):
-        order, offsets = sound(indices, n)
+        order, offsets, plan = sound(indices, n)
         order = order.clone()
         hot = int((offsets[1:] - offsets[:-1]).argmax())
         order[offsets[hot] : offsets[hot + 1]] = order[offsets[hot] : offsets[hot + 1]].flip(0)
-        return type(sound(indices, n))(order, offsets)
+        return type(sound(indices, n))(order, offsets, plan)
 
     patch(checks, "inverse_index", inverse_index)
 
