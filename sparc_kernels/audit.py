@@ -18,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import product
 
+from . import cost
 from ._launch import AMD, SHARED_LIMIT
 from ._trace import Launch, Shape, Trace, launches, parse_shape, reference_peak_bytes, trace
 
@@ -191,6 +192,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="80, 86, 89, 90, 100, 120, gfx90a, gfx942, gfx1100; repeatable; default: 80 90 100",
     )
     parser.add_argument("--quick", action="store_true", help="a few shapes instead of the whole grid")
+    parser.add_argument("--gpu", default=cost.DEFAULT_GPU, help=f"of the modelled times: {', '.join(cost.GPUS)}")
     parser.add_argument("--workers", type=int, help="compiling processes (default: one per core, at most 8)")
     parser.add_argument("--json", metavar="FILE", help="write the results there too")
 
@@ -205,6 +207,13 @@ def _shape(text: str) -> Shape:
         return parse_shape(text)
     except ValueError as error:
         return _refuse(str(error))
+
+
+def _gpu(text: str) -> cost.GPU:
+    try:
+        return cost.gpu_named(text)
+    except ValueError as error:
+        return _refuse(f"--{error}")
 
 
 def _parse_arch(text: str) -> int:
@@ -249,6 +258,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"\rcompiled {i}/{n}", end="" if i < n else "\n", file=sys.stderr, flush=True)
 
     archs = tuple(map(_parse_arch, args.arch)) if args.arch else DEFAULT_ARCHS
+    gpu = _gpu(args.gpu)
     results = audit(shapes, archs, args.workers, progress)
     print(
         f"{'kernel':<22} {'arch':>7} {'warps':>5} {'regs':>5} {'spill':>6} {'shared':>7} {'sass':>6} {'matrix':>8} "
@@ -266,6 +276,9 @@ def run(args: argparse.Namespace) -> int:
         f"{len(results)} kernels compiled for {len({r.arch for r in results})} architectures, "
         f"{len(faults)} with a fault"
     )
+    if args.shape:
+        for shape in shapes:
+            print(f"\n{cost.table(cost.of_trace(shape), gpu)}")
     if args.json:
         rows = [{**asdict(r), "fault": r.fault} for r in results]
         with open(args.json, "w") as file:

@@ -305,3 +305,17 @@ def test_without_triton(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "all.json").read_text())
     assert len(found["shapes"]) == len(CASES) and found["claims"][0]["case"] == "A"
+
+
+def test_the_audit_prints_it_below_the_compile_evidence():
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "sparc_kernels", "audit", "--arch", "90", "--workers", "1", "--gpu", "B200"]
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    run = {"capture_output": True, "text": True, "env": env, "check": False}
+    done = subprocess.run([*command, "--shape", "64,256,8,32/16,2"], **run)
+    assert done.returncode == 0, done.stdout + done.stderr
+    evidence, modelled = done.stdout.split("\n\nmodelled, nothing measured: ")
+    assert "kernels compiled for 1 architectures" in evidence
+    assert modelled.startswith("B 64, N 256, k 8, d 32/16, bfloat16 on B200") and "bound by" in modelled
+    refused = subprocess.run([*command[:-1], "V100"], **run)
+    assert refused.returncode == 2 and "--gpu: expected one of" in refused.stderr
