@@ -310,10 +310,11 @@ EPILOGUE = 46
 # Assumption: the share of the library's rate that the Triton GEMM reaches; the one behind `_launch.encode_by_library`.
 TRITON_GEMM = 0.93
 # Compiled (sm_90, Triton 3.9): a warp of the selector executes about 1,700 instructions outside its two bisections, and
-# 46 + 73 a step. Steps are an assumption: 16 or 32 at most, fewer because the bisections are bracketed.
+# 46 + 73 a step. Simulated (normal logits, tests/test_cost.py): steps of each bisection, 5 to 9 of 16 or 19 in half
+# precision and 8 to 10 of 32 in fp32, because they are bracketed and stop at a count of k.
 SELECT_INSTRUCTIONS = 1700
 BISECTION_INSTRUCTIONS = 119
-BISECTION_STEPS = {2: 10, 4: 20}
+BISECTION_STEPS = {2: 7, 4: 9}
 
 
 def _gemm(s: Shape, name: str, m: int, n: int, d: int, unit: str, padding: float = 1, extra: float = 0) -> Part:
@@ -456,8 +457,9 @@ def _one_pass(s: Shape, d: int) -> Part:
     chunks = cdiv(d, columns) if columns else 1
     kept = s.M * d * s.e if columns else s.S * s.B * d * s.e
     slabs = sum(cdiv(min(columns or d, d - c), _slab(s, s.N, d, s.k)) for c in range(0, d, columns or d))
-    # every slab writes its part of the dots [S, M]; they are read and summed, then added to those of other chunks
-    dots = 4 * s.S * s.M * (2 * slabs + (3 * (chunks - 1)))
+    # every slab writes its part of the dots [S, M]; several are summed, and added to those of earlier chunks
+    summed = slabs + chunks if slabs > chunks else 0
+    dots = 4 * s.S * s.M * (slabs + summed + 3 * (chunks - 1))
     ids = chunks * s.M * (8 + 4 * s.S + (4 if columns else 0))
     return Part(
         "gather", s.B * d * (s.e + 4) + ids + kept + dots, _gathered(s, d, s.k, s.N, columns or d),
@@ -827,7 +829,11 @@ def table(s: Shape, gpu: GPU) -> str:
         for r in [*found["rows"], *found["apart"]]
     ]
     times = found["step_us"]
-    lines.append(f"step {times['eager']:.0f} us, in a CUDA graph {times['CUDA graph']:.0f} us (last two rows apart)")
+    launches = gpu.launch_us * found["rows"][-1]["launches"]
+    lines.append(
+        f"step {times['eager']:.0f} us, in a CUDA graph {times['CUDA graph']:.0f} us, of it launches {launches:.0f} us "
+        "(the last two rows are apart)"
+    )
     ratios = ", ".join(f"{name} x{ratio:.2f}" for name, ratio in found["select_over_gemm"].items())
     lines.append(f"over the bare GEMM: {ratios}")
     lines.append(
