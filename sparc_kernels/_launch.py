@@ -15,7 +15,7 @@ import torch
 from ._triton import INTERPRETED
 from ._tuned import Bound, tunable
 
-SCRATCH_BYTES = 512 * 2**20  # logits kept at once by the selection; rows are processed in chunks of this size
+SCRATCH_BYTES = 256 * 2**20  # logits kept at once by the selection; rows are processed in chunks of this size
 SLAB_BYTES = 25 * 10**6  # slice of a weight matrix meant to stay in L2 while every row gathers from it (modelled)
 MAX_K = 512
 MAX_STREAMS = 8
@@ -34,6 +34,7 @@ def next_power_of_2(n: int) -> int:
 
 
 AMD = 0x900  # architectures from here on are AMD's: gfx942 is 0x942, gfx1100 is 0x1100
+RDNA = 0x1000  # and from here on their warps have 32 threads instead of 64
 # Shared memory that one block may use, bytes: CUDA programming guide, technical specifications by compute capability;
 # AMD CDNA and RDNA instruction set references, local data share of a workgroup.
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376, 121: 101376}
@@ -88,6 +89,13 @@ def encode_config(rows: int, itemsize: int, arch: int, compact: bool) -> EncodeC
     if INTERPRETED:
         return EncodeConfig(16, 32, 16, 4, 4, 1)  # the interpreter's generic reduction walks every element
     block_k = 128 // itemsize  # one 128-byte line of either operand
+    if (
+        arch >= RDNA
+    ):  # compiled: 128x128 spills 12 to 156 bytes, fp32 (no matrix instructions) 480 in 64x128, 12 in 64x64
+        return EncodeConfig(32, 64, block_k, 8, 8, 2) if itemsize == 4 else EncodeConfig(64, 128, block_k, 8, 8, 2)
+    if arch >= AMD:  # two stages are one buffer, the next tile waits in registers: 32 kB of the 64 kB (compiled)
+        small = itemsize == 4 or rows <= 512
+        return EncodeConfig(64 if small else 128, 128, block_k, 8, 8, 2)
     # few rows are launch-bound: smaller tiles fill the GPU. Compiled: the products of tf32x3 spill in larger tiles,
     # and with 4 warps this one spills too, tf32x3 everywhere and bf16 at widths whose loads cannot be vectorised
     if itemsize == 4 or rows <= 512:
@@ -95,11 +103,14 @@ def encode_config(rows: int, itemsize: int, arch: int, compact: bool) -> EncodeC
     if arch in (90, 100, 103) and not compact:
         # compiled: wgmma / tcgen05, no spill, 147 kB of the 227 kB; with gathered columns sm_100 spills
         return EncodeConfig(128, 256, block_k, 8, 8, 3)
-    return EncodeConfig(128, 128, block_k, 8, 8, 3)  # 96 kB: also fits the 99 kB of sm_86, sm_89 and sm_120
+    if arch >= 120:
+        return EncodeConfig(128, 128, block_k // 2, 8, 8, 4)  # compiled: as below sm_120 spills 40 bytes with 8 streams
+    return EncodeConfig(128, 128, block_k, 8, 8, 3)  # compiled: 64 kB, fits the 99 kB of sm_86 and sm_89
 
 
 # Summed widths from which a library GEMM and one pass over its logits beat the fused kernel. Modelled: the pass costs
-# 2 B N itemsize / HBM, what a library GEMM is faster by (7 % of 2 B N D / peak, if Triton reaches 93 % of it) grows with D.
+# 2 B N itemsize / HBM, what a library GEMM is faster by (7 % of 2 B N D / peak, if Triton reaches 93 % of it) grows
+# with D.
 LIBRARY_WIDTH = 4096
 LIBRARY_ROWS = 1024  # fewer rows leave the fused kernel's epilogue nothing to wait for
 MAXIMA_BLOCK = 4096  # logits of one program of that pass: 32 a thread in 4 warps
@@ -156,11 +167,13 @@ class GatherConfig:
     num_stages: int
 
 
-def gather_chunk(itemsize: int) -> int:
+def gather_chunk(itemsize: int, arch: int = 80) -> int:
     """Selected rows that one launch of the gather kernel takes."""
     if INTERPRETED:
         return 16 if itemsize >= 4 else MAX_K  # small, so that tiny tests take the route in chunks
-    return MAX_K if itemsize == 2 else 128  # compiled: the splits of tf32x3 keep a whole tile in registers
+    if itemsize >= 4:
+        return 128  # compiled: the splits of tf32x3 keep a whole tile in registers
+    return 256 if arch >= AMD else MAX_K  # compiled: with 512 rows gfx942 spills 408 bytes, gfx1100 1,112
 
 
 @tunable(
@@ -176,13 +189,19 @@ def gather_config(k: int, d: int, n: int, itemsize: int, arch: int) -> GatherCon
     else:
         # a [k_pad, block_d] tile, two or three in flight; 64 rows of 128 columns in bf16 is the form studied on sm_90.
         # Compiled: half of it where the product's operands live in registers (before sm_90, and the splits of tf32x3)
-        tile = 16384 if arch >= 90 and itemsize == 2 else 8192
+        # sm_120 multiplies as sm_80 does (8 bytes at 128), gfx1100 spills 28 to 68 there and fp32 in 4 warps 472
+        wide = itemsize == 2 and (90 <= arch < 120 or AMD <= arch < RDNA)
+        tile = 16384 if wide else 8192
         block_d = min(max(tile // (k_pad * itemsize), 16), 128, max(next_power_of_2(d), 16))
     total = cdiv(d, block_d)
     tiles = min(max(SLAB_BYTES // (n * block_d * itemsize), 4), total)
     # compiled: with 4 warps these spill 8 to 40 bytes; k 512 would need 64 accumulator registers a thread
     num_warps = 8 if k_pad >= 512 or (k_pad >= 128 and (arch < 90 or itemsize >= 4)) else 4
-    return GatherConfig(k_pad, block_d, tiles, num_warps, 3 if k_pad * block_d * itemsize <= 16384 else 2)
+    if arch >= AMD and (k_pad >= 128 or (arch >= RDNA and itemsize >= 4)):  # compiled: k 256, gfx1100 152 bytes with 8
+        num_warps = 16 if arch >= RDNA and k_pad >= 256 else 8
+    # compiled: with three stages sm_86 and sm_89 spill 8 bytes at k 64; AMD's second stage waits in registers
+    deep = k_pad * block_d * itemsize <= 16384 and arch not in (86, 89) and arch < AMD
+    return GatherConfig(k_pad, block_d, tiles, num_warps, 3 if deep else 2)
 
 
 @dataclass(frozen=True)
@@ -198,9 +217,10 @@ def reduce_chunk() -> int:
 
 
 @tunable("reduce", block_e=Bound(1, 16), block_d=Bound(16, 2048), num_warps=WARPS)
-def reduce_config(d: int) -> ReduceConfig:
+def reduce_config(d: int, arch: int = 80) -> ReduceConfig:
     if INTERPRETED:
         return ReduceConfig(2, 16, 4)
     block_d = min(max(next_power_of_2(d), 128), 1024)
     # 256 columns a warp: a thread owns whole columns, so the sum over entries never crosses threads
-    return ReduceConfig(4, block_d, max(block_d // 256, 1))
+    # compiled: with 8 sources gfx1100 spills 68 bytes in 4 warps
+    return ReduceConfig(4, block_d, max(block_d // (128 if arch >= RDNA else 256), 1))

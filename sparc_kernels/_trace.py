@@ -263,7 +263,7 @@ def _as_on_gpu(arch: int, tf32: bool, found: list[Launch]):
     stand_ins = {
         "capability": lambda device: arch,
         "device_name": lambda: None,  # recorded settings are this machine's
-        "resolve_impl": lambda impl, tensor: "torch" if impl == "torch" else "triton",
+        "resolve_impl": lambda impl, *_, **__: "torch" if impl == "torch" else "triton",
         "_allow_tf32": lambda: tf32,
         "INTERPRETED": False,
     }

@@ -104,7 +104,7 @@ def problem(op: str, shape: Shape, device: torch.device) -> Problem:
     def reduce():
         return torch.autograd.grad(recons, w_decs, upstream, retain_graph=True)
 
-    return Problem(reduce, lambda *two: _tensors_differ(*two, tolerance), (d,))
+    return Problem(reduce, lambda *two: _tensors_differ(*two, tolerance), (d, arch))
 
 
 def _tensors_differ(reference, result, tolerance) -> str:

@@ -146,7 +146,7 @@ def test_invalid_entries_are_refused_once_and_ignored(fields, reason, cache):
         ("[]", "version 1"),
         ('{"version": 2, "entries": {}}', "version 1"),
         ('{"version": 1, "entries": {"sort(n=8)": {"settings": {}}}}', "operator among"),
-        ('{"version": 1, "entries": {"reduce(d=1024)": 3}}', "object with settings"),
+        ('{"version": 1, "entries": {"reduce(d=1024,arch=80)": 3}}', "object with settings"),
     ],
 )
 def test_corrupt_files_are_ignored_with_a_warning(text, reason, cache):
@@ -164,9 +164,12 @@ def test_users_entry_before_the_shipped_one_and_the_way_out(cache, monkeypatch, 
     shipped = tmp_path / "shipped"
     shipped.mkdir()
     monkeypatch.setattr(_tuned, "SHIPPED", shipped)
-    entry = {"reduce(d=1024)": {"settings": {"block_e": 8}}, "reduce(d=512)": {"settings": {"block_e": 8}}}
+    entry = {
+        "reduce(d=1024,arch=80)": {"settings": {"block_e": 8}},
+        "reduce(d=512,arch=80)": {"settings": {"block_e": 8}},
+    }
     (shipped / "test-gpu-40-gb.json").write_text(json.dumps({"version": 1, "entries": entry}))
-    record(cache, {"reduce(d=1024)": {"settings": {"block_e": 2, "num_warps": 8}}})
+    record(cache, {"reduce(d=1024,arch=80)": {"settings": {"block_e": 2, "num_warps": 8}}})
     assert (_launch.reduce_config(1024).block_e, _launch.reduce_config(512).block_e) == (2, 8)
     monkeypatch.undo()
     monkeypatch.setenv("SPARC_KERNELS_TUNED", "0")
@@ -186,10 +189,10 @@ def test_what_follows_from_a_setting_follows(cache):
 
 
 def test_writing_keeps_what_was_recorded(cache):
-    _tuned.write(GPU, {"reduce(d=512)": {"settings": {"block_e": 8}}}, {})
-    _tuned.write(GPU, {"reduce(d=256)": {"settings": {"block_e": 8}}}, {"torch": "x"})
+    _tuned.write(GPU, {"reduce(d=512,arch=80)": {"settings": {"block_e": 8}}}, {})
+    _tuned.write(GPU, {"reduce(d=256,arch=80)": {"settings": {"block_e": 8}}}, {"torch": "x"})
     content = json.loads(file_of(cache).read_text())
-    assert list(content["entries"]) == ["reduce(d=512)", "reduce(d=256)"] and content["gpu"] == GPU
+    assert list(content["entries"]) == ["reduce(d=512,arch=80)", "reduce(d=256,arch=80)"] and content["gpu"] == GPU
     assert [path.name for path in cache.iterdir()] == [file_of(cache).name]
 
 
@@ -238,5 +241,5 @@ def test_trace_does_not_see_what_is_recorded_here(cache, monkeypatch):
     from sparc_kernels.audit import launches
 
     before = launches(TINY, 90)
-    record(cache, {_tuned.key("reduce", (32,)): {"settings": {"block_e": 8}}})
+    record(cache, {_tuned.key("reduce", (32, 90)): {"settings": {"block_e": 8}}})
     assert launches(TINY, 90) == before
