@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 
 SHIPPED = Path(__file__).parent / "tuned"
+CACHE = "SPARC_KERNELS_CACHE"
 VERSION = 1
 
 
@@ -62,7 +63,7 @@ def tunable(op: str, *, shared=None, complete=None, **bounds: Bound):
             if op in _trial:
                 return apply(op, args, _trial[op])
             name = device_name()
-            found = recorded(name, str(cache_dir()), op, args) if name else None
+            found = recorded(name, os.environ.get(CACHE), op, args) if name else None
             return found or default(*args)
 
         return config
@@ -72,13 +73,18 @@ def tunable(op: str, *, shared=None, complete=None, **bounds: Bound):
 
 def device_name() -> str | None:
     """The current GPU's name once one is in use and recorded settings are wanted."""
-    if not torch.cuda.is_initialized() or os.environ.get("SPARC_KERNELS_TUNED", "1") == "0":
+    if not torch.cuda.is_initialized() or os.environ.get("SPARC_KERNELS_TUNED") == "0":
         return None
-    return torch.cuda.get_device_name()
+    return _name_of(torch.cuda.current_device())
+
+
+@functools.lru_cache
+def _name_of(device: int) -> str:
+    return torch.cuda.get_device_name(device)
 
 
 def cache_dir() -> Path:
-    return Path(os.environ.get("SPARC_KERNELS_CACHE") or Path.home() / ".cache" / "sparc_kernels")
+    return Path(os.environ.get(CACHE) or Path.home() / ".cache" / "sparc_kernels")
 
 
 def slug(name: str) -> str:
@@ -121,8 +127,11 @@ def apply(op: str, args: tuple, fields: dict):
 
 
 @functools.lru_cache(maxsize=4096)
-def recorded(name: str, cache: str, op: str, args: tuple):
-    """The settings recorded for this GPU and these arguments, or None. What is refused is said once."""
+def recorded(name: str, cache: str | None, op: str, args: tuple):
+    """The settings recorded for this GPU and these arguments, or None. What is refused is said once.
+
+    `cache` is what $SPARC_KERNELS_CACHE holds: another folder, another answer.
+    """
     where = key(op, args)
     fields, path = table(name, cache).get(where, (None, None))
     if fields is None:
@@ -135,10 +144,10 @@ def recorded(name: str, cache: str, op: str, args: tuple):
 
 
 @functools.lru_cache
-def table(name: str, cache: str) -> dict[str, tuple]:
+def table(name: str, cache: str | None) -> dict[str, tuple]:
     """key -> (settings, file) of everything recorded for a GPU, the user's over what is shipped."""
     found = {}
-    for folder in (SHIPPED, Path(cache)):
+    for folder in (SHIPPED, cache_dir()):
         path = folder / f"{slug(name)}.json"
         for where, entry in read(path).items():
             if isinstance(entry, dict) and "settings" in entry:

@@ -174,7 +174,8 @@ def test_users_entry_before_the_shipped_one_and_the_way_out(cache, monkeypatch, 
     monkeypatch.undo()
     monkeypatch.setenv("SPARC_KERNELS_TUNED", "0")
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: GPU)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 97)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
     assert _tuned.device_name() is None
     monkeypatch.setenv("SPARC_KERNELS_TUNED", "1")
     assert _tuned.device_name() == GPU
