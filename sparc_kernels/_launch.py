@@ -199,8 +199,9 @@ def gather_config(k: int, d: int, n: int, itemsize: int, arch: int) -> GatherCon
     num_warps = 8 if k_pad >= 512 or (k_pad >= 128 and (arch < 90 or itemsize >= 4)) else 4
     if arch >= AMD and (k_pad >= 128 or (arch >= RDNA and itemsize >= 4)):  # compiled: k 256, gfx1100 152 bytes with 8
         num_warps = 16 if arch >= RDNA and k_pad >= 256 else 8
-    # compiled: with three stages sm_86 and sm_89 spill 8 bytes at k 64; AMD's second stage waits in registers
-    deep = k_pad * block_d * itemsize <= 16384 and arch not in (86, 89) and arch < AMD
+    # compiled: with three stages sm_86 and sm_89 spill 8 bytes at k 64, with two 16 bytes at k 512; AMD's second stage
+    # waits in registers
+    deep = k_pad * block_d * itemsize <= 16384 and arch < AMD and not (arch in (86, 89) and k_pad == 64)
     return GatherConfig(k_pad, block_d, tiles, num_warps, 3 if deep else 2)
 
 
