@@ -95,7 +95,7 @@ def check_inverse(argument: str, inverse, indices: torch.Tensor, sizes: tuple[in
         return
     ok = isinstance(inverse, tuple) and len(inverse) == 3 and all(isinstance(t, torch.Tensor) for t in inverse)
     require(ok, argument, "what inverse_index(indices, N) returned", inverse)
-    for name, tensor, size in zip(("order", "offsets", "plan"), inverse, sizes, strict=True):
+    for name, tensor, size in zip(("order", "offsets", "ids"), inverse, sizes, strict=True):
         ok = tensor.dtype == torch.int32 and tensor.device == indices.device and tensor.is_contiguous()
         if not ok or tensor.dim() != 1 or tensor.numel() != size:
             fail(f"{argument}.{name}", f"a contiguous int32 tensor of shape [{size}] on {indices.device}", tensor)

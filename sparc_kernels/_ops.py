@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from contextlib import nullcontext
 
 import torch
@@ -53,12 +55,13 @@ def _tensors(args):
             yield from _tensors(arg)
 
 
-def resolve_impl(impl: str, tensor: torch.Tensor) -> str:
+def resolve_impl(impl: str, tensor: torch.Tensor, integers: bool = False) -> str:
     """Turn "auto" into "triton" (CUDA tensors of a supported dtype, Triton installed) or "torch"; refuse the rest."""
+    dtypes = (torch.int64,) if integers else TRITON_DTYPES
     if impl not in IMPLS:
         raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
     if impl == "auto":
-        return "triton" if tensor.is_cuda and HAS_TRITON and tensor.dtype in TRITON_DTYPES else "torch"
+        return "triton" if tensor.is_cuda and HAS_TRITON and tensor.dtype in dtypes else "torch"
     if impl == "triton" and not INTERPRETED:
         if not HAS_TRITON:
             raise ValueError("impl: expected 'torch' or 'auto' because Triton is not installed, got 'triton'")
@@ -67,9 +70,24 @@ def resolve_impl(impl: str, tensor: torch.Tensor) -> str:
                 f"impl: expected 'torch' or 'auto' for tensors on {tensor.device} ('triton' needs CUDA tensors, or "
                 "TRITON_INTERPRET=1 set before the package is imported), got 'triton'"
             )
-        if tensor.dtype not in TRITON_DTYPES:
+        if tensor.dtype not in dtypes:
             raise ValueError(f"impl: expected 'torch' or 'auto' for {tensor.dtype} tensors, got 'triton'")
     return impl
+
+
+def csr(offsets: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, width: int) -> torch.Tensor:
+    """A sparse matrix of offsets.numel() - 1 rows, unchecked."""
+    _quietly_beta()
+    shape = offsets.numel() - 1, width
+    return torch.sparse_csr_tensor(offsets, columns, values, shape, check_invariants=False)
+
+
+@functools.cache
+def _quietly_beta():
+    """torch warns once that its CSR format is beta, which is no news to our users."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -5,18 +5,72 @@ from __future__ import annotations
 import torch
 
 from ._checks import check_indices, check_int, check_tensor, require
-from ._launch import MAX_K
-from ._ops import resolve_impl
-from .encode import Selection, select_latents, values_of
+from ._launch import MAX_K, cdiv
+from ._ops import register, resolve_impl
+from ._triton import tl, triton
+from .encode import Selection, centre, select, values_of
+
+
+@triton.jit
+def _fired_kernel(idx_ptr, values_ptr, fired_ptr, threshold, stride_idx, M, N, BLOCK: tl.constexpr):
+    """fired[s, n] = 1 where a value exceeds the threshold; whoever stores there stores the same."""
+    stream = tl.program_id(1).to(tl.int64)
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(values_ptr + stream * M + offs, mask=offs < M, other=float("-inf"))
+    hit = (offs < M) & (value > threshold)
+    latent = tl.load(idx_ptr + stream * stride_idx + offs, mask=hit, other=0)
+    tl.store(fired_ptr + stream * N + latent, tl.full((BLOCK,), 1, tl.int8), mask=hit & (latent >= 0) & (latent < N))
+
+
+@triton.jit
+def _count_kernel(counter_ptrs, fired_ptr, N, S: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < N
+    for s in tl.static_range(S):
+        fired = tl.load(fired_ptr + tl.full((), s, tl.int64) * N + offs, mask=mask, other=0)
+        steps = tl.load(counter_ptrs[s] + offs, mask=mask, other=0)
+        tl.store(counter_ptrs[s] + offs, tl.where(fired != 0, 1, steps + 1), mask=mask)
+
+
+def _count_fired_triton(counters, indices, values, threshold):
+    S, n, M = len(counters), counters[0].numel(), values[0].numel()
+    fired = torch.zeros(S, n, dtype=torch.int8, device=values.device)
+    stride, block = (0 if indices.dim() == 2 else M), 1024
+    _fired_kernel[(cdiv(M, block), S)](
+        indices.contiguous(), values.contiguous(), fired, threshold, stride, M, n, BLOCK=block, num_warps=4
+    )
+    _count_kernel[(cdiv(n, block),)](tuple(counters), fired, n, S=S, BLOCK=block, num_warps=4)
+
+
+def _count_fired_torch(counters, indices, values, threshold):
+    for s, counter in enumerate(counters):
+        n, idx = counter.shape[0], indices if indices.dim() == 2 else indices[s]
+        # one bucket more than there are latents takes everything that did not fire: no data-dependent shape
+        target = torch.where(values[s] > threshold, idx, n).reshape(-1)
+        fired = torch.zeros(n + 1, dtype=torch.bool, device=counter.device).index_fill_(0, target, True)[:n]
+        counter.add_(1).masked_fill_(fired, 1)
+
+
+count_fired_ = register(
+    "count_fired_",
+    "(Tensor(a!)[] counters, Tensor indices, Tensor values, float threshold, str impl) -> ()",
+    torch_impl=_count_fired_torch,
+    triton_impl=_count_fired_triton,
+    fake=lambda *args: None,
+)
+count_fired_.__doc__ = """`update_counters_` for the S streams of values [S, B, k]; indices [B, k] or [S, B, k]."""
 
 
 @torch.no_grad()
-def update_counters_(counters: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, threshold: float = 1e-3):
+def update_counters_(
+    counters: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, threshold: float = 1e-3, impl: str = "auto"
+):
     """Steps since each latent last fired, updated in place from the sparse codes of one batch.
 
     Args:
         counters: int64 [N].  indices: int64 [B, k].  values: [B, k].
         threshold: a latent fires in a batch when one of its values is greater.
+        impl: "auto" (Triton on CUDA tensors, torch elsewhere), "triton" or "torch".
 
     Returns: counters.
 
@@ -27,10 +81,12 @@ def update_counters_(counters: torch.Tensor, indices: torch.Tensor, values: torc
     check_tensor("values", values, ("B", "k"))
     n = counters.shape[0]
     check_indices("indices", indices, tuple(values.shape), n, counters.device)
-    # one bucket more than there are latents takes everything that did not fire: no data-dependent shape
-    target = torch.where(values > threshold, indices, n).reshape(-1)
-    fired = torch.zeros(n + 1, dtype=torch.bool, device=counters.device).index_fill_(0, target, True)[:n]
-    return counters.add_(1).masked_fill_(fired, 1)
+    impl = resolve_impl(impl, values)
+    if impl == "triton" and not counters.is_contiguous():
+        counters.copy_(update_counters_(counters.contiguous(), indices, values, threshold, impl))
+        return counters
+    count_fired_([counters], indices, values[None], threshold, impl)
+    return counters
 
 
 def auxk_topk(
@@ -65,13 +121,13 @@ def auxk_topk(
     require(ok, "dead", f"a bool tensor of shape [{n}] on {x.device}", dead)
     check_int("auxk", auxk, 1, min(n, MAX_K), f"at most N and {MAX_K}")
     impl = resolve_impl(impl, x)
-    selection = select_dead(x, w_enc, pre_bias, latent_bias, dead, auxk, impl)
+    with torch.no_grad():
+        selection = select_dead(centre([x], [pre_bias], False, impl)[0], w_enc, latent_bias, dead, auxk, impl)
     return selection.indices, values_of(x, w_enc, pre_bias, latent_bias, selection, impl)
 
 
-def select_dead(x, w_enc, pre_bias, latent_bias, dead, auxk, impl) -> Selection:
-    """`auxk_topk`'s indices on unchecked arguments; `count` is the number of dead latents, on the device."""
+def select_dead(centred, w_enc, latent_bias, dead, auxk, impl) -> Selection:
+    """`auxk_topk`'s indices on unchecked, centred arguments; `count` is the number of dead latents, on the device."""
     ids = torch.argsort(dead, descending=True, stable=True).int()  # the dead first, ascending; then the live
     count = dead.sum(dtype=torch.int32)
-    indices = select_latents([x], [w_enc], [pre_bias], [latent_bias], auxk, "global", impl, ids, count)
-    return Selection(indices, count)
+    return Selection(select([centred], [w_enc], [latent_bias], auxk, ids, count, impl), count)

@@ -16,16 +16,18 @@ from ._launch import (
     SCRATCH_BYTES,
     SPREAD_COLUMNS,
     SPREAD_SOURCES,
+    capability,
     cdiv,
     gather_chunk,
+    next_power_of_2,
 )
 from ._ops import acc_dtype, register, resolve_impl
-from ._triton import tl, triton
+from ._triton import INTERPRETED, tl, tl_dtype, triton
 from .gather import KEEP_NONE, gather_dot, gather_dot_torch, gather_error, gather_sum, gather_sum_torch, launch_gather
 from .latent_grads import (
     NO_INVERSE,
     InverseIndex,
-    inverse_index,
+    inverse_index_op,
     inverse_sizes,
     latent_reduce,
     launch_reduce,
@@ -43,70 +45,99 @@ def _per_source(op, indices, sources):
 # decode_grads: losses and gradients of one target in one pass over the gathered rows
 
 
-def _decode_grads_triton(indices, values, w, bias, x, coef, order, offsets, plan, count, keep, dw, add):
+@triton.jit
+def _collect_kernel(
+    sq_part_ptr, dot_part_ptr, coef_ptr, sq_ptr, dv_ptr, rows, K, slabs,
+    ADD_SQ: tl.constexpr, ADD_DV: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One (source, row): adds up its slabs; dvalues = coef * <W[I], E>, 0 where coef is."""
+    row = tl.program_id(0).to(tl.int64)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_k = offs_k < K
+    coef = tl.load(coef_ptr + row).to(ACC)
+    dots = tl.zeros((BLOCK_K,), ACC)
+    sq = coef * 0.0
+    for slab in range(slabs):
+        dots += tl.load(dot_part_ptr + (slab * rows + row) * K + offs_k, mask=mask_k, other=0.0)
+        sq = tl.where(slab == 0, 0.0, sq) + tl.load(sq_part_ptr + slab * rows + row)
+    dv = tl.where(coef != 0.0, coef * dots, 0.0)
+    if ADD_DV:
+        dv += tl.load(dv_ptr + row * K + offs_k, mask=mask_k, other=0.0)
+    tl.store(dv_ptr + row * K + offs_k, dv, mask=mask_k)
+    if ADD_SQ:
+        sq += tl.load(sq_ptr + row)
+    tl.store(sq_ptr + row, sq)
+
+
+def _decode_grads_triton(
+    indices, values, w, bias, x, coef, order, offsets, ids, count, keep, dvalues, add_dvalues, dw, add_dw
+):  # fmt: skip
     (S, B, k), d, M, device = values.shape, w.shape[1], indices.numel(), w.device
     acc = acc_dtype(w.dtype)
     one = w.new_empty((B, d) if keep != KEEP_NONE else (0,))
     g = torch.empty(B, d, device=device, dtype=acc)
-    asked = (coef != 0)[..., None]
-    weights = place = None
-    spread, width = _route(S, M, B, k, d, w.dtype) if dw is not None else (False, d)
+    sq = torch.empty(S, B, device=device, dtype=acc)
+    coef, values = coef.contiguous(), values.contiguous()
+    spread, width = _route(S, M, B, k, d, w.dtype, capability(device)) if dw is not None else (False, d)
+    place = None
     if spread:
         positions = torch.arange(M, device=device, dtype=torch.int32)
         place = torch.empty_like(order).scatter_(0, order.long(), positions)
-    elif dw is not None:
-        weights = torch.where(asked, values * coef[..., None], 0.0)
-    sq = dots = None
     for c0 in range(0, d, width):
         cols = slice(c0, min(c0 + width, d))
         part = w[:, cols]
         shape = (M, part.shape[1]) if spread else (S, B, part.shape[1])
         scratch = w.new_empty(shape) if dw is not None else None
-        part_sq, part_dots = launch_gather(
+        sq_part, dot_part = launch_gather(
             indices, values, part, None if bias is None else bias[cols], x[:, cols], count=count, coef=coef,
             place=place, e=None if spread else scratch, h=scratch if spread else None,
             one=one[:, cols] if keep != KEEP_NONE else None, kept=max(keep, 0), g=g[:, cols], sq=True, dot=True,
         )  # fmt: skip
-        sq = part_sq if sq is None else sq.add_(part_sq)
-        dots = part_dots if dots is None else dots.add_(part_dots)
+        _collect_kernel[(S * B,)](
+            sq_part, dot_part, coef, sq, dvalues, S * B, k, sq_part.shape[0],
+            ADD_SQ=c0 > 0, ADD_DV=add_dvalues or c0 > 0, BLOCK_K=next_power_of_2(k), ACC=tl_dtype(acc), num_warps=1,
+        )  # fmt: skip
         if dw is not None:
-            launch_reduce(dw[:, cols], None, order, offsets, plan, weights, scratch, k, add)
-    return sq, torch.where(asked, coef[..., None] * dots, 0.0), g, one
+            weights, scale = (None, None) if spread else (values, coef)
+            launch_reduce(dw[:, cols], None, order, offsets, ids, weights, scale, None, scratch, k, add_dw)
+    return sq, g, one
 
 
-def _route(S, M, B, k, d, dtype) -> tuple[bool, int]:
+def _route(S, M, B, k, d, dtype, arch=80) -> tuple[bool, int]:
     """Whether the gradient goes by way of H in list order, and how many columns are done at once within the scratch.
 
     H carries the loss coefficients in the weights' dtype; float16 would lose them, so it keeps to the errors.
     """
     width = SCRATCH_BYTES // (M * dtype.itemsize)
-    spread = S >= SPREAD_SOURCES and dtype != torch.float16 and k <= gather_chunk(dtype.itemsize)
+    spread = S >= SPREAD_SOURCES and dtype != torch.float16 and k <= gather_chunk(dtype.itemsize, arch)
     if spread and width >= min(d, SPREAD_COLUMNS):
         return True, min(d, max(width // 128 * 128, 16))
     return False, min(d, max(SCRATCH_BYTES // (S * B * dtype.itemsize) // 128 * 128, SPREAD_COLUMNS))
 
 
-def _decode_grads_torch(indices, values, w, bias, x, coef, order, offsets, plan, count, keep, dw, add):
+def _decode_grads_torch(
+    indices, values, w, bias, x, coef, order, offsets, ids, count, keep, dvalues, add_dvalues, dw, add_dw
+):  # fmt: skip
     acc = acc_dtype(w.dtype)
     e = gather_sum_torch(indices, values, w, bias).sub_(x)
     sq = e.to(acc).square().sum(2)
     one = w.new_empty(0) if keep == KEEP_NONE else e[keep].clone()
     asked = (coef != 0)[..., None]
-    dvalues = torch.where(asked, coef[..., None] * gather_dot_torch(indices, w, e, count), 0.0)
+    dv = torch.where(asked, coef[..., None] * gather_dot_torch(indices, w, e, count), 0.0)
+    dvalues.copy_(dvalues + dv if add_dvalues else dv)
     e.masked_fill_(~asked, 0.0)
     g = torch.einsum("sb,sbd->bd", coef, e.to(acc))
     if dw is not None:
-        weights = torch.where(asked, values * coef[..., None], 0.0)
-        reduce_torch(dw, None, order, offsets, plan, weights, e, indices.shape[1], add)
-    return sq, dvalues, g, one
+        reduce_torch(dw, None, order, offsets, ids, values, coef, None, e, indices.shape[1], add_dw)
+    return sq, g, one
 
 
-def _decode_grads_fake(indices, values, w, bias, x, coef, order, offsets, plan, count, keep, dw, add):
-    S, B, k = values.shape
+def _decode_grads_fake(
+    indices, values, w, bias, x, coef, order, offsets, ids, count, keep, dvalues, add_dvalues, dw, add_dw
+):  # fmt: skip
     acc = acc_dtype(w.dtype)
     return (
-        w.new_empty(S, B, dtype=acc),
-        w.new_empty(S, B, k, dtype=acc),
+        w.new_empty(values.shape[:2], dtype=acc),
         w.new_empty(x.shape, dtype=acc),
         w.new_empty(x.shape if keep != KEEP_NONE else (0,)),
     )
@@ -115,7 +146,8 @@ def _decode_grads_fake(indices, values, w, bias, x, coef, order, offsets, plan, 
 decode_grads = register(
     "decode_grads",
     "(Tensor indices, Tensor values, Tensor w, Tensor? bias, Tensor x, Tensor coef, Tensor order, Tensor offsets,"
-    " Tensor plan, Tensor? count, int keep, Tensor(a!)? dw, bool add, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+    " Tensor ids, Tensor? count, int keep, Tensor(a!) dvalues, bool add_dvalues, Tensor(b!)? dw, bool add_dw, str impl)"
+    " -> (Tensor, Tensor, Tensor)",
     torch_impl=_decode_grads_torch,
     triton_impl=_decode_grads_triton,
     fake=_decode_grads_fake,
@@ -127,62 +159,146 @@ E[s, b] = sum_j values[s, b, j] w[indices[b, j]] + bias - x[b], and dloss/dE[s, 
 Args:
     indices: int64 [B, k].  values: [S, B, k].  w: [N, d].  bias: [d].  x: [B, d].
     coef: [S, B]; where it is 0 the source takes no part in any gradient, whatever its error is.
-    order, offsets, plan: the InverseIndex of indices.
+    order, offsets, ids: the InverseIndex of indices.
     count: int32 [], the columns of indices that exist (all when None); the values beyond it are zero.
     keep: the source whose E is returned, or KEEP_NONE.
-    dw: [N, d], where the gradient of w goes; None when nobody asks for it.
-    add: add to dw; latents in no list are then not touched.
+    dvalues: [S, B, k] contiguous, where the gradient of values goes.  dw: [N, d], that of w; None: nobody asks for it.
+    add_dvalues, add_dw: add to what they hold; rows of dw whose latent is in no list are then not touched.
     impl: "triton" or "torch".
 
-Returns: |E|^2 [S, B]; dvalues [S, B, k]; sum_s coef E [B, d], whose sum over b is the gradient of bias, all in the
-accumulator dtype; E [B, d] of one source in w's dtype (empty for KEEP_NONE).
+Returns: |E|^2 [S, B] and sum_s coef E [B, d], whose sum over b is the gradient of bias, in the accumulator dtype; E
+[B, d] of one source in w's dtype (empty for KEEP_NONE).
+"""
+
+
+# target_weights: |x|^2 of every target's rows, and dloss/dE = coef * E for given weights of the terms
+
+
+@triton.jit
+def _target_weights_kernel(
+    x_ptrs, widths, strides, weights_ptr, norm_ptr, coef_ptr, B, T: tl.constexpr, S: tl.constexpr,
+    BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    target = tl.program_id(1)
+    for t in tl.static_range(T):
+        if target == t:
+            total = tl.zeros((BLOCK_D,), ACC)
+            for d0 in range(0, widths[t], BLOCK_D):
+                cols = d0 + tl.arange(0, BLOCK_D)
+                x = tl.load(x_ptrs[t] + b * strides[t] + cols, mask=cols < widths[t], other=0.0).to(ACC)
+                total += x * x
+            norm = tl.sum(total, 0)
+            tl.store(norm_ptr + t * B + b, norm)
+            for s in tl.static_range(S):
+                weight = tl.load(weights_ptr + t * S + s).to(ACC)
+                # an infinite norm: the gradient is no 0 but NaN
+                coef = tl.where(norm < float("inf"), weight * 2.0 / B / norm, float("nan"))
+                tl.store(coef_ptr + (t * S + s) * B + b, tl.where(weight != 0.0, coef, 0.0))
+
+
+def _target_weights_triton(xs, weights):
+    (T, S), B, acc = weights.shape, xs[0].shape[0], acc_dtype(xs[0].dtype)
+    xs = [x if x.stride(1) == 1 else x.contiguous() for x in xs]
+    norm = torch.empty(T, B, device=weights.device, dtype=acc)
+    coef = torch.empty(T, S, B, device=weights.device, dtype=acc)
+    _target_weights_kernel[(B, T)](
+        tuple(xs), tuple(x.shape[1] for x in xs), tuple(x.stride(0) for x in xs), weights.contiguous(), norm, coef, B,
+        T=T, S=S, BLOCK_D=16 if INTERPRETED else 1024, ACC=tl_dtype(acc), num_warps=4,
+    )  # fmt: skip
+    return norm, coef
+
+
+def _target_weights_torch(xs, weights):
+    norm = torch.stack([x.to(acc_dtype(x.dtype)).square().sum(1) for x in xs])
+    coef = weights[..., None] * (2 / norm.shape[1]) / norm[:, None]
+    coef = torch.where(norm[:, None] < float("inf"), coef, float("nan"))
+    return norm, torch.where((weights != 0)[..., None], coef, 0.0)
+
+
+def _target_weights_fake(xs, weights):
+    T, S = weights.shape
+    B, acc = xs[0].shape[0], acc_dtype(xs[0].dtype)
+    return weights.new_empty(T, B, dtype=acc), weights.new_empty(T, S, B, dtype=acc)
+
+
+target_weights = register(
+    "target_weights",
+    "(Tensor[] xs, Tensor weights, str impl) -> (Tensor, Tensor)",
+    torch_impl=_target_weights_torch,
+    triton_impl=_target_weights_triton,
+    fake=_target_weights_fake,
+)
+target_weights.__doc__ = """What sum_ts weights[t, s] NMSE(R[t, s], xs[t]) makes of each error: dloss/dE = coef * E.
+
+Args: xs: T targets [B, d_t].  weights: [T, S].  impl: "triton" or "torch".
+
+Returns: |x|^2 [T, B]; coef = 2 weights / (B |x|^2), [T, S, B], 0 where the weight is and NaN where |x|^2 is infinite or
+NaN; in the accumulator dtype.
 """
 
 
 @triton.jit
-def _scale_kernel(x_ptr, factor_ptr, numel, BLOCK: tl.constexpr):
+def _scale_kernel(x_ptrs, sizes, factor_ptr, T: tl.constexpr, BLOCK: tl.constexpr):
     factor = tl.load(factor_ptr)
-    if factor != 1.0:  # the usual backward() costs no pass over the gradient
+    if factor != 1.0:  # the usual backward() costs no pass over the gradients
         offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + offs, mask=offs < numel, other=0.0)
-        tl.store(x_ptr + offs, (x * factor).to(x_ptr.dtype.element_ty), mask=offs < numel)
+        for t in tl.static_range(T):
+            x = tl.load(x_ptrs[t] + offs, mask=offs < sizes[t], other=0.0)
+            tl.store(x_ptrs[t] + offs, (x * factor).to(x_ptrs[t].dtype.element_ty), mask=offs < sizes[t])
 
 
-def _scale_triton(x, factor):
-    block = 4096
-    _scale_kernel[(cdiv(x.numel(), block),)](x, factor, x.numel(), BLOCK=block, num_warps=8)
+def _scale_triton(xs, factor):
+    block, sizes = 4096, tuple(x.numel() for x in xs)
+    _scale_kernel[(cdiv(max(sizes), block),)](tuple(xs), sizes, factor, T=len(xs), BLOCK=block, num_warps=8)
 
 
-def _scale_torch(x, factor):
-    if x.device.type != "cpu" or factor != 1:  # on a CPU the look is free
-        x.mul_(factor.to(x.dtype))
+def _scale_torch(xs, factor):
+    if factor.device.type != "cpu" or factor != 1:  # on a CPU the look is free
+        for x in xs:
+            x.mul_(factor.to(x.dtype))
 
 
 scale_ = register(
     "scale_",
-    "(Tensor(a!) x, Tensor factor, str impl) -> ()",
+    "(Tensor(a!)[] xs, Tensor factor, str impl) -> ()",
     torch_impl=_scale_torch,
     triton_impl=_scale_triton,
-    fake=lambda x, factor: None,
+    fake=lambda xs, factor: None,
 )
-scale_.__doc__ = """Multiply x, contiguous, by a number that stays on the device, in place; 1 costs nothing."""
+scale_.__doc__ = """Multiply contiguous tensors by a number that stays on the device, in place; 1 costs nothing."""
 
 
-def _decode_grads(indices, values, rows, pre_bias, x, coef, inverses, count, keep, dw, add, impl):
+def _decode_grads(indices, values, rows, pre_bias, x, coef, inverses, count, keep, dvalues, add_dv, dw, add_dw, impl):
     """`decode_grads` for indices [B, k], or [S, B, k] with one InverseIndex for each source."""
-    n, parts = rows.shape[0], []
     if indices.dim() == 2:
-        indices, values, coef, keep = indices[None], values[None], coef[None], [keep]
-    else:
-        values, coef, keep = values[:, None], coef[:, None], [0 if s == keep else KEEP_NONE for s in range(len(values))]
-    for idx, v, c, inverse, kept in zip(indices, values, coef, inverses, keep, strict=True):
-        inverse = inverse if inverse[0] is not None else inverse_index(idx, n)
-        parts.append(decode_grads(idx, v, rows, pre_bias, x, c, *inverse, count, kept, dw, add, impl))
-        add = True
-    if len(parts) == 1:
-        return parts[0]
-    sq, dvalues, g, error = zip(*parts, strict=True)
-    return torch.cat(sq), torch.cat(dvalues), torch.stack(g).sum(0), next((e for e in error if e.numel()), error[0])
+        inverse = inverses[0] if inverses[0][0] is not None else inverse_index_op(indices, rows.shape[0], impl)
+        return decode_grads(
+            indices, values, rows, pre_bias, x, coef, *inverse, count, keep, dvalues, add_dv, dw, add_dw, impl
+        )
+    parts = []
+    for s, idx in enumerate(indices):
+        kept, one = 0 if s == keep else KEEP_NONE, slice(s, s + 1)
+        parts.append(
+            _decode_grads(
+                idx,
+                values[one],
+                rows,
+                pre_bias,
+                x,
+                coef[one],
+                [inverses[s]],
+                count,
+                kept,
+                dvalues[one],
+                add_dv,
+                dw,
+                add_dw or s > 0,
+                impl,
+            )
+        )
+    sq, g, error = zip(*parts, strict=True)
+    return torch.cat(sq), torch.stack(g).sum(0), error[max(keep, 0)]
 
 
 def _grads_of_errors(values, w_dec, pre_bias, x, indices, inverses, count, dnmse, needs, impl, into=None):
@@ -191,13 +307,14 @@ def _grads_of_errors(values, w_dec, pre_bias, x, indices, inverses, count, dnmse
     `into` [N, d] is a gradient to add dw to.
     """
     need_v, need_w, need_b, need_x = needs
-    rows, norm = w_dec.t(), _squared_norm(x)
-    coef = _coefficients(dnmse, norm)
+    rows = w_dec.t()
+    norm, coef = (t[0] for t in target_weights([x], dnmse[None], impl))
+    dvalues = torch.empty_like(values, dtype=norm.dtype, memory_format=torch.contiguous_format)
     dw = into
     if need_w and into is None:
         dw = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    sq, dvalues, g, _ = _decode_grads(
-        indices, values, rows, pre_bias, x, coef, inverses, count, KEEP_NONE, dw, into is not None, impl
+    sq, g, _ = _decode_grads(
+        indices, values, rows, pre_bias, x, coef, inverses, count, KEEP_NONE, dvalues, False, dw, into is not None, impl
     )
     dx = None
     if need_x:
@@ -209,13 +326,6 @@ def _grads_of_errors(values, w_dec, pre_bias, x, indices, inverses, count, dnmse
         g.sum(0).to(pre_bias.dtype) if need_b else None,
         dx,
     )
-
-
-def _coefficients(dnmse, norm):
-    """[S] upstream gradients, [B] squared norms -> [S, B], dloss/dE = coef * E. Terms with upstream 0 do not count."""
-    coef = dnmse[:, None] * (2 / norm.shape[0]) / norm
-    coef = torch.where(norm.isfinite(), coef, float("nan"))  # inf in x: not a gradient of 0
-    return torch.where((dnmse != 0)[:, None], coef, 0.0)
 
 
 def _errors(indices, values, rows, pre_bias, x, keep, count, impl):
@@ -233,9 +343,9 @@ class Decode(torch.autograd.Function):
     """Reconstructions of one target from S sources: [S, B, d]."""
 
     @staticmethod
-    def forward(ctx, values, w_dec, pre_bias, indices, order, offsets, plan, impl):
+    def forward(ctx, values, w_dec, pre_bias, indices, order, offsets, ids, impl):
         rows = w_dec.t()
-        ctx.save_for_backward(values, w_dec, indices, order, offsets, plan)
+        ctx.save_for_backward(values, w_dec, indices, order, offsets, ids)
         ctx.impl = impl
         return _per_source(lambda i, v: gather_sum(i, v, rows, pre_bias, impl), indices, values)
 
@@ -249,7 +359,7 @@ class Decode(torch.autograd.Function):
             dvalues = _per_source(lambda i, x: gather_dot(i, rows, x, None, impl), indices, drecon).to(values.dtype)
         if ctx.needs_input_grad[1]:
             if inverse[0] is None:
-                inverse = inverse_index(indices, rows.shape[0])
+                inverse = inverse_index_op(indices, rows.shape[0], impl)
             coef, mat = values, drecon.contiguous()
             if indices.dim() == 3:  # every (source, row) has its own list entries: one source with S * B rows
                 coef, mat = coef.reshape(1, -1), mat.reshape(1, -1, mat.shape[-1])
@@ -263,11 +373,12 @@ class DecodeNMSE(torch.autograd.Function):
     """Normalised errors [S] of one target from S sources, each with a gradient of its own."""
 
     @staticmethod
-    def forward(ctx, values, w_dec, pre_bias, x, indices, order, offsets, plan, impl):
-        ctx.save_for_backward(values, w_dec, pre_bias, x, indices, order, offsets, plan)
+    def forward(ctx, values, w_dec, pre_bias, x, indices, order, offsets, ids, impl):
+        ctx.save_for_backward(values, w_dec, pre_bias, x, indices, order, offsets, ids)
         ctx.impl = impl
         sq, _ = _errors(indices, values, w_dec.t(), pre_bias, x, KEEP_NONE, None, impl)
-        return (sq / _squared_norm(x)).mean(1)
+        norm, _ = target_weights([x], values.new_zeros(1, 1), impl)
+        return (sq / norm).mean(1)
 
     @staticmethod
     @once_differentiable
@@ -280,103 +391,116 @@ class DecodeNMSE(torch.autograd.Function):
         return (*grads, None, None, None, None, None)
 
 
-class TargetLoss(torch.autograd.Function):
-    """What one target adds to the loss: sum_s weights[s] NMSE(R[s], x), and AuxK's term of this target.
+class AlignedLoss(torch.autograd.Function):
+    """The loss over all targets: sum_ts weights[t, s] NMSE(R[t, s], x_t), and AuxK's term of each target.
 
     The weights are known, so the gradient is taken in the forward, in the one pass over the gathered rows that makes
-    the errors; the backward only scales it. Not done where it would not pay or not be exact: without gradients, where x
-    has one itself, under torch.compile (whose graphs cannot use a buffer up), and in float16, where a gradient has to
-    be scaled before it is rounded. Then the backward makes the errors again.
+    the errors; the backward only scales it. Not done where it would not pay or not be exact: without gradients, where a
+    target has one itself, under torch.compile (whose graphs cannot use a buffer up), and in float16, where a gradient
+    has to be scaled before it is rounded. Then the backward makes the errors again.
 
-    `inverses` are the tensors of one InverseIndex for each selection in `indices`, then AuxK's; aux_values None: none.
+    Takes, flat: w_decs, pre_biases and xs of the T targets, AuxK's values (T, or none), indices and counts of these,
+    then the tensors of one InverseIndex for each selection in `indices` and for each of AuxK's.
 
-    Returns: the weighted sum, AuxK's NMSE (0 without), and without gradient the NMSE of each source [S].
+    Returns: the weighted sum; AuxK's NMSE [T] or None; and without gradient the NMSE of each pair [T, S].
     """
 
     @staticmethod
-    def forward(
-        ctx, values, w_dec, pre_bias, x, aux_values, weights, keep, impl, indices, aux_indices, aux_count, *inverses
-    ):
-        need_v, need_w, _, need_x = ctx.needs_input_grad[:4]
-        rows, norm = w_dec.t(), _squared_norm(x)
-        kept = keep if aux_values is not None else KEEP_NONE
-        made = ()
-        ahead = (need_v or need_w) and not need_x and w_dec.dtype != torch.float16
+    def forward(ctx, values, weights, impl, indices, T, with_aux, *tensors):
+        ctx.set_materialize_grads(False)
+        t = _LossTensors(tensors, T, with_aux, indices)
+        need_v, _, _, _, _, _, *needs = ctx.needs_input_grad
+        need_w, need_x = needs[:T], needs[2 * T : 3 * T]
+        ahead = (need_v or any(need_w)) and not any(need_x) and t.w_decs[0].dtype != torch.float16
         ctx.ahead = ahead and not torch.compiler.is_compiling()
+        norm, coef = target_weights(t.xs, weights, impl)
+        sq, errors, made = [], [], []
         if ctx.ahead:
-            dw = torch.empty_like(rows, memory_format=torch.contiguous_format) if need_w else None
-            sq, dvalues, g, error = _decode_grads(
-                indices, values, rows, pre_bias, x, _coefficients(weights, norm),
-                _triples(inverses)[: _selections(indices)], None, kept, dw, False, impl,
-            )  # fmt: skip
-            made = dvalues, dw, g.sum(0)
-        else:
-            sq, error = _errors(indices, values, rows, pre_bias, x, kept, None, impl)
-        nmse = (sq / norm).mean(1)
+            made.append(torch.empty_like(values, memory_format=torch.contiguous_format))
+        for i in range(T):
+            rows, keep = t.w_decs[i].t(), i if with_aux else KEEP_NONE
+            if ctx.ahead:
+                dw = torch.empty_like(rows, memory_format=torch.contiguous_format) if need_w[i] else None
+                part, g, error = _decode_grads(
+                    indices, values, rows, t.pre_biases[i], t.xs[i], coef[i], t.inverses, None, keep, made[0], i > 0,
+                    dw, False, impl,
+                )  # fmt: skip
+                made += [dw, g.sum(0)]
+            else:
+                part, error = _errors(indices, values, rows, t.pre_biases[i], t.xs[i], keep, None, impl)
+            sq.append(part)
+            errors.append(error if with_aux else None)
+        nmse = (torch.stack(sq) / norm[:, None]).mean(2)
         weighted = torch.where(weights != 0, weights * nmse, 0.0).sum()
-        aux_nmse = weighted.new_zeros(())
-        if aux_values is not None:
-            residual = _residual(pre_bias, error)
-            aux_sq, _ = gather_error(
-                aux_indices, aux_values[None], rows, pre_bias, residual, KEEP_NONE, aux_count, impl
-            )
-            aux_nmse = (aux_sq / _squared_norm(residual)).mean()
+        aux = None
+        if with_aux:
+            residuals = [_residual(b, e) for b, e in zip(t.pre_biases, errors, strict=True)]
+            aux_norm, _ = target_weights(residuals, weights[:, :1], impl)
+            aux_sq = [
+                gather_error(
+                    t.aux_indices[i], t.aux_values[i][None], t.w_decs[i].t(), t.pre_biases[i], residuals[i], KEEP_NONE,
+                    t.aux_counts[i], impl,
+                )[0]
+                for i in range(T)
+            ]  # fmt: skip
+            aux = (torch.cat(aux_sq) / aux_norm).mean(1)
         ctx.mark_non_differentiable(nmse)
-        ctx.save_for_backward(
-            values, w_dec, pre_bias, x, aux_values, weights, error, indices, aux_indices, aux_count, *inverses, *made
-        )
-        ctx.inverses, ctx.impl = len(inverses), impl
-        return weighted, aux_nmse, nmse
+        ctx.save_for_backward(values, weights, indices, *tensors, *errors, *made)
+        ctx.sizes, ctx.impl = (T, with_aux, len(tensors)), impl
+        return weighted, aux, nmse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dweighted, daux, _):
-        values, w_dec, pre_bias, x, aux_values, weights, error, *rest = ctx.saved_tensors
-        indices, aux_indices, aux_count, *rest = rest
-        inverses, made = _triples(rest[: ctx.inverses]), rest[ctx.inverses :]
-        impl, needs = ctx.impl, ctx.needs_input_grad[:4]
-        dx = daux_values = None
-        if ctx.ahead:
+        values, weights, indices, *rest = ctx.saved_tensors
+        (T, with_aux, n), impl = ctx.sizes, ctx.impl
+        t, errors, made = _LossTensors(rest[:n], T, with_aux, indices), rest[n : n + T], rest[n + T :]
+        need_v, _, _, _, _, _, *needs = ctx.needs_input_grad
+        dvalues, dws, dbs, dxs, daux_values = None, [None] * T, [None] * T, [None] * T, [None] * T
+        if dweighted is not None and ctx.ahead:
             ctx.ahead = False  # the buffers are given away: a second backward makes its own
-            dvalues, dw, db = made
-            dvalues = dvalues * dweighted if needs[0] else None
-            db = (db * dweighted).to(pre_bias.dtype) if needs[2] else None
-            if needs[1]:
-                dw = dw.data  # changed in place below, which a second backward need not mind
-                scale_(dw, dweighted, impl)
-                dw = dw.t()
-        else:
-            dvalues, dw, db, dx = _grads_of_errors(
-                values, w_dec, pre_bias, x, indices, inverses[: _selections(indices)], None, weights * dweighted, needs,
-                impl,
-            )  # fmt: skip
-        if aux_values is not None:
-            dv, dw, aux_db, aux_dx = _grads_of_errors(
-                aux_values[None], w_dec, pre_bias, _residual(pre_bias, error), aux_indices, inverses[-1:], aux_count,
-                daux[None], (ctx.needs_input_grad[4], *needs[1:]), impl, into=None if dw is None else dw.t(),
-            )  # fmt: skip
-            daux_values = None if dv is None else dv[0]
-            db = None if db is None else db + aux_db
-            dx = None if dx is None else dx + aux_dx  # x stands in the residual as it is
-        return dvalues, dw, db, dx, daux_values, *[None] * (6 + ctx.inverses)
+            # changed in place, which a second backward need not mind
+            dvalues, made = made[0].data, [None if m is None else m.data for m in made[1:]]
+            scale_([dvalues, *(m for m in made if m is not None)], dweighted, impl)
+            dws = [None if dw is None else dw.t() for dw in made[::2]]
+            dbs = [made[2 * i + 1].to(t.pre_biases[i].dtype) if needs[T + i] else None for i in range(T)]
+        elif dweighted is not None:
+            for i in range(T):
+                dv, dws[i], dbs[i], dxs[i] = _grads_of_errors(
+                    values, t.w_decs[i], t.pre_biases[i], t.xs[i], indices, t.inverses, None, weights[i] * dweighted,
+                    (need_v, *needs[i : 3 * T : T]), impl,
+                )  # fmt: skip
+                dvalues = dv if dvalues is None else dvalues + dv
+        if daux is not None:
+            for i in range(T):
+                dv, dws[i], db, dx = _grads_of_errors(
+                    t.aux_values[i][None], t.w_decs[i], t.pre_biases[i], _residual(t.pre_biases[i], errors[i]),
+                    t.aux_indices[i], t.aux_inverses[i : i + 1], t.aux_counts[i], daux[i : i + 1],
+                    (needs[3 * T + i], *needs[i : 3 * T : T]), impl, into=None if dws[i] is None else dws[i].t(),
+                )  # fmt: skip
+                daux_values[i] = None if dv is None else dv[0]
+                dbs[i] = db if dbs[i] is None or db is None else dbs[i] + db
+                dxs[i] = dx if dxs[i] is None or dx is None else dxs[i] + dx  # x stands in the residual as it is
+        grads = [*dws, *dbs, *dxs, *(daux_values if with_aux else [])]
+        return dvalues if need_v else None, None, None, None, None, None, *grads, *[None] * (n - len(grads))
 
 
-def _selections(indices):
-    return 1 if indices.dim() == 2 else len(indices)
+class _LossTensors:
+    """The flat tensors of an AlignedLoss by name."""
 
-
-def _triples(tensors):
-    return [tensors[i : i + 3] for i in range(0, len(tensors), 3)]
+    def __init__(self, tensors, T, with_aux, indices):
+        parts = [tensors[i : i + T] for i in range(0, (6 if with_aux else 3) * T, T)]
+        self.w_decs, self.pre_biases, self.xs, *aux = ([*part] for part in parts)
+        self.aux_values, self.aux_indices, self.aux_counts = aux if with_aux else ([], [], [])
+        rest = tensors[T * len(parts) :]
+        inverses = [rest[i : i + 3] for i in range(0, len(rest), 3)]
+        own = 1 if indices.dim() == 2 else len(indices)
+        self.inverses, self.aux_inverses = inverses[:own], inverses[own:]
 
 
 def _residual(pre_bias, error):
     """AuxK's target x - R + b, held constant: the bias less the error of the target's own reconstruction."""
     return pre_bias - error.to(pre_bias.dtype)
-
-
-def _squared_norm(x: torch.Tensor) -> torch.Tensor:
-    """|x|^2 of each row in the accumulator dtype: [B, d] -> [B]."""
-    return x.to(acc_dtype(x.dtype)).square().sum(1)
 
 
 def _check(indices, values, w_decs, pre_biases, pairs, inverse):

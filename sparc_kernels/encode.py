@@ -24,12 +24,13 @@ from ._launch import (
     cdiv,
     encode_by_library,
     encode_config,
+    next_power_of_2,
     select_config,
 )
 from ._ops import acc_dtype, no_autocast, register, resolve_impl
 from ._triton import INTERPRETED, tl, tl_dtype, triton
-from .gather import gather_dot, gather_sum
-from .latent_grads import InverseIndex, inverse_index, inverse_sizes, latent_reduce
+from .gather import gather_dot_torch, gather_sum, launch_gather
+from .latent_grads import InverseIndex, inverse_index_op, inverse_sizes, latent_reduce_
 
 # ---------------------------------------------------------------------------------------------------- selection kernels
 
@@ -41,13 +42,13 @@ def _nan_max(a, b):
 
 @triton.jit(do_not_specialize=["row0", "M"])
 def _encode_kernel(
-    x_ptrs, w_ptrs, widths, strides_x, strides_w, bias_ptr, ids_ptr, count_ptr, logits_ptr, maxima_ptr,
+    x_ptrs, w_ptrs, widths, strides_x, strides_w, bias_ptrs, ids_ptr, count_ptr, logits_ptr, maxima_ptr,
     coarse_ptr, row0, M, N, NG, NC,
     S: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, COMPACT: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """logits[m, n] = sum_s <x_s[row0 + m], w_s[n]> + bias[n], and the maxima of each GROUP and each SPAN columns (no
+    """logits[m, n] = sum_s <x_s[row0 + m], w_s[n]> + bias_s[n], and the maxima of each GROUP and each SPAN columns (no
     spans when SPAN == GROUP). COMPACT: column n stands for latent ids[n], and only the first count[0] columns exist."""
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -80,7 +81,10 @@ def _encode_kernel(
                 x = tl.load(x_rows + offs_k[None, :], mask=mask_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
                 w = tl.load(w_rows + offs_k[:, None], mask=mask_k[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
                 acc = tl.dot(x.to(DTYPE), w.to(DTYPE), acc, input_precision=PRECISION, out_dtype=ACC)
-        acc += tl.load(bias_ptr + latents, mask=mask_n, other=0.0).to(ACC)[None, :]
+        bias = tl.load(bias_ptrs[0] + latents, mask=mask_n, other=0.0).to(ACC)
+        for s in tl.static_range(1, S):
+            bias += tl.load(bias_ptrs[s] + latents, mask=mask_n, other=0.0).to(ACC)
+        acc += bias[None, :]
         acc = tl.where(mask_n[None, :], acc, float("-inf"))  # after the sum: NaN rows must not leak into the tail
         out_rows = offs_m.to(tl.int64)[:, None]
         groups: tl.constexpr = BLOCK_N // GROUP
@@ -253,10 +257,10 @@ def _select_kernel(
         tl.store(out_ptr + (row0 + row) * K + offs_k, rest, mask=mask_rest)
 
 
-def _select_triton(xs, w_encs, bias, k, ids, count):
+def _select_triton(xs, w_encs, biases, k, ids, count):
     B, n = xs[0].shape[0], w_encs[0].shape[0]
     device, dtype = xs[0].device, xs[0].dtype
-    bias = bias.contiguous()
+    biases = [b.contiguous() for b in biases]
     acc = acc_dtype(dtype)
     # what is selected on is what is stored: logits keep the inputs' dtype (fp32 at most: keys have 32 bits)
     stored = torch.float32 if dtype == torch.float64 else dtype
@@ -269,9 +273,9 @@ def _select_triton(xs, w_encs, bias, k, ids, count):
     two_levels = select.span == select.group
     columns = n + n_groups + (0 if two_levels else n_spans)
     chunk = max(1, SCRATCH_BYTES // (columns * stored.itemsize + 16 * select.k_pad))
+    chunk = cdiv(B, cdiv(B, min(chunk, B)))  # equal parts, whole tiles
     if chunk > encode.block_m:
-        chunk = chunk // encode.block_m * encode.block_m
-    chunk = min(chunk, B)
+        chunk = min(cdiv(chunk, encode.block_m) * encode.block_m, B)
     logits = torch.empty(chunk, n, device=device, dtype=stored)
     maxima = torch.empty(chunk, n_groups, device=device, dtype=stored)
     coarse = maxima if two_levels else torch.empty(chunk, n_spans, device=device, dtype=stored)
@@ -286,7 +290,9 @@ def _select_triton(xs, w_encs, bias, k, ids, count):
     for row0 in range(0, B, chunk):
         rows = min(chunk, B - row0)
         if library:
-            made = torch.addmm(bias.to(dtype), wide_x[row0 : row0 + rows], wide_w.t(), **_out(logits[:rows], dtype))
+            made = torch.addmm(
+                _sum(biases).to(dtype), wide_x[row0 : row0 + rows], wide_w.t(), **_out(logits[:rows], dtype)
+            )
             if dtype != stored:
                 logits[:rows].copy_(made)
             block = max(MAXIMA_BLOCK, select.span)
@@ -297,7 +303,7 @@ def _select_triton(xs, w_encs, bias, k, ids, count):
         else:
             _encode_kernel[(cdiv(rows, encode.block_m) * cdiv(n, block_n),)](
                 tuple(xs), tuple(w_encs), tuple(x.shape[1] for x in xs), tuple(x.stride(0) for x in xs),
-                tuple(w.stride(0) for w in w_encs), bias, ids, count, logits, maxima, coarse,
+                tuple(w.stride(0) for w in w_encs), tuple(biases), ids, count, logits, maxima, coarse,
                 row0, rows, n, n_groups, n_spans, S=len(xs), GROUP=select.group, SPAN=select.span,
                 BLOCK_M=encode.block_m, BLOCK_N=block_n, BLOCK_K=encode.block_k,
                 GROUP_M=encode.group_m, COMPACT=ids is not None,
@@ -311,6 +317,14 @@ def _select_triton(xs, w_encs, bias, k, ids, count):
             num_warps=select.num_warps,
         )  # fmt: skip
     return out
+
+
+def _sum(biases):
+    """In the accumulator dtype, in the streams' order: [N]."""
+    total = biases[0].to(acc_dtype(biases[0].dtype))
+    for bias in biases[1:]:
+        total = total + bias
+    return total
 
 
 def _out(logits, dtype):
@@ -379,19 +393,23 @@ def _topk_exact(h, k):
     return indices
 
 
-def _select_torch(xs, w_encs, bias, k, ids, count):
+def _select_torch(xs, w_encs, biases, k, ids, count):
+    bias = _sum(biases)
     acc = acc_dtype(xs[0].dtype)
     B, n = xs[0].shape[0], w_encs[0].shape[0]
     out = torch.empty(B, k, dtype=torch.int64, device=xs[0].device)
-    found = k
-    if ids is not None:
+    found, order = k, None
+    if ids is not None and out.is_cuda:  # no look at the count: all columns compete, those beyond it behind all others
+        order = ids.long()
+        w_encs, bias = [w[order] for w in w_encs], bias[order]
+    elif ids is not None:
         n = int(count)
         found = min(k, n)
         out[:, found:] = ids[found:k]
         if found == 0:
             return out
-        ids = ids[:n].long()
-        w_encs, bias = [w[ids] for w in w_encs], bias[ids]
+        order = ids[:n].long()
+        w_encs, bias = [w[order] for w in w_encs], bias[order]
     chunk = max(1, SCRATCH_BYTES // (n * acc.itemsize))
     for row0 in range(0, B, chunk):
         part = slice(row0, row0 + chunk)
@@ -401,18 +419,24 @@ def _select_torch(xs, w_encs, bias, k, ids, count):
                 h.addmm_(x[part], w.T)
             else:
                 h += x[part] @ w.T
-        best = _topk_exact(h.to(xs[0].dtype), found)  # half precision is selected on as the kernels store it
-        out[part, :found] = best if ids is None else ids[best]
+        h = h.to(xs[0].dtype)  # half precision is selected on as the kernels store it
+        best = _topk_exact(h, found)
+        if order is not None and out.is_cuda:
+            # among columns that exist a stable sort keeps its order; -inf there loses to nothing that does not exist
+            beyond = torch.arange(n, device=h.device) >= count
+            ranks = h.argsort(1, descending=True, stable=True)
+            best = ranks.gather(1, beyond[ranks].int().argsort(1, stable=True)[:, :k])
+        out[part, :found] = best if order is None else order[best]
     return out
 
 
-def _select_fake(xs, w_encs, bias, k, ids, count):
+def _select_fake(xs, w_encs, biases, k, ids, count):
     return xs[0].new_empty(xs[0].shape[0], k, dtype=torch.int64)
 
 
 select = register(
     "select",
-    "(Tensor[] xs, Tensor[] w_encs, Tensor bias, int k, Tensor? ids, Tensor? count, str impl) -> Tensor",
+    "(Tensor[] xs, Tensor[] w_encs, Tensor[] biases, int k, Tensor? ids, Tensor? count, str impl) -> Tensor",
     torch_impl=_select_torch,
     triton_impl=_select_triton,
     fake=_select_fake,
@@ -420,7 +444,7 @@ select = register(
 select.__doc__ = """The k latents with the largest summed pre-activations of each row, int64 [B, k].
 
 Args:
-    xs: centred inputs, [B, d_s] each.  w_encs: [N, d_s] each.  bias: [N], sum of the latent biases.
+    xs: centred inputs, [B, d_s] each.  w_encs: [N, d_s] each.  biases: [N] each, the latent biases.
     k: how many.
     ids, count: int32 [N] and int32 []; when given only the latents ids[:count] compete, and where they are fewer
         than k the rows end with ids[count:k]. `count` stays on the device.
@@ -432,6 +456,138 @@ Rows are in descending order of the pre-activation selected on, ties to the lowe
 # --------------------------------------------------------------------------------------------------- values, gradients
 
 
+@triton.jit
+def _centre_kernel(
+    x_ptrs, bias_ptrs, out_ptrs, widths, strides_x, strides_out, B, S: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """x - bias of every stream; program (rows, columns, stream)."""
+    offs_b = (tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B))[:, None]
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    stream = tl.program_id(2)
+    for s in tl.static_range(S):
+        if stream == s:
+            mask = (offs_b < B) & (cols < widths[s])[None, :]
+            x = tl.load(x_ptrs[s] + offs_b * strides_x[s] + cols[None, :], mask=mask, other=0.0)
+            bias = tl.load(bias_ptrs[s] + cols, mask=cols < widths[s], other=0.0)
+            dtype = out_ptrs[s].dtype.element_ty
+            if dtype == tl.float64:
+                out = x.to(tl.float64) - bias.to(tl.float64)[None, :]
+            else:
+                out = x.to(tl.float32) - bias.to(tl.float32)[None, :]
+            tl.store(out_ptrs[s] + offs_b * strides_out[s] + cols[None, :], out.to(dtype), mask=mask)
+
+
+def _centre_triton(xs, biases, wide):
+    B, widths = xs[0].shape[0], tuple(x.shape[1] for x in xs)
+    xs = [x if x.stride(1) == 1 else x.contiguous() for x in xs]
+    biases = [b.contiguous() for b in biases]
+    out = _centre_fake(xs, biases, wide)
+    block_b, block_d = (2, 16) if INTERPRETED else (4, 1024)
+    _centre_kernel[(cdiv(B, block_b), cdiv(max(widths), block_d), len(xs))](
+        tuple(xs), tuple(biases), tuple(out), widths, tuple(x.stride(0) for x in xs), tuple(c.stride(0) for c in out),
+        B, S=len(xs), BLOCK_B=block_b, BLOCK_D=block_d, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def _centre_torch(xs, biases, wide):
+    out = _centre_fake(xs, biases, wide)
+    for x, bias, c in zip(xs, biases, out, strict=True):
+        torch.sub(x, bias, out=c)
+    return out
+
+
+def _centre_fake(xs, biases, wide):
+    if not wide:
+        return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs]
+    widths = [x.shape[1] for x in xs]
+    return list(xs[0].new_empty(xs[0].shape[0], sum(widths)).split(widths, 1))
+
+
+centre = register(
+    "centre",
+    "(Tensor[] xs, Tensor[] biases, bool wide, str impl) -> Tensor[]",
+    torch_impl=_centre_torch,
+    triton_impl=_centre_triton,
+    fake=_centre_fake,
+)
+centre.__doc__ = """xs[s] - biases[s], [B, d_s]; with `wide` as columns of one [B, D], side by side."""
+
+
+@triton.jit
+def _finish_values_kernel(
+    part_ptrs, bias_ptrs, idx_ptr, count_ptr, values_ptr, slabs, stride_idx, B, K, N,
+    S: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """relu(sum over the slabs + bias) of one row of one stream."""
+    b = tl.program_id(0).to(tl.int64)
+    stream = tl.program_id(1)
+    offs_k = tl.arange(0, BLOCK_K)
+    exists = offs_k < K
+    if count_ptr is not None:
+        exists = exists & (offs_k < tl.load(count_ptr))
+    latent = tl.load(idx_ptr + stream.to(tl.int64) * stride_idx + b * K + offs_k, mask=exists, other=0)
+    inside = exists & (latent >= 0) & (latent < N)  # an id outside has made its sum NaN already
+    for s in tl.static_range(S):
+        if stream == s:
+            pre = tl.load(part_ptrs[s] + b * K + offs_k, mask=exists, other=0.0)
+            for slab in range(1, slabs[s]):
+                pre += tl.load(part_ptrs[s] + (slab * B + b) * K + offs_k, mask=exists, other=0.0)
+            pre += tl.load(bias_ptrs[s] + latent, mask=inside, other=0.0).to(pre.dtype)
+            value = tl.where(pre <= 0.0, 0.0, pre)  # NaN stays
+            tl.store(values_ptr + (s * B + b) * K + offs_k, tl.where(exists, value, 0.0), mask=offs_k < K)
+
+
+def _gather_values_triton(indices, centred, w_encs, latent_biases, count):
+    S, (B, k), n = len(centred), indices.shape[-2:], w_encs[0].shape[0]
+    indices, shared = indices.contiguous(), indices.dim() == 2
+    parts = [
+        launch_gather(indices if shared else indices[s], None, w, None, x[None], count=count, dot=True)[1]
+        for s, (x, w) in enumerate(zip(centred, w_encs, strict=True))
+    ]
+    values = torch.empty(S, B, k, device=indices.device, dtype=parts[0].dtype)
+    _finish_values_kernel[(B, S)](
+        tuple(parts), tuple(c.contiguous() for c in latent_biases), indices, count, values,
+        tuple(p.shape[0] for p in parts), 0 if shared else B * k, B, k, n,
+        S=S, BLOCK_K=next_power_of_2(k), num_warps=1,
+    )  # fmt: skip
+    return values
+
+
+def _gather_values_torch(indices, centred, w_encs, latent_biases, count):
+    values = []
+    for s, (x, w, bias) in enumerate(zip(centred, w_encs, latent_biases, strict=True)):
+        idx = indices if indices.dim() == 2 else indices[s]
+        pre = gather_dot_torch(idx, w, x[None], count)[0]
+        values.append(torch.relu(pre + bias.to(pre.dtype)[idx]))
+    values = torch.stack(values)
+    return values if count is None else torch.where(torch.arange(values.shape[2], device=x.device) < count, values, 0.0)
+
+
+def _gather_values_fake(indices, centred, w_encs, latent_biases, count):
+    return indices.new_empty(len(centred), *indices.shape[-2:], dtype=acc_dtype(centred[0].dtype))
+
+
+gather_values = register(
+    "gather_values",
+    "(Tensor indices, Tensor[] centred, Tensor[] w_encs, Tensor[] latent_biases, Tensor? count, str impl) -> Tensor",
+    torch_impl=_gather_values_torch,
+    triton_impl=_gather_values_triton,
+    fake=_gather_values_fake,
+)
+gather_values.__doc__ = """relu(<w_encs[s][indices], centred[s]> + latent_biases[s][indices]) of every stream.
+
+Args:
+    indices: int64 [B, k] for all streams, or [S, B, k].
+    centred: x - pre_bias, [B, d_s] each.  w_encs: [N, d_s] each.  latent_biases: [N] each.
+    count: int32 [], the columns of indices that exist (all when None); the others get 0.
+    impl: "triton" or "torch".
+
+Returns: [S, B, k] in the accumulator dtype.
+"""
+
+
 class Selection(NamedTuple):
     """Latents chosen for every row of a batch."""
 
@@ -439,82 +595,93 @@ class Selection(NamedTuple):
     count: torch.Tensor | None = None  # int32 []: only the first `count` columns exist; None: all
     order: torch.Tensor | None = None  # the InverseIndex of the columns that exist, once somebody has made it
     offsets: torch.Tensor | None = None
-    plan: torch.Tensor | None = None
+    ids: torch.Tensor | None = None
 
-    def inverse(self, n_latents: int) -> InverseIndex:
+    def inverse(self, n_latents: int, impl: str) -> tuple[torch.Tensor, ...]:
         if self.order is not None:
-            return InverseIndex(self.order, self.offsets, self.plan)
+            return self[2:]
         indices = self.indices
         if self.count is not None:  # ids outside are in no list
-            indices = torch.where(self._exists(), indices, n_latents)
-        return inverse_index(indices, n_latents)
+            exists = torch.arange(indices.shape[1], device=indices.device) < self.count
+            indices = torch.where(exists, indices, n_latents)
+        return inverse_index_op(indices, n_latents, impl)
 
-    def with_inverse(self, n_latents: int) -> Selection:
-        return Selection(self.indices, self.count, *self.inverse(n_latents))
-
-    def masked(self, values):
-        """values [..., B, k] with 0 in the columns that do not exist."""
-        return values if self.count is None else torch.where(self._exists(), values, 0.0)
-
-    def _exists(self):
-        return torch.arange(self.indices.shape[1], device=self.indices.device) < self.count
-
-
-@torch.no_grad()
-def gather_values(x, w_enc, pre_bias, latent_bias, selection, impl):
-    """`values_at` on unchecked arguments, without gradients; 0 in columns that do not exist."""
-    indices = selection.indices
-    pre = gather_dot(indices, w_enc, (x - pre_bias)[None], selection.count, impl)[0]
-    # an id outside has made its pre NaN already; it must not index the bias (on a GPU a device assert)
-    inside = indices.clamp(0, latent_bias.shape[0] - 1) if impl == "triton" else indices
-    return selection.masked(torch.relu(pre + latent_bias.to(pre.dtype)[inside]))
+    def with_inverse(self, n_latents: int, impl: str) -> Selection:
+        return Selection(self.indices, self.count, *self.inverse(n_latents, impl))
 
 
 class Values(torch.autograd.Function):
-    """Gives what `gather_values` made its gradients, to everything but the indices.
+    """Gives the values [S, B, k] that `gather_values` made their gradients, to everything but the indices.
 
-    Takes the values of one or more selections and then those selections, flat. AuxK's selection shares the centred
-    inputs and the gradients' buffers with the main one: its sums are added in place to the few latents that it chose.
+    Takes them, AuxK's values of each stream ([1, B, auxk], or none), and flat for the S streams: xs, w_encs,
+    pre_biases, latent_biases, centred inputs; then the parts of the Selection of all streams, or of each, and of each
+    of AuxK's. AuxK's share the gradients' buffers: their sums are added in place to the few latents that they chose.
     """
 
     @staticmethod
-    def forward(ctx, x, w_enc, pre_bias, latent_bias, impl, n, *tensors):
-        ctx.impl, ctx.n = impl, n
-        values = tuple(v.clone() for v in tensors[:n])
-        ctx.save_for_backward(x, w_enc, pre_bias, *values, *tensors[n:])
-        return values
+    def forward(ctx, values, impl, S, n_aux, *tensors):
+        ctx.set_materialize_grads(False)
+        ctx.impl, ctx.S, ctx.n_aux = impl, S, n_aux
+        ctx.save_for_backward(values, *tensors)
+        return values, *tensors[:n_aux]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *all_dvalues):
-        x, w_enc, pre_bias, *rest = ctx.saved_tensors
-        n, size = ctx.n, len(Selection._fields)
-        selections = [Selection(*rest[i : i + size]) for i in range(n, len(rest), size)]
-        all_dpre = [torch.where(v <= 0, 0.0, dv)[None] for v, dv in zip(rest[:n], all_dvalues, strict=True)]
-        need_x, need_w, need_b, need_c = ctx.needs_input_grad[:4]
-        impl, dtype = ctx.impl, w_enc.dtype
-        dx = sums = db = None
-        if need_w or need_b or need_c:
-            centred = (x - pre_bias)[None]
-            for selection, dpre in zip(selections, all_dpre, strict=True):
-                inverse = selection.inverse(w_enc.shape[0])
-                sums = latent_reduce(inverse, dpre, centred, dpre.shape[-1], dtype, impl, into=sums)
-        dw, dc = sums or (None, None)
-        if need_b:
-            with no_autocast(x.device):  # the same sum as -dx over the batch, as one matrix-vector product
-                db = -(dc.to(dtype) @ w_enc)
-        if need_x:
-            for selection, dpre in zip(selections, all_dpre, strict=True):
-                part = gather_sum(selection.indices, dpre, w_enc, None, impl)[0]
-                dx = part if dx is None else dx + part
-        dc = dc.to(dtype) if need_c else None
-        return dx, dw if need_w else None, db, dc, None, None, *[None] * len(rest)
+    def backward(ctx, dvalues, *daux):
+        S, n_aux, impl = ctx.S, ctx.n_aux, ctx.impl
+        values, *tensors = ctx.saved_tensors
+        aux_values, rest = tensors[:n_aux], tensors[n_aux:]
+        w_encs, pre_biases, latent_biases, centred = (rest[i : i + S] for i in range(S, 5 * S, S))
+        size = len(Selection._fields)
+        selections = [Selection(*rest[i : i + size]) for i in range(5 * S, len(rest), size)]
+        own = selections[: len(selections) - n_aux]
+        needs = ctx.needs_input_grad[4 + n_aux :]
+        dxs, dws, dbs, dcs = ([None] * S for _ in range(4))
+        for s in range(S):
+            uses = []
+            if dvalues is not None:
+                uses.append((own[s % len(own)], dvalues[s : s + 1], values[s : s + 1]))
+            if n_aux and daux[s] is not None:
+                uses.append((selections[len(own) + s], daux[s], aux_values[s]))
+            if not uses:
+                continue
+            w, dtype = w_encs[s], w_encs[s].dtype
+            if needs[S + s] or needs[2 * S + s] or needs[3 * S + s]:
+                dw, dc = torch.empty_like(w, memory_format=torch.contiguous_format), latent_biases[s].new_empty(len(w))
+                for i, (selection, dv, v) in enumerate(uses):
+                    inverse = selection.inverse(len(w), impl)
+                    latent_reduce_(dw, dc, *inverse, dv, None, v, centred[s][None], v.shape[2], i > 0, impl)
+                dws[s] = dw if needs[S + s] else None
+                dcs[s] = dc if needs[3 * S + s] else None
+                if needs[2 * S + s]:
+                    with no_autocast(w.device):  # the same sum as -dx over the batch, as one matrix-vector product
+                        dbs[s] = torch.addmv(pre_biases[s], w.t(), dc.to(dtype), beta=0, alpha=-1)
+            if needs[s]:
+                for selection, dv, v in uses:
+                    part = gather_sum(selection.indices, torch.where(v <= 0, 0.0, dv), w, None, impl)[0]
+                    dxs[s] = part if dxs[s] is None else dxs[s] + part
+        grads = [*dxs, *dws, *dbs, *dcs]
+        return None, None, None, None, *[None] * n_aux, *grads, *[None] * (len(rest) - len(grads))
 
 
-def differentiable_values(x, w_enc, pre_bias, latent_bias, selections, values, impl):
-    """The values of each selection, as `gather_values` made them, with gradients."""
-    flat = [t for selection in selections for t in selection]
-    return Values.apply(x, w_enc, pre_bias, latent_bias, impl, len(values), *values, *flat)
+def differentiable_values(xs, w_encs, pre_biases, latent_biases, centred, selections, values, aux_values, impl):
+    """values [S, B, k] and AuxK's of each stream, as `gather_values` made them, with gradients.
+
+    `selections`: one for all streams or one for each, then one for each of aux_values.
+    """
+    flat = [part for selection in selections for part in selection]
+    return Values.apply(
+        values, impl, len(xs), len(aux_values), *aux_values, *xs, *w_encs, *pre_biases, *latent_biases, *centred, *flat
+    )  # fmt: skip
+
+
+def values_of(x, w_enc, pre_bias, latent_bias, selection, impl):
+    """`values_at` on unchecked arguments."""
+    with torch.no_grad():
+        centred = centre([x], [pre_bias], False, impl)
+        values = gather_values(selection.indices, centred, [w_enc], [latent_bias], selection.count, impl)
+    args = [x], [w_enc], [pre_bias], [latent_bias], centred, [selection], values, [], impl
+    return differentiable_values(*args)[0][0]
 
 
 def values_at(
@@ -547,11 +714,6 @@ def values_at(
     check_inverse("inverse", inverse, indices, inverse_sizes(indices.numel(), w_enc.shape[0]))
     selection = Selection(indices, None, *(inverse or ()))
     return values_of(x, w_enc, pre_bias, latent_bias, selection, resolve_impl(impl, x))
-
-
-def values_of(x, w_enc, pre_bias, latent_bias, selection, impl):
-    args = x, w_enc, pre_bias, latent_bias
-    return differentiable_values(*args, [selection], [gather_values(*args, selection, impl)], impl)[0]
 
 
 def encode_topk(
@@ -601,33 +763,27 @@ def encode_topk(
         check_tensor(f"latent_biases[{s}]", latent_biases[s], (n,), like=xs[0])
     check_int("k", k, 1, min(n, MAX_K), f"at most N and {MAX_K}")
     impl = resolve_impl(impl, xs[0])
-    indices = select_latents(xs, w_encs, pre_biases, latent_biases, k, topk_type, impl)
-    values = [
-        values_at(
-            xs[s], w_encs[s], pre_biases[s], latent_biases[s], indices if indices.dim() == 2 else indices[s], impl=impl
-        )
-        for s in range(S)
-    ]
-    return indices, torch.stack(values)
+    with torch.no_grad():
+        centred = centre_for(xs, w_encs, pre_biases, impl)
+        indices = select_latents(centred, w_encs, latent_biases, k, topk_type, impl)
+        values = gather_values(indices, centred, list(w_encs), list(latent_biases), None, impl)
+    selections = [Selection(indices)] if topk_type == "global" else [Selection(i) for i in indices]
+    if topk_type == "global" and torch.is_grad_enabled():
+        selections = [selections[0].with_inverse(n, impl)]
+    args = xs, w_encs, pre_biases, latent_biases, centred, selections, values, [], impl
+    return indices, differentiable_values(*args)[0]
 
 
-@torch.no_grad()
-def select_latents(xs, w_encs, pre_biases, latent_biases, k, topk_type, impl, ids=None, count=None):
-    """`select` on unchecked, uncentred inputs: [B, k] for "global", [S, B, k] for "local"."""
-    acc = acc_dtype(xs[0].dtype)
-    if wants_joint(w_encs) and joint(w_encs) is not None:
-        wide = torch.cat(list(xs), 1) - torch.cat(list(pre_biases))
-        centred = list(wide.split([x.shape[1] for x in xs], 1))
-    else:
-        centred = [x - b for x, b in zip(xs, pre_biases, strict=True)]
+def centre_for(xs, w_encs, pre_biases, impl):
+    """xs less their biases; side by side where the weights are and the library may be chosen."""
+    wide = wants_joint(w_encs) and joint(w_encs) is not None
+    return centre(list(xs), list(pre_biases), wide, impl)
+
+
+def select_latents(centred, w_encs, latent_biases, k, topk_type, impl):
+    """`select` for "global", [B, k], or for every stream, [S, B, k]."""
+    w_encs, latent_biases = list(w_encs), list(latent_biases)
     if topk_type == "global":
-        bias = latent_biases[0].to(acc)
-        for c in latent_biases[1:]:
-            bias = bias + c
-        return select(centred, list(w_encs), bias, k, ids, count, impl)
-    return torch.stack(
-        [
-            select([x], [w], c.to(acc), k, ids, count, impl)
-            for x, w, c in zip(centred, w_encs, latent_biases, strict=True)
-        ]
-    )
+        return select(centred, w_encs, latent_biases, k, None, None, impl)
+    streams = zip(centred, w_encs, latent_biases, strict=True)
+    return torch.stack([select([x], [w], [c], k, None, None, impl) for x, w, c in streams])

@@ -17,14 +17,11 @@ beside the rounding of W itself. Programs of one column slab run next to each ot
 
 from __future__ import annotations
 
-import functools
-import warnings
-
 import torch
 import torch.nn.functional as F
 
 from ._launch import capability, cdiv, gather_chunk, gather_config
-from ._ops import acc_dtype, register
+from ._ops import acc_dtype, csr, register
 from ._triton import INTERPRETED, tl, tl_dtype, triton
 
 
@@ -153,7 +150,7 @@ def launch_gather(
     indices, values, w, bias, x, *, count=None, coef=None, place=None, e=None, one=None, kept=0, g=None, h=None,
     sq=False, dot=False,
 ):  # fmt: skip
-    """Runs the kernel into the outputs given; returns (sq [S, B] or None, dot [S, B, k] or None).
+    """Runs the kernel into the outputs given; returns sq [slabs, S, B] and dot [slabs, S, B, k], or None; sum them.
 
     All tensors may be slices of columns (their last stride is 1); `e` and `h` are contiguous, `one` and `g` share their
     row stride.
@@ -161,7 +158,7 @@ def launch_gather(
     B, k = indices.shape
     n, d = w.shape
     acc = acc_dtype(w.dtype)
-    if k > gather_chunk(w.element_size()):
+    if k > gather_chunk(w.element_size(), capability(w.device)):
         return _launch_gather_in_chunks(
             indices, values, w, bias, x, count=count, coef=coef, e=e, one=one, kept=kept, g=g, sq=sq, dot=dot
         )
@@ -193,15 +190,12 @@ def launch_gather(
         DTYPE=operand, ACC=tl_dtype(acc), PRECISION="ieee" if half or acc == torch.float64 else "tf32x3",
         STAGES=config.num_stages, num_warps=config.num_warps,
     )  # fmt: skip
-    return (
-        (sq_part[0] if slabs == 1 else sq_part.sum(0)) if sq else None,
-        (dot_part[0] if slabs == 1 else dot_part.sum(0)) if dot else None,
-    )
+    return sq_part, dot_part
 
 
 def _launch_gather_in_chunks(indices, values, w, bias, x, *, count, coef, e, one, kept, g, sq, dot):
     """The same, a few of the k rows at a time, with E in memory between the launches."""
-    (B, k), chunk, acc = indices.shape, gather_chunk(w.element_size()), acc_dtype(w.dtype)
+    (B, k), chunk, acc = indices.shape, gather_chunk(w.element_size(), capability(w.device)), acc_dtype(w.dtype)
     parts = [slice(j, min(j + chunk, k)) for j in range(0, k, chunk)]
     counts = [None if count is None else (count - part.start).clamp(min=0) for part in parts]
     error = x
@@ -226,25 +220,21 @@ def _launch_gather_in_chunks(indices, values, w, bias, x, *, count, coef, e, one
     dots = None
     if dot:
         dots = [
-            launch_gather(indices[:, part], None, w, None, error, count=left, dot=True)[1]
+            launch_gather(indices[:, part], None, w, None, error, count=left, dot=True)[1].sum(0)
             for part, left in zip(parts, counts, strict=True)
         ]
-    return error.square().sum(2) if sq else None, torch.cat(dots, 2) if dot else None
+    return error.square().sum(2)[None] if sq else None, torch.cat(dots, 2)[None] if dot else None
+
+
+def _sum_slabs(part):
+    return part[0] if part.shape[0] == 1 else part.sum(0)
 
 
 # gather_dot: out[s, b, j] = <W[indices[b, j]], x[s, b]>; 0 in the columns that `count` leaves out
 
 
 def _gather_dot_triton(indices, w, x, count):
-    return launch_gather(indices, None, w, None, x, count=count, dot=True)[1]
-
-
-@functools.cache
-def _hear_beta_warning():
-    """sampled_addmm needs a CSR pattern; torch warns once that the format is beta, which is no news to our users."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
+    return _sum_slabs(launch_gather(indices, None, w, None, x, count=count, dot=True)[1])
 
 
 def gather_dot_torch(indices, w, x, count):
@@ -262,11 +252,7 @@ def gather_dot_torch(indices, w, x, count):
         return out
     if w.device.type == "cpu" and w.dtype in (torch.float32, torch.float64):
         # a sampled product reads each selected row once, where bmm would first copy all B * k of them
-        _hear_beta_warning()
-        crow = torch.arange(0, B * k + 1, k)
-        pattern = torch.sparse_csr_tensor(
-            crow, indices.reshape(-1), w.new_zeros(B * k), (B, w.shape[0]), check_invariants=False
-        )
+        pattern = csr(torch.arange(0, B * k + 1, k), indices.reshape(-1), w.new_zeros(B * k), w.shape[0])
         dots = [torch.sparse.sampled_addmm(pattern, x_s, w.T, beta=0.0).values().view(B, k) for x_s in x]
         return torch.stack(dots)
     out = torch.empty(S, B, k, device=w.device, dtype=acc)
@@ -329,7 +315,7 @@ def _gather_error_triton(indices, values, w, bias, x, keep, count):
     sq, _ = launch_gather(
         indices, values, w, bias, x, count=count, one=one if keep != KEEP_NONE else None, kept=max(keep, 0), sq=True
     )
-    return sq, one
+    return _sum_slabs(sq), one
 
 
 def _gather_error_torch(indices, values, w, bias, x, keep, count):

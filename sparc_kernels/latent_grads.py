@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from ._checks import check_int, require
-from ._launch import cdiv, reduce_chunk, reduce_config
-from ._ops import acc_dtype, register
+from ._launch import capability, cdiv, reduce_chunk, reduce_config
+from ._ops import acc_dtype, csr, register, resolve_impl
 from ._triton import tl, tl_dtype, triton
 
 
@@ -24,37 +24,81 @@ class InverseIndex(NamedTuple):
 
     order: torch.Tensor  # int32 [M], M = number of selected ids
     offsets: torch.Tensor  # int32 [N + 1]
-    plan: torch.Tensor  # int32, the kernels' work list, see _work_plan
+    ids: torch.Tensor  # int32 [M], the selected ids sorted: ids[i] = indices[order[i]]
 
 
 NO_INVERSE = (None, None, None)
 
 
-def inverse_index(indices: torch.Tensor, n_latents: int) -> InverseIndex:
+def inverse_index(indices: torch.Tensor, n_latents: int, impl: str = "auto") -> InverseIndex:
     """Lists of the places that selected each latent, without a host synchronisation.
 
     Args:
         indices: int64 of any shape, ids in 0..n_latents-1 (ids outside are in no list).
         n_latents: N.
+        impl: "auto" (Triton on CUDA tensors, torch elsewhere), "triton" or "torch"; the sort is torch's in both.
 
     Equivalent to: `order = indices.flatten().sort(stable=True).indices`, `offsets = [0, *bincount(indices).cumsum(0)]`.
     """
     require(isinstance(indices, torch.Tensor) and indices.dtype == torch.int64, "indices", "an int64 tensor", indices)
     n_latents = check_int("n_latents", n_latents, 1)
-    return InverseIndex(*_inverse_index_op(indices, n_latents, "torch"))
+    return InverseIndex(*inverse_index_op(indices, n_latents, resolve_impl(impl, indices, integers=True)))
+
+
+def _key_dtype(n_latents):
+    return torch.int16 if n_latents < 2**15 else torch.int32  # fewer radix passes; ids outside must fit too
+
+
+def _inverse_index_torch(indices, n_latents):
+    ids, order = torch.sort(indices.reshape(-1).clamp(-1, n_latents).to(_key_dtype(n_latents)), stable=True)
+    ids, bounds = ids.int(), torch.arange(n_latents + 1, device=indices.device, dtype=torch.int32)
+    return order.int(), torch.searchsorted(ids, bounds, out_int32=True), ids
+
+
+@triton.jit
+def _keys_kernel(idx_ptr, key_ptr, M, N, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    ids = tl.load(idx_ptr + offs, mask=offs < M, other=0)
+    ids = tl.minimum(tl.maximum(ids, -1), N)
+    tl.store(key_ptr + offs, ids.to(key_ptr.dtype.element_ty), mask=offs < M)
+
+
+@triton.jit
+def _lists_kernel(key_ptr, place_ptr, order_ptr, ids_ptr, offsets_ptr, M, N, STEPS: tl.constexpr, BLOCK: tl.constexpr):
+    """Narrow copies of the sorted keys and places, and by bisection where each latent's list begins."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < M
+    tl.store(order_ptr + offs, tl.load(place_ptr + offs, mask=mask, other=0).to(tl.int32), mask=mask)
+    tl.store(ids_ptr + offs, tl.load(key_ptr + offs, mask=mask, other=0).to(tl.int32), mask=mask)
+    low = tl.zeros((BLOCK,), tl.int64)
+    high = low + M
+    for _ in range(STEPS):
+        middle = (low + high) // 2
+        below = tl.load(key_ptr + middle, mask=middle < high, other=0).to(tl.int64) < offs
+        below = below & (middle < high)
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(below, high, middle)
+    tl.store(offsets_ptr + offs, low.to(tl.int32), mask=offs <= N)
+
+
+def _inverse_index_triton(indices, n_latents):
+    M, device = indices.numel(), indices.device
+    indices = indices.contiguous()
+    keys = torch.empty(M, device=device, dtype=_key_dtype(n_latents))
+    order, ids = (torch.empty(M, device=device, dtype=torch.int32) for _ in range(2))
+    offsets = torch.empty(n_latents + 1, device=device, dtype=torch.int32)
+    block = 1024
+    _keys_kernel[(cdiv(M, block),)](indices, keys, M, n_latents, BLOCK=block, num_warps=4)
+    keys, places = torch.sort(keys, stable=True)
+    _lists_kernel[(cdiv(max(M, n_latents + 1), block),)](
+        keys, places, order, ids, offsets, M, n_latents, STEPS=M.bit_length() + 1, BLOCK=block, num_warps=4
+    )
+    return order, offsets, ids
 
 
 def inverse_sizes(M: int, n_latents: int) -> tuple[int, int, int]:
     """Sizes of an InverseIndex over M places."""
-    return M, n_latents + 1, sum(_plan_sizes(M, n_latents, reduce_chunk()))
-
-
-def _inverse_index(indices, n_latents):
-    dtype = torch.int16 if n_latents < 2**15 else torch.int32  # fewer radix passes; ids outside must fit too
-    ids, order = torch.sort(indices.reshape(-1).clamp(-1, n_latents).to(dtype), stable=True)
-    bounds = torch.arange(n_latents + 1, device=indices.device, dtype=torch.int32)
-    offsets = torch.searchsorted(ids.int(), bounds, out_int32=True)
-    return order.int(), offsets, torch.cat(_work_plan(offsets, order.numel(), reduce_chunk()))
+    return M, n_latents + 1, M
 
 
 def _inverse_index_fake(indices, n_latents):
@@ -62,37 +106,47 @@ def _inverse_index_fake(indices, n_latents):
     return tuple(indices.new_empty(size, dtype=torch.int32) for size in sizes)
 
 
-_inverse_index_op = register(
+inverse_index_op = register(
     "inverse_index",
     "(Tensor indices, int n_latents, str impl) -> (Tensor, Tensor, Tensor)",
-    torch_impl=_inverse_index,
-    triton_impl=_inverse_index,
+    torch_impl=_inverse_index_torch,
+    triton_impl=_inverse_index_triton,
     fake=_inverse_index_fake,
 )
 
 
 @triton.jit
 def _latent_reduce_kernel(
-    order_ptr, offsets_ptr, items_ptr, first_ptr, slot_ptr, coef_ptr, mat_ptr, out_ptr, sum_ptr, part_ptr, part_sum_ptr,
-    M, K, D, N, stride_ms, stride_mr, stride_on,
+    order_ptr, offsets_ptr, ids_ptr, coef_ptr, scale_ptr, gate_ptr, mat_ptr, out_ptr, sum_ptr, part_ptr, part_sum_ptr,
+    M, ROWS, K, D, N, stride_ms, stride_mr, stride_on,
     S: tl.constexpr, ADD: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """One program: one chunk of one latent's list, one tile of columns.
 
-    Without coef_ptr the rows of `mat` are in list order already and are only added up. With ADD the sums are added to
-    what `out` and `sum` hold, and latents with an empty list are left alone. sum_ptr may be None.
+    Program n < N has the first CHUNK entries of latent n. A further chunk begins in exactly one block [q CHUNK, (q + 1)
+    CHUNK) of the sorted places, and the latent that it belongs to owns place q CHUNK: program N + q has it, if there is
+    one. So there is no work list to make.
+
+    The weight of an entry is coef[s, place], times scale[s, row] if given, and 0 where gate[s, place] <= 0. Without
+    coef the rows of `mat` are in list order already and are only added up. With ADD the sums are added to what `out`
+    and `sum` hold, and latents with an empty list are left alone. sum_ptr may be None.
     """
-    item = tl.program_id(0)
+    pid = tl.program_id(0)
     tile = tl.program_id(1)
-    n = tl.load(items_ptr + item)
-    if n < N:  # items beyond the last carry N
+    later = pid >= N
+    first = tl.maximum(pid - N, 0) * CHUNK
+    owner = tl.load(ids_ptr + first, mask=later, other=0)
+    inside = later & (owner >= 0) & (owner < N)
+    chunk = (first - tl.load(offsets_ptr + owner, mask=inside, other=0) + CHUNK - 1) // CHUNK
+    chunk = tl.where(inside, chunk, 0)
+    n = tl.where(later, tl.where(chunk > 0, owner, -1), pid)
+    if n >= 0:
         begin = tl.load(offsets_ptr + n)
         end = tl.load(offsets_ptr + n + 1)
-        if (ADD == 0) | (end > begin):
-            chunk = item - tl.load(first_ptr + n)
-            low = begin + chunk * CHUNK
-            high = tl.minimum(low + CHUNK, end)
+        low = begin + chunk * CHUNK
+        high = tl.minimum(low + CHUNK, end)
+        if (low < end) | ((chunk == 0) & (ADD == 0)):
             cols = tile * BLOCK_D + tl.arange(0, BLOCK_D)
             mask_d = cols < D
             acc = tl.zeros((BLOCK_D,), ACC)
@@ -112,6 +166,12 @@ def _latent_reduce_kernel(
                     for s in tl.static_range(S):
                         source = tl.full((), s, tl.int64)  # 64-bit, also where the JIT takes a size of 1 for a constant
                         c = tl.load(coef_ptr + source * M + place, mask=mask_e, other=0.0).to(ACC)
+                        if gate_ptr is not None:  # NaN passes
+                            gate = tl.load(gate_ptr + source * M + place, mask=mask_e, other=0.0)
+                            c = tl.where(gate <= 0.0, 0.0, c)
+                        if scale_ptr is not None:
+                            scale = tl.load(scale_ptr + source * ROWS + row, mask=mask_e, other=0.0).to(ACC)
+                            c = tl.where(scale != 0.0, c * scale, 0.0)  # a source that does not count, whatever c is
                         total += c
                         live = mask_e & (c != 0.0)  # entries killed by the ReLU cost no traffic
                         m = tl.load(
@@ -128,10 +188,10 @@ def _latent_reduce_kernel(
                     if tile == 0:
                         total_sum = tl.sum(total, 0)
                         if ADD:
-                            total_sum += tl.load(sum_ptr + n)
-                        tl.store(sum_ptr + n, total_sum)
-            else:
-                slot = (tl.load(slot_ptr + n) + chunk).to(tl.int64)
+                            total_sum += tl.load(sum_ptr + n).to(ACC)
+                        tl.store(sum_ptr + n, total_sum.to(sum_ptr.dtype.element_ty))
+            else:  # first chunks of split lists begin in different blocks, and so do the others: two rows a block
+                slot = (2 * (low // CHUNK) + (chunk > 0).to(tl.int32)).to(tl.int64)
                 tl.store(part_ptr + slot * D + cols, acc, mask=mask_d)
                 if sum_ptr is not None:
                     if tile == 0:
@@ -140,139 +200,131 @@ def _latent_reduce_kernel(
 
 @triton.jit
 def _latent_finish_kernel(
-    hot_ptr, offsets_ptr, slot_ptr, part_ptr, part_sum_ptr, out_ptr, sum_ptr, D, N, stride_on,
+    offsets_ptr, ids_ptr, part_ptr, part_sum_ptr, out_ptr, sum_ptr, D, N, stride_on,
     ADD: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Adds the chunks of one hot latent in order."""
-    n = tl.load(hot_ptr + tl.program_id(0))
+    """Adds the chunks of one split list in order; the program of the block where its second chunk begins does."""
+    first = tl.program_id(0) * CHUNK
     tile = tl.program_id(1)
-    if n < N:
-        count = tl.load(offsets_ptr + n + 1) - tl.load(offsets_ptr + n)
-        slot = tl.load(slot_ptr + n).to(tl.int64)
-        cols = tile * BLOCK_D + tl.arange(0, BLOCK_D)
-        mask_d = cols < D
-        out_row = out_ptr + n.to(tl.int64) * stride_on + cols
-        acc = tl.zeros((BLOCK_D,), ACC)
-        total = tl.zeros((1,), ACC)
-        for c in range(tl.cdiv(count, CHUNK)):
-            acc += tl.load(part_ptr + (slot + c) * D + cols, mask=mask_d, other=0.0)
+    n = tl.load(ids_ptr + first)
+    if (n >= 0) & (n < N):
+        begin = tl.load(offsets_ptr + n)
+        count = tl.load(offsets_ptr + n + 1) - begin
+        second = begin + CHUNK
+        if (count > CHUNK) & (second >= first) & (second < first + CHUNK):
+            cols = tile * BLOCK_D + tl.arange(0, BLOCK_D)
+            mask_d = cols < D
+            out_row = out_ptr + n.to(tl.int64) * stride_on + cols
+            acc = tl.zeros((BLOCK_D,), ACC)
+            total = tl.zeros((1,), ACC)
+            for c in range(tl.cdiv(count, CHUNK)):
+                slot = 2 * (begin // CHUNK + c).to(tl.int64)
+                if c > 0:
+                    slot += 1
+                acc += tl.load(part_ptr + slot * D + cols, mask=mask_d, other=0.0)
+                if sum_ptr is not None:
+                    total += tl.load(part_sum_ptr + slot)
+            if ADD:
+                acc += tl.load(out_row, mask=mask_d, other=0.0).to(ACC)
+            tl.store(out_row, acc.to(out_ptr.dtype.element_ty), mask=mask_d)
             if sum_ptr is not None:
-                total += tl.load(part_sum_ptr + slot + c)
-        if ADD:
-            acc += tl.load(out_row, mask=mask_d, other=0.0).to(ACC)
-        tl.store(out_row, acc.to(out_ptr.dtype.element_ty), mask=mask_d)
-        if sum_ptr is not None:
-            if tile == 0:
-                sums = sum_ptr + n + tl.arange(0, 1)
-                if ADD:
-                    total += tl.load(sums)
-                tl.store(sums, total)
+                if tile == 0:
+                    sums = sum_ptr + n + tl.arange(0, 1)
+                    if ADD:
+                        total += tl.load(sums).to(ACC)
+                    tl.store(sums, total.to(sum_ptr.dtype.element_ty))
 
 
-class _WorkPlan(NamedTuple):
-    items: torch.Tensor  # int32 [N + M // chunk], latent of each program, N for none
-    first: torch.Tensor  # int32 [N], first program of each latent
-    slots: torch.Tensor  # int32 [N], first partial sum of a latent with several chunks
-    hot: torch.Tensor  # int32 [max(M // chunk, 1)], latents with several chunks, N for none
-
-
-def _plan_sizes(M: int, n: int, chunk: int) -> tuple[int, int, int, int]:
-    """Static bounds, no counts read back: max(1, ceil(count / chunk)) programs a latent, N + M // chunk in all."""
-    return n + M // chunk, n, n, max(M // chunk, 1)
-
-
-def _work_plan(offsets: torch.Tensor, M: int, chunk: int) -> _WorkPlan:
-    n = offsets.numel() - 1
-    n_items, _, _, n_hot = _plan_sizes(M, n, chunk)
-    count = offsets[1:] - offsets[:-1]
-    chunks = torch.clamp((count + chunk - 1) // chunk, min=1)
-    ends = chunks.cumsum(0, dtype=torch.int32)
-    programs = torch.arange(n_items, device=offsets.device, dtype=torch.int32)
-    items = torch.searchsorted(ends, programs, right=True, out_int32=True)
-    split = chunks > 1
-    partial_ends = torch.where(split, chunks, 0).cumsum(0, dtype=torch.int32)
-    ranks = torch.arange(1, n_hot + 1, device=offsets.device, dtype=torch.int32)
-    hot = torch.searchsorted(split.cumsum(0, dtype=torch.int32), ranks, out_int32=True)
-    return _WorkPlan(items, ends - chunks, partial_ends - torch.where(split, chunks, 0), hot)
-
-
-def launch_reduce(out, sums, order, offsets, plan, coef, mat, k, add):
+def launch_reduce(out, sums, order, offsets, ids, coef, scale, gate, mat, k, add):
     """Runs the kernels; `out` [N, d] may be a slice of columns. coef None: mat [M, d] has its rows in list order."""
     M, n, chunk = order.numel(), offsets.numel() - 1, reduce_chunk()
-    S, d = (1 if coef is None else mat.shape[0]), mat.shape[-1]
+    S, (rows, d) = (1 if coef is None else mat.shape[0]), mat.shape[-2:]
     acc = acc_dtype(mat.dtype)
-    config = reduce_config(d)
-    sizes = _plan_sizes(M, n, chunk)
-    plan = _WorkPlan(*plan.split(sizes))
-    if coef is not None:
-        coef = coef.reshape(S, M).to(acc).contiguous()
+    config = reduce_config(d, capability(mat.device))
+    coef, scale, gate = (None if t is None else t.contiguous() for t in (coef, scale, gate))
     if mat.stride(-1) != 1:
         mat = mat.contiguous()
-    slots = 2 * (M // chunk) + 1  # a split latent has at most twice as many chunks as whole ones
-    part = torch.empty(slots, d, device=mat.device, dtype=acc)
-    part_sums = torch.empty(slots, device=mat.device, dtype=acc)
-    tiles = cdiv(d, config.block_d)
+    blocks, tiles = cdiv(M, chunk), cdiv(d, config.block_d)
+    part = torch.empty(2 * blocks, d, device=mat.device, dtype=acc)
+    part_sums = torch.empty(2 * blocks, device=mat.device, dtype=acc)
     common = dict(ADD=add, CHUNK=chunk, BLOCK_D=config.block_d, ACC=tl_dtype(acc), num_warps=config.num_warps)
-    _latent_reduce_kernel[(sizes[0], tiles)](
-        order, offsets, plan.items, plan.first, plan.slots, coef, mat, out, sums, part, part_sums,
-        M, k, d, n, mat.stride(0), mat.stride(-2), out.stride(0), S=S, BLOCK_E=config.block_e, num_stages=1, **common,
+    _latent_reduce_kernel[(n + blocks, tiles)](
+        order, offsets, ids, coef, scale, gate, mat, out, sums, part, part_sums,
+        M, rows, k, d, n, mat.stride(0), mat.stride(-2), out.stride(0), S=S, BLOCK_E=config.block_e, num_stages=1,
+        **common,
     )  # fmt: skip
-    _latent_finish_kernel[(sizes[3], tiles)](
-        plan.hot, offsets, plan.slots, part, part_sums, out, sums, d, n, out.stride(0), **common
-    )
+    _latent_finish_kernel[(blocks, tiles)](offsets, ids, part, part_sums, out, sums, d, n, out.stride(0), **common)
 
 
-def reduce_torch(out, sums, order, offsets, plan, coef, mat, k, add):
+def reduce_torch(out, sums, order, offsets, ids, coef, scale, gate, mat, k, add):
     """The same in torch."""
     S, rows, d = mat.shape
     acc = acc_dtype(mat.dtype)
-    order = order.long()
+    coef = coef.reshape(S, rows, -1).to(acc)
+    if gate is not None:
+        coef = torch.where(gate.reshape(coef.shape) <= 0, 0.0, coef)
+    if scale is not None:
+        scale = scale[..., None].to(acc)
+        coef = torch.where(scale != 0, coef * scale, 0.0)
     if out.device.type == "cpu":
         order = order[: int(offsets[-1])]  # what is in no list stands at the end
-    coef = coef.reshape(S, -1).to(acc)[:, order]  # [S, M], in list order
-    offsets = offsets.long()
-    # a bag per latent over the rows of every source: [M, S] entries, the sources of one place side by side
-    places = (order // k)[:, None] + torch.arange(S, device=order.device) * rows
-    rows_of = F.embedding_bag(
-        places.reshape(-1), mat.reshape(S * rows, d), offsets * S, mode="sum",
-        per_sample_weights=coef.T.reshape(-1).to(mat.dtype), include_last_offset=True,
-    )  # fmt: skip
-    out.copy_(out + rows_of if add else rows_of)
+    coef = coef.reshape(S, -1)[:, order.long()]  # [S, M], in list order
     if sums is not None:
-        totals = torch.segment_reduce(coef.sum(0), "sum", offsets=offsets, axis=0)
+        totals = torch.segment_reduce(coef.sum(0), "sum", offsets=offsets.long(), axis=0)
         sums.copy_(sums + totals if add else totals)
+    # a list per latent over the rows of every source: [M, S] entries, the sources of one place side by side
+    entries = (order // k)[:, None] + torch.arange(S, device=order.device, dtype=order.dtype) * rows
+    entries, weights = entries.reshape(-1), coef.T.reshape(-1).to(mat.dtype)
+    offsets, mat = offsets * S, mat.reshape(S * rows, d)
+    latents = None
+    if add and out.device.type == "cpu":  # few lists have anything: the others need not be looked at
+        latents = (offsets[1:] > offsets[:-1]).nonzero().squeeze(1)
+        offsets = torch.cat([offsets[latents], offsets[-1:]])
+    if out.device.type == "cpu" and mat.dtype in (torch.float32, torch.float64) and torch.backends.mkl.is_available():
+        # a sparse product writes each row once, several times faster than bags (measured, docs/results.md)
+        lists = csr(offsets, entries, weights, S * rows)
+        into = out if latents is None and out.dtype == mat.dtype else mat.new_empty(offsets.numel() - 1, d)
+        made = torch.addmm(into, lists, mat, beta=1 if add and into is out else 0, out=into)
+    else:
+        into = None
+        made = F.embedding_bag(
+            entries.long(), mat, offsets.long(), mode="sum", per_sample_weights=weights, include_last_offset=True
+        )
+    if latents is not None:
+        out.index_add_(0, latents, made.to(out.dtype))
+    elif into is not out:
+        out.copy_(out + made if add else made)
 
 
-_latent_reduce_op = register(
+latent_reduce_ = register(
     "latent_reduce_",
-    "(Tensor(a!) out, Tensor(b!)? sums, Tensor order, Tensor offsets, Tensor plan, Tensor coef, Tensor mat, int k,"
-    " bool add, str impl) -> ()",
+    "(Tensor(a!) out, Tensor(b!)? sums, Tensor order, Tensor offsets, Tensor ids, Tensor coef, Tensor? scale,"
+    " Tensor? gate, Tensor mat, int k, bool add, str impl) -> ()",
     torch_impl=reduce_torch,
     triton_impl=launch_reduce,
     fake=lambda *args: None,
 )
+latent_reduce_.__doc__ = """Sum, for every latent, the rows that chose it.
+
+out[n] = sum over places p in list(n), sources s of c[s, p] * mat[s, p // k];  sums[n] = sum of c[s, p], where
+c[s, p] = coef[s, p] * scale[s, p // k], and 0 where gate[s, p] <= 0 or the scale is 0.
+
+Args:
+    out: [N, d].  sums: [N], or None.  Each may have any floating dtype.
+    order, offsets, ids: an InverseIndex over rows * k places.
+    coef, gate: [S, rows, k] or [S, rows * k]; no gate when None. An entry of weight 0 skips its row, whatever is there.
+    scale: [S, rows], or None.
+    mat: [S, rows, d].
+    k: places per row.
+    add: add to what out and sums hold; latents with an empty list are then not touched.
+    impl: "triton" or "torch".
+"""
 
 
-def latent_reduce(inverse: InverseIndex, coef, mat, k: int, dtype, impl: str, into=None):
-    """Sum, for every latent, the rows that chose it.
-
-    out[n] = sum over places p in list(n), sources s of coef[s, p] * mat[s, p // k];  sums[n] = sum of the coefficients.
-
-    Args:
-        inverse: an InverseIndex over rows * k places.
-        coef: [S, rows, k] or [S, rows * k] weights; zero skips a row.
-        mat: [S, rows, d].
-        k: places per row.
-        dtype: of `out`.
-        impl: "triton" or "torch".
-        into: (out, sums) of an earlier call to add to; latents with an empty list are not touched.
-
-    Returns: out [N, d] in `dtype`, sums [N] in the accumulator dtype.
-    """
+def latent_reduce(inverse: InverseIndex, coef, mat, k: int, dtype, impl: str):
+    """`latent_reduce_` into new tensors: out [N, d] in `dtype`, sums [N] in the accumulator dtype."""
     n = inverse.offsets.numel() - 1
-    out, sums = into or (
-        mat.new_empty(n, mat.shape[-1], dtype=dtype),
-        mat.new_empty(n, dtype=acc_dtype(mat.dtype)),
-    )
-    _latent_reduce_op(out, sums, *inverse, coef, mat, k, into is not None, impl)
+    out = mat.new_empty(n, mat.shape[-1], dtype=dtype)
+    sums = mat.new_empty(n, dtype=acc_dtype(mat.dtype))
+    latent_reduce_(out, sums, *inverse, coef, None, None, mat, k, False, impl)
     return out, sums

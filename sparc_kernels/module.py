@@ -11,9 +11,17 @@ from torch import nn
 from ._checks import check_bool, check_int, check_number, check_tensor, fail, require
 from ._launch import MAX_K, MAX_STREAMS
 from ._ops import IMPLS, autocast_enabled, resolve_impl
-from .dead import select_dead, update_counters_
-from .decoder import Decode, TargetLoss
-from .encode import JointCast, Selection, differentiable_values, gather_values, select_latents, wants_joint
+from .dead import count_fired_, select_dead
+from .decoder import AlignedLoss, Decode
+from .encode import (
+    JointCast,
+    Selection,
+    centre_for,
+    differentiable_values,
+    gather_values,
+    select_latents,
+    wants_joint,
+)
 
 
 class AlignedSAE(nn.Module):
@@ -104,31 +112,29 @@ class AlignedSAE(nn.Module):
         w_encs, pre_biases, latent_biases = self._encoders(streams)
         xs = [inputs[s].to(w.dtype) for s, w in zip(streams, w_encs, strict=True)]
         impl = resolve_impl(self.impl, xs[0])
-        encoders = list(zip(xs, w_encs, pre_biases, latent_biases, strict=True))
         with torch.no_grad():
-            chosen = select_latents(xs, w_encs, pre_biases, latent_biases, self.k, self.topk_type, impl)
-            selections = [Selection(i) for i in chosen] if self.topk_type == "local" else [Selection(chosen)]
-        # one inverse index serves every gradient; without gradients nothing needs it
-        if torch.is_grad_enabled():
-            selections = [selection.with_inverse(self.n_latents) for selection in selections]
-        if self.topk_type == "global":
-            selections *= len(streams)
-        values = [gather_values(*args, choice, impl) for args, choice in zip(encoders, selections, strict=True)]
-        dead = self._move_counters(inputs, streams, selections, values)
-        aux = {}
-        for i, s in enumerate(streams):
-            choices, made = [selections[i]], [values[i]]
+            centred = centre_for(xs, w_encs, pre_biases, impl)
+            chosen = select_latents(centred, w_encs, latent_biases, self.k, self.topk_type, impl)
+            values = gather_values(chosen, centred, w_encs, latent_biases, None, impl)
+            dead = self._move_counters(inputs, streams, chosen, values, impl)
+            aux = []
             if self.auxk:
-                choices.append(select_dead(*encoders[i], dead[s], self.auxk, impl))
-                if torch.is_grad_enabled():
-                    choices[1] = choices[1].with_inverse(self.n_latents)
-                made.append(gather_values(*encoders[i], choices[1], impl))
-            values[i], *aux_values = differentiable_values(*encoders[i], choices, made, impl)
-            if self.auxk:
-                aux[s] = choices[1], aux_values[0]
-        return AlignedOutputs(self, inputs, streams, chosen, selections, dict(zip(streams, values, strict=True)), aux)
+                args = zip(centred, w_encs, latent_biases, streams, strict=True)
+                aux = [select_dead(x, w, c, dead[s], self.auxk, impl) for x, w, c, s in args]
+            aux_values = [
+                gather_values(choice.indices, [x], [w], [c], choice.count, impl)
+                for choice, x, w, c in zip(aux, centred, w_encs, latent_biases, strict=False)
+            ]
+        selections = [Selection(i) for i in chosen] if self.topk_type == "local" else [Selection(chosen)]
+        if torch.is_grad_enabled():  # one inverse index serves every gradient; without gradients nothing needs it
+            selections = [choice.with_inverse(self.n_latents, impl) for choice in selections]
+            aux = [choice.with_inverse(self.n_latents, impl) for choice in aux]
+        values, *aux_values = differentiable_values(
+            xs, w_encs, pre_biases, latent_biases, centred, [*selections, *aux], values, aux_values, impl
+        )
+        return AlignedOutputs(self, inputs, streams, chosen, selections, values, aux, aux_values)
 
-    def _move_counters(self, inputs, streams, selections, values) -> dict[str, torch.Tensor] | None:
+    def _move_counters(self, inputs, streams, indices, values, impl) -> dict[str, torch.Tensor] | None:
         """One step of the dead counters. Returns the latents that AuxK may choose from: {s: bool [N]}.
 
         A forward that runs inside a backward is activation checkpointing making an earlier one again: the counters have
@@ -147,8 +153,8 @@ class AlignedSAE(nn.Module):
         # local reads the counters for AuxK before it moves them, global after
         dead = self.get_dead_neurons() if self.topk_type == "local" else None
         if self.training or self.count_in_eval:
-            for s, selection, v in zip(streams, selections, values, strict=True):
-                update_counters_(getattr(self, f"stats_last_nonzero_{s}"), selection.indices, v, self.auxk_threshold)
+            counters = [getattr(self, f"stats_last_nonzero_{s}") for s in streams]
+            count_fired_(counters, indices, values, self.auxk_threshold, impl)
         if not self.auxk:
             return None
         dead = self.get_dead_neurons() if dead is None else dead
@@ -202,38 +208,35 @@ class AlignedSAE(nn.Module):
         """compute_loss on checked arguments, under the gradient mode of the forward."""
         S = len(streams)
         with_cross = cross_loss_coef > 0 and S > 1
-        stacked = torch.stack([outputs._values[s] for s in streams])
+        values = outputs._stacked
         # filled on the device: a tensor made of Python numbers would be copied there, and wait
-        weights = stacked.new_full((S, S), cross_loss_coef / (S * (S - 1)) if with_cross else 0.0)
+        weights = values.new_full((S, S), cross_loss_coef / (S * (S - 1)) if with_cross else 0.0)
         weights.fill_diagonal_(1 / S)
-        terms, self_terms, cross_terms, aux_terms = [], [], {}, []
-        for t, target in enumerate(streams):
-            w_dec, pre_bias = self._decoder(target)
-            impl = resolve_impl(self.impl, w_dec)
-            term, aux_term, errors = outputs._target_loss(stacked, t, w_dec, pre_bias, inputs[target], weights[t], impl)
-            terms.append(term)
-            aux_terms.append(aux_term)
-            self_terms.append(errors[t])
-            cross_terms.update({(t, s): errors[s] for s in range(S) if s != t})
+        total, aux, errors = outputs._loss(weights, [self._decoder(s) for s in streams], inputs)
 
-        metrics = {f"mse_loss_{s}": v for s, v in zip(streams, self_terms, strict=True)}
-        total = torch.stack(terms).sum()
-        metrics["avg_mse_loss"] = avg_mse = torch.stack(self_terms).mean()
-        k = avg_mse.new_full((), float(self.k))
-        sparsity = [v.detach().abs().sum(1).div(self.k + 1e-8).mean() for v in outputs._values.values()]
+        self_terms = errors.diagonal()
+        metrics = {f"mse_loss_{s}": v for s, v in zip(streams, self_terms.unbind(), strict=True)}
+        metrics["avg_mse_loss"] = self_terms.mean()
+        k = total.new_full((), float(self.k))
+        sparsity = values.detach().sum((1, 2)) / (values.shape[1] * (self.k + 1e-8))
         metrics.update({f"num_active_neurons_{s}": k for s in streams})
-        metrics.update({f"l1_sparsity_{s}": v for s, v in zip(streams, sparsity, strict=True)})
+        metrics.update({f"l1_sparsity_{s}": v for s, v in zip(streams, sparsity.unbind(), strict=True)})
         metrics["avg_num_active_neurons"] = k
-        metrics["avg_l1_sparsity"] = torch.stack(sparsity).mean()
+        metrics["avg_l1_sparsity"] = sparsity.mean()
         if self.auxk:
-            metrics.update({f"auxk_loss_{s}": v for s, v in zip(streams, aux_terms, strict=True)})
-            avg_aux = torch.stack(aux_terms).mean()
+            metrics.update({f"auxk_loss_{s}": v for s, v in zip(streams, aux.detach().unbind(), strict=True)})
+            avg_aux = aux.mean()
             avg_aux = torch.where(avg_aux > 0, avg_aux, 0.0)  # NaN drops the term too
-            metrics["avg_auxk_loss"], metrics["avg_auxk_loss_scaled"] = avg_aux, avg_aux * auxk_coef
-            total = total + avg_aux * auxk_coef
-        metrics.update({f"cross_loss_{streams[t]}_from_{streams[s]}": v for (t, s), v in cross_terms.items()})
+            scaled = avg_aux * auxk_coef
+            metrics["avg_auxk_loss"], metrics["avg_auxk_loss_scaled"] = avg_aux, scaled
+            total = total + scaled
+        for t, row in zip(streams, errors.unbind(), strict=True):
+            metrics.update(
+                {f"cross_loss_{t}_from_{s}": v for s, v in zip(streams, row.unbind(), strict=True) if s != t}
+            )
         if with_cross:
-            avg_cross = torch.stack(list(cross_terms.values())).mean()
+            # off the diagonal: all but the first of S + 1 columns
+            avg_cross = errors.flatten()[1:].view(S - 1, S + 1)[:, :-1].mean()
             metrics["avg_cross_loss"], metrics["avg_cross_loss_scaled"] = avg_cross, avg_cross * cross_loss_coef
         metrics["total_loss"] = total
         return total, {name: value.detach() for name, value in metrics.items()}
@@ -370,14 +373,15 @@ class AlignedOutputs(Mapping):
     RuntimeError when one of them has been changed in place since the forward.
     """
 
-    def __init__(self, model, inputs, streams, indices, selections, values, aux):
+    def __init__(self, model, inputs, streams, indices, selections, values, aux, aux_values):
         self._model = model
         self._inputs = dict(inputs)
         self._streams = streams
         self._indices = indices
-        self._values = values
+        self._stacked = values  # [S, B, k]
+        self._values = dict(zip(streams, values.unbind(), strict=True))
         self._selections = selections
-        self._aux = aux
+        self._aux = dict(zip(streams, zip(aux, (v[0] for v in aux_values), strict=True), strict=False))
         self._grad = torch.is_grad_enabled()
         self._autocast = _autocast_state(indices.device)
         self._made = {}
@@ -499,7 +503,7 @@ class AlignedOutputs(Mapping):
         self._check_unchanged()
         w_dec, pre_bias = self._model._decoder(t)
         impl = resolve_impl(self._model.impl, w_dec)
-        indices, _, *inverse = self._selections[self._stream_position(s)]
+        indices, _, *inverse = self._selections[self._stream_position(s) % len(self._selections)]
         return Decode.apply(self._values[s][None], w_dec, pre_bias, indices, *inverse, impl)[0]
 
     def _make_aux(self, s, part):
@@ -510,17 +514,16 @@ class AlignedOutputs(Mapping):
         choice, values = self._aux[s]
         return self._dense(choice.indices, values, s)
 
-    def _target_loss(self, stacked, t, w_dec, pre_bias, x, weights, impl):
-        """TargetLoss of the target at place t: its weighted sum, AuxK's term, the NMSE of every source."""
-        selections = self._selections[:1] if self._indices.dim() == 2 else self._selections
-        aux_indices = aux_count = aux_values = None
-        if self._aux:
-            choice, aux_values = self._aux[self._streams[t]]
-            aux_indices, aux_count, selections = choice.indices, choice.count, [*selections, choice]
-        inverses = [part for selection in selections for part in (selection.order, selection.offsets, selection.plan)]
-        return TargetLoss.apply(
-            stacked, w_dec, pre_bias, x, aux_values, weights, t, impl, self._indices, aux_indices, aux_count, *inverses
-        )
+    def _loss(self, weights, decoders, inputs):
+        """AlignedLoss of all streams: the weighted sum, AuxK's terms [S] or None, the NMSE of every pair [S, S]."""
+        w_decs, pre_biases = zip(*decoders, strict=True)
+        impl = resolve_impl(self._model.impl, w_decs[0])
+        aux = [self._aux[s] for s in self._streams] if self._aux else []
+        tensors = [*w_decs, *pre_biases, *(inputs[s] for s in self._streams)]
+        tensors += [v for _, v in aux] + [choice.indices for choice, _ in aux] + [choice.count for choice, _ in aux]
+        for choice in (*self._selections, *(choice for choice, _ in aux)):
+            tensors += choice[2:]
+        return AlignedLoss.apply(self._stacked, weights, impl, self._indices, len(w_decs), len(aux) > 0, *tensors)
 
 
 _REMEMBERED = 8  # forwards whose dead latents are kept

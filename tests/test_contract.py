@@ -184,15 +184,16 @@ def ops_and_arguments(impl):
     out, sums = torch.zeros_like(p.w_encs[0]), torch.zeros_like(p.latent_biases[0])
     stacked = torch.stack([p.xs[0]] * 3)
     coef = torch.ones(3, 6, device=DEVICE, dtype=out.dtype)
+    rows = p.w_decs[0].t()
+    grads_of = indices, values, rows, p.pre_biases[0], p.xs[0]
     ids = torch.arange(70, device=DEVICE, dtype=torch.int32)
     count = torch.tensor(3, dtype=torch.int32, device=DEVICE)
-    rows = p.w_decs[0].t()
     return {
         "inverse_index": (ops.inverse_index, (indices, 70, impl)),
-        "latent_reduce_": (ops.latent_reduce_, (out, sums, *inverse, values, stacked, 5, False, impl)),
-        "latent_reduce_ added": (ops.latent_reduce_, (out, None, *inverse, values, stacked, 5, True, impl)),
-        "select": (ops.select, (p.xs, p.w_encs, p.latent_biases[0], 5, None, None, impl)),
-        "select dead": (ops.select, (p.xs[:1], p.w_encs[:1], p.latent_biases[0], 5, ids, count, impl)),
+        "latent_reduce_": (ops.latent_reduce_, (out, sums, *inverse, values, None, values, stacked, 5, False, impl)),
+        "latent_reduce_ added": (ops.latent_reduce_, (out, None, *inverse, values, coef, None, stacked, 5, True, impl)),
+        "select": (ops.select, (p.xs, p.w_encs, p.latent_biases, 5, None, None, impl)),
+        "select dead": (ops.select, (p.xs[:1], p.w_encs[:1], p.latent_biases[:1], 5, ids, count, impl)),
         "gather_dot": (ops.gather_dot, (indices, p.w_encs[0], p.xs[0][None], None, impl)),
         "gather_dot some": (ops.gather_dot, (indices, p.w_encs[0], p.xs[0][None], count, impl)),
         "gather_sum": (ops.gather_sum, (indices, values, rows, p.pre_biases[0], impl)),
@@ -201,13 +202,22 @@ def ops_and_arguments(impl):
         "gather_error self": (ops.gather_error, (indices, values, rows, p.pre_biases[0], p.xs[0], 1, None, impl)),
         "decode_grads": (
             ops.decode_grads,
-            (indices, values, rows, p.pre_biases[0], p.xs[0], coef, *inverse, None, 2, out, False, impl),
+            (*grads_of, coef, *inverse, None, 2, torch.zeros_like(values), False, out, False, impl),
+        ),
+        "decode_grads added": (
+            ops.decode_grads,
+            (*grads_of, coef, *inverse, count, -1, torch.zeros_like(values), True, out, True, impl),
         ),
         "decode_grads of values": (
             ops.decode_grads,
-            (indices, values, rows, p.pre_biases[0], p.xs[0], coef, *inverse, count, -1, None, False, impl),
+            (*grads_of, coef, *inverse, None, -1, torch.zeros_like(values), False, None, False, impl),
         ),
-        "scale_": (ops.scale_, (out, torch.full_like(sums[0], 3.0), impl)),
+        "target_weights": (ops.target_weights, (p.xs, torch.rand(3, 3, device=DEVICE, dtype=out.dtype), impl)),
+        "centre": (ops.centre, (p.xs, p.pre_biases, False, impl)),
+        "gather_values": (ops.gather_values, (indices, p.xs, p.w_encs, p.latent_biases, None, impl)),
+        "gather_values some": (ops.gather_values, (indices, p.xs[:1], p.w_encs[:1], p.latent_biases[:1], count, impl)),
+        "count_fired_": (ops.count_fired_, ([torch.arange(70, device=DEVICE)] * 1, indices, values[:1], 0.5, impl)),
+        "scale_": (ops.scale_, ([out, sums], torch.full_like(sums[0], 3.0), impl)),
     }
 
 

@@ -195,6 +195,7 @@ def test_scaling_by_one_writes_nothing_and_by_anything_else_does(impl):
 
     x = torch.randn(70, 3, device=DEVICE)
     for factor in (1.0, 0.25, 0.0, float("nan")):
-        got = x.clone()
-        scale_(got, torch.tensor(factor, device=DEVICE), impl)
+        got, other = x.clone(), x[:5].bfloat16()
+        scale_([got, other], torch.tensor(factor, device=DEVICE), impl)
         assert torch.equal(got.nan_to_num(7.0), (x * factor).nan_to_num(7.0))
+        assert_close(other.float().nan_to_num(7.0), (x[:5].bfloat16() * factor).float().nan_to_num(7.0), 1e-2)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparc_kernels import inverse_index
-from sparc_kernels.latent_grads import _work_plan, latent_reduce
+from sparc_kernels.latent_grads import latent_reduce, latent_reduce_
 
 
 @settings(max_examples=50, deadline=None)
@@ -27,23 +27,56 @@ def test_inverse_index_at_the_edge_of_16_bits(n):
     assert order.tolist() == [1, 2, 0, 3] and offsets[n - 1 :].tolist() == [2, 4]
 
 
-@settings(max_examples=50, deadline=None)
-@given(counts=st.lists(st.integers(0, 30), min_size=1, max_size=30), chunk=st.integers(1, 8))
-def test_work_plan_covers_every_list_within_its_static_bounds(counts, chunk):
-    offsets = torch.tensor([0, *counts]).cumsum(0).int()
-    M, n = int(offsets[-1]), len(counts)
-    plan = _work_plan(offsets, M, chunk)
-    done = torch.zeros(M, dtype=torch.int)
-    for item, latent in enumerate(plan.items.tolist()):
-        if latent < n:
-            low = int(offsets[latent]) + (item - int(plan.first[latent])) * chunk
-            done[low : min(low + chunk, int(offsets[latent + 1]))] += 1
-    assert (done == 1).all()
-    assert set(range(n)) <= set(plan.items.tolist())  # empty lists write zeros
-    hot = [latent for latent in range(n) if counts[latent] > chunk]
-    assert [latent for latent in plan.hot.tolist() if latent < n] == hot
-    slots = [int(plan.slots[latent]) + c for latent in hot for c in range(-(-counts[latent] // chunk))]
-    assert len(set(slots)) == len(slots) and max(slots, default=0) < 2 * (M // chunk) + 1
+@settings(max_examples=30, deadline=None)
+@given(ids=st.lists(st.integers(-1, 6), min_size=1, max_size=60), add=st.booleans())
+def test_lists_of_any_length_are_added_up_whatever_blocks_they_lie_across(ids, add):
+    """Chunks of 4 in the interpreter: short lists, lists that split, empty ones, ids outside on either end."""
+    n, M = 6, len(ids)
+    indices = torch.tensor(ids, device=DEVICE)[:, None]
+    coef = torch.arange(1, M + 1, device=DEVICE, dtype=KERNEL_DTYPE)
+    mat = torch.stack([coef, 2 * coef], 1)[None]
+    start = torch.full((n, 2), 0.5, device=DEVICE, dtype=KERNEL_DTYPE)
+    out, sums = start.clone(), start[:, 0].clone()
+    latent_reduce_(out, sums, *inverse_index(indices, n, "triton"), coef[None], None, None, mat, 1, add, "triton")
+    want, want_sums = (start.clone(), start[:, 0].clone()) if add else (torch.zeros_like(start), torch.zeros_like(sums))
+    for i, c in zip(ids, coef, strict=True):
+        if 0 <= i < n:
+            want[i] += c * torch.stack([c, 2 * c])
+            want_sums[i] += c
+    assert torch.equal(out, want) and torch.equal(sums, want_sums)  # small integers and halves: exact
+
+
+def test_both_inverse_indices_are_the_same():
+    for n, size in ((3, 1), (70, 30), (2**15 - 1, 100), (2**15, 100), (5, 1000)):
+        g = torch.Generator().manual_seed(n)
+        indices = torch.randint(-2, n + 2, (size,), generator=g).to(DEVICE)
+        for a, b in zip(inverse_index(indices, n, "torch"), inverse_index(indices, n, "triton"), strict=True):
+            assert a.dtype == b.dtype == torch.int32 and torch.equal(a, b)
+
+
+def test_gates_and_scales(impl):
+    g = torch.Generator().manual_seed(0)
+    rows, k, n, d, S = 7, 4, 9, 5, 2
+    ids = torch.randint(0, n, (rows, k), generator=g).to(DEVICE)
+    coef, gate, scale, mat = (
+        torch.randn(*shape, generator=g, dtype=torch.float64).to(DEVICE, KERNEL_DTYPE)
+        for shape in ((S, rows, k), (S, rows, k), (S, rows), (S, rows, d))
+    )
+    scale[1, 2] = 0
+    mat[1, 2] = float("nan")  # does not count, whatever it is
+    coef[0, 0, 0], gate[0, 0, 0] = float("nan"), -1.0
+    weights = torch.where((gate <= 0) | (scale == 0)[..., None], 0.0, coef * scale[..., None])
+    want = torch.zeros(n, d, device=DEVICE, dtype=KERNEL_DTYPE)
+    for s in range(S):
+        rows_of = (weights[s][..., None] * mat[s].nan_to_num()[:, None]).reshape(-1, d)
+        want.index_add_(0, ids.flatten(), rows_of)
+    out, sums = torch.empty_like(want), torch.empty_like(want[:, 0])
+    latent_reduce_(out, sums, *inverse_index(ids, n), coef, scale, gate, mat, k, False, impl)
+    if impl == "torch":  # its sums multiply every row
+        out = out.nan_to_num()
+        want[ids[2].unique()] = out[ids[2].unique()]
+    assert_close(out, want)
+    assert_close(sums, torch.zeros_like(sums).index_add_(0, ids.flatten(), weights.sum(0).flatten()))
 
 
 @pytest.mark.parametrize(
@@ -65,7 +98,7 @@ def test_latent_reduce(impl, rows, k, n, d, S):
     assert_close(got_sums.double().cpu(), sums)
     again, _ = latent_reduce(*args)
     assert torch.equal(out, again)
-    latent_reduce(*args, into=(out, got_sums))
+    latent_reduce_(out, got_sums, *inverse, args[1], None, None, args[2], k, True, impl)
     assert_close(out.double().cpu(), 2 * want)
     assert_close(got_sums.double().cpu(), 2 * sums)
 
@@ -78,7 +111,7 @@ def test_adding_leaves_latents_in_no_list_alone(impl):
     out = torch.full((5, 2), -0.0, device=DEVICE, dtype=KERNEL_DTYPE)
     out[1] = 100
     sums = torch.zeros(5, device=DEVICE, dtype=KERNEL_DTYPE)
-    latent_reduce(inverse, coef, mat, 2, KERNEL_DTYPE, impl, into=(out, sums))
+    latent_reduce_(out, sums, *inverse, coef, None, None, mat, 2, True, impl)
     assert out.tolist() == [[0, 0], [101, 102], [0, 0], [11, 22], [0, 0]] and sums.tolist() == [0, 1, 0, 2, 0]
     if impl == "triton":
         assert out[[0, 2, 4]].signbit().all()  # -0 + 0 would be +0: these were not even written

@@ -175,10 +175,10 @@ def relu_mask_missing(patch):
     sound = encode.Values.backward
 
     def backward(ctx, *dvalues):
-        saved = list(ctx.saved_tensors)
-        saved[3 : 3 + ctx.n] = map(torch.ones_like, saved[3 : 3 + ctx.n])  # the values: all fired
-        ctx = SimpleNamespace(saved_tensors=saved, needs_input_grad=ctx.needs_input_grad, impl=ctx.impl, n=ctx.n)
-        return sound(ctx, *dvalues)
+        fired = [torch.ones_like(v) for v in ctx.saved_tensors[: 1 + ctx.n_aux]]  # the values: all of them
+        saved = [*fired, *ctx.saved_tensors[1 + ctx.n_aux :]]
+        more = {name: getattr(ctx, name) for name in ("needs_input_grad", "impl", "S", "n_aux")}
+        return sound(SimpleNamespace(saved_tensors=saved, **more), *dvalues)
 
     patch(encode.Values, "backward", staticmethod(backward))
 
@@ -198,26 +198,35 @@ def gradient_of_wrong_row(patch):
 
 def patch_sums(patch, faulty):
     """Every sum over a latent's list, with other coefficients or rows."""
-    sound, inner = encode.latent_reduce, decoder.reduce_torch
+    sound, inner, plain = encode.latent_reduce_, decoder.reduce_torch, decoder.latent_reduce
 
-    def latent_reduce(inverse, coef, mat, *rest, **more):
-        return sound(inverse, *faulty(coef, mat), *rest, **more)
+    def latent_reduce(inverse, coef, mat, *rest):
+        return plain(inverse, *faulty(coef, mat), *rest)
 
-    for where in (encode, decoder, checks):
+    def wrapped(call):
+        def latent_reduce_(*args):
+            coef, mat = faulty(args[5], args[8])
+            return call(*args[:5], coef, *args[6:8], mat, *args[9:])
+
+        return latent_reduce_
+
+    for where in (decoder, checks):
         patch(where, "latent_reduce", latent_reduce)
-    patch(decoder, "reduce_torch", lambda *args: inner(*args[:5], *faulty(args[5], args[6]), *args[7:]))
+    patch(encode, "latent_reduce_", wrapped(sound))
+    patch(decoder, "reduce_torch", wrapped(inner))
 
 
 def patch_select(patch, faulty):
     sound = encode.select
-    patch(encode, "select", lambda *args: faulty(sound, *args))
+    for where in (encode, dead):
+        patch(where, "select", lambda *args: faulty(sound, *args))
 
 
 def one_rank_off(patch):
-    def select(sound, xs, w_encs, bias, k, ids, count, impl):
+    def select(sound, xs, w_encs, biases, k, ids, count, impl):
         if ids is not None or k == w_encs[0].shape[0]:
-            return sound(xs, w_encs, bias, k, ids, count, impl)
-        return sound(xs, w_encs, bias, k + 1, ids, count, impl)[:, 1:].contiguous()
+            return sound(xs, w_encs, biases, k, ids, count, impl)
+        return sound(xs, w_encs, biases, k + 1, ids, count, impl)[:, 1:].contiguous()
 
     patch_select(patch, select)
 
@@ -225,25 +234,25 @@ def one_rank_off(patch):
 def last_rank_off(patch):
     """The k-th replaced by the one after it: right but for one place."""
 
-    def select(sound, xs, w_encs, bias, k, ids, count, impl):
+    def select(sound, xs, w_encs, biases, k, ids, count, impl):
         if ids is not None or k == w_encs[0].shape[0]:
-            return sound(xs, w_encs, bias, k, ids, count, impl)
-        found = sound(xs, w_encs, bias, k + 1, ids, count, impl)
+            return sound(xs, w_encs, biases, k, ids, count, impl)
+        found = sound(xs, w_encs, biases, k + 1, ids, count, impl)
         return torch.cat([found[:, : k - 1], found[:, k:]], 1)
 
     patch_select(patch, select)
 
 
 def selection_without_latent_bias(patch):
-    patch_select(patch, lambda sound, xs, w, bias, *rest: sound(xs, w, torch.zeros_like(bias), *rest))
+    patch_select(patch, lambda sound, xs, w, biases, *rest: sound(xs, w, [torch.zeros_like(b) for b in biases], *rest))
 
 
 def ties_to_the_highest(patch):
-    def select(sound, xs, w_encs, bias, k, ids, count, impl):
+    def select(sound, xs, w_encs, biases, k, ids, count, impl):
         if ids is not None:
-            return sound(xs, w_encs, bias, k, ids, count, impl)
+            return sound(xs, w_encs, biases, k, ids, count, impl)
         n = w_encs[0].shape[0]
-        return n - 1 - sound(xs, [w.flip(0) for w in w_encs], bias.flip(0), k, None, None, impl)
+        return n - 1 - sound(xs, [w.flip(0) for w in w_encs], [b.flip(0) for b in biases], k, None, None, impl)
 
     patch_select(patch, select)
 
@@ -253,8 +262,8 @@ def ascending_order(patch):
 
 
 def nan_below_everything(patch):
-    def select(sound, xs, w_encs, bias, *rest):
-        return sound(xs, w_encs, torch.where(bias.isnan(), -math.inf, bias), *rest)
+    def select(sound, xs, w_encs, biases, *rest):
+        return sound(xs, w_encs, [torch.where(b.isnan(), -math.inf, b) for b in biases], *rest)
 
     patch_select(patch, select)
 
@@ -271,9 +280,9 @@ def one_row_selected_twice(patch):
 def local_selects_globally(patch):
     sound = encode.select_latents
 
-    def select_latents(xs, w_encs, pre_biases, latent_biases, k, topk_type, *rest, **more):
-        found = sound(xs, w_encs, pre_biases, latent_biases, k, "global", *rest, **more)
-        return found if topk_type == "global" else torch.stack([found] * len(xs))
+    def select_latents(centred, w_encs, latent_biases, k, topk_type, impl):
+        found = sound(centred, w_encs, latent_biases, k, "global", impl)
+        return found if topk_type == "global" else torch.stack([found] * len(centred))
 
     for where in (encode, module):
         patch(where, "select_latents", select_latents)
@@ -282,8 +291,8 @@ def local_selects_globally(patch):
 def latent_bias_missing_in_values(patch):
     sound = encode.gather_values
 
-    def gather_values(x, w_enc, pre_bias, latent_bias, *rest):
-        return sound(x, w_enc, pre_bias, torch.zeros_like(latent_bias), *rest)
+    def gather_values(indices, centred, w_encs, latent_biases, *rest):
+        return sound(indices, centred, w_encs, [torch.zeros_like(c) for c in latent_biases], *rest)
 
     for where in (encode, module):
         patch(where, "gather_values", gather_values)
@@ -296,34 +305,36 @@ def decoder_bias_lost(patch):
 
 def half_precision_sums(patch):
     """bf16-level error in the dot products of wider types."""
-    sound = encode.gather_dot
-    rounded = lambda indices, w, x, *rest: sound(indices, w, x.bfloat16().to(x.dtype), *rest)  # noqa: E731
-    for where in (encode, decoder):
-        patch(where, "gather_dot", rounded)
+    values, dots = encode.gather_values, decoder.gather_dot
+    rounded = lambda x: x.bfloat16().to(x.dtype)  # noqa: E731
+    for where in (encode, module):
+        patch(where, "gather_values", lambda i, centred, *rest: values(i, [rounded(x) for x in centred], *rest))
+    patch(decoder, "gather_dot", lambda indices, w, x, *rest: dots(indices, w, rounded(x), *rest))
 
 
 def error_in_half_precision(patch):
     sound = decoder.decode_grads
 
     def decode_grads(*args):
-        sq, dvalues, g, error = sound(*args)
-        return sq, dvalues, g.bfloat16().to(g.dtype), error
+        sq, g, error = sound(*args)
+        return sq, g.bfloat16().to(g.dtype), error
 
     patch(decoder, "decode_grads", decode_grads)
 
 
 def norm_with_epsilon(patch):
-    sound = decoder._squared_norm
-    patch(decoder, "_squared_norm", lambda x: sound(x) + 1e-2)
+    sound = decoder.target_weights
+
+    def target_weights(*args):
+        norm, coef = sound(*args)
+        return norm + 1e-2, coef
+
+    patch(decoder, "target_weights", target_weights)
 
 
 def dead_mask_ignored(patch):
-    sound = dead.select_latents
-
-    def select_latents(*args):
-        return sound(*args[:-2])
-
-    patch(dead, "select_latents", select_latents)
+    sound = dead.select
+    patch(dead, "select", lambda xs, ws, biases, k, ids, count, impl: sound(xs, ws, biases, k, None, None, impl))
 
 
 def counters_at_the_threshold(patch):
@@ -332,19 +343,21 @@ def counters_at_the_threshold(patch):
 
 
 def nothing_ever_fires(patch):
-    sound = module.update_counters_
-    patch(module, "update_counters_", lambda counters, indices, values, _: sound(counters, indices, values, 1e9))
+    sound = module.count_fired_
+    patch(
+        module, "count_fired_", lambda counters, indices, values, _, impl: sound(counters, indices, values, 1e9, impl)
+    )
 
 
 def unstable_lists(patch):
     sound = checks.inverse_index
 
     def inverse_index(indices, n):
-        order, offsets, plan = sound(indices, n)
+        order, offsets, ids = sound(indices, n)
         order = order.clone()
         hot = int((offsets[1:] - offsets[:-1]).argmax())
         order[offsets[hot] : offsets[hot + 1]] = order[offsets[hot] : offsets[hot + 1]].flip(0)
-        return type(sound(indices, n))(order, offsets, plan)
+        return type(sound(indices, n))(order, offsets, ids)
 
     patch(checks, "inverse_index", inverse_index)
 
