@@ -218,10 +218,12 @@ def reduce_chunk() -> int:
 
 
 @tunable("reduce", block_e=Bound(1, 16), block_d=Bound(16, 2048), num_warps=WARPS)
-def reduce_config(d: int, arch: int = 80) -> ReduceConfig:
+def reduce_config(d: int, arch: int = 80, sources: int = 1) -> ReduceConfig:
     if INTERPRETED:
         return ReduceConfig(2, 16, 4)
     block_d = min(max(next_power_of_2(d), 128), 1024)
     # 256 columns a warp: a thread owns whole columns, so the sum over entries never crosses threads
-    # compiled: with 8 sources gfx1100 spills 68 bytes in 4 warps
-    return ReduceConfig(4, block_d, max(block_d // (128 if arch >= RDNA else 256), 1))
+    # compiled: with 8 sources gfx1100 spills 68 bytes in 4 warps; so does sm_80, 8 bytes, with 4 entries of each, and
+    # 2 need 106 registers instead of 174 on sm_90
+    block_e = 2 if sources > 4 else 4
+    return ReduceConfig(block_e, block_d, max(block_d // (128 if arch >= RDNA else 256), 1))

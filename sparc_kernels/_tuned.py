@@ -45,6 +45,7 @@ class Tunable:
 
 TUNABLE: dict[str, Tunable] = {}
 _trial: dict[str, dict] = {}  # op -> settings being tried by `sparc-kernels tune`
+_seen: dict[str, dict] = {}  # op -> arguments that launches asked for, while `observed`
 
 
 def tunable(op: str, *, shared=None, complete=None, **bounds: Bound):
@@ -60,6 +61,8 @@ def tunable(op: str, *, shared=None, complete=None, **bounds: Bound):
                 bound = signature.bind(*args, **named)
                 bound.apply_defaults()
                 args = bound.args
+            if op in _seen:
+                _seen[op][args] = None
             if op in _trial:
                 return apply(op, args, _trial[op])
             name = device_name()
@@ -203,6 +206,16 @@ def forget() -> None:
     """Files are read again at the next launch."""
     table.cache_clear()
     recorded.cache_clear()
+
+
+@contextmanager
+def observed(op: str):
+    """Within it the arguments are collected, as keys of the dict it gives, for which launches of `op` want settings."""
+    _seen[op] = {}
+    try:
+        yield _seen[op]
+    finally:
+        del _seen[op]
 
 
 @contextmanager

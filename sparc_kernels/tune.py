@@ -15,7 +15,7 @@ from itertools import product
 
 import torch
 
-from . import _launch, _tuned
+from . import _tuned
 from ._trace import Shape, parse_shape
 from .decoder import decode, decode_nmse
 from .encode import encode_topk
@@ -32,7 +32,7 @@ class Found:
     """What the search of one operator came to."""
 
     op: str
-    key: str
+    keys: list[str]  # what the settings are recorded for: one for each kind of launch that the problem makes
     default_ms: float
     best_ms: float
     settings: dict | None  # None: the default stays
@@ -45,11 +45,10 @@ class Found:
 
 @dataclass
 class Problem:
-    """One operator at one shape: what to run, how two results compare, and the arguments its settings are for."""
+    """One operator at one shape: what to run, and how two results compare."""
 
     run: Callable[[], tuple[torch.Tensor, ...]]
     differs: Callable[[tuple, tuple], str]  # reference, result -> "" or what is wrong
-    args: tuple  # of the function in _launch.py
 
 
 def _data(shape: Shape, device):
@@ -70,7 +69,6 @@ def _data(shape: Shape, device):
 
 def problem(op: str, shape: Shape, device: torch.device) -> Problem:
     xs, w_encs, w_decs, pre_biases, latent_biases = _data(shape, device)
-    itemsize, arch, d = xs[0].element_size(), _launch.capability(device), max(shape.widths)
     tolerance = TOLERANCE[xs[0].dtype]
     if op in ("encode", "select"):
 
@@ -81,8 +79,7 @@ def problem(op: str, shape: Shape, device: torch.device) -> Problem:
         def differs(reference, result):
             return _selections_differ(reference[0], result[0], xs, w_encs, shape.N, tolerance)
 
-        args = (shape.B, itemsize, arch, False) if op == "encode" else (shape.N, shape.k, False)
-        return Problem(encode, differs, args)
+        return Problem(encode, differs)
 
     with torch.no_grad():
         indices, values = encode_topk(xs, w_encs, pre_biases, latent_biases, shape.k, impl="triton")
@@ -95,7 +92,7 @@ def problem(op: str, shape: Shape, device: torch.device) -> Problem:
             loss = decode_nmse(indices, values, w_decs, pre_biases, xs, inverse=inverse, impl="triton")
             return loss.detach(), torch.autograd.grad(loss.sum(), values)[0]
 
-        return Problem(gather, lambda *two: _tensors_differ(*two, tolerance), (shape.k, d, shape.N, itemsize, arch))
+        return Problem(gather, lambda *two: _tensors_differ(*two, tolerance))
     # the decoders' gradients from given gradients of the reconstructions
     w_decs = [w.detach().requires_grad_() for w in w_decs]
     recons = list(decode(indices, values, w_decs, pre_biases, inverse=inverse, impl="triton").values())
@@ -104,7 +101,7 @@ def problem(op: str, shape: Shape, device: torch.device) -> Problem:
     def reduce():
         return torch.autograd.grad(recons, w_decs, upstream, retain_graph=True)
 
-    return Problem(reduce, lambda *two: _tensors_differ(*two, tolerance), (d, arch))
+    return Problem(reduce, lambda *two: _tensors_differ(*two, tolerance))
 
 
 def _tensors_differ(reference, result, tolerance) -> str:
@@ -171,11 +168,12 @@ def search(op: str, task: Problem, timer: Callable[[Callable], float], tries=Non
         timer: calls a function as often as it likes, returns milliseconds of one call.
         tries: settings to try instead of `candidates`.
     """
-    with torch.random.fork_rng(devices=[]):
+    with _tuned.observed(op) as wanted:
         reference = task.run()
     default_ms = timer(task.run)
-    found = Found(op, _tuned.key(op, task.args), default_ms, default_ms, None, 0, [])
-    for fields in list(candidates(op, task.args)) if tries is None else tries:
+    keys = list(dict.fromkeys(_tuned.key(op, args) for args in wanted))
+    found = Found(op, keys, default_ms, default_ms, None, 0, [])
+    for fields in list(candidates(op, next(iter(wanted)))) if tries is None else tries:
         found.tried += 1
         with _tuned.trial(op, fields):
             try:
@@ -212,7 +210,7 @@ def tune(shape: Shape, ops, device: torch.device, name: str, timer, progress=Non
         found = search(op, problem(op, shape, device), timer, progress=progress)
         if found.settings is not None:
             measured = {"ms": found.best_ms, "default_ms": found.default_ms, "shape": asdict(shape)}
-            _tuned.write(name, {found.key: {"settings": found.settings, **measured}}, about)
+            _tuned.write(name, {key: {"settings": found.settings, **measured} for key in found.keys}, about)
         results.append(found)
     return results
 
