@@ -306,3 +306,39 @@ def test_a_step_has_no_host_synchronisation_and_captures_into_a_graph():
     graph.replay()
     want = step()
     torch.testing.assert_close(captured, want)
+
+
+class LossOfTensors(torch.nn.Module):
+    """docs/integration.md: what make_graphed_callables needs around the model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *xs):
+        x = dict(zip(self.model.streams, xs, strict=True))
+        return self.model.compute_loss(self.model(x), x)[0]
+
+
+def test_the_shim_for_graphed_callables_is_the_loss():
+    m, x = AlignedSAE(D, 70, 5, device=DEVICE), batch()
+    m.eval()
+    loss = LossOfTensors(m)(*x.values())
+    loss.backward()
+    assert torch.equal(loss, m.compute_loss(m(x), x)[0]) and all(p.grad is not None for p in m.parameters())
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a GPU")
+@pytest.mark.parametrize("auxk", [None, 8])
+def test_graphed_callables_train_as_eager_does(auxk):
+    from copy import deepcopy
+
+    eager = AlignedSAE(D, 70, 5, auxk=auxk, device=DEVICE).eval()  # the counters stay
+    model, x = deepcopy(eager), batch()
+    graphed = torch.cuda.make_graphed_callables(LossOfTensors(model), tuple(x.values()))
+    for factor in (1.0, 0.5):
+        for m, loss_of in ((eager, LossOfTensors(eager)), (model, graphed)):
+            m.zero_grad()
+            (factor * loss_of(*x.values())).backward()
+        for a, b in zip(eager.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
