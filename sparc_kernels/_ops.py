@@ -75,6 +75,11 @@ def resolve_impl(impl: str, tensor: torch.Tensor, integers: bool = False) -> str
     return impl
 
 
+def may_look(tensor: torch.Tensor) -> bool:
+    """Whether Python may read values of the tensor: everywhere but on a CPU that is a wait for the device."""
+    return tensor.device.type == "cpu"
+
+
 def csr(offsets: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, width: int) -> torch.Tensor:
     """A sparse matrix of offsets.numel() - 1 rows, unchecked."""
     _quietly_beta()

@@ -21,7 +21,7 @@ from ._launch import (
     gather_chunk,
     next_power_of_2,
 )
-from ._ops import acc_dtype, register, resolve_impl
+from ._ops import acc_dtype, may_look, register, resolve_impl
 from ._triton import INTERPRETED, tl, tl_dtype, triton
 from .gather import KEEP_NONE, gather_dot, gather_dot_torch, gather_error, gather_sum, gather_sum_torch, launch_gather
 from .latent_grads import (
@@ -254,7 +254,7 @@ def _scale_triton(xs, factor):
 
 
 def _scale_torch(xs, factor):
-    if factor.device.type != "cpu" or factor != 1:  # on a CPU the look is free
+    if not may_look(factor) or factor != 1:
         for x in xs:
             x.mul_(factor.to(x.dtype))
 

@@ -27,7 +27,7 @@ from ._launch import (
     next_power_of_2,
     select_config,
 )
-from ._ops import acc_dtype, no_autocast, register, resolve_impl
+from ._ops import acc_dtype, may_look, no_autocast, register, resolve_impl
 from ._triton import INTERPRETED, tl, tl_dtype, triton
 from .gather import gather_dot_torch, gather_sum, launch_gather
 from .latent_grads import InverseIndex, inverse_index_op, inverse_sizes, latent_reduce_
@@ -378,7 +378,7 @@ def _allow_tf32() -> bool:
 
 def _topk_exact(h, k):
     """Top k of each row, descending, ties to the lowest column, NaN first: a stable sort at topk's price."""
-    if h.is_cuda:  # no look at the data: that would be a synchronisation
+    if not may_look(h):
         return torch.sort(h, dim=1, descending=True, stable=True).indices[:, :k]
     values, indices = h.topk(k, dim=1)
     indices = indices.sort(dim=1).values
@@ -399,7 +399,8 @@ def _select_torch(xs, w_encs, biases, k, ids, count):
     B, n = xs[0].shape[0], w_encs[0].shape[0]
     out = torch.empty(B, k, dtype=torch.int64, device=xs[0].device)
     found, order = k, None
-    if ids is not None and out.is_cuda:  # no look at the count: all columns compete, those beyond it behind all others
+    look = may_look(out)
+    if ids is not None and not look:  # all columns compete, those that do not exist behind all others
         order = ids.long()
         w_encs, bias = [w[order] for w in w_encs], bias[order]
     elif ids is not None:
@@ -420,12 +421,12 @@ def _select_torch(xs, w_encs, biases, k, ids, count):
             else:
                 h += x[part] @ w.T
         h = h.to(xs[0].dtype)  # half precision is selected on as the kernels store it
-        best = _topk_exact(h, found)
-        if order is not None and out.is_cuda:
-            # among columns that exist a stable sort keeps its order; -inf there loses to nothing that does not exist
+        if order is None or look:
+            best = _topk_exact(h, found)
+        else:  # two stable sorts: -inf in a column that exists still comes before any that does not
             beyond = torch.arange(n, device=h.device) >= count
-            ranks = h.argsort(1, descending=True, stable=True)
-            best = ranks.gather(1, beyond[ranks].int().argsort(1, stable=True)[:, :k])
+            ranks = torch.sort(h, dim=1, descending=True, stable=True).indices
+            best = ranks.gather(1, torch.sort(beyond[ranks].int(), dim=1, stable=True).indices[:, :k])
         out[part, :found] = best if order is None else order[best]
     return out
 

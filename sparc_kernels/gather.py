@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from ._launch import capability, cdiv, gather_chunk, gather_config
-from ._ops import acc_dtype, csr, register
+from ._ops import acc_dtype, csr, may_look, register
 from ._triton import INTERPRETED, tl, tl_dtype, triton
 
 
@@ -242,7 +242,7 @@ def gather_dot_torch(indices, w, x, count):
     k = indices.shape[1]
     acc = acc_dtype(w.dtype)
     if count is not None:
-        if w.device.type != "cpu":  # no look at the count: that would be a synchronisation
+        if not may_look(count):
             mask = torch.arange(k, device=w.device) < count
             return torch.where(mask, gather_dot_torch(indices, w, x, None), 0.0)
         found = min(k, int(count))

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from ._checks import check_int, require
 from ._launch import capability, cdiv, reduce_chunk, reduce_config
-from ._ops import acc_dtype, csr, register, resolve_impl
+from ._ops import acc_dtype, csr, may_look, register, resolve_impl
 from ._triton import tl, tl_dtype, triton
 
 
@@ -266,7 +266,7 @@ def reduce_torch(out, sums, order, offsets, ids, coef, scale, gate, mat, k, add)
     if scale is not None:
         scale = scale[..., None].to(acc)
         coef = torch.where(scale != 0, coef * scale, 0.0)
-    if out.device.type == "cpu":
+    if may_look(offsets):
         order = order[: int(offsets[-1])]  # what is in no list stands at the end
     coef = coef.reshape(S, -1)[:, order.long()]  # [S, M], in list order
     if sums is not None:
@@ -277,7 +277,7 @@ def reduce_torch(out, sums, order, offsets, ids, coef, scale, gate, mat, k, add)
     entries, weights = entries.reshape(-1), coef.T.reshape(-1).to(mat.dtype)
     offsets, mat = offsets * S, mat.reshape(S * rows, d)
     latents = None
-    if add and out.device.type == "cpu":  # few lists have anything: the others need not be looked at
+    if add and may_look(offsets):  # few lists have anything: the others need not be looked at
         latents = (offsets[1:] > offsets[:-1]).nonzero().squeeze(1)
         offsets = torch.cat([offsets[latents], offsets[-1:]])
     if out.device.type == "cpu" and mat.dtype in (torch.float32, torch.float64) and torch.backends.mkl.is_available():

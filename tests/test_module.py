@@ -8,8 +8,10 @@ import pytest
 import torch
 from common import assert_close
 from conftest import DEVICE, KERNEL_DTYPE
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparc_kernels import AlignedSAE, reference
+from sparc_kernels._ops import NAMESPACE, OPERATORS
 
 WIDTHS = {"image": 20, "text": 13, "sound": 7}
 
@@ -419,6 +421,49 @@ def test_checkpointing_too_many_forwards_at_once_is_refused_by_name():
     losses[-1].backward()
     with pytest.raises(RuntimeError, match="inputs: expected those of one of the last 8 forwards"):
         losses[0].backward()
+
+
+class Looks(TorchDispatchMode):
+    """What reads values of a tensor into Python, or shapes from values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        space, name = func._schema.name.split("::")
+        if space == NAMESPACE:  # the mode is off inside an operator: step in by hand
+            with self:
+                return OPERATORS[name][0](*args[:-1])
+        bad = name in ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero")
+        indexed = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        assert not (bad or indexed), f"{name} reads a value"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("topk_type", ["global", "local"])
+@pytest.mark.parametrize("dead", [0, 3, 40])
+def test_the_torch_path_reads_no_value_where_that_would_wait(monkeypatch, topk_type, dead):
+    """As on a GPU with impl="torch": the same results, and nothing looked at."""
+    from sparc_kernels import _checks, _ops, decoder, encode, gather, latent_grads
+
+    def step(model):
+        for s in WIDTHS:
+            counter = getattr(model, f"stats_last_nonzero_{s}")
+            counter.zero_()[:dead] = 9
+        loss, _ = model.compute_loss(model(inputs), inputs)
+        loss.backward()
+        return loss
+
+    model, inputs = make("torch", topk_type, dtype=torch.float64)
+    want, plain = step(model), copy.deepcopy([p.grad for p in model.parameters()])
+    model.zero_grad()
+    for where in (_ops, decoder, encode, gather, latent_grads):
+        monkeypatch.setattr(where, "may_look", lambda tensor: False)
+    monkeypatch.setattr(_checks, "check_indices", lambda name, value, *rest: value)
+    with Looks(), pytest.raises(AssertionError, match="reads a value"):
+        want.item()
+    with Looks():
+        got = step(model)
+    assert_close(got, want)
+    for (name, p), g in zip(model.named_parameters(), plain, strict=True):
+        assert_close(p.grad, g, what=name)
 
 
 def test_one_hot_latent_on_every_row_and_no_positive_value(impl):
