@@ -13,10 +13,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from sparc_kernels import AlignedSAE, auxk_topk, cost, decode_nmse, inverse_index, reference, values_at
+from sparc_kernels import AlignedSAE, cost, decode_nmse, inverse_index, reference
 from sparc_kernels._ops import resolve_impl
+from sparc_kernels.dead import select_dead
 from sparc_kernels.decoder import decode_grads
-from sparc_kernels.encode import select_latents
+from sparc_kernels.encode import centre_for, gather_values, select_latents
 from sparc_kernels.gather import KEEP_NONE
 from sparc_kernels.latent_grads import latent_reduce
 
@@ -368,7 +369,7 @@ def step_providers() -> list[Provider]:
 
 def compiled_providers() -> list[Provider]:
     """The reference under torch.compile. Compared with ours of the step group by the recorded loss."""
-    fp = "float32"
+    bf, fp = "bfloat16", "float32"
     options = {
         "bf16 autocast": ({"autocast": True}, {"dtype": "bfloat16", "autocast": True}),
         "tf32": ({"precision": "high"}, {"tf32": True}),
@@ -380,6 +381,11 @@ def compiled_providers() -> list[Provider]:
             how={"compiled": True, **how},
         )
         for name, (flags, how) in options.items()
+    ] + [
+        Provider(
+            "step", "compiled bf16", bf, reference_step(bf, compiled=True), cost.dense_step, seconds=45,
+            how={"compiled": True},
+        )
     ]  # fmt: skip
 
 
@@ -412,10 +418,15 @@ def op_providers(dtype: str) -> list[Provider]:
     """Each op of the step: ours, then what a library does for the same."""
     dt = getattr(torch, dtype)
 
-    def select_ours(b):
-        xs, (w_encs, _, pre_biases, latent_biases) = b.xs(dt), b.weights(dt)
+    def encoder(b, auxk=False):
+        """w_encs, latent_biases, x - pre_bias of every stream as the step has them, impl."""
+        xs, (w_encs, _, pre_biases, latent_biases) = b.xs(dt), b.weights(dt, auxk)
         impl = resolve_impl("auto", xs[0])
-        return lambda: select_latents(xs, w_encs, pre_biases, latent_biases, b.case.k, "global", impl)
+        return w_encs, latent_biases, centre_for(xs, w_encs, pre_biases, impl), impl
+
+    def select_ours(b):
+        w_encs, latent_biases, centred, impl = encoder(b)
+        return lambda: select_latents(centred, w_encs, latent_biases, b.case.k, "global", impl)
 
     def mm_topk(b):
         x, w = b.wide(dt)
@@ -428,8 +439,8 @@ def op_providers(dtype: str) -> list[Provider]:
         return lambda: torch.mm(x, w.T, out=out)
 
     def values_ours(b):
-        xs, (w_encs, _, pre_biases, latent_biases), indices = b.xs(dt), b.weights(dt), b.indices(dt)
-        return lambda: [values_at(*a, indices) for a in zip(xs, w_encs, pre_biases, latent_biases, strict=True)]
+        (w_encs, latent_biases, centred, impl), indices = encoder(b), b.indices(dt)
+        return lambda: list(gather_values(indices, centred, w_encs, latent_biases, None, impl))
 
     def values_gathered(b):
         xs, w_encs, indices = b.xs(dt), b.weights(dt)[0], b.indices(dt)
@@ -463,15 +474,18 @@ def op_providers(dtype: str) -> list[Provider]:
         c, indices, values, xs = b.case, b.indices(dt), b.values(), b.xs(dt)
         lists = inverse_index(indices, c.N)
         coef = torch.full((c.S, c.B), 2 / (c.S * c.B), device=b.device)
+        dvalues = torch.empty_like(values)
         targets = [
             (w.t(), bias, x, torch.empty(c.N, x.shape[1], device=b.device, dtype=dt))
             for w, bias, x in zip(w_decs, pre_biases, xs, strict=True)
         ]
 
         def run():  # one target after the other, as the step does
-            for w, bias, x, dw in targets:
-                out = decode_grads(indices, values, w, bias, x, coef, *lists, None, KEEP_NONE, dw, False, impl)
-            return out
+            for t, (w, bias, x, dw) in enumerate(targets):
+                decode_grads(
+                    indices, values, w, bias, x, coef, *lists, None, KEEP_NONE, dvalues, t > 0, dw, False, impl
+                )
+            return dvalues
 
         return run
 
@@ -523,10 +537,17 @@ def op_providers(dtype: str) -> list[Provider]:
         return lambda: inverse_index(indices, b.case.N)
 
     def auxk_ours(b):
-        xs, (w_encs, _, pre_biases, latent_biases) = b.xs(dt), b.weights(dt, True)
+        w_encs, latent_biases, centred, impl = encoder(b, True)
         dead = b.model(dt, True).get_dead_neurons().values()
-        streams = list(zip(xs, w_encs, pre_biases, latent_biases, dead, strict=True))
-        return lambda: [auxk_topk(*stream, b.case.auxk) for stream in streams][-1][1]
+        streams = list(zip(centred, w_encs, latent_biases, dead, strict=True))
+
+        def run():
+            for x, w, c, mask in streams:
+                chosen = select_dead(x, w, c, mask, b.case.auxk, impl)
+                values = gather_values(chosen.indices, [x], [w], [c], chosen.count, impl)
+            return values[0]
+
+        return run
 
     def auxk_dense(b):
         xs, (w_encs, _, pre_biases, latent_biases) = b.xs(dt), b.weights(dt, True)

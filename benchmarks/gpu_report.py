@@ -399,9 +399,13 @@ def exercise() -> None:
     from sparc_kernels import AlignedSAE, encode_topk
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    streams = {"a": 40, "b": 33, "c": 65}
-    for dtype, topk_type in ((torch.bfloat16, "global"), (torch.float32, "global"), (torch.bfloat16, "local")):
+    widths = {"a": 40, "b": 33, "c": 65, "d": 48}
+    for dtype, topk_type, S in (
+        (torch.bfloat16, "global", 3), (torch.bfloat16, "global", 4),  # four sources: gradients by way of H
+        (torch.float16, "global", 3), (torch.float32, "global", 3), (torch.bfloat16, "local", 3),
+    ):  # fmt: skip
         torch.manual_seed(0)
+        streams = dict(list(widths.items())[:S])
         model = AlignedSAE(
             streams, 203, 7, 5, dead_steps_threshold=1, topk_type=topk_type, device=device, dtype=torch.float32
         ).to(dtype)
@@ -410,13 +414,19 @@ def exercise() -> None:
         for _ in range(3):  # the first has no dead latents yet
             outputs = model(inputs)
             loss, _ = model.compute_loss(outputs, inputs)
-            (loss + outputs["recon_a"].float().square().mean()).backward()
-        print(f"exercised {topk_type} {dtype} loss {float(loss.detach()):.4f}", flush=True)
+            # half of it: gradients that were made with the loss are scaled
+            (0.5 * loss + outputs["recon_a"].float().square().mean()).backward()
+        print(f"exercised {topk_type} {dtype} S {S} loss {float(loss.detach()):.4f}", flush=True)
     # the selection in three levels
     n, d = 2**20 + 5, 16
     w, zeros = torch.randn(n, d, device=device).bfloat16(), torch.zeros(n, device=device).bfloat16()
     indices, _ = encode_topk([w[:3].contiguous()], [w], [zeros[:d]], [zeros], 64)
     print(f"exercised selection among {n}, largest id {int(indices.max())}", flush=True)
+    # the library's GEMM and the pass over its logits
+    rows, n, d = 1025, 203, 4096
+    x, w, biases = (torch.randn(*shape, device=device).bfloat16() for shape in ((rows, d), (n, d), (max(n, d),)))
+    indices, _ = encode_topk([x], [w], [biases[:d]], [biases[:n]], 7)
+    print(f"exercised selection of {rows} rows, largest id {int(indices.max())}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------- worker: measuring

@@ -22,14 +22,39 @@ ROOT = Path(__file__).resolve().parents[1]
 H200 = GPUS["H200"]
 # what launches nothing: views, allocations, numbers of the host
 NO_KERNEL = {
-    "view", "t", "transpose", "expand", "slice", "select", "unsqueeze", "squeeze", "squeeze_", "detach", "alias",
-    "_unsafe_view", "permute", "unbind", "split", "split_with_sizes", "as_strided", "empty", "empty_like", "new_empty",
-    "empty_strided", "new_empty_strided", "scalar_tensor", "lift_fresh", "diagonal", "reshape", "_reshape_alias", "to",
-}  # fmt: skip
+    "view",
+    "t",
+    "transpose",
+    "expand",
+    "slice",
+    "select",
+    "unsqueeze",
+    "squeeze",
+    "squeeze_",
+    "detach",
+    "alias",
+    "_unsafe_view",
+    "permute",
+    "unbind",
+    "split",
+    "split_with_sizes",
+    "as_strided",
+    "empty",
+    "empty_like",
+    "new_empty",
+    "empty_strided",
+    "new_empty_strided",
+    "scalar_tensor",
+    "lift_fresh",
+    "diagonal",
+    "_reshape_alias",
+}
+CREATE = ("new_full", "new_zeros", "zeros", "zeros_like", "ones_like", "arange")  # which read nothing
+SORTED = ("sort", "topk")  # kernels and bytes of these are assumptions of the model  # fmt: skip
 
 
 class Counted(TorchDispatchMode):
-    """Kernels that torch would launch, and the bytes of their arguments and results."""
+    """Kernels that torch would launch on a GPU, and the bytes of their arguments and results."""
 
     def __init__(self):
         super().__init__()
@@ -44,11 +69,23 @@ class Counted(TorchDispatchMode):
         name = func._schema.name.split("::")[1]
         if name in NO_KERNEL or func.namespace == "sparc_kernels":
             return
-        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+        given, made = (
+            {id(t): t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)} for tree in ((args, kwargs), out)
+        )
+        storages = {t.untyped_storage()._cdata for t in given.values()}
+        if name in ("to", "reshape", "contiguous") and out.untyped_storage()._cdata in storages:
+            return
+        self.launches += 1
+        tensors = list((made if name in CREATE else given | made).values())
         if name == "gather":  # reads what it gathers, not all of its first argument
             tensors = [out, *tensors[1:]]
-        self.launches += 1
-        self.bytes += sum(t.numel() * t.element_size() for t in tensors)
+        if name == "scatter_add":
+            if torch._C._current_graph_task_id() == -1:
+                self.launches += 1  # copies its argument first
+            else:  # a gather's backward: in place but for this mode, which autograd sees
+                tensors = [args[2], args[3], args[3]]
+        if name not in SORTED:
+            self.bytes += sum(t.numel() * t.element_size() for t in tensors)
         if name in ("mm", "addmm"):
             self.gemm_flops += 2 * out.numel() * args[-1].shape[0]
 
@@ -58,20 +95,29 @@ TINY = Shape(2, 8, 2, (4, 2))
 BY_HAND = {
     # (2 * 6 + 8 * 6 + 2 * 8) values
     "gemm": (152, 192),
+    # x read, x - b written
+    "centre": (48, 0),
     # the GEMM, 4 maxima a row written and read, 2 groups of 2 logits a row read, int64 ids
     "select_fused": (152 + 16 + 16 + 16 + 32, 192),
-    # logits read once more
-    "select_library": (152 + 32 + 16 + 16 + 16 + 32, 192),
-    # x, 4 rows of each W_enc, per stream 4 ids and fp32 values
-    "values": (24 + 48 + 2 * 4 * 12, 48),
-    # x, 4 rows of each W_dec, per target 4 ids and the values of 2 sources
-    "decode_nmse": (24 + 48 + 2 * 4 * (8 + 8), 96),
-    # that, sum_s coef E in fp32, 2 errors a row, dots [2, 4] of one slab
-    "decode_losses_and_gradients": (24 + 48 + 128 + 48 + 48 + 2 * 32, 192),
-    # 2 errors an entry, per target the list and 2 coefficients an entry, dW_dec
-    "reduce_errors": (96 + 2 * 4 * (4 + 8) + 96, 96),
-    # a row of x an entry, per stream list and coefficient, dW_enc, dc
-    "reduce_enc": (48 + 2 * 4 * 8 + 96 + 64, 48),
+    # logits read once more; one bias widened, the other added, the sum rounded
+    "select_library": (152 + 32 + 16 + 16 + 16 + 32 + 8 * (6 + 10 + 6), 192),
+    # x, 4 rows of each W_enc, per stream 4 ids and fp32 dots; they again, and ids, biases and fp32 values
+    "values": (24 + 48 + 2 * 4 * 12 + 2 * 4 * (4 + 8 + 2 + 4), 48),
+    # a byte per latent and stream; per value an id and a byte; that byte and an int64 read, an int64 written
+    "counters": (16 + 8 * (4 + 8 + 1) + 16 * 17, 0),
+    # ids narrowed to 2 bytes; two radix passes over keys and positions, which were made before; lists and 9 offsets
+    "inverse_index": (4 * 10 + 2 * 2 * 4 * 10 + 4 * 8 + 4 * (8 + 2 + 4 + 4) + 36, 0),
+    # x, 4 rows of each W_dec, per target 4 ids, the values of 2 sources and squares [2, 2]
+    "decode_nmse": (24 + 48 + 2 * (4 * (8 + 8) + 16), 96),
+    # x, W_dec, sum_s coef E in fp32, errors; per target ids, values and coefficients read, dots [2, 4] and squares
+    # [2, 2] written, read with the coefficients, and written; the dots of the first target read by the second
+    "decode_losses_and_gradients": (24 + 48 + 48 + 48 + 2 * (32 + 32 + 16 + 48 + 48 + 16 + 48) + 32, 192),
+    # 2 errors an entry, per target the list, offsets and 2 values and scales an entry, dW_dec, ids looked at
+    "reduce_errors": (96 + 2 * (4 * (4 + 16) + 32) + 96 + 8, 96),
+    # a row of x an entry, per stream list, offsets, dv and value an entry, dW_enc, dc, ids looked at
+    "reduce_enc": (48 + 2 * (4 * 12 + 32) + 96 + 32 + 8, 48),
+    # W_enc, dc, bias and result
+    "bias_grad": (96 + 32 + 24, 96),
     "dense_enc": ((2 * 16 + 12 + 48) * 2, 192),
     "copy": (192, 0),
     "adam": (7 * 2 * 48 * 4, 0),
@@ -89,9 +135,12 @@ def test_bytes_and_flops_by_hand(name):
 def test_h_route_by_hand():
     """Four sources: 4 rows of H in list order written by the gather and read by the segment sum."""
     s = Shape(2, 8, 2, (2,) * 4)
-    per_target = 2 * 2 * (2 + 4) + 4 * (8 + 16 + 4) + 4 * 2 * 2 + 4 * 2 * 2 + 4 * 4 * 4  # x and g, ids, W, H, dots
-    assert cost.decode_losses_and_gradients(s).l2 == 4 * per_target
-    assert cost.reduce_dec(s).l2 == 4 * (4 * 2 * 2 + 8 * 2 * 2)
+    places = 4 * 4 + 4 * (4 + 8) + 4 * (8 + 4 + 4)  # numbers made, the list widened, scattered
+    read = 2 * 2 * 2 + 4 * (8 + 4) + 4 * 4 * 4 + 4 * 4 * 2 + 4 * 2 * 2  # x, ids and places, values, coefficients, W
+    sums = 4 * (4 * 4 + 4 * 2)  # dots and squares
+    per_target = places + read + 2 * 2 * 4 + 4 * 2 * 2 + sums + sums + 4 * 4 * 2 + sums  # g, H, collected
+    assert cost.decode_losses_and_gradients(s).l2 == 4 * per_target + 3 * 4 * 4 * 4
+    assert cost.reduce_dec(s).l2 == 4 * (4 * 2 * 2 + 8 * 2 * 2 + 8 * 4 + 4)
     assert cost.reduce_dec(replace(s, dtype="float16")).l2 == cost.reduce_errors(s).l2  # fp16 keeps the errors
     # 2 B k d through HBM against S B k d through L2: the H route pays at many sources, and only there
     wide = CASES["D"]
@@ -135,10 +184,14 @@ def test_more_work_takes_longer(larger, dtype):
 def test_what_changes_the_step():
     s = CASES["B"]
     plain = cost.step(s)
-    loss = cost.decode_nmse(s)
+    again = cost.decode_nmse(s)
     for old_form in (replace(s, compiled=True), replace(s, dtype="float16")):  # the losses take a pass of their own
-        assert cost.step(old_form).l2 == pytest.approx(plain.l2 + loss.l2)
-    assert cost.step(replace(s, autocast=True)).l2 == plain.l2 + 4 * s.N * s.D * 6
+        assert cost.step(old_form).l2 == pytest.approx(plain.l2 + again.l2, rel=5e-3)
+    assert cost.step(replace(s, autocast=True)).l2 == plain.l2 + cost.casts(s).l2
+    # every chunk of rows reads W_enc: what a small scratch costs where a row of logits is long
+    assert cost._chunks(CASES["E"]) == 33 and cost.select(CASES["E"]).l2 > 33 * 2**20 * 2688 * 2
+    joint = [replace(CASES["D"], autocast=True), replace(CASES["E"], d_streams=(4096,))]
+    assert all("library" in cost.select(c).name for c in joint) and "fused" in cost.select(CASES["D"]).name
     none_dead, some_dead = (cost.auxk(replace(s, auxk=64, dead=n)) for n in (0, 3277))
     assert none_dead.flops == 0 and some_dead.flops > 2 * s.B * 3277 * s.D
     w_rows = sum(p.reuse.used for p in none_dead.parts)
@@ -204,13 +257,47 @@ def test_the_dense_step_is_what_the_reference_does(widths, monkeypatch):
     assert op.flops == counted.gemm_flops == 2 * s.B * s.N * s.D * (3 + 3 * s.S)
     # the loss of S * S numbers is about 10 more, topk a few kernels where the dispatcher sees one operator
     assert op.launches == counted.launches + 10 + topk.launches
-    # topk's passes stay in L2: the dispatcher sees its input once
-    assert op.hbm(H200) == pytest.approx(counted.bytes, rel=0.02)
+    assert op.l2 - topk.l2 == pytest.approx(counted.bytes, rel=0.02)
 
 
-@pytest.mark.parametrize(("S", "auxk"), [(1, 0), (3, 0), (8, 0), (3, 64)])
-def test_launches_of_our_step_are_those_of_the_traced_step(S, auxk):
-    """And the bytes that torch moves between the kernels."""
+# The official class (sparc/model/model_global.py at 7f36faa, auxk None) at B 256, N 8192, k 64 on meta tensors: what
+# launches something in forward, compute_loss and backward, and the bytes that it moves: arguments read and results
+# written once each, what is created only written, of indexing only the places indexed; without topk and index_put. Its
+# code is not here, so these are the numbers that counting it gave (2026-11-25, torch's dispatcher).
+OFFICIAL = {
+    (1024,): (68, 424646744), (1024, 768): (175, 1275443436), (1024, 768, 768): (321, 2565122432),
+    (512,) * 5: (745, 4757549856), (1024,) * 8: (1711, 18767947452),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("widths", OFFICIAL)
+def test_the_official_step_is_what_was_counted(widths):
+    s = Shape(256, 8192, 64, widths, "float32")
+    op = cost.official_step(s)
+    inside = [p for p in op.parts if p.name in ("topk", "index_put")]
+    operators, moved = OFFICIAL[widths]
+    assert op.launches - sum(p.launches - 1 for p in inside) == operators
+    assert op.l2 - sum(p.l2 for p in inside) == pytest.approx(moved, rel=1e-3)
+    assert op.flops == cost.dense_step(s).flops
+    # with AuxK: 48 more a stream, and what lies inside of two more index_put, a topk and 4 looks for true entries
+    more = cost.official_step(replace(s, auxk=64)).launches - op.launches
+    assert more == 48 * s.S + 7 + s.S * (2 * (inside[-1].launches - 1) + (inside[0].launches - 1) + 4 * 4)
+
+
+TRACED = [
+    *((replace(s, auxk=auxk, dead=s.N // 10 if auxk else 0)) for s in CASES.values() for auxk in (0, 64)),
+    Shape(4096, 32768, 64, (1024,)), Shape(4096, 32768, 64, (1024,) * 8),
+    Shape(4096, 32768, 64, (1024, 768, 768), "float32"), Shape(4096, 32768, 64, (1024, 768, 768), "float16"),
+    Shape(4096, 32768, 64, (1024, 768, 768), "float32", auxk=64, dead=3277),
+    Shape(4096, 65536, 32, (5000,)),  # the library's GEMM
+    Shape(65536, 32768, 64, (1024, 768, 768)),  # errors in several pieces
+    Shape(65536, 32768, 512, (1024,) * 4),  # too many places for the H route
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("s", TRACED, ids=str)
+def test_launches_and_bytes_of_our_step_are_those_of_the_traced_step(s):
+    """Every launch of Triton and of torch, and the bytes that torch's kernels move."""
     pytest.importorskip("triton")
     from sparc_kernels import _trace
 
@@ -225,32 +312,44 @@ def test_launches_of_our_step_are_those_of_the_traced_step(S, auxk):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_trace, "_Tracer", Tracer)
-        found = _trace.trace(_trace.Shape(4096, 32768, 64, 1024, S, "bfloat16"), 90, auxk=auxk).launches
-    s = Shape(4096, 32768, 64, (1024,) * S, auxk=auxk, dead=3277 if auxk else 0)
-    assert cost.step(s).launches == pytest.approx(counted.launches + len(found), rel=0.15)
-    around = ("torch around them", "inverse index", "d pre_bias", "torch", "dead first", "sort", "lists and plan")
-    parts = [p for op in cost.step_ops(s) for p in op.parts if op.name in around or p.name in around]
-    assert sum(p.l2 for p in parts) == pytest.approx(counted.bytes, rel=0.15)
+        found = _trace.trace(_trace.Shape(s.B, s.N, s.k, s.d_streams, s.S, s.dtype), 90, auxk=s.auxk).launches
+    parts = cost.step(s).parts
+    library = [p for p in parts if p.library]
+    sorts = [p for p in library if p.name == "sort"]
+    assert sum(p.launches for p in parts if not p.library) == len(found)
+    assert sum(p.launches for p in library) - sum(p.launches - 1 for p in sorts) == counted.launches
+    assert sum(p.l2 for p in library) - sum(p.l2 for p in sorts) == pytest.approx(counted.bytes, rel=0.01)
 
 
 # ---------------------------------------------------------------------------------------------------------------- goals
 
 # modelled on the H200; a claim that moves in or out of this set is news, good or bad
 UNMET = {
-    ("encode + TopK over the bare GEMM", "B"), ("encode + TopK over the bare GEMM", "B8"),
-    ("eager fp32 step over ours in bf16", "A"), ("best dense step over ours in bf16", "B"),
+    *(("encode + TopK over the bare GEMM", case) for case in ("B", "B8", "E")),
+    ("official step with AuxK over ours", "A"),
+    *(("best dense step over ours in bf16", case) for case in ("B", "E")),
 }  # fmt: skip
 
 
 def test_goals_as_modelled():
     found = cost.claims()
     assert {(c.what, c.case) for c in found if c.holds is False} == UNMET
-    goals = {(c.what.split()[0], c.case): c.goal for c in found if c.goal is not None}
-    assert goals["encode", "B"] == 1.15 and goals["encode", "B8"] == 1.25
-    assert goals["eager", "C"] == 20 and goals["best", "C"] == 5 and goals["eager", "A"] == 10
+    goals = {(c.what.split(" over")[0], c.case): c.goal for c in found if c.goal is not None}
+    assert goals["encode + TopK", "B"] == 1.15 and goals["encode + TopK", "B8"] == 1.25
+    for official in ("official step", "official step with AuxK"):
+        assert [goals[official, case] for case in CASES] == [10, 20, 20, 20, 20]
+    assert [goals.get(("best dense step", case)) for case in CASES] == [None, 5, 5, 5, 5]
     assert all(c.value > 0 for c in found)
     text = "\n".join(map(str, found))
     assert text.count("DOES NOT HOLD") == len(UNMET)
+
+
+def test_the_best_dense_variant_is_at_its_best():
+    """Compiled, replayed from a graph, its weights in bf16 where ours are: never slower than another variant."""
+    for s in CASES.values():
+        found = cost.dense_seconds(s, H200)
+        assert min(found, key=found.get) == "torch.compile bf16"
+        assert cost.official_seconds(s, H200) > found["eager fp32"]
 
 
 def test_the_fused_gemm_breaks_even_where_it_says(monkeypatch):

@@ -233,7 +233,7 @@ def test_the_memory_checker_is_read(tmp_path, monkeypatch, errors, status):
 def test_every_kernel_is_exercised(capsys):
     gpu_report.exercise()
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4 and "nan" not in " ".join(lines)
+    assert len(lines) == 7 and "nan" not in " ".join(lines)
 
 
 def test_cuda_events_and_peak_memory(monkeypatch):
