@@ -16,7 +16,10 @@ from ._triton import INTERPRETED
 from ._tuned import Bound, tunable
 
 SCRATCH_BYTES = 256 * 2**20  # logits kept at once by the selection; rows are processed in chunks of this size
+SCRATCH_LEAST_ROWS = 512  # fewer rows make the GEMM read W_enc too often: then the scratch may be twice as large
+PARTIAL_BYTES = 64 * 2**20  # partial sums of the weight gradients
 SLAB_BYTES = 25 * 10**6  # slice of a weight matrix meant to stay in L2 while every row gathers from it (modelled)
+L2_BYTES = 60 * 10**6  # of H100 and H200 (data sheets)
 MAX_K = 512
 MAX_STREAMS = 8
 # Sources from which a decoder's gradient goes by way of H = sum_s coef_s v_s E_s in list order, written and read once
@@ -61,6 +64,15 @@ def dot_precision(arch: int, tf32: bool) -> str:
     if arch >= AMD:
         return "tf32" if tf32 and arch == 0x942 else "ieee"  # compiled: only gfx942 has the shorter product
     return "tf32" if tf32 else "tf32x3"
+
+
+def select_rows(rows: int, row_bytes: int, block_m: int) -> int:
+    """Rows of logits that are kept at once: equal parts, whole tiles where the scratch allows."""
+    limit = SCRATCH_BYTES if SCRATCH_LEAST_ROWS * row_bytes <= SCRATCH_BYTES else 2 * SCRATCH_BYTES
+    most = min(max(1, limit // row_bytes), rows)
+    part = cdiv(rows, cdiv(rows, most))
+    whole = cdiv(part, block_m) * block_m
+    return min(whole, rows) if whole <= most else part
 
 
 @dataclass(frozen=True)
@@ -194,7 +206,12 @@ def gather_config(k: int, d: int, n: int, itemsize: int, arch: int) -> GatherCon
         tile = 16384 if wide else 8192
         block_d = min(max(tile // (k_pad * itemsize), 16), 128, max(next_power_of_2(d), 16))
     total = cdiv(d, block_d)
-    tiles = min(max(SLAB_BYTES // (n * block_d * itemsize), 4), total)
+    # a slab of W that stays in L2 while every row gathers from it; where even 256 columns do not fit there, a row's
+    # whole width at once: nothing would be reused, and every slab costs partial dots (modelled)
+    least = max(4, 256 // block_d)
+    tiles = min(max(SLAB_BYTES // (n * block_d * itemsize), least), total)
+    if n * least * block_d * itemsize > L2_BYTES:
+        tiles = total
     # compiled: with 4 warps these spill 8 to 40 bytes; k 512 would need 64 accumulator registers a thread
     num_warps = 8 if k_pad >= 512 or (k_pad >= 128 and (arch < 90 or itemsize >= 4)) else 4
     if arch >= AMD and (k_pad >= 128 or (arch >= RDNA and itemsize >= 4)):  # compiled: k 256, gfx1100 152 bytes with 8
@@ -212,9 +229,13 @@ class ReduceConfig:
     num_warps: int
 
 
-def reduce_chunk() -> int:
-    """List entries that one program adds up; longer lists are split. The inverse index has its work list cut to it."""
-    return 4 if INTERPRETED else 64  # small, so that tiny tests split hot latents
+def reduce_chunk(M: int, d: int) -> int:
+    """Entries that one program adds up; longer lists are split, and each block of so many places has two rows of d for
+    partial sums: more entries where that workspace would be large."""
+    chunk = 4 if INTERPRETED else 64  # small, so that tiny tests split hot latents
+    while chunk < 4096 and 8 * cdiv(M, chunk) * d > PARTIAL_BYTES:
+        chunk *= 2
+    return chunk
 
 
 @tunable("reduce", block_e=Bound(1, 16), block_d=Bound(16, 2048), num_warps=WARPS)
@@ -227,3 +248,6 @@ def reduce_config(d: int, arch: int = 80, sources: int = 1) -> ReduceConfig:
     # 2 need 106 registers instead of 174 on sm_90
     block_e = 2 if sources > 4 else 4
     return ReduceConfig(block_e, block_d, max(block_d // (128 if arch >= RDNA else 256), 1))
+
+
+FINISH_WARPS = 2  # of the kernel that adds up split lists; compiled: fp32 spills 8 bytes in 4 warps on sm_90

@@ -22,10 +22,12 @@ from ._launch import (
     SCRATCH_BYTES,
     capability,
     cdiv,
+    dot_precision,
     encode_by_library,
     encode_config,
     next_power_of_2,
     select_config,
+    select_rows,
 )
 from ._ops import acc_dtype, may_look, no_autocast, register, resolve_impl
 from ._triton import INTERPRETED, tl, tl_dtype, triton
@@ -272,19 +274,17 @@ def _select_triton(xs, w_encs, biases, k, ids, count):
     n_groups, n_spans = cdiv(n, select.group), cdiv(n, select.span)
     two_levels = select.span == select.group
     columns = n + n_groups + (0 if two_levels else n_spans)
-    chunk = max(1, SCRATCH_BYTES // (columns * stored.itemsize + 16 * select.k_pad))
-    chunk = cdiv(B, cdiv(B, min(chunk, B)))  # equal parts, whole tiles
-    if chunk > encode.block_m:
-        chunk = min(cdiv(chunk, encode.block_m) * encode.block_m, B)
+    chunk = select_rows(B, columns * stored.itemsize + 16 * select.k_pad, encode.block_m)
     logits = torch.empty(chunk, n, device=device, dtype=stored)
     maxima = torch.empty(chunk, n_groups, device=device, dtype=stored)
     coarse = maxima if two_levels else torch.empty(chunk, n_spans, device=device, dtype=stored)
     scratch = torch.empty(chunk, 4 * select.k_pad, device=device, dtype=torch.int32)
     out = torch.empty(B, k, device=device, dtype=torch.int64)
     half = dtype in (torch.bfloat16, torch.float16)
-    precision = "ieee" if half or acc == torch.float64 else "tf32" if _allow_tf32() else "tf32x3"
+    tf32 = dtype == torch.float32 and _allow_tf32()
+    precision = "ieee" if dtype != torch.float32 else dot_precision(capability(device), tf32)
     wide_x = wide_w = None
-    if ids is None and encode_by_library(B, sum(x.shape[1] for x in xs), dtype.itemsize, precision == "tf32"):
+    if ids is None and encode_by_library(B, sum(x.shape[1] for x in xs), dtype.itemsize, tf32):
         wide_x, wide_w = joint(xs), joint(w_encs)
     library = wide_x is not None and wide_w is not None
     for row0 in range(0, B, chunk):
@@ -543,16 +543,21 @@ def _finish_values_kernel(
 def _gather_values_triton(indices, centred, w_encs, latent_biases, count):
     S, (B, k), n = len(centred), indices.shape[-2:], w_encs[0].shape[0]
     indices, shared = indices.contiguous(), indices.dim() == 2
-    parts = [
-        launch_gather(indices if shared else indices[s], None, w, None, x[None], count=count, dot=True)[1]
-        for s, (x, w) in enumerate(zip(centred, w_encs, strict=True))
-    ]
-    values = torch.empty(S, B, k, device=indices.device, dtype=parts[0].dtype)
-    _finish_values_kernel[(B, S)](
-        tuple(parts), tuple(c.contiguous() for c in latent_biases), indices, count, values,
-        tuple(p.shape[0] for p in parts), 0 if shared else B * k, B, k, n,
-        S=S, BLOCK_K=next_power_of_2(k), num_warps=1,
-    )  # fmt: skip
+    values = torch.empty(S, B, k, device=indices.device, dtype=acc_dtype(centred[0].dtype))
+    latent_biases = [c.contiguous() for c in latent_biases]
+    parts, first = [], 0
+    for s in range(S):
+        idx = indices if shared else indices[s]
+        parts.append(launch_gather(idx, None, w_encs[s], None, centred[s][None], count=count, dot=True)[1])
+        held = sum(part.numel() * part.element_size() for part in parts)
+        if s < S - 1 and held < SCRATCH_BYTES:
+            continue
+        _finish_values_kernel[(B, len(parts))](
+            tuple(parts), tuple(latent_biases[first : s + 1]), idx if shared else indices[first:], count,
+            values[first:], tuple(part.shape[0] for part in parts), 0 if shared else B * k, B, k, n,
+            S=len(parts), BLOCK_K=next_power_of_2(k), num_warps=1,
+        )  # fmt: skip
+        parts, first = [], s + 1
     return values
 
 

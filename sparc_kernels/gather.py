@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ._launch import capability, cdiv, gather_chunk, gather_config
+from ._launch import capability, cdiv, dot_precision, gather_chunk, gather_config
 from ._ops import acc_dtype, csr, may_look, register
 from ._triton import INTERPRETED, tl, tl_dtype, triton
 
@@ -181,13 +181,15 @@ def launch_gather(
     half = w.dtype in (torch.bfloat16, torch.float16)
     # the interpreter multiplies bf16 wrongly: there the operands stay fp32, and the low half is zero
     operand = tl.float32 if half and INTERPRETED else tl_dtype(w.dtype)
+    # bound by bandwidth: shorter products would not be faster, so float32 is never tf32 here
+    precision = "ieee" if w.dtype != torch.float32 else dot_precision(capability(device), False)
     _gather_kernel[(slabs * B,)](
         indices, values, w, bias, x, count, coef, place, e, one, g, h, sq_part, dot_part,
         B, k, d, n, w.stride(0),
         x.stride(0) if x is not None and x.dim() == 3 else 0, x.stride(-2) if x is not None else 0,
         next((t.stride(0) for t in (one, g) if t is not None), 0), kept, config.tiles,
         S=S, K_PAD=config.k_pad, BLOCK_D=config.block_d, SPLIT=half,
-        DTYPE=operand, ACC=tl_dtype(acc), PRECISION="ieee" if half or acc == torch.float64 else "tf32x3",
+        DTYPE=operand, ACC=tl_dtype(acc), PRECISION=precision,
         STAGES=config.num_stages, num_warps=config.num_warps,
     )  # fmt: skip
     return sq_part, dot_part

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ._checks import check_int, require
-from ._launch import capability, cdiv, reduce_chunk, reduce_config
+from ._launch import FINISH_WARPS, capability, cdiv, reduce_chunk, reduce_config
 from ._ops import acc_dtype, csr, may_look, register, resolve_impl
 from ._triton import tl, tl_dtype, triton
 
@@ -237,23 +237,25 @@ def _latent_finish_kernel(
 
 def launch_reduce(out, sums, order, offsets, ids, coef, scale, gate, mat, k, add):
     """Runs the kernels; `out` [N, d] may be a slice of columns. coef None: mat [M, d] has its rows in list order."""
-    M, n, chunk = order.numel(), offsets.numel() - 1, reduce_chunk()
+    M, n = order.numel(), offsets.numel() - 1
     S, (rows, d) = (1 if coef is None else mat.shape[0]), mat.shape[-2:]
     acc = acc_dtype(mat.dtype)
-    config = reduce_config(d, capability(mat.device))
+    config, chunk = reduce_config(d, capability(mat.device), S), reduce_chunk(M, d)
     coef, scale, gate = (None if t is None else t.contiguous() for t in (coef, scale, gate))
     if mat.stride(-1) != 1:
         mat = mat.contiguous()
     blocks, tiles = cdiv(M, chunk), cdiv(d, config.block_d)
     part = torch.empty(2 * blocks, d, device=mat.device, dtype=acc)
     part_sums = torch.empty(2 * blocks, device=mat.device, dtype=acc)
-    common = dict(ADD=add, CHUNK=chunk, BLOCK_D=config.block_d, ACC=tl_dtype(acc), num_warps=config.num_warps)
+    common = dict(ADD=add, CHUNK=chunk, BLOCK_D=config.block_d, ACC=tl_dtype(acc))
     _latent_reduce_kernel[(n + blocks, tiles)](
         order, offsets, ids, coef, scale, gate, mat, out, sums, part, part_sums,
-        M, rows, k, d, n, mat.stride(0), mat.stride(-2), out.stride(0), S=S, BLOCK_E=config.block_e, num_stages=1,
-        **common,
+        M, rows, k, d, n, mat.stride(0), mat.stride(-2), out.stride(0), S=S, BLOCK_E=config.block_e,
+        num_warps=config.num_warps, num_stages=1, **common,
     )  # fmt: skip
-    _latent_finish_kernel[(blocks, tiles)](offsets, ids, part, part_sums, out, sums, d, n, out.stride(0), **common)
+    _latent_finish_kernel[(blocks, tiles)](
+        offsets, ids, part, part_sums, out, sums, d, n, out.stride(0), num_warps=FINISH_WARPS, **common
+    )
 
 
 def reduce_torch(out, sums, order, offsets, ids, coef, scale, gate, mat, k, add):

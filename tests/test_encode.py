@@ -142,11 +142,13 @@ def test_selection_in_three_levels_is_exact(monkeypatch):
 
 
 def test_rows_are_processed_in_chunks_with_the_same_result(impl, monkeypatch):
-    from sparc_kernels import encode
+    from sparc_kernels import _launch, encode
 
     p = problem(B=40, requires_grad=False)
     whole = chosen(p, p.w_encs, impl)
-    monkeypatch.setattr(encode, "SCRATCH_BYTES", 70 * 8 * 17)
+    for where in (encode, _launch):
+        monkeypatch.setattr(where, "SCRATCH_BYTES", 70 * 8 * 17)
+    monkeypatch.setattr(_launch, "SCRATCH_LEAST_ROWS", 1)
     assert torch.equal(chosen(p, p.w_encs, impl), whole)
 
 
@@ -240,7 +242,7 @@ def library(monkeypatch):
 
 @pytest.mark.parametrize("widths", [(20,), (20, 13, 7)], ids=["one stream", "three streams"])
 def test_library_gemm_and_row_maxima_select_the_same(library, widths, monkeypatch):
-    from sparc_kernels import encode
+    from sparc_kernels import _launch
 
     p = problem(B=9, widths=widths, requires_grad=False)
     wide = torch.cat(p.w_encs, 1)
@@ -248,7 +250,8 @@ def test_library_gemm_and_row_maxima_select_the_same(library, widths, monkeypatc
     want = chosen(p, p.w_encs, "torch")
     assert torch.equal(chosen(p, joint, "triton"), want)
     assert len(library) == 1
-    monkeypatch.setattr(encode, "SCRATCH_BYTES", 70 * 8 * 4)  # a few rows at a time
+    monkeypatch.setattr(_launch, "SCRATCH_BYTES", 70 * 8 * 4)  # a few rows at a time
+    monkeypatch.setattr(_launch, "SCRATCH_LEAST_ROWS", 1)
     assert torch.equal(chosen(p, joint, "triton"), want)
     assert len(library) > 2
 
@@ -331,3 +334,26 @@ def test_scratch_of_the_selection_stays_within_its_limit(monkeypatch, N, dtype):
     out = encode._select_triton([x], [w], [bias], 32, None, None)
     assert out.shape == (65536, 32)
     assert sum(sizes) - out.numel() * 8 <= 512 * 2**20
+
+
+def test_rows_kept_at_once_are_equal_parts_within_the_limit():
+    from sparc_kernels._launch import SCRATCH_BYTES, select_rows
+
+    for rows in (1, 100, 4096, 5000, 65536):
+        for row_bytes in (2**14, 2**17, 2**20 + 999, 2**21, 2**22, 2**30):
+            part = select_rows(rows, row_bytes, 128)
+            assert 1 <= part <= rows and (part * row_bytes <= 2 * SCRATCH_BYTES or part == 1)
+            if part > 128 and part < rows and 512 * row_bytes <= SCRATCH_BYTES:
+                assert part * row_bytes <= SCRATCH_BYTES
+    assert select_rows(4096, 2**16, 128) == 4096 and select_rows(4096, 2**17, 128) == 2048
+    assert select_rows(4096, 2**21, 128) == 256
+
+
+def test_values_of_many_streams_a_few_at_a_time(monkeypatch):
+    from sparc_kernels import encode
+
+    p = problem(widths=(20, 13, 7, 5))
+    whole = [encode_topk(*p.encoder, 5, topk_type, impl="triton")[1] for topk_type in ("global", "local")]
+    monkeypatch.setattr(encode, "SCRATCH_BYTES", 1)
+    parts = [encode_topk(*p.encoder, 5, topk_type, impl="triton")[1] for topk_type in ("global", "local")]
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
