@@ -32,6 +32,7 @@ from typing import NamedTuple
 
 from ._checks import check_int, fail, require
 from ._launch import (
+    L2_BYTES,
     MAX_K,
     MAX_STREAMS,
     SCRATCH_BYTES,
@@ -42,6 +43,7 @@ from ._launch import (
     encode_by_library,
     next_power_of_2,
     select_config,
+    select_rows,
 )
 
 # ----------------------------------------------------------------------------------------------------------------- GPUs
@@ -299,7 +301,10 @@ def _cut(s: Shape, d: int, k: int) -> tuple[int, int]:
     """Columns of one slab of a gather over d columns of W, and how many slabs, as `_launch.gather_config` cuts them."""
     k_pad, tile = max(next_power_of_2(k), 16), 16384 if s.e == 2 else 8192
     block = min(max(tile // (k_pad * s.e), 16), 128, max(next_power_of_2(d), 16))
-    columns = min(max(SLAB_BYTES // (s.N * block * s.e), 4) * block, d)
+    least = max(4, 256 // block)
+    columns = min(max(SLAB_BYTES // (s.N * block * s.e), least) * block, d)
+    if s.N * least * block * s.e > L2_BYTES:  # nothing would be reused
+        columns = d
     return columns, cdiv(d, columns)
 
 
@@ -385,9 +390,8 @@ def _chunks(s: Shape) -> int:
     """Launches of GEMM and selector: equal parts, in whole tiles, of rows whose logits fit in the scratch."""
     config = select_config(s.N, s.k)
     columns = s.N + cdiv(s.N, config.group) + (cdiv(s.N, config.span) if config.span > config.group else 0)
-    rows = min(max(1, SCRATCH_BYTES // (columns * s.e + 16 * config.k_pad)), s.B)
-    rows, tile = cdiv(s.B, cdiv(s.B, rows)), 64 if s.e == 4 or s.B <= 512 else 128
-    return cdiv(s.B, min(cdiv(rows, tile) * tile, s.B) if rows > tile else rows)
+    tile = 64 if s.e == 4 or s.B <= 512 else 128
+    return cdiv(s.B, select_rows(s.B, columns * s.e + 16 * config.k_pad, tile))
 
 
 def select_fused(s: Shape) -> Op:
@@ -437,10 +441,15 @@ def _dots(s: Shape, d: int, k: int, found: int, n: int, **how) -> tuple[Part, fl
 
 def values(s: Shape) -> Op:
     """Per stream k encoder rows gathered per row: centred x and ids read, the dots of every slab written; then one
-    kernel for all streams that adds the slabs and the bias, and writes fp32 values."""
-    made = [_dots(s, d, s.k, s.k, s.N) for d in s.d_streams]
+    kernel for all streams (or as many as the scratch holds dots of) that adds the slabs and the bias, and writes fp32
+    values."""
+    made, held, finishes = [_dots(s, d, s.k, s.k, s.N) for d in s.d_streams], 0, 1
+    for _, part in made[:-1]:
+        held += part
+        if held >= SCRATCH_BYTES:
+            held, finishes = 0, finishes + 1
     finish = sum(part for _, part in made) + s.S * s.M * (8 + s.e + 4)
-    return Op("values", (*(part for part, _ in made), Part("finish", finish)))
+    return Op("values", (*(part for part, _ in made), Part("finish", finish, launches=finishes)))
 
 
 def counters(s: Shape) -> Op:

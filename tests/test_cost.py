@@ -189,7 +189,7 @@ def test_what_changes_the_step():
         assert cost.step(old_form).l2 == pytest.approx(plain.l2 + again.l2, rel=5e-3)
     assert cost.step(replace(s, autocast=True)).l2 == plain.l2 + cost.casts(s).l2
     # every chunk of rows reads W_enc: what a small scratch costs where a row of logits is long
-    assert cost._chunks(CASES["E"]) == 33 and cost.select(CASES["E"]).l2 > 33 * 2**20 * 2688 * 2
+    assert cost._chunks(CASES["E"]) == 17 and cost.select(CASES["E"]).l2 > 17 * 2**20 * 2688 * 2
     joint = [replace(CASES["D"], autocast=True), replace(CASES["E"], d_streams=(4096,))]
     assert all("library" in cost.select(c).name for c in joint) and "fused" in cost.select(CASES["D"]).name
     none_dead, some_dead = (cost.auxk(replace(s, auxk=64, dead=n)) for n in (0, 3277))
@@ -325,9 +325,9 @@ def test_launches_and_bytes_of_our_step_are_those_of_the_traced_step(s):
 
 # modelled on the H200; a claim that moves in or out of this set is news, good or bad
 UNMET = {
-    *(("encode + TopK over the bare GEMM", case) for case in ("B", "B8", "E")),
+    ("encode + TopK over the bare GEMM", "B"), ("encode + TopK over the bare GEMM", "B8"),
     ("official step with AuxK over ours", "A"),
-    *(("best dense step over ours in bf16", case) for case in ("B", "E")),
+    ("best dense step over ours in bf16", "B"),
 }  # fmt: skip
 
 
