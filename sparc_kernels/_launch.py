@@ -23,8 +23,10 @@ L2_BYTES = 60 * 10**6  # of H100 and H200 (data sheets)
 MAX_K = 512
 MAX_STREAMS = 8
 # Sources from which a decoder's gradient goes by way of H = sum_s coef_s v_s E_s in list order, written and read once
-# (2 B k d through HBM), instead of every list entry reading S errors (S B k d through L2). Modelled: even near 3.
-SPREAD_SOURCES = 4
+# (2 B k d through HBM), instead of every list entry reading S errors (S B k d through L2). Modelled: at 3 sources H
+# saves 5 % of the step at B 4096, N 32,768, and costs launches where there are few selected places.
+SPREAD_SOURCES = 3
+SPREAD_PLACES = 65536
 SPREAD_COLUMNS = 128  # fewer columns of H within SCRATCH_BYTES are not worth a pass
 
 
@@ -206,11 +208,11 @@ def gather_config(k: int, d: int, n: int, itemsize: int, arch: int) -> GatherCon
         tile = 16384 if wide else 8192
         block_d = min(max(tile // (k_pad * itemsize), 16), 128, max(next_power_of_2(d), 16))
     total = cdiv(d, block_d)
-    # a slab of W that stays in L2 while every row gathers from it; where even 256 columns do not fit there, a row's
-    # whole width at once: nothing would be reused, and every slab costs partial dots (modelled)
+    # a slab of W that stays in L2 while every row gathers from it; where even 256 columns of it are several times L2, a
+    # row's whole width at once: little would be reused, and every slab costs partial dots (modelled)
     least = max(4, 256 // block_d)
     tiles = min(max(SLAB_BYTES // (n * block_d * itemsize), least), total)
-    if n * least * block_d * itemsize > L2_BYTES:
+    if n * least * block_d * itemsize > 4 * L2_BYTES:
         tiles = total
     # compiled: with 4 warps these spill 8 to 40 bytes; k 512 would need 64 accumulator registers a thread
     num_warps = 8 if k_pad >= 512 or (k_pad >= 128 and (arch < 90 or itemsize >= 4)) else 4

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from ._checks import check_indices, check_int, check_tensor, require
-from ._launch import MAX_K, cdiv
+from ._launch import MAX_K, cdiv, next_power_of_2
 from ._ops import register, resolve_impl
-from ._triton import tl, triton
+from ._triton import INTERPRETED, tl, triton
 from .encode import Selection, centre, select, values_of
 
 
@@ -122,12 +122,88 @@ def auxk_topk(
     check_int("auxk", auxk, 1, min(n, MAX_K), f"at most N and {MAX_K}")
     impl = resolve_impl(impl, x)
     with torch.no_grad():
-        selection = select_dead(centre([x], [pre_bias], False, impl)[0], w_enc, latent_bias, dead, auxk, impl)
-    return selection.indices, values_of(x, w_enc, pre_bias, latent_bias, selection, impl)
+        selection = select_dead(centre([x], [pre_bias], False, impl), [w_enc], [latent_bias], [dead], auxk, impl)
+    return selection.indices[0], values_of(x, w_enc, pre_bias, latent_bias, selection, impl)
 
 
-def select_dead(centred, w_enc, latent_bias, dead, auxk, impl) -> Selection:
-    """`auxk_topk`'s indices on unchecked, centred arguments; `count` is the number of dead latents, on the device."""
-    ids = torch.argsort(dead, descending=True, stable=True).int()  # the dead first, ascending; then the live
-    count = dead.sum(dtype=torch.int32)
-    return Selection(select([centred], [w_enc], [latent_bias], auxk, ids, count, impl), count)
+def select_dead(centred, w_encs, latent_biases, dead, auxk, impl) -> Selection:
+    """`auxk_topk`'s indices of S streams, [S, B, auxk], on unchecked, centred arguments.
+
+    The selection's `count` is the number of dead latents of each stream, on the device.
+    """
+    ids, count = dead_first(list(dead), impl)
+    streams = zip(centred, w_encs, latent_biases, ids, count, strict=True)
+    return Selection(torch.stack([select([x], [w], [c], auxk, i, n, impl) for x, w, c, i, n in streams]), count)
+
+
+@triton.jit
+def _count_dead_kernel(dead_ptrs, found_ptr, N, S: tl.constexpr, BLOCK: tl.constexpr):
+    block, stream = tl.program_id(0), tl.program_id(1)
+    offs = block * BLOCK + tl.arange(0, BLOCK)
+    for s in tl.static_range(S):
+        if stream == s:
+            dead = tl.load(dead_ptrs[s] + offs, mask=offs < N, other=0).to(tl.int32)
+            tl.store(found_ptr + s * tl.num_programs(0) + block, tl.sum(dead, 0))
+
+
+@triton.jit
+def _dead_first_kernel(
+    dead_ptrs, found_ptr, ids_ptr, count_ptr, N, stride_c, S: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr
+):
+    block, stream = tl.program_id(0), tl.program_id(1)
+    offs = block * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < N
+    blocks = tl.arange(0, BLOCKS)
+    found = tl.load(found_ptr + stream * tl.num_programs(0) + blocks, mask=blocks < tl.num_programs(0), other=0)
+    total = tl.sum(found, 0)
+    before = tl.sum(tl.where(blocks < block, found, 0), 0)
+    for s in tl.static_range(S):
+        if stream == s:
+            dead = tl.load(dead_ptrs[s] + offs, mask=mask, other=0).to(tl.int32)
+            rank = before + tl.cumsum(dead, 0) - 1  # among the dead, up to and with this one
+            place = tl.where(dead != 0, rank, total + offs - rank - 1)
+            tl.store(ids_ptr + tl.full((), s, tl.int64) * N + place, offs, mask=mask)
+            if block == 0:
+                tl.store(count_ptr + s * stride_c, total)
+
+
+def _dead_first_triton(dead):
+    S, n, device = len(dead), dead[0].numel(), dead[0].device
+    ids, count = _dead_first_fake(dead)
+    block = 16 if INTERPRETED else 4096
+    blocks = cdiv(n, block)
+    found = torch.empty(S, blocks, device=device, dtype=torch.int32)
+    masks = tuple(mask.contiguous().view(torch.uint8) for mask in dead)
+    _count_dead_kernel[(blocks, S)](masks, found, n, S=S, BLOCK=block, num_warps=4)
+    _dead_first_kernel[(blocks, S)](
+        masks, found, ids, count, n, count.stride(0), S=S, BLOCKS=next_power_of_2(blocks), BLOCK=block, num_warps=4
+    )
+    return ids, count
+
+
+def _dead_first_torch(dead):
+    ids, count = _dead_first_fake(dead)
+    ids.copy_(torch.stack(dead).byte().argsort(dim=1, descending=True, stable=True))
+    count.copy_(torch.stack(dead).sum(1))
+    return ids, count
+
+
+def _dead_first_fake(dead):
+    S, n = len(dead), dead[0].numel()
+    # every count at an address of its own 16 bytes: the kernels that read one are then compiled once
+    return dead[0].new_empty(S, n, dtype=torch.int32), dead[0].new_empty(S, 4, dtype=torch.int32)[:, 0]
+
+
+dead_first = register(
+    "dead_first",
+    "(Tensor[] dead, str impl) -> (Tensor, Tensor)",
+    torch_impl=_dead_first_torch,
+    triton_impl=_dead_first_triton,
+    fake=_dead_first_fake,
+)
+dead_first.__doc__ = """The latents of each stream with the dead ones first, and how many are dead.
+
+Args: dead: bool [N] for each stream.  impl: "triton" or "torch".
+
+Returns: ids int32 [S, N], dead and live each in ascending order; count int32 [S].
+"""

@@ -15,6 +15,7 @@ from ._launch import (
     MAX_STREAMS,
     SCRATCH_BYTES,
     SPREAD_COLUMNS,
+    SPREAD_PLACES,
     SPREAD_SOURCES,
     capability,
     cdiv,
@@ -31,6 +32,7 @@ from .latent_grads import (
     inverse_sizes,
     latent_reduce,
     launch_reduce,
+    lists_of,
     reduce_torch,
 )
 
@@ -108,8 +110,10 @@ def _route(S, M, B, k, d, dtype, arch=80) -> tuple[bool, int]:
 
     H carries the loss coefficients in the weights' dtype; float16 would lose them, so it keeps to the errors.
     """
-    width = SCRATCH_BYTES // (M * dtype.itemsize)
-    spread = S >= SPREAD_SOURCES and dtype != torch.float16 and k <= gather_chunk(dtype.itemsize, arch)
+    scratch = SCRATCH_BYTES * (2 if S > 3 else 1)  # many sources: fewer pieces are worth it (modelled: 4 % of the step)
+    width = scratch // (M * dtype.itemsize)
+    many = S >= SPREAD_SOURCES + 1 or (S == SPREAD_SOURCES and M >= SPREAD_PLACES)
+    spread = many and dtype != torch.float16 and k <= gather_chunk(dtype.itemsize, arch)
     if spread and width >= min(d, SPREAD_COLUMNS):
         return True, min(d, max(width // 128 * 128, 16))
     return False, min(d, max(SCRATCH_BYTES // (S * B * dtype.itemsize) // 128 * 128, SPREAD_COLUMNS))
@@ -242,15 +246,19 @@ NaN; in the accumulator dtype.
 def _scale_kernel(x_ptrs, sizes, factor_ptr, T: tl.constexpr, BLOCK: tl.constexpr):
     factor = tl.load(factor_ptr)
     if factor != 1.0:  # the usual backward() costs no pass over the gradients
-        offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        first = tl.program_id(0).to(tl.int64) * BLOCK
+        step = tl.num_programs(0).to(tl.int64) * BLOCK
         for t in tl.static_range(T):
-            x = tl.load(x_ptrs[t] + offs, mask=offs < sizes[t], other=0.0)
-            tl.store(x_ptrs[t] + offs, (x * factor).to(x_ptrs[t].dtype.element_ty), mask=offs < sizes[t])
+            for start in range(first, sizes[t], step):
+                offs = start + tl.arange(0, BLOCK)
+                x = tl.load(x_ptrs[t] + offs, mask=offs < sizes[t], other=0.0)
+                tl.store(x_ptrs[t] + offs, (x * factor).to(x_ptrs[t].dtype.element_ty), mask=offs < sizes[t])
 
 
 def _scale_triton(xs, factor):
     block, sizes = 4096, tuple(x.numel() for x in xs)
-    _scale_kernel[(cdiv(max(sizes), block),)](tuple(xs), sizes, factor, T=len(xs), BLOCK=block, num_warps=8)
+    # enough programs to fill a GPU: most steps they only look at the factor
+    _scale_kernel[(min(cdiv(max(sizes), block), 2048),)](tuple(xs), sizes, factor, T=len(xs), BLOCK=block, num_warps=8)
 
 
 def _scale_torch(xs, factor):
@@ -269,52 +277,39 @@ scale_ = register(
 scale_.__doc__ = """Multiply contiguous tensors by a number that stays on the device, in place; 1 costs nothing."""
 
 
-def _decode_grads(indices, values, rows, pre_bias, x, coef, inverses, count, keep, dvalues, add_dv, dw, add_dw, impl):
-    """`decode_grads` for indices [B, k], or [S, B, k] with one InverseIndex for each source."""
+def _decode_grads(indices, values, rows, pre_bias, x, coef, inverse, count, keep, dvalues, add_dv, dw, add_dw, impl):
+    """`decode_grads` for indices [B, k], or [S, B, k]; `inverse` [1 or S, ...], or parts of None."""
+    if inverse[0] is None:
+        groups = 1 if indices.dim() == 2 else len(indices)
+        inverse = inverse_index_op(indices, groups, rows.shape[0], None, impl)
     if indices.dim() == 2:
-        inverse = inverses[0] if inverses[0][0] is not None else inverse_index_op(indices, rows.shape[0], impl)
+        lists = lists_of(inverse, 0)
         return decode_grads(
-            indices, values, rows, pre_bias, x, coef, *inverse, count, keep, dvalues, add_dv, dw, add_dw, impl
+            indices, values, rows, pre_bias, x, coef, *lists, count, keep, dvalues, add_dv, dw, add_dw, impl
         )
     parts = []
     for s, idx in enumerate(indices):
-        kept, one = 0 if s == keep else KEEP_NONE, slice(s, s + 1)
-        parts.append(
-            _decode_grads(
-                idx,
-                values[one],
-                rows,
-                pre_bias,
-                x,
-                coef[one],
-                [inverses[s]],
-                count,
-                kept,
-                dvalues[one],
-                add_dv,
-                dw,
-                add_dw or s > 0,
-                impl,
-            )
-        )
+        one, kept, lists = slice(s, s + 1), 0 if s == keep else KEEP_NONE, lists_of(inverse, s)
+        args = idx, values[one], rows, pre_bias, x, coef[one], *lists, count, kept, dvalues[one], add_dv
+        parts.append(decode_grads(*args, dw, add_dw or s > 0, impl))
     sq, g, error = zip(*parts, strict=True)
     return torch.cat(sq), torch.stack(g).sum(0), error[max(keep, 0)]
 
 
-def _grads_of_errors(values, w_dec, pre_bias, x, indices, inverses, count, dnmse, needs, impl, into=None):
+def _grads_of_errors(values, w_dec, pre_bias, x, indices, inverse, count, dnmse, needs, impl, into=None):
     """Gradients of sum_s dnmse[s] NMSE(R[s], x): dvalues [S, B, k], dw [d, N], d pre_bias, dx; None if not needed.
 
     `into` [N, d] is a gradient to add dw to.
     """
     need_v, need_w, need_b, need_x = needs
     rows = w_dec.t()
-    norm, coef = (t[0] for t in target_weights([x], dnmse[None], impl))
+    norm, coef = (part[0] for part in target_weights([x], dnmse[None], impl))
     dvalues = torch.empty_like(values, dtype=norm.dtype, memory_format=torch.contiguous_format)
     dw = into
     if need_w and into is None:
         dw = torch.empty_like(rows, memory_format=torch.contiguous_format)
     sq, g, _ = _decode_grads(
-        indices, values, rows, pre_bias, x, coef, inverses, count, KEEP_NONE, dvalues, False, dw, into is not None, impl
+        indices, values, rows, pre_bias, x, coef, inverse, count, KEEP_NONE, dvalues, False, dw, into is not None, impl
     )
     dx = None
     if need_x:
@@ -359,7 +354,7 @@ class Decode(torch.autograd.Function):
             dvalues = _per_source(lambda i, x: gather_dot(i, rows, x, None, impl), indices, drecon).to(values.dtype)
         if ctx.needs_input_grad[1]:
             if inverse[0] is None:
-                inverse = inverse_index_op(indices, rows.shape[0], impl)
+                inverse = lists_of(inverse_index_op(indices, 1, rows.shape[0], None, impl), 0)
             coef, mat = values, drecon.contiguous()
             if indices.dim() == 3:  # every (source, row) has its own list entries: one source with S * B rows
                 coef, mat = coef.reshape(1, -1), mat.reshape(1, -1, mat.shape[-1])
@@ -384,118 +379,143 @@ class DecodeNMSE(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dnmse):
         values, w_dec, pre_bias, x, indices, *inverse = ctx.saved_tensors
-        inverses = [inverse] if indices.dim() == 2 else [NO_INVERSE] * len(indices)
+        # lists that the caller has are those of shared indices
+        given = indices.dim() == 2 and inverse[0] is not None
+        inverse = [part[None] for part in inverse] if given else NO_INVERSE
         grads = _grads_of_errors(
-            values, w_dec, pre_bias, x, indices, inverses, None, dnmse, ctx.needs_input_grad[:4], ctx.impl
+            values, w_dec, pre_bias, x, indices, inverse, None, dnmse, ctx.needs_input_grad[:4], ctx.impl
         )
         return (*grads, None, None, None, None, None)
 
 
 class AlignedLoss(torch.autograd.Function):
-    """The loss over all targets: sum_ts weights[t, s] NMSE(R[t, s], x_t), and AuxK's term of each target.
+    """The loss over all targets: sum_ts weights[t, s] NMSE(R[t, s], x_t), and auxk_coef times the mean of AuxK's terms,
+    which is left out when it is not > 0 (so also when it is NaN).
 
     The weights are known, so the gradient is taken in the forward, in the one pass over the gathered rows that makes
     the errors; the backward only scales it. Not done where it would not pay or not be exact: without gradients, where a
     target has one itself, under torch.compile (whose graphs cannot use a buffer up), and in float16, where a gradient
-    has to be scaled before it is rounded. Then the backward makes the errors again.
+    has to be scaled before it is rounded. Then the backward makes the errors again. `ahead` False forbids it: inside,
+    nothing tells whether gradients are wanted.
 
-    Takes, flat: w_decs, pre_biases and xs of the T targets, AuxK's values (T, or none), indices and counts of these,
-    then the tensors of one InverseIndex for each selection in `indices` and for each of AuxK's.
+    Takes values [S, B, k], AuxK's values [T, B, auxk] or None, and flat: the InverseIndex [1 or S, ...] of `indices`
+    (parts of None when nobody needs it); with AuxK its indices [T, B, auxk], their count [T] and their InverseIndex;
+    then w_decs, pre_biases and xs of the T targets.
 
-    Returns: the weighted sum; AuxK's NMSE [T] or None; and without gradient the NMSE of each pair [T, S].
+    Returns: the loss; without gradient the NMSE of each pair [T, S], AuxK's NMSE [T] and its mean as it counts (None
+    without AuxK).
     """
 
     @staticmethod
-    def forward(ctx, values, weights, impl, indices, T, with_aux, *tensors):
+    def forward(ctx, values, aux_values, weights, auxk_coef, ahead, impl, indices, T, *tensors):
         ctx.set_materialize_grads(False)
-        t = _LossTensors(tensors, T, with_aux, indices)
-        need_v, _, _, _, _, _, *needs = ctx.needs_input_grad
-        need_w, need_x = needs[:T], needs[2 * T : 3 * T]
-        ahead = (need_v or any(need_w)) and not any(need_x) and t.w_decs[0].dtype != torch.float16
-        ctx.ahead = ahead and not torch.compiler.is_compiling()
+        t = _LossTensors(tensors, T, aux_values is not None)
+        needs = ctx.needs_input_grad[8 + len(tensors) - 3 * T :]
+        need_w, need_x = needs[:T], needs[2 * T :]
+        ahead = ahead and (ctx.needs_input_grad[0] or any(need_w)) and not any(need_x)
+        ahead = ahead and t.w_decs[0].dtype != torch.float16 and not torch.compiler.is_compiling()
         norm, coef = target_weights(t.xs, weights, impl)
-        sq, errors, made = [], [], []
-        if ctx.ahead:
-            made.append(torch.empty_like(values, memory_format=torch.contiguous_format))
+        sq, errors, dws, gs = [], [], [None] * T, []
+        dvalues = torch.empty_like(values, memory_format=torch.contiguous_format) if ahead else None
         for i in range(T):
-            rows, keep = t.w_decs[i].t(), i if with_aux else KEEP_NONE
-            if ctx.ahead:
-                dw = torch.empty_like(rows, memory_format=torch.contiguous_format) if need_w[i] else None
+            rows, keep = t.w_decs[i].t(), KEEP_NONE if aux_values is None else i
+            if ahead:
+                if need_w[i]:
+                    dws[i] = torch.empty_like(rows, memory_format=torch.contiguous_format)
                 part, g, error = _decode_grads(
-                    indices, values, rows, t.pre_biases[i], t.xs[i], coef[i], t.inverses, None, keep, made[0], i > 0,
-                    dw, False, impl,
+                    indices, values, rows, t.pre_biases[i], t.xs[i], coef[i], t.inverse, None, keep, dvalues, i > 0,
+                    dws[i], False, impl,
                 )  # fmt: skip
-                made += [dw, g.sum(0)]
+                gs.append(g.sum(0))
             else:
                 part, error = _errors(indices, values, rows, t.pre_biases[i], t.xs[i], keep, None, impl)
             sq.append(part)
-            errors.append(error if with_aux else None)
+            errors.append(error)
         nmse = (torch.stack(sq) / norm[:, None]).mean(2)
-        weighted = torch.where(weights != 0, weights * nmse, 0.0).sum()
-        aux = None
-        if with_aux:
+        loss = torch.where(weights != 0, weights * nmse, 0.0).sum()
+        aux = avg_aux = aux_weights = daux = None
+        if aux_values is not None:
             residuals = [_residual(b, e) for b, e in zip(t.pre_biases, errors, strict=True)]
-            aux_norm, _ = target_weights(residuals, weights[:, :1], impl)
-            aux_sq = [
+            norm, _ = target_weights(residuals, weights[:, :1], impl)
+            sq = [
                 gather_error(
-                    t.aux_indices[i], t.aux_values[i][None], t.w_decs[i].t(), t.pre_biases[i], residuals[i], KEEP_NONE,
-                    t.aux_counts[i], impl,
+                    t.aux_indices[i], aux_values[i : i + 1], t.w_decs[i].t(), t.pre_biases[i], residuals[i], KEEP_NONE,
+                    t.aux_count[i], impl,
                 )[0]
                 for i in range(T)
             ]  # fmt: skip
-            aux = (torch.cat(aux_sq) / aux_norm).mean(1)
+            aux = (torch.cat(sq) / norm).mean(1)
+            avg_aux = aux.mean()
+            avg_aux = torch.where(avg_aux > 0, avg_aux, 0.0)
+            loss = loss + auxk_coef * avg_aux
+            aux_weights = ((avg_aux > 0).to(weights.dtype) * (auxk_coef / T)).expand(T, 1)
+            if ahead:
+                daux = torch.empty_like(aux_values, memory_format=torch.contiguous_format)
+                _, coef = target_weights(residuals, aux_weights, impl)
+                for i in range(T):
+                    one = slice(i, i + 1)
+                    _, g, _ = decode_grads(
+                        t.aux_indices[i], aux_values[one], t.w_decs[i].t(), t.pre_biases[i], residuals[i], coef[i],
+                        *lists_of(t.aux_inverse, i), t.aux_count[i], KEEP_NONE, daux[one], False, dws[i], True, impl,
+                    )  # fmt: skip
+                    gs[i] += g.sum(0)
+            ctx.mark_non_differentiable(aux, avg_aux)
         ctx.mark_non_differentiable(nmse)
-        ctx.save_for_backward(values, weights, indices, *tensors, *errors, *made)
-        ctx.sizes, ctx.impl = (T, with_aux, len(tensors)), impl
-        return weighted, aux, nmse
+        kept = [] if aux_values is None else errors
+        made = (dvalues, daux, *dws, *gs) if ahead else ()
+        ctx.save_for_backward(values, aux_values, weights, aux_weights, indices, *tensors, *kept, *made)
+        ctx.ahead, ctx.impl, ctx.sizes = ahead, impl, (T, len(tensors), len(kept))
+        return loss, nmse, aux, avg_aux
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dweighted, daux, _):
-        values, weights, indices, *rest = ctx.saved_tensors
-        (T, with_aux, n), impl = ctx.sizes, ctx.impl
-        t, errors, made = _LossTensors(rest[:n], T, with_aux, indices), rest[n : n + T], rest[n + T :]
-        need_v, _, _, _, _, _, *needs = ctx.needs_input_grad
-        dvalues, dws, dbs, dxs, daux_values = None, [None] * T, [None] * T, [None] * T, [None] * T
-        if dweighted is not None and ctx.ahead:
+    def backward(ctx, dloss, *_):
+        values, aux_values, weights, aux_weights, indices, *rest = ctx.saved_tensors
+        (T, n, n_kept), impl = ctx.sizes, ctx.impl
+        t = _LossTensors(rest[:n], T, aux_values is not None)
+        errors, made = rest[n : n + n_kept], rest[n + n_kept :]
+        need_v, need_aux = ctx.needs_input_grad[:2]
+        needs = ctx.needs_input_grad[8 + n - 3 * T :]
+        daux, dws, dbs, dxs = None, [None] * T, [None] * T, [None] * T
+        if ctx.ahead:
             ctx.ahead = False  # the buffers are given away: a second backward makes its own
-            # changed in place, which a second backward need not mind
-            dvalues, made = made[0].data, [None if m is None else m.data for m in made[1:]]
-            scale_([dvalues, *(m for m in made if m is not None)], dweighted, impl)
-            dws = [None if dw is None else dw.t() for dw in made[::2]]
-            dbs = [made[2 * i + 1].to(t.pre_biases[i].dtype) if needs[T + i] else None for i in range(T)]
-        elif dweighted is not None:
+            made = [None if m is None else m.data for m in made]  # and need not mind that they change in place
+            scale_([m for m in made if m is not None], dloss, impl)
+            dvalues, daux, *made = made
+            dws = [None if dw is None else dw.t() for dw in made[:T]]
+            dbs = [made[T + i].to(t.pre_biases[i].dtype) if needs[T + i] else None for i in range(T)]
+        else:
+            dvalues, dauxs = None, []
             for i in range(T):
+                wanted = needs[i : 3 * T : T]
                 dv, dws[i], dbs[i], dxs[i] = _grads_of_errors(
-                    values, t.w_decs[i], t.pre_biases[i], t.xs[i], indices, t.inverses, None, weights[i] * dweighted,
-                    (need_v, *needs[i : 3 * T : T]), impl,
+                    values, t.w_decs[i], t.pre_biases[i], t.xs[i], indices, t.inverse, None, weights[i] * dloss,
+                    (need_v, *wanted), impl,
                 )  # fmt: skip
                 dvalues = dv if dvalues is None else dvalues + dv
-        if daux is not None:
-            for i in range(T):
-                dv, dws[i], db, dx = _grads_of_errors(
-                    t.aux_values[i][None], t.w_decs[i], t.pre_biases[i], _residual(t.pre_biases[i], errors[i]),
-                    t.aux_indices[i], t.aux_inverses[i : i + 1], t.aux_counts[i], daux[i : i + 1],
-                    (needs[3 * T + i], *needs[i : 3 * T : T]), impl, into=None if dws[i] is None else dws[i].t(),
-                )  # fmt: skip
-                daux_values[i] = None if dv is None else dv[0]
-                dbs[i] = db if dbs[i] is None or db is None else dbs[i] + db
-                dxs[i] = dx if dxs[i] is None or dx is None else dxs[i] + dx  # x stands in the residual as it is
-        grads = [*dws, *dbs, *dxs, *(daux_values if with_aux else [])]
-        return dvalues if need_v else None, None, None, None, None, None, *grads, *[None] * (n - len(grads))
+                if aux_values is not None:
+                    residual, into = _residual(t.pre_biases[i], errors[i]), None if dws[i] is None else dws[i].t()
+                    dv, dws[i], db, dx = _grads_of_errors(
+                        aux_values[i : i + 1], t.w_decs[i], t.pre_biases[i], residual, t.aux_indices[i],
+                        [part[i : i + 1] for part in t.aux_inverse], t.aux_count[i], aux_weights[i] * dloss,
+                        (need_aux, *wanted), impl, into=into,
+                    )  # fmt: skip
+                    dauxs.append(dv)
+                    dbs[i] = None if db is None else dbs[i] + db
+                    dxs[i] = None if dx is None else dxs[i] + dx  # x stands in the residual as it is
+            daux = torch.cat(dauxs) if need_aux else None
+        return dvalues if need_v else None, daux, *[None] * (6 + n - 3 * T), *dws, *dbs, *dxs
 
 
 class _LossTensors:
     """The flat tensors of an AlignedLoss by name."""
 
-    def __init__(self, tensors, T, with_aux, indices):
-        parts = [tensors[i : i + T] for i in range(0, (6 if with_aux else 3) * T, T)]
-        self.w_decs, self.pre_biases, self.xs, *aux = ([*part] for part in parts)
-        self.aux_values, self.aux_indices, self.aux_counts = aux if with_aux else ([], [], [])
-        rest = tensors[T * len(parts) :]
-        inverses = [rest[i : i + 3] for i in range(0, len(rest), 3)]
-        own = 1 if indices.dim() == 2 else len(indices)
-        self.inverses, self.aux_inverses = inverses[:own], inverses[own:]
+    def __init__(self, tensors, T, with_aux):
+        self.inverse = tensors[:3]
+        n = len(tensors)
+        self.w_decs, self.pre_biases, self.xs = (tensors[i : i + T] for i in range(n - 3 * T, n, T))
+        if with_aux:
+            self.aux_indices, self.aux_count, *self.aux_inverse = tensors[3:8]
 
 
 def _residual(pre_bias, error):

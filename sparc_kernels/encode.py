@@ -32,7 +32,7 @@ from ._launch import (
 from ._ops import acc_dtype, may_look, no_autocast, register, resolve_impl
 from ._triton import INTERPRETED, tl, tl_dtype, triton
 from .gather import gather_dot_torch, gather_sum, launch_gather
-from .latent_grads import InverseIndex, inverse_index_op, inverse_sizes, latent_reduce_
+from .latent_grads import InverseIndex, inverse_index_op, inverse_sizes, latent_reduce_, lists_of
 
 # ---------------------------------------------------------------------------------------------------- selection kernels
 
@@ -347,9 +347,17 @@ def joint(parts: list[torch.Tensor]) -> torch.Tensor | None:
 
 
 def wants_joint(w_encs: list[torch.Tensor]) -> bool:
-    """Whether a copy of the streams' weights should lie side by side: where the library's GEMM may then be chosen."""
+    """Whether a copy of the streams' weights should lie side by side: where the library's GEMM may then be chosen.
+
+    Not under torch.compile, which can neither see where tensors lie nor take outputs that share a storage.
+    """
     widths = [w.shape[1] for w in w_encs]
-    return len(widths) > 1 and sum(widths) >= LIBRARY_WIDTH and all(d % 8 == 0 for d in widths)
+    return (
+        not torch.compiler.is_compiling()
+        and len(widths) > 1
+        and sum(widths) >= LIBRARY_WIDTH
+        and all(d % 8 == 0 for d in widths)
+    )
 
 
 class JointCast(torch.autograd.Function):
@@ -518,7 +526,7 @@ centre.__doc__ = """xs[s] - biases[s], [B, d_s]; with `wide` as columns of one [
 
 @triton.jit
 def _finish_values_kernel(
-    part_ptrs, bias_ptrs, idx_ptr, count_ptr, values_ptr, slabs, stride_idx, B, K, N,
+    part_ptrs, bias_ptrs, idx_ptr, count_ptr, values_ptr, slabs, stride_idx, stride_c, B, K, N,
     S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """relu(sum over the slabs + bias) of one row of one stream."""
@@ -527,7 +535,7 @@ def _finish_values_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     exists = offs_k < K
     if count_ptr is not None:
-        exists = exists & (offs_k < tl.load(count_ptr))
+        exists = exists & (offs_k < tl.load(count_ptr + stream * stride_c))
     latent = tl.load(idx_ptr + stream.to(tl.int64) * stride_idx + b * K + offs_k, mask=exists, other=0)
     inside = exists & (latent >= 0) & (latent < N)  # an id outside has made its sum NaN already
     for s in tl.static_range(S):
@@ -548,13 +556,16 @@ def _gather_values_triton(indices, centred, w_encs, latent_biases, count):
     parts, first = [], 0
     for s in range(S):
         idx = indices if shared else indices[s]
-        parts.append(launch_gather(idx, None, w_encs[s], None, centred[s][None], count=count, dot=True)[1])
+        limit = None if count is None else count[s]
+        parts.append(launch_gather(idx, None, w_encs[s], None, centred[s][None], count=limit, dot=True)[1])
         held = sum(part.numel() * part.element_size() for part in parts)
         if s < S - 1 and held < SCRATCH_BYTES:
             continue
         _finish_values_kernel[(B, len(parts))](
-            tuple(parts), tuple(latent_biases[first : s + 1]), idx if shared else indices[first:], count,
-            values[first:], tuple(part.shape[0] for part in parts), 0 if shared else B * k, B, k, n,
+            tuple(parts), tuple(latent_biases[first : s + 1]), idx if shared else indices[first:],
+            None if count is None else count[first:],
+            values[first:], tuple(part.shape[0] for part in parts), 0 if shared else B * k,
+            0 if count is None else count.stride(0), B, k, n,
             S=len(parts), BLOCK_K=next_power_of_2(k), num_warps=1,
         )  # fmt: skip
         parts, first = [], s + 1
@@ -565,10 +576,12 @@ def _gather_values_torch(indices, centred, w_encs, latent_biases, count):
     values = []
     for s, (x, w, bias) in enumerate(zip(centred, w_encs, latent_biases, strict=True)):
         idx = indices if indices.dim() == 2 else indices[s]
-        pre = gather_dot_torch(idx, w, x[None], count)[0]
-        values.append(torch.relu(pre + bias.to(pre.dtype)[idx]))
-    values = torch.stack(values)
-    return values if count is None else torch.where(torch.arange(values.shape[2], device=x.device) < count, values, 0.0)
+        pre = gather_dot_torch(idx, w, x[None], None if count is None else count[s])[0]
+        value = torch.relu(pre + bias.to(pre.dtype)[idx])
+        if count is not None:
+            value = torch.where(torch.arange(value.shape[1], device=x.device) < count[s], value, 0.0)
+        values.append(value)
+    return torch.stack(values)
 
 
 def _gather_values_fake(indices, centred, w_encs, latent_biases, count):
@@ -587,7 +600,7 @@ gather_values.__doc__ = """relu(<w_encs[s][indices], centred[s]> + latent_biases
 Args:
     indices: int64 [B, k] for all streams, or [S, B, k].
     centred: x - pre_bias, [B, d_s] each.  w_encs: [N, d_s] each.  latent_biases: [N] each.
-    count: int32 [], the columns of indices that exist (all when None); the others get 0.
+    count: int32 [S], the columns of indices that exist for each stream (all when None); the others get 0.
     impl: "triton" or "torch".
 
 Returns: [S, B, k] in the accumulator dtype.
@@ -595,98 +608,90 @@ Returns: [S, B, k] in the accumulator dtype.
 
 
 class Selection(NamedTuple):
-    """Latents chosen for every row of a batch."""
+    """Latents chosen for every row of a batch, by all streams together or by each of S."""
 
-    indices: torch.Tensor  # int64 [B, k]
-    count: torch.Tensor | None = None  # int32 []: only the first `count` columns exist; None: all
-    order: torch.Tensor | None = None  # the InverseIndex of the columns that exist, once somebody has made it
+    indices: torch.Tensor  # int64 [B, k], or [S, B, k]
+    count: torch.Tensor | None = None  # int32 [S]: only the first `count[s]` columns exist; None: all
+    order: torch.Tensor | None = None  # InverseIndex of the columns that exist, of each group: [1 or S, ...]
     offsets: torch.Tensor | None = None
     ids: torch.Tensor | None = None
 
-    def inverse(self, n_latents: int, impl: str) -> tuple[torch.Tensor, ...]:
-        if self.order is not None:
-            return self[2:]
-        indices = self.indices
-        if self.count is not None:  # ids outside are in no list
-            exists = torch.arange(indices.shape[1], device=indices.device) < self.count
-            indices = torch.where(exists, indices, n_latents)
-        return inverse_index_op(indices, n_latents, impl)
-
     def with_inverse(self, n_latents: int, impl: str) -> Selection:
-        return Selection(self.indices, self.count, *self.inverse(n_latents, impl))
+        if self.order is not None:
+            return self
+        groups = 1 if self.indices.dim() == 2 else len(self.indices)
+        return Selection(self.indices, self.count, *inverse_index_op(self.indices, groups, n_latents, self.count, impl))
+
+    def of(self, s: int) -> torch.Tensor:
+        """The indices of one stream, [B, k]."""
+        return self.indices if self.indices.dim() == 2 else self.indices[s]
+
+    def lists(self, s: int) -> InverseIndex:
+        return lists_of(self[2:], s % len(self.order))
 
 
 class Values(torch.autograd.Function):
     """Gives the values [S, B, k] that `gather_values` made their gradients, to everything but the indices.
 
-    Takes them, AuxK's values of each stream ([1, B, auxk], or none), and flat for the S streams: xs, w_encs,
-    pre_biases, latent_biases, centred inputs; then the parts of the Selection of all streams, or of each, and of each
-    of AuxK's. AuxK's share the gradients' buffers: their sums are added in place to the few latents that they chose.
+    Takes them, AuxK's values [S, B, auxk] or None, and flat: the parts of the Selection, of AuxK's if there is one,
+    then for the S streams xs, w_encs, pre_biases, latent_biases and centred inputs. AuxK shares the gradients' buffers:
+    its sums are added in place to the few latents that it chose.
     """
 
     @staticmethod
-    def forward(ctx, values, impl, S, n_aux, *tensors):
+    def forward(ctx, values, aux_values, impl, S, *tensors):
         ctx.set_materialize_grads(False)
-        ctx.impl, ctx.S, ctx.n_aux = impl, S, n_aux
-        ctx.save_for_backward(values, *tensors)
-        return values, *tensors[:n_aux]
+        ctx.impl, ctx.S = impl, S
+        ctx.save_for_backward(values, aux_values, *tensors)
+        return values, aux_values
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dvalues, *daux):
-        S, n_aux, impl = ctx.S, ctx.n_aux, ctx.impl
-        values, *tensors = ctx.saved_tensors
-        aux_values, rest = tensors[:n_aux], tensors[n_aux:]
-        w_encs, pre_biases, latent_biases, centred = (rest[i : i + S] for i in range(S, 5 * S, S))
+    def backward(ctx, dvalues, daux):
+        S, impl = ctx.S, ctx.impl
+        values, aux_values, *tensors = ctx.saved_tensors
         size = len(Selection._fields)
-        selections = [Selection(*rest[i : i + size]) for i in range(5 * S, len(rest), size)]
-        own = selections[: len(selections) - n_aux]
-        needs = ctx.needs_input_grad[4 + n_aux :]
+        n = size if aux_values is None else 2 * size
+        w_encs, pre_biases, latent_biases, centred = (tensors[i : i + S] for i in range(n + S, n + 5 * S, S))
+        uses = []
+        for i, (v, dv) in enumerate(((values, dvalues), (aux_values, daux))):
+            if dv is not None:
+                selection = Selection(*tensors[i * size : (i + 1) * size]).with_inverse(len(w_encs[0]), impl)
+                uses.append((selection, v, dv))
+        needs = ctx.needs_input_grad[4 + n :]
         dxs, dws, dbs, dcs = ([None] * S for _ in range(4))
-        for s in range(S):
-            uses = []
-            if dvalues is not None:
-                uses.append((own[s % len(own)], dvalues[s : s + 1], values[s : s + 1]))
-            if n_aux and daux[s] is not None:
-                uses.append((selections[len(own) + s], daux[s], aux_values[s]))
-            if not uses:
-                continue
-            w, dtype = w_encs[s], w_encs[s].dtype
+        for s in range(S) if uses else ():
+            w, dtype, one = w_encs[s], w_encs[s].dtype, slice(s, s + 1)
             if needs[S + s] or needs[2 * S + s] or needs[3 * S + s]:
                 dw, dc = torch.empty_like(w, memory_format=torch.contiguous_format), latent_biases[s].new_empty(len(w))
-                for i, (selection, dv, v) in enumerate(uses):
-                    inverse = selection.inverse(len(w), impl)
-                    latent_reduce_(dw, dc, *inverse, dv, None, v, centred[s][None], v.shape[2], i > 0, impl)
+                for i, (selection, v, dv) in enumerate(uses):
+                    mat, k = centred[s][None], v.shape[2]
+                    latent_reduce_(dw, dc, *selection.lists(s), dv[one], None, v[one], mat, k, i > 0, impl)
                 dws[s] = dw if needs[S + s] else None
                 dcs[s] = dc if needs[3 * S + s] else None
                 if needs[2 * S + s]:
                     with no_autocast(w.device):  # the same sum as -dx over the batch, as one matrix-vector product
                         dbs[s] = torch.addmv(pre_biases[s], w.t(), dc.to(dtype), beta=0, alpha=-1)
             if needs[s]:
-                for selection, dv, v in uses:
-                    part = gather_sum(selection.indices, torch.where(v <= 0, 0.0, dv), w, None, impl)[0]
+                for selection, v, dv in uses:
+                    dpre = torch.where(v[one] <= 0, 0.0, dv[one])
+                    part = gather_sum(selection.of(s), dpre, w, None, impl)[0]
                     dxs[s] = part if dxs[s] is None else dxs[s] + part
-        grads = [*dxs, *dws, *dbs, *dcs]
-        return None, None, None, None, *[None] * n_aux, *grads, *[None] * (len(rest) - len(grads))
+        return *[None] * (4 + n), *dxs, *dws, *dbs, *dcs, *[None] * S
 
 
-def differentiable_values(xs, w_encs, pre_biases, latent_biases, centred, selections, values, aux_values, impl):
-    """values [S, B, k] and AuxK's of each stream, as `gather_values` made them, with gradients.
-
-    `selections`: one for all streams or one for each, then one for each of aux_values.
-    """
-    flat = [part for selection in selections for part in selection]
-    return Values.apply(
-        values, impl, len(xs), len(aux_values), *aux_values, *xs, *w_encs, *pre_biases, *latent_biases, *centred, *flat
-    )  # fmt: skip
+def differentiable_values(xs, w_encs, pre_biases, latent_biases, centred, selection, values, aux, aux_values, impl):
+    """values [S, B, k] of a Selection and AuxK's [S, B, auxk] or None, as `gather_values` made them, with gradients."""
+    flat = [*selection, *(aux or ()), *xs, *w_encs, *pre_biases, *latent_biases, *centred]
+    return Values.apply(values, aux_values, impl, len(xs), *flat)
 
 
 def values_of(x, w_enc, pre_bias, latent_bias, selection, impl):
-    """`values_at` on unchecked arguments."""
+    """`values_at` of a Selection, on unchecked arguments."""
     with torch.no_grad():
         centred = centre([x], [pre_bias], False, impl)
         values = gather_values(selection.indices, centred, [w_enc], [latent_bias], selection.count, impl)
-    args = [x], [w_enc], [pre_bias], [latent_bias], centred, [selection], values, [], impl
+    args = [x], [w_enc], [pre_bias], [latent_bias], centred, selection, values, None, None, impl
     return differentiable_values(*args)[0][0]
 
 
@@ -718,7 +723,7 @@ def values_at(
     check_tensor("latent_bias", latent_bias, (w_enc.shape[0],), like=x)
     check_indices("indices", indices, (x.shape[0], "k"), w_enc.shape[0], x.device)
     check_inverse("inverse", inverse, indices, inverse_sizes(indices.numel(), w_enc.shape[0]))
-    selection = Selection(indices, None, *(inverse or ()))
+    selection = Selection(indices, None, *(part[None] for part in inverse or ()))
     return values_of(x, w_enc, pre_bias, latent_bias, selection, resolve_impl(impl, x))
 
 
@@ -773,10 +778,10 @@ def encode_topk(
         centred = centre_for(xs, w_encs, pre_biases, impl)
         indices = select_latents(centred, w_encs, latent_biases, k, topk_type, impl)
         values = gather_values(indices, centred, list(w_encs), list(latent_biases), None, impl)
-    selections = [Selection(indices)] if topk_type == "global" else [Selection(i) for i in indices]
-    if topk_type == "global" and torch.is_grad_enabled():
-        selections = [selections[0].with_inverse(n, impl)]
-    args = xs, w_encs, pre_biases, latent_biases, centred, selections, values, [], impl
+    selection = Selection(indices)
+    if torch.is_grad_enabled():
+        selection = selection.with_inverse(n, impl)
+    args = xs, w_encs, pre_biases, latent_biases, centred, selection, values, None, None, impl
     return indices, differentiable_values(*args)[0]
 
 

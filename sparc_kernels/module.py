@@ -22,6 +22,7 @@ from .encode import (
     select_latents,
     wants_joint,
 )
+from .latent_grads import NO_INVERSE
 
 
 class AlignedSAE(nn.Module):
@@ -116,23 +117,19 @@ class AlignedSAE(nn.Module):
             centred = centre_for(xs, w_encs, pre_biases, impl)
             chosen = select_latents(centred, w_encs, latent_biases, self.k, self.topk_type, impl)
             values = gather_values(chosen, centred, w_encs, latent_biases, None, impl)
+            selection = Selection(chosen)
             dead = self._move_counters(inputs, streams, chosen, values, impl)
-            aux = []
+            aux = aux_values = None
             if self.auxk:
-                args = zip(centred, w_encs, latent_biases, streams, strict=True)
-                aux = [select_dead(x, w, c, dead[s], self.auxk, impl) for x, w, c, s in args]
-            aux_values = [
-                gather_values(choice.indices, [x], [w], [c], choice.count, impl)
-                for choice, x, w, c in zip(aux, centred, w_encs, latent_biases, strict=False)
-            ]
-        selections = [Selection(i) for i in chosen] if self.topk_type == "local" else [Selection(chosen)]
+                aux = select_dead(centred, w_encs, latent_biases, [dead[s] for s in streams], self.auxk, impl)
+                aux_values = gather_values(aux.indices, centred, w_encs, latent_biases, aux.count, impl)
         if torch.is_grad_enabled():  # one inverse index serves every gradient; without gradients nothing needs it
-            selections = [choice.with_inverse(self.n_latents, impl) for choice in selections]
-            aux = [choice.with_inverse(self.n_latents, impl) for choice in aux]
-        values, *aux_values = differentiable_values(
-            xs, w_encs, pre_biases, latent_biases, centred, [*selections, *aux], values, aux_values, impl
+            selection = selection.with_inverse(self.n_latents, impl)
+            aux = aux and aux.with_inverse(self.n_latents, impl)
+        values, aux_values = differentiable_values(
+            xs, w_encs, pre_biases, latent_biases, centred, selection, values, aux, aux_values, impl
         )
-        return AlignedOutputs(self, inputs, streams, chosen, selections, values, aux, aux_values)
+        return AlignedOutputs(self, inputs, streams, selection, values, aux, aux_values)
 
     def _move_counters(self, inputs, streams, indices, values, impl) -> dict[str, torch.Tensor] | None:
         """One step of the dead counters. Returns the latents that AuxK may choose from: {s: bool [N]}.
@@ -212,7 +209,8 @@ class AlignedSAE(nn.Module):
         # filled on the device: a tensor made of Python numbers would be copied there, and wait
         weights = values.new_full((S, S), cross_loss_coef / (S * (S - 1)) if with_cross else 0.0)
         weights.fill_diagonal_(1 / S)
-        total, aux, errors = outputs._loss(weights, [self._decoder(s) for s in streams], inputs)
+        decoders = [self._decoder(s) for s in streams]
+        total, errors, aux, avg_aux = outputs._loss(weights, auxk_coef, decoders, inputs)
 
         self_terms = errors.diagonal()
         metrics = {f"mse_loss_{s}": v for s, v in zip(streams, self_terms.unbind(), strict=True)}
@@ -224,12 +222,8 @@ class AlignedSAE(nn.Module):
         metrics["avg_num_active_neurons"] = k
         metrics["avg_l1_sparsity"] = sparsity.mean()
         if self.auxk:
-            metrics.update({f"auxk_loss_{s}": v for s, v in zip(streams, aux.detach().unbind(), strict=True)})
-            avg_aux = aux.mean()
-            avg_aux = torch.where(avg_aux > 0, avg_aux, 0.0)  # NaN drops the term too
-            scaled = avg_aux * auxk_coef
-            metrics["avg_auxk_loss"], metrics["avg_auxk_loss_scaled"] = avg_aux, scaled
-            total = total + scaled
+            metrics.update({f"auxk_loss_{s}": v for s, v in zip(streams, aux.unbind(), strict=True)})
+            metrics["avg_auxk_loss"], metrics["avg_auxk_loss_scaled"] = avg_aux, avg_aux * auxk_coef
         for t, row in zip(streams, errors.unbind(), strict=True):
             metrics.update(
                 {f"cross_loss_{t}_from_{s}": v for s, v in zip(streams, row.unbind(), strict=True) if s != t}
@@ -373,17 +367,17 @@ class AlignedOutputs(Mapping):
     RuntimeError when one of them has been changed in place since the forward.
     """
 
-    def __init__(self, model, inputs, streams, indices, selections, values, aux, aux_values):
+    def __init__(self, model, inputs, streams, selection, values, aux, aux_values):
         self._model = model
         self._inputs = dict(inputs)
         self._streams = streams
-        self._indices = indices
+        self._selection = selection
+        self._indices = selection.indices
         self._stacked = values  # [S, B, k]
         self._values = dict(zip(streams, values.unbind(), strict=True))
-        self._selections = selections
-        self._aux = dict(zip(streams, zip(aux, (v[0] for v in aux_values), strict=True), strict=False))
+        self._aux, self._aux_values = aux, aux_values  # AuxK's Selection and values [S, B, auxk], or None
         self._grad = torch.is_grad_enabled()
-        self._autocast = _autocast_state(indices.device)
+        self._autocast = _autocast_state(self._indices.device)
         self._made = {}
         self._inference, self._versions = False, None
         if not torch.compiler.is_compiling():  # neither exists for the tracer
@@ -503,27 +497,28 @@ class AlignedOutputs(Mapping):
         self._check_unchanged()
         w_dec, pre_bias = self._model._decoder(t)
         impl = resolve_impl(self._model.impl, w_dec)
-        indices, _, *inverse = self._selections[self._stream_position(s) % len(self._selections)]
-        return Decode.apply(self._values[s][None], w_dec, pre_bias, indices, *inverse, impl)[0]
+        i = self._stream_position(s)
+        indices, lists = (
+            self._selection.of(i),
+            NO_INVERSE if self._selection.order is None else self._selection.lists(i),
+        )
+        return Decode.apply(self._values[s][None], w_dec, pre_bias, indices, *lists, impl)[0]
 
     def _make_aux(self, s, part):
-        choice, values = self._aux[s]
-        return values if part else choice.indices
+        return (self._aux_values if part else self._aux.indices)[self._stream_position(s)]
 
     def _make_aux_codes(self, s):
-        choice, values = self._aux[s]
-        return self._dense(choice.indices, values, s)
+        return self._dense(self._make_aux(s, 0), self._make_aux(s, 1), s)
 
-    def _loss(self, weights, decoders, inputs):
-        """AlignedLoss of all streams: the weighted sum, AuxK's terms [S] or None, the NMSE of every pair [S, S]."""
+    def _loss(self, weights, auxk_coef, decoders, inputs):
+        """AlignedLoss of all streams: the loss, the NMSE of every pair [S, S], AuxK's terms [S] and mean, or None."""
         w_decs, pre_biases = zip(*decoders, strict=True)
         impl = resolve_impl(self._model.impl, w_decs[0])
-        aux = [self._aux[s] for s in self._streams] if self._aux else []
-        tensors = [*w_decs, *pre_biases, *(inputs[s] for s in self._streams)]
-        tensors += [v for _, v in aux] + [choice.indices for choice, _ in aux] + [choice.count for choice, _ in aux]
-        for choice in (*self._selections, *(choice for choice, _ in aux)):
-            tensors += choice[2:]
-        return AlignedLoss.apply(self._stacked, weights, impl, self._indices, len(w_decs), len(aux) > 0, *tensors)
+        aux = self._aux or ()
+        tensors = [*self._selection[2:], *aux, *w_decs, *pre_biases, *(inputs[s] for s in self._streams)]
+        ahead = torch.is_grad_enabled()
+        args = self._stacked, self._aux_values, weights, auxk_coef, ahead, impl, self._indices, len(w_decs)
+        return AlignedLoss.apply(*args, *tensors)
 
 
 _REMEMBERED = 8  # forwards whose dead latents are kept

@@ -180,7 +180,7 @@ def ops_and_arguments(impl):
     indices = torch.arange(30, device=DEVICE).reshape(6, 5)
     values = torch.rand(3, 6, 5, device=DEVICE, dtype=p.xs[0].dtype)
     ops = torch.ops.sparc_kernels
-    inverse = ops.inverse_index(indices, 70, impl)
+    inverse = [part[0] for part in ops.inverse_index(indices, 1, 70, None, impl)]
     out, sums = torch.zeros_like(p.w_encs[0]), torch.zeros_like(p.latent_biases[0])
     stacked = torch.stack([p.xs[0]] * 3)
     coef = torch.ones(3, 6, device=DEVICE, dtype=out.dtype)
@@ -189,7 +189,12 @@ def ops_and_arguments(impl):
     ids = torch.arange(70, device=DEVICE, dtype=torch.int32)
     count = torch.tensor(3, dtype=torch.int32, device=DEVICE)
     return {
-        "inverse_index": (ops.inverse_index, (indices, 70, impl)),
+        "inverse_index": (ops.inverse_index, (indices, 1, 70, None, impl)),
+        "inverse_index of groups": (
+            ops.inverse_index,
+            (torch.stack([indices, indices]), 2, 70, torch.tensor([3, 0], dtype=torch.int32, device=DEVICE), impl),
+        ),
+        "dead_first": (ops.dead_first, ([torch.arange(70, device=DEVICE) % 3 == i for i in range(2)], impl)),
         "latent_reduce_": (ops.latent_reduce_, (out, sums, *inverse, values, None, values, stacked, 5, False, impl)),
         "latent_reduce_ added": (ops.latent_reduce_, (out, None, *inverse, values, coef, None, stacked, 5, True, impl)),
         "select": (ops.select, (p.xs, p.w_encs, p.latent_biases, 5, None, None, impl)),
@@ -215,7 +220,10 @@ def ops_and_arguments(impl):
         "target_weights": (ops.target_weights, (p.xs, torch.rand(3, 3, device=DEVICE, dtype=out.dtype), impl)),
         "centre": (ops.centre, (p.xs, p.pre_biases, False, impl)),
         "gather_values": (ops.gather_values, (indices, p.xs, p.w_encs, p.latent_biases, None, impl)),
-        "gather_values some": (ops.gather_values, (indices, p.xs[:1], p.w_encs[:1], p.latent_biases[:1], count, impl)),
+        "gather_values some": (
+            ops.gather_values,
+            (indices, p.xs[:1], p.w_encs[:1], p.latent_biases[:1], count[None], impl),
+        ),
         "count_fired_": (ops.count_fired_, ([torch.arange(70, device=DEVICE)] * 1, indices, values[:1], 0.5, impl)),
         "scale_": (ops.scale_, ([out, sums], torch.full_like(sums[0], 3.0), impl)),
     }

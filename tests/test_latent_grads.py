@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparc_kernels import inverse_index
-from sparc_kernels.latent_grads import latent_reduce, latent_reduce_
+from sparc_kernels.dead import dead_first
+from sparc_kernels.latent_grads import inverse_index_op, latent_reduce, latent_reduce_
 
 
 @settings(max_examples=50, deadline=None)
@@ -52,6 +53,30 @@ def test_both_inverse_indices_are_the_same():
         indices = torch.randint(-2, n + 2, (size,), generator=g).to(DEVICE)
         for a, b in zip(inverse_index(indices, n, "torch"), inverse_index(indices, n, "triton"), strict=True):
             assert a.dtype == b.dtype == torch.int32 and torch.equal(a, b)
+
+
+def test_inverse_indices_of_groups_are_those_of_each():
+    g = torch.Generator().manual_seed(0)
+    indices = torch.randint(-1, 12, (3, 7, 4), generator=g).to(DEVICE)
+    count = torch.tensor([0, 3, 4], dtype=torch.int32, device=DEVICE)
+    for n in (11, 2**15):
+        for limit in (None, count):
+            both = [inverse_index_op(indices, 3, n, limit, impl) for impl in ("torch", "triton")]
+            assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+            for i, lists in enumerate(zip(*both[0], strict=True)):
+                cut = indices[i].clone()
+                cut[:, 4 if limit is None else int(count[i]) :] = n
+                assert all(torch.equal(a, b) for a, b in zip(lists, inverse_index(cut, n), strict=True))
+
+
+def test_the_dead_come_first(impl):
+    g = torch.Generator().manual_seed(0)
+    for n in (1, 15, 16, 70):
+        dead = [(torch.rand(n, generator=g) < p).to(DEVICE) for p in (0.0, 0.3, 1.0)]
+        ids, count = dead_first(dead, impl)
+        for mask, row, found in zip(dead, ids, count, strict=True):
+            assert int(found) == int(mask.sum())
+            assert row.tolist() == [*mask.nonzero().flatten().tolist(), *(~mask).nonzero().flatten().tolist()]
 
 
 def test_gates_and_scales(impl):
