@@ -15,8 +15,7 @@ DEVICE = "cuda" if CUDA else "cpu"
 # fp64 kernels exist in the interpreter only; there they leave no rounding to hide behind
 KERNEL_DTYPE = torch.float32 if CUDA else torch.float64
 
-if os.environ.get("PYTEST_XDIST_WORKER"):
-    torch.set_num_threads(1)
+torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
 
 
 @pytest.fixture(autouse=True)
