@@ -538,14 +538,11 @@ def op_providers(dtype: str) -> list[Provider]:
 
     def auxk_ours(b):
         w_encs, latent_biases, centred, impl = encoder(b, True)
-        dead = b.model(dt, True).get_dead_neurons().values()
-        streams = list(zip(centred, w_encs, latent_biases, dead, strict=True))
+        dead = list(b.model(dt, True).get_dead_neurons().values())
 
         def run():
-            for x, w, c, mask in streams:
-                chosen = select_dead(x, w, c, mask, b.case.auxk, impl)
-                values = gather_values(chosen.indices, [x], [w], [c], chosen.count, impl)
-            return values[0]
+            chosen = select_dead(centred, w_encs, latent_biases, dead, b.case.auxk, impl)
+            return gather_values(chosen.indices, centred, w_encs, latent_biases, chosen.count, impl)[-1]
 
         return run
 

@@ -38,6 +38,7 @@ from ._launch import (
     SCRATCH_BYTES,
     SLAB_BYTES,
     SPREAD_COLUMNS,
+    SPREAD_PLACES,
     SPREAD_SOURCES,
     cdiv,
     encode_by_library,
@@ -303,14 +304,16 @@ def _cut(s: Shape, d: int, k: int) -> tuple[int, int]:
     block = min(max(tile // (k_pad * s.e), 16), 128, max(next_power_of_2(d), 16))
     least = max(4, 256 // block)
     columns = min(max(SLAB_BYTES // (s.N * block * s.e), least) * block, d)
-    if s.N * least * block * s.e > L2_BYTES:  # nothing would be reused
+    if s.N * least * block * s.e > 4 * L2_BYTES:  # little would be reused
         columns = d
     return columns, cdiv(d, columns)
 
 
-def _gathered(s: Shape, d: int, k: int, n: int) -> Reuse:
-    """k of n rows of d columns for each of B rows, column slab after column slab."""
-    uses = s.B * k
+def _gathered(s: Shape, d: int, k: int, found: int, n: int) -> Reuse:
+    """`found` of n rows of d columns per row of B, in a launch of k places a row, column slab after column slab."""
+    if not found:
+        return NO_REUSE
+    uses = s.B * found
     distinct = _distinct(n, uses)
     return Reuse(uses * d * s.e, distinct * d * s.e, distinct * _cut(s, d, k)[0] * s.e)
 
@@ -430,26 +433,31 @@ def even_gemm_share(s: Shape, gpu: GPU) -> float:
     return main.flops * (1 + EPILOGUE / s.D) / gpu.flop_per_s(main.unit) / spare
 
 
-def _dots(s: Shape, d: int, k: int, found: int, n: int, **how) -> tuple[Part, float]:
+def _dots(s: Shape, d: int, k: int, found: int, n: int) -> tuple[Part, float]:
     """Gather of `found` of k columns that makes dots with x; the bytes of its partial sums, one for each slab."""
     slabs = _cut(s, d, k)[1]
     part = 4 * s.B * k * slabs
     streamed = s.B * d * s.e + 8 * s.B * k * slabs + part
     flops = 2 * s.B * found * d
-    return Part("dots", streamed, _gathered(s, d, found, n), flops, s.gather_unit, padding=16, **how), part
+    return Part("dots", streamed, _gathered(s, d, k, found, n), flops, s.gather_unit, padding=16), part
+
+
+def _values(s: Shape, k: int, found: int, n: int) -> tuple[Part, ...]:
+    """`values` of k places a row, of which `found` exist, among n latents."""
+    made, held, finishes = [_dots(s, d, k, found, n) for d in s.d_streams], 0, 1
+    for _, part in made[:-1]:
+        held += part
+        if held >= SCRATCH_BYTES:
+            held, finishes = 0, finishes + 1
+    finish = sum(part for _, part in made) + s.S * s.B * k * (8 + s.e + 4)
+    return (*(part for part, _ in made), Part("finish", finish, launches=finishes))
 
 
 def values(s: Shape) -> Op:
     """Per stream k encoder rows gathered per row: centred x and ids read, the dots of every slab written; then one
     kernel for all streams (or as many as the scratch holds dots of) that adds the slabs and the bias, and writes fp32
     values."""
-    made, held, finishes = [_dots(s, d, s.k, s.k, s.N) for d in s.d_streams], 0, 1
-    for _, part in made[:-1]:
-        held += part
-        if held >= SCRATCH_BYTES:
-            held, finishes = 0, finishes + 1
-    finish = sum(part for _, part in made) + s.S * s.M * (8 + s.e + 4)
-    return Op("values", (*(part for part, _ in made), Part("finish", finish, launches=finishes)))
+    return Op("values", _values(s, s.k, s.k, s.N))
 
 
 def counters(s: Shape) -> Op:
@@ -459,9 +467,9 @@ def counters(s: Shape) -> Op:
     return Op("counters", (zeros, Part("fired", SM * (4 + 8 + 1)), Part("count", SN * (1 + 8 + 8))))
 
 
-# Compiled (sm_90, Triton 3.9): a warp of `_lists_kernel` executes about 31 instructions for 32 places, and 23 for each
-# step of their bisection.
-LISTS_INSTRUCTIONS, LISTS_STEP = 31, 23
+# Compiled (sm_90, Triton 3.9): a warp of `_lists_kernel` executes about 20 instructions for 32 places; for 32 offsets
+# 105, most of them a 64-bit division, and 22 for each step of their bisection.
+LISTS_INSTRUCTIONS, OFFSETS_INSTRUCTIONS, LISTS_STEP = 20, 105, 22
 
 
 def _sort(items: int, key: int) -> Part:
@@ -470,15 +478,19 @@ def _sort(items: int, key: int) -> Part:
     return Part("sort", 2 * key * items * (key + 8) + 8 * items, launches=key + 4, library=True)
 
 
+def _lists(s: Shape, k: int, groups: int) -> tuple[Part, ...]:
+    """`inverse_index` of groups of B k places each, with one sort."""
+    M, offsets = s.B * k, groups * (s.N + 1)
+    size, key = groups * M, 2 if offsets < 2**15 else 4
+    bisection = OFFSETS_INSTRUCTIONS + LISTS_STEP * (M.bit_length() + 1)
+    instructions = LISTS_INSTRUCTIONS * max(size, offsets) + bisection * offsets
+    lists = Part("lists", size * (8 + key + 4 + 4) + 4 * offsets, instructions=instructions / 32)
+    return Part("keys", size * (8 + key)), _sort(size, key), lists
+
+
 def inverse_index(s: Shape) -> Op:
     """Ids narrowed to keys of 2 or 4 bytes; keys sorted; both lists narrowed, and the offsets found by bisection."""
-    M, key = s.M, 2 if s.N < 2**15 else 4
-    warps = max(M, s.N + 1) / 32
-    lists = Part(
-        "lists", M * (8 + key + 4 + 4) + 4 * (s.N + 1),
-        instructions=warps * (LISTS_INSTRUCTIONS + LISTS_STEP * (M.bit_length() + 1)),
-    )  # fmt: skip
-    return Op("inverse index", (Part("keys", M * (8 + key)), _sort(M, key), lists))
+    return Op("inverse index", _lists(s, s.k, 1))
 
 
 # ------------------------------------------------------------------------------------------------------ decoder's ops
@@ -490,7 +502,8 @@ def decode_nmse(s: Shape) -> Op:
     for d in s.d_streams:
         slabs = _cut(s, d, s.k)[1]
         streamed = s.B * d * s.e + slabs * (s.M * (8 + 4 * s.S) + 4 * s.S * s.B)
-        reuse, flops = _gathered(s, d, s.k, s.N), 2 * s.S * s.M * d
+        streamed += s.B * d * s.e if s.auxk else 0  # AuxK needs each target's own error
+        reuse, flops = _gathered(s, d, s.k, s.k, s.N), 2 * s.S * s.M * d
         parts.append(Part("gather", streamed, reuse, flops, s.gather_unit, padding=16 / s.S))
         if slabs > 1:
             parts.append(Part("sum of slabs", 4 * s.S * s.B * (slabs + 1), library=True))
@@ -499,9 +512,10 @@ def decode_nmse(s: Shape) -> Op:
 
 def route(s: Shape, d: int) -> tuple[bool, int]:
     """Whether a decoder of width d has its gradient made by H, and how many columns at a time, as `decoder._route`."""
-    width = SCRATCH_BYTES // (s.M * s.e)
+    width = SCRATCH_BYTES * (2 if s.S > 3 else 1) // (s.M * s.e)
     chunk = MAX_K if s.e == 2 else 128
-    spread = s.S >= SPREAD_SOURCES and s.dtype != "float16" and s.k <= chunk
+    many = s.S > SPREAD_SOURCES or (s.S == SPREAD_SOURCES and s.M >= SPREAD_PLACES)
+    spread = many and s.dtype != "float16" and s.k <= chunk
     if spread and width >= min(d, SPREAD_COLUMNS):
         return True, min(d, max(width // 128 * 128, 16))
     return False, min(d, max(SCRATCH_BYTES // (s.S * s.B * s.e) // 128 * 128, SPREAD_COLUMNS))
@@ -511,9 +525,10 @@ def _pieces(d: int, width: int) -> list[int]:
     return [min(width, d - c) for c in range(0, d, width)]
 
 
-def _one_pass(s: Shape, d: int, first: bool) -> list[Part]:
+def _one_pass(s: Shape, d: int, first: bool, found: int, n: int) -> list[Part]:
     """Gather of one target that makes losses, dv, sum_s coef E in fp32, and E of all sources or H; then the kernel that
-    adds up its slabs and scales dv, added to that of earlier targets."""
+    adds up its slabs and scales dv, added to that of earlier targets. Of its k places a row `found` exist, among n
+    latents. With AuxK the target's own E is kept too."""
     spread, width = route(s, d)
     SM, SB, parts = s.S * s.M, s.S * s.B, []
     if spread:  # where in list order each place stands: arange, ids widened, scattered
@@ -521,11 +536,12 @@ def _one_pass(s: Shape, d: int, first: bool) -> list[Part]:
     for i, columns in enumerate(_pieces(d, width)):
         slabs = _cut(s, columns, s.k)[1]
         kept = s.M * columns * s.e if spread else s.S * s.B * columns * s.e
+        kept += s.B * columns * s.e if s.auxk else 0
         sums = slabs * 4 * (SM + SB)
         read = slabs * (s.M * (8 + (4 if spread else 0)) + 4 * (SM + SB))
         parts.append(Part(
-            "gather", s.B * columns * (s.e + 4) + read + kept + sums, _gathered(s, columns, s.k, s.N),
-            flops=(6 if spread else 4) * SM * columns, unit=s.gather_unit, padding=16 / s.S,
+            "gather", s.B * columns * (s.e + 4) + read + kept + sums, _gathered(s, columns, s.k, found, n),
+            flops=(6 if spread else 4) * SB * found * columns, unit=s.gather_unit, padding=16 / s.S,
         ))  # fmt: skip
         added = 4 * SM * (i > 0 or not first) + 4 * SB * (i > 0)
         parts.append(Part("collect", sums + 4 * SB + 4 * (SM + SB) + added))
@@ -535,32 +551,32 @@ def _one_pass(s: Shape, d: int, first: bool) -> list[Part]:
 def decode_losses_and_gradients(s: Shape) -> Op:
     """One gather pass per target that makes losses, dv and the errors (or H); the weights' sums are `reduce_dec`."""
     alone = not takes_gradient_ahead(s)  # then every target has a dv of its own
-    parts = [part for t, d in enumerate(s.d_streams) for part in _one_pass(s, d, alone or t == 0)]
+    parts = [part for t, d in enumerate(s.d_streams) for part in _one_pass(s, d, alone or t == 0, s.k, s.N)]
     return Op("losses + dv", tuple(parts))
 
 
 REDUCE_COLUMNS = 1024  # of one program
 
 
-def _reduced(s: Shape, d: int, per_entry: int, sources: int, written: float) -> Part:
+def _reduced(s: Shape, d: int, per_entry: int, sources: int, written: float, entries: int) -> Part:
     """Per list entry the rows of `sources` out of L2; per tile of columns the list, offsets and per_entry bytes."""
     block = min(max(next_power_of_2(d), 128), REDUCE_COLUMNS)
     rows = sources * s.B * d * s.e
-    lists = cdiv(d, block) * (s.M * per_entry + 4 * s.N)
-    used = Reuse(sources * s.M * d * s.e, rows, rows * min(1, block / d))
-    return Part("reduce", lists + written, used, flops=2 * sources * s.M * d)
+    lists = cdiv(d, block) * (entries * per_entry + 4 * s.N)
+    used = Reuse(sources * entries * d * s.e, rows, rows * min(1, block / d)) if entries else NO_REUSE
+    return Part("reduce", lists + written, used, flops=2 * sources * entries * d)
 
 
-def _finish(s: Shape, launches: int = 1) -> Part:
+def _finish(s: Shape) -> Part:
     """Looks at every 64th place whether a list was split there."""
-    return Part("finish", s.M, launches=launches)
+    return Part("finish", s.M)
 
 
 def _errors_reduced(s: Shape, d: int, width: int) -> list[Part]:
     """Per list entry the errors of S sources read out of L2, with their weights and scales; dW_dec written."""
     parts = []
     for columns in _pieces(d, width):
-        parts.append(_reduced(s, columns, 4 + 8 * s.S, s.S, s.N * columns * s.e))
+        parts.append(_reduced(s, columns, 4 + 8 * s.S, s.S, s.N * columns * s.e, s.M))
         parts.append(_finish(s))
     return parts
 
@@ -580,7 +596,8 @@ def reduce_errors(s: Shape) -> Op:
 
 
 def reduce_dec(s: Shape) -> Op:
-    """dW_dec by the route that the package takes: through H from four sources on."""
+    """dW_dec by the route that the package takes: through H from three sources on where places are many, from four on
+    everywhere."""
     parts = []
     for d in s.d_streams:
         spread, width = route(s, d)
@@ -597,7 +614,7 @@ def reduce_enc(s: Shape) -> Op:
     """Per list entry one row of x - b out of L2, its dv and the value that gates it; dW_enc and dc written."""
     parts = []
     for d in s.d_streams:
-        parts += [_reduced(s, d, 4 + 4 + 4, 1, s.N * (d + 1) * s.e), _finish(s)]
+        parts += [_reduced(s, d, 4 + 4 + 4, 1, s.N * (d + 1) * s.e, s.M), _finish(s)]
     return Op("dW_enc", tuple(parts))
 
 
@@ -643,56 +660,62 @@ def casts(s: Shape) -> Op:
 
 
 def auxk_select(s: Shape) -> Op:
-    """Per stream: the dead sorted first, `select` over their columns alone, then min(auxk, dead) encoder rows gathered
-    per row."""
-    found, chunks, parts = min(s.auxk, s.dead), _chunks(replace(s, k=s.auxk)), []
+    """The dead of all streams first; per stream `select` over their columns alone; then min(auxk, dead) encoder rows
+    gathered per row and stream."""
+    found, chunks, ids = min(s.auxk, s.dead), _chunks(replace(s, k=s.auxk)), 8 * s.B * s.auxk
+    parts = [Part("count dead", s.S * s.N), Part("dead first", s.S * s.N * (1 + 4))]
     for d in s.d_streams:
-        parts.append(_sort(s.N, 1))
-        parts.append(Part("dead first", s.N * (9 + 12 + 1), launches=3, library=True))
-        if s.dead == 0:  # programs look at the count and exit
-            parts.append(Part("nothing dead", launches=2 * chunks + 2))
+        if s.dead == 0:  # programs look at the count; the rows are filled with ids of the living
+            parts.append(Part("nothing dead", ids, launches=2 * chunks))
             continue
         written, _ = maxima_bytes(s, s.auxk, s.dead)
         padding = (1 + EPILOGUE / d) / TRITON_GEMM
         written += (chunks - 1) * s.dead * d * s.e
         main = _gemm(s, "GEMM + maxima", s.B, s.dead, d, s.kernel_unit, padding, written)
         parts += [replace(main, launches=chunks), replace(_selector(s, s.auxk, s.dead), launches=chunks)]
-        part, sums = _dots(s, d, s.auxk, found, s.dead)
-        parts += [part, Part("finish", sums + s.B * s.auxk * (8 + s.e + 4))]
-    return Op("AuxK select", tuple(parts))
+    parts.append(Part("stack", 2 * s.S * ids, library=True))
+    return Op("AuxK select", (*parts, *_values(s, s.auxk, found, s.dead)))
 
 
 def auxk(s: Shape) -> Op:
-    """AuxK of a step: selection and values; loss and, in the backward, gradients over min(auxk, dead) decoder rows; the
-    sums added in place to the latents that have entries; one more inverse index a stream; torch's passes over residuals
-    and lists."""
-    found, parts = min(s.auxk, s.dead), list(auxk_select(s).parts)
+    """AuxK of a step: selection and values; one inverse index for all streams; the loss, and its gradients where the
+    main loss makes its own, over min(auxk, dead) decoder rows; the sums added in place to the latents that have
+    entries; torch's passes over residuals and terms."""
+    found, S, SB, BD, e = min(s.auxk, s.dead), s.S, s.S * s.B, s.B * s.D, s.e
+    parts = [Part("dead", 9 * S * s.N, launches=S, library=True)]  # int64 counters against the threshold
+    parts += [*auxk_select(s).parts, *_lists(s, s.auxk, S)]
+    residuals = Part("residuals", (2 * BD + s.D) * e, launches=S, library=True)
+    norms = Part("target weights", BD * e + 8 * SB)
+    parts += [residuals, norms]
+    gradients = []
     for d in s.d_streams:
-        BA, BD, slabs = s.B * s.auxk, s.B * d, _cut(s, d, s.auxk)[1]
-        parts += inverse_index(replace(s, k=s.auxk)).parts
-        # ids that do not exist moved out of all lists; the gradient of the values taken out of the stack
-        parts.append(Part("lists of the dead", 16 * BA + 8 * BA, launches=4, library=True))
-        # the residual twice, its bias' gradient summed, rounded and added to the decoder's
-        parts.append(Part("residuals", 4 * BD * s.e + 4 * BD, launches=5 if s.e == 2 else 4, library=True))
+        one = replace(s, k=s.auxk, d_streams=(d,), auxk=0, dead=0)
+        slabs, entries = _cut(s, d, s.auxk)[1], s.B * found
+        parts.append(Part(
+            "loss", s.B * d * e + slabs * (12 * one.M + 4 * s.B), _gathered(s, d, s.auxk, found, s.dead),
+            flops=2 * entries * d, unit=s.gather_unit, padding=16,
+        ))  # fmt: skip
         if slabs > 1:
             parts.append(Part("sum of slabs", 4 * s.B * (slabs + 1), library=True))
-        parts.append(Part("target weights", BD * s.e + 8 * s.B))
-        if s.dead == 0:
-            parts.append(Part("nothing dead", launches=7))
-            continue
-        reuse, flops, sums = _gathered(s, d, found, s.dead), 2 * s.B * found * d, 4 * BA * slabs
-        padding = {"unit": s.gather_unit, "padding": 16}
-        parts.append(Part("loss", BD * s.e + 12 * BA * slabs, reuse, flops, **padding))
-        streamed = BD * (2 * s.e + 4) + 12 * BA * slabs + sums
-        parts += [Part("gradients", streamed, reuse, 2 * flops, **padding), Part("collect", sums + 4 * BA)]
-        touched = 2 * _distinct(s.dead, s.B * found) * d * s.e
-        for per_entry in (4 + 8, 4 + 8):  # dW_dec: value and scale; dW_enc: gradient and gate
-            rows = Reuse(s.B * found * d * s.e, BD * s.e, BD * s.e * min(1, REDUCE_COLUMNS / d))
-            parts += [Part("reduce", touched + per_entry * s.B * found + 4 * s.N, rows, flops), _finish(s)]
-    # norms of all residuals; their terms and metrics; the main pass keeps each target's own error
-    parts.append(Part("target weights", s.B * s.D * s.e + 8 * s.S * s.B))
-    parts.append(Part("terms and metrics", 24 * s.S * s.B, launches=12 if s.S > 1 else 11, library=True))
-    return Op("AuxK", tuple(parts))
+        gradients += _one_pass(one, d, True, found, s.dead)
+        touched = 2 * e * (_distinct(s.dead, entries) if entries else 0)  # read, and written
+        for columns in _pieces(d, route(one, d)[1]):  # dW_dec: value and scale of an entry
+            gradients += [_reduced(one, columns, 4 + 8, 1, touched * columns, entries), _finish(one)]
+        # dW_enc and dc: gradient and gate
+        gradients += [_reduced(one, d, 4 + 8, 1, touched * (d + 1), entries), _finish(one)]
+    # terms, mean, loss and weights; not contiguous: a column of the weights, the weights of AuxK where used at once
+    ahead = takes_gradient_ahead(s)
+    parts.append(Part("terms", 24 * SB, launches=12 + (1 + ahead if S > 1 else 0), library=True))
+    sums = 4 * BD + 4 * s.D
+    if ahead:  # a sum over the rows added to the decoder's, once more for each target
+        parts += [norms, Part("biases", sums + 12 * s.D, launches=2 * S, library=True)]
+    else:
+        parts += [residuals, replace(norms, launches=S), Part("scaled", 12 * S, launches=S, library=True)]
+        rounded = s.D * (4 + e) if e == 2 else 0
+        biases = sums + rounded + 3 * s.D * e
+        parts.append(Part("biases", biases, launches=S * (3 if e == 2 else 2), library=True))
+        parts.append(Part("values' gradients", 8 * SB * s.auxk, library=True))
+    return Op("AuxK", (*parts, *gradients))
 
 
 def auxk_dense(s: Shape) -> Op:

@@ -142,10 +142,21 @@ def test_h_route_by_hand():
     assert cost.decode_losses_and_gradients(s).l2 == 4 * per_target + 3 * 4 * 4 * 4
     assert cost.reduce_dec(s).l2 == 4 * (4 * 2 * 2 + 8 * 2 * 2 + 8 * 4 + 4)
     assert cost.reduce_dec(replace(s, dtype="float16")).l2 == cost.reduce_errors(s).l2  # fp16 keeps the errors
-    # 2 B k d through HBM against S B k d through L2: the H route pays at many sources, and only there
+    # 2 B k d through HBM against S B k d through L2: the H route pays at many sources
     wide = CASES["D"]
     both = [cost.reduce_dec(wide).seconds(H200), cost.reduce_errors(wide).seconds(H200)]
     assert both[0] < both[1] / 3
+
+
+@pytest.mark.parametrize("s", [*CASES.values(), replace(CASES["A"], B=1024), replace(CASES["A"], B=1023)], ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_routes_are_those_of_the_package(s, dtype, monkeypatch):
+    from sparc_kernels.decoder import _route
+
+    monkeypatch.setattr("sparc_kernels._launch.INTERPRETED", False)
+    s = replace(s, dtype=dtype)
+    for d in s.d_streams:
+        assert cost.route(s, d) == _route(s.S, s.M, s.B, s.k, d, getattr(torch, dtype), 90)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -185,8 +196,12 @@ def test_what_changes_the_step():
     s = CASES["B"]
     plain = cost.step(s)
     again = cost.decode_nmse(s)
-    for old_form in (replace(s, compiled=True), replace(s, dtype="float16")):  # the losses take a pass of their own
-        assert cost.step(old_form).l2 == pytest.approx(plain.l2 + again.l2, rel=5e-3)
+    # the losses take a pass of their own
+    assert cost.step(replace(s, compiled=True)).l2 == pytest.approx(plain.l2 + again.l2, rel=5e-3)
+    # in float16 too, which keeps to the errors; with two streams bf16 does as well
+    two = replace(s, d_streams=(1024, 768))
+    again = cost.step(two).l2 + cost.decode_nmse(two).l2
+    assert cost.step(replace(two, dtype="float16")).l2 == pytest.approx(again, rel=5e-3)
     assert cost.step(replace(s, autocast=True)).l2 == plain.l2 + cost.casts(s).l2
     # every chunk of rows reads W_enc: what a small scratch costs where a row of logits is long
     assert cost._chunks(CASES["E"]) == 17 and cost.select(CASES["E"]).l2 > 17 * 2**20 * 2688 * 2
@@ -194,8 +209,8 @@ def test_what_changes_the_step():
     assert all("library" in cost.select(c).name for c in joint) and "fused" in cost.select(CASES["D"]).name
     none_dead, some_dead = (cost.auxk(replace(s, auxk=64, dead=n)) for n in (0, 3277))
     assert none_dead.flops == 0 and some_dead.flops > 2 * s.B * 3277 * s.D
-    w_rows = sum(p.reuse.used for p in none_dead.parts)
-    assert w_rows == 0  # bar launches: nothing is gathered, selected or added
+    assert sum(p.reuse.used for p in none_dead.parts) == 0  # nothing is gathered, selected or added
+    assert none_dead.launches == some_dead.launches
     few = cost.auxk(replace(s, auxk=64, dead=5))
     assert few.l2 < some_dead.l2 / 4  # 5 columns of the 64 are gathered
 
@@ -289,6 +304,8 @@ TRACED = [
     Shape(4096, 32768, 64, (1024,)), Shape(4096, 32768, 64, (1024,) * 8),
     Shape(4096, 32768, 64, (1024, 768, 768), "float32"), Shape(4096, 32768, 64, (1024, 768, 768), "float16"),
     Shape(4096, 32768, 64, (1024, 768, 768), "float32", auxk=64, dead=3277),
+    Shape(4096, 32768, 64, (1024, 768, 768), "float16", auxk=64, dead=3277),  # AuxK's gradient in the backward
+    Shape(65536, 4096, 64, (4096,) * 3, auxk=64, dead=410),  # its errors in several pieces
     Shape(4096, 65536, 32, (5000,)),  # the library's GEMM
     Shape(65536, 32768, 64, (1024, 768, 768)),  # errors in several pieces
     Shape(65536, 32768, 512, (1024,) * 4),  # too many places for the H route
