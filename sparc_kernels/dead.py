@@ -42,7 +42,7 @@ def _count_fired_triton(counters, indices, values, threshold):
     _count_kernel[(cdiv(n, block),)](tuple(counters), fired, n, S=S, BLOCK=block, num_warps=4)
 
 
-def _count_fired_torch(counters, indices, values, threshold):
+def count_fired_torch(counters, indices, values, threshold):
     for s, counter in enumerate(counters):
         n, idx = counter.shape[0], indices if indices.dim() == 2 else indices[s]
         # one bucket more than there are latents takes everything that did not fire: no data-dependent shape
@@ -54,7 +54,7 @@ def _count_fired_torch(counters, indices, values, threshold):
 count_fired_ = register(
     "count_fired_",
     "(Tensor(a!)[] counters, Tensor indices, Tensor values, float threshold, str impl) -> ()",
-    torch_impl=_count_fired_torch,
+    torch_impl=count_fired_torch,
     triton_impl=_count_fired_triton,
     fake=lambda *args: None,
 )

@@ -11,7 +11,7 @@ from torch import nn
 from ._checks import check_bool, check_int, check_number, check_tensor, fail, require
 from ._launch import MAX_K, MAX_STREAMS
 from ._ops import IMPLS, autocast_enabled, resolve_impl
-from .dead import count_fired_, select_dead
+from .dead import count_fired_, count_fired_torch, select_dead
 from .decoder import AlignedLoss, Decode
 from .encode import (
     JointCast,
@@ -137,21 +137,28 @@ class AlignedSAE(nn.Module):
         A forward that runs inside a backward is activation checkpointing making an earlier one again: the counters have
         moved by then, and its dead latents are those of the first time.
         """
-        key = None
+        key, counting = None, self.training or self.count_in_eval
         if self.auxk and not torch.compiler.is_compiling():
             key = tuple((s, x.data_ptr(), *_version(x)[1:], x.shape[0]) for s, x in inputs.items())
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            if self.auxk and key not in self._dead_then:
-                raise RuntimeError(
-                    f"inputs: expected those of one of the last {_REMEMBERED} forwards when activation checkpointing "
-                    "runs one again, got others, whose dead latents are forgotten; run backward sooner or set auxk=None"
-                )
-            return self._dead_then[key] if self.auxk else None
+            if not self.auxk or key in self._dead_then:
+                return self._dead_then[key] if self.auxk else None
+            if not counting:  # a look at the model from a hook
+                return self.get_dead_neurons()
+            raise RuntimeError(
+                f"inputs: expected those of one of the last {_REMEMBERED} forwards when activation checkpointing runs "
+                "one again, got others, whose dead latents are not known; make inputs outside of what is checkpointed, "
+                "run backward sooner or set auxk=None"
+            )
         # local reads the counters for AuxK before it moves them, global after
         dead = self.get_dead_neurons() if self.topk_type == "local" else None
-        if self.training or self.count_in_eval:
+        if counting:
             counters = [getattr(self, f"stats_last_nonzero_{s}") for s in streams]
-            count_fired_(counters, indices, values, self.auxk_threshold, impl)
+            if self.topk_type == "local" and torch.compiler.is_compiling():
+                # not the operator: inductor (torch 2.13) lets it overtake the reading of the counters above
+                count_fired_torch(counters, indices, values, self.auxk_threshold)
+            else:
+                count_fired_(counters, indices, values, self.auxk_threshold, impl)
         if not self.auxk:
             return None
         dead = self.get_dead_neurons() if dead is None else dead

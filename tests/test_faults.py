@@ -2,13 +2,25 @@
 
 import copy
 import pickle
+import shutil
 
 import pytest
 import torch
 from common import assert_close, problem
 from conftest import CUDA, DEVICE, KERNEL_DTYPE
 
-from sparc_kernels import AlignedSAE, auxk_topk, decode, decode_nmse, encode_topk, inverse_index, reference, values_at
+from sparc_kernels import (
+    AlignedSAE,
+    auxk_topk,
+    decode,
+    decode_nmse,
+    decoder,
+    encode,
+    encode_topk,
+    inverse_index,
+    reference,
+    values_at,
+)
 from sparc_kernels._triton import tl, triton
 from sparc_kernels.encode import _take
 
@@ -241,3 +253,63 @@ def test_half_precision_is_selected_on_rounded_sums():
     zeros = torch.zeros(2, dtype=torch.bfloat16, device=DEVICE)
     indices, _ = encode_topk([x], [w], [zeros], [zeros], 1, impl="torch")
     assert indices.item() == reference.topk_indices((x.float() @ w.float().T).bfloat16(), 1).item() == 0
+
+
+def test_a_loss_without_gradients_takes_none(monkeypatch):
+    """Evaluation under no_grad allocated and computed every decoder's gradient: a Function sees requires_grad alone."""
+    m, x = model(auxk=4), batch()
+    want, _ = m.eval().compute_loss(m(x), x)
+    monkeypatch.setattr(decoder, "_decode_grads", lambda *args: pytest.fail("a gradient was taken"))
+    with torch.no_grad():
+        got, _ = m.compute_loss(m(x), x)
+    assert_close(got, want.detach())
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_wide_streams_compile(monkeypatch, autocast):
+    """Where weights may lie side by side, torch.compile met questions about storages that it cannot answer."""
+    monkeypatch.setattr(encode, "LIBRARY_WIDTH", 16)
+    torch.manual_seed(0)
+    m = AlignedSAE({"a": 8, "b": 8}, 20, 3, device=DEVICE)
+    x = {s: torch.randn(4, 8, device=DEVICE) for s in "ab"}
+
+    def step(m, x):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            return m.compute_loss(m(x), x)[0]
+
+    torch._dynamo.reset()
+    assert_close(torch.compile(step, fullgraph=True, backend="aot_eager")(m, x), step(m, x), 1e-2 if autocast else None)
+
+
+@pytest.mark.skipif(not (CUDA or shutil.which("g++")), reason="inductor needs a compiler")
+@pytest.mark.parametrize("topk_type", ["global", "local"])
+def test_inductor_reads_the_counters_in_order(topk_type):
+    """It let the operator that moves them overtake the reading that local AuxK does before."""
+    m = model(auxk=4, topk_type=topk_type, dead_steps_threshold=1, dtype=torch.float32)
+    for counter in m.buffers():
+        counter.copy_(torch.arange(20) % 3)
+    plain, x = copy.deepcopy(m), batch(dtype=torch.float32)
+    torch._dynamo.reset()
+    _, got = torch.compile(lambda x: m.compute_loss(m(x), x))(x)
+    _, want = plain.compute_loss(plain(x), x)
+    assert_close(got["avg_auxk_loss"], want["avg_auxk_loss"])
+    assert all(torch.equal(a, b) for a, b in zip(m.buffers(), plain.buffers(), strict=True))
+
+
+def test_a_look_at_the_model_during_backward():
+    """It was taken for activation checkpointing and refused; inputs made inside the checkpoint are, with the reason."""
+    m, x = model(auxk=4), batch()
+    loss, _ = m.compute_loss(m(x), x)
+    seen = []
+    look = m.eval().encoders["a"].weight.register_hook(lambda g: seen.append(m(batch(2))["recon_a"].shape))
+    loss.backward()
+    look.remove()
+    assert seen == [(2, 6)]
+    m.train()
+    y = torch.utils.checkpoint.checkpoint(lambda x: m(x)["recon_a"].sum(), x, use_reentrant=False)
+    other = torch.utils.checkpoint.checkpoint(
+        lambda x: m({s: 2 * t for s, t in x.items()})["recon_a"].sum(), x, use_reentrant=False
+    )
+    y.backward()
+    with pytest.raises(RuntimeError, match="make inputs outside of what is checkpointed"):
+        other.backward()
