@@ -249,7 +249,7 @@ def _specialise(arg, path, constants, divisible, small):
         small.append(path)
     names = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64", "bool": "i1"}
     name = str(arg.dtype).removeprefix("torch.")
-    return "*" + names.get(name, name.replace("int", "i"))
+    return "*" + names.get(name, name.replace("uint", "u").replace("int", "i"))
 
 
 @contextmanager
