@@ -470,8 +470,10 @@ class AlignedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss, *_):
-        values, aux_values, weights, aux_weights, indices, *rest = ctx.saved_tensors
         (T, n, n_kept), impl = ctx.sizes, ctx.impl
+        if dloss is None:  # nothing came from above
+            return (None,) * (8 + n)
+        values, aux_values, weights, aux_weights, indices, *rest = ctx.saved_tensors
         t = _LossTensors(rest[:n], T, aux_values is not None)
         errors, made = rest[n : n + n_kept], rest[n + n_kept :]
         need_v, need_aux = ctx.needs_input_grad[:2]

@@ -69,7 +69,7 @@ def _inverse_index_torch(indices, groups, n_latents, count):
 def _keys_kernel(idx_ptr, count_ptr, key_ptr, M, K, N, stride_c, groups, BLOCK: tl.constexpr):
     """Keys that keep the groups apart; what is in no list comes last in its group."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < groups * M.to(tl.int64)
+    mask = offs < groups * M
     group = offs // M
     ids = tl.load(idx_ptr + offs, mask=mask, other=0)
     exists = (ids >= 0) & (ids < N)
@@ -85,7 +85,7 @@ def _lists_kernel(
 ):
     """The sorted places and ids of each group, and by bisection where each latent's list begins."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < groups * M.to(tl.int64)
+    mask = offs < groups * M
     group = offs // M  # sorting moves nothing from one group to another
     tl.store(order_ptr + offs, (tl.load(place_ptr + offs, mask=mask, other=0) - group * M).to(tl.int32), mask=mask)
     key = tl.load(key_ptr + offs, mask=mask, other=0).to(tl.int64)

@@ -313,3 +313,21 @@ def test_a_look_at_the_model_during_backward():
     y.backward()
     with pytest.raises(RuntimeError, match="make inputs outside of what is checkpointed"):
         other.backward()
+
+
+class Cut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def test_a_loss_that_gets_no_gradient():
+    """A Function above may return None: the loss looked for a device on it."""
+    m, x = model(auxk=4), batch()
+    out = m(x)
+    (Cut.apply(m.compute_loss(out, x)[0]) + out["values_a"].sum()).backward()
+    assert m.encoders["a"].weight.grad is not None and m.decoders["a"].weight.grad is None
