@@ -347,7 +347,8 @@ c[s, p] = coef[s, p] * scale[s, p // k], and 0 where gate[s, p] <= 0 or the scal
 Args:
     out: [N, d].  sums: [N], or None.  Each may have any floating dtype.
     order, offsets, ids: an InverseIndex over rows * k places.
-    coef, gate: [S, rows, k] or [S, rows * k]; no gate when None. An entry of weight 0 skips its row, whatever is there.
+    coef, gate: [S, rows, k] or [S, rows * k]; no gate when None. An entry of weight 0 skips its row
+        (the torch path multiplies it: keep such rows finite there).
     scale: [S, rows], or None.
     mat: [S, rows, d].
     k: places per row.

@@ -107,7 +107,7 @@ class AlignedSAE(nn.Module):
 
         Returns: AlignedOutputs, a read-only mapping with every official key; dense tensors are made when read.
 
-        Activation checkpointing around forward and loss moves the counters once.
+        Activation checkpointing around forward and loss moves the counters once (docs/integration.md).
         """
         streams = self._check_inputs(inputs)
         w_encs, pre_biases, latent_biases = self._encoders(streams)
