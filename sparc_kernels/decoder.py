@@ -6,6 +6,8 @@ gradient of the values and what the weights' gradient needs. Nothing of size [S,
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -85,11 +87,15 @@ def _decode_grads_triton(
     if spread:
         positions = torch.arange(M, device=device, dtype=torch.int32)
         place = torch.empty_like(order).scatter_(0, order.long(), positions)
+    if dw is not None:
+        pool = w.new_empty((M if spread else S * B) * width)
     for c0 in range(0, d, width):
         cols = slice(c0, min(c0 + width, d))
         part = w[:, cols]
-        shape = (M, part.shape[1]) if spread else (S, B, part.shape[1])
-        scratch = w.new_empty(shape) if dw is not None else None
+        scratch = None
+        if dw is not None:
+            shape = (M, part.shape[1]) if spread else (S, B, part.shape[1])
+            scratch = pool[: math.prod(shape)].view(shape)
         sq_part, dot_part = launch_gather(
             indices, values, part, None if bias is None else bias[cols], x[:, cols], count=count, coef=coef,
             place=place, e=None if spread else scratch, h=scratch if spread else None,
