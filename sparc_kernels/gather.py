@@ -57,8 +57,8 @@ def _gather_kernel(
     mask_s = offs_s < S
     mask_in = mask_k
     if count_ptr is not None:
-        mask_in = offs_k < tl.minimum(tl.load(count_ptr), K)
-    rows = tl.load(idx_ptr + b * K + offs_k, mask=mask_in, other=0).to(tl.int64)
+        mask_in = mask_k & (offs_k < tl.load(count_ptr))
+    rows = tl.load(idx_ptr + b * K + offs_k, mask=mask_k, other=0).to(tl.int64)
     inside = (rows >= 0) & (rows < N)  # anything else reads nothing and poisons the result
     mask_w = mask_in & inside
     poison = tl.where(mask_in & (inside == 0), float("nan"), 0.0).to(ACC)
