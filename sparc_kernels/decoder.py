@@ -1,4 +1,4 @@
-"""Decoder: reconstructions across streams, and their normalised errors without ever keeping one.
+"""Decoder: reconstructions across streams, and their normalised errors and gradients without ever keeping one.
 
 For a target t every source uses the same gathered rows of W_dec_t, so one pass serves all of them: errors, losses, the
 gradient of the values and what the weights' gradient needs. Nothing of size [S, S, B, d] outlives a call.
@@ -24,7 +24,7 @@ from ._launch import (
     gather_chunk,
     next_power_of_2,
 )
-from ._ops import acc_dtype, may_look, register, resolve_impl
+from ._ops import acc_dtype, register, resolve_impl
 from ._triton import INTERPRETED, tl, tl_dtype, triton
 from .gather import KEEP_NONE, gather_dot, gather_dot_torch, gather_error, gather_sum, gather_sum_torch, launch_gather
 from .latent_grads import (
@@ -73,6 +73,14 @@ def _collect_kernel(
     tl.store(sq_ptr + row, sq)
 
 
+@triton.jit
+def _places_kernel(order_ptr, place_ptr, M, BLOCK: tl.constexpr):
+    """Where in the lists each place stands."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.load(order_ptr + offs, mask=offs < M, other=0)
+    tl.store(place_ptr + place, offs.to(tl.int32), mask=offs < M)
+
+
 def _decode_grads_triton(
     indices, values, w, bias, x, coef, order, offsets, ids, count, keep, dvalues, add_dvalues, dw, add_dw
 ):  # fmt: skip
@@ -85,8 +93,8 @@ def _decode_grads_triton(
     spread, width = _route(S, M, B, k, d, w.dtype, capability(device)) if dw is not None else (False, d)
     place = None
     if spread:
-        positions = torch.arange(M, device=device, dtype=torch.int32)
-        place = torch.empty_like(order).scatter_(0, order.long(), positions)
+        place = torch.empty_like(order)
+        _places_kernel[(cdiv(M, 1024),)](order, place, M, BLOCK=1024, num_warps=4)
     if dw is not None:
         pool = w.new_empty((M if spread else S * B) * width)
     for c0 in range(0, d, width):
@@ -248,42 +256,7 @@ NaN; in the accumulator dtype.
 """
 
 
-@triton.jit
-def _scale_kernel(x_ptrs, sizes, factor_ptr, T: tl.constexpr, BLOCK: tl.constexpr):
-    factor = tl.load(factor_ptr)
-    if factor != 1.0:  # the usual backward() costs no pass over the gradients
-        first = tl.program_id(0).to(tl.int64) * BLOCK
-        step = tl.num_programs(0).to(tl.int64) * BLOCK
-        for t in tl.static_range(T):
-            for start in range(first, sizes[t], step):
-                offs = start + tl.arange(0, BLOCK)
-                x = tl.load(x_ptrs[t] + offs, mask=offs < sizes[t], other=0.0)
-                tl.store(x_ptrs[t] + offs, (x * factor).to(x_ptrs[t].dtype.element_ty), mask=offs < sizes[t])
-
-
-def _scale_triton(xs, factor):
-    block, sizes = 4096, tuple(x.numel() for x in xs)
-    # enough programs to fill a GPU: most steps they only look at the factor
-    _scale_kernel[(min(cdiv(max(sizes), block), 2048),)](tuple(xs), sizes, factor, T=len(xs), BLOCK=block, num_warps=8)
-
-
-def _scale_torch(xs, factor):
-    if not may_look(factor) or factor != 1:
-        for x in xs:
-            x.mul_(factor.to(x.dtype))
-
-
-scale_ = register(
-    "scale_",
-    "(Tensor(a!)[] xs, Tensor factor, str impl) -> ()",
-    torch_impl=_scale_torch,
-    triton_impl=_scale_triton,
-    fake=lambda xs, factor: None,
-)
-scale_.__doc__ = """Multiply contiguous tensors by a number that stays on the device, in place; 1 costs nothing."""
-
-
-def _decode_grads(indices, values, rows, pre_bias, x, coef, inverse, count, keep, dvalues, add_dv, dw, add_dw, impl):
+def grads_of_target(indices, values, rows, pre_bias, x, coef, inverse, count, keep, dvalues, add_dv, dw, add_dw, impl):
     """`decode_grads` for indices [B, k], or [S, B, k]; `inverse` [1 or S, ...], or parts of None."""
     if inverse[0] is None:
         groups = 1 if indices.dim() == 2 else len(indices)
@@ -302,7 +275,7 @@ def _decode_grads(indices, values, rows, pre_bias, x, coef, inverse, count, keep
     return torch.cat(sq), torch.stack(g).sum(0), error[max(keep, 0)]
 
 
-def _grads_of_errors(values, w_dec, pre_bias, x, indices, inverse, count, dnmse, needs, impl, into=None):
+def grads_of_errors(values, w_dec, pre_bias, x, indices, inverse, count, dnmse, needs, impl, into=None):
     """Gradients of sum_s dnmse[s] NMSE(R[s], x): dvalues [S, B, k], dw [d, N], d pre_bias, dx; None if not needed.
 
     `into` [N, d] is a gradient to add dw to.
@@ -314,7 +287,7 @@ def _grads_of_errors(values, w_dec, pre_bias, x, indices, inverse, count, dnmse,
     dw = into
     if need_w and into is None:
         dw = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    sq, g, _ = _decode_grads(
+    sq, g, _ = grads_of_target(
         indices, values, rows, pre_bias, x, coef, inverse, count, KEEP_NONE, dvalues, False, dw, into is not None, impl
     )
     dx = None
@@ -329,7 +302,7 @@ def _grads_of_errors(values, w_dec, pre_bias, x, indices, inverse, count, dnmse,
     )
 
 
-def _errors(indices, values, rows, pre_bias, x, keep, count, impl):
+def errors_of(indices, values, rows, pre_bias, x, keep, count, impl):
     """|E|^2 [S, B] and E [B, d] of source `keep`, for indices [B, k] or [S, B, k]."""
     if indices.dim() == 2:
         return gather_error(indices, values, rows, pre_bias, x, keep, count, impl)
@@ -377,7 +350,7 @@ class DecodeNMSE(torch.autograd.Function):
     def forward(ctx, values, w_dec, pre_bias, x, indices, order, offsets, ids, impl):
         ctx.save_for_backward(values, w_dec, pre_bias, x, indices, order, offsets, ids)
         ctx.impl = impl
-        sq, _ = _errors(indices, values, w_dec.t(), pre_bias, x, KEEP_NONE, None, impl)
+        sq, _ = errors_of(indices, values, w_dec.t(), pre_bias, x, KEEP_NONE, None, impl)
         norm, _ = target_weights([x], values.new_zeros(1, 1), impl)
         return (sq / norm).mean(1)
 
@@ -388,147 +361,10 @@ class DecodeNMSE(torch.autograd.Function):
         # lists that the caller has are those of shared indices
         given = indices.dim() == 2 and inverse[0] is not None
         inverse = [part[None] for part in inverse] if given else NO_INVERSE
-        grads = _grads_of_errors(
+        grads = grads_of_errors(
             values, w_dec, pre_bias, x, indices, inverse, None, dnmse, ctx.needs_input_grad[:4], ctx.impl
         )
         return (*grads, None, None, None, None, None)
-
-
-class AlignedLoss(torch.autograd.Function):
-    """The loss over all targets: sum_ts weights[t, s] NMSE(R[t, s], x_t), and auxk_coef times the mean of AuxK's terms,
-    which is left out when it is not > 0 (so also when it is NaN).
-
-    The weights are known, so the gradient is taken in the forward, in the one pass over the gathered rows that makes
-    the errors; the backward only scales it. Not done where it would not pay or not be exact: without gradients, where a
-    target has one itself, under torch.compile (whose graphs cannot use a buffer up), and in float16, where a gradient
-    has to be scaled before it is rounded. Then the backward makes the errors again. `ahead` False forbids it: inside,
-    nothing tells whether gradients are wanted.
-
-    Takes values [S, B, k], AuxK's values [T, B, auxk] or None, and flat: the InverseIndex [1 or S, ...] of `indices`
-    (parts of None when nobody needs it); with AuxK its indices [T, B, auxk], their count [T] and their InverseIndex;
-    then w_decs, pre_biases and xs of the T targets.
-
-    Returns: the loss; without gradient the NMSE of each pair [T, S], AuxK's NMSE [T] and its mean as it counts (None
-    without AuxK).
-    """
-
-    @staticmethod
-    def forward(ctx, values, aux_values, weights, auxk_coef, ahead, impl, indices, T, *tensors):
-        ctx.set_materialize_grads(False)
-        t = _LossTensors(tensors, T, aux_values is not None)
-        needs = ctx.needs_input_grad[8 + len(tensors) - 3 * T :]
-        need_w, need_x = needs[:T], needs[2 * T :]
-        ahead = ahead and (ctx.needs_input_grad[0] or any(need_w)) and not any(need_x)
-        ahead = ahead and t.w_decs[0].dtype != torch.float16 and not torch.compiler.is_compiling()
-        norm, coef = target_weights(t.xs, weights, impl)
-        sq, errors, dws, gs = [], [], [None] * T, []
-        dvalues = torch.empty_like(values, memory_format=torch.contiguous_format) if ahead else None
-        for i in range(T):
-            rows, keep = t.w_decs[i].t(), KEEP_NONE if aux_values is None else i
-            if ahead:
-                if need_w[i]:
-                    dws[i] = torch.empty_like(rows, memory_format=torch.contiguous_format)
-                part, g, error = _decode_grads(
-                    indices, values, rows, t.pre_biases[i], t.xs[i], coef[i], t.inverse, None, keep, dvalues, i > 0,
-                    dws[i], False, impl,
-                )  # fmt: skip
-                gs.append(g.sum(0))
-            else:
-                part, error = _errors(indices, values, rows, t.pre_biases[i], t.xs[i], keep, None, impl)
-            sq.append(part)
-            errors.append(error)
-        nmse = (torch.stack(sq) / norm[:, None]).mean(2)
-        loss = torch.where(weights != 0, weights * nmse, 0.0).sum()
-        aux = avg_aux = aux_weights = daux = None
-        if aux_values is not None:
-            residuals = [_residual(b, e) for b, e in zip(t.pre_biases, errors, strict=True)]
-            norm, _ = target_weights(residuals, weights[:, :1], impl)
-            sq = [
-                gather_error(
-                    t.aux_indices[i], aux_values[i : i + 1], t.w_decs[i].t(), t.pre_biases[i], residuals[i], KEEP_NONE,
-                    t.aux_count[i], impl,
-                )[0]
-                for i in range(T)
-            ]  # fmt: skip
-            aux = (torch.cat(sq) / norm).mean(1)
-            avg_aux = aux.mean()
-            avg_aux = torch.where(avg_aux > 0, avg_aux, 0.0)
-            loss = loss + auxk_coef * avg_aux
-            aux_weights = ((avg_aux > 0).to(weights.dtype) * (auxk_coef / T)).expand(T, 1)
-            if ahead:
-                daux = torch.empty_like(aux_values, memory_format=torch.contiguous_format)
-                _, coef = target_weights(residuals, aux_weights, impl)
-                for i in range(T):
-                    one = slice(i, i + 1)
-                    _, g, _ = decode_grads(
-                        t.aux_indices[i], aux_values[one], t.w_decs[i].t(), t.pre_biases[i], residuals[i], coef[i],
-                        *lists_of(t.aux_inverse, i), t.aux_count[i], KEEP_NONE, daux[one], False, dws[i], True, impl,
-                    )  # fmt: skip
-                    gs[i] += g.sum(0)
-            ctx.mark_non_differentiable(aux, avg_aux)
-        ctx.mark_non_differentiable(nmse)
-        kept = [] if aux_values is None else errors
-        made = (dvalues, daux, *dws, *gs) if ahead else ()
-        ctx.save_for_backward(values, aux_values, weights, aux_weights, indices, *tensors, *kept, *made)
-        ctx.ahead, ctx.impl, ctx.sizes = ahead, impl, (T, len(tensors), len(kept))
-        return loss, nmse, aux, avg_aux
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dloss, *_):
-        (T, n, n_kept), impl = ctx.sizes, ctx.impl
-        if dloss is None:  # nothing came from above
-            return (None,) * (8 + n)
-        values, aux_values, weights, aux_weights, indices, *rest = ctx.saved_tensors
-        t = _LossTensors(rest[:n], T, aux_values is not None)
-        errors, made = rest[n : n + n_kept], rest[n + n_kept :]
-        need_v, need_aux = ctx.needs_input_grad[:2]
-        needs = ctx.needs_input_grad[8 + n - 3 * T :]
-        daux, dws, dbs, dxs = None, [None] * T, [None] * T, [None] * T
-        if ctx.ahead:
-            ctx.ahead = False  # the buffers are given away: a second backward makes its own
-            made = [None if m is None else m.data for m in made]  # and need not mind that they change in place
-            scale_([m for m in made if m is not None], dloss, impl)
-            dvalues, daux, *made = made
-            dws = [None if dw is None else dw.t() for dw in made[:T]]
-            dbs = [made[T + i].to(t.pre_biases[i].dtype) if needs[T + i] else None for i in range(T)]
-        else:
-            dvalues, dauxs = None, []
-            for i in range(T):
-                wanted = needs[i : 3 * T : T]
-                dv, dws[i], dbs[i], dxs[i] = _grads_of_errors(
-                    values, t.w_decs[i], t.pre_biases[i], t.xs[i], indices, t.inverse, None, weights[i] * dloss,
-                    (need_v, *wanted), impl,
-                )  # fmt: skip
-                dvalues = dv if dvalues is None else dvalues + dv
-                if aux_values is not None:
-                    residual, into = _residual(t.pre_biases[i], errors[i]), None if dws[i] is None else dws[i].t()
-                    dv, dws[i], db, dx = _grads_of_errors(
-                        aux_values[i : i + 1], t.w_decs[i], t.pre_biases[i], residual, t.aux_indices[i],
-                        [part[i : i + 1] for part in t.aux_inverse], t.aux_count[i], aux_weights[i] * dloss,
-                        (need_aux, *wanted), impl, into=into,
-                    )  # fmt: skip
-                    dauxs.append(dv)
-                    dbs[i] = None if db is None else dbs[i] + db
-                    dxs[i] = None if dx is None else dxs[i] + dx  # x stands in the residual as it is
-            daux = torch.cat(dauxs) if need_aux else None
-        return dvalues if need_v else None, daux, *[None] * (6 + n - 3 * T), *dws, *dbs, *dxs
-
-
-class _LossTensors:
-    """The flat tensors of an AlignedLoss by name."""
-
-    def __init__(self, tensors, T, with_aux):
-        self.inverse = tensors[:3]
-        n = len(tensors)
-        self.w_decs, self.pre_biases, self.xs = (tensors[i : i + T] for i in range(n - 3 * T, n, T))
-        if with_aux:
-            self.aux_indices, self.aux_count, *self.aux_inverse = tensors[3:8]
-
-
-def _residual(pre_bias, error):
-    """AuxK's target x - R + b, held constant: the bias less the error of the target's own reconstruction."""
-    return pre_bias - error.to(pre_bias.dtype)
 
 
 def _check(indices, values, w_decs, pre_biases, pairs, inverse):

@@ -12,7 +12,7 @@ from ._checks import check_bool, check_int, check_number, check_tensor, fail, re
 from ._launch import MAX_K, MAX_STREAMS
 from ._ops import IMPLS, autocast_enabled, resolve_impl
 from .dead import count_fired_, count_fired_torch, select_dead
-from .decoder import AlignedLoss, Decode
+from .decoder import Decode
 from .encode import (
     JointCast,
     Selection,
@@ -23,6 +23,7 @@ from .encode import (
     wants_joint,
 )
 from .latent_grads import NO_INVERSE
+from .loss import AlignedLoss, Terms
 
 
 class AlignedSAE(nn.Module):
@@ -217,28 +218,21 @@ class AlignedSAE(nn.Module):
         weights = values.new_full((S, S), cross_loss_coef / (S * (S - 1)) if with_cross else 0.0)
         weights.fill_diagonal_(1 / S)
         decoders = [self._decoder(s) for s in streams]
-        total, errors, aux, avg_aux = outputs._loss(weights, auxk_coef, decoders, inputs)
+        total, terms, aux = outputs._loss(weights, auxk_coef, decoders, inputs)
 
-        self_terms = errors.diagonal()
-        metrics = {f"mse_loss_{s}": v for s, v in zip(streams, self_terms.unbind(), strict=True)}
-        metrics["avg_mse_loss"] = self_terms.mean()
-        k = total.new_full((), float(self.k))
-        sparsity = values.detach().sum((1, 2)) / (values.shape[1] * (self.k + 1e-8))
-        metrics.update({f"num_active_neurons_{s}": k for s in streams})
-        metrics.update({f"l1_sparsity_{s}": v for s, v in zip(streams, sparsity.unbind(), strict=True)})
-        metrics["avg_num_active_neurons"] = k
-        metrics["avg_l1_sparsity"] = sparsity.mean()
+        terms = Terms(terms, S)
+        metrics = {f"mse_loss_{s}": terms.nmse[i][i] for i, s in enumerate(streams)}
+        metrics["avg_mse_loss"] = terms.avg_self
+        metrics.update({f"num_active_neurons_{s}": terms.k for s in streams})
+        metrics.update({f"l1_sparsity_{s}": v for s, v in zip(streams, terms.l1, strict=True)})
+        metrics.update(avg_num_active_neurons=terms.k, avg_l1_sparsity=terms.avg_l1)
         if self.auxk:
-            metrics.update({f"auxk_loss_{s}": v for s, v in zip(streams, aux.unbind(), strict=True)})
-            metrics["avg_auxk_loss"], metrics["avg_auxk_loss_scaled"] = avg_aux, avg_aux * auxk_coef
-        for t, row in zip(streams, errors.unbind(), strict=True):
-            metrics.update(
-                {f"cross_loss_{t}_from_{s}": v for s, v in zip(streams, row.unbind(), strict=True) if s != t}
-            )
+            metrics["avg_auxk_loss"], metrics["avg_auxk_loss_scaled"], *own = aux.unbind()
+            metrics.update({f"auxk_loss_{s}": v for s, v in zip(streams, own, strict=True)})
+        for t, row in zip(streams, terms.nmse, strict=True):
+            metrics.update({f"cross_loss_{t}_from_{s}": v for s, v in zip(streams, row, strict=True) if s != t})
         if with_cross:
-            # off the diagonal: all but the first of S + 1 columns
-            avg_cross = errors.flatten()[1:].view(S - 1, S + 1)[:, :-1].mean()
-            metrics["avg_cross_loss"], metrics["avg_cross_loss_scaled"] = avg_cross, avg_cross * cross_loss_coef
+            metrics.update(avg_cross_loss=terms.avg_cross, avg_cross_loss_scaled=terms.avg_cross_scaled)
         metrics["total_loss"] = total
         return total, {name: value.detach() for name, value in metrics.items()}
 
@@ -518,7 +512,7 @@ class AlignedOutputs(Mapping):
         return self._dense(self._make_aux(s, 0), self._make_aux(s, 1), s)
 
     def _loss(self, weights, auxk_coef, decoders, inputs):
-        """AlignedLoss of all streams: the loss, the NMSE of every pair [S, S], AuxK's terms [S] and mean, or None."""
+        """AlignedLoss of all streams: the loss, the `Terms` of it, and those of AuxK or None."""
         w_decs, pre_biases = zip(*decoders, strict=True)
         impl = resolve_impl(self._model.impl, w_decs[0])
         aux = self._aux or ()

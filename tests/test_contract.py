@@ -225,6 +225,9 @@ def ops_and_arguments(impl):
             (indices, p.xs[:1], p.w_encs[:1], p.latent_biases[:1], count[None], impl),
         ),
         "count_fired_": (ops.count_fired_, ([torch.arange(70, device=DEVICE)] * 1, indices, values[:1], 0.5, impl)),
+        "loss_terms": (ops.loss_terms, ([coef] * 3, coef + 1, torch.rand_like(coef[:, :3]), values, impl)),
+        "add_auxk": (ops.add_auxk, ([coef[:1]] * 3, coef + 1, sums[0], 0.1, impl)),
+        "column_sums": (ops.column_sums, (p.xs, p.xs, p.pre_biases, impl)),
         "scale_": (ops.scale_, ([out, sums], torch.full_like(sums[0], 3.0), impl)),
     }
 

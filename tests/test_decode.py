@@ -190,14 +190,3 @@ def test_the_route_keeps_its_scratch_within_the_limit():
         assert width * (B * k if spread else S * B) * 2 <= 2 * SCRATCH_BYTES and (width % 128 == 0 or width == d)
         assert spread == (B * k * 128 * 2 <= 2 * SCRATCH_BYTES)
     assert not _route(8, 8192 * 100, 8192, 100, 2304, torch.float16)[0]  # float16 would lose the coefficients
-
-
-def test_scaling_by_one_writes_nothing_and_by_anything_else_does(impl):
-    from sparc_kernels.decoder import scale_
-
-    x = torch.randn(70, 3, device=DEVICE)
-    for factor in (1.0, 0.25, 0.0, float("nan")):
-        got, other = x.clone(), x[:5].bfloat16()
-        scale_([got, other], torch.tensor(factor, device=DEVICE), impl)
-        assert torch.equal(got.nan_to_num(7.0), (x * factor).nan_to_num(7.0))
-        assert_close(other.float().nan_to_num(7.0), (x[:5].bfloat16() * factor).float().nan_to_num(7.0), 1e-2)

@@ -16,8 +16,8 @@ from sparc_kernels import _verify_checks as checks
 from sparc_kernels import cli, verify
 from sparc_kernels._triton import INTERPRETED
 
-NAMES = ("encode", "decoder", "dead", "module")
-encode, decoder, dead, module = (import_module(f"sparc_kernels.{name}") for name in NAMES)
+NAMES = ("encode", "decoder", "loss", "dead", "module")
+encode, decoder, loss, dead, module = (import_module(f"sparc_kernels.{name}") for name in NAMES)
 
 
 def command(*words: str) -> subprocess.CompletedProcess:
@@ -329,7 +329,8 @@ def norm_with_epsilon(patch):
         norm, coef = sound(*args)
         return norm + 1e-2, coef
 
-    patch(decoder, "target_weights", target_weights)
+    for where in (decoder, loss):
+        patch(where, "target_weights", target_weights)
 
 
 def dead_mask_ignored(patch):
