@@ -1,0 +1,183 @@
+"""`sparc-kernels train`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from .checkpoint import read_json
+from .loader import SHUFFLES
+from .runlog import LOGGERS
+from .train import MANIFEST, Interrupted, Trainer, TrainingStopped
+from .train_config import DECAYS, PRECISIONS, TrainConfig
+
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def memory_size(text: str) -> int:
+    """Bytes from "500M", "4GiB", "1e9"; K, M, G and T are powers of 1024."""
+    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?) *([kmgt]?)(i?b)?", text.strip().lower())
+    try:
+        return int(float(found[1]) * _UNITS[found[2]])
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"expected a size such as 500M or 4GiB, got {text!r}") from None
+
+
+def stream_file(text: str) -> tuple[str, Path]:
+    """NAME=FILE."""
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"expected NAME=FILE, got {text!r}")
+    return name, Path(path)
+
+
+class _Streams(argparse.Action):
+    """Collects NAME=FILE options into a dict, and refuses a name given twice."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        streams = dict(getattr(namespace, self.dest) or {})
+        name, path = value
+        if name in streams:
+            parser.error(f"{option_string}: expected every stream once, got {name!r} twice")
+        setattr(namespace, self.dest, {**streams, name: path})
+
+
+def add_stream_argument(parser, flag: str, text: str, required: bool = False) -> None:
+    """A repeatable NAME=FILE option; `parser` may be a group."""
+    parser.add_argument(flag, action=_Streams, type=stream_file, metavar="NAME=FILE", required=required, help=text)
+
+
+_OPTIONS = {  # flag -> help, choices; type and default are TrainConfig's
+    "n_latents": "latents",
+    "k": "active latents of a row",
+    "auxk": "dead latents in the auxiliary loss, 0 without",
+    "topk_type": "one selection for all streams, or one each",
+    "auxk_threshold": "a value above it counts as fired",
+    "dead_steps_threshold": "steps without firing after which a latent is dead",
+    "auxk_coef": "weight of the auxiliary loss",
+    "cross_coef": "weight of the cross-reconstruction loss",
+    "batch_size": "rows of a batch",
+    "epochs": "passes over the data",
+    "max_steps": "stop after so many batches, 0: no limit",
+    "lr": "learning rate of Adam",
+    "warmup": "steps in which the learning rate rises",
+    "decay": "how it falls to 0 afterwards",
+    "weight_decay": "decoupled, as AdamW",
+    "max_grad_norm": "clip the gradient's norm, 0: never",
+    "unit_norm": "normalise decoder columns before or after the update",
+    "reinit_every": "steps between re-initialisations of dead latents, 0: never",
+    "seed": "of weights, order and re-initialisation",
+    "shuffle": "blocks and rows; the official sampler; in order",
+    "drop_last": "leave out the smaller last batch of an epoch",
+    "memory": "for shuffled rows; features may be larger",
+    "normalize": "divide rows by their norm",
+    "val_fraction": "part of the rows to validate on",
+    "precision": "of products and parameters",
+    "max_skipped": "stop after so many batches without a finite loss",
+}
+_CHOICES = {
+    "topk_type": ("global", "local"),
+    "decay": DECAYS,
+    "unit_norm": ("before", "after"),
+    "shuffle": SHUFFLES,
+    "precision": PRECISIONS,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_stream_argument(parser, "--stream", "features of one stream: .h5, .safetensors or .npy; once for each stream")
+    add_stream_argument(parser, "--val-stream", "features of other samples, to validate on after every epoch")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out; settings and "
+                        "streams that are not given are those of the run")  # fmt: skip
+    parser.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS", help="0: only at the end (1000)")
+    parser.add_argument("--keep", type=int, default=2, metavar="N", help="newest checkpoints that stay (2)")
+    parser.add_argument("--log-every", type=int, default=50, metavar="STEPS", help="between rows of log.csv (50)")
+    parser.add_argument("--log", action="append", choices=LOGGERS, default=[], help="report there too")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (auto)")
+    parser.add_argument("--no-graph", dest="graph", action="store_false", help="on CUDA: no CUDA graph")
+    parser.add_argument("--quick-check", action="store_true", help="look for NaN and infinity in a sample of the rows")
+    parser.add_argument("--export-official", action="store_true", help="write msae_checkpoint.pth too")
+    parser.add_argument("--quiet", action="store_true", help="say nothing")
+    settings = parser.add_argument_group("settings, with the official defaults")
+    for field in fields(TrainConfig):
+        flag, text = "--" + field.name.replace("_", "-"), f"{_OPTIONS[field.name]} ({field.default})"
+        if isinstance(field.default, bool):
+            action = argparse.BooleanOptionalAction
+            settings.add_argument(flag, action=action, default=argparse.SUPPRESS, help=text)
+            continue
+        kind = memory_size if field.name == "memory" else type(field.default)
+        choices = _CHOICES.get(field.name)
+        metavar = None if choices else ("SIZE" if kind is memory_size else kind.__name__.upper())
+        settings.add_argument(
+            flag, type=kind, default=argparse.SUPPRESS, choices=choices, metavar=metavar, help=text.replace("%", "%%")
+        )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code: 0; 2 where something is refused; 1 where training stopped; 130 or 143 after a signal."""
+    try:
+        config, streams, val_streams = _settings(args)
+        trainer = Trainer(
+            config,
+            streams,
+            args.out,
+            val_streams=val_streams,
+            device=args.device,
+            resume=args.resume,
+            checkpoint_every=args.checkpoint_every,
+            keep=args.keep,
+            log_every=args.log_every,
+            log_to=tuple(args.log),
+            full_check=not args.quick_check,
+            graph=args.graph,
+            export=args.export_official,
+            quiet=args.quiet,
+        )
+    except (ValueError, ImportError, OSError) as error:
+        return _refuse(error)
+    except KeyboardInterrupt:
+        return 130
+    try:
+        trainer.train()
+    except Interrupted as stop:
+        print(f"\n{stop}", file=sys.stderr)
+        return stop.code
+    except TrainingStopped as error:
+        print(f"sparc-kernels train: stopped: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"sparc-kernels train: stopped at step {trainer.batches:,}, could not write: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _settings(args) -> tuple[TrainConfig, dict, dict | None]:
+    """Settings and files: those given, and when resuming the run's for the rest."""
+    given = {field.name: getattr(args, field.name) for field in fields(TrainConfig) if hasattr(args, field.name)}
+    streams, val_streams = args.stream, args.val_stream
+    manifest = args.out / MANIFEST
+    if args.resume and manifest.exists():
+        before = read_json(manifest)
+        known = {field.name for field in fields(TrainConfig)}
+        given = {key: value for key, value in before.get("config", {}).items() if key in known} | given
+        streams = streams or _paths(before, "train", "--stream")
+        val_streams = val_streams or _paths(before, "validation", "--val-stream")
+    if not streams:
+        raise ValueError("--stream: expected NAME=FILE for every stream, got none")
+    return TrainConfig(**given), streams, val_streams
+
+
+def _paths(manifest: dict, part: str, flag: str) -> dict | None:
+    found = {s: entry["path"] for s, entry in manifest.get("data", {}).get(part, {}).items()}
+    if None in found.values():
+        raise ValueError(f"{flag}: expected files, since the run was on tensors, got none")
+    return found or None
+
+
+def _refuse(error: Exception) -> int:
+    print(f"sparc-kernels train: error: {error}", file=sys.stderr)
+    return 2

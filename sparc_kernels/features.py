@@ -1,0 +1,342 @@
+"""Feature files, one for each stream: HDF5, safetensors or .npy, memory-mapped, of any size.
+
+Row i of every file describes the same sample. Nothing is read when a file is opened; `Features.check` reads everything
+once, and `loader.Loader` draws shuffled batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import mmap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._checks import check_bool, check_tensor, fail, require
+from ._launch import MAX_STREAMS
+
+DATASET = "features"  # the HDF5 dataset, as the official extraction scripts name it; preferred in safetensors too
+SUFFIXES = {".h5": "HDF5", ".hdf5": "HDF5", ".safetensors": "safetensors", ".npy": "NumPy"}
+_SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_CHECK_BYTES = 8 << 20  # read at a time by `check`
+_SHOWN = 10  # positions of bad rows in a message
+
+
+class MappedRows:
+    """Rows stored one after another in a file: memory-mapped, and dropped from this process's memory once copied.
+
+    Attributes: rows, width, dtype.  chunk_rows: rows that are read together anyway, 1 here.
+    """
+
+    chunk_rows = 1
+
+    def __init__(self, path: Path, offset: int, rows: int, width: int, dtype: torch.dtype):
+        self.rows, self.width, self.dtype = rows, width, dtype
+        self._offset, self._row_bytes = offset, width * dtype.itemsize
+        with open(path, "rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """[stop - start, width], a copy."""
+        first, count = self._offset + start * self._row_bytes, (stop - start) * self._row_bytes
+        out = torch.empty(count, dtype=torch.uint8)
+        np.copyto(out.numpy(), np.frombuffer(self._map, np.uint8, count, first))
+        if hasattr(mmap, "MADV_DONTNEED"):  # or the pages would count as this process's until the system is short
+            page = first // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, page, first + count - page)
+        return out.view(self.dtype).view(stop - start, self.width)
+
+    def close(self) -> None:
+        self._map.close()
+
+
+class ChunkedRows:
+    """Rows of a chunked or compressed HDF5 dataset, read through h5py."""
+
+    def __init__(self, file, dataset, dtype: torch.dtype):
+        (self.rows, self.width), self.dtype = dataset.shape, dtype
+        self.chunk_rows = dataset.chunks[0] if dataset.chunks else 1
+        self._file, self._dataset = file, dataset
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return torch.from_numpy(self._dataset[start:stop])
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorRows:
+    """Rows of a tensor that is in memory already."""
+
+    chunk_rows = 1
+
+    def __init__(self, x: Tensor):
+        self.x, (self.rows, self.width), self.dtype = x, x.shape, x.dtype
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self.x[start:stop]
+
+    def close(self) -> None:
+        pass
+
+
+class StreamSummary(NamedTuple):
+    """What `Features.check` found in one stream.
+
+    Attributes:
+        fingerprint: of the bytes read (all, or a sample), the shape and the dtype.
+        zero_rows: the first few rows that are zero; their loss is infinite and their batch skipped.
+        n_zero_rows: how many there are among the rows read.
+        spread: variance / mean square of the (normalised) rows, which turns an NMSE into explained variance.
+    """
+
+    fingerprint: str
+    zero_rows: list[int]
+    n_zero_rows: int
+    spread: float
+
+
+class Features:
+    """Several streams of features, row by row of the same samples.
+
+    Args:
+        streams: name -> path of a .h5, .hdf5, .safetensors or .npy file, or a floating tensor [n, d] on the CPU.
+            HDF5: the dataset `features`; safetensors: the tensor `features` or the only one.
+        normalize: divide every row by (its norm + 1e-8), as the official loader does; zero rows stay zero.
+        dtype: of what `read` returns: float32, or float64.
+
+    Attributes: rows: n.  widths: {s: d_s}, as `AlignedSAE` wants d_streams.  paths: {s: path, None for tensors}.
+
+    Raises: ValueError that names the stream, the file and what is wrong with it; ImportError where a file needs h5py or
+    safetensors and it is missing (`pip install "sparc_kernels[train]"`).
+    """
+
+    def __init__(self, streams: Mapping[str, str | Path | Tensor], normalize: bool = True, dtype=torch.float32):
+        ok = isinstance(streams, Mapping) and 0 < len(streams) <= MAX_STREAMS
+        require(ok, "streams", f"a dict of 1 to {MAX_STREAMS} streams, name to file", streams)
+        require(dtype in (torch.float32, torch.float64), "dtype", "torch.float32 or torch.float64", repr(dtype))
+        self.normalize, self.dtype = check_bool("normalize", normalize), dtype
+        self.sources = {}
+        try:
+            for name, value in streams.items():
+                self.sources[name] = _open(name, value)
+            self._check_rows(streams)
+        except BaseException:
+            self.close()
+            raise
+        self.rows = next(iter(self.sources.values())).rows
+        self.widths = {s: source.width for s, source in self.sources.items()}
+        self.paths = {s: None if isinstance(x, Tensor) else Path(x).absolute() for s, x in streams.items()}
+
+    def _check_rows(self, streams) -> None:
+        first, *others = self.sources
+        for s in others:
+            expected, got = self.sources[first].rows, self.sources[s].rows
+            if got != expected:
+                fail(_label(s, streams[s]), f"{expected:,} rows as in {_label(first, streams[first])}", f"{got:,} rows")
+
+    def require_widths(self, widths: Mapping[str, int], what: str) -> Features:
+        """Refuse streams or widths other than these, which are those of `what`."""
+        got = ", ".join(self.sources)
+        require(set(self.sources) == set(widths), "streams", f"{', '.join(widths)}, the streams of {what}", got)
+        for s, d in widths.items():
+            if self.widths[s] != d:
+                fail(_label(s, self.paths[s]), f"width {d} as in {what}", f"width {self.widths[s]}")
+        self.sources = {s: self.sources[s] for s in widths}
+        self.widths = dict(widths)
+        return self
+
+    def read(self, start: int, stop: int) -> dict[str, Tensor]:
+        """{s: [stop - start, d_s]} of `dtype`, normalised when asked; consecutive rows of every stream."""
+        return {s: self.read_stream(s, start, stop) for s in self.sources}
+
+    def read_stream(self, s: str, start: int, stop: int) -> Tensor:
+        x = self.sources[s].read(start, stop).to(self.dtype)
+        return normalized(x) if self.normalize else x
+
+    def batches(self, batch_size: int):
+        """Consecutive (first row, {s: [b, d_s]}) over all rows, once, in order."""
+        for start in range(0, self.rows, batch_size):
+            yield start, self.read(start, min(start + batch_size, self.rows))
+
+    def check(self, full: bool = True) -> dict[str, StreamSummary]:
+        """Read everything once (or, not `full`, 256 pieces spread over the rows) before it is used.
+
+        Raises: ValueError that names the stream, and the first rows that hold NaN or infinity.
+        """
+        return {s: self._check_stream(s, full) for s in self.sources}
+
+    def _check_stream(self, s: str, full: bool) -> StreamSummary:
+        source = self.sources[s]
+        size = max(1, _CHECK_BYTES // (source.width * source.dtype.itemsize))
+        starts = range(0, self.rows, size)
+        if not full and len(starts) > 1:
+            size = min(size, 64)
+            starts = sorted({int(p) for p in np.linspace(0, self.rows - size, 256)})
+        digest = hashlib.blake2b(f"{source.rows} {source.width} {source.dtype}".encode(), digest_size=16)
+        bad, n_bad, zero, n_zero = [], 0, [], 0
+        total, power, count = torch.zeros(source.width, dtype=torch.float64), 0.0, 0
+        for start in starts:
+            raw = source.read(start, min(start + size, self.rows)).contiguous()
+            digest.update(raw.view(torch.uint8).numpy())
+            x = raw.to(self.dtype)
+            norm = torch.linalg.vector_norm(x, dim=1)
+            # a norm may overflow where the row does not
+            wrong = ~norm.isfinite() if norm.isfinite().all() else ~x.isfinite().all(1)
+            for found, where in ((bad, wrong), (zero, norm == 0)):
+                found += (start + where.nonzero().flatten()[: _SHOWN - len(found)]).tolist()
+            n_bad, n_zero = n_bad + int(wrong.sum()), n_zero + int((norm == 0).sum())
+            x = normalized(x) if self.normalize else x
+            total += x.sum(0, dtype=torch.float64)
+            power += float(x.square().sum(dtype=torch.float64))
+            count += len(x)
+        if n_bad:
+            positions = ", ".join(map(str, bad)) + (", ..." if n_bad > len(bad) else "")
+            fail(_label(s, self.paths[s]), "finite features", f"NaN or infinity in {n_bad:,} rows: {positions}")
+        spread = 1 - float((total / count).square().sum()) / (power / count) if power else 0.0
+        return StreamSummary(digest.hexdigest(), zero, n_zero, max(spread, 0.0))
+
+    def describe(self, summaries: Mapping[str, StreamSummary]) -> dict[str, dict]:
+        """For a manifest: where each stream came from and what it was."""
+        return {
+            s: {
+                "path": str(self.paths[s]) if self.paths[s] else None,
+                "rows": source.rows,
+                "width": source.width,
+                "dtype": str(source.dtype).removeprefix("torch."),
+                "fingerprint": summaries[s].fingerprint,
+            }
+            for s, source in self.sources.items()
+        }
+
+    def close(self) -> None:
+        for source in self.sources.values():
+            source.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+
+def normalized(x: Tensor) -> Tensor:
+    """Rows divided by (their norm + 1e-8)."""
+    return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-8)
+
+
+def _label(name: str, value) -> str:
+    return f"stream {name!r}" if value is None or isinstance(value, Tensor) else f"stream {name!r} ({value})"
+
+
+def _open(name: str, value):
+    if isinstance(value, Tensor):
+        check_tensor(f"streams[{name!r}]", value, ("n", "d"))
+        require(value.device.type == "cpu" and value.numel() > 0, f"streams[{name!r}]", "rows on the CPU", value)
+        return TensorRows(value.detach())
+    label, path = _label(name, value), Path(value)
+    kind = SUFFIXES.get(path.suffix.lower())
+    require(kind is not None, label, f"a file ending in {', '.join(SUFFIXES)}", repr(path.name))
+    require(path.exists(), label, "a file", "nothing there")
+    require(path.is_file(), label, "a file", "a folder or device")
+    require(path.stat().st_size > 0, label, f"a {kind} file", "an empty file")
+    open_kind = {"HDF5": _open_hdf5, "safetensors": _open_safetensors, "NumPy": _open_npy}[kind]
+    try:
+        return open_kind(label, path)
+    except PermissionError:
+        fail(label, "a file that may be read", "no permission")
+
+
+def _check_shape(label: str, shape: tuple, dtype: str, kind: torch.dtype | None) -> None:
+    require(len(shape) == 2, label, "rows and columns, [n, d]", f"shape {list(shape)}")
+    require(min(shape) > 0, label, "at least one row and one column", f"shape {list(shape)}")
+    require(kind is not None, label, "float64, float32, float16 or bfloat16 features", dtype)
+
+
+def _numpy_dtype(dtype: np.dtype) -> torch.dtype | None:
+    if not dtype.isnative or dtype.kind != "f" or dtype.itemsize not in (2, 4, 8):
+        return None
+    return torch.from_numpy(np.empty(0, dtype)).dtype
+
+
+def _open_npy(label: str, path: Path):
+    with open(path, "rb") as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            shape, by_columns, dtype = read_header[version](file)
+        except (ValueError, KeyError, EOFError) as error:
+            fail(label, "a NumPy .npy file", f"one that cannot be read ({error})")
+        offset = file.tell()
+    kind = _numpy_dtype(dtype)
+    _check_shape(label, shape, str(dtype), kind)
+    require(not by_columns, label, "an array stored by rows (C order)", "one stored by columns (Fortran order)")
+    _check_length(label, path, offset + shape[0] * shape[1] * kind.itemsize)
+    return MappedRows(path, offset, *shape, kind)
+
+
+def _check_length(label: str, path: Path, expected: int) -> None:
+    size = path.stat().st_size
+    if size < expected:
+        fail(label, f"{expected:,} bytes, as its header says", f"{size:,}: the file is truncated")
+
+
+def _open_safetensors(label: str, path: Path):
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise missing("safetensors", f"{label} is a safetensors file") from error
+    try:
+        with safe_open(path, framework="np") as file:  # checks offsets and the length of the file
+            names = list(file.keys())
+    except (SafetensorError, OSError) as error:
+        fail(label, "a complete safetensors file", f"one that cannot be read ({error})")
+    require(
+        DATASET in names or len(names) == 1,
+        label,
+        f"a tensor {DATASET!r}, or only one",
+        f"{len(names)} tensors: {', '.join(sorted(names)[:5])}",
+    )
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(length))[DATASET if DATASET in names else names[0]]
+    kind = _SAFETENSORS_DTYPES.get(entry["dtype"])
+    _check_shape(label, tuple(entry["shape"]), entry["dtype"], kind)
+    return MappedRows(path, 8 + length + entry["data_offsets"][0], *entry["shape"], kind)
+
+
+def _open_hdf5(label: str, path: Path):
+    try:
+        import h5py
+    except ImportError as error:
+        raise missing("h5py", f"{label} is an HDF5 file") from error
+    try:
+        file = h5py.File(path, "r")
+    except PermissionError:
+        raise
+    except OSError as error:
+        fail(label, "a complete HDF5 file", f"one that cannot be read ({error})")
+    with contextlib.ExitStack() as stack:
+        stack.callback(file.close)
+        dataset = file.get(DATASET)
+        found = ", ".join(sorted(file)[:5]) or "nothing"
+        require(isinstance(dataset, h5py.Dataset), label, f"a dataset {DATASET!r}", found)
+        kind = _numpy_dtype(dataset.dtype)
+        shape = dataset.shape or ()
+        _check_shape(label, shape, str(dataset.dtype), kind)
+        offset = dataset.id.get_offset()
+        if offset is None:  # in chunks, compressed, or in another file
+            stack.pop_all()
+            return ChunkedRows(file, dataset, kind)
+    _check_length(label, path, offset + shape[0] * shape[1] * kind.itemsize)
+    return MappedRows(path, offset, *shape, kind)
+
+
+def missing(package: str, why: str, extra: str = "train") -> ImportError:
+    return ImportError(f'{why}, which needs {package}: pip install "sparc_kernels[{extra}]"')

@@ -1,0 +1,139 @@
+"""What a training run says: a progress bar or lines, log.csv, TensorBoard and wandb when asked for."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from .checkpoint import write_atomically
+from .features import missing
+
+LOG = "log.csv"
+LOGGERS = ("tensorboard", "wandb")
+_LINE_EVERY = 5.0  # seconds between lines where there is no terminal
+_FIRST = ("step", "epoch", "lr", "loss", "explained_variance", "explained_variance_cross", "l0", "dead", "skipped",
+          "samples_per_s", "seconds")  # fmt: skip
+
+
+class RunLog:
+    """Where the rows of a run go.
+
+    Args:
+        out: folder of log.csv and TensorBoard's files, None: no files.
+        metrics: names of further columns.
+        steps: of the whole run, for the bar.
+        start: rows of later steps are removed from an older log.csv: they are about to be made again.
+        to: of "tensorboard", "wandb".
+        quiet: no bar and no lines.
+
+    Raises: ImportError for a logger that is not installed.
+    """
+
+    def __init__(
+        self,
+        out: Path | None,
+        metrics: Sequence[str],
+        steps: int,
+        start: int = 0,
+        to: Sequence[str] = (),
+        settings: dict | None = None,
+        quiet: bool = False,
+    ):
+        self.steps, self.quiet, self.bar, self.file = steps, quiet, None, None
+        self.columns = [*_FIRST, *(name for name in metrics if name not in _FIRST)]
+        self.tensorboard = _tensorboard(out) if "tensorboard" in to else None
+        self.wandb = _wandb(out, settings or {}) if "wandb" in to else None
+        if out is not None:
+            self._open_csv(out / LOG, start)
+        if not quiet and sys.stderr.isatty():
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                pass
+            else:
+                self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
+        self._said = 0.0
+
+    def _open_csv(self, path: Path, start: int) -> None:
+        rows = []
+        if path.exists():
+            with open(path, newline="", encoding="utf-8") as file:
+                found = csv.DictReader(file)
+                rows = [row for row in found if _whole(row, self.columns) and int(row["step"]) <= start]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+        self.file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115, closed by close()
+        self.writer = csv.DictWriter(self.file, self.columns, restval="")
+
+    def advance(self) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+    def row(self, row: dict, important: bool = False) -> None:
+        """Log one row; on a line too when it is `important` or the last line is some seconds old."""
+        if self.file is not None:
+            self.writer.writerow(row)
+            self.file.flush()
+        for name, value in row.items():
+            if self.tensorboard is not None and isinstance(value, (int, float)) and name != "step":
+                self.tensorboard.add_scalar(name, value, row["step"])
+        if self.wandb is not None:
+            self.wandb.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+        if self.bar is not None:
+            self.bar.set_postfix_str(_summary(row), refresh=False)
+        elif not self.quiet and (important or time.monotonic() - self._said > _LINE_EVERY):
+            self._said = time.monotonic()
+            print(f"step {row['step']:>7,}/{self.steps:,}  epoch {row['epoch']:>3}  {_summary(row)}", flush=True)
+
+    def say(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stderr)
+        elif not self.quiet:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        for part in (self.bar, self.file, self.tensorboard):
+            if part is not None:
+                part.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _whole(row: dict, columns: list[str]) -> bool:
+    """A complete line of these columns: the last line of a killed run may be cut off."""
+    return list(row) == columns and None not in row.values() and row["step"].isdigit()
+
+
+def _summary(row: dict) -> str:
+    parts = [f"loss {row['loss']:.4f}", f"EV {row['explained_variance']:.3f}"]
+    if row.get("explained_variance_cross") is not None:
+        parts[-1] += f"/{row['explained_variance_cross']:.3f}"
+    parts += [f"L0 {row['l0']:.1f}", f"dead {row['dead']:,}", f"{row['samples_per_s']:,.0f} samples/s"]
+    if row["skipped"]:
+        parts.append(f"skipped {row['skipped']:,}")
+    if row.get("val_loss") is not None:
+        parts.append(f"validation loss {row['val_loss']:.4f} EV {row['val_explained_variance']:.3f}")
+    return "  ".join(parts)
+
+
+def _tensorboard(out: Path | None):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise missing("tensorboard", "--log tensorboard writes TensorBoard files", "log") from error
+    return SummaryWriter(str(out or "."))
+
+
+def _wandb(out: Path | None, settings: dict):
+    try:
+        import wandb
+    except ImportError as error:
+        raise missing("wandb", "--log wandb reports to Weights & Biases", "log") from error
+    return wandb.init(project="sparc", config=settings, dir=None if out is None else str(out), resume="allow")

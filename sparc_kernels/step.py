@@ -1,0 +1,160 @@
+"""One step of the official training loop, eager or replayed from a CUDA graph."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from .module import AlignedSAE
+
+_EAGER_FIRST = 3  # steps before a capture: they choose launch settings and allocate what libraries keep
+
+
+class Step:
+    """zero_grad, forward, loss, backward, optimizer, and every `reinit_every` steps new rows for dead latents.
+
+    Args:
+        model: in training mode.
+        optimizer: one whose step normalises the decoder and projects its gradient.
+        fresh: generator, on the model's device, of re-initialised rows.
+        bf16: autocast around forward and loss.
+        graph: replay the step from a CUDA graph for batches of the shape seen first; others run eagerly. Falls back to
+            eager steps, with a warning, where the capture fails.
+
+    A batch whose loss is not finite is skipped. On the CPU exactly as officially: nothing moves but the dead counters,
+    and the step is not counted. On CUDA, where reading the loss would make the host wait, its gradient counts as zero
+    and only Adam's momentum moves the weights; `skipped` tells, when it is read, how many there were.
+    """
+
+    def __init__(
+        self,
+        model: AlignedSAE,
+        optimizer: torch.optim.Optimizer,
+        fresh: torch.Generator,
+        *,
+        auxk_coef: float = 1 / 32,
+        cross_coef: float = 1.0,
+        reinit_every: int = 100,
+        bf16: bool = False,
+        graph: bool = False,
+    ):
+        self.model, self.optimizer, self.fresh = model, optimizer, fresh
+        self.auxk_coef, self.cross_coef, self.reinit_every, self.bf16 = auxk_coef, cross_coef, reinit_every, bf16
+        self.cuda = next(model.parameters()).is_cuda
+        self.updates = 0  # steps taken, as the official loop counts them
+        self._skipped = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
+        self._graph = _Graph(self) if graph and self.cuda else None
+
+    @property
+    def skipped(self) -> int:
+        """Batches skipped so far; on CUDA reading it waits for the GPU."""
+        return int(self._skipped)
+
+    @skipped.setter
+    def skipped(self, value: int) -> None:
+        self._skipped.fill_(value)
+
+    def __call__(self, x: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """One step on a batch {s: [b, d_s]}.
+
+        Returns: the loss, and `compute_loss`'s metrics with `l0`, the mean number of values > 0. Detached; with a CUDA
+        graph they are overwritten by the next step.
+        """
+        result = self._graph.step(x) if self._graph else None
+        loss, metrics = result or self.eager(x)
+        if not self.cuda and not loss.isfinite():
+            return loss, metrics
+        if self.reinit_every and self.updates % self.reinit_every == 0:
+            self.model.reinit_dead_(generator=self.fresh)
+        self.updates += 1
+        return loss, metrics
+
+    def eager(self, x: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The step without re-initialisation and counting."""
+        model = self.model
+        self.optimizer.zero_grad(set_to_none=True)
+        # no cache: a captured cast would be of the weights at that time
+        autocast = torch.autocast("cuda" if self.cuda else "cpu", torch.bfloat16, cache_enabled=False)
+        with autocast if self.bf16 else nullcontext():
+            outputs = model(x)
+            loss, metrics = model.compute_loss(outputs, x, self.auxk_coef, self.cross_coef)
+        metrics["l0"] = self.l0(outputs)
+        finite = loss.detach().isfinite()
+        self._skipped += ~finite
+        if not self.cuda and not finite:
+            return loss.detach(), metrics
+        loss.backward()
+        if self.cuda:
+            for p in model.parameters():
+                if p.grad is not None:
+                    p.grad.masked_fill_(~finite, 0)
+        self.optimizer.step()
+        return loss.detach(), metrics
+
+    def l0(self, outputs) -> Tensor:
+        """Mean number of values > 0 of a row, over streams."""
+        values = [outputs[f"values_{s}"].detach() for s in self.model.streams]
+        return torch.stack([(v > 0).sum() / v.shape[0] for v in values]).mean()
+
+
+class _Graph:
+    """Replays `Step.eager`. The first steps run eagerly on a side stream, as a capture wants."""
+
+    def __init__(self, step: Step):
+        self.owner, self.graph, self.failed, self.seen = step, None, False, 0
+        self.shapes, self.stream = None, torch.cuda.Stream()
+
+    def step(self, x: dict[str, Tensor]):
+        """(loss, metrics), or None where the caller has to take the step."""
+        shapes = {s: tuple(t.shape) for s, t in x.items()}
+        self.shapes = self.shapes or shapes
+        if self.failed or shapes != self.shapes:
+            return None
+        if self.graph is None:
+            if self.seen < _EAGER_FIRST:
+                self.seen += 1
+                return self._aside(x)
+            self._capture(x)
+            if self.failed:
+                return None
+        for s, t in x.items():
+            self.x[s].copy_(t)
+        self.graph.replay()
+        return self.loss, self.metrics
+
+    def _aside(self, x):
+        current = torch.cuda.current_stream()
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            result = self.owner.eager(x)
+        current.wait_stream(self.stream)
+        return result
+
+    def _capture(self, x) -> None:
+        """Records the step without taking it."""
+        self.x, graph = {s: t.clone() for s, t in x.items()}, torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.loss, self.metrics = self.owner.eager(self.x)
+        except RuntimeError as error:
+            self.failed = True
+            warnings.warn(f"the step could not be captured in a CUDA graph, steps run eagerly: {error}", stacklevel=2)
+            return
+        self.graph = graph
+
+
+class OfficialAdam(torch.optim.Adam):
+    """Adam whose step first normalises the decoder columns and projects their gradient, as the official loop does."""
+
+    def __init__(self, model: AlignedSAE, lr: float = 1e-4):
+        super().__init__(model.parameters(), lr=lr, eps=1e-8)
+        self.model = model
+
+    @torch.no_grad()
+    def step(self):
+        self.model.unit_norm_decoder_()
+        self.model.project_decoder_grad_()
+        super().step()

@@ -1,0 +1,544 @@
+"""Training from feature files or tensors: the official loop with its settings as defaults, made to be left alone.
+
+`Trainer` draws batches, takes steps, logs, validates and saves; `Step` is one step of the official loop. The command
+line is in cli_train.py.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ._checks import check_int, require
+from ._process import Signals, only_one_run, versions
+from .checkpoint import (
+    CHECKPOINTS,
+    WEIGHTS,
+    export_official,
+    load_latest,
+    model_config,
+    read_json,
+    reserve,
+    save_checkpoint,
+    save_weights,
+    write_json,
+)
+from .features import Features
+from .loader import Batch, Loader
+from .module import AlignedSAE
+from .runlog import RunLog
+from .step import OfficialAdam, Step
+from .train_config import TrainConfig
+
+MANIFEST = "manifest.json"
+_HELD_OUT_PIECE = 256  # consecutive rows that go to validation together: neighbours are often alike
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; the last checkpoint is whole."""
+
+
+class Interrupted(Exception):
+    """A signal asked to stop, and everything is saved. `code`: the exit code by convention, 128 + the signal."""
+
+    def __init__(self, signum: int, step: int, saved: bool):
+        how = "saved, resume goes on from here" if saved else "nothing is saved"
+        super().__init__(f"{signal.Signals(signum).name} after step {step:,}; {how}")
+        self.code = 128 + signum
+
+
+class Trainer:
+    """Trains an `AlignedSAE` on feature files or tensors.
+
+    Args:
+        config: what to train.
+        streams: name -> feature file or tensor, as `Features` takes them.
+        out: folder of checkpoints, log.csv, manifest.json and the final model.safetensors; None: nothing is written.
+        val_streams: the same streams of other samples, to validate on after every epoch.
+        model: to train on, None: a new one, made after torch.manual_seed(config.seed).
+        device: "auto" (CUDA where there is one), or a torch device.
+        resume: go on from the newest checkpoint in `out`; from the start where there is none.
+        checkpoint_every: steps between checkpoints, 0: only at the end.  keep: how many of them stay.
+        log_every: steps between rows of the log.  log_to: of "tensorboard", "wandb".
+        full_check: read all features once before training; else a sample of them.
+        graph: the step in a CUDA graph, on CUDA.
+        export: write the official msae_checkpoint.pth too.
+        on_step: called after every step with its number, loss and metrics.
+        quiet: say nothing.
+
+    Everything is checked here, so that `train` starts only if it can go on: files, sizes, every feature for NaN and
+    infinity, the folder, the space for a checkpoint. Resuming refuses other data and other settings.
+
+    Raises: ValueError, OSError and ImportError that name what stands in the way.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        streams: Mapping[str, str | Path | Tensor],
+        out: str | Path | None = None,
+        *,
+        val_streams: Mapping[str, str | Path | Tensor] | None = None,
+        model: AlignedSAE | None = None,
+        device: str | torch.device = "auto",
+        resume: bool = False,
+        checkpoint_every: int = 1000,
+        keep: int = 2,
+        log_every: int = 50,
+        log_to: tuple[str, ...] = (),
+        full_check: bool = True,
+        graph: bool = True,
+        export: bool = False,
+        on_step: Callable[[int, Tensor, dict[str, Tensor]], None] | None = None,
+        quiet: bool = False,
+    ):
+        self.config, self.quiet, self.on_step, self.export = config, quiet, on_step, export
+        self.checkpoint_every, self.keep = (
+            check_int("checkpoint_every", checkpoint_every, 0),
+            check_int("keep", keep, 1),
+        )
+        self.log_every = check_int("log_every", log_every, 1)
+        self.device = _device(device)
+        self.out = None if out is None else Path(out)
+        require(self.out is not None or not resume, "resume", "a folder to resume from (out)", "none")
+        self._closing, self.log = ExitStack(), None
+        try:
+            manifest = self._open_folder(resume)
+            self._open_features(streams, val_streams)
+            self._check_data(full_check if manifest is None else manifest["full_check"], manifest)
+            self._build(model, graph)
+            self._plan(manifest)
+            self._start(manifest, full_check, log_to)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close files and give the folder free; `train` does it too."""
+        self._closing.close()
+
+    # ------------------------------------------------------------------------------------------------------ preparation
+
+    def _open_folder(self, resume: bool) -> dict | None:
+        """Make `out`, keep other runs out of it, and read the manifest of a run to resume."""
+        if self.out is None:
+            return None
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._closing.enter_context(only_one_run(self.out))
+        path = self.out / MANIFEST
+        if not path.exists():
+            return None
+        require(resume, "out", "a folder without a run, or resume", f"{self.out}, which holds one")
+        manifest = read_json(path)
+        ok = all(isinstance(manifest.get(key), dict) for key in ("config", "data", "versions"))
+        require(ok, f"resume {path}", "the manifest of a training run", "another JSON file")
+        for field, value in asdict(self.config).items():
+            had = manifest["config"].get(field)
+            require(had == value, field, f"{had!r} as in {path}", repr(value))
+        return manifest
+
+    def _open_features(self, streams, val_streams) -> None:
+        config = self.config
+        self.features = Features(streams, config.normalize, config.dtype)
+        self._closing.callback(self.features.close)
+        self.val_features, intervals, held_out = None, None, None
+        if val_streams:
+            require(config.val_fraction == 0, "val_fraction", "0 where there are files to validate on", "both")
+            self.val_features = Features(val_streams, config.normalize, config.dtype)
+            self._closing.callback(self.val_features.close)
+            self.val_features.require_widths(self.features.widths, "the training data")
+        elif config.val_fraction:
+            self.val_features = self.features
+            intervals, held_out = split(self.features.rows, config.val_fraction, config.seed)
+        self.order = torch.Generator().manual_seed(config.seed)
+        self.loader = Loader(
+            self.features,
+            config.batch_size,
+            self.order,
+            shuffle=config.shuffle,
+            drop_last=config.drop_last,
+            memory=config.memory,
+            intervals=intervals,
+            device=self.device,
+        )
+        self.val_loader = self.val_features and Loader(
+            self.val_features,
+            config.batch_size,
+            self.order,
+            shuffle="official" if config.shuffle == "official" else "none",
+            intervals=held_out,
+            device=self.device,
+        )
+
+    def _check_data(self, full: bool, manifest: dict | None) -> None:
+        """Refuse NaN and infinity, and other data than those of the run to resume; warn of zero rows."""
+        summaries = self.features.check(full)
+        self.data = {"train": self.features.describe(summaries)}
+        self.spread = {s: summary.spread for s, summary in summaries.items()}
+        self.val_spread = self.spread
+        if self.val_features is not None and self.val_features is not self.features:
+            val_summaries = self.val_features.check(full)
+            self.data["validation"] = self.val_features.describe(val_summaries)
+            self.val_spread = {s: summary.spread for s, summary in val_summaries.items()}
+        if manifest is not None:
+            self._check_same_data(manifest["data"])
+        for s, summary in summaries.items():
+            if summary.n_zero_rows:
+                self._check_zero_rows(s, summary)
+
+    def _check_same_data(self, before: dict) -> None:
+        for part in sorted({*before, *self.data}):
+            had, now = before.get(part, {}), self.data.get(part, {})
+            require(list(had) == list(now), f"{part} streams", f"{', '.join(had) or 'none'} as when the run began",
+                    ", ".join(now) or "none")  # fmt: skip
+            for s in had:
+                for key in ("rows", "width", "dtype", "fingerprint"):
+                    what = f"{part} stream {s!r} ({now[s]['path']})"
+                    require(had[s][key] == now[s][key], what, f"{key} {had[s][key]} as when the run began",
+                            f"{key} {now[s][key]}")  # fmt: skip
+
+    def _check_zero_rows(self, s: str, summary) -> None:
+        """A zero row makes its batch's loss infinite: tell, and refuse where too many batches would be skipped."""
+        share = 1 - (1 - summary.n_zero_rows / self.features.rows) ** self.config.batch_size
+        some = ", ".join(map(str, summary.zero_rows)) + ", ..." * (summary.n_zero_rows > len(summary.zero_rows))
+        text = f"{summary.n_zero_rows:,} zero rows ({some}) of {self.features.rows:,}"
+        expected, limit = share * self._count_steps(), self.config.max_skipped
+        if expected > limit:
+            got = f"{text}: without a finite loss, about {expected:,.0f} batches would be skipped"
+            require(False, f"stream {s!r}", f"few zero rows (max_skipped {limit:,})", got)
+        text = f"stream {s!r} has {text}"
+        self._say(f"Note: {text}; batches with one are skipped, as officially")
+
+    def _count_steps(self) -> int:
+        steps = self.config.epochs * len(self.loader)
+        return min(steps, self.config.max_steps) if self.config.max_steps else steps
+
+    def _build(self, model: AlignedSAE | None, graph: bool) -> None:
+        config, widths = self.config, self.features.widths
+        if model is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                model = config.build(widths, self.device)
+                state = torch.get_rng_state()
+            if config.shuffle == "official":  # one random state for weights, order and new rows
+                self.order.set_state(state)
+        else:
+            self.features.require_widths(model.d_streams, "the model")
+            self.device = next(model.parameters()).device
+        self.model = model.train()
+        self.shared = config.shuffle == "official" and self.device.type == "cpu"
+        self.fresh = self.order if self.shared else torch.Generator(self.device).manual_seed(config.seed)
+        self.optimizer = OfficialAdam(model, lr=config.lr)
+        self.step = Step(
+            model,
+            self.optimizer,
+            self.fresh,
+            auxk_coef=config.auxk_coef,
+            cross_coef=config.cross_coef,
+            reinit_every=config.reinit_every,
+            bf16=config.precision == "bf16",
+            graph=graph,
+        )
+
+    def _plan(self, manifest: dict | None) -> None:
+        """Where to start: at the beginning, or where the newest checkpoint says."""
+        self.steps = self._count_steps()
+        self.batches = self.epoch = self.index = 0
+        self.epoch_state, self.order_state = self.order.get_state(), None
+        self.names = _metric_names(list(self.model.d_streams), bool(self.config.auxk))
+        self.sums = torch.zeros(len(self.names) + 1, dtype=torch.float64, device=self.device)
+        found = None if manifest is None else load_latest(self.out / CHECKPOINTS, self._say)
+        self.saved = 0
+        if found is not None:
+            path, state = found
+            self._restore(state)
+            self.saved = self.batches
+            self._say(f"Resuming after step {self.batches:,} of {self.steps:,} ({path})")
+
+    def _start(self, manifest, full_check, log_to) -> None:
+        """What is written before the first step."""
+        if self.out is not None:
+            size = sum(p.numel() * p.element_size() for p in self.model.parameters())
+            try:
+                reserve(self.out, 4 * size)  # weights and two moments in a checkpoint, and the final weights
+            except OSError as error:
+                needed = f"space for a checkpoint and the weights ({4 * size / 1e6:,.1f} MB)"
+                raise ValueError(f"out: expected {needed} in {self.out}, got: {error.strerror}") from error
+            if manifest is None:
+                write_json(self.out / MANIFEST, self._manifest(full_check))
+        settings = asdict(self.config)
+        columns = list(self.names)
+        if self.val_loader is not None:
+            columns += ["val_loss", "val_explained_variance", "val_explained_variance_cross"]
+        self.log = RunLog(self.out, columns, self.steps, self.batches, log_to, settings, self.quiet)
+        self._closing.callback(self.log.close)
+
+    def _manifest(self, full_check: bool) -> dict:
+        return {
+            "config": asdict(self.config),
+            "model": model_config(self.model),
+            "data": self.data,
+            "full_check": full_check,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+
+    # --------------------------------------------------------------------------------------------------------- training
+
+    def train(self) -> dict:
+        """Train to the end.
+
+        Returns: steps, skipped batches, seconds, samples_per_s, and `waited`, the part of the time in which the next
+        batch was not there yet: near 0 computing is the bound, near 1 reading is.
+
+        Raises: Interrupted after SIGINT or SIGTERM, with everything saved (a second signal ends the process at once);
+        TrainingStopped after too many non-finite losses; OSError when a checkpoint cannot be written.
+        """
+        started = time.perf_counter()
+        samples, first = 0, self.batches
+        self._since, self._samples = started, 0
+        with self._closing, Signals() as signals, _matmul_precision(self.config.precision):
+            for batch in self._draw():
+                rate = self.config.lr_at(self.step.updates, self.steps)
+                _set_lr(self.optimizer, rate)
+                loss, metrics = self.step(batch.x)
+                self._count(batch, loss, metrics)
+                samples += len(next(iter(batch.x.values())))
+                self.log.advance()
+                if self.on_step is not None:
+                    self.on_step(self.batches, loss, metrics)
+                ends = batch.last or self.batches == self.steps
+                if self.batches % self.log_every == 0 or ends:
+                    self._report(batch, rate, ends)
+                if self.checkpoint_every and self.batches % self.checkpoint_every == 0:
+                    self.save()
+                if signals.received:
+                    self.save()
+                    raise Interrupted(signals.received, self.batches, self.out is not None)
+                if self.batches == self.steps:
+                    break
+            self._finish()
+            seconds = time.perf_counter() - started
+            result = {
+                "steps": self.batches,
+                "skipped": self.step.skipped,
+                "seconds": seconds,
+                "samples_per_s": samples / seconds,
+                "waited": min(1.0, self.loader.waited / seconds),
+            }
+            if self.batches > first:
+                bound = "data (reading them)" if result["waited"] > 0.1 else "compute"
+                self.log.say(
+                    f"{self.batches - first:,} steps in {seconds:,.1f} s, {result['samples_per_s']:,.0f} samples/s; "
+                    f"bound: {bound}, waited for data {result['waited']:.1%} of the time"
+                )
+            return result
+
+    def _draw(self) -> Iterator[Batch]:
+        """The batches that are left."""
+        if self.batches >= self.steps:
+            return
+        self.order.set_state(self.epoch_state)
+        # where others draw from the same random state, an epoch's order may not be drawn before the epoch
+        spans = [(e, e + 1) for e in range(self.epoch, self.config.epochs)] if self.shared else None
+        for first, last in spans or [(self.epoch, self.config.epochs)]:
+            batches = self.loader.epochs(first, last, self.index if first == self.epoch else 0)
+            if self.order_state is not None and self.shared:
+                self.order.set_state(self.order_state)
+            self.order_state = None
+            with closing(batches):
+                yield from batches
+
+    def _count(self, batch: Batch, loss: Tensor, metrics: dict[str, Tensor]) -> None:
+        self.batches += 1
+        self.epoch, self.index, self.epoch_state = batch.epoch, batch.index + 1, batch.epoch_state
+        self._samples += len(next(iter(batch.x.values())))
+        values = torch.stack([loss.new_ones(()), *(metrics[name].to(loss.dtype) for name in self.names)])
+        self.sums += torch.where(loss.isfinite(), values, 0)
+        if not self.step.cuda and not loss.isfinite():
+            self._check_skipped()
+
+    def _check_skipped(self) -> None:
+        if self.step.skipped > self.config.max_skipped:
+            raise TrainingStopped(
+                f"max_skipped: {self.step.skipped} batches had a loss that is not finite, the last by step "
+                f"{self.batches}; look at lr ({self.config.lr:g}) and at zero rows in the data"
+            )
+
+    def _report(self, batch: Batch, rate: float, ends: bool) -> None:
+        """A row of the log: means over the steps since the last one."""
+        count, *means = self.sums.tolist()
+        self._check_skipped()
+        means = dict(zip(self.names, (m / count if count else math.nan for m in means), strict=True))
+        self.sums.zero_()
+        now = time.perf_counter()
+        dead = torch.stack(list(self.model.get_dead_neurons().values()))
+        row = {
+            "step": self.batches,
+            "epoch": batch.epoch + 1,
+            "lr": rate,
+            "loss": means["total_loss"],
+            **self._explained(means, self.spread),
+            "l0": means["l0"],
+            "dead": int(dead.all(0).sum()),
+            "skipped": self.step.skipped,
+            "samples_per_s": self._samples / (now - self._since),
+            "seconds": now - self._since,
+            **means,
+        }
+        self._since, self._samples = now, 0
+        if ends and self.val_loader is not None:
+            row |= self._validate(batch.epoch)
+            self._since = time.perf_counter()
+        self.log.row(row, important=ends)
+
+    def _explained(self, means: dict[str, float], spread: dict[str, float], prefix: str = "") -> dict:
+        """Explained variance, from NMSEs: exact where rows have equal norms, as normalised ones do."""
+        streams = self.model.streams
+
+        def mean(pairs):
+            values = [1 - means[name] / spread[t] if spread[t] else math.nan for name, t in pairs]
+            return sum(values) / len(values) if values else None
+
+        return {
+            f"{prefix}explained_variance": mean((f"mse_loss_{s}", s) for s in streams),
+            f"{prefix}explained_variance_cross": mean(
+                (f"cross_loss_{t}_from_{s}", t) for t in streams for s in streams if s != t
+            ),
+        }
+
+    @torch.no_grad()
+    def _validate(self, epoch: int) -> dict:
+        """Means over the rows that are not trained on; dead counters stay."""
+        config, rows = self.config, 0
+        total = torch.zeros(len(self.names), dtype=torch.float64, device=self.device)
+        self.model.eval()
+        bf16 = torch.autocast(self.device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext()
+        for batch in self.val_loader.epochs(epoch, epoch + 1):
+            with bf16:
+                outputs = self.model(batch.x)
+                _, metrics = self.model.compute_loss(outputs, batch.x, config.auxk_coef, config.cross_coef)
+            n = len(next(iter(batch.x.values())))
+            metrics["l0"] = self.step.l0(outputs)
+            total += n * torch.stack([metrics[name] for name in self.names])
+            rows += n
+        self.model.train()
+        means = dict(zip(self.names, (total / rows).tolist(), strict=True))
+        return {"val_loss": means["total_loss"], **self._explained(means, self.val_spread, "val_")}
+
+    # ----------------------------------------------------------------------------------------------------------- saving
+
+    def save(self) -> None:
+        """A checkpoint of this moment."""
+        if self.out is None or self.saved == self.batches:
+            return
+        state = {
+            "model": self.model.state_dict(),
+            "model_config": model_config(self.model),
+            "optimizer": self.optimizer.state_dict(),
+            "counts": {
+                "batches": self.batches,
+                "epoch": self.epoch,
+                "index": self.index,
+                "updates": self.step.updates,
+                "skipped": self.step.skipped,
+            },
+            "epoch_state": self.epoch_state,
+            "order_state": self.order.get_state(),
+            "fresh_state": self.fresh.get_state(),
+            "sums": self.sums,
+        }
+        save_checkpoint(self.out / CHECKPOINTS, self.batches, state, self.keep)
+        self.saved = self.batches
+
+    def _restore(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        counts = state["counts"]
+        self.batches, self.epoch, self.index = counts["batches"], counts["epoch"], counts["index"]
+        self.step.updates, self.step.skipped = counts["updates"], counts["skipped"]
+        self.epoch_state, self.order_state = state["epoch_state"], state["order_state"]
+        if not self.shared:
+            self.fresh.set_state(state["fresh_state"])
+        self.sums.copy_(state["sums"])
+
+    def _finish(self) -> None:
+        if self.out is None:
+            return
+        self.save()
+        save_weights(self.model, self.out / WEIGHTS)
+        if self.export:
+            config = self.config
+            settings = {"batch_size": config.batch_size, "num_epochs": config.epochs, "lr": config.lr}
+            settings |= {"seed": config.seed, "auxk_coef": config.auxk_coef, "cross_loss_coef": config.cross_coef}
+            export_official(self.model, self.out, settings)
+
+    def _say(self, text: str) -> None:
+        if self.log is not None:
+            self.log.say(text)
+        elif not self.quiet:
+            print(text, flush=True)
+
+
+def split(rows: int, fraction: float, seed: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Intervals of rows to train on and to validate on: random pieces of up to 256 consecutive rows are held out."""
+    held_out = max(1, round(rows * fraction))
+    require(held_out < rows, "val_fraction", "rows left to train on", f"{held_out} of {rows} rows held out")
+    piece = max(1, min(_HELD_OUT_PIECE, held_out // 8))
+    pieces = -(-rows // piece)
+    chosen = torch.zeros(pieces, dtype=torch.bool)
+    count = min(max(1, round(held_out / piece)), pieces - 1)
+    chosen[torch.randperm(pieces, generator=torch.Generator().manual_seed(seed))[:count]] = True
+    parts = ([], [])
+    for i, out in enumerate(chosen.tolist()):
+        intervals, start, stop = parts[out], i * piece, min((i + 1) * piece, rows)
+        if intervals and intervals[-1][1] == start:
+            intervals[-1] = (intervals[-1][0], stop)
+        else:
+            intervals.append((start, stop))
+    return parts
+
+
+@contextmanager
+def _matmul_precision(precision: str):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _device(device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device)
+    ok = device.type != "cuda" or torch.cuda.is_available()
+    require(ok, "device", "a device that is there", f"{device}, but PyTorch sees no GPU")
+    return device
+
+
+def _set_lr(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """In place where it is a tensor, which a captured step reads."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def _metric_names(streams: list[str], auxk: bool) -> list[str]:
+    """Columns of the log that come from `compute_loss`, and L0."""
+    kinds = ["mse_loss", "l1_sparsity", *(["auxk_loss"] if auxk else [])]
+    pairs = [f"cross_loss_{t}_from_{s}" for t in streams for s in streams if s != t]
+    return ["total_loss", "l0", *(f"{kind}_{s}" for kind in kinds for s in streams), *pairs]

@@ -1,0 +1,112 @@
+"""The settings of a training run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ._checks import check_bool, check_int, check_number, require
+from .loader import MEMORY, SHUFFLES
+from .module import AlignedSAE
+
+DECAYS = ("none", "linear", "cosine")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp64")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides what is trained; the defaults are the official ones where the official code has them.
+
+    Attributes:
+        n_latents, k, auxk, topk_type, auxk_threshold, dead_steps_threshold: of `AlignedSAE`; auxk 0 leaves AuxK out.
+        auxk_coef, cross_coef: of the two additional losses.
+        batch_size, epochs: rows of a batch, passes over the data.
+        max_steps: stop after so many batches even if epochs remain; 0: no such limit.
+        lr, warmup, decay: learning rate; steps of linear rise to it; "none", "linear" or "cosine" fall to 0 at the end.
+        weight_decay, max_grad_norm: AdamW's decay; clipping of the gradient's norm, 0: none.
+        unit_norm: when decoder columns are divided by their norm: "before" the update, as officially, or "after" it.
+        reinit_every: steps between re-initialisations of dead latents, 0: never.
+        seed: of the initial weights, the order of the data and re-initialisation.
+        shuffle, drop_last, memory: of `Loader`; memory in bytes.
+        normalize: divide rows by their norm.
+        val_fraction: part of the rows to validate on, in pieces of at most 256 consecutive rows.
+        precision: "fp32", "tf32" (products on a GPU), "bf16" (autocast) or "fp64".
+        max_skipped: batches with a non-finite loss are skipped; training stops after more than this.
+    """
+
+    n_latents: int = 8192
+    k: int = 64
+    auxk: int = 64
+    topk_type: str = "global"
+    auxk_threshold: float = 1e-3
+    dead_steps_threshold: int = 1000
+    auxk_coef: float = 1 / 32
+    cross_coef: float = 1.0
+    batch_size: int = 256
+    epochs: int = 50
+    max_steps: int = 0
+    lr: float = 1e-4
+    warmup: int = 0
+    decay: str = "none"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 0.0
+    unit_norm: str = "before"
+    reinit_every: int = 100
+    seed: int = 42
+    shuffle: str = "window"
+    drop_last: bool = False
+    memory: int = MEMORY
+    normalize: bool = True
+    val_fraction: float = 0.0
+    precision: str = "fp32"
+    max_skipped: int = 100
+
+    def __post_init__(self):
+        for name in ("n_latents", "k", "batch_size", "epochs", "memory"):
+            check_int(name, getattr(self, name), 1)
+        for name in ("auxk", "dead_steps_threshold", "max_steps", "warmup", "reinit_every", "max_skipped"):
+            check_int(name, getattr(self, name), 0)
+        check_int("seed", self.seed, 0, 2**32 - 1)
+        for name in ("auxk_threshold", "auxk_coef", "cross_coef", "lr", "weight_decay", "max_grad_norm"):
+            check_number(name, getattr(self, name))
+        require(self.lr > 0, "lr", "a number > 0", self.lr)
+        check_number("val_fraction", self.val_fraction)
+        require(self.val_fraction < 1, "val_fraction", "a number in [0, 1)", self.val_fraction)
+        check_bool("drop_last", self.drop_last)
+        check_bool("normalize", self.normalize)
+        for name, values in (
+            ("topk_type", ("global", "local")),
+            ("decay", DECAYS),
+            ("unit_norm", ("before", "after")),
+            ("shuffle", SHUFFLES),
+            ("precision", PRECISIONS),
+        ):
+            value = getattr(self, name)
+            require(value in values, name, f"one of {', '.join(map(repr, values))}", repr(value))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of parameters and batches."""
+        return torch.float64 if self.precision == "fp64" else torch.float32
+
+    def build(self, d_streams: dict[str, int], device="cpu") -> AlignedSAE:
+        """A new model; draws from torch's global random state, on the CPU whatever the device."""
+        return AlignedSAE(
+            d_streams,
+            self.n_latents,
+            self.k,
+            self.auxk or None,
+            self.auxk_threshold,
+            self.dead_steps_threshold,
+            topk_type=self.topk_type,
+            dtype=self.dtype,
+        ).to(device)
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """Learning rate of the step with this number, of so many."""
+        rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        part = min(max(0, step - self.warmup) / max(1, steps - self.warmup), 1.0)
+        fall = {"none": 1.0, "linear": 1 - part, "cosine": 0.5 * (1 + math.cos(math.pi * part))}[self.decay]
+        return self.lr * rise * fall
