@@ -68,13 +68,30 @@ def dot_precision(arch: int, tf32: bool) -> str:
     return "tf32" if tf32 else "tf32x3"
 
 
-def select_rows(rows: int, row_bytes: int, block_m: int) -> int:
-    """Rows of logits that are kept at once: equal parts, whole tiles where the scratch allows."""
-    limit = SCRATCH_BYTES if SCRATCH_LEAST_ROWS * row_bytes <= SCRATCH_BYTES else 2 * SCRATCH_BYTES
+# The selector of one chunk of rows runs beside the GEMM of the next. Modelled: in four parts only a quarter of it is
+# left over, and a GEMM of 512 tiles is still some four waves of a large GPU.
+BESIDE_PARTS = 4
+BESIDE_TILES = 512
+
+
+def select_rows(rows: int, row_bytes: int, block_m: int, tiles: int = 0) -> tuple[int, int]:
+    """Rows of logits that are kept at once, and how many such buffers there are: two where the selector runs beside the
+    GEMM of the next rows. Equal parts, whole tiles where the scratch allows.
+
+    tiles: of the GEMM over all rows; 0 forbids a second buffer.
+    """
+    least = SCRATCH_LEAST_ROWS * row_bytes
+    parts, buffers = min(BESIDE_PARTS, tiles // BESIDE_TILES), 2
+    if parts >= 2 and least <= SCRATCH_BYTES:
+        limit = SCRATCH_BYTES // 2 if 2 * least <= SCRATCH_BYTES else SCRATCH_BYTES
+    else:
+        parts, buffers = 1, 1
+        limit = SCRATCH_BYTES if least <= SCRATCH_BYTES else 2 * SCRATCH_BYTES
     most = min(max(1, limit // row_bytes), rows)
-    part = cdiv(rows, cdiv(rows, most))
+    part = cdiv(rows, max(cdiv(rows, most), parts))
     whole = cdiv(part, block_m) * block_m
-    return min(whole, rows) if whole <= most else part
+    part = min(whole, rows) if whole <= most else part
+    return part, min(buffers, cdiv(rows, part))
 
 
 @dataclass(frozen=True)
@@ -85,6 +102,12 @@ class EncodeConfig:
     group_m: int
     num_warps: int
     num_stages: int
+    max_registers: int = 0  # of a thread; 0: as many as the compiler takes
+
+    @property
+    def registers(self) -> dict:
+        """Option of the launch."""
+        return {"maxnreg": self.max_registers} if self.max_registers else {}
 
 
 WARPS, STAGES = Bound(1, 16), Bound(1, 8, power_of_2=False)
@@ -95,9 +118,15 @@ def _encode_shared(config, rows, itemsize, arch, compact):
     return tiles * (max(config.num_stages - 1, 1) if arch >= AMD else config.num_stages), shared_limit(arch)
 
 
+_ROOM = 128, 256, 8  # tile and warps whose registers are limited
+
+
 @tunable(
     "encode", block_m=Bound(16, 256), block_n=Bound(16, 512), block_k=Bound(16, 256),
     group_m=Bound(1, 64, power_of_2=False), num_warps=WARPS, num_stages=STAGES, shared=_encode_shared,
+    complete=lambda config, *_: config if (config.block_m, config.block_n, config.num_warps) == _ROOM else replace(
+        config, max_registers=0
+    ),
 )  # fmt: skip
 def encode_config(rows: int, itemsize: int, arch: int, compact: bool) -> EncodeConfig:
     if INTERPRETED:
@@ -115,8 +144,9 @@ def encode_config(rows: int, itemsize: int, arch: int, compact: bool) -> EncodeC
     if itemsize == 4 or rows <= 512:
         return EncodeConfig(64, 128, block_k, 8, 8, 3)
     if arch in (90, 100, 103) and not compact:
-        # compiled: wgmma / tcgen05, no spill, 147 kB of the 227 kB; with gathered columns sm_100 spills
-        return EncodeConfig(128, 256, block_k, 8, 8, 3)
+        # compiled: wgmma / tcgen05, no spill, 147 kB of the 227 kB; with gathered columns sm_100 spills. On sm_90 216
+        # registers instead of the 222 that it would take leave 10,240 of the 65,536 to a block of the selector
+        return EncodeConfig(128, 256, block_k, 8, 8, 3, 216 if arch == 90 else 0)
     if arch >= 120:
         return EncodeConfig(128, 128, block_k // 2, 8, 8, 4)  # compiled: as below sm_120 spills 40 bytes with 8 streams
     return EncodeConfig(128, 128, block_k, 8, 8, 3)  # compiled: 64 kB, fits the 99 kB of sm_86 and sm_89
@@ -165,9 +195,13 @@ def _select_with(n: int, k: int, compact: bool, group: int) -> SelectConfig:
     ),
 )  # fmt: skip
 def select_config(n: int, k: int, compact: bool = False) -> SelectConfig:
-    """Group size g near sqrt(2 N / k) balances two reads, N / g maxima and k g logits; at least k groups must exist."""
+    """Group size g near sqrt(N / k) balances two reads, N / g maxima and k g logits; at least k groups must exist.
+
+    Compiled: with twice that, 16 logits a thread, a thread needs 126 registers instead of 80 (N 32,768, k 64), and too
+    many for a block of the selector beside one of the GEMM; the instructions are 3 % more.
+    """
     group = 1
-    while group < 128 and (2 * group) ** 2 * k <= 2 * n and 2 * group * k <= n:
+    while group < 128 and (2 * group) ** 2 * k <= n and 2 * group * k <= n:
         group *= 2
     return _select_with(n, k, compact, group)
 
@@ -253,3 +287,19 @@ def reduce_config(d: int, arch: int = 80, sources: int = 1) -> ReduceConfig:
 
 
 FINISH_WARPS = 2  # of the kernel that adds up split lists; compiled: fp32 spills 8 bytes in 4 warps on sm_90
+
+
+ADAM_WIDTH = 8192  # columns of a row that one program of the optimizer's kernels holds; wider rows are left to torch
+
+
+@dataclass(frozen=True)
+class AdamConfig:
+    block_d: int
+    num_warps: int
+
+
+def adam_config(d: int) -> AdamConfig:
+    """A whole row in one program: norm and projection then need no second pass. Eight columns a thread, two 16-byte
+    loads of each of four tensors in flight; 16 a thread beyond 4,096 columns."""
+    block_d = max(next_power_of_2(d), 32)
+    return AdamConfig(block_d, min(max(block_d // 256, 1), 16))

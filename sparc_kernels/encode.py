@@ -29,7 +29,7 @@ from ._launch import (
     select_config,
     select_rows,
 )
-from ._ops import acc_dtype, may_look, no_autocast, register, resolve_impl
+from ._ops import Beside, acc_dtype, may_look, no_autocast, register, resolve_impl
 from ._triton import INTERPRETED, tl, tl_dtype, triton
 from .gather import gather_dot_torch, gather_sum, launch_gather
 from .latent_grads import InverseIndex, inverse_index_op, inverse_sizes, latent_reduce_, lists_of
@@ -274,11 +274,19 @@ def _select_triton(xs, w_encs, biases, k, ids, count):
     n_groups, n_spans = cdiv(n, select.group), cdiv(n, select.span)
     two_levels = select.span == select.group
     columns = n + n_groups + (0 if two_levels else n_spans)
-    chunk = select_rows(B, columns * stored.itemsize + 16 * select.k_pad, encode.block_m)
-    logits = torch.empty(chunk, n, device=device, dtype=stored)
-    maxima = torch.empty(chunk, n_groups, device=device, dtype=stored)
-    coarse = maxima if two_levels else torch.empty(chunk, n_spans, device=device, dtype=stored)
-    scratch = torch.empty(chunk, 4 * select.k_pad, device=device, dtype=torch.int32)
+    # columns that `count` leaves out cost nothing: a second selector beside a GEMM that may be empty would not pay
+    tiles = cdiv(B, encode.block_m) * cdiv(n, block_n) if ids is None else 0
+    chunk, buffers = select_rows(B, columns * stored.itemsize + 16 * select.k_pad, encode.block_m, tiles)
+
+    def buffer():
+        maxima = torch.empty(chunk, n_groups, device=device, dtype=stored)
+        return (
+            torch.empty(chunk, n, device=device, dtype=stored), maxima,
+            maxima if two_levels else torch.empty(chunk, n_spans, device=device, dtype=stored),
+            torch.empty(chunk, 4 * select.k_pad, device=device, dtype=torch.int32),
+        )  # fmt: skip
+
+    scratch = [buffer() for _ in range(buffers)]
     out = torch.empty(B, k, device=device, dtype=torch.int64)
     half = dtype in (torch.bfloat16, torch.float16)
     tf32 = dtype == torch.float32 and _allow_tf32()
@@ -287,8 +295,12 @@ def _select_triton(xs, w_encs, biases, k, ids, count):
     if ids is None and encode_by_library(B, sum(x.shape[1] for x in xs), dtype.itemsize, tf32):
         wide_x, wide_w = joint(xs), joint(w_encs)
     library = wide_x is not None and wide_w is not None
-    for row0 in range(0, B, chunk):
+    beside, done = Beside(device, enabled=buffers > 1), []
+    for i, row0 in enumerate(range(0, B, chunk)):
         rows = min(chunk, B - row0)
+        logits, maxima, coarse, slots = scratch[i % buffers]
+        if i >= buffers:
+            beside.wait(done[i - buffers])  # the selector that reads this buffer
         if library:
             made = torch.addmm(
                 _sum(biases).to(dtype), wide_x[row0 : row0 + rows], wide_w.t(), **_out(logits[:rows], dtype)
@@ -308,14 +320,19 @@ def _select_triton(xs, w_encs, biases, k, ids, count):
                 BLOCK_M=encode.block_m, BLOCK_N=block_n, BLOCK_K=encode.block_k,
                 GROUP_M=encode.group_m, COMPACT=ids is not None,
                 DTYPE=tl.float32 if half and INTERPRETED else tl_dtype(dtype), ACC=tl_dtype(acc), PRECISION=precision,
-                num_warps=encode.num_warps, num_stages=encode.num_stages,
+                num_warps=encode.num_warps, num_stages=encode.num_stages, **encode.registers,
             )  # fmt: skip
-        _select_kernel[(rows,)](
-            coarse, maxima, logits, scratch, ids, count, out, row0, n, n_groups, n_spans, k,
-            NC_PAD=select.n_spans_pad, K_PAD=select.k_pad, GROUP=select.group, SPAN=select.span,
-            SHIFT={torch.bfloat16: 16, torch.float16: 13}.get(stored, 0), COMPACT=ids is not None,
-            num_warps=select.num_warps,
-        )  # fmt: skip
+
+        def best(rows=rows, row0=row0, coarse=coarse, maxima=maxima, logits=logits, slots=slots):
+            _select_kernel[(rows,)](
+                coarse, maxima, logits, slots, ids, count, out, row0, n, n_groups, n_spans, k,
+                NC_PAD=select.n_spans_pad, K_PAD=select.k_pad, GROUP=select.group, SPAN=select.span,
+                SHIFT={torch.bfloat16: 16, torch.float16: 13}.get(stored, 0), COMPACT=ids is not None,
+                num_warps=select.num_warps,
+            )  # fmt: skip
+
+        done.append(beside.run(best)[1])
+    beside.join()
     return out
 
 

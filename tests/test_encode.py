@@ -337,16 +337,60 @@ def test_scratch_of_the_selection_stays_within_its_limit(monkeypatch, N, dtype):
 
 
 def test_rows_kept_at_once_are_equal_parts_within_the_limit():
-    from sparc_kernels._launch import SCRATCH_BYTES, select_rows
+    from sparc_kernels._launch import SCRATCH_BYTES, cdiv, select_rows
 
     for rows in (1, 100, 4096, 5000, 65536):
         for row_bytes in (2**14, 2**17, 2**20 + 999, 2**21, 2**22, 2**30):
-            part = select_rows(rows, row_bytes, 128)
-            assert 1 <= part <= rows and (part * row_bytes <= 2 * SCRATCH_BYTES or part == 1)
-            if part > 128 and part < rows and 512 * row_bytes <= SCRATCH_BYTES:
-                assert part * row_bytes <= SCRATCH_BYTES
-    assert select_rows(4096, 2**16, 128) == 4096 and select_rows(4096, 2**17, 128) == 2048
-    assert select_rows(4096, 2**21, 128) == 256
+            for tiles in (0, 100, cdiv(rows, 128) * row_bytes // 512):
+                part, buffers = select_rows(rows, row_bytes, 128, tiles)
+                assert 1 <= part <= rows and (buffers * part * row_bytes <= 2 * SCRATCH_BYTES or part == 1)
+                if part > 128 and part < rows and 1024 * row_bytes <= SCRATCH_BYTES:
+                    assert buffers * part * row_bytes <= SCRATCH_BYTES
+                assert buffers == 1 if tiles < 1024 or part == rows else buffers <= 2
+    assert select_rows(4096, 2**16, 128) == (4096, 1) and select_rows(4096, 2**17, 128) == (2048, 1)
+    assert select_rows(4096, 2**16, 128, 4096) == (1024, 2)  # four parts, each of 1,024 tiles
+    assert select_rows(4096, 2**14, 128, 1024) == (2048, 2)  # two of 512
+    assert select_rows(4096, 2**18 + 2**15, 128, 2**14) == (896, 2)  # two buffers of the whole scratch: shorter parts cost more
+    assert select_rows(4096, 2**21, 128, 2**17) == (256, 1)  # one, where two would make the GEMM read W_enc too often
+
+
+class Late:
+    """`Beside`, as late as it may be: work is done when something waits for it, and not before."""
+
+    def __init__(self, device, enabled=True):
+        self.enabled, self.work, self.ran = enabled, [], 0
+
+    def run(self, work):
+        if not self.enabled:
+            return work(), None
+        self.work.append(work)
+        return None, len(self.work)
+
+    def wait(self, mark):
+        for work in self.work[self.ran : mark or 0]:
+            work()
+        self.ran = max(self.ran, mark or 0)
+
+    def join(self):
+        self.wait(len(self.work))
+
+
+def test_a_selector_that_runs_late_finds_its_logits(monkeypatch):
+    """The GEMM of later rows must not write where a selector still has to read, nor the result be used too early."""
+    from sparc_kernels import _launch, encode
+
+    p = problem(B=90, requires_grad=False)
+    want = chosen(p, p.w_encs, "torch")
+    monkeypatch.setattr(_launch, "BESIDE_TILES", 3)
+    monkeypatch.setattr(encode, "Beside", Late)
+    launched = []
+    run = Late.run
+    monkeypatch.setattr(Late, "run", lambda self, work: (launched.append(self.enabled), run(self, work))[1])
+    assert torch.equal(chosen(p, p.w_encs, "triton"), want)
+    assert launched == [True] * 4
+    monkeypatch.setattr(Late, "wait", lambda self, mark: None if mark != len(self.work) else self.join_all())
+    monkeypatch.setattr(Late, "join_all", lambda self: [work() for work in self.work], raising=False)
+    assert not torch.equal(chosen(p, p.w_encs, "triton"), want)  # without the waits in between it fails
 
 
 def test_values_of_many_streams_a_few_at_a_time(monkeypatch):
