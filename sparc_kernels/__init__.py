@@ -15,6 +15,7 @@ _EXPORTS = {
     "update_counters_": "dead",
     "InverseIndex": "latent_grads",
     "inverse_index": "latent_grads",
+    "SparcAdam": "optim",
 }
 _MODULES = ("reference", "metrics", "data")
 
