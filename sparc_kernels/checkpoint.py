@@ -168,14 +168,17 @@ def model_config(model: AlignedSAE) -> dict:
     return {key: getattr(model, key) for key in MODEL_KEYS}
 
 
-def save_weights(model: AlignedSAE, path: Path) -> None:
-    """Weights as safetensors, with the model's configuration in the metadata: `load_model` needs no other file."""
+def save_weights(model: AlignedSAE, path: Path, normalize: bool = True) -> None:
+    """Weights as safetensors, with the model's configuration in the metadata: `load_model` needs no other file.
+
+    normalize: whether it was trained on rows divided by their norm.
+    """
     try:
         from safetensors.torch import save
     except ImportError as error:
         raise missing("safetensors", f"{path.name} is a safetensors file") from error
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    content = save(state, metadata={"sparc_kernels": json.dumps(model_config(model))})
+    content = save(state, metadata={"sparc_kernels": json.dumps(model_config(model) | {"normalize": normalize})})
     write_atomically(path, lambda file: file.write(content))
 
 
@@ -194,8 +197,8 @@ def export_official(model: AlignedSAE, folder: Path, settings: Mapping | None = 
     return path
 
 
-def load_model(path: str | Path, device="cpu", dtype=None, **known) -> AlignedSAE:
-    """A trained model, in eval mode.
+def load_model(path: str | Path, device="cpu", dtype=None, **known) -> tuple[AlignedSAE, bool]:
+    """A trained model, in eval mode, and whether it was trained on normalised rows (officially always).
 
     Args:
         path: a folder that `train` wrote (final weights, else the newest checkpoint), model.safetensors, a checkpoint
@@ -210,6 +213,7 @@ def load_model(path: str | Path, device="cpu", dtype=None, **known) -> AlignedSA
         path = _weights_in(path)
     state, config = (_read_safetensors if path.suffix == ".safetensors" else _read_torch)(path)
     config = {**config, **{key: value for key, value in known.items() if value is not None}}
+    normalize = bool(config.get("normalize", True))
     shapes = _shapes(path, state)  # dicts compare equal in any order, and the configuration has the right one
     for key in ("k", "topk_type"):
         hint = f"{key}, which weights do not tell: give it, or put {OFFICIAL_CONFIG} beside the file"
@@ -224,7 +228,7 @@ def load_model(path: str | Path, device="cpu", dtype=None, **known) -> AlignedSA
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise ValueError(f"model {path}: {error}") from error
-    return model.decoder_layout_("rows").eval()
+    return model.decoder_layout_("rows").eval(), normalize
 
 
 def _weights_in(folder: Path) -> Path:

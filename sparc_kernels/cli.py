@@ -1,4 +1,4 @@
-"""`sparc-kernels SUBCOMMAND`, also `python -m sparc_kernels SUBCOMMAND`; each is the module of that name."""
+"""`sparc-kernels SUBCOMMAND`, also `python -m sparc_kernels SUBCOMMAND`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,23 @@ from importlib import import_module
 
 from . import __version__
 
-# module with add_arguments(parser) and run(args) -> exit code, and its line of help
+# name -> its module, with add_arguments(parser) and run(args) -> exit code, and its line of help
 SUBCOMMANDS = {
-    "demo": "train on real data built on the spot, print the alignment table, write figures",
-    "verify": "check every operator and a training step against the float64 reference on this machine",
-    "audit": "compile every Triton kernel for GPUs that are not here: registers, spills, shared memory, instructions",
-    "tune": "search launch settings for one shape on this machine's GPU and record them for later launches",
-    "cost": "what a training step should take on a GPU, op by op, and against dense PyTorch: modelled, nothing runs",
+    "demo": ("demo", "train on real data built on the spot, print the alignment table, write figures"),
+    "train": ("cli_train", "train on feature files, with checkpoints to resume from"),
+    "eval": ("evaluate", "score a trained model on feature files: alignment, retrieval, explained variance; a report"),
+    "encode": ("codes", "write the sparse codes of feature files as CSR matrices"),
+    "show": ("show", "the rows that activate a latent most, in every stream"),
+    "verify": ("verify", "check every operator and a training step against the float64 reference on this machine"),
+    "audit": (
+        "audit",
+        "compile every Triton kernel for GPUs that are not here: registers, spills, shared memory, instructions",
+    ),
+    "tune": ("tune", "search launch settings for one shape on this machine's GPU and record them for later launches"),
+    "cost": (
+        "cost",
+        "what a training step should take on a GPU, op by op, and against dense PyTorch: modelled, nothing runs",
+    ),
 }
 
 
@@ -23,9 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="sparc-kernels", description="Concept-aligned sparse autoencoders, fast.")
     parser.add_argument("--version", action="version", version=f"sparc_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
-    for name, text in SUBCOMMANDS.items():
+    for name, (module, text) in SUBCOMMANDS.items():
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if name in argv[:1]:  # the others need not be imported to print help
-            import_module(f".{name}", __package__).add_arguments(command)
+            import_module(f".{module}", __package__).add_arguments(command)
     args = parser.parse_args(argv)
-    return import_module(f".{args.command}", __package__).run(args)
+    return import_module(f".{SUBCOMMANDS[args.command][0]}", __package__).run(args)

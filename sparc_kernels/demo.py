@@ -9,17 +9,21 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import permutations
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from . import __version__
 from .data import StreamData, one_thread, unicode_streams
-from .metrics import Codes, dead_fractions, explained_variance, jaccard, retrieval
+from .evaluate import evaluate, guessing
+from .features import Features
+from .metrics import Codes, jaccard
 from .module import AlignedSAE
+from .train import Trainer
+from .train_config import TrainConfig
 
 CONFIGURATIONS = {  # name -> topk_type, cross_loss_coef; the first is SPARC, the others leave one part out, or both
     "global+cross": ("global", 1.0),
@@ -53,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="half the characters, a fifth of the steps: rougher figures"
     )
+    parser.add_argument(
+        "--only-data", action="store_true", help="write the features as files for train and eval, and stop"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of data and training (default 0)")
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one"
@@ -74,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         return _refuse(f"--out {args.out}: cannot write there ({error.strerror or error})")
     try:
         with one_thread():
-            _demo(args.out, args.seed, args.quick, device)
+            _demo(args.out, args.seed, args.quick, device, args.only_data)
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return 130
@@ -90,7 +97,7 @@ def _refuse(message: str) -> int:
     return 2
 
 
-def _demo(out: Path, seed: int, quick: bool, device: torch.device) -> None:
+def _demo(out: Path, seed: int, quick: bool, device: torch.device, only_data: bool = False) -> None:
     started = time.perf_counter()
     _import_matplotlib()  # before the work, so that a missing package is known at once
     settings = QUICK if quick else FULL
@@ -103,11 +110,11 @@ def _demo(out: Path, seed: int, quick: bool, device: torch.device) -> None:
         f"{len(data.train_rows):,} characters to train on, {len(data.test_rows):,} held out, "
         f"{len(data.label_names)} labels; streams {widths} ({time.perf_counter() - started:.0f} s)"
     )
+    if only_data:
+        write_files(data, out)
+        print(f"Wrote features, labels, names and pictures for train and eval to {out}")
+        return
     print(f"Training {len(CONFIGURATIONS)} x {settings.steps} steps, N {settings.n_latents}, k {settings.k}, {device}")
-    train = {s: x.to(device) for s, x in data.train.items()}
-    test = {s: x.to(device) for s, x in data.test.items()}
-    labels = data.test_labels.to(device)
-
     curves, scores, codes = {}, {}, {}
     for name, (topk_type, cross_coef) in CONFIGURATIONS.items():
         torch.manual_seed(seed)
@@ -120,12 +127,11 @@ def _demo(out: Path, seed: int, quick: bool, device: torch.device) -> None:
             device=device,
         )
         with _Progress(name, settings.steps) as progress:
-            curves[name] = train_steps(model, train, cross_coef, settings, seed, progress.update)
-        scores[name] = evaluate(model, test, labels)
-        codes[name] = codes_of(select_locally(model)(test), settings.n_latents)
+            curves[name] = train_steps(model, data.train, cross_coef, settings, seed, progress.update)
+        scores[name], codes[name] = score(model, data.test, data.test_labels)
 
-    chance, first = guessing(len(labels)), leads(scores)
-    table = format_table(scores, chance, len(labels))
+    chance, first = guessing(len(data.test_rows)), leads(scores)
+    table = format_table(scores, chance, len(data.test_rows))
     verdict = "yes" if first else "NO, unlike the published figures"
     report = f"{table}\n\nglobal+cross first in Jaccard and in latent R@1: {verdict}\n"
     print(f"\n{report}")
@@ -148,6 +154,22 @@ def _demo(out: Path, seed: int, quick: bool, device: torch.device) -> None:
     print(f"Done in {time.perf_counter() - started:.0f} s")
 
 
+def write_files(data: StreamData, out: Path) -> None:
+    """The data as `sparc-kernels train`, `eval` and `show` take them, in the folders train and test."""
+    parts = {"train": (data.train, data.train_rows), "test": (data.test, data.test_rows)}
+    for part, (streams, rows) in parts.items():
+        folder = out / part
+        folder.mkdir(exist_ok=True)
+        for s, x in streams.items():
+            np.save(folder / f"{s}.npy", x.numpy())
+        np.save(folder / "labels.npy", data.labels[rows].numpy())
+        for kind, images in data.images.items():
+            np.save(folder / f"{kind}_images.npy", 255 - images[rows].numpy())
+        names = [data.names[row] for row in rows.tolist()]
+        (folder / "names.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    (out / "label_names.txt").write_text("\n".join(data.label_names) + "\n", encoding="utf-8")
+
+
 # ------------------------------------------------------------------------------------------------------------- training
 
 
@@ -159,41 +181,36 @@ def train_steps(
     seed: int,
     on_step: Callable[[int, Tensor], None] = lambda step, loss: None,
 ) -> dict[str, list[float]]:
-    """The official training step in its order, on shuffled batches of `streams` ({s: [n, d_s]}).
+    """The official training step in its order, on shuffled batches of `streams` ({s: [n, d_s]}, on the CPU).
 
     Returns: curves, every tenth step: `step`, and the NMSE of the self and of the cross reconstructions, averaged over
     streams and pairs (also where the cross term is not part of the loss).
     """
-    device = next(model.parameters()).device
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)
-    order, fresh = torch.Generator().manual_seed(seed), torch.Generator(device).manual_seed(seed)
-    n = len(next(iter(streams.values())))
-    batches = iter(())
     curves = {"step": [], "self": [], "cross": []}
-    model.train()
-    for step in range(settings.steps):
-        rows = next(batches, None)
-        if rows is None:
-            batches = iter(torch.randperm(n, generator=order).split(settings.batch_size))
-            rows = next(batches)
-        x = {s: stream[rows] for s, stream in streams.items()}
-        optimizer.zero_grad()
-        outputs = model(x)
-        loss, metrics = model.compute_loss(outputs, x, cross_loss_coef=cross_coef)
-        if not loss.isfinite():
-            continue
-        loss.backward()
-        model.unit_norm_decoder_()
-        model.project_decoder_grad_()
-        optimizer.step()
-        if step % settings.reinit_every == 0:
-            model.reinit_dead_(generator=fresh)
-        if step % 10 == 9:
+
+    def follow(step, loss, metrics):
+        if step % 10 == 0:
             cross = [v for name, v in metrics.items() if name.startswith("cross_loss_")]
-            curves["step"].append(step + 1)
+            curves["step"].append(step)
             curves["self"].append(metrics["avg_mse_loss"].item())
             curves["cross"].append(torch.stack(cross).mean().item())
-        on_step(step + 1, loss)
+        on_step(step, loss)
+
+    config = TrainConfig(
+        n_latents=model.n_latents,
+        k=model.k,
+        auxk=0,
+        topk_type=model.topk_type,
+        cross_coef=cross_coef,
+        lr=settings.lr,
+        batch_size=settings.batch_size,
+        epochs=settings.steps,  # more than max_steps needs
+        max_steps=settings.steps,
+        reinit_every=settings.reinit_every,
+        seed=seed,
+        normalize=False,  # the data are
+    )
+    Trainer(config, streams, model=model, on_step=follow, graph=False, quiet=True).train()
     return curves
 
 
@@ -229,77 +246,21 @@ class _Progress:
 # ----------------------------------------------------------------------------------------------------------- evaluation
 
 
-def select_locally(model: AlignedSAE) -> AlignedSAE:
-    """The same weights under local selection, where no stream sees what another selects; in eval mode."""
-    local = AlignedSAE(
-        model.d_streams, model.n_latents, model.k, topk_type="local", device=next(model.parameters()).device
-    )
-    local.load_state_dict(model.state_dict())
-    return local.eval().requires_grad_(False)
+def score(model: AlignedSAE, streams: dict[str, Tensor], labels: Tensor) -> tuple[dict, dict[str, Codes]]:
+    """Alignment of a trained model on held-out rows, {s: [B, d_s]} on the CPU and bool [B, C].
 
-
-def codes_of(outputs, n_latents: int) -> dict[str, Codes]:
-    """Sparse codes by stream."""
-    streams = [key.removeprefix("values_") for key in outputs if key.startswith("values_")]
-    return {s: Codes(outputs[f"indices_{s}"], outputs[f"values_{s}"], n_latents) for s in streams}
-
-
-@torch.no_grad()
-def evaluate(model: AlignedSAE, streams: dict[str, Tensor], labels: Tensor) -> dict:
-    """Alignment of a trained model on held-out rows, {s: [B, d_s]} and bool [B, C].
-
-    Returns: `own`, with the selection the model was trained with (global selection lets streams see each other), and
-    `local`, each stream selecting alone with the same weights: Jaccard, dead and mixed fractions, explained variance.
-    `jaccard_chance` is the Jaccard of the same codes after each stream has numbered its latents at random.
-    `latent` and `cross_recon`: retrieval, local only, averaged over the ordered pairs of streams.
+    Returns: scores and the codes of streams that select alone. Scores: `own`, with the selection the model was trained
+    with (global selection lets streams see each other), and `local`, each stream selecting alone with the same weights:
+    Jaccard, dead and mixed fractions, explained variance. `jaccard_chance` is the Jaccard of the same codes after each
+    stream has numbered its latents at random. `latent` and `cross_recon`: retrieval, local only, averaged over the
+    ordered pairs of streams.
     """
-    model.eval()
-    outputs = select_locally(model)(streams)
-    codes = codes_of(outputs, model.n_latents)
-    recons = _recons(outputs, streams)
-    pairs = list(permutations(streams, 2))
-    return {
-        "own": _agreement(model(streams), streams, labels, model.n_latents),
-        "local": _agreement(outputs, streams, labels, model.n_latents),
-        "latent": _mean([retrieval(codes[s], codes[t]) for s, t in pairs]),
-        "cross_recon": _mean([retrieval(recons[t, s], streams[t]) for s, t in pairs]),
-    }
-
-
-def _agreement(outputs, streams: dict[str, Tensor], labels: Tensor, n_latents: int) -> dict[str, float]:
-    codes = codes_of(outputs, n_latents)
-    score, dead = jaccard(codes, labels), dead_fractions(codes)
-    generator = torch.Generator().manual_seed(0)
-    renumbered = {
-        s: c._replace(indices=torch.randperm(n_latents, generator=generator).to(c.indices.device)[c.indices])
-        for s, c in codes.items()
-    }
-    variance = explained_variance([(streams, _recons(outputs, streams))])
-    own = [v for (t, s), v in variance.items() if t == s]
-    cross = [v for (t, s), v in variance.items() if t != s]
-    return {
-        "jaccard": score.mean,
-        "jaccard_alive": score.mean_alive,
-        "jaccard_chance": jaccard(renumbered, labels).mean,
-        "all_dead": dead["all_dead"],
-        "mixed": dead["mixed"],
-        "explained_variance_self": sum(own) / len(own),
-        "explained_variance_cross": sum(cross) / len(cross),
-    }
-
-
-def _recons(outputs, streams) -> dict[tuple[str, str], Tensor]:
-    """(target, source) -> reconstruction [B, d_t]."""
-    return {(t, s): outputs[f"recon_{t}" if s == t else f"cross_recon_{t}_from_{s}"] for t in streams for s in streams}
-
-
-def _mean(scores: list[dict[str, float]]) -> dict[str, float]:
-    return {key: sum(score[key] for score in scores) / len(scores) for key in scores[0]}
-
-
-def guessing(n: int) -> dict[str, float]:
-    """Retrieval scores of a random order of n targets."""
-    return {**{f"R@{k}": min(1.0, k / n) for k in (1, 5, 10)}, "MRR": sum(1 / rank for rank in range(1, n + 1)) / n}
+    found, codes = evaluate(model, Features(streams, normalize=False), labels, probe=False)
+    means = found["retrieval"]["mean"]
+    keys = ("jaccard", "jaccard_alive", "jaccard_chance", "all_dead", "mixed", "explained_variance_self",
+            "explained_variance_cross")  # fmt: skip
+    scores = {kind: {key: found[kind][key] for key in keys} for kind in ("own", "local")}
+    return scores | {"latent": means["latent"], "cross_recon": means["cross_reconstruction"]}, codes["local"]
 
 
 def leads(scores: dict[str, dict]) -> bool:

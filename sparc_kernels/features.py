@@ -25,6 +25,7 @@ DATASET = "features"  # the HDF5 dataset, as the official extraction scripts nam
 SUFFIXES = {".h5": "HDF5", ".hdf5": "HDF5", ".safetensors": "safetensors", ".npy": "NumPy"}
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CHECK_BYTES = 8 << 20  # read at a time by `check`
+_AROUND = 2 << 20  # bytes beside what is read that the kernel may have mapped with it
 _SHOWN = 10  # positions of bad rows in a message
 
 
@@ -48,8 +49,9 @@ class MappedRows:
         out = torch.empty(count, dtype=torch.uint8)
         np.copyto(out.numpy(), np.frombuffer(self._map, np.uint8, count, first))
         if hasattr(mmap, "MADV_DONTNEED"):  # or the pages would count as this process's until the system is short
-            page = first // mmap.PAGESIZE * mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_DONTNEED, page, first + count - page)
+            begin = max(0, first - _AROUND) // mmap.PAGESIZE * mmap.PAGESIZE
+            length = min(first + count + _AROUND, len(self._map)) - begin
+            self._map.madvise(mmap.MADV_DONTNEED, begin, length)
         return out.view(self.dtype).view(stop - start, self.width)
 
     def close(self) -> None:

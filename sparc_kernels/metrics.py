@@ -9,7 +9,7 @@ Bad input raises ValueError that names the argument, what was expected and what 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -35,6 +35,18 @@ class Codes(NamedTuple):
     indices: Tensor
     values: Tensor
     n_latents: int
+
+
+class Rows(NamedTuple):
+    """Dense features that are made or read when they are asked for.
+
+    Attributes:
+        shape: (B, d).
+        read: function of (start, stop) -> floating [stop - start, d].
+    """
+
+    shape: tuple[int, int]
+    read: Callable[[int, int], Tensor]
 
 
 class Jaccard(NamedTuple):
@@ -112,7 +124,7 @@ def dead_fractions(codes: Mapping[str, Codes]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def retrieval(query: Codes | Tensor, target: Codes | Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+def retrieval(query: Codes | Tensor | Rows, target: Codes | Tensor | Rows, ks: Sequence[int] = (1, 5, 10)) -> dict:
     """Does row i of `query` find row i of `target` among all B by cosine similarity?
 
     The rank of the right answer is 1 + the number of others at least as similar: ties, cosines within 1e-6, count
@@ -121,11 +133,11 @@ def retrieval(query: Codes | Tensor, target: Codes | Tensor, ks: Sequence[int] =
 
     Args:
         query, target: both Codes over the same N latents, or both floating [B, d] (a cross-reconstruction and the raw
-            features, say). float16 and bfloat16 are computed in float32.
+            features, say), as tensors or as Rows. float16 and bfloat16 are computed in float32.
         ks: the K of R@K.
 
     Returns: `R@K` for every K, `median_rank` (the lower of the middle two, as torch.median), and `MRR`, the mean of
-    1 / rank. Works in blocks of queries, O(B) memory for each query.
+    1 / rank. Works in blocks: at most 2^24 cosines, and as many numbers of Rows, are in memory at a time.
     """
     sparse = _check_features("query", query), _check_features("target", target)
     require(sparse[0] == sparse[1], "target", "Codes as query is" if sparse[0] else "a tensor as query is", target)
@@ -136,20 +148,59 @@ def retrieval(query: Codes | Tensor, target: Codes | Tensor, ks: Sequence[int] =
         require(query.n_latents == target.n_latents, "target", f"n_latents {query.n_latents}", str(target.n_latents))
         rows, width = len(query.values), query.n_latents
         require(len(target.values) == rows, "target", f"{rows} rows as in query", target.values)
+        block, step = max(1, _BLOCK_ELEMENTS // max(rows, width)), rows
     else:
-        (rows, width) = query.shape
-        check_tensor("target", target, (rows, width))
-    block = max(1, _BLOCK_ELEMENTS // max(rows, width if sparse[0] else 1))
-    similarity = _sparse_similarity(query, target) if sparse[0] else _dense_similarity(query, target)
+        rows, width = query.shape
+        ok = tuple(target.shape) == (rows, width)
+        require(ok, "target", f"shape [{rows}, {width}]", f"shape {list(target.shape)}")
+        lazy = isinstance(query, Rows) or isinstance(target, Rows)
+        # few passes over targets that are read again for every block of queries
+        block = max(1, _BLOCK_ELEMENTS // (2 * width if lazy else rows))
+        step = max(1, _BLOCK_ELEMENTS // max(block, width)) if lazy else rows
+    cosines = _sparse_cosines(query, target) if sparse[0] else _dense_cosines(query, target)
     ranks = []
     for start in range(0, rows, block):
-        stop = min(start + block, rows)
-        cosines = similarity(slice(start, stop))  # [stop - start, B]
-        own = cosines.diagonal(offset=start).unsqueeze(1)
-        ranks.append((cosines >= own - _TIE).sum(1))  # its own is among them
+        own, against = cosines(start, min(start + block, rows))
+        rank = torch.zeros(len(own), dtype=torch.int64, device=own.device)
+        for first in range(0, rows, step):
+            rank += (against(first, min(first + step, rows)) >= own - _TIE).sum(1)  # its own is among them
+        ranks.append(rank)
     ranks = torch.cat(ranks)
     scores = {f"R@{k}": (ranks <= k).double().mean().item() for k in ks}
     return {**scores, "median_rank": float(ranks.median()), "MRR": ranks.double().reciprocal().mean().item()}
+
+
+@torch.no_grad()
+def activation_cosine(codes: Mapping[str, Codes]) -> Tensor:
+    """Cosine between a latent's activations in two streams over all rows, averaged over the pairs: float64 [N].
+
+    Needs no labels. 0 in a pair where the latent is dead in one of the two.
+    """
+    codes = list(_check_streams(codes, at_least=2).values())
+    n, rows, device = codes[0].n_latents, len(codes[0].values), codes[0].values.device
+    products = torch.zeros(len(codes), len(codes), n, dtype=torch.float64, device=device)
+    block = max(1, _BLOCK_ELEMENTS // (n * len(codes)))
+    for start in range(0, rows, block):
+        part = slice(start, start + block)
+        dense = torch.stack([_block(c, part) for c in codes])  # [S, b, N]
+        for s, t in combinations(range(len(codes)), 2):
+            products[s, t] += (dense[s] * dense[t]).sum(0, dtype=torch.float64)
+        products.diagonal(dim1=0, dim2=1).add_(dense.square().sum(1, dtype=torch.float64).T)
+    norms = products.diagonal(dim1=0, dim2=1).T.sqrt()  # [S, N]
+    pairs = [products[s, t] / (norms[s] * norms[t]).clamp_min(1e-30) for s, t in combinations(range(len(codes)), 2)]
+    return torch.stack(pairs).mean(0)
+
+
+@torch.no_grad()
+def top_rows(codes: Codes, latent: int, n: int) -> tuple[Tensor, Tensor]:
+    """Rows on which a latent fires most: int64 [m] and their values [m], descending, m <= n; ties to the lower row."""
+    _check_codes("codes", codes)
+    codes = Codes(*codes)
+    check_int("latent", latent, 0, codes.n_latents - 1)
+    values = torch.where(codes.indices == latent, codes.values, 0).amax(1)
+    best = values.sort(descending=True, stable=True)
+    keep = best.values[:n] > 0
+    return best.indices[:n][keep], best.values[:n][keep]
 
 
 @torch.no_grad()
@@ -247,23 +298,45 @@ def _label_counts(codes: Codes, labels: Tensor) -> Tensor:
     return torch.sparse.mm(fired, labels.float())
 
 
-def _dense_similarity(query: Tensor, target: Tensor):
-    """Function of a slice of query rows -> cosines [rows, B]."""
-    query, target = F.normalize(_at_least_float32(query), eps=1e-8), F.normalize(_at_least_float32(target), eps=1e-8)
-    return lambda rows: query[rows] @ target.T
+def _dense_cosines(query: Tensor | Rows, target: Tensor | Rows):
+    """Function of a range of queries -> their cosines with their own targets [b, 1], and a function of a range of
+    targets -> cosines [b, t]."""
+
+    def unit(features, start, stop):
+        x = features.read(start, stop) if isinstance(features, Rows) else features[start:stop]
+        return F.normalize(_at_least_float32(x), eps=1e-8)
+
+    def cosines(start, stop):
+        q = unit(query, start, stop)
+        own = (q * unit(target, start, stop)).sum(1, keepdim=True)
+        return own, lambda first, last: q @ unit(target, first, last).T
+
+    return cosines
 
 
-def _sparse_similarity(query: Codes, target: Codes):
-    """Function of a slice of query rows -> cosines [rows, B]. Only that block of queries becomes dense."""
-    query_values, target_values = (F.normalize(_at_least_float32(c.values), eps=1e-8) for c in (query, target))
-    target_values = target_values.to(query_values.dtype)
+def _sparse_cosines(query: Codes, target: Codes):
+    """The same for codes. Only that block of queries becomes dense."""
+    query = query._replace(values=F.normalize(_at_least_float32(query.values), eps=1e-8))
+    target_values = F.normalize(_at_least_float32(target.values), eps=1e-8).to(query.values.dtype)
 
-    def similarity(rows: slice) -> Tensor:
-        values = query_values[rows]
-        dense = values.new_zeros(len(values), query.n_latents).scatter_add(1, query.indices[rows], values)
-        return F.embedding_bag(target.indices, dense.T.contiguous(), per_sample_weights=target_values, mode="sum").T
+    def cosines(start, stop):
+        dense = _block(query, slice(start, stop))
+        own = (dense.gather(1, target.indices[start:stop]) * target_values[start:stop]).sum(1, keepdim=True)
+        by_latent = dense.T.contiguous()
 
-    return similarity
+        def against(first, last):
+            weights = target_values[first:last]
+            return F.embedding_bag(target.indices[first:last], by_latent, per_sample_weights=weights, mode="sum").T
+
+        return own, against
+
+    return cosines
+
+
+def _block(codes: Codes, rows: slice) -> Tensor:
+    """Some rows, dense: [b, N]."""
+    values = codes.values[rows]
+    return values.new_zeros(len(values), codes.n_latents).scatter_add(1, codes.indices[rows], values)
 
 
 def _merge_moments(old: tuple[int, Tensor, Tensor] | None, x: Tensor) -> tuple[int, Tensor, Tensor]:
@@ -345,7 +418,10 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 def _check_features(name: str, value) -> bool:
-    """True for Codes, False for a dense tensor."""
+    """True for Codes, False for a dense tensor or Rows."""
+    if isinstance(value, Rows):
+        require(value.shape[0] > 0, name, "at least one row", "none")
+        return False
     if isinstance(value, Tensor):
         check_tensor(name, value, ("B", "d"))
         require(len(value) > 0, name, "at least one row", value)

@@ -63,8 +63,8 @@ class Trainer:
         streams: name -> feature file or tensor, as `Features` takes them.
         out: folder of checkpoints, log.csv, manifest.json and the final model.safetensors; None: nothing is written.
         val_streams: the same streams of other samples, to validate on after every epoch.
-        model: to train on, None: a new one, made after torch.manual_seed(config.seed).
-        device: "auto" (CUDA where there is one), or a torch device.
+        model: to train on, where it is; None: a new one, made after torch.manual_seed(config.seed).
+        device: of a new model: "auto" (CUDA where there is one), or a torch device.
         resume: go on from the newest checkpoint in `out`; from the start where there is none.
         checkpoint_every: steps between checkpoints, 0: only at the end.  keep: how many of them stay.
         log_every: steps between rows of the log.  log_to: of "tensorboard", "wandb".
@@ -106,7 +106,7 @@ class Trainer:
             check_int("keep", keep, 1),
         )
         self.log_every = check_int("log_every", log_every, 1)
-        self.device = _device(device)
+        self.device = choose_device(device) if model is None else next(model.parameters()).device
         self.out = None if out is None else Path(out)
         require(self.out is not None or not resume, "resume", "a folder to resume from (out)", "none")
         self._closing, self.log = ExitStack(), None
@@ -232,7 +232,6 @@ class Trainer:
                 self.order.set_state(state)
         else:
             self.features.require_widths(model.d_streams, "the model")
-            self.device = next(model.parameters()).device
         self.model = model.train()
         self.shared = config.shuffle == "official" and self.device.type == "cpu"
         self.fresh = self.order if self.shared else torch.Generator(self.device).manual_seed(config.seed)
@@ -444,7 +443,7 @@ class Trainer:
             return
         state = {
             "model": self.model.state_dict(),
-            "model_config": model_config(self.model),
+            "model_config": model_config(self.model) | {"normalize": self.config.normalize},
             "optimizer": self.optimizer.state_dict(),
             "counts": {
                 "batches": self.batches,
@@ -476,7 +475,7 @@ class Trainer:
         if self.out is None:
             return
         self.save()
-        save_weights(self.model, self.out / WEIGHTS)
+        save_weights(self.model, self.out / WEIGHTS, self.config.normalize)
         if self.export:
             config = self.config
             settings = {"batch_size": config.batch_size, "num_epochs": config.epochs, "lr": config.lr}
@@ -519,7 +518,8 @@ def _matmul_precision(precision: str):
         torch.set_float32_matmul_precision(before)
 
 
-def _device(device) -> torch.device:
+def choose_device(device: str | torch.device) -> torch.device:
+    """The device meant, "auto": CUDA where there is one."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(device)

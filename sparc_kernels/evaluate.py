@@ -1,0 +1,294 @@
+"""`sparc-kernels eval`: a trained model on feature files, scored as the paper's repository does, in bounded memory."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from itertools import permutations
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .checkpoint import load_model, write_atomically, write_json
+from .cli_train import add_stream_argument
+from .decoder import decode
+from .features import Features
+from .labels import read_labels, read_names, read_pictures
+from .metrics import Codes, Rows, activation_cosine, dead_fractions, explained_variance, jaccard, probe_1d, retrieval
+from .module import AlignedSAE
+
+BATCH = 1024  # rows encoded at a time
+
+
+def select_locally(model: AlignedSAE) -> AlignedSAE:
+    """The same weights under local selection, where no stream sees what another selects; in eval mode."""
+    first = next(model.parameters())
+    local = AlignedSAE(
+        model.d_streams, model.n_latents, model.k, topk_type="local", impl=model.impl, device="meta", dtype=first.dtype
+    ).to_empty(device=first.device)
+    local.load_state_dict(model.state_dict())
+    return local.decoder_layout_("rows").eval().requires_grad_(False)
+
+
+def codes_of(outputs, n_latents: int) -> dict[str, Codes]:
+    """Sparse codes by stream."""
+    streams = [key.removeprefix("values_") for key in outputs if key.startswith("values_")]
+    return {s: Codes(outputs[f"indices_{s}"], outputs[f"values_{s}"], n_latents) for s in streams}
+
+
+@torch.no_grad()
+def encoded_batches(model: AlignedSAE, features: Features, batch_size: int, codes: dict[str, Codes]):
+    """(inputs, outputs) of consecutive batches, on the model's device, while `codes` fills with the codes of all."""
+    model.eval()
+    device = next(model.parameters()).device
+    for start, x in features.batches(batch_size):
+        x = {s: rows.to(device) for s, rows in x.items()}
+        outputs = model(x)
+        for s, part in codes_of(outputs, model.n_latents).items():
+            if s not in codes:
+                shape = (features.rows, part.values.shape[1])
+                codes[s] = Codes(part.indices.new_empty(shape), part.values.new_empty(shape), model.n_latents)
+            for whole, piece in zip(codes[s][:2], part[:2], strict=True):
+                whole[start : start + len(piece)] = piece
+        yield x, outputs
+
+
+def encode(model: AlignedSAE, features: Features, batch_size: int = BATCH) -> dict[str, Codes]:
+    """Codes of all rows, on the model's device: 12 k bytes a row and stream, where dense ones would be 4 N."""
+    codes: dict[str, Codes] = {}
+    for _ in encoded_batches(model, features, batch_size, codes):
+        pass
+    return codes
+
+
+@torch.no_grad()
+def evaluate(
+    model: AlignedSAE,
+    features: Features,
+    labels: Tensor | None = None,
+    *,
+    batch_size: int = BATCH,
+    probe: bool = True,
+    retrieve: bool = True,
+    tell=lambda text: None,
+) -> tuple[dict, dict[str, dict[str, Codes]]]:
+    """Alignment of a trained model on rows it has not seen.
+
+    Args:
+        model: selects as it was trained ("own") and, with the same weights, stream by stream ("local").
+        features: of the model's streams.
+        labels: bool [n, C], multi-hot, on any device; without them there is no Jaccard and no probe.
+        probe, retrieve: whether to take the time for these.
+        tell: called with a line before each part.
+
+    Returns: scores and codes. scores["own"] and ["local"]: Jaccard, its value for randomly renumbered latents
+    (`jaccard_chance`), dead fractions, cosine of activations, explained variance by "t<-s" and its means; `probe` by
+    stream. `retrieval`, local codes only: by kind and "target<-source", with `mean` over pairs. `chance`: of retrieval.
+    codes["own"] and ["local"]: by stream.
+    """
+    features.require_widths(model.d_streams, "the model")
+    device = next(model.parameters()).device
+    labels = None if labels is None else labels.to(device)
+    local = select_locally(model)
+    codes, scores = {}, {"rows": features.rows}
+    for name, chosen in (("own", model), ("local", local)):
+        if name == "local" and model.topk_type == "local":
+            codes["local"], scores["local"] = codes["own"], scores["own"]
+            continue
+        tell(f"Encoding {features.rows:,} rows, {'selected as in training' if name == 'own' else 'each stream alone'}")
+        codes[name] = {}
+        batches = encoded_batches(chosen, features, batch_size, codes[name])
+        variance = explained_variance((x, recons_of(outputs, x)) for x, outputs in batches)
+        scores[name] = _agreement(codes[name], variance, labels)
+        if probe and labels is not None:
+            tell(f"Probing {labels.shape[1]:,} classes")
+            scores[name]["probe"] = {s: _probe(c, labels) for s, c in codes[name].items()}
+    if retrieve and features.rows > 1 and len(features.widths) > 1:
+        scores["retrieval"] = _retrieval(local, features, codes["local"], tell)
+        scores["chance"] = guessing(features.rows)
+    return scores, codes
+
+
+def recons_of(outputs, streams) -> dict[tuple[str, str], Tensor]:
+    """(target, source) -> reconstruction [B, d_t]."""
+    return {(t, s): outputs[f"recon_{t}" if s == t else f"cross_recon_{t}_from_{s}"] for t in streams for s in streams}
+
+
+def _agreement(codes: dict[str, Codes], variance: dict, labels: Tensor | None) -> dict:
+    scores: dict = {}
+    if labels is not None and len(codes) > 1:
+        score = jaccard(codes, labels)
+        scores |= {"jaccard": score.mean, "jaccard_alive": score.mean_alive}
+        scores["jaccard_chance"] = jaccard(_renumbered(codes), labels).mean
+    scores |= dead_fractions(codes)
+    scores["l0"] = {s: (c.values > 0).sum(1).double().mean().item() for s, c in codes.items()}
+    if len(codes) > 1:
+        scores["activation_cosine"] = activation_cosine(codes).mean().item()
+    own = [v for (t, s), v in variance.items() if t == s]
+    cross = [v for (t, s), v in variance.items() if t != s]
+    scores["explained_variance_self"] = sum(own) / len(own)
+    if cross:
+        scores["explained_variance_cross"] = sum(cross) / len(cross)
+    scores["explained_variance"] = {f"{t}<-{s}": v for (t, s), v in variance.items()}
+    return scores
+
+
+def _renumbered(codes: dict[str, Codes]) -> dict[str, Codes]:
+    """Every stream's latents under numbers drawn at random."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        s: c._replace(indices=torch.randperm(c.n_latents, generator=generator).to(c.indices.device)[c.indices])
+        for s, c in codes.items()
+    }
+
+
+def _probe(codes: Codes, labels: Tensor) -> dict:
+    result = probe_1d(codes, labels)
+    found = (~result.per_class.isnan()).sum().item()
+    return {"log_loss": result.mean if found else None, "classes": found}
+
+
+def _retrieval(local: AlignedSAE, features: Features, codes: dict[str, Codes], tell) -> dict:
+    """By latents, by cross-reconstructions and by a stream's own reconstructions; "t<-s": s asks, t answers."""
+    pairs = list(permutations(codes, 2))
+    device = next(local.parameters()).device
+
+    def recon(t, s):
+        """Reconstruction of t from s, made when asked."""
+        weights = [local.decoders[t].weight], [local.pre_biases[t]]
+        c = codes[s]
+
+        def read(start, stop):
+            return decode(c.indices[start:stop], c.values[None, start:stop], *weights, impl=local.impl)[0, 0]
+
+        return Rows((features.rows, features.widths[t]), read)
+
+    def raw(t):
+        return Rows((features.rows, features.widths[t]), lambda a, b: features.read_stream(t, a, b).to(device))
+
+    found: dict = {"latent": {}, "cross_reconstruction": {}, "self_reconstruction": {}}
+    for s, t in pairs:
+        tell(f"Retrieval of {t} by {s}")
+        found["latent"][f"{t}<-{s}"] = retrieval(codes[s], codes[t])
+        found["cross_reconstruction"][f"{t}<-{s}"] = retrieval(recon(t, s), raw(t))
+    for s in codes:
+        found["self_reconstruction"][f"{s}<-{s}"] = retrieval(recon(s, s), raw(s))
+    found["mean"] = {kind: mean(list(by_pair.values())) for kind, by_pair in found.items()}
+    return found
+
+
+def mean(scores: list[dict[str, float]]) -> dict[str, float]:
+    return {key: sum(score[key] for score in scores) / len(scores) for key in scores[0]}
+
+
+def guessing(n: int) -> dict[str, float]:
+    """Retrieval scores of a random order of n targets."""
+    return {**{f"R@{k}": min(1.0, k / n) for k in (1, 5, 10)}, "MRR": sum(1 / rank for rank in range(1, n + 1)) / n}
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What eval, encode and show have in common."""
+    parser.add_argument("--model", type=Path, required=True, help="folder that `train` wrote, model.safetensors, a "
+                        "checkpoint, or an official msae_checkpoint.pth")  # fmt: skip
+    add_stream_argument(parser, "--stream", "features of one stream: .h5, .safetensors or .npy", required=True)
+    parser.add_argument("--k", type=int, help="active latents, where the weights come without settings")
+    parser.add_argument("--topk-type", choices=("global", "local"), help="selection in training, likewise")
+    parser.add_argument("--normalize", action=argparse.BooleanOptionalAction, help="divide rows by their norm "
+                        "(as in training)")  # fmt: skip
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
+    parser.add_argument("--batch-size", type=int, default=BATCH, help=f"rows at a time ({BATCH})")
+
+
+def open_model(args) -> tuple[AlignedSAE, Features]:
+    """The model and the features that the arguments name, checked against each other."""
+    from .train import choose_device
+
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size: expected an int >= 1, got {args.batch_size}")
+    device = choose_device(args.device)
+    model, normalize = load_model(args.model, device, k=args.k, topk_type=args.topk_type)
+    normalize = normalize if args.normalize is None else args.normalize
+    dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
+    features = Features(args.stream, normalize, dtype).require_widths(model.d_streams, f"the model {args.model}")
+    return model.requires_grad_(False), features
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--labels", type=Path, help="multi-hot [n, C] or class numbers [n] in .npy, or a SciPy .npz")
+    parser.add_argument("--label-names", type=Path, help="text file, one class a line")
+    add_stream_argument(parser, "--images", "pictures for the gallery: .npy [n, h, w(, 3)] or a folder, in row order")
+    add_stream_argument(parser, "--texts", "texts for the gallery, one row a line")
+    parser.add_argument("--no-retrieval", action="store_true", help="leave out what takes longest")
+    parser.add_argument("--no-probe", action="store_true", help="leave out the 1-D probes")
+    parser.add_argument("--out", type=Path, default=Path("sparc-eval"), help="folder of scores.json and report.html")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code: 0; 2 where something is refused; 130 after Ctrl-C."""
+    try:
+        return _run(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"sparc-kernels eval: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(args) -> int:
+    from .report import html, import_matplotlib
+
+    import_matplotlib()  # before the work, so that a missing package is known at once
+    started = time.perf_counter()
+    model, features = open_model(args)
+    with features:
+        labels = args.labels and read_labels(args.labels, features.rows)
+        names = args.label_names and read_names(args.label_names, None if labels is None else labels.shape[1])
+        pictures = read_pictures(args.images, args.texts, features)
+        args.out.mkdir(parents=True, exist_ok=True)
+        scores, codes = evaluate(
+            model,
+            features,
+            labels,
+            batch_size=args.batch_size,
+            probe=not args.no_probe,
+            retrieve=not args.no_retrieval,
+            tell=lambda text: print(text, flush=True),
+        )
+    settings = {"model": str(args.model), "topk_type": model.topk_type, "n_latents": model.n_latents, "k": model.k}
+    record = settings | {"streams": {s: str(p) for s, p in args.stream.items()}} | scores
+    write_json(args.out / "scores.json", record)
+    page = html(record, codes, labels, names, pictures)
+    write_atomically(args.out / "report.html", lambda file: file.write(page.encode()))
+    print(summary(scores))
+    print(f"Wrote scores.json and report.html to {args.out} ({time.perf_counter() - started:.0f} s)")
+    return 0
+
+
+def summary(scores: dict) -> str:
+    """The main scores as text."""
+    lines = []
+    rows = (
+        ("Jaccard, all latents", "jaccard"),
+        ("Jaccard, alive latents", "jaccard_alive"),
+        ("Jaccard, chance", "jaccard_chance"),
+        ("activation cosine", "activation_cosine"),
+        ("dead in every stream", "all_dead"),
+        ("dead in some (mixed)", "mixed"),
+        ("explained variance, self", "explained_variance_self"),
+        ("explained variance, cross", "explained_variance_cross"),
+    )
+    lines.append(f"{'':28}{'as trained':>12}{'each alone':>12}")
+    for title, key in rows:
+        if key in scores["own"]:
+            lines.append(f"{title:28}{scores['own'][key]:12.3f}{scores['local'][key]:12.3f}")
+    if "retrieval" in scores:
+        lines.append(f"{'retrieval, each alone':28}" + "".join(f"{key:>12}" for key in scores["chance"]))
+        for kind, values in [*scores["retrieval"]["mean"].items(), ("chance", scores["chance"])]:
+            lines.append(f"  {kind.replace('_', ' '):26}" + "".join(f"{values[key]:12.4f}" for key in scores["chance"]))
+    return "\n".join(lines)

@@ -1,0 +1,91 @@
+"""`sparc-kernels show LATENT`: the rows that activate a latent most, in every stream."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from .checkpoint import write_atomically
+from .cli_train import add_stream_argument
+from .evaluate import add_model_arguments, codes_of, open_model, select_locally
+from .features import Features
+from .labels import Pictures, read_pictures
+from .metrics import top_rows
+from .module import AlignedSAE
+
+
+@torch.no_grad()
+def top_activations(model: AlignedSAE, features: Features, latent: int, n: int, batch_size: int = 1024) -> dict:
+    """Rows on which a latent fires most.
+
+    Returns: {s: (rows int64 [m], values [m], number of rows on which it fires)}, m <= n, values descending. Memory: a
+    batch.
+    """
+    if not 0 <= latent < model.n_latents:
+        raise ValueError(f"latent: expected one in 0..{model.n_latents - 1}, got {latent}")
+    model.eval()
+    device = next(model.parameters()).device
+    best: dict[str, tuple] = {}
+    for start, x in features.batches(batch_size):
+        outputs = model({s: rows.to(device) for s, rows in x.items()})
+        for s, codes in codes_of(outputs, model.n_latents).items():
+            rows, values = top_rows(codes, latent, n)
+            fired = int(((codes.indices == latent) & (codes.values > 0)).sum())
+            if s in best:
+                rows, values = torch.cat([best[s][0], rows + start]), torch.cat([best[s][1], values])
+                order = values.sort(descending=True, stable=True).indices[:n]  # earlier rows first among equals
+                best[s] = rows[order], values[order], best[s][2] + fired
+            else:
+                best[s] = rows + start, values, fired
+    return best
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("latent", type=int, help="number of the latent")
+    add_model_arguments(parser)
+    parser.add_argument("--alone", action="store_true", help="let each stream select its latents alone")
+    parser.add_argument("--top", type=int, default=10, help="rows of each stream (10)")
+    add_stream_argument(parser, "--images", "pictures: .npy [n, h, w(, 3)] or a folder, in row order; needs --html")
+    add_stream_argument(parser, "--texts", "texts, one row a line")
+    parser.add_argument("--html", type=Path, help="write a page with the pictures too")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code: 0; 2 where something is refused; 130 after Ctrl-C."""
+    try:
+        if args.top < 1:
+            raise ValueError(f"--top: expected an int >= 1, got {args.top}")
+        model, features = open_model(args)
+        with features:
+            pictures = read_pictures(args.images, args.texts, features)
+            chosen = select_locally(model) if args.alone else model
+            best = top_activations(chosen, features, args.latent, args.top, args.batch_size)
+        for s, (rows, values, fired) in best.items():
+            print(f"{s}: latent {args.latent} fires on {fired:,} of {features.rows:,} rows")
+            for row, value in zip(rows.tolist(), values.tolist(), strict=True):
+                print(f"  {value:8.4f}  row {row}{_caption(pictures.get(s), row)}")
+        if args.html is not None:
+            write_atomically(args.html, lambda file: file.write(_page(args, best, pictures).encode()))
+            print(f"Wrote {args.html}")
+    except (ValueError, OSError, ImportError) as error:
+        print(f"sparc-kernels show: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _caption(shown, row: int) -> str:
+    if isinstance(shown, Pictures):
+        return f"  {shown.files[row].name}" if shown.files else ""
+    return f"  {shown[row]}" if shown else ""
+
+
+def _page(args, best: dict, pictures: dict) -> str:
+    from .report import page, stream_rows
+
+    body = "".join(stream_rows(s, rows.tolist(), pictures.get(s)) for s, (rows, _, _) in best.items())
+    return page(f"Latent {args.latent} of {args.model}", f"<div class=latent>{body}</div>")

@@ -1,0 +1,314 @@
+"""Feature files of every kind, and shuffled batches of them."""
+
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sparc_kernels import features as module
+from sparc_kernels.features import ChunkedRows, Features, MappedRows
+from sparc_kernels.loader import Loader
+
+ROWS, WIDTH = 300, 12
+
+
+def values(rows=ROWS, width=WIDTH, seed=0, dtype=torch.float32) -> torch.Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def write(path, x: torch.Tensor, **options):
+    """The features in the format of the file's name."""
+    if path.suffix == ".npy":
+        np.save(path, x.numpy())
+    elif path.suffix == ".safetensors":
+        save_file({"features": x, "other": torch.zeros(3)}, path)
+    else:
+        with h5py.File(path, "w") as file:
+            file.create_dataset("indices", data=np.arange(len(x)))
+            file.create_dataset("features", data=x.numpy(), **options)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.safetensors", "x.h5", "x.hdf5"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_every_format_gives_the_same_rows(tmp_path, name, dtype):
+    x = values(dtype=dtype)
+    path = write(tmp_path / name, x)
+    with Features({"a": path}, normalize=False, dtype=torch.float64) as found:
+        assert isinstance(found.sources["a"], MappedRows)
+        assert (found.rows, found.widths) == (ROWS, {"a": WIDTH}) and found.sources["a"].dtype == dtype
+        assert torch.equal(found.read(0, ROWS)["a"], x.double())
+        assert torch.equal(found.read(37, 41)["a"], x[37:41].double())
+    with Features({"a": path}) as found:
+        expected = x.float() / (x.float().norm(dim=1, keepdim=True) + 1e-8)
+        assert torch.equal(found.read(5, 9)["a"], expected[5:9])
+
+
+def test_bfloat16_safetensors(tmp_path):
+    x = values(dtype=torch.bfloat16)
+    save_file({"anything": x}, tmp_path / "x.safetensors")  # the only tensor, whatever its name
+    with Features({"a": tmp_path / "x.safetensors"}, normalize=False) as found:
+        assert torch.equal(found.read(3, 8)["a"], x[3:8].float())
+
+
+@pytest.mark.parametrize("options", [{"chunks": (32, WIDTH)}, {"chunks": (32, WIDTH), "compression": "gzip"}])
+def test_chunked_hdf5_is_read_in_whole_chunks(tmp_path, options):
+    x = values()
+    path = write(tmp_path / "x.h5", x, **options)
+    with Features({"a": path}, normalize=False) as found:
+        assert isinstance(found.sources["a"], ChunkedRows)
+        assert torch.equal(found.read(30, 70)["a"], x[30:70])
+        loader = Loader(found, 20, torch.Generator(), memory=ROWS * WIDTH * 4 // 2)
+        assert loader.block_rows < 32  # less than a chunk fits
+        whole = Loader(found, 20, torch.Generator())
+        assert whole.block_rows == ROWS // 16
+    x = values(3000)
+    with Features({"a": write(tmp_path / "y.h5", x, **options)}) as found:
+        assert Loader(found, 20, torch.Generator()).block_rows % 32 == 0
+
+
+def test_zero_rows_stay_zero_and_streams_stay_together(tmp_path):
+    a, b = values(seed=1), values(width=5, seed=2)
+    a[7] = 0
+    paths = {"a": write(tmp_path / "a.npy", a), "b": write(tmp_path / "b.h5", b)}
+    with Features(paths) as found:
+        rows = found.read(6, 9)
+        assert rows["a"][1].abs().max() == 0 and rows["b"][1].norm() == pytest.approx(1)
+        summaries = found.check()
+    assert (summaries["a"].zero_rows, summaries["a"].n_zero_rows, summaries["b"].n_zero_rows) == ([7], 1, 0)
+
+
+def test_reading_leaves_no_file_pages_behind(tmp_path):
+    """Resident pages of the mapping, which would count as this process's memory."""
+    if sys.platform != "linux":
+        pytest.skip("smaps is Linux's")
+    path = write(tmp_path / "x.npy", torch.zeros(200_000, 16))
+    with Features({"a": path}) as found:
+        for start in range(0, found.rows, 10_000):
+            found.read(start, start + 10_000)
+        text = Path("/proc/self/smaps").read_text().split(str(path))[1]
+        resident = int(text.split("Rss:")[1].split()[0])  # kB
+        assert resident <= 64, f"{resident} kB of {path.stat().st_size // 1024} kB"
+
+
+def test_check_finds_what_is_wrong_and_what_is_there(tmp_path):
+    x = values()
+    write(tmp_path / "x.npy", x)
+    write(tmp_path / "x.h5", x)
+    write(tmp_path / "y.npy", x.flip(0))
+    kinds = {name: Features({"a": tmp_path / name}).check()["a"] for name in ("x.npy", "x.h5", "y.npy")}
+    assert kinds["x.npy"].fingerprint == kinds["x.h5"].fingerprint != kinds["y.npy"].fingerprint
+    unit = (x / x.norm(dim=1, keepdim=True)).double()
+    spread = (unit - unit.mean(0)).square().sum() / unit.square().sum()
+    assert kinds["x.npy"].spread == pytest.approx(spread.item(), rel=1e-5)
+    raw = Features({"a": x + 3}, normalize=False).check()["a"].spread
+    assert raw == pytest.approx((x - x.mean(0)).square().sum().item() / (x + 3).square().sum().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_rows_that_are_not_finite_are_named_with_their_positions(tmp_path, monkeypatch, value):
+    monkeypatch.setattr(module, "_CHECK_BYTES", 50 * WIDTH * 4)  # several pieces
+    x = values()
+    for row in range(40, 290, 20):
+        x[row, row % WIDTH] = value
+    path = write(tmp_path / "x.npy", x)
+    with pytest.raises(ValueError) as error, Features({"a": path}) as found:
+        found.check()
+    rows = ", ".join(map(str, range(40, 240, 20)))
+    assert (
+        str(error.value)
+        == f"stream 'a' ({path}): expected finite features, got NaN or infinity in 13 rows: {rows}, ..."
+    )
+
+
+def test_large_finite_values_are_no_fault():
+    x = torch.full((4, 3), 1e30)  # whose norm overflows float32
+    assert Features({"a": x}, normalize=False).check()["a"].n_zero_rows == 0
+
+
+def test_quick_check_reads_a_sample(monkeypatch):
+    monkeypatch.setattr(module, "_CHECK_BYTES", 64)
+    x = values(100_000, 4)
+    found = Features({"a": x})
+    read, real = [], found.sources["a"].read
+    monkeypatch.setattr(found.sources["a"], "read", lambda a, b: (read.append(b - a), real(a, b))[1])
+    first = found.check(full=False)["a"].fingerprint
+    assert sum(read) <= 256 * 64
+    x[0, 0] += 1
+    assert found.check(full=False)["a"].fingerprint != first
+
+
+# --------------------------------------------------------------------------------------------------------------- loader
+
+
+def numbered(rows=2000, widths=(3, 2)) -> Features:
+    """Row i of every stream holds i + 1."""
+    number = torch.arange(1.0, rows + 1)[:, None]
+    return Features({f"s{d}": number.expand(rows, d).contiguous() for d in widths}, normalize=False)
+
+
+def drawn(loader: Loader, first=0, last=1, skip=0):
+    batches = list(loader.epochs(first, last, skip))
+    for batch in batches:
+        a, b = batch.x.values()
+        assert torch.equal(a[:, 0], b[:, 0]), "streams came apart"
+    return batches
+
+
+def rows_of(batches) -> torch.Tensor:
+    return torch.cat([next(iter(b.x.values()))[:, 0] for b in batches]).long() - 1
+
+
+KINDS = [("window", 1 << 30), ("window", 4000), ("official", 1 << 30), ("none", 1 << 30)]
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize(("shuffle", "memory"), KINDS)
+def test_every_row_once_an_epoch_and_resumed_anywhere(shuffle, memory, drop_last):
+    found = numbered(1990)
+
+    def loader(state=None):
+        generator = torch.Generator().manual_seed(3)
+        if state is not None:
+            generator.set_state(state)
+        return Loader(found, 64, generator, shuffle=shuffle, memory=memory, drop_last=drop_last)
+
+    assert loader().resident == (shuffle == "window" and memory > 10**6)
+    batches = drawn(loader(), 0, 3)
+    per_epoch = len(loader())
+    assert per_epoch == (31 if drop_last else 32) and len(batches) == 3 * per_epoch
+    for epoch in range(3):
+        part = batches[epoch * per_epoch : (epoch + 1) * per_epoch]
+        assert [b.index for b in part] == list(range(per_epoch)) and {b.epoch for b in part} == {epoch}
+        assert [b.last for b in part] == [False] * (per_epoch - 1) + [True]
+        rows = rows_of(part)
+        assert len(rows.unique()) == len(rows) == (1984 if drop_last else 1990)
+    orders = [rows_of([b for b in batches if b.epoch == epoch]) for epoch in range(3)]
+    assert torch.equal(orders[0], orders[1]) == (shuffle == "none")
+    assert torch.equal(rows_of(drawn(loader(), 0, 3)), rows_of(batches))
+    for at in (1, 17, per_epoch - 1, per_epoch, per_epoch + 9):  # so many batches were taken
+        last = batches[at - 1]
+        rest = drawn(loader(last.epoch_state), last.epoch, 3, skip=last.index + 1)
+        assert torch.equal(rows_of(rest), rows_of(batches[at:])), at
+        assert [(b.epoch, b.index) for b in rest] == [(b.epoch, b.index) for b in batches[at:]]
+
+
+def test_official_order_is_the_official_samplers():
+    """Runs of batch_size rows in the order of torch.randperm, the rest last."""
+    generator = torch.Generator().manual_seed(5)
+    batches = drawn(Loader(numbered(330), 100, generator, shuffle="official"))
+    order = torch.randperm(3, generator=torch.Generator().manual_seed(5)).tolist()
+    expected = [torch.arange(100 * i, 100 * i + 100) for i in order] + [torch.arange(300, 330)]
+    assert torch.equal(rows_of(batches), torch.cat(expected))
+
+
+def test_windows_mix_well():
+    """Files are often sorted. A batch of a window covers as many parts of the file as chance in 16 blocks would."""
+    found = numbered(20_000)
+    loader = Loader(found, 200, torch.Generator().manual_seed(0), memory=20_000 * 20 // 4)
+    assert not loader.resident and loader.window_blocks >= 16
+    batches = drawn(loader)
+    parts = [len((rows_of([b]) // loader.block_rows).unique()) for b in batches]
+    assert min(parts) >= 14
+    # consecutive batches come from all over the file: the mean row number is near the middle
+    means = torch.stack([rows_of(batches[i : i + 10]).float().mean() for i in range(0, 100, 10)])
+    assert (means / 20_000 - 0.5).abs().max() < 0.25
+    order = rows_of(batches)
+    assert (order.diff() == 1).float().mean() < 0.02  # neighbours in the file are apart
+
+
+@pytest.mark.parametrize("shuffle", ["window", "official", "none"])
+def test_intervals_keep_to_their_rows(shuffle):
+    intervals = [(0, 90), (110, 111), (500, 777)]
+    loader = Loader(numbered(), 50, torch.Generator().manual_seed(1), shuffle=shuffle, intervals=intervals, memory=5000)
+    rows = rows_of(drawn(loader)).sort().values
+    assert torch.equal(rows, torch.cat([torch.arange(a, b) for a, b in intervals]))
+
+
+def test_windows_stay_within_memory():
+    found, memory = numbered(20_000, widths=(30, 10)), 400_000
+    loader = Loader(found, 64, torch.Generator(), memory=memory)
+    batches = loader.epochs(0, 1)
+    for _ in range(200):
+        next(batches)
+    # the thread's buffers, found by way of the frame that holds it
+    worker = batches.gi_frame.f_locals["worker"]
+    held = sum(x.numel() * x.element_size() for buffer in worker.buffers for x in buffer.values())
+    assert 0.7 * memory < held <= memory
+    batches.close()
+
+
+def test_the_thread_ends_with_its_consumer_and_reports_its_errors(monkeypatch):
+    found = numbered()
+    loader = Loader(found, 10, torch.Generator(), memory=5000)
+    batches = loader.epochs(0, 5)
+    thread = batches.gi_frame.f_locals["worker"].thread
+    next(batches)
+    batches.close()
+    assert not thread.is_alive()
+
+    def fail(*args):
+        raise OSError("the disk went away")
+
+    monkeypatch.setattr(found, "read_stream", fail)
+    with pytest.raises(OSError, match="the disk went away"):
+        list(loader.epochs(0, 1))
+
+
+def test_waiting_for_data_is_told_from_computing(monkeypatch):
+    found = numbered(400)
+    real = found.read_stream
+
+    def slow(*args):
+        time.sleep(0.003)
+        return real(*args)
+
+    monkeypatch.setattr(found, "read_stream", slow)
+    starved = Loader(found, 20, torch.Generator(), memory=4000)
+    list(starved.epochs(0, 1))
+    busy = Loader(numbered(400), 20, torch.Generator(), memory=4000)
+    for _ in busy.epochs(0, 1):
+        time.sleep(0.003)
+    assert starved.waited > 0.05 > busy.waited
+
+
+def test_bad_arguments_are_named():
+    found = numbered(100)
+    cases = [
+        (lambda: Loader(found, 0, torch.Generator()), "batch_size: expected an int >= 1, got 0"),
+        (lambda: Loader(found, 50, torch.Generator(), memory=100), "memory: expected at least 2,000 bytes for batches"),
+        (lambda: Loader(found, 200, torch.Generator(), drop_last=True), "batch_size: expected at most 100"),
+        (lambda: Loader(found, 5, torch.Generator(), shuffle="all"), "shuffle: expected one of 'window'"),
+        (lambda: Loader(found, 5, torch.Generator(), intervals=[]), "intervals: expected at least one row"),
+        (lambda: Features({}), "streams: expected a dict of 1 to 8 streams"),
+        (lambda: Features({"a": torch.ones(2, 2)}, dtype=torch.float16), "dtype: expected torch.float32"),
+        (lambda: Features({"a": torch.ones(2)}), "streams['a']: expected shape [n, d]"),
+        (
+            lambda: found.require_widths({"s3": 3, "x": 2}, "the model"),
+            "streams: expected s3, x, the streams of the model",
+        ),
+        (
+            lambda: found.require_widths({"s3": 3, "s2": 4}, "the model"),
+            "stream 's2': expected width 4 as in the model",
+        ),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError) as error:
+            call()
+        assert str(error.value).startswith(message), error.value
+
+
+def test_missing_packages_are_named(tmp_path, monkeypatch):
+    for package, name in (("h5py", "x.h5"), ("safetensors", "x.safetensors")):
+        write(tmp_path / name, values())
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(ImportError, match=rf"needs {package}: pip install \"sparc_kernels\[train\]\""):
+            Features({"a": tmp_path / name})
