@@ -68,9 +68,9 @@ def dot_precision(arch: int, tf32: bool) -> str:
     return "tf32" if tf32 else "tf32x3"
 
 
-# The selector of one chunk of rows runs beside the GEMM of the next. Modelled: in four parts only a quarter of it is
-# left over, and a GEMM of 512 tiles is still some four waves of a large GPU.
-BESIDE_PARTS = 4
+# The selector of one chunk of rows runs beside the GEMM of the next. Modelled: in six parts a sixth of it is left over,
+# more would cost as much in launches; and a GEMM of 512 tiles is still some four waves of a large GPU.
+BESIDE_PARTS = 6
 BESIDE_TILES = 512
 
 
@@ -172,6 +172,12 @@ class SelectConfig:
     k_pad: int
     n_spans_pad: int
     num_warps: int
+
+    @property
+    def small(self) -> bool:
+        """Whether a block fits beside one of the GEMM. Compiled (sm_90): such candidates take up to 10,240 registers, 128
+        threads of 80, and a selection from twice as many 14,976 or more."""
+        return self.n_spans_pad <= 2048 and self.k_pad * self.group <= 1024
 
 
 WIDEST = 8192  # candidates of one step of the selection: 32 keys a thread in 8 warps (compiled: twice that spills)

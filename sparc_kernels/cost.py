@@ -35,6 +35,7 @@ from ._launch import (
     L2_BYTES,
     MAX_K,
     MAX_STREAMS,
+    PARTIAL_BYTES,
     SCRATCH_BYTES,
     SLAB_BYTES,
     SPREAD_COLUMNS,
@@ -225,6 +226,7 @@ class Part:
     instructions: float = 0  # of a warp, where they and not bytes decide
     launches: int = 1
     library: bool = False  # torch's kernels, not the package's
+    beside: bool = False  # on a second stream, beside parts that take longer (tests/test_cost.py): no time of its own
 
     @property
     def l2(self) -> float:
@@ -246,6 +248,8 @@ class Part:
 
     def seconds(self, gpu: GPU) -> float:
         """On the device, launches included."""
+        if self.beside:
+            return 0.0
         return max(self.limits(gpu).values()) + 1e-6 * gpu.launch_us * self.launches
 
 
@@ -276,8 +280,11 @@ class Op:
 
     def bound(self, gpu: GPU) -> str:
         """What most of the time goes to: HBM, L2, FLOPs, instructions or launches."""
-        shares: dict[str, float] = {"launches": 1e-6 * gpu.launch_us * self.launches}
+        shares: dict[str, float] = {"launches": 0.0}
         for part in self.parts:
+            if part.beside:
+                continue
+            shares["launches"] += 1e-6 * gpu.launch_us * part.launches
             name, seconds = max(part.limits(gpu).items(), key=lambda item: item[1])
             shares[name] = shares.get(name, 0.0) + seconds
         return max(shares, key=shares.get)
@@ -324,10 +331,10 @@ def _gathered(s: Shape, d: int, k: int, found: int, n: int) -> Reuse:
 EPILOGUE = 46
 # Assumption: the share of the library's rate that the Triton GEMM reaches; the one behind `_launch.encode_by_library`.
 TRITON_GEMM = 0.93
-# Compiled (sm_90, Triton 3.9): a warp of the selector executes about 1,700 instructions outside its two bisections, and
-# 46 + 73 a step. Simulated (normal logits, tests/test_cost.py): steps of each bisection, 5 to 9 of 16 or 19 in half
+# Compiled (sm_90, Triton 3.9): a warp of the selector executes about 1,640 instructions outside its two bisections, and
+# 73 + 46 a step. Simulated (normal logits, tests/test_cost.py): steps of each bisection, 5 to 9 of 16 or 19 in half
 # precision and 8 to 10 of 32 in fp32, because they are bracketed and stop at a count of k.
-SELECT_INSTRUCTIONS = 1700
+SELECT_INSTRUCTIONS = 1640
 BISECTION_INSTRUCTIONS = 119
 BISECTION_STEPS = {2: 7, 4: 9}
 
@@ -389,34 +396,54 @@ def _selector(s: Shape, k: int, n: int) -> Part:
     )  # fmt: skip
 
 
-def _chunks(s: Shape) -> int:
-    """Launches of GEMM and selector: equal parts, in whole tiles, of rows whose logits fit in the scratch."""
+def _chunks(s: Shape, compact: bool = False) -> tuple[int, bool]:
+    """Launches of GEMM and selector, one for each part of the rows; whether selectors run beside the next GEMM."""
     config = select_config(s.N, s.k)
     columns = s.N + cdiv(s.N, config.group) + (cdiv(s.N, config.span) if config.span > config.group else 0)
-    tile = 64 if s.e == 4 or s.B <= 512 else 128
-    return cdiv(s.B, select_rows(s.B, columns * s.e + 16 * config.k_pad, tile))
+    block_m, block_n = (64, 128) if s.e == 4 or s.B <= 512 else (128, 256)  # of sm_90
+    tiles = cdiv(s.B, block_m) * cdiv(s.N, max(block_n, config.span)) if config.small and not compact else 0
+    rows, buffers = select_rows(s.B, columns * s.e + 16 * config.k_pad, block_m, tiles)
+    return cdiv(s.B, rows), buffers > 1
+
+
+def _selectors(s: Shape, chunks: int, beside: bool) -> list[Part]:
+    """The selector of all rows: those beside a GEMM, and those that have the GPU for themselves.
+
+    Beside: a block of it fits on a multiprocessor next to one of the GEMM (compiled, sm_90: 216 of the GEMM's registers
+    times 256 threads leave 10,240, the selector needs 80 times 128), and issues where the tensor cores are waited for.
+    That the GEMM is not slowed down is an assumption.
+    """
+    whole = _selector(s, s.k, s.N)
+    if not beside:
+        return [replace(whole, launches=chunks)]
+    last = 1 / chunks
+    return [
+        replace(whole, name="selector, beside", streamed=(1 - last) * whole.streamed, launches=chunks - 1,
+                instructions=(1 - last) * whole.instructions, beside=True),
+        replace(whole, streamed=last * whole.streamed, instructions=last * whole.instructions),
+    ]  # fmt: skip
 
 
 def select_fused(s: Shape) -> Op:
     """Triton GEMM whose epilogue writes group maxima, then the selector. The inputs are centred already."""
     written, _ = maxima_bytes(s, s.k, s.N)
-    padding, chunks = (1 + EPILOGUE / s.D) / TRITON_GEMM, _chunks(s)
+    padding, (chunks, beside) = (1 + EPILOGUE / s.D) / TRITON_GEMM, _chunks(s)
     again = (chunks - 1) * s.N * s.D * s.e  # every chunk of rows reads W_enc
     main = _gemm(s, "GEMM + maxima", s.B, s.N, s.D, s.kernel_unit, padding, written + again)
-    return Op("select (fused)", (replace(main, launches=chunks), replace(_selector(s, s.k, s.N), launches=chunks)))
+    return Op("select (fused)", (replace(main, launches=chunks), *_selectors(s, chunks, beside)))
 
 
 def select_library(s: Shape) -> Op:
     """One library GEMM over joint storage, one pass over the logits for the maxima, then the selector."""
     written, _ = maxima_bytes(s, s.k, s.N)
-    chunks = _chunks(s)
+    chunks, beside = _chunks(s)
     main = _gemm(s, "GEMM", s.B, s.N, s.D, s.library_unit, extra=(chunks - 1) * s.N * s.D * s.e)
     casts = 2 if s.e == 2 else 0  # to fp32 and back
     biases = s.N * ((s.S - 1) * (8 + s.e) + 6 * casts)
     sums = Part("sum of biases", chunks * biases, launches=chunks * (s.S - 1 + casts), library=True)
     passed = Part("row maxima", s.B * s.N * s.e + written, launches=chunks)
-    selector = replace(_selector(s, s.k, s.N), launches=chunks)
-    return Op("select (library)", (replace(main, launches=chunks, library=True), sums, passed, selector))
+    selectors = _selectors(s, chunks, beside)
+    return Op("select (library)", (replace(main, launches=chunks, library=True), sums, passed, *selectors))
 
 
 def select(s: Shape) -> Op:
@@ -428,8 +455,9 @@ def select(s: Shape) -> Op:
 
 def even_gemm_share(s: Shape, gpu: GPU) -> float:
     """The share of the library's GEMM rate from which the fused variant is the faster one."""
-    main, selector = select_fused(s).parts
-    spare = select_library(s).seconds(gpu) - selector.seconds(gpu) - 1e-6 * gpu.launch_us * main.launches
+    main, *selectors = select_fused(s).parts
+    spare = select_library(s).seconds(gpu) - sum(p.seconds(gpu) for p in selectors)
+    spare -= 1e-6 * gpu.launch_us * main.launches
     return main.flops * (1 + EPILOGUE / s.D) / gpu.flop_per_s(main.unit) / spare
 
 
@@ -489,8 +517,9 @@ def _lists(s: Shape, k: int, groups: int) -> tuple[Part, ...]:
 
 
 def inverse_index(s: Shape) -> Op:
-    """Ids narrowed to keys of 2 or 4 bytes; keys sorted; both lists narrowed, and the offsets found by bisection."""
-    return Op("inverse index", _lists(s, s.k, 1))
+    """Ids narrowed to keys of 2 or 4 bytes; keys sorted; both lists narrowed, and the offsets found by bisection: all
+    beside the gathers of the values."""
+    return Op("inverse index", tuple(replace(part, beside=True) for part in _lists(s, s.k, 1)))
 
 
 # ------------------------------------------------------------------------------------------------------ decoder's ops
@@ -531,9 +560,11 @@ def _one_pass(s: Shape, d: int, first: bool, found: int, n: int) -> list[Part]:
     latents. With AuxK the target's own E is kept too."""
     spread, width = route(s, d)
     SM, SB, parts = s.S * s.M, s.S * s.B, []
-    if spread:  # where in list order each place stands: arange, ids widened, scattered
-        parts.append(Part("places", s.M * (4 + 12 + 16), launches=3, library=True))
-    for i, columns in enumerate(_pieces(d, width)):
+    if spread:  # where in list order each place stands
+        parts.append(Part("places", 8 * s.M))
+    held, collected, added = [], 0.0, False
+    pieces = _pieces(d, width)
+    for i, columns in enumerate(pieces):
         slabs = _cut(s, columns, s.k)[1]
         kept = s.M * columns * s.e if spread else s.S * s.B * columns * s.e
         kept += s.B * columns * s.e if s.auxk else 0
@@ -543,8 +574,12 @@ def _one_pass(s: Shape, d: int, first: bool, found: int, n: int) -> list[Part]:
             "gather", s.B * columns * (s.e + 4) + read + kept + sums, _gathered(s, columns, s.k, found, n),
             flops=(6 if spread else 4) * SB * found * columns, unit=s.gather_unit, padding=16 / s.S,
         ))  # fmt: skip
-        added = 4 * SM * (i > 0 or not first) + 4 * SB * (i > 0)
-        parts.append(Part("collect", sums + 4 * SB + 4 * (SM + SB) + added))
+        held.append(slabs * 4 * SM)
+        collected += sums
+        if i == len(pieces) - 1 or sum(held) > PARTIAL_BYTES or len(held) == 4:
+            adds = 4 * SM * (added or not first) + 4 * SB * added
+            parts.append(Part("collect", collected + 4 * SB + 4 * (SM + SB) + adds))
+            held, collected, added = [], 0.0, True
     return parts
 
 
@@ -625,25 +660,36 @@ def bias_grad(s: Shape) -> Op:
 
 
 def takes_gradient_ahead(s: Shape) -> bool:
-    """Whether the loss makes its gradients in the forward (`decoder.AlignedLoss`)."""
+    """Whether the loss makes its gradients in the forward (`loss.AlignedLoss`)."""
     return not s.compiled and s.dtype != "float16"
 
 
+COLUMN_ROWS = 128  # of one program of the sums over rows
+
+
+def _column_sums(s: Shape, tensors: int) -> Part:
+    """Sums over the rows of fp32 [B, d_s], of `tensors` for each stream: partial ones, then those of the chunks."""
+    parts = 4 * tensors * s.D * cdiv(s.B, COLUMN_ROWS)
+    return Part("bias sums", 4 * tensors * s.B * s.D + 2 * parts + s.D * s.e, launches=2)
+
+
 def loss_glue(s: Shape) -> Op:
-    """Norms and coefficients of all targets in one launch; torch's kernels for the terms, the metrics, and the sums of
-    the biases' gradients."""
+    """Norms and coefficients of all targets in one launch; the terms' weights; terms and metrics in two; the sums of
+    the biases' gradients, in one pass for all targets where the forward makes them."""
     S, SB, BD = s.S, s.S * s.B, s.B * s.D
-    terms = 4 * (5 * S * SB + SB) + 4 * S * s.M  # stack, division, mean; sums of the values
     parts = [
+        Part("term weights, and the 1 that backward starts from", 4 * (S * S + S + 1), launches=3, library=True),
         Part("target weights", BD * s.e + 4 * SB * (1 + S)),
-        Part("terms and metrics", terms, launches=15 + (2 if S > 1 else 0), library=True),
-        # per target its sum over the rows, rounded, and added to the encoder's
-        Part("biases", 4 * BD + 4 * s.D + s.D * (4 + s.e if s.e == 2 else 0) + 3 * s.D * s.e,
-             launches=S * (3 if s.e == 2 else 2), library=True),
+        Part("terms and metrics", 4 * (S * SB + S * SB + S * s.M), launches=2),
+        Part("biases added", 3 * s.D * s.e, launches=S, library=True),  # the decoder's to the encoder's
     ]  # fmt: skip
     if takes_gradient_ahead(s):
         parts.append(Part("scale by 1", 4))  # reads the upstream gradient and exits
+        parts.append(_column_sums(s, 1))
     else:
+        # per target its sum over the rows, rounded
+        rounded = s.D * (4 + s.e) if s.e == 2 else 0
+        parts.append(Part("biases", 4 * BD + 4 * s.D + rounded, launches=S * (2 if s.e == 2 else 1), library=True))
         parts.append(Part("target weights", BD * s.e + 4 * SB * (1 + S), launches=S))
         # weights times the upstream gradient; dv of the targets added up
         parts.append(Part("scaled", (S - 1) * 12 * S * s.M, launches=2 * S - 1, library=True))
@@ -662,7 +708,7 @@ def casts(s: Shape) -> Op:
 def auxk_select(s: Shape) -> Op:
     """The dead of all streams first; per stream `select` over their columns alone; then min(auxk, dead) encoder rows
     gathered per row and stream."""
-    found, chunks, ids = min(s.auxk, s.dead), _chunks(replace(s, k=s.auxk)), 8 * s.B * s.auxk
+    found, chunks, ids = min(s.auxk, s.dead), _chunks(replace(s, k=s.auxk), compact=True)[0], 8 * s.B * s.auxk
     parts = [Part("count dead", s.S * s.N), Part("dead first", s.S * s.N * (1 + 4))]
     for d in s.d_streams:
         if s.dead == 0:  # programs look at the count; the rows are filled with ids of the living
@@ -683,7 +729,8 @@ def auxk(s: Shape) -> Op:
     entries; torch's passes over residuals and terms."""
     found, S, SB, BD, e = min(s.auxk, s.dead), s.S, s.S * s.B, s.B * s.D, s.e
     parts = [Part("dead", 9 * S * s.N, launches=S, library=True)]  # int64 counters against the threshold
-    parts += [*auxk_select(s).parts, *_lists(s, s.auxk, S)]
+    lists = _lists(s, s.auxk, S)
+    parts += [*auxk_select(s).parts, *(replace(part, beside=found == s.auxk) for part in lists)]
     residuals = Part("residuals", (2 * BD + s.D) * e, launches=S, library=True)
     norms = Part("target weights", BD * e + 8 * SB)
     parts += [residuals, norms]
@@ -703,16 +750,15 @@ def auxk(s: Shape) -> Op:
             gradients += [_reduced(one, columns, 4 + 8, 1, touched * columns, entries), _finish(one)]
         # dW_enc and dc: gradient and gate
         gradients += [_reduced(one, d, 4 + 8, 1, touched * (d + 1), entries), _finish(one)]
-    # terms, mean, loss and weights; not contiguous: a column of the weights, the weights of AuxK where used at once
-    ahead = takes_gradient_ahead(s)
-    parts.append(Part("terms", 24 * SB, launches=12 + (1 + ahead if S > 1 else 0), library=True))
-    sums = 4 * BD + 4 * s.D
-    if ahead:  # a sum over the rows added to the decoder's, once more for each target
-        parts += [norms, Part("biases", sums + 12 * s.D, launches=2 * S, library=True)]
+    parts.append(Part("AuxK terms", 4 * (2 * SB + 3 * S), launches=2))
+    if S > 1:
+        parts.append(Part("column of the weights", 8 * S, library=True))
+    if takes_gradient_ahead(s):  # once more for each target; the biases' sums take twice as many tensors
+        parts += [norms, replace(_column_sums(s, 1), launches=0)]
     else:
         parts += [residuals, replace(norms, launches=S), Part("scaled", 12 * S, launches=S, library=True)]
         rounded = s.D * (4 + e) if e == 2 else 0
-        biases = sums + rounded + 3 * s.D * e
+        biases = 4 * BD + 4 * s.D + rounded + 3 * s.D * e
         parts.append(Part("biases", biases, launches=S * (3 if e == 2 else 2), library=True))
         parts.append(Part("values' gradients", 8 * SB * s.auxk, library=True))
     return Op("AuxK", (*parts, *gradients))

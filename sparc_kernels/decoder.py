@@ -15,6 +15,7 @@ from ._checks import check_indices, check_inverse, check_same_length, check_tens
 from ._launch import (
     MAX_K,
     MAX_STREAMS,
+    PARTIAL_BYTES,
     SCRATCH_BYTES,
     SPREAD_COLUMNS,
     SPREAD_PLACES,
@@ -51,19 +52,20 @@ def _per_source(op, indices, sources):
 
 @triton.jit
 def _collect_kernel(
-    sq_part_ptr, dot_part_ptr, coef_ptr, sq_ptr, dv_ptr, rows, K, slabs,
-    ADD_SQ: tl.constexpr, ADD_DV: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+    sq_ptrs, dot_ptrs, slabs, coef_ptr, sq_ptr, dv_ptr, rows, K,
+    P: tl.constexpr, ADD_SQ: tl.constexpr, ADD_DV: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One (source, row): adds up its slabs; dvalues = coef * <W[I], E>, 0 where coef is."""
+    """One (source, row): adds up the slabs of P launches; dvalues = coef * <W[I], E>, 0 where coef is."""
     row = tl.program_id(0).to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K)
     mask_k = offs_k < K
     coef = tl.load(coef_ptr + row).to(ACC)
     dots = tl.zeros((BLOCK_K,), ACC)
-    sq = coef * 0.0
-    for slab in range(slabs):
-        dots += tl.load(dot_part_ptr + (slab * rows + row) * K + offs_k, mask=mask_k, other=0.0)
-        sq = tl.where(slab == 0, 0.0, sq) + tl.load(sq_part_ptr + slab * rows + row)
+    sq = tl.zeros((), ACC)
+    for p in tl.static_range(P):
+        for slab in range(slabs[p]):
+            dots += tl.load(dot_ptrs[p] + (slab * rows + row) * K + offs_k, mask=mask_k, other=0.0)
+            sq += tl.load(sq_ptrs[p] + slab * rows + row)
     dv = tl.where(coef != 0.0, coef * dots, 0.0)
     if ADD_DV:
         dv += tl.load(dv_ptr + row * K + offs_k, mask=mask_k, other=0.0)
@@ -97,6 +99,7 @@ def _decode_grads_triton(
         _places_kernel[(cdiv(M, 1024),)](order, place, M, BLOCK=1024, num_warps=4)
     if dw is not None:
         pool = w.new_empty((M if spread else S * B) * width)
+    parts, added = [], False
     for c0 in range(0, d, width):
         cols = slice(c0, min(c0 + width, d))
         part = w[:, cols]
@@ -104,15 +107,20 @@ def _decode_grads_triton(
         if dw is not None:
             shape = (M, part.shape[1]) if spread else (S, B, part.shape[1])
             scratch = pool[: math.prod(shape)].view(shape)
-        sq_part, dot_part = launch_gather(
+        parts.append(launch_gather(
             indices, values, part, None if bias is None else bias[cols], x[:, cols], count=count, coef=coef,
             place=place, e=None if spread else scratch, h=scratch if spread else None,
             one=one[:, cols] if keep != KEEP_NONE else None, kept=max(keep, 0), g=g[:, cols], sq=True, dot=True,
-        )  # fmt: skip
-        _collect_kernel[(S * B,)](
-            sq_part, dot_part, coef, sq, dvalues, S * B, k, sq_part.shape[0],
-            ADD_SQ=c0 > 0, ADD_DV=add_dvalues or c0 > 0, BLOCK_K=next_power_of_2(k), ACC=tl_dtype(acc), num_warps=1,
-        )  # fmt: skip
+        ))  # fmt: skip
+        # kept until there are many: another pass over dvalues costs more than they take
+        held = sum(dots.numel() * dots.element_size() for _, dots in parts)
+        if cols.stop == d or held > PARTIAL_BYTES or len(parts) == 4:
+            sqs, dots = zip(*parts, strict=True)
+            _collect_kernel[(S * B,)](
+                sqs, dots, tuple(len(p) for p in sqs), coef, sq, dvalues, S * B, k, P=len(parts), ADD_SQ=added,
+                ADD_DV=add_dvalues or added, BLOCK_K=next_power_of_2(k), ACC=tl_dtype(acc), num_warps=1,
+            )  # fmt: skip
+            parts, added = [], True
         if dw is not None:
             weights, scale = (None, None) if spread else (values, coef)
             launch_reduce(dw[:, cols], None, order, offsets, ids, weights, scale, None, scratch, k, add_dw)

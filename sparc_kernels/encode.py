@@ -274,8 +274,8 @@ def _select_triton(xs, w_encs, biases, k, ids, count):
     n_groups, n_spans = cdiv(n, select.group), cdiv(n, select.span)
     two_levels = select.span == select.group
     columns = n + n_groups + (0 if two_levels else n_spans)
-    # columns that `count` leaves out cost nothing: a second selector beside a GEMM that may be empty would not pay
-    tiles = cdiv(B, encode.block_m) * cdiv(n, block_n) if ids is None else 0
+    # not beside a GEMM most of whose columns may not exist
+    tiles = cdiv(B, encode.block_m) * cdiv(n, block_n) if ids is None and select.small else 0
     chunk, buffers = select_rows(B, columns * stored.itemsize + 16 * select.k_pad, encode.block_m, tiles)
 
     def buffer():
@@ -565,8 +565,12 @@ def _finish_values_kernel(
             tl.store(values_ptr + (s * B + b) * K + offs_k, tl.where(exists, value, 0.0), mask=offs_k < K)
 
 
-def _gather_values_triton(indices, centred, w_encs, latent_biases, count):
+def _gather_values_triton(indices, centred, w_encs, latent_biases, count, lists):
     S, (B, k), n = len(centred), indices.shape[-2:], w_encs[0].shape[0]
+    # the lists depend on the ids alone: a dozen short kernels that hide behind the gathers
+    beside, inverse = Beside(indices.device, enabled=lists), _no_lists(indices)
+    if lists:
+        inverse, _ = beside.run(lambda: _lists(indices, n, count, "triton"))
     indices, shared = indices.contiguous(), indices.dim() == 2
     values = torch.empty(S, B, k, device=indices.device, dtype=acc_dtype(centred[0].dtype))
     latent_biases = [c.contiguous() for c in latent_biases]
@@ -586,10 +590,19 @@ def _gather_values_triton(indices, centred, w_encs, latent_biases, count):
             S=len(parts), BLOCK_K=next_power_of_2(k), num_warps=1,
         )  # fmt: skip
         parts, first = [], s + 1
-    return values
+    beside.join()
+    return values, *inverse
 
 
-def _gather_values_torch(indices, centred, w_encs, latent_biases, count):
+def _lists(indices, n, count, impl):
+    return inverse_index_op(indices, 1 if indices.dim() == 2 else len(indices), n, count, impl)
+
+
+def _no_lists(indices):
+    return tuple(indices.new_empty(0, dtype=torch.int32) for _ in range(3))
+
+
+def _gather_values_torch(indices, centred, w_encs, latent_biases, count, lists):
     values = []
     for s, (x, w, bias) in enumerate(zip(centred, w_encs, latent_biases, strict=True)):
         idx = indices if indices.dim() == 2 else indices[s]
@@ -598,16 +611,19 @@ def _gather_values_torch(indices, centred, w_encs, latent_biases, count):
         if count is not None:
             value = torch.where(torch.arange(value.shape[1], device=x.device) < count[s], value, 0.0)
         values.append(value)
-    return torch.stack(values)
+    inverse = _lists(indices, w_encs[0].shape[0], count, "torch") if lists else _no_lists(indices)
+    return torch.stack(values), *inverse
 
 
-def _gather_values_fake(indices, centred, w_encs, latent_biases, count):
-    return indices.new_empty(len(centred), *indices.shape[-2:], dtype=acc_dtype(centred[0].dtype))
+def _gather_values_fake(indices, centred, w_encs, latent_biases, count, lists):
+    inverse = _lists(indices, w_encs[0].shape[0], count, "torch") if lists else _no_lists(indices)
+    return indices.new_empty(len(centred), *indices.shape[-2:], dtype=acc_dtype(centred[0].dtype)), *inverse
 
 
 gather_values = register(
     "gather_values",
-    "(Tensor indices, Tensor[] centred, Tensor[] w_encs, Tensor[] latent_biases, Tensor? count, str impl) -> Tensor",
+    "(Tensor indices, Tensor[] centred, Tensor[] w_encs, Tensor[] latent_biases, Tensor? count, bool lists, str impl)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     torch_impl=_gather_values_torch,
     triton_impl=_gather_values_triton,
     fake=_gather_values_fake,
@@ -618,9 +634,11 @@ Args:
     indices: int64 [B, k] for all streams, or [S, B, k].
     centred: x - pre_bias, [B, d_s] each.  w_encs: [N, d_s] each.  latent_biases: [N] each.
     count: int32 [S], the columns of indices that exist for each stream (all when None); the others get 0.
+    lists: whether to make the inverse index too, at the same time.
     impl: "triton" or "torch".
 
-Returns: [S, B, k] in the accumulator dtype.
+Returns: values [S, B, k] in the accumulator dtype; order, offsets and ids of `inverse_index_op` for the columns that
+exist, empty without `lists`.
 """
 
 
@@ -636,8 +654,7 @@ class Selection(NamedTuple):
     def with_inverse(self, n_latents: int, impl: str) -> Selection:
         if self.order is not None:
             return self
-        groups = 1 if self.indices.dim() == 2 else len(self.indices)
-        return Selection(self.indices, self.count, *inverse_index_op(self.indices, groups, n_latents, self.count, impl))
+        return Selection(self.indices, self.count, *_lists(self.indices, n_latents, self.count, impl))
 
     def of(self, s: int) -> torch.Tensor:
         """The indices of one stream, [B, k]."""
@@ -645,6 +662,13 @@ class Selection(NamedTuple):
 
     def lists(self, s: int) -> InverseIndex:
         return lists_of(self[2:], s % len(self.order))
+
+
+def values_and_lists(selection, centred, w_encs, latent_biases, lists, impl) -> tuple[torch.Tensor, Selection]:
+    """`gather_values` of a Selection, which gets its inverse index if it is asked for."""
+    indices, count = selection[:2]
+    values, *inverse = gather_values(indices, centred, list(w_encs), list(latent_biases), count, lists, impl)
+    return values, Selection(indices, count, *inverse) if lists else selection
 
 
 class Values(torch.autograd.Function):
@@ -707,7 +731,7 @@ def values_of(x, w_enc, pre_bias, latent_bias, selection, impl):
     """`values_at` of a Selection, on unchecked arguments."""
     with torch.no_grad():
         centred = centre([x], [pre_bias], False, impl)
-        values = gather_values(selection.indices, centred, [w_enc], [latent_bias], selection.count, impl)
+        values, _ = values_and_lists(selection, centred, [w_enc], [latent_bias], False, impl)
     args = [x], [w_enc], [pre_bias], [latent_bias], centred, selection, values, None, None, impl
     return differentiable_values(*args)[0][0]
 
@@ -790,14 +814,11 @@ def encode_topk(
         check_tensor(f"pre_biases[{s}]", pre_biases[s], (xs[s].shape[1],), like=xs[0])
         check_tensor(f"latent_biases[{s}]", latent_biases[s], (n,), like=xs[0])
     check_int("k", k, 1, min(n, MAX_K), f"at most N and {MAX_K}")
-    impl = resolve_impl(impl, xs[0])
+    impl, lists = resolve_impl(impl, xs[0]), torch.is_grad_enabled()
     with torch.no_grad():
         centred = centre_for(xs, w_encs, pre_biases, impl)
         indices = select_latents(centred, w_encs, latent_biases, k, topk_type, impl)
-        values = gather_values(indices, centred, list(w_encs), list(latent_biases), None, impl)
-    selection = Selection(indices)
-    if torch.is_grad_enabled():
-        selection = selection.with_inverse(n, impl)
+        values, selection = values_and_lists(Selection(indices), centred, w_encs, latent_biases, lists, impl)
     args = xs, w_encs, pre_biases, latent_biases, centred, selection, values, None, None, impl
     return indices, differentiable_values(*args)[0]
 

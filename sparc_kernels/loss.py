@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -162,7 +163,7 @@ def _auxk_kernel(mean_ptr, loss_ptr, total_ptr, terms_ptr, weight_ptr, high, low
 
 
 def _add_auxk_triton(sqs, norm, loss, coef):
-    T, single = len(sqs), torch.tensor(coef, dtype=torch.float32).item()
+    T, single = len(sqs), float(np.float32(coef))
     nmse, _, _ = _means(sqs, norm, None)
     total, terms, weight = _add_auxk_fake(sqs, norm, loss, coef)
     # Triton rounds numbers to float32; the rest of them matters in the float64 of the interpreter

@@ -18,8 +18,8 @@ from .encode import (
     Selection,
     centre_for,
     differentiable_values,
-    gather_values,
     select_latents,
+    values_and_lists,
     wants_joint,
 )
 from .latent_grads import NO_INVERSE
@@ -113,20 +113,17 @@ class AlignedSAE(nn.Module):
         streams = self._check_inputs(inputs)
         w_encs, pre_biases, latent_biases = self._encoders(streams)
         xs = [inputs[s].to(w.dtype) for s, w in zip(streams, w_encs, strict=True)]
-        impl = resolve_impl(self.impl, xs[0])
+        impl, lists = resolve_impl(self.impl, xs[0]), torch.is_grad_enabled()
         with torch.no_grad():
             centred = centre_for(xs, w_encs, pre_biases, impl)
             chosen = select_latents(centred, w_encs, latent_biases, self.k, self.topk_type, impl)
-            values = gather_values(chosen, centred, w_encs, latent_biases, None, impl)
-            selection = Selection(chosen)
+            # one inverse index serves every gradient; without gradients nothing needs it
+            values, selection = values_and_lists(Selection(chosen), centred, w_encs, latent_biases, lists, impl)
             dead = self._move_counters(inputs, streams, chosen, values, impl)
             aux = aux_values = None
             if self.auxk:
                 aux = select_dead(centred, w_encs, latent_biases, [dead[s] for s in streams], self.auxk, impl)
-                aux_values = gather_values(aux.indices, centred, w_encs, latent_biases, aux.count, impl)
-        if torch.is_grad_enabled():  # one inverse index serves every gradient; without gradients nothing needs it
-            selection = selection.with_inverse(self.n_latents, impl)
-            aux = aux and aux.with_inverse(self.n_latents, impl)
+                aux_values, aux = values_and_lists(aux, centred, w_encs, latent_biases, lists, impl)
         values, aux_values = differentiable_values(
             xs, w_encs, pre_biases, latent_biases, centred, selection, values, aux, aux_values, impl
         )

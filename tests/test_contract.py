@@ -219,10 +219,10 @@ def ops_and_arguments(impl):
         ),
         "target_weights": (ops.target_weights, (p.xs, torch.rand(3, 3, device=DEVICE, dtype=out.dtype), impl)),
         "centre": (ops.centre, (p.xs, p.pre_biases, False, impl)),
-        "gather_values": (ops.gather_values, (indices, p.xs, p.w_encs, p.latent_biases, None, impl)),
+        "gather_values": (ops.gather_values, (indices, p.xs, p.w_encs, p.latent_biases, None, True, impl)),
         "gather_values some": (
             ops.gather_values,
-            (indices, p.xs[:1], p.w_encs[:1], p.latent_biases[:1], count[None], impl),
+            (indices, p.xs[:1], p.w_encs[:1], p.latent_biases[:1], count[None], False, impl),
         ),
         "count_fired_": (ops.count_fired_, ([torch.arange(70, device=DEVICE)] * 1, indices, values[:1], 0.5, impl)),
         "loss_terms": (ops.loss_terms, ([coef] * 3, coef + 1, torch.rand_like(coef[:, :3]), values, impl)),

@@ -350,7 +350,10 @@ def test_rows_kept_at_once_are_equal_parts_within_the_limit():
     assert select_rows(4096, 2**16, 128) == (4096, 1) and select_rows(4096, 2**17, 128) == (2048, 1)
     assert select_rows(4096, 2**16, 128, 4096) == (1024, 2)  # four parts, each of 1,024 tiles
     assert select_rows(4096, 2**14, 128, 1024) == (2048, 2)  # two of 512
-    assert select_rows(4096, 2**18 + 2**15, 128, 2**14) == (896, 2)  # two buffers of the whole scratch: shorter parts cost more
+    assert select_rows(4096, 2**18 + 2**15, 128, 2**14) == (
+        896,
+        2,
+    )  # two buffers of the whole scratch: shorter parts cost more
     assert select_rows(4096, 2**21, 128, 2**17) == (256, 1)  # one, where two would make the GEMM read W_enc too often
 
 
@@ -375,22 +378,25 @@ class Late:
         self.wait(len(self.work))
 
 
-def test_a_selector_that_runs_late_finds_its_logits(monkeypatch):
+class TooLate(Late):
+    """Waits for nothing but the end."""
+
+    def wait(self, mark):
+        if mark == len(self.work):
+            super().wait(mark)
+
+
+@pytest.mark.parametrize(("beside", "right"), [(Late, True), (TooLate, False)])
+def test_a_selector_that_runs_late_finds_its_logits(monkeypatch, beside, right):
     """The GEMM of later rows must not write where a selector still has to read, nor the result be used too early."""
     from sparc_kernels import _launch, encode
 
-    p = problem(B=90, requires_grad=False)
+    p, made = problem(B=64, requires_grad=False), []
     want = chosen(p, p.w_encs, "torch")
     monkeypatch.setattr(_launch, "BESIDE_TILES", 3)
-    monkeypatch.setattr(encode, "Beside", Late)
-    launched = []
-    run = Late.run
-    monkeypatch.setattr(Late, "run", lambda self, work: (launched.append(self.enabled), run(self, work))[1])
-    assert torch.equal(chosen(p, p.w_encs, "triton"), want)
-    assert launched == [True] * 4
-    monkeypatch.setattr(Late, "wait", lambda self, mark: None if mark != len(self.work) else self.join_all())
-    monkeypatch.setattr(Late, "join_all", lambda self: [work() for work in self.work], raising=False)
-    assert not torch.equal(chosen(p, p.w_encs, "triton"), want)  # without the waits in between it fails
+    monkeypatch.setattr(encode, "Beside", lambda *args, **named: made.append(beside(*args, **named)) or made[-1])
+    assert torch.equal(chosen(p, p.w_encs, "triton"), want) == right
+    assert len(made[0].work) == made[0].ran == 4
 
 
 def test_values_of_many_streams_a_few_at_a_time(monkeypatch):

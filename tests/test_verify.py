@@ -294,8 +294,7 @@ def latent_bias_missing_in_values(patch):
     def gather_values(indices, centred, w_encs, latent_biases, *rest):
         return sound(indices, centred, w_encs, [torch.zeros_like(c) for c in latent_biases], *rest)
 
-    for where in (encode, module):
-        patch(where, "gather_values", gather_values)
+    patch(encode, "gather_values", gather_values)
 
 
 def decoder_bias_lost(patch):
@@ -307,8 +306,7 @@ def half_precision_sums(patch):
     """bf16-level error in the dot products of wider types."""
     values, dots = encode.gather_values, decoder.gather_dot
     rounded = lambda x: x.bfloat16().to(x.dtype)  # noqa: E731
-    for where in (encode, module):
-        patch(where, "gather_values", lambda i, centred, *rest: values(i, [rounded(x) for x in centred], *rest))
+    patch(encode, "gather_values", lambda i, centred, *rest: values(i, [rounded(x) for x in centred], *rest))
     patch(decoder, "gather_dot", lambda indices, w, x, *rest: dots(indices, w, rounded(x), *rest))
 
 
