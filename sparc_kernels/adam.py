@@ -1,7 +1,7 @@
 """One step of Adam over the parameters of a stream: unit norm of decoder rows, projection and update in one pass.
 
 `SparcAdam` (optim.py) calls these operators with gradients that exist in memory; `latent_adam.py` takes what is below
-the kernels, `step_`, to update each latent from its list of rows instead.
+the kernels, `step`, to update each latent from its list of rows instead.
 """
 
 from __future__ import annotations
@@ -156,26 +156,22 @@ def unit(w, ACC: tl.constexpr):
 
 
 @triton.jit
-def step_(
-    w, g, m_ptr, v_ptr, at, mask, scalars_ptr, NORMALIZE: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr,
+def step(
+    w, g, m, v, mask, scalars_ptr, NORMALIZE: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr,
     EPS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The new weights of a row; its moments are updated where they are."""
+    """A row's weights and moments after the step; g is multiplied by its scale already."""
     if NORMALIZE == 1:
         w = unit(w, ACC)
     if NORMALIZE != 0:
         g -= tl.sum(w * g, 0) * w
-    m = tl.load(m_ptr + at, mask=mask, other=0.0)
-    v = tl.load(v_ptr + at, mask=mask, other=0.0)
     m += (g - m) * tl.full((), 1 - BETA1, ACC)
     v += (g * g - v) * tl.full((), 1 - BETA2, ACC)
-    tl.store(m_ptr + at, m, mask=mask)
-    tl.store(v_ptr + at, v, mask=mask)
     deviation = root(v) * tl.load(scalars_ptr + 1).to(ACC) + tl.full((), EPS, ACC)
     w = w * tl.load(scalars_ptr + 2).to(ACC) - tl.load(scalars_ptr).to(ACC) * divide(m, deviation)
     if NORMALIZE == 2:
         w = unit(tl.where(mask, w, 0.0), ACC)
-    return w
+    return w, m, v
 
 
 @triton.jit
@@ -186,8 +182,12 @@ def _move(
     if tl.load(scalars_ptr + 4) != 0.0:
         w = tl.load(w_ptr + at, mask=mask, other=0.0).to(ACC)
         g = tl.load(grad_ptr + at, mask=mask, other=0.0).to(ACC) * tl.load(scalars_ptr + 3).to(ACC)
-        w = step_(w, g, m_ptr, v_ptr, at, mask, scalars_ptr, NORMALIZE, BETA1, BETA2, EPS, ACC)
+        m = tl.load(m_ptr + at, mask=mask, other=0.0)
+        v = tl.load(v_ptr + at, mask=mask, other=0.0)
+        w, m, v = step(w, g, m, v, mask, scalars_ptr, NORMALIZE, BETA1, BETA2, EPS, ACC)
         tl.store(w_ptr + at, w.to(w_ptr.dtype.element_ty), mask=mask)
+        tl.store(m_ptr + at, m, mask=mask)
+        tl.store(v_ptr + at, v, mask=mask)
 
 
 @triton.jit
@@ -233,7 +233,9 @@ def _adam_stream_triton(params, grads, exp_avgs, exp_avg_sqs, scalars, normalize
         return _adam_stream_torch(params, grads, exp_avgs, exp_avg_sqs, scalars, normalize, beta1, beta2, eps)
     config = adam_config(d)
     grads = [None if g is None else g.contiguous() for g in grads]
-    _adam_stream_kernel[(n + 1, 2)](
+    if all(grads[i] is None for i in (0, DECODER, 3)):
+        n = 0  # the pre-bias alone
+    _adam_stream_kernel[(n + 1, 1 if grads[DECODER] is None else 2)](
         *(t for four in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True) for t in four), scalars, n, d,
         NORMALIZE=normalize, BETA1=beta1, BETA2=beta2, EPS=eps, BLOCK_D=config.block_d, ACC=tl_dtype(exp_avgs[0].dtype),
         num_warps=config.num_warps,
@@ -344,22 +346,22 @@ def _grad_square_kernel(
                 g = tl.load(denc_ptr + at, mask=mask, other=0.0).to(ACC)
                 total += tl.sum(g * g, 0)
             if dlatent_ptr is not None:
-                g = tl.load(dlatent_ptr + n).to(ACC)
-                total += g * g
+                latent = tl.load(dlatent_ptr + n).to(ACC)
+                total += latent * latent
         else:
             if dpre_ptr is not None:
-                g = tl.load(dpre_ptr + cols, mask=mask, other=0.0).to(ACC)
-                total += tl.sum(g * g, 0)
+                pre = tl.load(dpre_ptr + cols, mask=mask, other=0.0).to(ACC)
+                total += tl.sum(pre * pre, 0)
     else:
         if ddec_ptr is not None:
             if n < N:
-                g = tl.load(ddec_ptr + at, mask=mask, other=0.0).to(ACC)
+                dec = tl.load(ddec_ptr + at, mask=mask, other=0.0).to(ACC)
                 if NORMALIZE != 0:
                     w = tl.load(dec_ptr + at, mask=mask, other=0.0).to(ACC)
                     if NORMALIZE == 1:
                         w = unit(w, ACC)
-                    g -= tl.sum(w * g, 0) * w
-                total += tl.sum(g * g, 0)
+                    dec -= tl.sum(w * dec, 0) * w
+                total += tl.sum(dec * dec, 0)
     tl.store(out_ptr + tl.program_id(1).to(tl.int64) * (N + 1) + n, total)
 
 

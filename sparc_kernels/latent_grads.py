@@ -149,6 +149,49 @@ Returns: order int32 [groups, M], offsets int32 [groups, N + 1], ids int32 [grou
 
 
 @triton.jit
+def sum_entries(
+    order_ptr, coef_ptr, scale_ptr, gate_ptr, mat_ptr, low, high, cols, mask_d, M, ROWS, K, stride_ms, stride_mr,
+    S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Entries low..high - 1 of the lists added up: their weighted rows [BLOCK_D], and their weights [BLOCK_E].
+
+    The weight of an entry is coef[s, place], times scale[s, row] if given, and 0 where gate[s, place] <= 0. Without
+    coef the rows of `mat` are in list order already and are only added up.
+    """
+    acc = tl.zeros((BLOCK_D,), ACC)
+    total = tl.zeros((BLOCK_E,), ACC)
+    for e0 in range(low, high, BLOCK_E):
+        e = e0 + tl.arange(0, BLOCK_E)
+        mask_e = e < high
+        if coef_ptr is None:
+            m = tl.load(
+                mat_ptr + e[:, None].to(tl.int64) * stride_mr + cols[None, :],
+                mask=mask_e[:, None] & mask_d[None, :], other=0.0,
+            )  # fmt: skip  # [BLOCK_E, BLOCK_D]
+            acc += tl.sum(m.to(ACC), 0)
+        else:
+            place = tl.load(order_ptr + e, mask=mask_e, other=0)
+            row = (place // K).to(tl.int64)
+            for s in tl.static_range(S):
+                source = tl.full((), s, tl.int64)  # 64-bit, also where the JIT takes a size of 1 for a constant
+                c = tl.load(coef_ptr + source * M + place, mask=mask_e, other=0.0).to(ACC)
+                if gate_ptr is not None:  # NaN passes
+                    gate = tl.load(gate_ptr + source * M + place, mask=mask_e, other=0.0)
+                    c = tl.where(gate <= 0.0, 0.0, c)
+                if scale_ptr is not None:
+                    scale = tl.load(scale_ptr + source * ROWS + row, mask=mask_e, other=0.0).to(ACC)
+                    c = tl.where(scale != 0.0, c * scale, 0.0)  # a source that does not count, whatever c is
+                total += c
+                live = mask_e & (c != 0.0)  # entries killed by the ReLU cost no traffic
+                m = tl.load(
+                    mat_ptr + source * stride_ms + row[:, None] * stride_mr + cols[None, :],
+                    mask=live[:, None] & mask_d[None, :], other=0.0,
+                )  # fmt: skip  # [BLOCK_E, BLOCK_D]
+                acc += tl.sum(c[:, None] * m.to(ACC), 0)
+    return acc, total
+
+
+@triton.jit
 def _latent_reduce_kernel(
     order_ptr, offsets_ptr, ids_ptr, coef_ptr, scale_ptr, gate_ptr, mat_ptr, out_ptr, sum_ptr, part_ptr, part_sum_ptr,
     M, ROWS, K, D, N, stride_ms, stride_mr, stride_on,
@@ -161,9 +204,8 @@ def _latent_reduce_kernel(
     CHUNK) of the sorted places, and the latent that it belongs to owns place q CHUNK: program N + q has it, if there is
     one. So there is no work list to make.
 
-    The weight of an entry is coef[s, place], times scale[s, row] if given, and 0 where gate[s, place] <= 0. Without
-    coef the rows of `mat` are in list order already and are only added up. With ADD the sums are added to what `out`
-    and `sum` hold, and latents with an empty list are left alone. sum_ptr may be None.
+    What is added up is said at `sum_entries`. With ADD the sums are added to what `out` and `sum` hold, and latents
+    with an empty list are left alone. sum_ptr may be None.
     """
     pid = tl.program_id(0)
     tile = tl.program_id(1)
@@ -182,36 +224,10 @@ def _latent_reduce_kernel(
         if (low < end) | ((chunk == 0) & (ADD == 0)):
             cols = tile * BLOCK_D + tl.arange(0, BLOCK_D)
             mask_d = cols < D
-            acc = tl.zeros((BLOCK_D,), ACC)
-            total = tl.zeros((BLOCK_E,), ACC)
-            for e0 in range(low, high, BLOCK_E):
-                e = e0 + tl.arange(0, BLOCK_E)
-                mask_e = e < high
-                if coef_ptr is None:
-                    m = tl.load(
-                        mat_ptr + e[:, None].to(tl.int64) * stride_mr + cols[None, :],
-                        mask=mask_e[:, None] & mask_d[None, :], other=0.0,
-                    )  # fmt: skip  # [BLOCK_E, BLOCK_D]
-                    acc += tl.sum(m.to(ACC), 0)
-                else:
-                    place = tl.load(order_ptr + e, mask=mask_e, other=0)
-                    row = (place // K).to(tl.int64)
-                    for s in tl.static_range(S):
-                        source = tl.full((), s, tl.int64)  # 64-bit, also where the JIT takes a size of 1 for a constant
-                        c = tl.load(coef_ptr + source * M + place, mask=mask_e, other=0.0).to(ACC)
-                        if gate_ptr is not None:  # NaN passes
-                            gate = tl.load(gate_ptr + source * M + place, mask=mask_e, other=0.0)
-                            c = tl.where(gate <= 0.0, 0.0, c)
-                        if scale_ptr is not None:
-                            scale = tl.load(scale_ptr + source * ROWS + row, mask=mask_e, other=0.0).to(ACC)
-                            c = tl.where(scale != 0.0, c * scale, 0.0)  # a source that does not count, whatever c is
-                        total += c
-                        live = mask_e & (c != 0.0)  # entries killed by the ReLU cost no traffic
-                        m = tl.load(
-                            mat_ptr + source * stride_ms + row[:, None] * stride_mr + cols[None, :],
-                            mask=live[:, None] & mask_d[None, :], other=0.0,
-                        )  # fmt: skip  # [BLOCK_E, BLOCK_D]
-                        acc += tl.sum(c[:, None] * m.to(ACC), 0)
+            acc, total = sum_entries(
+                order_ptr, coef_ptr, scale_ptr, gate_ptr, mat_ptr, low, high, cols, mask_d, M, ROWS, K, stride_ms,
+                stride_mr, S, BLOCK_E, BLOCK_D, ACC,
+            )  # fmt: skip
             if end - begin <= CHUNK:
                 out_row = out_ptr + n.to(tl.int64) * stride_on + cols
                 if ADD:
@@ -291,9 +307,10 @@ def launch_reduce(out, sums, order, offsets, ids, coef, scale, gate, mat, k, add
     )
 
 
-def reduce_torch(out, sums, order, offsets, ids, coef, scale, gate, mat, k, add):
-    """The same in torch."""
-    S, rows, d = mat.shape
+def listed_torch(order, offsets, coef, scale, gate, mat, k):
+    """What `lists_torch` adds up: for the lists' places in order, S entries each, the rows of mat [S * rows, d] and
+    their weights, [M * S]; and the weights of each place in all sources together, [M]."""
+    S, rows, _ = mat.shape
     acc = acc_dtype(mat.dtype)
     coef = coef.reshape(S, rows, -1).to(acc)
     if gate is not None:
@@ -304,27 +321,46 @@ def reduce_torch(out, sums, order, offsets, ids, coef, scale, gate, mat, k, add)
     if may_look(offsets):
         order = order[: int(offsets[-1])]  # what is in no list stands at the end
     coef = coef.reshape(S, -1)[:, order.long()]  # [S, M], in list order
-    if sums is not None:
-        totals = torch.segment_reduce(coef.sum(0), "sum", offsets=offsets.long(), axis=0)
-        sums.copy_(sums + totals if add else totals)
-    # a list per latent over the rows of every source: [M, S] entries, the sources of one place side by side
+    # the sources of one place side by side
     entries = (order // k)[:, None] + torch.arange(S, device=order.device, dtype=order.dtype) * rows
-    entries, weights = entries.reshape(-1), coef.T.reshape(-1).to(mat.dtype)
-    offsets, mat = offsets * S, mat.reshape(S * rows, d)
+    return entries.reshape(-1), coef.T.reshape(-1).to(mat.dtype), coef.sum(0)
+
+
+def by_product(mat, out) -> bool:
+    """A sparse product writes each row once, several times faster than bags (measured, docs/results.md)."""
+    return (
+        out.device.type == "cpu"
+        and mat.dtype in (torch.float32, torch.float64)
+        and torch.backends.mkl.is_available()
+    )  # fmt: skip
+
+
+def lists_torch(entries, weights, offsets, mat):
+    """One weighted sum of rows of mat [R, d] for each list of entries, in bags."""
+    return F.embedding_bag(
+        entries.long(), mat, offsets.long(), mode="sum", per_sample_weights=weights, include_last_offset=True
+    )
+
+
+def reduce_torch(out, sums, order, offsets, ids, coef, scale, gate, mat, k, add):
+    """The same in torch."""
+    S, _, d = mat.shape
+    entries, weights, totals = listed_torch(order, offsets, coef, scale, gate, mat, k)
+    if sums is not None:
+        totals = torch.segment_reduce(totals, "sum", offsets=offsets.long(), axis=0)
+        sums.copy_(sums + totals if add else totals)
+    offsets, mat = offsets * S, mat.reshape(-1, d)
     latents = None
     if add and may_look(offsets):  # few lists have anything: the others need not be looked at
         latents = (offsets[1:] > offsets[:-1]).nonzero().squeeze(1)
         offsets = torch.cat([offsets[latents], offsets[-1:]])
-    if out.device.type == "cpu" and mat.dtype in (torch.float32, torch.float64) and torch.backends.mkl.is_available():
-        # a sparse product writes each row once, several times faster than bags (measured, docs/results.md)
-        lists = csr(offsets, entries, weights, S * rows)
+    into = None
+    if by_product(mat, out):
+        lists = csr(offsets, entries, weights, len(mat))
         into = out if latents is None and out.dtype == mat.dtype else mat.new_empty(offsets.numel() - 1, d)
         made = torch.addmm(into, lists, mat, beta=1 if add and into is out else 0, out=into)
     else:
-        into = None
-        made = F.embedding_bag(
-            entries.long(), mat, offsets.long(), mode="sum", per_sample_weights=weights, include_last_offset=True
-        )
+        made = lists_torch(entries, weights, offsets, mat)
     if latents is not None:
         out.index_add_(0, latents, made.to(out.dtype))
     elif into is not out:
