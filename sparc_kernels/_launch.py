@@ -175,8 +175,8 @@ class SelectConfig:
 
     @property
     def small(self) -> bool:
-        """Whether a block fits beside one of the GEMM. Compiled (sm_90): such candidates take up to 10,240 registers, 128
-        threads of 80, and a selection from twice as many 14,976 or more."""
+        """Whether a block fits beside one of the GEMM. Compiled (sm_90): at most 10,240 registers for so few candidates
+        (128 threads of 80), 14,976 and more for twice as many."""
         return self.n_spans_pad <= 2048 and self.k_pad * self.group <= 1024
 
 
@@ -309,3 +309,18 @@ def adam_config(d: int) -> AdamConfig:
     loads of each of four tensors in flight; 16 a thread beyond 4,096 columns."""
     block_d = max(next_power_of_2(d), 32)
     return AdamConfig(block_d, min(max(block_d // 256, 1), 16))
+
+
+def latent_adam_config(d: int, sources: int) -> ReduceConfig:
+    """As `adam_config`; entries of a list that are added up at a time: as in `reduce_config` where a thread has eight
+    columns, fewer where it has sixteen."""
+    if INTERPRETED:
+        return ReduceConfig(2, max(next_power_of_2(d), 16), 4)
+    config = adam_config(d)
+    wide = config.block_d > 256 * config.num_warps
+    return ReduceConfig(1 if wide else 2 if sources > 4 else 4, config.block_d, config.num_warps)
+
+
+def adam_rows(n: int) -> int:
+    """Latents of one program that adds up dc * W_enc: their sum is written and read once more, 8 bytes a column."""
+    return 2 if INTERPRETED else 8 if n >= 16384 else 4
