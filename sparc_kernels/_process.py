@@ -72,7 +72,8 @@ class Signals:
     def _handle(self, signum, frame):
         if self.received:
             os._exit(128 + signum)
-        self.received = signum
+        else:
+            self.received = signum
 
     def __exit__(self, *exception):
         for signum, handler in self.before.items():

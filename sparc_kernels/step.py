@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .module import AlignedSAE
+from .optim import SparcAdam
 
 _EAGER_FIRST = 3  # steps before a capture: they choose launch settings and allocate what libraries keep
 
@@ -18,21 +19,21 @@ class Step:
 
     Args:
         model: in training mode.
-        optimizer: one whose step normalises the decoder and projects its gradient.
+        optimizer: SparcAdam of the model, capturable with `graph`.
         fresh: generator, on the model's device, of re-initialised rows.
         bf16: autocast around forward and loss.
         graph: replay the step from a CUDA graph for batches of the shape seen first; others run eagerly. Falls back to
             eager steps, with a warning, where the capture fails.
 
-    A batch whose loss is not finite is skipped. On the CPU exactly as officially: nothing moves but the dead counters,
-    and the step is not counted. On CUDA, where reading the loss would make the host wait, its gradient counts as zero
-    and only Adam's momentum moves the weights; `skipped` tells, when it is read, how many there were.
+    A batch whose loss is not finite is skipped: only the dead counters move. On the CPU the step is not counted either,
+    as officially. On CUDA, where reading the loss would make the host wait, the optimizer decides on the device, and
+    the step counts towards re-initialisation; `skipped` tells, when it is read, how many there were.
     """
 
     def __init__(
         self,
         model: AlignedSAE,
-        optimizer: torch.optim.Optimizer,
+        optimizer: SparcAdam,
         fresh: torch.Generator,
         *,
         auxk_coef: float = 1 / 32,
@@ -88,9 +89,7 @@ class Step:
             return loss.detach(), metrics
         loss.backward()
         if self.cuda:
-            for p in model.parameters():
-                if p.grad is not None:
-                    p.grad.masked_fill_(~finite, 0)
+            self.optimizer.found_inf = (~finite).float()  # moves nothing where it is 1
         self.optimizer.step()
         return loss.detach(), metrics
 
@@ -144,17 +143,3 @@ class _Graph:
             warnings.warn(f"the step could not be captured in a CUDA graph, steps run eagerly: {error}", stacklevel=2)
             return
         self.graph = graph
-
-
-class OfficialAdam(torch.optim.Adam):
-    """Adam whose step first normalises the decoder columns and projects their gradient, as the official loop does."""
-
-    def __init__(self, model: AlignedSAE, lr: float = 1e-4):
-        super().__init__(model.parameters(), lr=lr, eps=1e-8)
-        self.model = model
-
-    @torch.no_grad()
-    def step(self):
-        self.model.unit_norm_decoder_()
-        self.model.project_decoder_grad_()
-        super().step()

@@ -34,8 +34,9 @@ from .checkpoint import (
 from .features import Features
 from .loader import Batch, Loader
 from .module import AlignedSAE
+from .optim import SparcAdam
 from .runlog import RunLog
-from .step import OfficialAdam, Step
+from .step import Step
 from .train_config import TrainConfig
 
 MANIFEST = "manifest.json"
@@ -133,6 +134,8 @@ class Trainer:
             return None
         self.out.mkdir(parents=True, exist_ok=True)
         self._closing.enter_context(only_one_run(self.out))
+        for remains in self.out.glob("*.tmp"):  # of a run that was killed
+            remains.unlink()
         path = self.out / MANIFEST
         if not path.exists():
             return None
@@ -143,6 +146,9 @@ class Trainer:
         for field, value in asdict(self.config).items():
             had = manifest["config"].get(field)
             require(had == value, field, f"{had!r} as in {path}", repr(value))
+        if manifest.get("threads") != torch.get_num_threads():
+            text = f"{torch.get_num_threads()} threads, {manifest.get('threads')} when the run began"
+            self._say(f"Note: {text}; results may differ by rounding")
         return manifest
 
     def _open_features(self, streams, val_streams) -> None:
@@ -235,7 +241,15 @@ class Trainer:
         self.model = model.train()
         self.shared = config.shuffle == "official" and self.device.type == "cpu"
         self.fresh = self.order if self.shared else torch.Generator(self.device).manual_seed(config.seed)
-        self.optimizer = OfficialAdam(model, lr=config.lr)
+        graph = graph and self.device.type == "cuda"
+        self.optimizer = SparcAdam(
+            model,
+            config.lr,
+            weight_decay=config.weight_decay,
+            normalize=config.unit_norm,
+            max_grad_norm=config.max_grad_norm or None,
+            capturable=graph,
+        )
         self.step = Step(
             model,
             self.optimizer,
@@ -271,14 +285,14 @@ class Trainer:
             except OSError as error:
                 needed = f"space for a checkpoint and the weights ({4 * size / 1e6:,.1f} MB)"
                 raise ValueError(f"out: expected {needed} in {self.out}, got: {error.strerror}") from error
-            if manifest is None:
-                write_json(self.out / MANIFEST, self._manifest(full_check))
         settings = asdict(self.config)
         columns = list(self.names)
         if self.val_loader is not None:
             columns += ["val_loss", "val_explained_variance", "val_explained_variance_cross"]
         self.log = RunLog(self.out, columns, self.steps, self.batches, log_to, settings, self.quiet)
         self._closing.callback(self.log.close)
+        if self.out is not None and manifest is None:
+            write_json(self.out / MANIFEST, self._manifest(full_check))
 
     def _manifest(self, full_check: bool) -> dict:
         return {
@@ -399,7 +413,7 @@ class Trainer:
         if ends and self.val_loader is not None:
             row |= self._validate(batch.epoch)
             self._since = time.perf_counter()
-        self.log.row(row, important=ends)
+        self.log.row(row, important=self.batches == self.steps)
 
     def _explained(self, means: dict[str, float], spread: dict[str, float], prefix: str = "") -> dict:
         """Explained variance, from NMSEs: exact where rows have equal norms, as normalised ones do."""

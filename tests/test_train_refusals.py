@@ -1,0 +1,216 @@
+"""What is refused, by name, before training starts."""
+
+import functools
+import resource
+import shutil
+import subprocess
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import CUDA
+from kill_and_resume import COMMAND, ENVIRONMENT, arguments, make_features
+from safetensors.torch import save_file
+
+from sparc_kernels import cli
+from sparc_kernels.train import Trainer
+from sparc_kernels.train_config import TrainConfig
+
+ROWS, WIDTHS = 700, {"a": 20, "b": 12}
+DAMAGED = "expected a complete training checkpoint, got a damaged, truncated or foreign file"
+
+
+@functools.cache
+def streams() -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return {s: torch.randn(ROWS, d, generator=g) for s, d in WIDTHS.items()}
+
+
+def bad(kind: str, folder: Path) -> tuple[list[str], str]:
+    """Arguments that must be refused, and words of the message."""
+    a, b = folder / "a.npy", folder / "b.npy"
+    np.save(a, streams()["a"].numpy())
+    np.save(b, streams()["b"].numpy())
+    out, settings = folder / "run", []
+    if kind == "no dataset":
+        with h5py.File(folder / "b.h5", "w") as file:
+            file["embeddings"] = np.ones((ROWS, 3), np.float32)
+        b, words = folder / "b.h5", "stream 'b' ({b}): expected a dataset 'features', got embeddings"
+    elif kind == "row mismatch":
+        np.save(b, np.ones((ROWS - 1, 12), np.float32))
+        words = "stream 'b' ({b}): expected 700 rows as in stream 'a' ({a}), got 699 rows"
+    elif kind == "NaN rows":
+        x = streams()["b"].numpy().copy()
+        x[[5, 600], 3] = np.nan
+        np.save(b, x)
+        words = "stream 'b' ({b}): expected finite features, got NaN or infinity in 2 rows: 5, 600"
+    elif kind == "integers":
+        np.save(b, np.ones((ROWS, 12), np.int32))
+        words = "stream 'b' ({b}): expected float64, float32, float16 or bfloat16 features, got int32"
+    elif kind == "empty file":
+        b.write_bytes(b"")
+        words = "stream 'b' ({b}): expected a NumPy file, got an empty file"
+    elif kind == "truncated npy":
+        b.write_bytes(b.read_bytes()[:-100])
+        words = "stream 'b' ({b}): expected 33,728 bytes, as its header says, got 33,628: the file is truncated"
+    elif kind == "truncated HDF5":
+        b = folder / "b.h5"
+        with h5py.File(b, "w") as file:
+            file["features"] = np.ones((ROWS, 12), np.float32)
+        b.write_bytes(b.read_bytes()[:-1000])
+        words = "stream 'b' ({b}): expected a complete HDF5 file, got one that cannot be read"
+    elif kind == "truncated safetensors":
+        b = folder / "b.safetensors"
+        save_file({"features": torch.ones(ROWS, 12)}, b)
+        b.write_bytes(b.read_bytes()[:-1000])
+        words = "stream 'b' ({b}): expected a complete safetensors file, got one that cannot be read"
+    elif kind == "which tensor":
+        b = folder / "b.safetensors"
+        save_file({"x": torch.ones(ROWS, 12), "y": torch.ones(ROWS, 12)}, b)
+        words = "stream 'b' ({b}): expected a tensor 'features', or only one, got 2 tensors: x, y"
+    elif kind == "no such file":
+        b, words = folder / "c.npy", "stream 'b' ({b}): expected a file, got nothing there"
+    elif kind == "other suffix":
+        b, words = folder / "c.pt", "stream 'b' ({b}): expected a file ending in .h5, .hdf5, .safetensors, .npy"
+    elif kind == "one dimension":
+        np.save(b, np.ones(ROWS, np.float32))
+        words = "stream 'b' ({b}): expected rows and columns, [n, d], got shape [700]"
+    elif kind == "no rows":
+        np.save(b, np.ones((0, 12), np.float32))
+        words = "stream 'b' ({b}): expected at least one row and one column, got shape [0, 12]"
+    elif kind == "by columns":
+        np.save(b, np.asfortranarray(np.ones((ROWS, 12), np.float32)))
+        words = "stream 'b' ({b}): expected an array stored by rows (C order)"
+    elif kind == "not a npy":
+        b.write_bytes(b"these are no features")
+        words = "stream 'b' ({b}): expected a NumPy .npy file, got one that cannot be read"
+    elif kind == "k above N":
+        settings, words = ["--k", "49"], "k: expected an int in 1..48 (at most n_latents and 512), got 49"
+    elif kind == "auxk above N":
+        settings, words = ["--auxk", "49"], "auxk: expected an int in 0..48"
+    elif kind == "learning rate":
+        settings, words = ["--lr", "0"], "lr: expected a number > 0, got 0"
+    elif kind == "memory":
+        settings, words = ["--memory", "1K"], "memory: expected at least 16,384 bytes for batches of 64, got 1,024"
+    elif kind == "validation of everything":
+        settings, words = ["--val-fraction", "1.0"], "val_fraction: expected a number in [0, 1), got 1.0"
+    elif kind == "validation widths":
+        np.save(folder / "v.npy", np.ones((9, 5), np.float32))
+        settings = [f"--val-stream=a={folder}/v.npy", f"--val-stream=b={folder}/v.npy"]
+        words = "stream 'a' ({folder}/v.npy): expected width 20 as in the training data, got width 5"
+    elif kind == "validation streams":
+        settings = [f"--val-stream=a={a}", f"--val-stream=c={b}"]
+        words = "streams: expected a, b, the streams of the training data, got a, c"
+    elif kind == "out is a file":
+        out.write_text("")
+        words = "File exists"
+    elif kind == "folder holds a run":
+        run(folder, out)
+        words = "out: expected a folder without a run, or resume, got {out}, which holds one"
+    elif kind == "other data":
+        run(folder, out)
+        np.save(b, streams()["b"].numpy() + 1)
+        settings, words = ["--resume"], "train stream 'b' ({b}): expected fingerprint"
+    elif kind == "other settings":
+        run(folder, out)
+        settings, words = ["--resume", "--lr", "0.5"], "lr: expected 0.001 as in {out}/manifest.json, got 0.5"
+    elif kind == "other stream":
+        run(folder, out)
+        settings, words = ["--resume"], "train streams: expected a, b as when the run began, got a"
+        return [f"--stream=a={a}", f"--out={out}", *settings], words.format(a=a, b=b, out=out, folder=folder)
+    elif kind == "damaged checkpoint":
+        run(folder, out)
+        for path in (out / "checkpoints").iterdir():
+            path.write_bytes(path.read_bytes()[:-1])
+        settings, words = (
+            ["--resume"],
+            "expected a complete training checkpoint, got a damaged, truncated or foreign file",
+        )
+    elif kind == "wrong checkpoint kind":
+        run(folder, out)
+        for path in (out / "checkpoints").iterdir():
+            shutil.copy(out / "model.safetensors", path)
+        settings, words = (
+            ["--resume"],
+            "expected a complete training checkpoint, got a damaged, truncated or foreign file",
+        )
+    elif kind == "damaged manifest":
+        run(folder, out)
+        (out / "manifest.json").write_text('{"config": ')
+        settings, words = ["--resume"], "{out}/manifest.json: expected a JSON file, got one that cannot be read"
+    elif kind == "no GPU":
+        settings, words = (
+            ["--device", "cuda"],
+            "device: expected a device that is there, got cuda, but PyTorch sees no GPU",
+        )
+    return ([f"--stream=a={a}", f"--stream=b={b}", f"--out={out}", *settings],
+            words.format(a=a, b=b, out=out, folder=folder))  # fmt: skip
+
+
+QUICKLY = ["--n-latents", "48", "--batch-size", "64", "--epochs", "1", "--device", "cpu", "--quiet"]
+
+
+def run(folder: Path, out: Path) -> None:
+    files = [f"--stream={s}={folder / s}.npy" for s in WIDTHS]
+    assert cli.main(["train", *files, f"--out={out}", *QUICKLY, "--k", "4", "--auxk", "6", "--lr", "0.001"]) == 0
+
+
+KINDS = [
+    "no dataset", "row mismatch", "NaN rows", "integers", "empty file", "truncated npy", "truncated HDF5",
+    "truncated safetensors", "which tensor", "no such file", "other suffix", "one dimension", "no rows", "by columns",
+    "not a npy", "k above N", "auxk above N", "learning rate", "memory", "validation of everything",
+    "validation widths", "validation streams", "out is a file", "folder holds a run", "other data", "other settings",
+    "other stream", "damaged checkpoint", "wrong checkpoint kind", "damaged manifest", "no GPU",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_refused_by_name_before_training(kind, tmp_path, capsys, monkeypatch):
+    if kind == "no GPU" and CUDA:
+        pytest.skip("there is one")
+    given, words = bad(kind, tmp_path)
+    monkeypatch.setattr(Trainer, "train", lambda self: pytest.fail("training began"))
+    defaults = {"--k": "4", "--auxk": "6", "--lr": "0.001"}
+    settings = [part for flag, value in defaults.items() if flag not in given for part in (flag, value)]
+    device = [] if "--device" in given else ["--device", "cpu"]
+    assert cli.main(["train", *QUICKLY[:6], "--quiet", *device, *settings, *given]) == 2
+    error = capsys.readouterr().err
+    assert words in error, error
+
+
+def test_no_space_is_refused_before_training(tmp_path):
+    """A limit on the size of files, as a full disk would give it."""
+    make_features(tmp_path)
+    command = [*COMMAND, *arguments(tmp_path), "--out", str(tmp_path / "run")]
+    limit = 100_000
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120, check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "out: expected space for a checkpoint and the weights (" in done.stderr and "File too large" in done.stderr
+
+
+def test_a_folder_takes_one_run_at_a_time(tmp_path):
+    config = TrainConfig(n_latents=48, k=4, auxk=6, epochs=1)
+    first = Trainer(config, streams(), tmp_path, device="cpu", quiet=True)
+    with pytest.raises(ValueError, match="out: expected a folder that no other run is writing to"):
+        Trainer(config, streams(), tmp_path, resume=True, device="cpu", quiet=True)
+    first.close()
+    Trainer(config, streams(), tmp_path, resume=True, device="cpu", quiet=True).close()
+
+
+def test_an_unknown_option_or_a_stream_twice_is_refused(tmp_path, capsys):
+    for given, words in (
+        (["--stream", "a"], "expected NAME=FILE, got 'a'"),
+        (["--stream", "a=x", "--stream", "a=y"], "expected every stream once, got 'a' twice"),
+        (["--memory", "lots"], "expected a size such as 500M or 4GiB, got 'lots'"),
+        (["--decay", "step"], "invalid choice: 'step'"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(["train", "--out", str(tmp_path / "run"), *given])
+        assert words in capsys.readouterr().err
+    assert cli.main(["train", "--out", str(tmp_path / "run")]) == 2
+    assert "--stream: expected NAME=FILE for every stream, got none" in capsys.readouterr().err
