@@ -136,8 +136,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit code: 0; 2 where something is refused; 130 after Ctrl-C."""
     try:
-        started = time.perf_counter()
         model, features = open_model(args)
+        started = time.perf_counter()
         with features:
             chosen = select_locally(model) if args.alone else model
             values = write_codes(chosen, features, args.out, args.format, args.batch_size)

@@ -235,11 +235,15 @@ def _gallery(codes, labels, names, pictures, per_latent) -> str:
     fired = torch.stack([torch.bincount(c.indices[c.values > 0], minlength=c.n_latents) for c in codes.values()])
     score = activation_cosine(codes) if len(codes) > 1 else fired[0].double()
     ranking = score if per_latent is None else score * per_latent
-    chosen = (ranking * (fired >= 5).all(0)).argsort(descending=True, stable=True)[:_LATENTS].tolist()
-    title = "cosine" if len(codes) > 1 else "rows"
-    cards = []
-    for latent in chosen:
+    ranking = ranking * (fired >= 5).all(0)
+    title, cards, words = "cosine" if len(codes) > 1 else "rows", [], set()
+    for latent in ranking.argsort(descending=True, stable=True).tolist():
+        if ranking[latent] <= 0 or len(cards) == _LATENTS:
+            break
         word = _best_label(codes, labels, names, latent)
+        if word in words:  # one latent for each class
+            continue
+        words.add(word)
         head = f"{escape(word)}<span>latent {latent}, {title} {score[latent]:.2f}</span>"
         rows = {s: top_rows(c, latent, _ROWS)[0].tolist() for s, c in codes.items()}
         shown = {s: pictures.get(s) for s in codes}
@@ -247,10 +251,8 @@ def _gallery(codes, labels, names, pictures, per_latent) -> str:
             stream_rows(s, r if isinstance(shown[s], Pictures) else r[: _ROWS // 2], shown[s]) for s, r in rows.items()
         )
         cards.append(f"<div class=latent><h3>{head}</h3>{body}</div>")
-    note = (
-        "<p class=note>Latents whose activations agree best between streams; of each stream the rows with the highest "
-    )
-    note += "activation, each stream selecting alone.</p>"
+    note = "<p class=note>Latents whose activations agree best between streams; of each stream the rows on which they "
+    note += "fire most, each stream selecting alone.</p>"
     return f"{note}<div class=gallery>{''.join(cards)}</div>"
 
 
