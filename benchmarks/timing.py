@@ -1,22 +1,126 @@
-"""How a job is timed: cold L2, CUDA events (perf_counter on a CPU), medians and percentiles, peak memory.
+"""How a job is timed: its phases one after the other, cold L2, CUDA events (a clock on a CPU), medians and percentiles.
 
-A job has `run()`, `reset()` (before each run, outside the clock) and `peak_bytes` (or None); `cases.Job` is one.
+One execution gives every mode: forward, backward, their sum (full), and with the optimizer's phase the whole step. The
+jobs of a group take turns, round by round, so that clocks, heat and other work on the machine meet all of them alike.
 """
 
 from __future__ import annotations
 
-import math
+import contextlib
+import os
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import torch
 
 MIB = 2**20
+QUIET = 0.06  # share of the cores that others may have in a quiet round
+FEW = 0.3  # noise, relative, of a row with one or two executions
+METHOD = 1  # raised when times of one version may not be compared with another's
+MODES = {  # which phases a mode is the sum of
+    "forward": ("forward",),
+    "backward": ("backward",),
+    "full": ("forward", "backward"),
+    "step": ("forward", "backward", "optimizer"),
+}
+
+
+@dataclass
+class Job:
+    """Something ready to run. `reset` runs before each execution, outside the clock."""
+
+    phases: dict[str, Callable[[], Any]]  # in their order; names as in MODES
+    reset: Callable[[], None] = lambda: None
+    result: Callable[[], Any] = lambda: None  # after an execution: what verification compares
+    modes: tuple[str, ...] = ()  # empty: every mode whose phases are all there
+    queued: bool = True  # the GPU is kept busy first, so that launches cost nothing; a step must not be
+    gradient_bytes: int = 0  # what the gradients that `peak` counts take
+    captured_peak: int | None = None  # bytes, where a measurement around the run cannot see them (CUDA graphs)
+    close: Callable[[], None] = lambda: None
+
+    def of_modes(self) -> dict[str, tuple[str, ...]]:
+        """Mode -> its phases, as far as this job has them."""
+        found = {mode: phases for mode, phases in MODES.items() if set(phases) <= set(self.phases)}
+        return {mode: found[mode] for mode in (self.modes or found)}
+
+    def execute(self, without: tuple[str, ...] = ()) -> None:
+        for name, run in self.phases.items():
+            if name not in without:
+                run()
+
+
+@dataclass
+class Samples:
+    """Milliseconds of every execution, phase by phase, round by round."""
+
+    phases: dict[str, list[float]] = field(default_factory=dict)
+    rounds: list[int] = field(default_factory=list)  # executions in each round
+    others: list[float] = field(default_factory=list)  # share of the cores that other processes took in each round
+
+    @property
+    def seconds(self) -> float:
+        return sum(sum(times) for times in self.phases.values()) / 1e3
+
+    def of(self, names: tuple[str, ...]) -> list[float]:
+        return [sum(parts) for parts in zip(*(self.phases[name] for name in names), strict=True)]
+
+    def summary(self, names: tuple[str, ...]) -> dict:
+        """`noise` is half the distance from p20 to p80, over the median, of the executions or of the rounds' medians,
+        whichever is wider, and the share of the cores that other processes had: what a median of this run can be
+        trusted to. Fewer than three executions say little about it: at least FEW then."""
+        times, medians, at = self.of(names), [], 0
+        for n in self.rounds:
+            medians.append(quantile(times[at : at + n], 0.5))
+            at += n
+        middle, low, high = (quantile(times, q) for q in (0.5, 0.2, 0.8))
+        spread = max(high - low, quantile(medians, 0.8) - quantile(medians, 0.2))
+        others = sum(self.others) / len(self.others) if self.others else None
+        noise = max(spread / 2 / middle if middle else 0.0, FEW if len(times) < 3 else 0.0, others or 0.0)
+        return {
+            "median_ms": middle, "p20_ms": low, "p80_ms": high, "n": len(times), "rounds": len(self.rounds),
+            "round_ms": [float(f"{m:.5g}") for m in medians], "noise": noise, "others_cpu": others,
+        }  # fmt: skip
+
+
+class Others:
+    """What other processes, and the machine below, take of the CPU cores meanwhile (Linux; None elsewhere)."""
+
+    def __init__(self):
+        self.cores, self.tick = os.cpu_count() or 1, 0
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self.tick = os.sysconf("SC_CLK_TCK")
+        self.began = self._now()
+
+    def _now(self) -> tuple[float, float, float] | None:
+        """(wall, busy, own) seconds; busy and own summed over the cores."""
+        try:
+            fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+        except OSError:
+            return None
+        user, nice, system, _, _, irq, softirq, steal = (int(f) for f in fields[:8])
+        busy = (user + nice + system + irq + softirq + steal) / self.tick
+        return time.perf_counter(), busy, time.process_time()
+
+    def share(self) -> float | None:
+        """Of all cores since this object was made; None where that is too short to tell (clocks tick every 10 ms)."""
+        now = self._now()
+        if now is None or self.began is None or now[0] - self.began[0] < 0.1:
+            return None
+        wall, busy, own = (b - a for a, b in zip(self.began, now, strict=True))
+        return min(max((busy - own) / (wall * self.cores), 0.0), 1.0)
 
 
 class Timer:
-    def __init__(self, device: str):
-        self.cuda = torch.device(device).type == "cuda"
-        size = MIB
+    """`patience`: seconds, in all, to wait for other processes to leave the cores alone and to repeat rounds in which
+    they did not (QUIET); only on a CPU."""
+
+    def __init__(self, device: str | torch.device, patience: float = 0.0):
+        self.cuda, self.patience = torch.device(device).type == "cuda", patience
+        size = 64 * MIB  # more than most last level caches
         if self.cuda:
             l2 = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or 64 * MIB
             size = max(2 * l2, 128 * MIB)
@@ -26,70 +130,157 @@ class Timer:
         if self.cuda:
             torch.cuda.synchronize()
 
-    def once(self, job) -> tuple[float, object]:
-        """Seconds of one synchronised run, and what it returned."""
+    def once(self, job: Job, without: tuple[str, ...] = ()) -> float:
+        """Seconds of one synchronised execution, reset included; what it made is still there."""
+        started = time.perf_counter()
         job.reset()
+        job.execute(without)
         self.sync()
-        t0 = time.perf_counter()
-        out = job.run()
-        self.sync()
-        return time.perf_counter() - t0, out
+        return time.perf_counter() - started
 
-    def peak(self, job) -> tuple[float, int | None]:
-        """Seconds of one synchronised run, and the most memory it held beyond what was allocated before (GPU only)."""
+    def round(self, job: Job, samples: Samples, executions: int = 1) -> None:
+        """Adds that many executions to the samples."""
+        if self.cuda:
+            times = self._cuda(job, executions)
+        else:
+            self._wait()
+            times, share = self._watched(job, executions)
+            while share is not None and share > QUIET and self.patience > 0:
+                began = time.perf_counter()
+                self._wait()
+                times, share = self._watched(job, executions)
+                self.patience -= time.perf_counter() - began
+            if share is not None:
+                samples.others.append(share)
+        for one in times:
+            for name, ms in zip(job.phases, one, strict=True):
+                samples.phases.setdefault(name, []).append(ms)
+        samples.rounds.append(executions)
         job.reset()
-        if not self.cuda:
-            return self.once(job)[0], None
-        self.sync()
-        torch.cuda.reset_peak_memory_stats()
-        base = torch.cuda.memory_allocated()
-        seconds, out = self.once(job)
-        del out
-        return seconds, torch.cuda.max_memory_allocated() - base
 
-    def many(self, job, repeats: int, queued: bool) -> list[float]:
-        """Milliseconds of each run. `queued` keeps the GPU busy first: the host runs ahead, launches cost nothing."""
-        if not self.cuda:
-            return [self._cpu(job) for _ in range(repeats)]
-        events = []
-        for _ in range(repeats):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            job.reset()
-            self._flush.zero_()
-            if queued:
-                torch.cuda._sleep(2_000_000)  # about a millisecond
-            begin.record()
-            job.run()
-            end.record()
-            events.append((begin, end))
-        self.sync()
-        return [begin.elapsed_time(end) for begin, end in events]
+    def _watched(self, job: Job, executions: int) -> tuple[list[list[float]], float | None]:
+        others = Others()
+        return [self._cpu(job) for _ in range(executions)], others.share()
 
-    def _cpu(self, job) -> float:
+    def _wait(self) -> None:
+        """Until other processes leave the cores alone, or patience is at its end."""
+        while self.patience > 0:
+            others = Others()
+            time.sleep(0.2)
+            self.patience -= 0.2
+            share = others.share()
+            if share is None or share < QUIET:
+                return
+
+    def _cpu(self, job: Job) -> list[float]:
         job.reset()
         self._flush.zero_()
-        t0 = time.perf_counter()
-        job.run()
-        return 1000 * (time.perf_counter() - t0)
+        marks = [time.perf_counter()]
+        for run in job.phases.values():
+            run()
+            marks.append(time.perf_counter())
+        return [1e3 * (b - a) for a, b in pairwise(marks)]
 
-    def measure(self, job, seconds: float, queued: bool) -> dict:
-        """Median, p20, p80 and peak memory of a job that has run once; about `seconds` long, 5 to 200 repeats.
+    def _cuda(self, job: Job, executions: int) -> list[list[float]]:
+        events = []
+        for _ in range(executions):
+            job.reset()
+            self._flush.zero_()
+            if job.queued:
+                torch.cuda._sleep(2_000_000)  # about a millisecond: the host runs ahead
+            marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(job.phases) + 1)]
+            marks[0].record()
+            for mark, run in zip(marks[1:], job.phases.values(), strict=True):
+                run()
+                mark.record()
+            events.append(marks)
+        self.sync()
+        return [[a.elapsed_time(b) for a, b in pairwise(marks)] for marks in events]
 
-        A job of more than a second is run twice.
-        """
-        single, peak = self.peak(job)
-        if job.peak_bytes is not None:
-            peak = job.peak_bytes
-        queued = queued and self.cuda
-        slow = single > 1
-        self.many(job, 1 if slow else 2, queued)  # warm-up
-        repeats = 2 if slow else max(5, min(200, int(seconds / max(single, 1e-5))))
-        times = self.many(job, repeats, queued)
+    def peaks(self, job: Job) -> dict[str, int]:
+        """Most bytes each mode holds beyond what was there before its job began: torch's allocator on CUDA, the
+        allocations that torch's profiler reports on a CPU (what libraries allocate by themselves is not seen)."""
+        if job.captured_peak is not None:
+            return dict.fromkeys(job.of_modes(), job.captured_peak)
         job.reset()
-        return {
-            "median_ms": quantile(times, 0.5), "p20_ms": quantile(times, 0.2), "p80_ms": quantile(times, 0.8),
-            "repeats": repeats, "queued": queued, "peak_mib": None if peak is None else round(peak / MIB, 2),
-        }  # fmt: skip
+        tops = {}
+        if self.cuda:
+            self.sync()
+            base = torch.cuda.memory_allocated()
+            for name, run in job.phases.items():
+                torch.cuda.reset_peak_memory_stats()
+                run()
+                self.sync()
+                tops[name] = torch.cuda.max_memory_allocated() - base
+        else:
+            held = 0
+            for name, run in job.phases.items():
+                tops[name], held = _peak_on_cpu(run, held)
+        job.reset()
+        return {mode: max(0, *(tops[name] for name in names)) for mode, names in job.of_modes().items()}
+
+
+def _peak_on_cpu(run: Callable[[], Any], held: int) -> tuple[int, int]:
+    """(most bytes at one time, bytes left) of one call, when `held` were there before."""
+    with (
+        quiet_stderr(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof,
+    ):
+        run()
+    events = prof.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(events) if e.name() == "[memory]")
+    top = held
+    for _, _, change in changes:
+        held += change
+        top = max(top, held)
+    return top, held
+
+
+@contextlib.contextmanager
+def quiet_stderr():
+    """torch's profiler announces itself on the process' standard error."""
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
+
+
+def profile(job: Job, cuda: bool, calls: int = 3) -> list[dict]:
+    """Where the time of forward and backward goes, in milliseconds a call: the package's operators, and what torch does
+    outside of them under one name. On CUDA device time, on a CPU host time."""
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
+    skip = ("optimizer",)
+    job.reset()
+    job.execute(skip)
+    with quiet_stderr(), torch.profiler.profile(activities=activities) as prof:
+        for _ in range(calls):
+            job.reset()
+            job.execute(skip)
+        if cuda:
+            torch.cuda.synchronize()
+    parts: dict[str, list[float]] = {}
+
+    def visit(event, outer: str | None) -> None:
+        name = event.name
+        if name.startswith("sparc_kernels::"):
+            outer = outer or name.split("::")[1]
+        key = outer or "torch"
+        own = event.self_device_time_total if cuda else event.self_cpu_time_total
+        entry = parts.setdefault(key, [0.0, 0])
+        entry[0] += own / 1e3 / calls
+        entry[1] += outer == name.split("::")[-1] and name.startswith("sparc_kernels::")
+        for child in event.cpu_children:
+            visit(child, outer)
+
+    for event in prof.events():
+        if event.cpu_parent is None and "CPU" in str(event.device_type):
+            visit(event, None)
+    rows = [{"name": name, "ms": ms, "calls": n / calls} for name, (ms, n) in parts.items() if ms > 0]
+    return sorted(rows, key=lambda row: -row["ms"])
 
 
 def quantile(times: list[float], q: float) -> float:
@@ -103,29 +294,3 @@ def quantile(times: list[float], q: float) -> float:
 
 def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in str(error).lower()
-
-
-@torch.no_grad()
-def difference(kind: str, ours, theirs) -> float:
-    """For "ids" the fraction of theirs that ours did not select, row by row; for "tensor" |theirs - ours| / |ours|."""
-    if kind == "ids":
-        base = torch.arange(ours.shape[0], device=ours.device)[:, None] << 32
-        return 1 - float(torch.isin(theirs + base, ours + base).double().mean())
-    pairs = list(zip(ours, theirs, strict=True)) if isinstance(ours, (list, tuple)) else [(ours, theirs)]
-    above = below = 0.0
-    for a, b in pairs:
-        for a_rows, b_rows in zip(a.split(4096), b.split(4096), strict=True):  # never a float32 copy of a whole matrix
-            above += float((b_rows.float() - a_rows.float()).square().sum(dtype=torch.float64))
-            below += float(a_rows.float().square().sum(dtype=torch.float64))
-    return math.sqrt(above / below) if below else math.sqrt(above)
-
-
-@torch.no_grad()
-def norm(tensors) -> float:
-    """Euclidean norm of all tensors together; None counts as nothing."""
-    total = 0.0
-    for t in tensors:
-        if t is not None:
-            rows = t.t() if t.dim() == 2 and t.stride(0) == 1 else t
-            total += sum(float(part.float().square().sum(dtype=torch.float64)) for part in rows.split(16384))
-    return math.sqrt(total)

@@ -1,0 +1,239 @@
+"""Other people's code as providers: the official SPARC class, OpenAI's kernels as it ships them, sparsify, FlashInfer.
+
+Each is loaded when first used, from what is installed or from the folder that was given; a peer that is not there is
+absent, with the reason. None of their code is copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import io
+import sys
+import types
+from pathlib import Path
+
+import torch
+
+from sparc_kernels import cost, reference
+
+from .cases import DEAD_THRESHOLD, PRECISIONS, Case, Problem, groups
+from .providers import (
+    Context,
+    Provider,
+    _forward_only,
+    _training,
+    check_selection,
+    check_training,
+    needs_cuda,
+    wide_gemm,
+)
+from .timing import Job
+
+# ------------------------------------------------------------------------------------------------------ official SPARC
+
+
+class _Ordered(dict):
+    """As much of `set` as the official classes use, in insertion order: theirs varies by process."""
+
+    def __init__(self, items):
+        super().__init__(dict.fromkeys(items))
+
+    def issubset(self, other) -> bool:
+        return self.keys() <= other.keys()
+
+
+@functools.cache
+def load_official(root: Path, kernels: bool) -> types.ModuleType:
+    """The official model file alone (the package's own __init__ pulls in data and evaluation libraries), under a
+    private name; with `kernels` its Triton decoder too. Returns the module with the class and its helpers."""
+    prefix = "sparc"
+    names = [prefix, "sparc.model", "sparc.kernels", "sparc.loss", "sparc.model.utils", "sparc.model.model_global"]
+    before = {name: sys.modules.get(name) for name in names}
+
+    def load(name: str, file: str) -> types.ModuleType:
+        path = root / "sparc" / file
+        if not path.exists():
+            raise FileNotFoundError(f"--official: expected a clone of the official repository, {path} is missing")
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        if name == names[-1]:
+            module.set = _Ordered
+        spec.loader.exec_module(module)
+        return module
+
+    try:
+        for name in names[:3]:
+            sys.modules[name] = types.ModuleType(name)
+        if kernels:
+            load("sparc.kernels", "kernels.py")
+        else:
+            sys.modules["sparc.kernels"].TritonDecoderAutograd = None
+        load("sparc.loss", "loss.py")
+        load("sparc.model.utils", "model/utils.py")
+        found = load("sparc.model.model_global", "model/model_global.py")
+        found.helpers = sys.modules["sparc.model.utils"]
+        return found
+    finally:
+        for name, module in before.items():
+            if module is None:
+                sys.modules.pop(name, None)
+            else:
+                sys.modules[name] = module
+
+
+def no_official(context: Context) -> str | None:
+    if context.official is None:
+        return "needs --official CLONE of github.com/AtlasAnalyticsLab/SPARC"
+    try:
+        load_official(context.official, kernels=False)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def no_openai(context: Context) -> str | None:
+    reason = no_official(context) or needs_cuda(context)
+    if reason:
+        return reason
+    try:
+        load_official(context.official, kernels=True)
+    except Exception as error:
+        return f"sparc/kernels.py: {type(error).__name__}: {error}"
+    return None
+
+
+def official(sparse: bool):
+    """Forward, compute_loss, backward; then its training loop's unit norm, projection and torch.optim.Adam."""
+
+    def build(context: Context, problem: Problem, dtype: str) -> Job:
+        module, c = load_official(context.official, kernels=sparse), problem.case
+        kind, t = PRECISIONS[dtype][0], problem.tensors
+        with torch.device(problem.device):
+            model = module.MultiStreamSparseAutoencoder(
+                c.streams, c.shape.N, c.shape.k, auxk=c.shape.auxk or None, dead_steps_threshold=DEAD_THRESHOLD,
+                use_sparse_decoder=sparse,
+            ).to(kind)  # fmt: skip
+        with torch.no_grad():
+            for name, values in zip(("w_enc", "w_dec", "pre_bias", "latent_bias"), t[1:5], strict=True):
+                for p, value in zip(groups(model)[name], values, strict=True):
+                    p.copy_(value)
+            if sparse:  # its kernels want a latent's decoder row contiguous
+                for decoder in model.decoders.values():
+                    decoder.weight.data = decoder.weight.data.t().contiguous().t()
+        inputs = problem.inputs(kind)
+        optimizers: list[torch.optim.Adam] = []
+
+        def loss():
+            return model.compute_loss(model(inputs), inputs)[0]
+
+        def finish():
+            for s in model.streams:
+                module.helpers.unit_norm_decoder_(model.decoders[s])
+                module.helpers.unit_norm_decoder_grad_adjustment_(model.decoders[s])
+            if not optimizers:
+                optimizers.append(torch.optim.Adam(model.parameters(), lr=0.0))
+            optimizers[0].step()
+
+        problem.reset(model, [])
+        return _training(problem, model, loss, dtype, groups(model), finish)
+
+    return build
+
+
+# ------------------------------------------------------------------------------------------------------------- sparsify
+
+
+@functools.cache
+def _sparsify():
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints when it is imported
+        encoder = importlib.import_module("sparsify.fused_encoder")
+        utils = importlib.import_module("sparsify.utils")
+    return encoder.fused_encoder, utils.decoder_impl
+
+
+def no_sparsify(context: Context) -> str | None:
+    reason = needs_cuda(context)
+    if importlib.util.find_spec("sparsify") is None:
+        return "eai-sparsify is not installed (pip install eai-sparsify)"
+    if reason:
+        return reason
+    try:
+        _sparsify()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def sparsify_fits(case: Case) -> str | None:
+    s = case.shape
+    if s.S > 1:
+        return "one stream only"
+    if s.auxk:
+        return "its AuxK gives the encoder no gradient"
+    return None if s.N % 8 == 0 else "N must be a multiple of 8"
+
+
+def _sparsify_step(context: Context, problem: Problem, dtype: str) -> Job:
+    """Its encoder and decoder under the loss of this package (theirs is centred)."""
+    encode, decode = _sparsify()
+    kind, k = PRECISIONS[dtype][0], problem.case.shape.k
+    model, (x,) = problem.model(kind), problem.xs(kind)
+    parameters = groups(model)
+    (w_enc,), (w_dec,), (pre_bias,), (latent_bias,) = parameters.values()
+
+    def loss():
+        acts, ids, _ = encode(x - pre_bias, w_enc, latent_bias, k, "topk")
+        return reference.nmse(decode(ids, acts.to(w_dec.dtype), w_dec) + pre_bias, x)
+
+    def finish():
+        model.unit_norm_decoder_().project_decoder_grad_()
+        problem.adam().step()
+
+    return _training(problem, model, loss, dtype, parameters, finish)
+
+
+# ----------------------------------------------------------------------------------------------------------- FlashInfer
+
+
+def no_flashinfer(context: Context) -> str | None:
+    if importlib.util.find_spec("flashinfer") is None:
+        return "flashinfer-python is not installed (pip install flashinfer-python)"
+    reason = needs_cuda(context)
+    if reason:
+        return reason
+    try:
+        found = importlib.import_module("flashinfer")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None if hasattr(found, "top_k") else f"flashinfer {getattr(found, '__version__', '?')} has no top_k"
+
+
+def _flashinfer(context: Context, problem: Problem, dtype: str) -> Job:
+    top_k = importlib.import_module("flashinfer").top_k
+    gemm, k = wide_gemm(problem, dtype), problem.case.shape.k
+    return _forward_only(problem, dtype, lambda: top_k(gemm(), k)[1], lambda ids: ids.long())
+
+
+# ------------------------------------------------------------------------------------------------------------------ all
+
+
+def _official_step(s: cost.Shape) -> cost.Op:
+    return cost.official_step(s)
+
+
+def peers() -> list[Provider]:
+    return [
+        Provider("official SPARC", "training", "the official class and its training loop, as shipped; also with TF32 "
+                 "and under autocast", official(False), check_training, ("float32", "tf32", "bfloat16 autocast"),
+                 absent=no_official, model=_official_step),
+        Provider("official SPARC, OpenAI's kernels", "training", "use_sparse_decoder=True", official(True),
+                 check_training, ("float32",), absent=no_openai, setup_s=8),
+        Provider("sparsify", "training", "eai-sparsify's fused encoder and Triton decoder under our loss",
+                 _sparsify_step, check_training, ("float32", "tf32", "bfloat16"), absent=no_sparsify,
+                 fits=sparsify_fits, setup_s=8),
+        Provider("FlashInfer", "select", "one library GEMM over all streams, flashinfer.top_k", _flashinfer,
+                 check_selection, ("float32", "bfloat16", "float16"), absent=no_flashinfer, setup_s=30),
+    ]  # fmt: skip

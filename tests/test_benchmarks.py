@@ -1,0 +1,637 @@
+"""The benchmark suite on a CPU at tiny shapes: wrong results are refused, slowdowns noticed, records valid."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks import __main__ as cli  # noqa: E402
+from benchmarks import cases, compare, data, plot, providers, record, report, runner, timing, verification  # noqa: E402
+from sparc_kernels import AlignedSAE, cost, reference  # noqa: E402
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+CONTEXT = providers.Context(torch.device("cpu"))
+OFFICIAL_STUB = """
+import torch
+from sparc_kernels import AlignedSAE
+class MultiStreamSparseAutoencoder(AlignedSAE):
+    pass
+"""
+
+
+@pytest.fixture(autouse=True)
+def _plain_memory(poisoned_memory):
+    torch.use_deterministic_algorithms(False)  # inductor and torch.empty of ceilings: nothing is left unwritten here
+
+
+def provider(name: str, op: str = "training") -> providers.Provider:
+    return next(p for p in providers.everyone() if (p.op, p.name) == (op, name))
+
+
+def run(tmp_path, monkeypatch, made=None, filter="", **options):
+    """A tiny run of these providers (default: ours, the eager reference, ceilings), and its record."""
+    wanted = made or [p for p in providers.everyone() if p.name in ("ours", "reference, eager") or p.op == "ceiling"]
+    monkeypatch.setattr(runner, "everyone", lambda: wanted)
+    given = {"tiny": True, "threads": 1, "minutes": 5, "seconds": 0.01, "filter": filter, **options}
+    out = tmp_path / f"{len(list(tmp_path.iterdir()))}.json"
+    runner.Run(runner.Options(**given), out, say=lambda text: None).go()
+    return record.load(out)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """One record of the command line, with every provider that runs on a CPU but the compiled one; and its path."""
+    out = tmp_path_factory.mktemp("run") / "run.json"
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks", "--device", "cpu", "--tiny", "--threads", "1"]
+    command += ["--seconds", "0.01", "--filter", "^(?!.*compiled)(open-images|batch)", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return out, done.stdout
+
+
+# ------------------------------------------------------------------------------------------------------------- a record
+
+
+def test_a_run_has_every_mode_verified_and_every_field(made):
+    path, said = made
+    found = record.load(path)
+    assert found["complete"] and found["schema"] == record.SCHEMA
+    assert {r["status"] for r in found["results"]} == {"ok"}
+    rows = {(r["op"], r["provider"], r["case"], r["dtype"], r["mode"]): r for r in found["results"]}
+    for mode in ("forward", "backward", "full", "step"):
+        for name in ("ours", "reference, eager"):
+            row = rows["training", name, "open-images", "float32", mode]
+            assert row["verified"] is True and row["n"] >= 3 and row["interleaved"]
+            assert max(row["verification"]["errors"].values()) < 1e-5
+            assert set(row["verification"]["errors"]) == {"loss", "w_enc", "w_dec", "pre_bias", "latent_bias"}
+    ours = rows["training", "ours", "batch", "float32", "full"]
+    assert ours["roofline_ms"] > 0 and ours["gb_s"] > 0 and ours["tflop_s"] > 0
+    assert ours["peak_bytes"] >= ours["gradient_bytes"] > 0 and ours["energy_j"] is None
+    assert found["roofline"]["modelled"] is True and "model_failed" not in found
+    assert "no NVIDIA GPU" in found["environment"]["nvml"]["reason"]
+    assert {"commit", "dirty", "load_before", "load_after", "versions"} <= set(found["environment"])
+    parts = {part["name"] for part in found["profiles"][0]["parts"]}
+    assert {"select", "torch"} <= parts and len(parts) > 5
+    assert "-- training, open-images, float32" in said and "absent: sparsify" in said
+
+
+def test_absent_providers_are_listed_with_the_reason(made):
+    listed = {p["name"]: p for p in record.load(made[0])["providers"]}
+    reasons = {name: p["reason"] for name, p in listed.items() if p["status"] == "absent"}
+    assert "--official" in reasons["official SPARC"] and "--official" in reasons["official SPARC, OpenAI's kernels"]
+    assert "CUDA" in reasons["ours, CUDA graph"] and "CUDA" in reasons["reference, max-autotune"]
+    if importlib.util.find_spec("sparsify") is None:
+        assert "eai-sparsify" in reasons["sparsify"]
+    if importlib.util.find_spec("flashinfer") is None:
+        assert "flashinfer-python" in reasons["FlashInfer"]
+    assert all(p["reason"] is None for p in listed.values() if p["status"] == "available")
+    assert not {r["provider"] for r in record.load(made[0])["results"]} & set(reasons)
+
+
+def test_a_folder_that_is_no_clone_makes_the_official_class_absent(tmp_path):
+    reason = provider("official SPARC").absent(providers.Context(torch.device("cpu"), tmp_path))
+    assert "expected a clone" in reason
+
+
+def test_the_official_class_is_run_from_its_folder(tmp_path, monkeypatch):
+    """A stand-in with its layout: loaded alone, its helpers called, its modules gone afterwards."""
+    folder = tmp_path / "clone" / "sparc" / "model"
+    folder.mkdir(parents=True)
+    (folder / "model_global.py").write_text("from sparc.kernels import TritonDecoderAutograd\n" + OFFICIAL_STUB)
+    (folder.parent / "loss.py").write_text("")
+    (folder / "utils.py").write_text(
+        "calls = []\n"
+        "def unit_norm_decoder_(d): calls.append('norm')\n"
+        "def unit_norm_decoder_grad_adjustment_(d): calls.append('grad')\n"
+    )
+    from benchmarks import peers
+
+    found = run(
+        tmp_path, monkeypatch, [provider("official SPARC")], "open-images", official=tmp_path / "clone", minutes=2
+    )
+    assert {r["mode"] for r in found["results"]} == {"forward", "backward", "full", "step"}
+    assert all(r["verified"] for r in found["results"])
+    assert set(peers.load_official(tmp_path / "clone", kernels=False).helpers.calls) == {"norm", "grad"}
+    assert "sparc" not in sys.modules and "sparc.model.utils" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda d: d.update(schema="sparc_kernels.benchmark/1"), "record.schema: expected"),
+        (lambda d: d.pop("settings"), "record.settings: missing"),
+        (lambda d: d["environment"].pop("commit"), "environment.commit: missing"),
+        (lambda d: d["results"][0].pop("mode"), r"results\[0\].mode: missing"),
+        (lambda d: d["results"][0].update(median_ms="fast"), r"results\[0\].median_ms: expected int or float or null"),
+        (lambda d: d["results"][0].update(p20_ms=1e9), "expected p20_ms <= median_ms"),
+        (lambda d: d["results"][0].update(verified=False), "status ok with verified false"),
+        (lambda d: d["results"][0].update(status="wrong", reason=None), "reason: expected one with status 'wrong'"),
+        (lambda d: d["results"][0].update(status="wrong", reason="x"), "median_ms: expected null with status 'wrong'"),
+        (lambda d: d["results"][0].update(status="fine"), "status: expected one of ok, wrong"),
+        (lambda d: d["results"].append(d["results"][0]), "a second row for"),
+    ],
+)
+def test_the_schema_names_what_is_wrong(made, change, said):
+    found = json.loads(made[0].read_text())
+    change(found)
+    with pytest.raises(record.SchemaError, match=said):
+        record.validate(found)
+
+
+def test_what_is_not_json_is_said_to_be_so(tmp_path):
+    (tmp_path / "half.json").write_text('{"schema": ')
+    with pytest.raises(record.SchemaError, match=r"half\.json: not JSON"):
+        record.load(tmp_path / "half.json")
+
+
+def test_a_killed_run_leaves_a_readable_file_marked_incomplete(tmp_path):
+    out = tmp_path / "run.json"
+    command = [sys.executable, "-m", "benchmarks", "--device", "cpu", "--tiny", "--threads", "1", "--out", str(out)]
+    child = subprocess.Popen(
+        [*command, "--filter", "^(?!.*compiled)"], cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        for _ in range(2400):
+            time.sleep(0.02)
+            if out.exists() and len(record.load(out)["results"]) >= 2:  # valid whenever it is looked at
+                break
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    found = record.load(out)
+    assert len(found["results"]) >= 2 and not found["complete"] and found["finished"] is None
+    assert found["stopped"] == "still running, or killed"
+    assert "incomplete: still running, or killed" in report.terminal(found)
+
+
+def test_a_run_goes_on_where_it_was_cut(tmp_path, monkeypatch):
+    made = [provider("ours"), provider("reference, eager")]
+    first = run(tmp_path, monkeypatch, made, "batch")
+    cut = copy.deepcopy(first)
+    cut["results"] = [r for r in cut["results"] if r["provider"] == "ours"]
+    stamp = cut["results"][0]["median_ms"]
+    cut.update(
+        active={"group": "training, batch, float32", "provider": "reference, eager", "until": 0}, died="signal 9"
+    )
+    out = tmp_path / "cut.json"
+    record.save(out, cut)
+    options = runner.Options(tiny=True, threads=1, filter="batch", resume=True)
+    runner.Run(options, out, say=lambda text: None).go()
+    again = record.load(out)
+    assert again["results"][0]["median_ms"] == stamp
+    dead = [r for r in again["results"] if r["provider"] == "reference, eager"]
+    assert [(r["status"], r["reason"]) for r in dead] == [("failed", "signal 9")]
+
+
+def test_filter_and_minutes(tmp_path, monkeypatch):
+    found = run(tmp_path, monkeypatch, filter="open-images .*ours float32 (full|step)")
+    assert {(r["provider"], r["case"], r["mode"]) for r in found["results"] if r["op"] == "training"} == {
+        ("ours", "open-images", "full"), ("ours", "open-images", "step")
+    }  # fmt: skip
+    late = run(tmp_path, monkeypatch, minutes=1e-6)
+    assert not late["complete"] and late["results"] == [] and "time limit" in late["stopped"]
+    assert {g["status"] for g in late["groups"]} == {"skipped"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--filter", "("], "expected a regular expression"),
+        (["--minutes", "0"], "expected a number > 0"),
+        (["--fail-on-regression", "5"], "expected together with --compare"),
+        (["--with", "x.json"], "expected together with --compare"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(arguments, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.parse(arguments)
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------------- verification
+
+
+def spoiled(what: str):
+    """Ours with a planted fault."""
+
+    def build(context, problem, dtype):
+        job = provider("ours").build(context, problem, dtype)
+        plain = job.result
+
+        def result():
+            found = plain()
+            if what == "loss":
+                found["loss"] = found["loss"] * 1.001
+            elif what == "gradient":
+                found["w_dec"] = [g * 1.001 for g in found["w_dec"]]
+            elif what == "missing":
+                found["pre_bias"] = [None for _ in found["pre_bias"]]
+            elif what == "nan":
+                found["w_enc"] = [g * float("nan") for g in found["w_enc"]]
+            return found
+
+        job.result = result
+        return job
+
+    return providers.Provider(f"planted {what}", "training", "", build, providers.check_training)
+
+
+def test_planted_wrong_providers_are_refused_and_not_timed(tmp_path, monkeypatch):
+    faults = ("loss", "gradient", "missing", "nan")
+    made = [*(spoiled(what) for what in faults), provider("ours"), provider("reference, eager")]
+    found = run(tmp_path, monkeypatch, made, "open-images.*float32")
+    rows = {r["provider"]: r for r in found["results"] if r["mode"] == "full"}
+    for what, wrong in zip(faults, ("loss", "w_dec", "pre_bias", "w_enc"), strict=True):
+        row = rows[f"planted {what}"]
+        assert row["status"] == "wrong" and row["verified"] is False and row["median_ms"] is None, row
+        assert f"{wrong}: error" in row["reason"]
+        assert sum(r["provider"] == f"planted {what}" for r in found["results"]) == 1
+    assert rows["ours"]["status"] == rows["reference, eager"]["status"] == "ok"
+    assert "WRONG" in report.terminal(found)
+
+
+@pytest.mark.parametrize("fault", ["worse", "twice", "outside"])
+def test_a_planted_wrong_selection_is_refused(tmp_path, monkeypatch, fault):
+    def build(context, problem, dtype):
+        job = provider("torch.topk", "select").build(context, problem, dtype)
+        plain = job.result
+
+        def result():
+            ids = plain().clone()
+            if fault == "worse":
+                ids[3] = (ids[3] + 1) % problem.case.shape.N
+            elif fault == "twice":
+                ids[3, 1] = ids[3, 0]
+            else:
+                ids[3, 0] = problem.case.shape.N
+            return ids
+
+        job.result = result
+        return job
+
+    bad = providers.Provider("planted", "select", "", build, providers.check_selection)
+    found = run(tmp_path, monkeypatch, [bad, provider("ours", "select")], "select")
+    said = {r["provider"]: r["status"] for r in found["results"]}
+    assert said == {"planted": "wrong", "ours": "ok"}
+
+
+def test_tolerance_follows_what_torch_is_off_in_that_precision():
+    plain = {"loss": 1e-3}
+    assert verification.judge({"loss": 2e-3}, plain, "bfloat16", None).verified
+    assert not verification.judge({"loss": 7e-3}, plain, "bfloat16", None).verified
+    assert not verification.judge({"loss": 3e-3}, {"loss": 1e-7}, "float32", None).verified
+    assert not verification.judge({"loss": float("nan")}, plain, "float32", None).verified
+
+
+def test_a_step_that_is_too_large_for_float64_is_verified_at_a_twin(tmp_path, monkeypatch):
+    small = cost.Shape(16, 64, 8, (24, 16, 16), auxk=8, dead=6)
+    monkeypatch.setattr(runner, "twin", lambda s, device: small if s.N == 128 else s)
+    found = run(tmp_path, monkeypatch, [provider("ours"), spoiled("loss")], "open-images.*float32")
+    rows = {r["provider"]: r for r in found["results"] if r["mode"] == "full"}
+    assert rows["planted loss"]["status"] == "wrong"
+    assert rows["ours"]["status"] == "ok" and rows["ours"]["shape"]["N"] == 128
+    assert rows["ours"]["verification"]["at"]["N"] == 64
+
+
+@pytest.mark.parametrize("name", list(cases.CASES))
+def test_every_named_case_has_a_twin_within_reach(name):
+    s = verification.twin(cases.CASES[name].shape, torch.device("cpu"))
+    flops = 2 * s.B * s.N * s.D * (3 + 3 * s.S)
+    assert flops <= verification.FLOPS["cpu"] and s.k <= s.N
+    whole = cases.CASES[name].shape
+    assert (s.d_streams, s.k) == (whole.d_streams, whole.k)
+
+
+# ----------------------------------------------------------------------------------------------------------- comparison
+
+
+def slowed(factor: float):
+    def build(context, problem, dtype):
+        job = provider("ours").build(context, problem, dtype)
+        job.phases = {"forward": lambda: time.sleep(0.08 * factor), "backward": lambda: time.sleep(0.06 * factor)}
+        return job
+
+    return providers.Provider("ours", "training", "", build, None)
+
+
+def test_a_planted_twofold_slowdown_is_caught(tmp_path, monkeypatch, capsys):
+    files = []
+    for i, factor in enumerate((1, 1, 2)):
+        found = run(tmp_path, monkeypatch, [slowed(factor)], "open-images.*float32", seconds=0.15)
+        files.append(tmp_path / f"run{i}.json")
+        record.save(files[-1], found)
+    old, same, slow = map(record.load, files)
+    assert {r.verdict for r in compare.compare(old, same)} == {"same"}
+    assert {r.verdict for r in compare.compare(old, slow)} == {"slower"}
+    assert {r.verdict for r in compare.compare(slow, old)} == {"faster"}
+    arguments = ["--compare", str(files[0]), "--fail-on-regression", "20", "--with"]
+    assert cli.main([*arguments, str(files[1])]) == 0
+    assert cli.main([*arguments, str(files[2])]) == 1
+    assert "3 rows slower by more than 20 %" in capsys.readouterr().out
+    assert cli.main(["--compare", str(files[0]), "--fail-on-regression", "500", "--with", str(files[2])]) == 0
+
+
+def row(median=10.0, noise=0.01, **more):
+    known = {
+        "op": "training", "case": "a", "data": "gaussian", "provider": "ours", "mode": "full", "dtype": "float32",
+        "status": "ok", "shape": {"B": 1}, "reason": None,
+    }  # fmt: skip
+    spread = {"p20_ms": median * (1 - noise), "p80_ms": median * (1 + noise)}
+    return {**known, "median_ms": median, "noise": noise, **spread, **more}
+
+
+def records_of(old: list[dict], new: list[dict], **changes):
+    env = {"device": "cpu", "device_name": "x", "cores": 2, "threads": 2}
+    made = [
+        {"environment": dict(env), "settings": {"method": 1, "seed": 0, "tiny": False}, "results": rows}
+        for rows in (old, new)
+    ]
+    made[1]["environment"].update(changes)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "verdict"),
+    [
+        (row(10), row(10.5), "same"),
+        (row(10), row(11), "slower"),
+        (row(10), row(9), "faster"),
+        (row(10, 0.1), row(11.5, 0.1), "same"),
+        (row(10, 0.3), row(20, 0.3), "slower"),  # twice is seen through 60 % of noise: the spreads are apart
+        (row(10, 0.3), row(16, 0.3), "too noisy"),
+        (row(10), row(10, shape={"B": 2}), "not comparable"),
+        (row(10), row(10, status="wrong", reason="w_dec"), "missing"),
+        (row(10, status="failed", reason="?"), row(10), "new"),
+    ],
+)
+def test_verdicts(old, new, verdict):
+    assert [r.verdict for r in compare.compare(*records_of([old], [new]))] == [verdict]
+
+
+def test_rows_and_machines_that_do_not_match():
+    a, b = row(case="a"), row(case="b")
+    assert {r.key[1]: r.verdict for r in compare.compare(*records_of([a], [b]))} == {"a": "missing", "b": "new"}
+    rows = compare.compare(*records_of([a], [a], device_name="y"))
+    assert rows[0].verdict == "not comparable" and "device_name differs" in rows[0].reason
+    broken = compare.compare(*records_of([a], [row(case="a", status="wrong", reason="w_dec")]))
+    assert compare.regressions(broken, 10), "a row that is wrong now is a regression"
+    assert not compare.regressions(compare.compare(*records_of([a], [b])), 10), "a row that was left out is none"
+
+
+# ------------------------------------------------------------------------------------------------------- what is timed
+
+
+def test_timing_adds_up_phases_and_takes_turns():
+    job = timing.Job({"forward": lambda: time.sleep(0.004), "backward": lambda: time.sleep(0.002)})
+    timer, samples = timing.Timer("cpu"), timing.Samples()
+    for _ in range(4):
+        timer.round(job, samples, 2)
+    assert list(job.of_modes()) == ["forward", "backward", "full"] and samples.rounds == [2] * 4
+    parts = {mode: samples.summary(names) for mode, names in job.of_modes().items()}
+    assert parts["full"]["n"] == 8 and parts["full"]["rounds"] == 4 and len(parts["full"]["round_ms"]) == 4
+    assert parts["forward"]["median_ms"] >= 4 and parts["backward"]["median_ms"] >= 2
+    assert parts["full"]["p20_ms"] >= 6 and 0 <= parts["full"]["noise"] < 10
+    one = timing.Samples()
+    timer.round(job, one)
+    assert one.summary(("forward",))["noise"] >= timing.FEW
+
+
+def test_noise_sees_drift_between_rounds():
+    samples = timing.Samples({"forward": [1.0, 1.0, 1.5, 1.5, 2.0, 2.0]}, [2, 2, 2])
+    assert samples.summary(("forward",))["noise"] > 0.2
+    assert timing.quantile([3.0, 1.0, 2.0], 0.5) == 2.0 and timing.quantile([1.0, 2.0], 0.2) == pytest.approx(1.2)
+
+
+def test_peak_memory_on_a_cpu():
+    held = []
+
+    def forward():
+        held.append(torch.empty(4 * 2**20, dtype=torch.uint8))
+        torch.empty(8 * 2**20, dtype=torch.uint8)
+
+    def backward():
+        torch.empty(2 * 2**20, dtype=torch.uint8)
+
+    peaks = timing.Timer("cpu").peaks(timing.Job({"forward": forward, "backward": backward}, held.clear))
+    assert {mode: round(size / timing.MIB) for mode, size in peaks.items()} == {
+        "forward": 12,
+        "backward": 6,
+        "full": 12,
+    }
+
+
+def test_cuda_events_and_peak_memory(monkeypatch):
+    """Timer's CUDA branch over a torch.cuda that only counts."""
+
+    class Event:
+        clock = 0.0
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            Event.clock += 1
+            self.at = Event.clock
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    calls = {"sleep": 0, "reset": 0}
+    for name, fake in {
+        "Event": Event, "synchronize": lambda: None, "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: 5 * timing.MIB, "max_memory_allocated": lambda: 8 * timing.MIB,
+        "_sleep": lambda cycles: calls.update(sleep=calls["sleep"] + 1),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake, raising=False)
+    timer, samples = timing.Timer("cpu"), timing.Samples()
+    timer.cuda = True
+    job = timing.Job(
+        {"forward": lambda: None, "backward": lambda: None}, lambda: calls.update(reset=calls["reset"] + 1), queued=True
+    )
+    timer.round(job, samples, 3)
+    assert samples.phases == {"forward": [1.0] * 3, "backward": [1.0] * 3} and calls["sleep"] == 3
+    assert timer.peaks(job) == dict.fromkeys(("forward", "backward", "full"), 3 * timing.MIB)
+    job.queued = False
+    timer.round(job, samples)
+    assert calls["sleep"] == 3, "a step's launches are part of its time"
+    job.captured_peak = 7
+    assert set(timer.peaks(job).values()) == {7}
+
+
+def test_cases_are_the_shapes_that_people_run():
+    shapes = {name: (c.shape.B, c.shape.N, c.shape.k, c.shape.D, c.shape.S) for name, c in cases.CASES.items()}
+    assert shapes["open-images"] == (256, 8192, 64, 2560, 3) and shapes["coco"] == (256, 8192, 64, 1792, 3)
+    assert shapes["openai"] == (16384, 32768, 32, 768, 1) and shapes["sparsify"] == (16384, 131072, 192, 4096, 1)
+    assert shapes["stress"] == (4096, 344064, 32, 2688, 1) and shapes["stress-1M"] == (4096, 2**20, 32, 2688, 1)
+    assert {cases.CASES[name].shape for name in ("batch", "giant", "crosscoder-8", "stress-1M")} == {
+        cost.CASES[name] for name in "BCDE"
+    }
+    for device in ("cpu", "cuda"):
+        for axis in runner.AXES:
+            found = cases.sweep(device, axis)
+            assert len(found) >= 4 and len({c.name for c in found}) == len(found)
+            assert all(c.sweep == axis for c in found)
+
+
+def test_every_group_of_every_plan_is_named_once():
+    for device in ("cpu", "cuda"):
+        for quick in (True, False):
+            names = [str(g) for g in runner.plan(runner.Options(device, quick))]
+            assert len(names) == len(set(names)) > 2
+    first = [str(g) for g in runner.plan(runner.Options("cuda"))][:3]
+    assert first == ["ceiling, batch, bfloat16", "training, batch, bfloat16", "training, open-images, float32"]
+
+
+def test_models_of_what_is_timed_exist_for_every_case():
+    """Fractions of the roofline need one; on the data sheet's GPU and on rates that a run measured."""
+    for c in cases.CASES.values():
+        for p in providers.own():
+            op = (
+                p.model(c.cost_shape("bfloat16" if "bfloat16" in p.dtypes else "float32", **p.how)) if p.model else None
+            )
+            if op is not None:
+                assert runner.roofline_seconds(op, cost.GPUS["H200"]) > 0
+            assert op is not None or p.name not in ("ours", "GEMM", "copy") or p.op in ("encode", "decode")
+
+
+@pytest.mark.parametrize("kind", data.KINDS)
+def test_tensors_are_seeded_unit_norm_and_exact_in_bfloat16(kind):
+    case = cases.Case("x", cost.Shape(48, 512, 16, (160, 128, 192), auxk=8, dead=50), data=kind)
+    one, two = (cases.Problem(case, "cpu", seed=3) for _ in range(2))
+    for a, b in zip(one.tensors[:5], two.tensors[:5], strict=True):
+        for x, y in zip(a, b, strict=True):
+            assert torch.equal(x, y) and torch.equal(x, x.bfloat16().float())
+    for w in one.tensors.w_decs:
+        assert w.stride(0) == 1
+        torch.testing.assert_close(w.norm(dim=0), torch.ones(512), atol=5e-3, rtol=0)
+    if kind == "gaussian":
+        for x in one.tensors.xs:
+            torch.testing.assert_close(x.norm(dim=1), torch.ones(48), atol=5e-3, rtol=0)
+    model, x = one.model(torch.float32), one.inputs(torch.float32)
+    for _ in range(2):
+        outputs = model(x)
+        assert sum(int((counter > 1000).sum()) for counter in model.get_dead_neurons().values()) >= 0
+        one.reset(model, model.parameters())
+    assert outputs.indices.shape == (48, 16)
+    assert one.counters.gt(1000).sum() == 50
+
+
+def test_real_statistics_are_those_of_the_trained_model():
+    """An extended row has the trained model's pre-activations, divided by sqrt(places)."""
+    import numpy as np
+
+    with np.load(data.FILE) as file:
+        kept = {name: torch.from_numpy(file[name]).double() for name in file.files}
+    widths = [kept[f"x{i}"].shape[1] for i in range(3)]
+    n = kept["w_enc0"].shape[0]
+    s = cost.Shape(64, n, 16, tuple(widths))  # one place, no mixtures: the model itself, its latents in another order
+    t = data.real(s, torch.device("cpu"), seed=0)
+    for i in range(3):
+        h = reference.preactivations(t.xs[i], t.w_encs[i], t.pre_biases[i], t.latent_biases[i]).double()
+        all_h = reference.preactivations(*(kept[f"{name}{i}"] for name in ("x", "w_enc", "pre_bias", "latent_bias")))
+        want = all_h.sort(1).values
+        nearest = torch.cdist(h.sort(1).values, want).min(1).values / want.norm(dim=1).mean()
+        assert nearest.max() < 0.02, "a row's pre-activations are not those of any row of the data"
+    wide = data.real(cost.Shape(64, 4 * n, 32, tuple(2 * w for w in widths)), torch.device("cpu"), seed=0)
+    top = sum(
+        reference.preactivations(*args)
+        for args in zip(wide.xs, wide.w_encs, wide.pre_biases, wide.latent_biases, strict=True)
+    )
+
+    def tail(h):
+        return float(((h - h.mean()) ** 4).mean() / h.var() ** 2)
+
+    assert tail(top) > 4, "trained pre-activations have heavier tails than normal ones (3)"
+
+
+def test_shapes_narrower_than_the_real_rows_are_refused():
+    s = cost.Shape(4, 64, 4, (32,))
+    assert "have width" in data.why_not_real(s)
+    with pytest.raises(ValueError, match="real statistics: real rows of stream 0"):
+        data.real(s, torch.device("cpu"), 0)
+
+
+def test_the_reference_selects_with_torchs_topk_only_inside():
+    before = reference.topk_indices
+    with verification.library_topk():
+        assert reference.topk_indices is not before
+    assert reference.topk_indices is before
+
+
+# --------------------------------------------------------------------------------------------------------- what is made
+
+
+def test_plots_are_drawn_from_the_record_alone(made, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    swept = run(tmp_path, monkeypatch, [provider("ours"), provider("reference, eager")], "^batch")
+    found = json.loads(made[0].read_text())
+    rows = [r for r in swept["results"] if r["mode"] == "full"]
+    for i, n in enumerate((256, 512, 1024), 1):
+        for r in rows:
+            times = {name: r[name] * i for name in ("p20_ms", "median_ms", "p80_ms")}
+            found["results"].append({**r, **times, "case": f"N {n}", "sweep": "N", "shape": {**r["shape"], "N": n}})
+    path = tmp_path / "swept.json"
+    record.save(path, found)
+    files = plot.draw(path, tmp_path / "plots")
+    assert {f.name for f in files} == {
+        f"swept_{kind}.{end}" for kind in ("scaling", "speedup", "breakdown") for end in ("png", "svg")
+    }
+    assert all(f.stat().st_size > 5000 for f in files)
+    bare = {**found, "results": [], "profiles": []}
+    record.save(path, bare)
+    assert plot.draw(path, tmp_path / "none") == []
+
+
+def test_readme_and_results_are_what_the_records_say(tmp_path, capsys):
+    assert report.main(["--check"]) == 0, "run python -m benchmarks.report"
+    copied = tmp_path / "root"
+    (copied / "benchmarks").mkdir(parents=True)
+    shutil.copytree(ROOT / "benchmarks" / "results", copied / "benchmarks" / "results")
+    shutil.copytree(ROOT / "docs", copied / "docs")
+    shutil.copy(ROOT / "README.md", copied)
+    assert report.stale(copied) == []
+    path = next((copied / "benchmarks" / "results").glob("*.json"))
+    found = record.load(path)
+    changed = next(r for r in found["results"] if r["op"] == "training" and r["mode"] == "full" and r["status"] == "ok")
+    changed["median_ms"] = changed["p80_ms"] = changed["p80_ms"] * 1.5
+    record.save(path, found)
+    assert report.stale(copied) == ["README.md", "results.md"]
+    (copied / "README.md").write_text("no markers")
+    with pytest.raises(ValueError, match=r"README.md: expected the markers"):
+        report.stale(copied)
+
+
+def test_pytest_benchmark_runs_the_same_cases(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    out = tmp_path / "pytest.json"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks", f"--benchmark-json={out}"]
+    command += ["-k", "open-images and training and (ours or eager)"]
+    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:]
+    found = json.loads(out.read_text())
+    assert len(found["benchmarks"]) == 2
+    assert all(b["stats"]["median"] > 0 and b["extra_info"]["verification"] for b in found["benchmarks"])
+    info = found["machine_info"]
+    assert info["sparc_kernels"]["versions"]["torch"] == torch.__version__ and "node" not in info
+
+
+def test_ours_is_the_package():
+    problem = cases.Problem(cases.TINY["batch"], "cpu")
+    assert isinstance(problem.model(torch.float32), AlignedSAE)
+    assert problem.model(torch.float32).encoders["s0"].weight.data_ptr() == problem.tensors.w_encs[0].data_ptr()
