@@ -48,7 +48,8 @@ def why_not(old: dict, new: dict) -> str | None:
 
 def compare(old: dict, new: dict) -> list[Row]:
     """A verdict for every row of either record. Noise: both runs' own (half of p20 to p80 over the median) and FLOOR.
-    A change counts when it is larger; with noise of half the time and more nothing is said below a factor of 2."""
+    A change counts when it is larger. Where the noise is half of the time and more, a factor of 1.8 between spreads
+    that do not overlap counts still, and a smaller one above 1.25 is said to be too noisy to tell."""
     reason = why_not(old, new)
     before = {key(r): r for r in old["results"]}
     after = {key(r): r for r in new["results"]}
@@ -73,13 +74,12 @@ def compare(old: dict, new: dict) -> list[Row]:
 def _times(k, a: dict, b: dict, floor: float) -> Row:
     old, new = a["median_ms"], b["median_ms"]
     noise = floor + a["noise"] + b["noise"]
-    # twice as long is said to be slower however wide the spread is, unless the spreads overlap
     ratio = max(new / old, old / new)
     change = ratio - 1
     verdict = "same"
     if change > noise:
         verdict = "slower" if new > old else "faster"
-    elif noise >= 0.5:
+    elif noise >= 0.5 and ratio > 1.25:
         apart = b["p20_ms"] > a["p80_ms"] if new > old else b["p80_ms"] < a["p20_ms"]
         verdict = ("slower" if new > old else "faster") if apart and ratio >= 1.8 else "too noisy"
     return Row(k, verdict, old, new, noise)
