@@ -27,7 +27,16 @@ from ._launch import (
 )
 from ._ops import acc_dtype, register, resolve_impl
 from ._triton import INTERPRETED, tl, tl_dtype, triton
-from .gather import KEEP_NONE, gather_dot, gather_dot_torch, gather_error, gather_sum, gather_sum_torch, launch_gather
+from .gather import (
+    KEEP_ALL,
+    KEEP_NONE,
+    gather_dot,
+    gather_dot_torch,
+    gather_error,
+    gather_sum,
+    gather_sum_torch,
+    launch_gather,
+)
 from .latent_grads import (
     NO_INVERSE,
     InverseIndex,
@@ -88,7 +97,7 @@ def _decode_grads_triton(
 ):  # fmt: skip
     (S, B, k), d, M, device = values.shape, w.shape[1], indices.numel(), w.device
     acc = acc_dtype(w.dtype)
-    one = w.new_empty((B, d) if keep != KEEP_NONE else (0,))
+    one = w.new_empty(_kept_shape(keep, values, x))
     g = torch.empty(B, d, device=device, dtype=acc)
     sq = torch.empty(S, B, device=device, dtype=acc)
     coef, values = coef.contiguous(), values.contiguous()
@@ -103,14 +112,14 @@ def _decode_grads_triton(
     for c0 in range(0, d, width):
         cols = slice(c0, min(c0 + width, d))
         part = w[:, cols]
-        scratch = None
+        scratch = one if keep == KEEP_ALL else None
         if dw is not None:
             shape = (M, part.shape[1]) if spread else (S, B, part.shape[1])
             scratch = pool[: math.prod(shape)].view(shape)
         parts.append(launch_gather(
             indices, values, part, None if bias is None else bias[cols], x[:, cols], count=count, coef=coef,
             place=place, e=None if spread else scratch, h=scratch if spread else None,
-            one=one[:, cols] if keep != KEEP_NONE else None, kept=max(keep, 0), g=g[:, cols], sq=True, dot=True,
+            one=one[:, cols] if keep >= 0 else None, kept=max(keep, 0), g=g[:, cols], sq=True, dot=True,
         ))  # fmt: skip
         # kept until there are many: another pass over dvalues costs more than they take
         held = sum(dots.numel() * dots.element_size() for _, dots in parts)
@@ -125,6 +134,10 @@ def _decode_grads_triton(
             weights, scale = (None, None) if spread else (values, coef)
             launch_reduce(dw[:, cols], None, order, offsets, ids, weights, scale, None, scratch, k, add_dw)
     return sq, g, one
+
+
+def _kept_shape(keep, values, x):
+    return (len(values), *x.shape) if keep == KEEP_ALL else x.shape if keep >= 0 else (0,)
 
 
 def _route(S, M, B, k, d, dtype, arch=80) -> tuple[bool, int]:
@@ -147,7 +160,7 @@ def _decode_grads_torch(
     acc = acc_dtype(w.dtype)
     e = gather_sum_torch(indices, values, w, bias).sub_(x)
     sq = e.to(acc).square().sum(2)
-    one = w.new_empty(0) if keep == KEEP_NONE else e[keep].clone()
+    one = e[keep].clone() if keep >= 0 else w.new_empty(0)
     asked = (coef != 0)[..., None]
     dv = torch.where(asked, coef[..., None] * gather_dot_torch(indices, w, e, count), 0.0)
     dvalues.copy_(dvalues + dv if add_dvalues else dv)
@@ -155,7 +168,7 @@ def _decode_grads_torch(
     g = torch.einsum("sb,sbd->bd", coef, e.to(acc))
     if dw is not None:
         reduce_torch(dw, None, order, offsets, ids, values, coef, None, e, indices.shape[1], add_dw)
-    return sq, g, one
+    return sq, g, e if keep == KEEP_ALL else one
 
 
 def _decode_grads_fake(
@@ -165,7 +178,7 @@ def _decode_grads_fake(
     return (
         w.new_empty(values.shape[:2], dtype=acc),
         w.new_empty(x.shape, dtype=acc),
-        w.new_empty(x.shape if keep != KEEP_NONE else (0,)),
+        w.new_empty(_kept_shape(keep, values, x)),
     )
 
 
@@ -187,13 +200,13 @@ Args:
     coef: [S, B]; where it is 0 the source takes no part in any gradient, whatever its error is.
     order, offsets, ids: the InverseIndex of indices.
     count: int32 [], the columns of indices that exist (all when None); the values beyond it are zero.
-    keep: the source whose E is returned, or KEEP_NONE.
+    keep: the source whose E is returned, KEEP_NONE, or KEEP_ALL, which goes with dw None.
     dvalues: [S, B, k] contiguous, where the gradient of values goes.  dw: [N, d], that of w; None: nobody asks for it.
     add_dvalues, add_dw: add to what they hold; rows of dw whose latent is in no list are then not touched.
     impl: "triton" or "torch".
 
 Returns: |E|^2 [S, B] and sum_s coef E [B, d], whose sum over b is the gradient of bias, in the accumulator dtype; E
-[B, d] of one source in w's dtype (empty for KEEP_NONE).
+[B, d] of one source in w's dtype (empty for KEEP_NONE; for KEEP_ALL [S, B, d]).
 """
 
 

@@ -309,7 +309,7 @@ gather_sum = register(
 # gather_error: |E|^2 of every source and E of one, where E[s, b] = gather_sum - x[b]
 
 
-KEEP_NONE = -1  # in place of the number of the source whose E is returned
+KEEP_NONE, KEEP_ALL = -1, -2  # in place of the number of the source whose E is returned
 
 
 def _gather_error_triton(indices, values, w, bias, x, keep, count):

@@ -368,7 +368,7 @@ class AlignedLoss(torch.autograd.Function):
         loss, terms = loss_terms(sqs, norm, weights, values, impl)
         aux_terms = aux_weights = daux = None
         if aux_values is not None:
-            residuals = [_residual(b, e) for b, e in zip(t.pre_biases, errors, strict=True)]
+            residuals = [residual(b, e) for b, e in zip(t.pre_biases, errors, strict=True)]
             norm, _ = target_weights(residuals, weights[:, :1], impl)
             sqs = [
                 gather_error(
@@ -425,9 +425,9 @@ class AlignedLoss(torch.autograd.Function):
                 )  # fmt: skip
                 dvalues = dv if dvalues is None else dvalues + dv
                 if aux_values is not None:
-                    residual, into = _residual(t.pre_biases[i], errors[i]), None if dws[i] is None else dws[i].t()
+                    target, into = residual(t.pre_biases[i], errors[i]), None if dws[i] is None else dws[i].t()
                     dv, dws[i], db, dx = grads_of_errors(
-                        aux_values[i : i + 1], t.w_decs[i], t.pre_biases[i], residual, t.aux_indices[i],
+                        aux_values[i : i + 1], t.w_decs[i], t.pre_biases[i], target, t.aux_indices[i],
                         [part[i : i + 1] for part in t.aux_inverse], t.aux_count[i], aux_weights[i] * dloss,
                         (need_aux, *wanted), impl, into=into,
                     )  # fmt: skip
@@ -449,6 +449,6 @@ class _LossTensors:
             self.aux_indices, self.aux_count, *self.aux_inverse = tensors[3:8]
 
 
-def _residual(pre_bias, error):
+def residual(pre_bias, error):
     """AuxK's target x - R + b, held constant: the bias less the error of the target's own reconstruction."""
     return pre_bias - error.to(pre_bias.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,9 @@ from .encode import (
 )
 from .latent_grads import NO_INVERSE
 from .loss import AlignedLoss, Terms
+
+if TYPE_CHECKING:
+    from .optim import SparcAdam
 
 
 class AlignedSAE(nn.Module):
@@ -110,10 +114,19 @@ class AlignedSAE(nn.Module):
 
         Activation checkpointing around forward and loss moves the counters once (docs/integration.md).
         """
+        c = self._choose(inputs, torch.is_grad_enabled())
+        values, aux_values = differentiable_values(
+            c.xs, c.w_encs, c.pre_biases, c.latent_biases, c.centred, c.selection, c.values, c.aux, c.aux_values, c.impl
+        )
+        return AlignedOutputs(self, inputs, c.streams, c.selection, values, c.aux, aux_values)
+
+    def _choose(self, inputs, lists: bool) -> Choice:
+        """What a forward makes; only casts of parameters and inputs are differentiable. lists: with the inverse
+        indices that gradients need."""
         streams = self._check_inputs(inputs)
         w_encs, pre_biases, latent_biases = self._encoders(streams)
         xs = [inputs[s].to(w.dtype) for s, w in zip(streams, w_encs, strict=True)]
-        impl, lists = resolve_impl(self.impl, xs[0]), torch.is_grad_enabled()
+        impl = resolve_impl(self.impl, xs[0])
         with torch.no_grad():
             centred = centre_for(xs, w_encs, pre_biases, impl)
             chosen = select_latents(centred, w_encs, latent_biases, self.k, self.topk_type, impl)
@@ -124,10 +137,8 @@ class AlignedSAE(nn.Module):
             if self.auxk:
                 aux = select_dead(centred, w_encs, latent_biases, [dead[s] for s in streams], self.auxk, impl)
                 aux_values, aux = values_and_lists(aux, centred, w_encs, latent_biases, lists, impl)
-        values, aux_values = differentiable_values(
-            xs, w_encs, pre_biases, latent_biases, centred, selection, values, aux, aux_values, impl
-        )
-        return AlignedOutputs(self, inputs, streams, selection, values, aux, aux_values)
+        weights = xs, w_encs, pre_biases, latent_biases
+        return Choice(streams, impl, *weights, centred, selection, values, aux, aux_values)
 
     def _move_counters(self, inputs, streams, indices, values, impl) -> dict[str, torch.Tensor] | None:
         """One step of the dead counters. Returns the latents that AuxK may choose from: {s: bool [N]}.
@@ -208,15 +219,55 @@ class AlignedSAE(nn.Module):
 
     def _loss(self, outputs, inputs, streams, auxk_coef, cross_loss_coef):
         """compute_loss on checked arguments, under the gradient mode of the forward."""
-        S = len(streams)
-        with_cross = cross_loss_coef > 0 and S > 1
-        values = outputs._stacked
-        # filled on the device: a tensor made of Python numbers would be copied there, and wait
-        weights = values.new_full((S, S), cross_loss_coef / (S * (S - 1)) if with_cross else 0.0)
-        weights.fill_diagonal_(1 / S)
+        weights = self._term_weights(outputs._stacked, cross_loss_coef)
         decoders = [self._decoder(s) for s in streams]
         total, terms, aux = outputs._loss(weights, auxk_coef, decoders, inputs)
+        return total, self._metrics(total, terms, aux, cross_loss_coef)
 
+    def training_step(
+        self,
+        inputs: dict[str, torch.Tensor],
+        optimizer: SparcAdam,
+        auxk_coef: float = 1 / 32,
+        cross_loss_coef: float = 1.0,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Forward, loss, gradients and a step of the optimizer, without gradients of the weights in memory.
+
+        Each latent's list of rows feeds the update of its rows directly. Exact for latents that did not fire: their
+        moments decay and their weights move by momentum. A batch whose loss is NaN or infinite changes nothing but the
+        dead counters, decided on the device.
+
+        Args:
+            inputs, auxk_coef, cross_loss_coef: as in `forward` and `compute_loss`.
+            optimizer: a SparcAdam of this model without max_grad_norm. Its lr, betas and so on are read now.
+
+        Returns: what `compute_loss` does, the loss detached.
+
+        Raises: ValueError where there is something that this form cannot do: clipping by norm (all gradients would have
+            to be known before the first update), gradients that wait in `.grad`, parameters that are not trained.
+
+        Equivalent to:
+            optimizer.zero_grad()
+            loss, metrics = self.compute_loss(self(inputs), inputs, auxk_coef, cross_loss_coef)
+            loss.backward()
+            optimizer.step()
+        but that hooks of gradients and of optimizer.step are not called.
+        """
+        from .direct import training_step  # the optimizer's module imports this one
+
+        return training_step(self, inputs, optimizer, auxk_coef, cross_loss_coef)
+
+    def _term_weights(self, values, cross_loss_coef):
+        """Weights [target, source] of the terms of the loss."""
+        S = len(self.streams)
+        cross = cross_loss_coef / (S * (S - 1)) if S > 1 else 0.0
+        # filled on the device: a tensor made of Python numbers would be copied there, and wait
+        weights = values.new_full((S, S), cross)
+        return weights.fill_diagonal_(1 / S)
+
+    def _metrics(self, total, terms, aux, cross_loss_coef):
+        """Metrics by their official names, of what `loss_terms` and `add_auxk` made."""
+        streams, S = self.streams, len(self.streams)
         terms = Terms(terms, S)
         metrics = {f"mse_loss_{s}": terms.nmse[i][i] for i, s in enumerate(streams)}
         metrics["avg_mse_loss"] = terms.avg_self
@@ -228,10 +279,10 @@ class AlignedSAE(nn.Module):
             metrics.update({f"auxk_loss_{s}": v for s, v in zip(streams, own, strict=True)})
         for t, row in zip(streams, terms.nmse, strict=True):
             metrics.update({f"cross_loss_{t}_from_{s}": v for s, v in zip(streams, row, strict=True) if s != t})
-        if with_cross:
+        if cross_loss_coef > 0 and S > 1:
             metrics.update(avg_cross_loss=terms.avg_cross, avg_cross_loss_scaled=terms.avg_cross_scaled)
         metrics["total_loss"] = total
-        return total, {name: value.detach() for name, value in metrics.items()}
+        return {name: value.detach() for name, value in metrics.items()}
 
     def _encoders(self, streams):
         """Lists of w_enc, pre_bias, latent_bias as the operators take them."""
@@ -355,6 +406,22 @@ class AlignedSAE(nn.Module):
             f"streams={self.d_streams}, n_latents={self.n_latents}, k={self.k}, auxk={self.auxk}, "
             f"topk_type={self.topk_type!r}, impl={self.impl!r}"
         )
+
+
+class Choice(NamedTuple):
+    """What a forward makes before its gradients are attached; lists hold one tensor for each stream."""
+
+    streams: list[str]
+    impl: str
+    xs: list[torch.Tensor]
+    w_encs: list[torch.Tensor]
+    pre_biases: list[torch.Tensor]
+    latent_biases: list[torch.Tensor]
+    centred: list[torch.Tensor]
+    selection: Selection
+    values: torch.Tensor  # [S, B, k]
+    aux: Selection | None
+    aux_values: torch.Tensor | None  # [S, B, auxk]
 
 
 class AlignedOutputs(Mapping):

@@ -110,7 +110,7 @@ class SparcAdam(torch.optim.Optimizer):
         group, streams = self.param_groups[0], self.streams()
         moments = self.prepare([[g is not None for g in some] for some in grads])
         params = [[rows_of(p, i) for i, p in enumerate(stream)] for stream in streams]
-        mode, impls = _MODES[group["normalize"]], [self.impl_of(stream) for stream in streams]
+        mode, impls = mode_of(group), [self.impl_of(stream) for stream in streams]
         square = None
         if group["max_grad_norm"] is not None:
             every = zip(params, grads, impls, strict=True)
@@ -246,6 +246,11 @@ def _check_saved(state_dict):
     coupled = groups[0].get("weight_decay", 0) != 0 and not groups[0].get("decoupled_weight_decay", True)
     require(not coupled, "state_dict", "decoupled weight decay (AdamW) or none", "Adam's, which goes into the gradient")
     return groups[0]
+
+
+def mode_of(group: dict) -> int:
+    """A parameter group's `normalize` as the operators take it."""
+    return _MODES[group["normalize"]]
 
 
 def rows_of(tensor: torch.Tensor | None, place: int):
