@@ -34,6 +34,7 @@ def parse(argv=None) -> argparse.Namespace:
     add(
         "--patience", type=float, default=0.0, metavar="SECONDS", help="on a CPU: wait that long in all for quiet cores"
     )
+    add("--clock", choices=("wall", "cpu"), default="wall", help="on a CPU: its own CPU time, where others work too")
     add("--compare", type=Path, metavar="OLD.json", help="a verdict per row against an earlier run")
     add("--with", dest="other", type=Path, metavar="NEW.json", help="with --compare: compare this file, run nothing")
     add("--fail-on-regression", type=float, metavar="PCT", help="exit code 1 where a row is slower by more than that")
@@ -85,7 +86,7 @@ def main(argv=None) -> int:
         return 2
     options = runner.Options(
         device, args.quick, args.minutes, args.filter, args.official, args.threads or os.cpu_count() or 1, args.seed,
-        args.tiny, tuple(args.sweep or ()), args.seconds, args.resume, args.patience,
+        args.tiny, tuple(args.sweep or ()), args.seconds, args.resume, args.patience, args.clock,
     )  # fmt: skip
     out = args.out
     if out is None:

@@ -37,8 +37,9 @@ class Row:
 def why_not(old: dict, new: dict) -> str | None:
     """Why times of the two records cannot be set against each other; None when they can."""
     for part, names in (
-        ("environment", ("device", "device_name", "cores", "threads")), ("settings", ("method", "seed", "tiny")),
-    ):  # fmt: skip
+        ("environment", ("device", "device_name", "cores", "threads")),
+        ("settings", ("method", "clock", "seed", "tiny")),
+    ):
         for name in names:
             a, b = old[part].get(name), new[part].get(name)
             if a != b:

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from . import record
-from .report import ROOT, load, ok, where
+from .report import ROOT, load, ms, ok, where
 
 GREY = "#808890"
 # colours of middle lightness, told apart by colour-blind readers too; ours is the strongest
@@ -71,16 +71,16 @@ def scaling(data: dict):
         }  # fmt: skip
         left.plot(n, [r["median_ms"] for r in mine], **style)
         left.fill_between(n, [r["p20_ms"] for r in mine], [r["p80_ms"] for r in mine], color=style["color"], alpha=0.18)
-        held = [(r["shape"]["N"], r["peak_bytes"] / MIB) for r in mine if r["peak_bytes"]]
+        held = [
+            (r["shape"]["N"], (r["peak_bytes"] - r["gradient_bytes"]) / MIB)
+            for r in mine if (r["peak_bytes"] or 0) > (r["gradient_bytes"] or 0) > 0
+        ]  # fmt: skip
         if held:
             right.plot(*zip(*held, strict=True), **style)
     line = sorted((r["shape"]["N"], r["roofline_ms"]) for r in rows if r["provider"] == "ours" and r["roofline_ms"])
     if line:
         left.plot(*zip(*line, strict=True), color=GREY, ls="--", lw=1.2, label="roofline of ours (modelled)")
-    grads = sorted({(r["shape"]["N"], r["gradient_bytes"] / MIB) for r in rows if r["gradient_bytes"]})
-    if grads:
-        right.plot(*zip(*grads, strict=True), color=GREY, ls=":", lw=1.2, label="the gradients alone")
-    for axis, title in ((left, "ms"), (right, "peak MiB beyond weights and inputs")):
+    for axis, title in ((left, "ms"), (right, "peak MiB beyond weights, inputs and gradients")):
         axis.set(xscale="log", yscale="log", xlabel="latents N")
         axis.set_title(title, loc="left", fontsize=10)
         axis.grid(True, which="major", color=GREY, alpha=0.25, lw=0.6)
@@ -117,7 +117,7 @@ def speedup(data: dict):
     for label, others in bars:
         start = y
         for name, ratio in others:
-            axis.barh(y, ratio, 0.8, color=COLOURS.get(name, GREY), label=None if name in seen else name)
+            axis.barh(y, ratio - 1, 0.8, left=1, color=COLOURS.get(name, GREY), label=None if name in seen else name)
             axis.text(
                 ratio, y, f" {ratio:.1f}x" if ratio < 10 else f" {ratio:.0f}x", va="center", fontsize=8.5, color=GREY
             )
@@ -168,18 +168,19 @@ def breakdown(data: dict):
         parts = {part["name"]: part["ms"] for part in p["parts"]}
         ordered = [(name, parts[name], colours[name]) for name in shown if name in parts]
         other = sum(parts.get(name, 0) for name in rest)
-        for name, ms, colour in [*ordered, *([("other", other, GREY)] if other else [])]:
-            share = 100 * ms / whole
+        for name, took, colour in [*ordered, *([("other", other, GREY)] if other else [])]:
+            share = 100 * took / whole
             axis.barh(y, share, 0.62, left=left, color=colour, label=name)
             if share >= 6:
                 axis.text(left + share / 2, y, f"{share:.0f} %", ha="center", va="center", fontsize=8.5, color="white")
             left += share
         kind = "" if p["data"] == "gaussian" else ", real"
-        labels.append(f"{p['case']}{kind}, {p['dtype']}\nN {p['shape']['N']:,}, {whole:.3g} ms")
+        labels.append(f"{p['case']}{kind}, {p['dtype']}\nN {p['shape']['N']:,}, {ms(whole)} ms")
     handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     axis.legend(handles.values(), handles, fontsize=8, loc="upper center", bbox_to_anchor=(0.45, -0.16), ncols=5)
     axis.set_yticks(range(len(profiles)), labels, fontsize=8.5)
-    axis.set(xlim=(0, 100), xlabel="% of the profiled time")
+    axis.set(xlim=(0, 100))
+    axis.xaxis.set_major_formatter("{x:.0f} %")
     axis.invert_yaxis()
     axis.set_title("Where the time of our step goes (torch: everything outside of the package's operators)", loc="left",
                    fontsize=11)  # fmt: skip

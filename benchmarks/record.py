@@ -25,7 +25,7 @@ TOP = {
     "seconds": (*NUMBER, None), "settings": (dict,), "environment": (dict,), "providers": (list,), "results": (list,),
     "profiles": (list,), "roofline": (dict, None),
 }  # fmt: skip
-SETTINGS = ("device", "threads", "seed", "method", "quick", "minutes", "filter")
+SETTINGS = ("device", "threads", "seed", "method", "clock", "quick", "minutes", "filter")
 ENVIRONMENT = (
     "device",
     "device_name",

@@ -47,7 +47,8 @@ def where(data: dict) -> str:
     commit = f"{str(env['commit'])[:7]}{' with changes' if env['dirty'] else ''}"
     parts = [env["device_name"]]
     if env["device"] == "cpu":
-        parts.append(f"{env['cores']} cores, {s['threads']} threads")
+        threads = f"{s['threads']} thread{'s' if s['threads'] > 1 else ''}"
+        parts.append(f"{env['cores']} cores, {threads}{', CPU time' if s['clock'] == 'cpu' else ''}")
     parts += [f"torch {env['versions'].get('torch')}", env["date"][:10], f"commit {commit}"]
     return ", ".join(parts)
 

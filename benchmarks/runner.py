@@ -42,6 +42,7 @@ class Options:
     seconds: float | None = None  # of timing for each provider; None: by device
     resume: bool = False
     patience: float = 0.0  # seconds of waiting for quiet cores
+    clock: str = "wall"  # or "cpu"
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Run:
         self.context = Context(torch.device(options.device), options.official, options.quick)
         self.cuda = options.device == "cuda"
         torch.set_num_threads(options.threads)
-        self.timer = Timer(options.device, options.patience)
+        self.timer = Timer(options.device, options.patience, options.clock)
         self.pattern = re.compile(options.filter)
         self.providers = everyone()
         self.started = time.time()
@@ -158,6 +159,7 @@ class Run:
                 "device": o.device, "threads": o.threads, "seed": o.seed, "method": METHOD, "quick": o.quick,
                 "tiny": o.tiny, "minutes": o.minutes, "filter": o.filter, "official": o.official is not None,
                 "sweeps": list(o.sweeps), "patience": o.patience,
+                "clock": o.clock,
             },
             "environment": environment.environment(o.device, o.threads), "providers": providers, "active": None,
             "roofline": None, "results": [], "profiles": [], "groups": [],

@@ -60,6 +60,7 @@ class Samples:
     phases: dict[str, list[float]] = field(default_factory=dict)
     rounds: list[int] = field(default_factory=list)  # executions in each round
     others: list[float] = field(default_factory=list)  # share of the cores that other processes took in each round
+    own_clock: bool = False  # the times are the process' own CPU time, which others do not lengthen directly
 
     @property
     def seconds(self) -> float:
@@ -79,7 +80,8 @@ class Samples:
         middle, low, high = (quantile(times, q) for q in (0.5, 0.2, 0.8))
         spread = max(high - low, quantile(medians, 0.8) - quantile(medians, 0.2))
         others = sum(self.others) / len(self.others) if self.others else None
-        noise = max(spread / 2 / middle if middle else 0.0, FEW if len(times) < 3 else 0.0, others or 0.0)
+        noise = max(spread / 2 / middle if middle else 0.0, FEW if len(times) < 3 else 0.0)
+        noise = max(noise, 0.0 if self.own_clock else others or 0.0)
         return {
             "median_ms": middle, "p20_ms": low, "p80_ms": high, "n": len(times), "rounds": len(self.rounds),
             "round_ms": [float(f"{m:.5g}") for m in medians], "noise": noise, "others_cpu": others,
@@ -116,10 +118,13 @@ class Others:
 
 class Timer:
     """`patience`: seconds, in all, to wait for other processes to leave the cores alone and to repeat rounds in which
-    they did not (QUIET); only on a CPU."""
+    they did not (QUIET); only on a CPU. `clock` there: "wall", or "cpu" for the process' own CPU time, all threads
+    together, which is what to take where others use the machine too."""
 
-    def __init__(self, device: str | torch.device, patience: float = 0.0):
+    def __init__(self, device: str | torch.device, patience: float = 0.0, clock: str = "wall"):
         self.cuda, self.patience = torch.device(device).type == "cuda", patience
+        self.own_clock = clock == "cpu" and not self.cuda
+        self.now = time.process_time if self.own_clock else time.perf_counter
         size = 64 * MIB  # more than most last level caches
         if self.cuda:
             l2 = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or 64 * MIB
@@ -140,6 +145,7 @@ class Timer:
 
     def round(self, job: Job, samples: Samples, executions: int = 1) -> None:
         """Adds that many executions to the samples."""
+        samples.own_clock = self.own_clock
         if self.cuda:
             times = self._cuda(job, executions)
         else:
@@ -175,10 +181,10 @@ class Timer:
     def _cpu(self, job: Job) -> list[float]:
         job.reset()
         self._flush.zero_()
-        marks = [time.perf_counter()]
+        marks = [self.now()]
         for run in job.phases.values():
             run()
-            marks.append(time.perf_counter())
+            marks.append(self.now())
         return [1e3 * (b - a) for a, b in pairwise(marks)]
 
     def _cuda(self, job: Job, executions: int) -> list[list[float]]:

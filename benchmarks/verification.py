@@ -21,7 +21,7 @@ Tensor = torch.Tensor
 # what is forgiven where PyTorch's own error happens to be tiny: some roundings of the precision
 FLOOR = {"float32": 1e-5, "tf32": 1e-3, "bfloat16": 4e-3, "float16": 1e-3, "bfloat16 autocast": 4e-3}
 FLOPS = {"cpu": 1e12, "cuda": 3e14}  # of the float64 truth: about 15 s on two cores, 5 to 10 s on an H100
-CHUNK = {"cpu": 2**28, "cuda": 2**31}  # bytes of [rows, N] in float64 that the truth takes at once
+CHUNK = {"cpu": 2**30, "cuda": 2**33}  # bytes of [rows, N] tensors in float64 that the truth holds at once
 
 
 @dataclass
@@ -125,13 +125,17 @@ class Truth:
         plain = self.remember(("selection", dtype), lambda: self._selected(self._select(dtype)))
         return self._selected(indices), plain
 
+    def _rows_at_once(self, tensors: int) -> int:
+        """Rows of which that many [rows, N] tensors may be held."""
+        return max(1, CHUNK[self.problem.device.type] // (8 * self.problem.case.shape.N * tensors))
+
     @torch.no_grad()
     def _select(self, dtype: str) -> Tensor:
         """int64 [B, k] as plain PyTorch selects in that precision."""
         s, t = self.problem.case.shape, self.problem.tensors
         groups = [[x.to(PRECISIONS[dtype][0]) for x in group] for group in (t.w_encs, t.pre_biases, t.latent_biases)]
         xs = [x.to(PRECISIONS[dtype][0]) for x in t.xs]
-        rows = max(1, CHUNK[self.problem.device.type] // (8 * s.N))
+        rows = self._rows_at_once(s.S + 1)
         parts = []
         with precision(dtype, self.problem.device):
             for start in range(0, s.B, rows):
@@ -143,7 +147,7 @@ class Truth:
     @torch.no_grad()
     def _selected(self, indices: Tensor) -> dict[str, float]:
         s, t = self.problem.case.shape, self.problem.tensors
-        rows = max(1, CHUNK[self.problem.device.type] // (8 * s.N))
+        rows = self._rows_at_once(s.S + 1)
         above = below = 0.0
         if indices.shape != (s.B, s.k) or int(indices.min()) < 0 or int(indices.max()) >= s.N:
             return {"selected": math.inf}
@@ -168,7 +172,7 @@ class Truth:
         p, s = self.problem, self.problem.case.shape
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         leaves = [[t.to(wide).detach().requires_grad_() for t in group] for group in p.tensors[1:5]]
-        rows = max(1, CHUNK[p.device.type] // (8 * s.N))
+        rows = self._rows_at_once(s.S * (s.S + 4))  # logits and their gradients; codes of every pair
         dead = self._dead(rows) if s.auxk else None
         loss = 0.0
         for start in range(0, s.B, rows):

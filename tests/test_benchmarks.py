@@ -359,7 +359,11 @@ def row(median=10.0, noise=0.01, **more):
 def records_of(old: list[dict], new: list[dict], **changes):
     env = {"device": "cpu", "device_name": "x", "cores": 2, "threads": 2}
     made = [
-        {"environment": dict(env), "settings": {"method": 1, "seed": 0, "tiny": False}, "results": rows}
+        {
+            "environment": dict(env),
+            "settings": {"method": 1, "clock": "wall", "seed": 0, "tiny": False},
+            "results": rows,
+        }
         for rows in (old, new)
     ]
     made[1]["environment"].update(changes)
@@ -416,6 +420,32 @@ def test_noise_sees_drift_between_rounds():
     samples = timing.Samples({"forward": [1.0, 1.0, 1.5, 1.5, 2.0, 2.0]}, [2, 2, 2])
     assert samples.summary(("forward",))["noise"] > 0.2
     assert timing.quantile([3.0, 1.0, 2.0], 0.5) == 2.0 and timing.quantile([1.0, 2.0], 0.2) == pytest.approx(1.2)
+
+
+def test_the_cpu_clock_counts_work_and_not_waiting():
+    job = timing.Job({"forward": lambda: time.sleep(0.02), "backward": lambda: sum(range(400_000))})
+    timer, samples = timing.Timer("cpu", clock="cpu"), timing.Samples()
+    for _ in range(3):
+        timer.round(job, samples, 3)
+    assert max(samples.phases["forward"]) < 10 < 20 * min(samples.phases["backward"])
+    samples.others = [0.9]
+    assert samples.summary(("backward",))["noise"] < 0.9, "others do not lengthen it directly"
+    samples.own_clock = False
+    assert samples.summary(("backward",))["noise"] >= 0.9
+
+
+def test_rounds_that_others_disturbed_are_repeated(monkeypatch):
+    shares = iter([0.0, 0.9, 0.0, 0.01])  # waiting, a round, waiting, the round again
+    monkeypatch.setattr(timing.Others, "share", lambda self: next(shares))
+    timer, samples = timing.Timer("cpu", patience=60), timing.Samples()
+    ran = []
+    timer.round(timing.Job({"forward": lambda: ran.append(1)}), samples, 2)
+    assert len(ran) == 4 and samples.others == [0.01] and samples.rounds == [2]
+    assert 0 < timer.patience < 60
+    monkeypatch.setattr(timing.Others, "share", lambda self: 0.9)
+    timer.patience = 0.5
+    timer.round(timing.Job({"forward": lambda: ran.append(1)}), samples, 2)
+    assert samples.others == [0.01, 0.9] and timer.patience <= 0
 
 
 def test_peak_memory_on_a_cpu():
