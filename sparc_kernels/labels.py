@@ -107,7 +107,7 @@ class Pictures:
         try:
             from PIL import Image
         except ImportError as error:
-            raise missing("Pillow", "pictures are shown with it", "demo") from error
+            raise missing("Pillow", "pictures are shown with it", "train") from error
         if self.array is not None:
             return Image.fromarray(np.array(self.array[row])).convert("RGB")
         with Image.open(self.files[row]) as image:

@@ -36,7 +36,7 @@ def import_matplotlib():
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('the figures need matplotlib: pip install "sparc_kernels[demo]"') from error
+        raise ImportError('the figures need matplotlib: pip install "sparc_kernels[train]"') from error
     return Figure
 
 
