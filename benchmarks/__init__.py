@@ -1,1 +1,1 @@
-"""Benchmarks: shapes and providers in cases.py, one command for a GPU in gpu_report.py, records written to results/."""
+"""Benchmarks: `python -m benchmarks`. cases.py and providers.py say what is run, docs/benchmarks.md how."""

@@ -20,6 +20,7 @@ ROW = {  # name -> types, None where "absent" is an answer
     "energy_j": (*NUMBER, None), "clocks": (dict, None), "interleaved": (bool, None),
     "others_cpu": (*NUMBER, None),
 }  # fmt: skip
+LATER = {"predicted_ms": (*NUMBER, None)}  # fields that rows of this schema may lack: they came after it
 TOP = {
     "schema": (str,), "complete": (bool,), "stopped": (str, None), "started": (str,), "finished": (str, None),
     "seconds": (*NUMBER, None), "settings": (dict,), "environment": (dict,), "providers": (list,), "results": (list,),
@@ -50,7 +51,7 @@ def key(row: dict) -> tuple[str, ...]:
 
 
 def empty_row(**known) -> dict:
-    return {**dict.fromkeys(ROW), "sweep": "", "status": "running", "reason": "the run ended in it", **known}
+    return {**dict.fromkeys((*ROW, *LATER)), "sweep": "", "status": "running", "reason": "the run ended in it", **known}
 
 
 def _check(where: str, value, types) -> None:
@@ -85,6 +86,8 @@ def validate(data, where: str = "record") -> dict:
             if name not in row:
                 raise SchemaError(f"{at}.{name}: missing")
             _check(f"{at}.{name}", row[name], types)
+        for name, types in LATER.items():
+            _check(f"{at}.{name}", row.get(name), types)
         if row["status"] not in STATUS:
             raise SchemaError(f"{at}.status: expected one of {', '.join(STATUS)}, got {row['status']!r}")
         if row["status"] == "ok":

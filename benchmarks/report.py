@@ -116,7 +116,10 @@ def _block(key: tuple, rows: list[dict]) -> str:
         rates = [f"{r[name]:.3g} {unit}" for name, unit in (("gb_s", "GB/s"), ("tflop_s", "TFLOP/s")) if r[name]]
         if r["roofline_fraction"]:
             rates.append(f"roofline {100 * r['roofline_fraction']:.0f} %")
-        cells.append(", ".join(rates))
+        if r.get("predicted_ms"):
+            rates.append(f"over the model's time {r['median_ms'] / r['predicted_ms']:.2f}")
+        if rates:
+            cells.append(", ".join(rates))
         if r["energy_j"]:
             cells.append(f"{r['energy_j']:.3g} J")
         lines.append(f"  {name:30} " + "  ".join(cells))

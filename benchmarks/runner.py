@@ -435,16 +435,12 @@ class Run:
             if not self._wanted(group, one.provider, [mode]):
                 continue
             numbers = one.samples.summary(phases)
-            size, flops, bound = self._modelled(group, one.provider, mode)
-            median = numbers["median_ms"]
             self._add(
                 self._row(group, one.provider, mode), "ok", None, **numbers,
                 verified=one.verdict.verified if one.verdict else None,
                 verification=one.verdict.as_dict() if one.verdict else None,
                 peak_bytes=one.peaks.get(mode), gradient_bytes=one.job.gradient_bytes or None,
-                bytes=size, flops=flops, gb_s=size / median / 1e6 if size else None,
-                tflop_s=flops / median / 1e9 if flops else None, roofline_ms=bound,
-                roofline_fraction=bound / median if bound else None, energy_j=energy.get(mode),
+                energy_j=energy.get(mode), **self._modelled(group, one.provider, mode, numbers["median_ms"]),
                 clocks=energy.get("clocks"), interleaved=interleaved,
             )  # fmt: skip
 
@@ -473,23 +469,34 @@ class Run:
         found["clocks"] = self.monitor.clocks()
         return found
 
-    def _modelled(self, group: Group, p: Provider, mode: str) -> tuple[float | None, float | None, float | None]:
-        """(bytes, FLOPs, milliseconds at the roofline), all modelled; None where there is no model."""
+    def _modelled(self, group: Group, p: Provider, mode: str, median: float) -> dict:
+        """Fields of a row that come from the cost model, and what they make of the measured milliseconds."""
         whole = MAIN_MODE.get(group.op, "forward")
         if p.model is None or mode not in (whole, "step"):
-            return None, None, None
+            return {}
         s = group.case.cost_shape(group.dtype, **p.how)
         try:
             op = p.model(s)
-            if op is not None and mode == "step":
+            if op is None:
+                return {}
+            if mode == "step":
                 # SparcAdam does it all in Adam's pass over the parameters
                 after = [cost.adam(s)] if p.name.startswith("ours") else [cost.unit_norm(s), cost.adam(s)]
                 op = cost.total("step", [op, *after])
-            bound = roofline_seconds(op, self.gpu) if op is not None and self.gpu else None
+            gpu = self.gpu
+            bound = 1e3 * roofline_seconds(op, gpu) if gpu else None
+            predicted = None
+            if gpu and gpu.name in cost.GPUS:  # launches and padding included; there is no such model of a CPU
+                training = group.op == "training"
+                predicted = 1e3 * (cost.step_seconds(op, gpu, p.graph) if training else op.seconds(gpu))
         except Exception as error:  # a fault of the model is no reason to lose what was measured
             self.data["model_failed"] = f"{p.op}, {p.name}: {type(error).__name__}: {error}"
-            return None, None, None
-        return (op.l2, op.flops, 1e3 * bound if bound else None) if op is not None else (None, None, None)
+            return {}
+        return {
+            "bytes": op.l2, "flops": op.flops, "gb_s": op.l2 / median / 1e6,
+            "tflop_s": op.flops / median / 1e9 or None, "roofline_ms": bound,
+            "roofline_fraction": bound / median if bound else None, "predicted_ms": predicted,
+        }  # fmt: skip
 
     @property
     def gpu(self) -> cost.GPU | None:
@@ -533,15 +540,15 @@ class Run:
 
     def _profile(self, group: Group, one: _Ready) -> None:
         try:
-            parts = profile(one.job, self.cuda)
+            parts, kernels = profile(one.job, self.cuda)
         except Exception as error:
-            parts, reason = [], f"{type(error).__name__}: {error}"
+            parts, kernels, reason = [], [], f"{type(error).__name__}: {error}"
         else:
             reason = None
         c = group.case
         self.data["profiles"].append(
             {"case": c.name, "data": c.data, "shape": c.as_dict(), "provider": one.provider.name, "mode": "full",
-             "dtype": group.dtype, "parts": parts, "reason": reason}
+             "dtype": group.dtype, "parts": parts, "kernels": kernels[:40], "reason": reason}
         )  # fmt: skip
         self.save()
 

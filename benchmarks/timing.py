@@ -255,9 +255,9 @@ def quiet_stderr():
         os.close(null)
 
 
-def profile(job: Job, cuda: bool, calls: int = 3) -> list[dict]:
+def profile(job: Job, cuda: bool, calls: int = 3) -> tuple[list[dict], list[dict]]:
     """Where the time of forward and backward goes, in milliseconds a call: the package's operators, and what torch does
-    outside of them under one name. On CUDA device time, on a CPU host time."""
+    outside of them under one name; then kernel by kernel (CUDA only). On CUDA device time, on a CPU host time."""
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
     skip = ("optimizer",)
     job.reset()
@@ -286,7 +286,14 @@ def profile(job: Job, cuda: bool, calls: int = 3) -> list[dict]:
         if event.cpu_parent is None and "CPU" in str(event.device_type):
             visit(event, None)
     rows = [{"name": name, "ms": ms, "calls": n / calls} for name, (ms, n) in parts.items() if ms > 0]
-    return sorted(rows, key=lambda row: -row["ms"])
+    kernels: dict[str, list[float]] = {}
+    for event in prof.events():
+        if "CUDA" in str(event.device_type):
+            entry = kernels.setdefault(event.name[:120], [0.0, 0])
+            entry[0] += event.self_device_time_total / 1e3 / calls
+            entry[1] += 1
+    found = [{"name": name, "ms": ms, "calls": n / calls} for name, (ms, n) in kernels.items()]
+    return sorted(rows, key=lambda row: -row["ms"]), sorted(found, key=lambda row: -row["ms"])
 
 
 def quantile(times: list[float], q: float) -> float:

@@ -309,6 +309,26 @@ def test_a_step_that_is_too_large_for_float64_is_verified_at_a_twin(tmp_path, mo
     assert rows["ours"]["verification"]["at"]["N"] == 64
 
 
+def test_the_truth_does_not_depend_on_how_many_rows_it_takes_at_once(monkeypatch):
+    case = cases.TINY["open-images"]
+    whole = verification.Truth(cases.Problem(case, "cpu"))._step(torch.float64, "float32")
+    monkeypatch.setitem(verification.CHUNK, "cpu", 8 * case.shape.N * case.shape.S * (case.shape.S + 4) * 3)
+    truth = verification.Truth(cases.Problem(case, "cpu"))
+    assert truth._rows_at_once(case.shape.S * (case.shape.S + 4)) == 3
+    parts = truth._step(torch.float64, "float32")
+    assert max(verification.distances(parts, whole).values()) < 1e-12
+
+
+def test_a_known_gpu_is_given_the_time_of_its_model(tmp_path, monkeypatch):
+    """What rows of a GPU have, on a stand-in for its name."""
+    monkeypatch.setattr(runner.Run, "gpu", cost.GPUS["H200"])
+    found = run(tmp_path, monkeypatch, [provider("ours")], "^batch")
+    row = next(r for r in found["results"] if r["mode"] == "full")
+    step = cost.step(cases.TINY["batch"].cost_shape("float32"))
+    assert row["predicted_ms"] == pytest.approx(1e3 * cost.step_seconds(step, cost.GPUS["H200"], False), rel=1e-4)
+    assert 0 < row["roofline_ms"] < row["predicted_ms"] and "over the model's time" in report.terminal(found)
+
+
 @pytest.mark.parametrize("name", list(cases.CASES))
 def test_every_named_case_has_a_twin_within_reach(name):
     s = verification.twin(cases.CASES[name].shape, torch.device("cpu"))
