@@ -25,7 +25,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
     add("--quick", action="store_true", help="the few rows that say most")
     add("--filter", default="", metavar="REGEX", help='searched in "case data op provider dtype mode"')
-    add("--minutes", type=float, help="time limit (default 20, with --quick 1.7); what no longer fits is skipped")
+    add("--minutes", type=float, help="time limit (default 20, with --quick 1.5); what no longer fits is skipped")
     add("--out", type=Path, metavar="FILE.json", help="default benchmarks/results/<device>_<date>_<commit>.json")
     add("--official", type=Path, metavar="PATH", help="a clone of github.com/AtlasAnalyticsLab/SPARC")
     add("--sweep", action="append", choices=("N", "B", "k", "S", "d"), help="only these of the scaling sweeps")
@@ -48,7 +48,7 @@ def parse(argv=None) -> argparse.Namespace:
     except re.error as error:
         parser.error(f"--filter: expected a regular expression, got {args.filter!r} ({error})")
     if args.minutes is None:
-        args.minutes = 1.7 if args.quick else 20.0
+        args.minutes = 1.5 if args.quick else 20.0
     for name, value in (("--minutes", args.minutes), ("--threads", args.threads), ("--seconds", args.seconds)):
         if value is not None and not value > 0:
             parser.error(f"{name}: expected a number > 0, got {value}")

@@ -360,6 +360,11 @@ def main(argv=None) -> int:
         old = stale()
         print(f"stale: {', '.join(old)}: run python -m benchmarks.report" if old else "up to date")
         return 1 if old else 0
+    from . import plot
+
+    for path in sorted(RESULTS.glob("*.json")):  # first: the text links to those that exist
+        for file in plot.draw(path, ROOT / "docs" / "plots"):
+            print(f"wrote {file.relative_to(ROOT)}")
     for path, text in texts().items():
         path.write_text(text)
         print(f"wrote {path.relative_to(ROOT)}")

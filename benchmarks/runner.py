@@ -90,19 +90,18 @@ def plan(options: Options) -> list[Group]:
         official = cases["open-images"]
         found = [Group(official, "ceiling", "float32"), Group(official, "training", "float32", True)]
         found += [Group(official, "select", "float32"), Group(replace(SMALL, data="real"), "training", "float32")]
-        if not quick:
-            found.append(Group(cases["open-images-32k"], "training", "float32", True))
-            found.append(Group(replace(official, data="real"), "training", "float32"))
-            found.append(Group(cases["coco"], "training", "float32"))
-            found += [Group(official, op, "float32") for op in ("encode", "decode", "optimizer")]
-            found += [Group(SMALL, "training", "float32"), Group(replace(SMALL, data="real"), "select", "float32")]
-            found += [Group(official, op, half) for op in ("ceiling", "training")]
-    if not (quick or options.tiny):
-        dtype = half if cuda else "float32"
-        axes = options.sweeps or AXES
-        found += [Group(case, "training", dtype) for axis in axes for case in sweep(options.device, axis)]
-    elif options.sweeps:
-        found += [Group(c, "training", "float32") for axis in options.sweeps for c in sweep(options.device, axis)]
+    sweeps = options.sweeps or (() if quick or options.tiny else AXES)
+    dtype = half if cuda else "float32"
+    found += [Group(case, "training", dtype) for axis in sweeps[:1] for case in sweep(options.device, axis)]
+    if not (quick or cuda or options.tiny):
+        found.append(Group(replace(official, data="real"), "training", "float32", True))
+        found += [Group(official, op, "float32") for op in ("encode", "decode", "optimizer")]
+        found.append(Group(cases["coco"], "training", "float32"))
+        found += [Group(SMALL, "training", "float32"), Group(replace(SMALL, data="real"), "select", "float32")]
+    found += [Group(case, "training", dtype) for axis in sweeps[1:] for case in sweep(options.device, axis)]
+    if not (quick or cuda or options.tiny):
+        found.append(Group(cases["open-images-32k"], "training", "float32", True))
+        found += [Group(official, op, half) for op in ("ceiling", "training")]
     return found
 
 
