@@ -257,7 +257,7 @@ def _as_on_gpu(arch: int, tf32: bool, found: list[Launch]):
     """The package's modules as they would be on a GPU of that architecture, with recorders in place of kernels."""
     if not HAS_TRITON:
         raise RuntimeError("Triton is not installed here: its launchers cannot be traced")
-    from . import module  # noqa: F401  the modules that hold operators and kernels are in sys.modules after this
+    from . import direct  # noqa: F401  the modules that hold operators and kernels are in sys.modules after this
 
     # what is replaced by name, where a module holds it; kernels are recognised by their type
     stand_ins = {
@@ -324,7 +324,7 @@ def _summary(tracer, found, before_backward, leaves) -> Trace:
 
 def trace(
     shape: Shape, arch: int = 90, *, topk_type: str = "global", auxk: bool | int = False, tf32: bool = False,
-    input_grads: bool = False,
+    input_grads: bool = False, update: str | None = None, **optimizer,
 ) -> Trace:  # fmt: skip
     """One training step (forward, compute_loss, backward) of an AlignedSAE of this shape, with impl="triton".
 
@@ -334,6 +334,8 @@ def trace(
         topk_type: as in AlignedSAE.  auxk: how many dead latents; True for min(k, N, 512), False for no such loss.
         tf32: what torch's float32 matmul precision allows.
         input_grads: whether the inputs ask for gradients too.
+        update: "dense", a step of SparcAdam after it; "direct", `training_step` instead of all of it. Its moments
+            exist before.  optimizer: further arguments of SparcAdam.
 
     Returns: a Trace; its `peak_bytes` counts every storage that lives at one time and is not a parameter, a buffer, an
         input or the gradient of one (a gradient's storage is left out from its allocation on). The outputs object is
@@ -342,23 +344,36 @@ def trace(
     Raises: whatever torch raises where a value is read back from a meta tensor, RuntimeError for copies between host
         and device: a step that returns a Trace never waits for the device. Not seen: calls of torch.cuda.synchronize.
     """
+    from .optim import SparcAdam
+
     found: list[Launch] = []
     with _as_on_gpu(arch, tf32, found):
         model, inputs = _model(shape, topk_type, _auxk(shape, auxk)), _inputs(shape, input_grads)
-        leaves = [*model.parameters(), *inputs.values()]
-        with _Tracer([*leaves, *model.buffers()]) as tracer:
-            outputs = model(inputs)
-            loss, metrics = model.compute_loss(outputs, inputs)
-            before_backward = len(tracer.events)
-            loss.backward()
-            del outputs, loss, metrics
+        leaves, known = [*model.parameters(), *inputs.values()], []
+        if update:
+            adam = SparcAdam(model, **optimizer)
+            known = [t for both in adam.prepare([[True] * 4] * shape.S) for some in both for t in some]
+            known += [adam.counts, adam.scalars()]
+        with _Tracer([*leaves, *model.buffers(), *known]) as tracer:
+            before_backward = None
+            if update == "direct":
+                _ = model.training_step(inputs, adam)
+                del _
+            else:
+                outputs = model(inputs)
+                loss, metrics = model.compute_loss(outputs, inputs)
+                before_backward = len(tracer.events)
+                loss.backward()
+                if update:
+                    adam.step()
+                del outputs, loss, metrics
         return _summary(tracer, found, before_backward, leaves)
 
 
 def launches(shape: Shape, arch: int) -> list[Launch]:
     """Every distinct kernel launch at this shape on this architecture: training steps with and without AuxK, global
-    and local, both tf32 settings, with and without gradients of the inputs; reconstructions read from the outputs;
-    the public decode and its gradients."""
+    and local, both tf32 settings, with and without gradients of the inputs; the optimizer's step from gradients, with
+    clipping, and without any; reconstructions read from the outputs; the public decode and its gradients."""
     from .decoder import decode
 
     found: list[Launch] = []
@@ -366,6 +381,9 @@ def launches(shape: Shape, arch: int) -> list[Launch]:
         found += trace(shape, arch, auxk=True, tf32=tf32, input_grads=True).launches
         found += trace(shape, arch, tf32=tf32).launches
         found += trace(shape, arch, topk_type="local", tf32=tf32).launches
+    found += trace(shape, arch, update="dense", max_grad_norm=1.0).launches
+    found += trace(shape, arch, auxk=True, update="direct").launches
+    found += trace(shape, arch, topk_type="local", update="direct", normalize="after").launches
     with _as_on_gpu(arch, False, found):
         model, inputs = _model(shape, "global", None), _inputs(shape)
         first, *rest = model.streams

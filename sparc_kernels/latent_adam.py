@@ -84,7 +84,7 @@ def _latent_adam_kernel(
     aux_part_sum_ptr, AUX_M, AUX_ROWS, AUX_K, aux_stride_ms, aux_stride_mr,
     N, D, stride_sn, LATENTS: tl.constexpr, S: tl.constexpr, AUX_S: tl.constexpr, CHUNK: tl.constexpr,
     AUX_CHUNK: tl.constexpr, NORMALIZE: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+    EARLY: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """LATENTS latents: sums of their lists, and the step of their rows, of their biases if there are any.
 
@@ -97,9 +97,10 @@ def _latent_adam_kernel(
     for n in range(first, tl.minimum(first + LATENTS, N)):
         if tl.load(scalars_ptr + 4) != 0.0:
             at = tl.full((), n, tl.int64) * D + cols
-            w = tl.load(w_ptr + at, mask=mask_d, other=0.0).to(ACC)  # on their way while the list is added up
-            m = tl.load(m_ptr + at, mask=mask_d, other=0.0)
-            v = tl.load(v_ptr + at, mask=mask_d, other=0.0)
+            w = tl.load(w_ptr + at, mask=mask_d, other=0.0).to(ACC)
+            if EARLY:  # on their way while the list is added up
+                m = tl.load(m_ptr + at, mask=mask_d, other=0.0)
+                v = tl.load(v_ptr + at, mask=mask_d, other=0.0)
             g, total = _add_list(
                 tl.zeros((BLOCK_D,), ACC), tl.zeros((), ACC), n, order_ptr, offsets_ptr, coef_ptr, scale_ptr, gate_ptr,
                 mat_ptr, part_ptr, part_sum_ptr, cols, mask_d, M, ROWS, K, D, stride_ms, stride_mr, S, CHUNK, BLOCK_E,
@@ -111,6 +112,9 @@ def _latent_adam_kernel(
                     aux_part_ptr, aux_part_sum_ptr, cols, mask_d, AUX_M, AUX_ROWS, AUX_K, D, aux_stride_ms,
                     aux_stride_mr, AUX_S, AUX_CHUNK, BLOCK_E, BLOCK_D, ACC,
                 )  # fmt: skip
+            if not EARLY:
+                m = tl.load(m_ptr + at, mask=mask_d, other=0.0)
+                v = tl.load(v_ptr + at, mask=mask_d, other=0.0)
             if lean_ptr is not None:
                 lean += total * w
             scale = tl.load(scalars_ptr + 3).to(ACC)
@@ -169,13 +173,13 @@ def _latent_adam_triton(
     main, S, chunk = _parts(lists, k, n, d, acc)
     other, aux_S, aux_chunk = _parts(aux, aux_k, n, d, acc) if aux else (_NO_LISTS, 1, 1)
     latents = adam_rows(n) if bias else 1
-    config, programs = latent_adam_config(d, max(S, aux_S)), cdiv(n, latents)
+    config, programs = latent_adam_config(d), cdiv(n, latents)
     lean = torch.empty(programs, d, device=w.device, dtype=acc) if bias else None
     _latent_adam_kernel[(programs,)](
         w, m, v, shadow, *(bias or (None,) * 3), lean, scalars, bias_scalars, *main, *other, n, d,
         0 if shadow is None else shadow.stride(0), LATENTS=latents, S=S, AUX_S=aux_S, CHUNK=chunk, AUX_CHUNK=aux_chunk,
-        NORMALIZE=normalize, BETA1=beta1, BETA2=beta2, EPS=eps, BLOCK_E=config.block_e, BLOCK_D=config.block_d,
-        ACC=tl_dtype(acc), num_warps=config.num_warps, num_stages=1,
+        NORMALIZE=normalize, BETA1=beta1, BETA2=beta2, EPS=eps, EARLY=config.early, BLOCK_E=config.block_e,
+        BLOCK_D=config.block_d, ACC=tl_dtype(acc), num_warps=config.num_warps, num_stages=1,
     )  # fmt: skip
     return w.new_empty(0, dtype=acc) if lean is None else lean.sum(0)
 

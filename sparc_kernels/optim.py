@@ -80,7 +80,7 @@ class SparcAdam(torch.optim.Optimizer):
             lr = torch.tensor(float(lr), device=params[0].device)
         self.grad_norm: torch.Tensor | None = None  # 0-d, of the latest step, with max_grad_norm
         self._step_supports_amp_scaling = True
-        self._counts = self._scalars = None  # step counts [P], and [P, 5] for the updates, stream by stream
+        self.counts = self._scalars = None  # step counts [P], and [P, 5] for the updates, stream by stream
         super().__init__(
             params,
             dict(
@@ -134,9 +134,9 @@ class SparcAdam(torch.optim.Optimizer):
     def impl_of(self, stream) -> str:
         return resolve_impl(self.impl, stream[0])
 
-    def scalars(self, s: int) -> torch.Tensor:
-        """What `count_step` left for the four parameters of stream s: [4, 5]."""
-        return self._scalars[4 * s : 4 * s + 4]
+    def scalars(self, s: int | None = None) -> torch.Tensor:
+        """What `count_step` left for the four parameters of stream s, [4, 5], or for all of them."""
+        return self._scalars if s is None else self._scalars[4 * s : 4 * s + 4]
 
     def prepare(self, moving: list[list[bool]]) -> list[tuple[list, list]]:
         """Both moments of every parameter, stream by stream, decoders' as rows; empty tensors for what never moves."""
@@ -145,11 +145,11 @@ class SparcAdam(torch.optim.Optimizer):
         device = flat[0].device
         for p in flat:
             require(p.device == device, "model", f"parameters on one device, {device}", p)
-        if self._counts is None or self._counts.device != device:
+        if self.counts is None or self.counts.device != device:
             zero = torch.zeros((), device=device)
             counts = [self.state[p]["step"].to(zero) if self.state.get(p) else zero for p in flat]
-            self._counts = torch.stack(counts)
-            for p, count in zip(flat, self._counts, strict=True):
+            self.counts = torch.stack(counts)
+            for p, count in zip(flat, self.counts, strict=True):
                 if self.state.get(p):
                     self.state[p]["step"] = count
             wide = torch.float64 if any(p.dtype == torch.float64 for p in flat) else torch.float32
@@ -165,7 +165,7 @@ class SparcAdam(torch.optim.Optimizer):
             return dict.fromkeys(_MOMENTS, p.new_empty(0, 0))
         state = self.state[p]
         if not state:
-            state["step"] = self._counts[place]
+            state["step"] = self.counts[place]
         for name in _MOMENTS:
             state[name] = _like(p, state.get(name))
         return state
@@ -173,17 +173,17 @@ class SparcAdam(torch.optim.Optimizer):
     def count_step(self, moving: list[bool], square=None, loss=None) -> None:
         """Counts a step of what moves and fills `scalars`; loss: nothing moves unless it is finite."""
         group = self.param_groups[0]
-        if self._counts.is_cuda and torch.cuda.is_current_stream_capturing() and not group["capturable"]:
+        if self.counts.is_cuda and torch.cuda.is_current_stream_capturing() and not group["capturable"]:
             raise RuntimeError("capturable: expected True for a step that a CUDA graph captures, got False")
         lr, number, norm = group["lr"], 0.0, None
-        if not isinstance(lr, torch.Tensor) or lr.device != self._counts.device:
+        if not isinstance(lr, torch.Tensor) or lr.device != self.counts.device:
             lr, number = None, float(lr)
         if square is not None:
             if self.grad_norm is None:
                 self.grad_norm = torch.zeros_like(square)
             norm = self.grad_norm
         adam_scalars_(
-            self._counts, self._scalars, lr, number, group["weight_decay"], sum(m << i for i, m in enumerate(moving)),
+            self.counts, self._scalars, lr, number, group["weight_decay"], sum(m << i for i, m in enumerate(moving)),
             getattr(self, "found_inf", None), getattr(self, "grad_scale", None), loss, square,
             group["max_grad_norm"] or 0.0, norm, *group["betas"], self.impl_of(self.streams()[0]),
         )  # fmt: skip
@@ -217,17 +217,17 @@ class SparcAdam(torch.optim.Optimizer):
             for name in _MOMENTS:  # torch rounds what it loads to the parameter's dtype
                 moment = state_dict["state"][i][name] if p.dtype != acc_dtype(p.dtype) else state[name]
                 state[name] = _like(p, own.get(name)).copy_(moment)
-        counts, self._counts = self._counts, None
+        counts, self.counts = self.counts, None
         if counts is not None:
             counts.zero_()
             for stream_place, p in enumerate(p for stream in self.streams() for p in stream):
                 if self.state.get(p):
                     self.state[p]["step"] = counts[stream_place].copy_(self.state[p]["step"])
-            self._counts = counts
+            self.counts = counts
 
     def __getstate__(self):
         return {
-            **super().__getstate__(), "model": self.model, "impl": self.impl, "grad_norm": None, "_counts": None,
+            **super().__getstate__(), "model": self.model, "impl": self.impl, "grad_norm": None, "counts": None,
             "_scalars": None, "_step_supports_amp_scaling": True,
         }  # fmt: skip
 
