@@ -27,6 +27,7 @@ MAX_STREAMS = 8
 # saves 5 % of the step at B 4096, N 32,768, and costs launches where there are few selected places.
 SPREAD_SOURCES = 3
 SPREAD_PLACES = 65536
+SPREAD_WIDE = 64  # with 3 sources, rows in fp32 beyond which H is not made; compiled (sm_90): 128 spill 64 bytes
 SPREAD_COLUMNS = 128  # fewer columns of H within SCRATCH_BYTES are not worth a pass
 
 
@@ -118,6 +119,9 @@ def _encode_shared(config, rows, itemsize, arch, compact):
     return tiles * (max(config.num_stages - 1, 1) if arch >= AMD else config.num_stages), shared_limit(arch)
 
 
+# Compiled (sm_90): with maxima of fewer columns the limit on registers spills 8 bytes, and a block of the selector then
+# needs 8,192 or less, which fit without it.
+LIMITED_GROUP = 16
 _ROOM = 128, 256, 8  # tile and warps whose registers are limited
 
 
@@ -292,7 +296,9 @@ def reduce_config(d: int, arch: int = 80, sources: int = 1) -> ReduceConfig:
     return ReduceConfig(block_e, block_d, max(block_d // (128 if arch >= RDNA else 256), 1))
 
 
-FINISH_WARPS = 2  # of the kernel that adds up split lists; compiled: fp32 spills 8 bytes in 4 warps on sm_90
+def finish_warps(block_d: int) -> int:
+    """Of the kernel that adds up split lists. Compiled (sm_90, fp32): 4 spill 8 bytes, so do 2 with 512 columns."""
+    return 2 if block_d > 512 else 1
 
 
 ADAM_WIDTH = 8192  # columns of a row that one program of the optimizer's kernels holds; wider rows are left to torch

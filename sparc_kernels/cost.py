@@ -41,6 +41,7 @@ from ._launch import (
     SPREAD_COLUMNS,
     SPREAD_PLACES,
     SPREAD_SOURCES,
+    SPREAD_WIDE,
     cdiv,
     encode_by_library,
     next_power_of_2,
@@ -543,7 +544,8 @@ def route(s: Shape, d: int) -> tuple[bool, int]:
     """Whether a decoder of width d has its gradient made by H, and how many columns at a time, as `decoder._route`."""
     width = SCRATCH_BYTES * (2 if s.S > 3 else 1) // (s.M * s.e)
     chunk = MAX_K if s.e == 2 else 128
-    many = s.S > SPREAD_SOURCES or (s.S == SPREAD_SOURCES and s.M >= SPREAD_PLACES)
+    few = s.e == 2 or s.k <= SPREAD_WIDE
+    many = s.S > SPREAD_SOURCES or (s.S == SPREAD_SOURCES and s.M >= SPREAD_PLACES and few)
     spread = many and s.dtype != "float16" and s.k <= chunk
     if spread and width >= min(d, SPREAD_COLUMNS):
         return True, min(d, max(width // 128 * 128, 16))

@@ -20,6 +20,7 @@ from ._launch import (
     SPREAD_COLUMNS,
     SPREAD_PLACES,
     SPREAD_SOURCES,
+    SPREAD_WIDE,
     capability,
     cdiv,
     gather_chunk,
@@ -147,7 +148,8 @@ def _route(S, M, B, k, d, dtype, arch=80) -> tuple[bool, int]:
     """
     scratch = SCRATCH_BYTES * (2 if S > 3 else 1)  # many sources: fewer pieces are worth it (modelled: 4 % of the step)
     width = scratch // (M * dtype.itemsize)
-    many = S >= SPREAD_SOURCES + 1 or (S == SPREAD_SOURCES and M >= SPREAD_PLACES)
+    few = dtype.itemsize == 2 or k <= SPREAD_WIDE
+    many = S > SPREAD_SOURCES or (S == SPREAD_SOURCES and M >= SPREAD_PLACES and few)
     spread = many and dtype != torch.float16 and k <= gather_chunk(dtype.itemsize, arch)
     if spread and width >= min(d, SPREAD_COLUMNS):
         return True, min(d, max(width // 128 * 128, 16))

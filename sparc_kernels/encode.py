@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from ._checks import check_indices, check_int, check_inverse, check_same_length, check_tensor, require
 from ._launch import (
     LIBRARY_WIDTH,
+    LIMITED_GROUP,
     MAX_K,
     MAX_STREAMS,
     MAXIMA_BLOCK,
@@ -296,6 +297,7 @@ def _select_triton(xs, w_encs, biases, k, ids, count):
         wide_x, wide_w = joint(xs), joint(w_encs)
     library = wide_x is not None and wide_w is not None
     beside, done = Beside(device, enabled=buffers > 1), []
+    limit = encode.registers if buffers > 1 and select.group >= LIMITED_GROUP else {}
     for i, row0 in enumerate(range(0, B, chunk)):
         rows = min(chunk, B - row0)
         logits, maxima, coarse, slots = scratch[i % buffers]
@@ -320,7 +322,7 @@ def _select_triton(xs, w_encs, biases, k, ids, count):
                 BLOCK_M=encode.block_m, BLOCK_N=block_n, BLOCK_K=encode.block_k,
                 GROUP_M=encode.group_m, COMPACT=ids is not None,
                 DTYPE=tl.float32 if half and INTERPRETED else tl_dtype(dtype), ACC=tl_dtype(acc), PRECISION=precision,
-                num_warps=encode.num_warps, num_stages=encode.num_stages, **encode.registers,
+                num_warps=encode.num_warps, num_stages=encode.num_stages, **limit,
             )  # fmt: skip
 
         def best(rows=rows, row0=row0, coarse=coarse, maxima=maxima, logits=logits, slots=slots):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ._checks import check_int, require
-from ._launch import FINISH_WARPS, capability, cdiv, reduce_chunk, reduce_config
+from ._launch import capability, cdiv, finish_warps, reduce_chunk, reduce_config
 from ._ops import acc_dtype, csr, may_look, register, resolve_impl
 from ._triton import tl, tl_dtype, triton
 
@@ -303,7 +303,7 @@ def launch_reduce(out, sums, order, offsets, ids, coef, scale, gate, mat, k, add
         num_warps=config.num_warps, num_stages=1, **common,
     )  # fmt: skip
     _latent_finish_kernel[(blocks, tiles)](
-        offsets, ids, part, part_sums, out, sums, d, n, out.stride(0), num_warps=FINISH_WARPS, **common
+        offsets, ids, part, part_sums, out, sums, d, n, out.stride(0), num_warps=finish_warps(config.block_d), **common
     )
 
 
