@@ -68,6 +68,7 @@ _OPTIONS = {  # flag -> help, choices; type and default are TrainConfig's
     "weight_decay": "decoupled, as AdamW",
     "max_grad_norm": "clip the gradient's norm, 0: never",
     "unit_norm": "normalise decoder columns before or after the update",
+    "gradient_free": "update weights without holding their gradients",
     "reinit_every": "steps between re-initialisations of dead latents, 0: never",
     "seed": "of weights, order and re-initialisation",
     "shuffle": "blocks and rows; the official sampler; in order",

@@ -22,6 +22,7 @@ class Step:
         optimizer: SparcAdam of the model, capturable with `graph`.
         fresh: generator, on the model's device, of re-initialised rows.
         bf16: autocast around forward and loss.
+        gradient_free: `model.training_step`, which never holds the weights' gradients; no clipping, `l0` is not known.
         graph: replay the step from a CUDA graph for batches of the shape seen first; others run eagerly. Falls back to
             eager steps, with a warning, where the capture fails.
 
@@ -40,10 +41,12 @@ class Step:
         cross_coef: float = 1.0,
         reinit_every: int = 100,
         bf16: bool = False,
+        gradient_free: bool = False,
         graph: bool = False,
     ):
         self.model, self.optimizer, self.fresh = model, optimizer, fresh
         self.auxk_coef, self.cross_coef, self.reinit_every, self.bf16 = auxk_coef, cross_coef, reinit_every, bf16
+        self.gradient_free = gradient_free
         self.cuda = next(model.parameters()).is_cuda
         self.updates = 0  # steps taken, as the official loop counts them
         self._skipped = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
@@ -61,8 +64,8 @@ class Step:
     def __call__(self, x: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """One step on a batch {s: [b, d_s]}.
 
-        Returns: the loss, and `compute_loss`'s metrics with `l0`, the mean number of values > 0. Detached; with a CUDA
-        graph they are overwritten by the next step.
+        Returns: the loss, and `compute_loss`'s metrics with `l0`, the mean number of values > 0, where it is known.
+        Detached; with a CUDA graph they are overwritten by the next step.
         """
         result = self._graph.step(x) if self._graph else None
         loss, metrics = result or self.eager(x)
@@ -80,6 +83,10 @@ class Step:
         # no cache: a captured cast would be of the weights at that time
         autocast = torch.autocast("cuda" if self.cuda else "cpu", torch.bfloat16, cache_enabled=False)
         with autocast if self.bf16 else nullcontext():
+            if self.gradient_free:
+                loss, metrics = model.training_step(x, self.optimizer, self.auxk_coef, self.cross_coef)
+                self._skipped += ~loss.isfinite()
+                return loss, metrics
             outputs = model(x)
             loss, metrics = model.compute_loss(outputs, x, self.auxk_coef, self.cross_coef)
         metrics["l0"] = self.l0(outputs)

@@ -258,6 +258,7 @@ class Trainer:
             cross_coef=config.cross_coef,
             reinit_every=config.reinit_every,
             bf16=config.precision == "bf16",
+            gradient_free=config.gradient_free,
             graph=graph,
         )
 
@@ -266,7 +267,7 @@ class Trainer:
         self.steps = self._count_steps()
         self.batches = self.epoch = self.index = 0
         self.epoch_state, self.order_state = self.order.get_state(), None
-        self.names = _metric_names(list(self.model.d_streams), bool(self.config.auxk))
+        self.names = _metric_names(list(self.model.d_streams), bool(self.config.auxk), not self.config.gradient_free)
         self.sums = torch.zeros(len(self.names) + 1, dtype=torch.float64, device=self.device)
         found = None if manifest is None else load_latest(self.out / CHECKPOINTS, self._say)
         self.saved = 0
@@ -402,7 +403,7 @@ class Trainer:
             "lr": rate,
             "loss": means["total_loss"],
             **self._explained(means, self.spread),
-            "l0": means["l0"],
+            "l0": means["l0"] if "l0" in means else self._l0(batch.x),
             "dead": int(dead.all(0).sum()),
             "skipped": self.step.skipped,
             "samples_per_s": self._samples / (now - self._since),
@@ -429,6 +430,13 @@ class Trainer:
                 (f"cross_loss_{t}_from_{s}", t) for t in streams for s in streams if s != t
             ),
         }
+
+    @torch.no_grad()
+    def _l0(self, x: dict[str, Tensor]) -> float:
+        """Of one batch, with the weights as they are now."""
+        found = self.step.l0(self.model.eval()(x)).item()
+        self.model.train()
+        return found
 
     @torch.no_grad()
     def _validate(self, epoch: int) -> dict:
@@ -551,8 +559,8 @@ def _set_lr(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"] = rate
 
 
-def _metric_names(streams: list[str], auxk: bool) -> list[str]:
-    """Columns of the log that come from `compute_loss`, and L0."""
+def _metric_names(streams: list[str], auxk: bool, l0: bool) -> list[str]:
+    """Columns of the log that are means over steps."""
     kinds = ["mse_loss", "l1_sparsity", *(["auxk_loss"] if auxk else [])]
     pairs = [f"cross_loss_{t}_from_{s}" for t in streams for s in streams if s != t]
-    return ["total_loss", "l0", *(f"{kind}_{s}" for kind in kinds for s in streams), *pairs]
+    return ["total_loss", *(["l0"] if l0 else []), *(f"{kind}_{s}" for kind in kinds for s in streams), *pairs]

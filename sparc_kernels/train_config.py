@@ -27,6 +27,7 @@ class TrainConfig:
         lr, warmup, decay: learning rate; steps of linear rise to it; "none", "linear" or "cosine" fall to 0 at the end.
         weight_decay, max_grad_norm: AdamW's decay; clipping of the gradient's norm, 0: none.
         unit_norm: when decoder columns are divided by their norm: "before" the update, as officially, or "after" it.
+        gradient_free: steps by `AlignedSAE.training_step`, without the weights' gradients in memory; not with clipping.
         reinit_every: steps between re-initialisations of dead latents, 0: never.
         seed: of the initial weights, the order of the data and re-initialisation.
         shuffle, drop_last, memory: of `Loader`; memory in bytes.
@@ -53,6 +54,7 @@ class TrainConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 0.0
     unit_norm: str = "before"
+    gradient_free: bool = False
     reinit_every: int = 100
     seed: int = 42
     shuffle: str = "window"
@@ -76,6 +78,11 @@ class TrainConfig:
         require(self.val_fraction < 1, "val_fraction", "a number in [0, 1)", self.val_fraction)
         check_bool("drop_last", self.drop_last)
         check_bool("normalize", self.normalize)
+        check_bool("gradient_free", self.gradient_free)
+        clips = self.gradient_free and self.max_grad_norm > 0
+        require(
+            not clips, "max_grad_norm", "0 with gradient_free, where no step knows all gradients", self.max_grad_norm
+        )
         for name, values in (
             ("topk_type", ("global", "local")),
             ("decay", DECAYS),

@@ -1,8 +1,10 @@
 """The Trainer against a plain loop, what it leaves on disk, and going on after every kind of end."""
 
+import argparse
 import csv
 import errno
 import functools
+import importlib
 import json
 import os
 import shutil
@@ -88,6 +90,19 @@ def test_the_trainer_is_the_official_loop(topk_type):
     np.testing.assert_allclose(losses, expected, rtol=1e-9)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(run.model.state_dict()[name], value, rtol=1e-7, atol=1e-10)
+
+
+def test_gradient_free_steps_are_the_same_steps(tmp_path):
+    runs = {}
+    for free in (False, True):
+        settings = config(gradient_free=free, precision="fp64", weight_decay=0.01, unit_norm="after", epochs=3)
+        runs[free] = trainer(settings, out=tmp_path / str(free), device="cpu")
+        runs[free].train()
+        assert all(p.grad is None for p in runs[True].model.parameters()) if free else True
+    for name, value in runs[False].model.state_dict().items():
+        torch.testing.assert_close(runs[True].model.state_dict()[name], value, rtol=1e-7, atol=1e-10)
+    logs = [rows_of_log(tmp_path / str(free))[-1] for free in (False, True)]
+    assert float(logs[1]["loss"]) == pytest.approx(float(logs[0]["loss"])) and 0 < float(logs[1]["l0"]) <= 4
 
 
 def test_learning_rate_rises_and_falls():
@@ -400,6 +415,17 @@ def test_the_command_trains_resumes_and_says_so(tmp_path, capsys):
     assert "Resuming after step 6 of 6" in capsys.readouterr().out
     assert cli.main(["train", "--out", out, "--resume", "--lr", "1"]) == 2
     assert "lr: expected 0.0001 as in" in capsys.readouterr().err
+
+
+def test_commands_in_the_readme_are_commands():
+    text = (Path(__file__).parents[1] / "README.md").read_text().replace("\\\n", " ")
+    text = text[text.index("## Train from feature files") : text.index("## The operators alone")]
+    lines = [line.split() for line in text.splitlines() if line.startswith("sparc-kernels ")]
+    assert {"demo", "train", "eval"} <= {words[1] for words in lines}
+    for words in lines:
+        parser = argparse.ArgumentParser()
+        importlib.import_module(f"sparc_kernels.{cli.SUBCOMMANDS[words[1]][0]}").add_arguments(parser)
+        parser.parse_args(words[2:])
 
 
 def test_logs_elsewhere_only_when_asked_and_installed(tmp_path, monkeypatch):

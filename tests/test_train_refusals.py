@@ -92,6 +92,9 @@ def bad(kind: str, folder: Path) -> tuple[list[str], str]:
         settings, words = ["--auxk", "49"], "auxk: expected an int in 0..48"
     elif kind == "learning rate":
         settings, words = ["--lr", "0"], "lr: expected a number > 0, got 0"
+    elif kind == "clipping without gradients":
+        settings = ["--gradient-free", "--max-grad-norm", "1"]
+        words = "max_grad_norm: expected 0 with gradient_free, where no step knows all gradients, got 1.0"
     elif kind == "memory":
         settings, words = ["--memory", "1K"], "memory: expected at least 16,384 bytes for batches of 64, got 1,024"
     elif kind == "validation of everything":
@@ -159,10 +162,11 @@ def run(folder: Path, out: Path) -> None:
 
 KINDS = [
     "no dataset", "row mismatch", "NaN rows", "integers", "empty file", "truncated npy", "truncated HDF5",
-    "truncated safetensors", "which tensor", "no such file", "other suffix", "one dimension", "no rows", "by columns",
-    "not a npy", "k above N", "auxk above N", "learning rate", "memory", "validation of everything",
-    "validation widths", "validation streams", "out is a file", "folder holds a run", "other data", "other settings",
-    "other stream", "damaged checkpoint", "wrong checkpoint kind", "damaged manifest", "no GPU",
+    "truncated safetensors", "which tensor", "no such file", "other suffix", "one dimension", "no rows",
+    "by columns", "not a npy", "k above N", "auxk above N", "learning rate", "clipping without gradients", "memory",
+    "validation of everything", "validation widths", "validation streams", "out is a file", "folder holds a run",
+    "other data", "other settings", "other stream", "damaged checkpoint", "wrong checkpoint kind",
+    "damaged manifest", "no GPU",
 ]  # fmt: skip
 
 
