@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from . import __version__
-from ._checks import require
+from ._checks import fail
 
 
 def versions() -> dict:
@@ -53,7 +53,7 @@ def only_one_run(folder: Path):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            require(False, "out", "a folder that no other run is writing to", str(folder))
+            fail("out", "a folder that no other run is writing to", str(folder))
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import check_int, require
+from ._checks import check_int, fail, require
 from .features import Features
 
 MEMORY = 4 << 30  # bytes for the windows
@@ -84,7 +85,7 @@ class Loader:
         window = self.rows if resident else memory // (2 * row_bytes)
         if window < min(self.batch_size, self.rows):
             need = 2 * row_bytes * self.batch_size
-            require(False, "memory", f"at least {need:,} bytes for batches of {self.batch_size}", f"{memory:,}")
+            fail("memory", f"at least {need:,} bytes for batches of {self.batch_size}", f"{memory:,}")
         if self.shuffle != "window":
             self.block_rows, self.window_blocks = self.batch_size, 1
             return
@@ -214,7 +215,8 @@ class _Worker:
         except _Stopped:
             pass
         except BaseException as error:
-            self._put(error)
+            with contextlib.suppress(_Stopped):
+                self._put(error)
 
     def _put(self, item) -> None:
         while not self.stopped.is_set():
@@ -293,11 +295,11 @@ class _Window:
         self.read, self.rows = 0, 0
         self.data = loader._kept
         if self.data is None:
-            self.size = sum(stop - start for start, stop in blocks)
+            rows = min(loader.block_rows * loader.window_blocks, loader.rows)  # of the largest window
             for s, d in loader.features.widths.items():
-                if s not in buffer or len(buffer[s]) < self.size:
-                    buffer[s] = torch.empty(self.size, d, dtype=loader.features.dtype)
-            self.data = {s: buffer[s][: self.size] for s in loader.features.widths}
+                if s not in buffer:
+                    buffer[s] = torch.empty(rows, d, dtype=loader.features.dtype)
+            self.data = buffer
         else:
             self.read = len(blocks)
 

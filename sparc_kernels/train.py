@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ._checks import check_int, require
+from ._checks import check_int, fail, require
 from ._process import Signals, only_one_run, versions
 from .checkpoint import (
     CHECKPOINTS,
@@ -219,7 +219,7 @@ class Trainer:
         expected, limit = share * self._count_steps(), self.config.max_skipped
         if expected > limit:
             got = f"{text}: without a finite loss, about {expected:,.0f} batches would be skipped"
-            require(False, f"stream {s!r}", f"few zero rows (max_skipped {limit:,})", got)
+            fail(f"stream {s!r}", f"few zero rows (max_skipped {limit:,})", got)
         text = f"stream {s!r} has {text}"
         self._say(f"Note: {text}; batches with one are skipped, as officially")
 
