@@ -3,52 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from dataclasses import fields
 from pathlib import Path
 
+from ._arguments import add_stream_argument, memory_size
 from .checkpoint import read_json
 from .loader import SHUFFLES
 from .runlog import LOGGERS
 from .train import MANIFEST, Interrupted, Trainer, TrainingStopped
 from .train_config import DECAYS, PRECISIONS, TrainConfig
-
-_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-
-
-def memory_size(text: str) -> int:
-    """Bytes from "500M", "4GiB", "1e9"; K, M, G and T are powers of 1024."""
-    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?) *([kmgt]?)(i?b)?", text.strip().lower())
-    try:
-        return int(float(found[1]) * _UNITS[found[2]])
-    except (TypeError, ValueError):
-        raise argparse.ArgumentTypeError(f"expected a size such as 500M or 4GiB, got {text!r}") from None
-
-
-def stream_file(text: str) -> tuple[str, Path]:
-    """NAME=FILE."""
-    name, equals, path = text.partition("=")
-    if not (name and equals and path):
-        raise argparse.ArgumentTypeError(f"expected NAME=FILE, got {text!r}")
-    return name, Path(path)
-
-
-class _Streams(argparse.Action):
-    """Collects NAME=FILE options into a dict, and refuses a name given twice."""
-
-    def __call__(self, parser, namespace, value, option_string=None):
-        streams = dict(getattr(namespace, self.dest) or {})
-        name, path = value
-        if name in streams:
-            parser.error(f"{option_string}: expected every stream once, got {name!r} twice")
-        setattr(namespace, self.dest, {**streams, name: path})
-
-
-def add_stream_argument(parser, flag: str, text: str, required: bool = False) -> None:
-    """A repeatable NAME=FILE option; `parser` may be a group."""
-    parser.add_argument(flag, action=_Streams, type=stream_file, metavar="NAME=FILE", required=required, help=text)
-
 
 _OPTIONS = {  # flag -> help, choices; type and default are TrainConfig's
     "n_latents": "latents",

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ._arguments import add_stream_argument
 from .checkpoint import load_model, write_atomically, write_json
-from .cli_train import add_stream_argument
 from .decoder import decode
 from .features import Features
 from .labels import read_labels, read_names, read_pictures

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from ._arguments import add_stream_argument
 from .checkpoint import write_atomically
-from .cli_train import add_stream_argument
 from .evaluate import add_model_arguments, codes_of, open_model, select_locally
 from .features import Features
 from .labels import Pictures, read_pictures
