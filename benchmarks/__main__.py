@@ -41,6 +41,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--list", action="store_true", help="print groups and providers, absent ones with the reason, and stop")
     add("--tiny", action="store_true", help=argparse.SUPPRESS)
     add("--seconds", type=float, help=argparse.SUPPRESS)
+    add("--begin", action="store_true", help=argparse.SUPPRESS)  # gpu_report: write the empty record and stop
     add("--resume", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     try:
@@ -97,7 +98,13 @@ def main(argv=None) -> int:
     bar = _Bar()
     run = runner.Run(options, out, bar.say)
     groups = run.chosen()
+    if args.begin:
+        run.save()
+        return 0
     if args.list:
+        for p in run.data["providers"]:
+            said = f"absent: {p['reason']}" if p["reason"] else p["what"]
+            print(f"{p['op']}: {p['name']}: {said}")
         for group, providers in groups:
             print(f"{group}: {'; '.join(p.name for p in providers)}")
         return 0

@@ -290,7 +290,7 @@ def exercise() -> None:
 
 def begin(report: Report, options: list[str]) -> None:
     """The record with its environment and providers, made by a process that may touch the GPU."""
-    code, output = run_limited(suite(report, options, "--list"), min(150, 30 * report.minutes))
+    code, output = run_limited(suite(report, options, "--begin"), 150)
     if code != 0 or not report.path.exists():
         raise SystemExit(f"the benchmarks do not start: exit code {code}\n{last_lines(output, 8, 1500)}")
     report.read()
@@ -306,6 +306,7 @@ def measure(report: Report, entry: dict, options: list[str]) -> None:
     entry["workers"] = 0
     while entry["workers"] < MAX_WORKERS and report.data["deadline"] - time.time() > 3:
         entry["workers"] += 1
+        known = len(report.data["results"])
         if report.data.get("active"):  # what the last one died in: the next marks it, and is given time to start
             report.data["active"]["until"] = int(time.time() + 150)
         report.save()
@@ -328,7 +329,8 @@ def measure(report: Report, entry: dict, options: list[str]) -> None:
         reason = reason or f"the worker ended with exit code {child.returncode}"
         died.append(reason)
         report.data["died"] = reason
-        idle = 0 if report.data.get("active") else idle + 1
+        brought = len(report.data["results"]) > known
+        idle = 0 if report.data.get("active") or brought else idle + 1
         if idle == 2:
             break
         report.save()
@@ -407,7 +409,7 @@ def main(argv=None) -> int:
     started = time.time()
     # a polite stop, such as a scheduler's time limit, ends the children and the file
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))
-    exit_code, output = run_limited(this("--probe"), min(150, 30 * args.minutes))
+    exit_code, output = run_limited(this("--probe"), 150)
     gpu = json.loads(output.strip().splitlines()[-1]) if exit_code == 0 else None
     device = ("cuda" if gpu else "cpu") if args.device == "auto" else args.device
     name = re.sub(r"[^a-z0-9]+", "-", gpu["name"].lower()).strip("-") if gpu and device == "cuda" else "cpu"

@@ -40,8 +40,8 @@ def _pyplot():
     return plt
 
 
-def _caption(fig, data: dict, more: str = "") -> None:
-    fig.text(0.01, 0.005, f"{where(data)}; {load(data)}{more}", fontsize=7, color=GREY, ha="left", va="bottom")
+def _caption(fig, data: dict) -> None:
+    fig.text(0.01, 0.005, f"{where(data)}\n{load(data)}", fontsize=7, color=GREY, ha="left", va="bottom")
 
 
 def _ticks(axis, values: list[int]) -> None:
@@ -71,16 +71,16 @@ def scaling(data: dict):
         }  # fmt: skip
         left.plot(n, [r["median_ms"] for r in mine], **style)
         left.fill_between(n, [r["p20_ms"] for r in mine], [r["p80_ms"] for r in mine], color=style["color"], alpha=0.18)
-        held = [
-            (r["shape"]["N"], (r["peak_bytes"] - r["gradient_bytes"]) / MIB)
-            for r in mine if (r["peak_bytes"] or 0) > (r["gradient_bytes"] or 0) > 0
-        ]  # fmt: skip
+        held = [(r["shape"]["N"], r["peak_bytes"] / MIB) for r in mine if r["peak_bytes"]]
         if held:
             right.plot(*zip(*held, strict=True), **style)
     line = sorted((r["shape"]["N"], r["roofline_ms"]) for r in rows if r["provider"] == "ours" and r["roofline_ms"])
     if line:
         left.plot(*zip(*line, strict=True), color=GREY, ls="--", lw=1.2, label="roofline of ours (modelled)")
-    for axis, title in ((left, "ms"), (right, "peak MiB beyond weights, inputs and gradients")):
+    grads = sorted({(r["shape"]["N"], r["gradient_bytes"] / MIB) for r in rows if r["gradient_bytes"]})
+    if grads:
+        right.plot(*zip(*grads, strict=True), color=GREY, ls=":", lw=1.4, label="the gradients alone")
+    for axis, title in ((left, "ms"), (right, "peak MiB beyond weights and inputs")):
         axis.set(xscale="log", yscale="log", xlabel="latents N")
         axis.set_title(title, loc="left", fontsize=10)
         axis.grid(True, which="major", color=GREY, alpha=0.25, lw=0.6)
@@ -91,7 +91,7 @@ def scaling(data: dict):
         f"Forward + loss + backward against N: B {s['B']:,}, k {s['k']}, d {'/'.join(map(str, s['d_streams']))}, "
         f"{rows[0]['dtype']}", x=0.01, ha="left", fontsize=11,
     )  # fmt: skip
-    fig.tight_layout(rect=(0, 0.03, 1, 1))
+    fig.tight_layout(rect=(0, 0.05, 1, 1))
     _caption(fig, data)
     return fig
 
@@ -139,7 +139,7 @@ def speedup(data: dict):
     axis.set_xlim(min(low, 0.9), high * 1.25)
     axis.set_title("Time over ours, forward + loss + backward (ours: the line at 1)", loc="left", fontsize=11)
     axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08 - 0.3 / max(count, 4)), ncols=3)
-    fig.tight_layout(rect=(0, 0.03, 1, 1))
+    fig.tight_layout(rect=(0, 0.05, 1, 1))
     _caption(fig, data)
     return fig
 
@@ -184,7 +184,7 @@ def breakdown(data: dict):
     axis.invert_yaxis()
     axis.set_title("Where the time of our step goes (torch: everything outside of the package's operators)", loc="left",
                    fontsize=11)  # fmt: skip
-    fig.tight_layout(rect=(0, 0.03, 1, 1))
+    fig.tight_layout(rect=(0, 0.05, 1, 1))
     _caption(fig, data)
     return fig
 

@@ -121,8 +121,19 @@ def save(path: Path, data: dict) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(_plain(data), indent=1, allow_nan=False) + "\n")
+    part.write_text(_text(_plain(data)))
     os.replace(part, path)
+
+
+def _text(data: dict) -> str:
+    """One line for each entry of a list: a row is a line."""
+    fields = []
+    for name, value in data.items():
+        text = json.dumps(value, allow_nan=False)
+        if isinstance(value, list) and value:
+            text = "[\n" + ",\n".join(json.dumps(entry, allow_nan=False) for entry in value) + "\n]"
+        fields.append(f"{json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(fields) + "\n}\n"
 
 
 def _plain(value):

@@ -9,6 +9,7 @@ Everything between the markers is made here; nothing measured is typed by hand.
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from . import record
@@ -48,7 +49,11 @@ def where(data: dict) -> str:
     parts = [env["device_name"]]
     if env["device"] == "cpu":
         threads = f"{s['threads']} thread{'s' if s['threads'] > 1 else ''}"
-        parts.append(f"{env['cores']} cores, {threads}{', CPU time' if s['clock'] == 'cpu' else ''}")
+        parts += [
+            f"{env['cores']} cores",
+            threads,
+            *(["times are CPU time of the process"] if s["clock"] == "cpu" else []),
+        ]
     parts += [f"torch {env['versions'].get('torch')}", env["date"][:10], f"commit {commit}"]
     return ", ".join(parts)
 
@@ -145,7 +150,7 @@ def _command(data: dict) -> str:
     for word in data["environment"]["command"]:
         words.append("CLONE" if skip else word)
         skip = word == "--official"
-    return " ".join(words)
+    return shlex.join(words)
 
 
 def _times(r: dict) -> str:
@@ -191,21 +196,20 @@ def _why(data: dict, row: dict, provider: str) -> str:
 
 
 def memory_table(data: dict) -> str:
-    """Peak of forward, loss and backward beyond parameters and inputs, and what of it are the gradients."""
+    """Peak of forward, loss and backward beyond parameters and inputs, and the gradients that are left of it."""
     rows = [r for r in ok(data, op="training", mode="full", provider="ours") if not r["sweep"] and r["peak_bytes"]]
     peers = [p for p in PEERS if any(_cell(data, r, p) for r in rows)]
-    head = ["case", "B", "N", "precision", "gradients", "ours beyond them", *(f"{p} | ratio" for p in peers)]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * (6 + 2 * len(peers))]
+    lines = [
+        "| case | B | N | precision | gradients | ours | " + " | ".join(peers) + " |",
+        "|" + "---|" * (6 + len(peers)),
+    ]
     for r in rows:
-        s, base = r["shape"], r["gradient_bytes"]
-        mine = max(r["peak_bytes"] - base, 0)
+        s = r["shape"]
         name = r["case"] + ("" if r["data"] == "gaussian" else ", real statistics")
-        cells = [name, f"{s['B']:,}", f"{s['N']:,}", r["dtype"], f"{base / MIB:,.0f} MiB", f"{mine / MIB:,.0f} MiB"]
-        for p in peers:
-            other = _cell(data, r, p)
-            beyond = other["peak_bytes"] - base if other and other["peak_bytes"] else None
-            ratio = f"{beyond / mine:.0f}" if beyond and mine else "-"
-            cells += [f"{beyond / MIB:,.0f} MiB" if beyond else "-", ratio]
+        cells = [name, f"{s['B']:,}", f"{s['N']:,}", r["dtype"]]
+        cells += [f"{size / MIB:,.0f} MiB" for size in (r["gradient_bytes"], r["peak_bytes"])]
+        others = [_cell(data, r, p) for p in peers]
+        cells += [f"{o['peak_bytes'] / MIB:,.0f} MiB" if o and o["peak_bytes"] else "-" for o in others]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -290,12 +294,12 @@ def results(found: list[tuple[str, dict]]) -> str:
         said = env["nvml"].get("reason")
         parts.append(
             f"{where(data)}; {load(data)}; record `benchmarks/results/{name}`.{cut} Every row was verified against the "
-            "float64 reference before it was timed; the times are medians (p20 to p80) of runs in turns."
-            + (f" {said}." if said else "")
+            f"float64 reference before it was timed; the times are medians (p20 to p80) of runs in turns{_apart(data)}."
+            + (f" NVML: {said}." if said else "")
         )
         parts.append("Forward, loss and backward of the training step:")
         parts.append(step_table(data, everything=True))
-        parts.append("Most memory at one time beyond parameters and inputs, gradients apart:")
+        parts.append("Most memory at one time beyond parameters and inputs, the gradients that it ends with included:")
         parts.append(memory_table(data))
         plots = _plots_of(name)
         if plots:
@@ -310,6 +314,13 @@ def results(found: list[tuple[str, dict]]) -> str:
         bad = refused(data)
         parts += ["Not timed:", "\n".join(bad)] if bad else []
     return "\n\n".join(parts)
+
+
+def _apart(data: dict) -> str:
+    """Cases that were too large for turns."""
+    names = dict.fromkeys(r["case"] for r in ok(data, op="training") if r["interleaved"] is False)
+    alone = [n for n in names if len({r["provider"] for r in ok(data, op="training", case=n)}) > 1]
+    return f", of {', '.join(alone)} one provider after the other" if alone else ""
 
 
 def _plots_of(name: str) -> list[tuple[str, str]]:

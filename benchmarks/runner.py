@@ -137,8 +137,6 @@ class Run:
             self.data = self._new()
         nvml = (self.data["environment"].get("gpu") or {}).get("uuid")
         self.monitor = environment.Monitor(nvml, None if self.cuda else environment.NO_NVML)
-        self.say(self._absent_line())
-        self.save()
 
     # ------------------------------------------------------------------------------------------------------- the record
 
@@ -239,6 +237,8 @@ class Run:
 
     def go(self, step: Callable[[str], None] = lambda what: None) -> dict:
         """Everything; `step` is called as each group begins. Returns the record."""
+        self.save()
+        self.say(self._absent_line())
         missed = []
         try:
             for group, providers in self.chosen():

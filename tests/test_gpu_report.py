@@ -40,7 +40,7 @@ def test_a_whole_run(tmp_path):
     """From a folder that knows nothing of the checkout."""
     out = tmp_path / "report.json"
     done = subprocess.run(
-        command(out, 1, "--skip", "verify"), cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=120
+        command(out, 1, "--skip", "verify"), cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr[-2000:]
     data = record.load(out)
@@ -55,9 +55,9 @@ def test_a_whole_run(tmp_path):
 def test_the_time_limit_holds(tmp_path):
     out = tmp_path / "report.json"
     t0 = time.time()
-    done = subprocess.run(command(out, 0.15), cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=90)
+    done = subprocess.run(command(out, 0.15), cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert time.time() - t0 < 9 + 60  # the start of torch in each process, on a busy machine, is not the run's
+    assert time.time() - t0 < 9 + 80  # the start of torch in each process, on a busy machine, is not the run's
     data = record.load(out)
     check_structure(data)
     assert data["sections"]["verify"]["status"] in ("timed out", "ran")
@@ -71,7 +71,7 @@ def test_a_killed_run_leaves_what_it_had(tmp_path):
         command(out, 2, "--skip", "verify"), cwd=tmp_path, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        for _ in range(1200):
+        for _ in range(3000):
             time.sleep(0.05)
             if out.exists() and sum(r["status"] == "ok" for r in record.load(out)["results"]) >= 2:
                 break
