@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import textwrap
 from pathlib import Path
 
 from . import record
@@ -263,6 +264,13 @@ NO_GPU = (
 )
 
 
+def _wrapped(part: str) -> str:
+    """Prose in lines of 120; tables, lists, code, pictures and headings as they are."""
+    if part.startswith(("|", "-", "    ", "!", "#")):
+        return part
+    return textwrap.fill(part, 120, break_long_words=False, break_on_hyphens=False)
+
+
 def readme(found: list[tuple[str, dict]]) -> str:
     parts = []
     gpu = newest(found, "cuda")
@@ -279,7 +287,7 @@ def readme(found: list[tuple[str, dict]]) -> str:
             "[docs/results.md](docs/results.md)."
         )
         parts.append(step_table(data, everything=False))
-    return "\n\n".join(parts)
+    return "\n\n".join(map(_wrapped, parts))
 
 
 def results(found: list[tuple[str, dict]]) -> str:
@@ -313,7 +321,7 @@ def results(found: list[tuple[str, dict]]) -> str:
         parts += ["Absent:", "\n".join(f"- {line}" for line in absent)] if absent else []
         bad = refused(data)
         parts += ["Not timed:", "\n".join(bad)] if bad else []
-    return "\n\n".join(parts)
+    return "\n\n".join(map(_wrapped, parts))
 
 
 def _apart(data: dict) -> str:
