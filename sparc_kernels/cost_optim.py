@@ -1,4 +1,4 @@
-"""The cost model of the optimizer, and of whole training steps with it: everything here is **modelled**, as in `cost.py`.
+"""The cost model of the optimizer and of whole training steps with it: everything here is **modelled**, see `cost.py`.
 
 Bytes a parameter are those of the weight matrices' weights, gradients and moments: what a step must move whatever the
 batch is. Biases and what lists and gathers move are in the times, not in that figure.
@@ -63,7 +63,7 @@ def fused_adam(s: Shape) -> Op:
     return total("unit norm, fused Adam", [cost.unit_norm(s), cost.adam(s)])
 
 
-# -------------------------------------------------------------------------------------------- the step without gradients
+# ------------------------------------------------------------------------------------- the step without gradients
 
 
 def _update(s: Shape, d: int, sources: int, per_entry: int, decoder: bool) -> list[Part]:
@@ -135,8 +135,9 @@ def _glue(s: Shape) -> Op:
 
 def _auxk(s: Shape) -> Op:
     """`cost.auxk` with gradients in the forward, but for its list sums, which are in the update."""
-    parts = [p for p in cost.auxk(replace(s, compiled=False)).parts if p.name not in ("reduce", "finish")]
-    return Op("AuxK", tuple(parts))
+    parts = list(cost.auxk(replace(s, compiled=False)).parts)
+    sums = {i + j for i, p in enumerate(parts) if p.name == "reduce" for j in (0, 1)}  # and what finishes them
+    return Op("AuxK", tuple(p for i, p in enumerate(parts) if i not in sums))
 
 
 def direct_ops(s: Shape) -> list[Op]:
@@ -174,11 +175,13 @@ def official_loop(s: Shape) -> Op:
 
 
 def roofline_seconds(s: Shape, gpu: GPU) -> float:
-    """The least that a step could take on the GPU: the encoder's GEMM at the library's rate; W_dec's distinct rows, the
-    inputs, and every weight and moment through HBM once; B k d rows of W_enc, W_dec and of gradients through L2."""
-    gemm = cost.gemm(s).parts[0].limits(gpu)["FLOPs"]
+    """The least that a step could take on the GPU: the encoder's GEMM at the library's rate; every weight and moment
+    and the inputs through HBM once; through L2 for each selected place a row of W_enc for its value, one of W_dec for
+    the losses, and one for each of the gradients. AuxK adds the same for its dead columns and places."""
+    found = min(s.auxk, s.dead)
+    gemm = 2 * s.B * s.D * (s.N + (s.dead if s.auxk else 0)) / gpu.flop_per_s(s.library_unit)
     hbm = (2 * _weight(s) + 4 * MOMENT) * weights(s) + s.B * s.D * s.e
-    rows = 4 * s.M * s.D * s.e  # values, losses, and the sums of both matrices (one source's errors at least)
+    rows = 4 * s.B * (s.k + found) * s.D * s.e
     return gemm + hbm / gpu.bytes_per_s("HBM") + rows / gpu.bytes_per_s("L2")
 
 
@@ -193,17 +196,14 @@ def table(s: Shape, gpu: GPU) -> str:
         us = 1e6 * op.seconds(gpu)
         lines.append(f"{op.name:<28} {bytes_per_parameter(op, s):>13.1f} {op.launches:>8} {us:>12.1f}")
     official = step_seconds(official_loop(s), gpu, graph=False)
-    lines.append(
-        f"{'whole step':<28} {'eager us':>13} {'graph us':>8} {'official loop over it: eager, in a graph':>42}"
-    )
+    lines.append(f"{'whole step':<28} {'eager us':>13} {'graph us':>8}   official loop over it: eager, in a graph")
     for op in (direct_step(s), dense_gradient_step(s)):
         eager, graph = (step_seconds(op, gpu, how) for how in (False, True))
-        lines.append(
-            f"{op.name:<28} {1e6 * eager:>13.1f} {1e6 * graph:>8.1f} {official / eager:>21.1f} {official / graph:>20.1f}"
-        )
+        times = f"{1e6 * eager:>13.1f} {1e6 * graph:>8.1f}"
+        lines.append(f"{op.name:<28} {times} {official / eager:>21.1f} {official / graph:>12.1f}")
     least = roofline_seconds(s, gpu)
     over = step_seconds(direct_step(s), gpu, True) / least
     lines.append(
-        f"{'official loop':<28} {1e6 * official:>13.1f}; roofline {1e6 * least:.1f} us, training_step {over:.2f} x"
+        f"official loop {1e6 * official:.1f} us; roofline {1e6 * least:.1f} us, training_step {over:.2f} times it"
     )
     return "\n".join(lines)
