@@ -95,8 +95,20 @@ def select_rows(rows: int, row_bytes: int, block_m: int, tiles: int = 0) -> tupl
     return part, min(buffers, cdiv(rows, part))
 
 
+class Limited:
+    """Settings that may limit the registers of a thread. A limit above what a kernel needs is of use too: without one
+    ptxas spills 8 or 16 bytes here and there to fit one more block (compiled, sm_80), with one it does not."""
+
+    max_registers = 0
+
+    def registers(self, arch: int) -> dict:
+        """Option of the launch."""
+        limited = self.max_registers and arch < AMD and not INTERPRETED
+        return {"maxnreg": self.max_registers} if limited else {}
+
+
 @dataclass(frozen=True)
-class EncodeConfig:
+class EncodeConfig(Limited):
     block_m: int
     block_n: int
     block_k: int
@@ -104,11 +116,6 @@ class EncodeConfig:
     num_warps: int
     num_stages: int
     max_registers: int = 0  # of a thread; 0: as many as the compiler takes
-
-    @property
-    def registers(self) -> dict:
-        """Option of the launch."""
-        return {"maxnreg": self.max_registers} if self.max_registers else {}
 
 
 WARPS, STAGES = Bound(1, 16), Bound(1, 8, power_of_2=False)
@@ -170,12 +177,13 @@ def encode_by_library(rows: int, width: int, itemsize: int, tf32: bool) -> bool:
 
 
 @dataclass(frozen=True)
-class SelectConfig:
+class SelectConfig(Limited):
     group: int  # contiguous columns behind one maximum
     span: int  # contiguous columns behind one coarse maximum; equal to group when two levels are enough
     k_pad: int
     n_spans_pad: int
     num_warps: int
+    max_registers: int = 0
 
     @property
     def small(self) -> bool:
@@ -195,7 +203,10 @@ def _select_with(n: int, k: int, compact: bool, group: int) -> SelectConfig:
     widest = max(n_spans_pad, k_pad * group)
     # compiled: 16 keys a thread, but 4,096 keys with the list of ids in 8 warps spill 8 bytes on sm_80
     keys = 1024 if compact else 512
-    return SelectConfig(group, span, k_pad, n_spans_pad, min(max(widest // keys, 1), 8))
+    num_warps = min(max(widest // keys, 1), 8)
+    # compiled: sm_80 spills 8 bytes at N 65,536, k 256, for 128 registers instead of 154
+    limit = 168 if num_warps == 8 and n_spans_pad == k_pad * group == 4096 else 0
+    return SelectConfig(group, span, k_pad, n_spans_pad, num_warps, limit)
 
 
 @tunable(
@@ -217,12 +228,13 @@ def select_config(n: int, k: int, compact: bool = False) -> SelectConfig:
 
 
 @dataclass(frozen=True)
-class GatherConfig:
+class GatherConfig(Limited):
     k_pad: int
     block_d: int
     tiles: int  # tiles of block_d columns that one program walks
     num_warps: int
     num_stages: int
+    max_registers: int = 0
 
 
 def gather_chunk(itemsize: int, arch: int = 80) -> int:
@@ -265,14 +277,17 @@ def gather_config(k: int, d: int, n: int, itemsize: int, arch: int) -> GatherCon
     # compiled: with three stages sm_86 and sm_89 spill 8 bytes at k 64, with two 16 bytes at k 512; AMD's second stage
     # waits in registers
     deep = k_pad * block_d * itemsize <= 16384 and arch < AMD and not (arch in (86, 89) and k_pad == 64)
-    return GatherConfig(k_pad, block_d, tiles, num_warps, 3 if deep else 2)
+    # compiled: sm_80 spills 16 bytes at B 1, for 72 registers instead of 92
+    limit = 128 if arch < 90 and itemsize == 2 and k_pad == 64 else 0
+    return GatherConfig(k_pad, block_d, tiles, num_warps, 3 if deep else 2, limit)
 
 
 @dataclass(frozen=True)
-class ReduceConfig:
+class ReduceConfig(Limited):
     block_e: int
     block_d: int
     num_warps: int
+    max_registers: int = 0
 
 
 def reduce_chunk(M: int, d: int) -> int:
@@ -293,7 +308,9 @@ def reduce_config(d: int, arch: int = 80, sources: int = 1) -> ReduceConfig:
     # compiled: with 8 sources gfx1100 spills 68 bytes in 4 warps; so does sm_80, 8 bytes, with 4 entries of each, and
     # 2 need 106 registers instead of 174 on sm_90
     block_e = 2 if sources > 4 else 4
-    return ReduceConfig(block_e, block_d, max(block_d // (128 if arch >= RDNA else 256), 1))
+    # compiled: sm_80 spills 8 bytes with 8 sources, for 96 registers instead of 127
+    limit = 128 if arch < 90 and sources > 4 else 0
+    return ReduceConfig(block_e, block_d, max(block_d // (128 if arch >= RDNA else 256), 1), limit)
 
 
 def finish_warps(block_d: int) -> int:

@@ -297,7 +297,7 @@ def _select_triton(xs, w_encs, biases, k, ids, count):
         wide_x, wide_w = joint(xs), joint(w_encs)
     library = wide_x is not None and wide_w is not None
     beside, done = Beside(device, enabled=buffers > 1), []
-    limit = encode.registers if buffers > 1 and select.group >= LIMITED_GROUP else {}
+    limit = encode.registers(capability(device)) if buffers > 1 and select.group >= LIMITED_GROUP else {}
     for i, row0 in enumerate(range(0, B, chunk)):
         rows = min(chunk, B - row0)
         logits, maxima, coarse, slots = scratch[i % buffers]
@@ -330,7 +330,7 @@ def _select_triton(xs, w_encs, biases, k, ids, count):
                 coarse, maxima, logits, slots, ids, count, out, row0, n, n_groups, n_spans, k,
                 NC_PAD=select.n_spans_pad, K_PAD=select.k_pad, GROUP=select.group, SPAN=select.span,
                 SHIFT={torch.bfloat16: 16, torch.float16: 13}.get(stored, 0), COMPACT=ids is not None,
-                num_warps=select.num_warps,
+                num_warps=select.num_warps, **select.registers(capability(device)),
             )  # fmt: skip
 
         done.append(beside.run(best)[1])

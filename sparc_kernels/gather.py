@@ -190,7 +190,7 @@ def launch_gather(
         next((t.stride(0) for t in (one, g) if t is not None), 0), kept, config.tiles,
         S=S, K_PAD=config.k_pad, BLOCK_D=config.block_d, SPLIT=half,
         DTYPE=operand, ACC=tl_dtype(acc), PRECISION=precision,
-        STAGES=config.num_stages, num_warps=config.num_warps,
+        STAGES=config.num_stages, num_warps=config.num_warps, **config.registers(capability(device)),
     )  # fmt: skip
     return sq_part, dot_part
 

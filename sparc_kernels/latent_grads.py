@@ -300,7 +300,7 @@ def launch_reduce(out, sums, order, offsets, ids, coef, scale, gate, mat, k, add
     _latent_reduce_kernel[(n + blocks, tiles)](
         order, offsets, ids, coef, scale, gate, mat, out, sums, part, part_sums,
         M, rows, k, d, n, mat.stride(0), mat.stride(-2), out.stride(0), S=S, BLOCK_E=config.block_e,
-        num_warps=config.num_warps, num_stages=1, **common,
+        num_warps=config.num_warps, num_stages=1, **config.registers(capability(mat.device)), **common,
     )  # fmt: skip
     _latent_finish_kernel[(blocks, tiles)](
         offsets, ids, part, part_sums, out, sums, d, n, out.stride(0), num_warps=finish_warps(config.block_d), **common
