@@ -1136,7 +1136,9 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"sparc-kernels cost: error: --{str(error).removeprefix('--')}", file=sys.stderr)
         return 2
-    print("\n\n".join(table(s, gpu) for s in shapes))
+    from .cost_optim import table as optimizers  # which imports this module
+
+    print("\n\n".join(f"{table(s, gpu)}\n\n{optimizers(s, gpu)}" for s in shapes))
     goals = [] if args.shape else claims(gpu)
     if goals:
         print(f"\nmodelled goals on {gpu.name}", *goals, sep="\n")

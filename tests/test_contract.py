@@ -12,6 +12,7 @@ from common import problem
 from conftest import CUDA, DEVICE
 
 import sparc_kernels
+import sparc_kernels.direct  # registers the optimizer's operators
 from sparc_kernels import AlignedSAE, auxk_topk, decode, decode_nmse, encode_topk, update_counters_, values_at
 
 D = {"image": 20, "text": 13}
@@ -175,6 +176,52 @@ def test_kernels_never_read_out_of_bounds(bad):
     assert dots[2, 3].isnan() and dots.isnan().sum() == 1
 
 
+def optimizer_operators(p, indices, inverse, values, coef, impl):
+    ops, acc = torch.ops.sparc_kernels, p.xs[0].dtype
+
+    def like(t):
+        return torch.rand_like(t, memory_format=torch.preserve_format)
+
+    params = [p.w_encs[0], like(p.w_encs[0]), p.pre_biases[0], p.latent_biases[0]]
+    grads, ms, vs, adam = (
+        [like(t) for t in params],
+        [like(t) for t in params],
+        [like(t) for t in params],
+        (0.9, 0.99, 1e-8),
+    )
+    scalars = torch.rand(4, 5, device=DEVICE, dtype=acc)
+    steps, norm, one = (
+        torch.zeros(4, device=DEVICE),
+        torch.zeros((), device=DEVICE, dtype=acc),
+        torch.ones(1, device=DEVICE),
+    )
+    errors = torch.stack([p.xs[0]] * 3)
+    main = [*inverse, values, coef, None, errors]
+    aux = [*inverse, values[:1], None, values[:1], errors[:1]]
+    bias = [p.latent_biases[0], ms[3], vs[3]]
+    return {
+        "adam_scalars_": (
+            ops.adam_scalars_,
+            (steps, scalars, None, 0.1, 0.0, 15, None, None, None, None, 0.0, None, 0.9, 0.99, impl),
+        ),
+        "adam_scalars_ all": (
+            ops.adam_scalars_,
+            (steps, scalars, norm + 0.1, 0.0, 0.1, 9, one * 0, one, norm + 1, norm + 4, 1.0, norm, 0.9, 0.99, impl),
+        ),
+        "adam_stream_": (ops.adam_stream_, (params, grads, ms, vs, scalars, 1, *adam, impl)),
+        "adam_stream_ some": (ops.adam_stream_, (params, [None, *grads[1:3], None], ms, vs, scalars, 2, *adam, impl)),
+        "grad_square": (ops.grad_square, (params[1], [None, *grads[1:]], 1, impl)),
+        "latent_adam_": (
+            ops.latent_adam_,
+            (params[1], ms[1], vs[1], None, [], scalars[1], scalars[1], main, 5, [], 0, 1, *adam, impl),
+        ),
+        "latent_adam_ with bias": (
+            ops.latent_adam_,
+            (params[0], ms[0], vs[0], like(params[0]), bias, scalars[0], scalars[3], aux, 5, aux, 5, 0, *adam, impl),
+        ),
+    }
+
+
 def ops_and_arguments(impl):
     p = problem(requires_grad=False)
     indices = torch.arange(30, device=DEVICE).reshape(6, 5)
@@ -229,6 +276,7 @@ def ops_and_arguments(impl):
         "add_auxk": (ops.add_auxk, ([coef[:1]] * 3, coef + 1, sums[0], 0.1, impl)),
         "column_sums": (ops.column_sums, (p.xs, p.xs, p.pre_biases, impl)),
         "scale_": (ops.scale_, ([out, sums], torch.full_like(sums[0], 3.0), impl)),
+        **optimizer_operators(p, indices, inverse, values, coef, impl),
     }
 
 
