@@ -143,8 +143,9 @@ class Trainer:
         manifest = read_json(path)
         ok = all(isinstance(manifest.get(key), dict) for key in ("config", "data", "versions"))
         require(ok, f"resume {path}", "the manifest of a training run", "another JSON file")
+        before = asdict(TrainConfig()) | manifest["config"]  # settings that are newer than the run have their defaults
         for field, value in asdict(self.config).items():
-            had = manifest["config"].get(field)
+            had = before[field]
             require(had == value, field, f"{had!r} as in {path}", repr(value))
         if manifest.get("threads") != torch.get_num_threads():
             text = f"{torch.get_num_threads()} threads, {manifest.get('threads')} when the run began"
