@@ -22,7 +22,7 @@ from .evaluate import evaluate, guessing
 from .features import Features
 from .metrics import Codes, jaccard
 from .module import AlignedSAE
-from .train import Trainer
+from .train import Interrupted, Trainer
 from .train_config import TrainConfig
 
 CONFIGURATIONS = {  # name -> topk_type, cross_loss_coef; the first is SPARC, the others leave one part out, or both
@@ -67,7 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code: 0; 2 when an argument, the output folder or a missing package stands in the way; 130 after Ctrl-C."""
+    """Exit code: 0; 2 when an argument, the output folder or a missing package stands in the way; 130 after Ctrl-C,
+    143 after SIGTERM while training."""
     if not 0 <= args.seed < 2**32:
         return _refuse(f"--seed: expected an integer in 0..{2**32 - 1}, got {args.seed}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -82,9 +83,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         with one_thread():
             _demo(args.out, args.seed, args.quick, device, args.only_data)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Interrupted) as stop:
         print("\nInterrupted.", file=sys.stderr)
-        return 130
+        return getattr(stop, "code", 130)
     except ImportError as error:
         return _refuse(str(error))
     except OSError as error:  # a full disk, a folder that went away

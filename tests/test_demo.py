@@ -85,11 +85,30 @@ def test_ctrl_c_leaves_cleanly(tmp_path):
         assert "Building the data" in process.stdout.readline()
         time.sleep(1)
         process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 130
     assert stderr.strip() == "Interrupted."
+
+
+def test_ctrl_c_while_training_leaves_cleanly(tmp_path, capsys, monkeypatch):
+    """Where the Trainer takes the signal, after a step."""
+    monkeypatch.setattr(demo, "_import_matplotlib", lambda: None)
+    monkeypatch.setattr(demo, "QUICK", demo.Settings(steps=5, lr=1e-3, batch_size=8))
+    data = StreamData(
+        streams(), streams(), torch.ones(64, 2).bool(), ("A", "B"), (), (), {}, torch.arange(64), torch.arange(64)
+    )
+    monkeypatch.setattr(demo, "unicode_streams", lambda seed, quick: data)
+    compute_loss = AlignedSAE.compute_loss
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        return compute_loss(*args)
+
+    monkeypatch.setattr(AlignedSAE, "compute_loss", interrupted)
+    assert cli.main(["demo", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "\nInterrupted.\n"
 
 
 def test_what_stands_in_the_way_is_named(tmp_path, capsys, monkeypatch):
