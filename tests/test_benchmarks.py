@@ -21,7 +21,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as cli  # noqa: E402
-from benchmarks import cases, compare, data, plot, providers, record, report, runner, timing, verification  # noqa: E402
+from benchmarks import cases, compare, data, plan, plot, providers, record, report, runner, timing, verification  # noqa: E402
 from sparc_kernels import AlignedSAE, cost, reference  # noqa: E402
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -540,7 +540,7 @@ def test_cases_are_the_shapes_that_people_run():
         cost.CASES[name] for name in "BCDE"
     }
     for device in ("cpu", "cuda"):
-        for axis in runner.AXES:
+        for axis in plan.AXES:
             found = cases.sweep(device, axis)
             assert len(found) >= 4 and len({c.name for c in found}) == len(found)
             assert all(c.sweep == axis for c in found)

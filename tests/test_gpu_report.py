@@ -91,7 +91,7 @@ def test_a_killed_run_leaves_what_it_had(tmp_path):
 BAD_SUITE = """
 import os, signal, sys, time, torch
 sys.path.insert(0, {root!r})
-from benchmarks import __main__, providers, runner, timing
+from benchmarks import __main__, cases, providers, runner, timing
 from benchmarks.providers import Provider
 
 def crash(*_): os.kill(os.getpid(), signal.SIGSEGV)
@@ -103,9 +103,9 @@ def good(*_): return timing.Job({{"forward": lambda: sum(range(10 ** 4))}})
 
 makes = dict(before=good, crash=crash, lose=lose, refuse=refuse, exhaust=exhaust, hang=hang, after=good)
 runner.everyone = lambda: [Provider(name, "ceiling", "", make, None) for name, make in makes.items()]
-runner.plan = lambda options: [runner.Group(runner.TINY["batch"], "ceiling", "float32")]
+runner.plan = lambda options: [runner.Group(cases.TINY["batch"], "ceiling", "float32")]
 active = runner.Run.active
-runner.Run.active = lambda self, group, provider, seconds: active(self, group, provider, 3)
+runner.Run.active = lambda self, group, provider, seconds: active(self, group, provider, 12)
 raise SystemExit(__main__.main(sys.argv[1:]))
 """
 
@@ -120,7 +120,7 @@ def test_a_worker_that_dies_costs_one_provider(tmp_path, monkeypatch):
         return [sys.executable, str(script), *given[given.index("benchmarks") + 1 :]]
 
     monkeypatch.setattr(gpu_report, "suite", suite)
-    report = gpu_report.Report(tmp_path / "report.json", "cpu", 1.5, time.time())
+    report = gpu_report.Report(tmp_path / "report.json", "cpu", 4, time.time())
     gpu_report.begin(report, [])
     with gpu_report.section(report, "measurements") as entry:
         gpu_report.measure(report, entry, [])
