@@ -348,7 +348,7 @@ def test_rows_kept_at_once_are_equal_parts_within_the_limit():
                     assert buffers * part * row_bytes <= SCRATCH_BYTES
                 assert buffers == 1 if tiles < 1024 or part == rows else buffers <= 2
     assert select_rows(4096, 2**16, 128) == (4096, 1) and select_rows(4096, 2**17, 128) == (2048, 1)
-    assert select_rows(4096, 2**16, 128, 4096) == (1024, 2)  # four parts, each of 1,024 tiles
+    assert select_rows(4096, 2**16, 128, 4096) == (768, 2)  # six parts, in whole tiles of rows
     assert select_rows(4096, 2**14, 128, 1024) == (2048, 2)  # two of 512
     assert select_rows(4096, 2**18 + 2**15, 128, 2**14) == (
         896,
