@@ -350,10 +350,8 @@ def test_rows_kept_at_once_are_equal_parts_within_the_limit():
     assert select_rows(4096, 2**16, 128) == (4096, 1) and select_rows(4096, 2**17, 128) == (2048, 1)
     assert select_rows(4096, 2**16, 128, 4096) == (768, 2)  # six parts, in whole tiles of rows
     assert select_rows(4096, 2**14, 128, 1024) == (2048, 2)  # two of 512
-    assert select_rows(4096, 2**18 + 2**15, 128, 2**14) == (
-        768,
-        2,
-    )  # two buffers of the whole scratch: shorter parts cost more
+    # two buffers of the whole scratch: shorter parts would cost more
+    assert select_rows(4096, 2**18 + 2**15, 128, 2**14) == (768, 2)
     assert select_rows(4096, 2**21, 128, 2**17) == (256, 1)  # one, where two would make the GEMM read W_enc too often
 
 
