@@ -342,14 +342,16 @@ class LatentAdamConfig:
     early: bool  # moments are loaded before the list is added up
 
 
-def latent_adam_config(d: int) -> LatentAdamConfig:
+def latent_adam_config(d: int, arch: int) -> LatentAdamConfig:
     """As `adam_config`. Compiled (sm_90): 108 registers in 4 warps with 2 entries at a time, 142 with 4; in 16 warps,
-    where a thread has 128, two entries spill 96 to 208 bytes at 16 columns a thread, one with early moments 32."""
+    where a thread has 128, two entries spill 96 to 208 bytes at 16 columns a thread, one with early moments 32; sm_100
+    spills 8 bytes with two in 4 warps."""
     if INTERPRETED:
         return LatentAdamConfig(2, max(next_power_of_2(d), 16), 4, True)
     config = adam_config(d)
     early = config.block_d <= 256 * config.num_warps
-    return LatentAdamConfig(2 if config.num_warps < 16 else 1, config.block_d, config.num_warps, early)
+    few = config.num_warps >= 16 or arch in (100, 103)
+    return LatentAdamConfig(1 if few else 2, config.block_d, config.num_warps, early)
 
 
 def adam_rows(n: int) -> int:

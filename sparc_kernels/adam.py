@@ -267,6 +267,9 @@ def numbers_of(scalars):
     return scalars.tolist() if may_look(scalars) else scalars.unbind()
 
 
+_fused = getattr(torch, "_fused_adam_", None)  # the operator of torch.optim.Adam(fused=True), private
+
+
 def step_torch(w, g, m, v, numbers, normalize, beta1, beta2, eps):
     """One step of some rows, in place; `numbers` are numbers or 0-d tensors, whose reading would be a wait."""
     step_size, correction, keep, scale, go = numbers
@@ -288,15 +291,20 @@ def step_torch(w, g, m, v, numbers, normalize, beta1, beta2, eps):
         w = w.div_(norm if looked else torch.where(go != 0, norm, 1.0))
     if normalize != PLAIN:
         g = torch.addcmul(g, (w * g).sum(1, keepdim=True), w, value=-1)
-    m.lerp_(g, weight1)
-    v.lerp_(g * g, weight2)
-    change = torch.sqrt(v).mul_(correction).add_(eps)
     if not looked or keep != 1:
         w.mul_(keep)
-    if looked:
-        w.addcdiv_(m, change, value=-step_size)
+    dense = all(t.is_contiguous() for t in (w, m, v))
+    if looked and dense and w.device.type == "cpu" and _fused is not None:  # one pass; at this step it corrects by 1
+        done = torch.full((), 2.0**60)
+        _fused(
+            [w], [g.contiguous()], [m], [v], [], [done], lr=step_size / correction, beta1=beta1, beta2=beta2,
+            weight_decay=0.0, eps=eps / correction, amsgrad=False, maximize=False, grad_scale=None, found_inf=None,
+        )  # fmt: skip
     else:
-        w.sub_(torch.div(m, change).mul_(step_size))
+        m.lerp_(g, weight1)
+        v.lerp_(g * g, weight2)
+        change = torch.div(m, torch.sqrt(v).mul_(correction).add_(eps))
+        w.sub_(change.mul_(step_size))
     if normalize == AFTER:
         norm = torch.linalg.vector_norm(w, dim=1, keepdim=True).add_(1e-8)
         w.div_(norm if looked else torch.where(go != 0, norm, 1.0))

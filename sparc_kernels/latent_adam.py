@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from ._launch import ADAM_WIDTH, adam_rows, cdiv, latent_adam_config, reduce_chunk, reduce_config
+from ._launch import ADAM_WIDTH, adam_rows, capability, cdiv, latent_adam_config, reduce_chunk, reduce_config
 from ._ops import csr, may_look, register
 from ._triton import tl, tl_dtype, triton
 from .adam import PLAIN, numbers_of, step, step_torch
@@ -173,7 +173,7 @@ def _latent_adam_triton(
     main, S, chunk = _parts(lists, k, n, d, acc)
     other, aux_S, aux_chunk = _parts(aux, aux_k, n, d, acc) if aux else (_NO_LISTS, 1, 1)
     latents = adam_rows(n) if bias else 1
-    config, programs = latent_adam_config(d), cdiv(n, latents)
+    config, programs = latent_adam_config(d, capability(w.device)), cdiv(n, latents)
     lean = torch.empty(programs, d, device=w.device, dtype=acc) if bias else None
     _latent_adam_kernel[(programs,)](
         w, m, v, shadow, *(bias or (None,) * 3), lean, scalars, bias_scalars, *main, *other, n, d,
