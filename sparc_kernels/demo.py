@@ -211,8 +211,24 @@ def train_steps(
         seed=seed,
         normalize=False,  # the data are
     )
-    Trainer(config, streams, model=model, on_step=follow, graph=False, quiet=True).train()
+    Trainer(
+        config, streams, model=model, optimizer=lambda model: _Adam(model, settings.lr), on_step=follow, quiet=True
+    ).train()
     return curves
+
+
+class _Adam(torch.optim.Adam):
+    """PyTorch's Adam after the official normalisation and projection, with which the README's figures were made."""
+
+    def __init__(self, model: AlignedSAE, lr: float):
+        super().__init__(model.parameters(), lr=lr)
+        self.model = model
+
+    @torch.no_grad()
+    def step(self):
+        self.model.unit_norm_decoder_()
+        self.model.project_decoder_grad_()
+        super().step()
 
 
 class _Progress:

@@ -19,7 +19,8 @@ class Step:
 
     Args:
         model: in training mode.
-        optimizer: SparcAdam of the model, capturable with `graph`.
+        optimizer: SparcAdam of the model, capturable with `graph`; or another whose step normalises the decoder and
+            projects its gradient, with which every loss is read before the step.
         fresh: generator, on the model's device, of re-initialised rows.
         bf16: autocast around forward and loss.
         gradient_free: `model.training_step`, which never holds the weights' gradients; no clipping, `l0` is not known.
@@ -34,7 +35,7 @@ class Step:
     def __init__(
         self,
         model: AlignedSAE,
-        optimizer: SparcAdam,
+        optimizer: torch.optim.Optimizer,
         fresh: torch.Generator,
         *,
         auxk_coef: float = 1 / 32,
@@ -48,6 +49,7 @@ class Step:
         self.auxk_coef, self.cross_coef, self.reinit_every, self.bf16 = auxk_coef, cross_coef, reinit_every, bf16
         self.gradient_free = gradient_free
         self.cuda = next(model.parameters()).is_cuda
+        self.waits = not (self.cuda and isinstance(optimizer, SparcAdam))  # the host reads every loss
         self.updates = 0  # steps taken, as the official loop counts them
         self._skipped = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
         self._graph = _Graph(self) if graph and self.cuda else None
@@ -69,7 +71,7 @@ class Step:
         """
         result = self._graph.step(x) if self._graph else None
         loss, metrics = result or self.eager(x)
-        if not self.cuda and not loss.isfinite():
+        if self.waits and not loss.isfinite():
             return loss, metrics
         if self.reinit_every and self.updates % self.reinit_every == 0:
             self.model.reinit_dead_(generator=self.fresh)
@@ -92,10 +94,10 @@ class Step:
         metrics["l0"] = self.l0(outputs)
         finite = loss.detach().isfinite()
         self._skipped += ~finite
-        if not self.cuda and not finite:
+        if self.waits and not finite:
             return loss.detach(), metrics
         loss.backward()
-        if self.cuda:
+        if not self.waits:
             self.optimizer.found_inf = (~finite).float()  # moves nothing where it is 1
         self.optimizer.step()
         return loss.detach(), metrics

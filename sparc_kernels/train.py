@@ -65,6 +65,7 @@ class Trainer:
         out: folder of checkpoints, log.csv, manifest.json and the final model.safetensors; None: nothing is written.
         val_streams: the same streams of other samples, to validate on after every epoch.
         model: to train on, where it is; None: a new one, made after torch.manual_seed(config.seed).
+        optimizer: makes the optimizer of a model, None: SparcAdam with the settings; see `Step`.
         device: of a new model: "auto" (CUDA where there is one), or a torch device.
         resume: go on from the newest checkpoint in `out`; from the start where there is none.
         checkpoint_every: steps between checkpoints, 0: only at the end.  keep: how many of them stay.
@@ -89,6 +90,7 @@ class Trainer:
         *,
         val_streams: Mapping[str, str | Path | Tensor] | None = None,
         model: AlignedSAE | None = None,
+        optimizer: Callable[[AlignedSAE], torch.optim.Optimizer] | None = None,
         device: str | torch.device = "auto",
         resume: bool = False,
         checkpoint_every: int = 1000,
@@ -115,7 +117,7 @@ class Trainer:
             manifest = self._open_folder(resume)
             self._open_features(streams, val_streams)
             self._check_data(full_check if manifest is None else manifest["full_check"], manifest)
-            self._build(model, graph)
+            self._build(model, optimizer, graph)
             self._plan(manifest)
             self._start(manifest, full_check, log_to)
         except BaseException:
@@ -228,7 +230,7 @@ class Trainer:
         steps = self.config.epochs * len(self.loader)
         return min(steps, self.config.max_steps) if self.config.max_steps else steps
 
-    def _build(self, model: AlignedSAE | None, graph: bool) -> None:
+    def _build(self, model: AlignedSAE | None, optimizer, graph: bool) -> None:
         config, widths = self.config, self.features.widths
         if model is None:
             with torch.random.fork_rng(devices=[]):
@@ -242,14 +244,18 @@ class Trainer:
         self.model = model.train()
         self.shared = config.shuffle == "official" and self.device.type == "cpu"
         self.fresh = self.order if self.shared else torch.Generator(self.device).manual_seed(config.seed)
-        graph = graph and self.device.type == "cuda"
-        self.optimizer = SparcAdam(
-            model,
-            config.lr,
-            weight_decay=config.weight_decay,
-            normalize=config.unit_norm,
-            max_grad_norm=config.max_grad_norm or None,
-            capturable=graph,
+        graph = graph and self.device.type == "cuda" and optimizer is None
+        self.optimizer = (
+            optimizer(model)
+            if optimizer
+            else SparcAdam(
+                model,
+                config.lr,
+                weight_decay=config.weight_decay,
+                normalize=config.unit_norm,
+                max_grad_norm=config.max_grad_norm or None,
+                capturable=graph,
+            )
         )
         self.step = Step(
             model,
@@ -380,7 +386,7 @@ class Trainer:
         self._samples += len(next(iter(batch.x.values())))
         values = torch.stack([loss.new_ones(()), *(metrics[name].to(loss.dtype) for name in self.names)])
         self.sums += torch.where(loss.isfinite(), values, 0)
-        if not self.step.cuda and not loss.isfinite():
+        if self.step.waits and not loss.isfinite():
             self._check_skipped()
 
     def _check_skipped(self) -> None:

@@ -15,7 +15,6 @@ import torch
 
 from sparc_kernels import AlignedSAE, cli, demo
 from sparc_kernels.data import StreamData, one_thread
-from sparc_kernels.optim import SparcAdam
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "sparc_kernels", "demo"]
@@ -173,7 +172,7 @@ def streams(n=64, seed=0) -> dict:
 
 def test_training_step_is_in_the_official_order(monkeypatch):
     model, calls = AlignedSAE({"a": 12, "b": 9}, 32, 4), []
-    for name in ("forward", "compute_loss", "reinit_dead_"):
+    for name in ("forward", "compute_loss", "unit_norm_decoder_", "project_decoder_grad_", "reinit_dead_"):
         method = getattr(model, name)
 
         def record(*args, name=name, method=method, **kwargs):
@@ -181,12 +180,12 @@ def test_training_step_is_in_the_official_order(monkeypatch):
             return method(*args, **kwargs)
 
         monkeypatch.setattr(model, name, record)
-    step = SparcAdam.step
-    monkeypatch.setattr(SparcAdam, "step", lambda self: (calls.append("step"), step(self)))
+    step = torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: (calls.append("step"), step(self)))
     settings = demo.Settings(steps=3, lr=1e-3, batch_size=40, reinit_every=2)
     before = model.decoders["a"].weight.clone()
     demo.train_steps(model, streams(), 1.0, settings, seed=0)
-    one = ["forward", "compute_loss", "step"]
+    one = ["forward", "compute_loss", "unit_norm_decoder_", "project_decoder_grad_", "step"]
     assert calls == [*one, "reinit_dead_", *one, *one, "reinit_dead_"]
     assert not torch.equal(model.decoders["a"].weight, before)
 
