@@ -322,9 +322,14 @@ ADAM_WIDTH = 8192  # columns of a row that one program of the optimizer's kernel
 
 
 @dataclass(frozen=True)
-class AdamConfig:
+class AdamConfig(Limited):
     block_d: int
     num_warps: int
+
+    @property
+    def max_registers(self) -> int:
+        """Compiled: without a limit sm_120 spills 8 bytes in 4 warps, the form fed by lists 16 on sm_90 in 16 warps."""
+        return 128 if self.num_warps >= 16 else 168
 
 
 def adam_config(d: int) -> AdamConfig:
@@ -335,10 +340,8 @@ def adam_config(d: int) -> AdamConfig:
 
 
 @dataclass(frozen=True)
-class LatentAdamConfig:
+class LatentAdamConfig(AdamConfig):
     block_e: int
-    block_d: int
-    num_warps: int
     early: bool  # moments are loaded before the list is added up
 
 
@@ -347,11 +350,11 @@ def latent_adam_config(d: int, arch: int) -> LatentAdamConfig:
     where a thread has 128, two entries spill 96 to 208 bytes at 16 columns a thread, one with early moments 32; sm_100
     spills 8 bytes with two in 4 warps."""
     if INTERPRETED:
-        return LatentAdamConfig(2, max(next_power_of_2(d), 16), 4, True)
+        return LatentAdamConfig(max(next_power_of_2(d), 16), 4, 2, True)
     config = adam_config(d)
     early = config.num_warps < 16  # compiled: 8 bytes on sm_80 with 4,096 columns, 32 with 8,192
     few = config.num_warps >= 16 or arch in (100, 103)
-    return LatentAdamConfig(1 if few else 2, config.block_d, config.num_warps, early)
+    return LatentAdamConfig(config.block_d, config.num_warps, 1 if few else 2, early)
 
 
 def adam_rows(n: int) -> int:

@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from ._launch import ADAM_WIDTH, adam_config, next_power_of_2
+from ._launch import ADAM_WIDTH, adam_config, capability, next_power_of_2
 from ._ops import acc_dtype, may_look, register
 from ._triton import tl, tl_dtype, triton
 
@@ -238,7 +238,7 @@ def _adam_stream_triton(params, grads, exp_avgs, exp_avg_sqs, scalars, normalize
     _adam_stream_kernel[(n + 1, 1 if grads[DECODER] is None else 2)](
         *(t for four in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True) for t in four), scalars, n, d,
         NORMALIZE=normalize, BETA1=beta1, BETA2=beta2, EPS=eps, BLOCK_D=config.block_d, ACC=tl_dtype(exp_avgs[0].dtype),
-        num_warps=config.num_warps,
+        num_warps=config.num_warps, **config.registers(capability(params[0].device)),
     )  # fmt: skip
     return None
 

@@ -180,6 +180,7 @@ def _latent_adam_triton(
         0 if shadow is None else shadow.stride(0), LATENTS=latents, S=S, AUX_S=aux_S, CHUNK=chunk, AUX_CHUNK=aux_chunk,
         NORMALIZE=normalize, BETA1=beta1, BETA2=beta2, EPS=eps, EARLY=config.early, BLOCK_E=config.block_e,
         BLOCK_D=config.block_d, ACC=tl_dtype(acc), num_warps=config.num_warps, num_stages=1,
+        **config.registers(capability(w.device)),
     )  # fmt: skip
     return w.new_empty(0, dtype=acc) if lean is None else lean.sum(0)
 
