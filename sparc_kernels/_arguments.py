@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -40,3 +43,23 @@ class _Streams(argparse.Action):
 def add_stream_argument(parser, flag: str, text: str, required: bool = False) -> None:
     """A repeatable NAME=FILE option; `parser` may be a group."""
     parser.add_argument(flag, action=_Streams, type=stream_file, metavar="NAME=FILE", required=required, help=text)
+
+
+def refusing(command: str):
+    """Decorator of a subcommand's `run`. Exit code: 0; 2 where something is refused; 130 after Ctrl-C."""
+
+    def wrap(work: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], int]:
+        @functools.wraps(work)
+        def run(args: argparse.Namespace) -> int:
+            try:
+                work(args)
+            except (ValueError, OSError, ImportError) as error:
+                print(f"sparc-kernels {command}: error: {error}", file=sys.stderr)
+                return 2
+            except KeyboardInterrupt:
+                return 130
+            return 0
+
+        return run
+
+    return wrap

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import sys
 import tempfile
 import time
 from contextlib import ExitStack
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._arguments import refusing
 from .checkpoint import write_atomically
 from .evaluate import add_model_arguments, codes_of, open_model, select_locally
 from .features import Features
@@ -133,21 +133,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder; one file for each stream")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Exit code: 0; 2 where something is refused; 130 after Ctrl-C."""
-    try:
-        model, features = open_model(args)
-        started = time.perf_counter()
-        with features:
-            chosen = select_locally(model) if args.alone else model
-            values = write_codes(chosen, features, args.out, args.format, args.batch_size)
-        for s, count in values.items():
-            share = count / features.rows
-            print(f"{args.out / s}.{args.format}: {features.rows:,} x {model.n_latents:,}, {share:.1f} values a row")
-        print(f"{features.rows / (time.perf_counter() - started):,.0f} rows/s")
-    except (ValueError, OSError, ImportError) as error:
-        print(f"sparc-kernels encode: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+@refusing("encode")
+def run(args: argparse.Namespace) -> None:
+    model, features = open_model(args)
+    started = time.perf_counter()
+    with features:
+        chosen = select_locally(model) if args.alone else model
+        values = write_codes(chosen, features, args.out, args.format, args.batch_size)
+    for s, count in values.items():
+        share = count / features.rows
+        print(f"{args.out / s}.{args.format}: {features.rows:,} x {model.n_latents:,}, {share:.1f} values a row")
+    print(f"{features.rows / (time.perf_counter() - started):,.0f} rows/s")

@@ -291,11 +291,12 @@ def grads_of_target(indices, values, rows, pre_bias, x, coef, inverse, count, ke
         )
     parts = []
     for s, idx in enumerate(indices):
-        one, kept, lists = slice(s, s + 1), 0 if s == keep else KEEP_NONE, lists_of(inverse, s)
+        kept = KEEP_ALL if keep == KEEP_ALL else 0 if s == keep else KEEP_NONE
+        one, lists = slice(s, s + 1), lists_of(inverse, s)
         args = idx, values[one], rows, pre_bias, x, coef[one], *lists, count, kept, dvalues[one], add_dv
         parts.append(decode_grads(*args, dw, add_dw or s > 0, impl))
     sq, g, error = zip(*parts, strict=True)
-    return torch.cat(sq), torch.stack(g).sum(0), error[max(keep, 0)]
+    return torch.cat(sq), torch.stack(g).sum(0), torch.cat(error) if keep == KEEP_ALL else error[max(keep, 0)]
 
 
 def grads_of_errors(values, w_dec, pre_bias, x, indices, inverse, count, dnmse, needs, impl, into=None):

@@ -11,7 +11,7 @@ import torch
 
 from ._checks import check_number, fail, require
 from .adam import adam_stream_
-from .decoder import decode_grads, target_weights
+from .decoder import decode_grads, grads_of_target, target_weights
 from .gather import KEEP_ALL, KEEP_NONE, gather_error
 from .latent_adam import latent_adam_
 from .latent_grads import inverse_index_op, lists_of
@@ -65,23 +65,11 @@ class _Targets:
         return loss, terms, aux_terms
 
     def _target(self, t):
-        c, first = self.c, t == 0
-        args = self.rows[t], self.biases[t], self.inputs[t]
-        if c.selection.indices.dim() == 2:
-            lists = c.selection.lists(0)
-            return decode_grads(
-                c.selection.indices, c.values, *args, self.coef[t], *lists, None, KEEP_ALL, self.dvalues, not first,
-                None, False, c.impl,
-            )  # fmt: skip
-        parts = []
-        for s, indices in enumerate(c.selection.indices):
-            one, lists = slice(s, s + 1), c.selection.lists(s)
-            parts.append(decode_grads(
-                indices, c.values[one], *args, self.coef[t, one], *lists, None, KEEP_ALL, self.dvalues[one], not first,
-                None, False, c.impl,
-            ))  # fmt: skip
-        sq, g, error = zip(*parts, strict=True)
-        return torch.cat(sq), torch.stack(g).sum(0), torch.cat(error)
+        c = self.c
+        return grads_of_target(
+            c.selection.indices, c.values, self.rows[t], self.biases[t], self.inputs[t], self.coef[t], c.selection[2:],
+            None, KEEP_ALL, self.dvalues, t > 0, None, False, c.impl,
+        )  # fmt: skip
 
     def _auxk(self, loss, weights, auxk_coef):
         c, T = self.c, len(self.rows)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from itertools import permutations
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ._arguments import add_stream_argument
+from ._arguments import add_stream_argument, refusing
 from .checkpoint import load_model, write_atomically, write_json
 from .decoder import decode
 from .features import Features
@@ -229,18 +228,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("sparc-eval"), help="folder of scores.json and report.html")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Exit code: 0; 2 where something is refused; 130 after Ctrl-C."""
-    try:
-        return _run(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"sparc-kernels eval: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-
-
-def _run(args) -> int:
+@refusing("eval")
+def run(args: argparse.Namespace) -> None:
     from .report import html, import_matplotlib
 
     import_matplotlib()  # before the work, so that a missing package is known at once
@@ -267,7 +256,6 @@ def _run(args) -> int:
     write_atomically(args.out / "report.html", lambda file: file.write(page.encode()))
     print(summary(scores))
     print(f"Wrote scores.json and report.html to {args.out} ({time.perf_counter() - started:.0f} s)")
-    return 0
 
 
 def summary(scores: dict) -> str:

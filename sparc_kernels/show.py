@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 
-from ._arguments import add_stream_argument
+from ._arguments import add_stream_argument, refusing
 from .checkpoint import write_atomically
 from .evaluate import add_model_arguments, codes_of, open_model, select_locally
 from .features import Features
@@ -53,29 +52,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--html", type=Path, help="write a page with the pictures too")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Exit code: 0; 2 where something is refused; 130 after Ctrl-C."""
-    try:
-        if args.top < 1:
-            raise ValueError(f"--top: expected an int >= 1, got {args.top}")
-        model, features = open_model(args)
-        with features:
-            pictures = read_pictures(args.images, args.texts, features)
-            chosen = select_locally(model) if args.alone else model
-            best = top_activations(chosen, features, args.latent, args.top, args.batch_size)
-        for s, (rows, values, fired) in best.items():
-            print(f"{s}: latent {args.latent} fires on {fired:,} of {features.rows:,} rows")
-            for row, value in zip(rows.tolist(), values.tolist(), strict=True):
-                print(f"  {value:8.4f}  row {row}{_caption(pictures.get(s), row)}")
-        if args.html is not None:
-            write_atomically(args.html, lambda file: file.write(_page(args, best, pictures).encode()))
-            print(f"Wrote {args.html}")
-    except (ValueError, OSError, ImportError) as error:
-        print(f"sparc-kernels show: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+@refusing("show")
+def run(args: argparse.Namespace) -> None:
+    if args.top < 1:
+        raise ValueError(f"--top: expected an int >= 1, got {args.top}")
+    model, features = open_model(args)
+    with features:
+        pictures = read_pictures(args.images, args.texts, features)
+        chosen = select_locally(model) if args.alone else model
+        best = top_activations(chosen, features, args.latent, args.top, args.batch_size)
+    for s, (rows, values, fired) in best.items():
+        print(f"{s}: latent {args.latent} fires on {fired:,} of {features.rows:,} rows")
+        for row, value in zip(rows.tolist(), values.tolist(), strict=True):
+            print(f"  {value:8.4f}  row {row}{_caption(pictures.get(s), row)}")
+    if args.html is not None:
+        write_atomically(args.html, lambda file: file.write(_page(args, best, pictures).encode()))
+        print(f"Wrote {args.html}")
 
 
 def _caption(shown, row: int) -> str:

@@ -141,10 +141,9 @@ def ranks(query, target) -> np.ndarray:
     return found
 
 
+@pytest.mark.parametrize("dense", ["local"], indirect=True)  # retrieval always selects locally
 def test_retrieval_is_scikit_learns(evaluated, dense):
-    kind, x, codes, recons = dense
-    if kind == "own":
-        pytest.skip("retrieval selects locally")
+    _, x, codes, recons = dense
     found = evaluated[0]["retrieval"]
     cases = [("latent", f"{t}<-{s}", codes[s], codes[t]) for s, t in permutations(WIDTHS, 2)]
     cases += [("cross_reconstruction", f"{t}<-{s}", recons[t, s], x[t]) for s, t in permutations(WIDTHS, 2)]
