@@ -1,4 +1,9 @@
-"""Two records row by row: faster, slower, or the same within the noise that both runs state."""
+"""Two records row by row: faster, slower, or the same within the noise that both runs state.
+
+That noise has two parts: what each run saw within itself, and what changed between the runs for code that is not this
+package's (another process' placement in memory, a virtual machine's neighbours, heat). Peers and ceilings show the
+second: rows of the same case, timed in turns with ours, whose change in either direction is the machine's.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ from dataclasses import dataclass
 from .record import key
 
 FLOOR = {"cpu": 0.05, "cuda": 0.02}  # change below which nothing is said whatever the noise: clocks, placement, heat
+OURS = ("ours", "ours, CUDA graph", "SparcAdam", "unit norm, projection")  # providers whose change is this package's
 VERDICTS = ("faster", "slower", "same", "too noisy", "new", "missing", "not comparable", "not measured")
 
 
@@ -16,7 +22,7 @@ class Row:
     verdict: str
     old_ms: float | None = None
     new_ms: float | None = None
-    noise: float | None = None  # relative change that both runs' spreads explain
+    noise: float | None = None  # relative change that both runs' spreads and the machine's own change explain
     reason: str | None = None
 
     @property
@@ -48,12 +54,14 @@ def why_not(old: dict, new: dict) -> str | None:
 
 
 def compare(old: dict, new: dict) -> list[Row]:
-    """A verdict for every row of either record. Noise: both runs' own (half of p20 to p80 over the median) and FLOOR.
-    A change counts when it is larger. Where the noise is half of the time and more, a factor of 1.8 between spreads
-    that do not overlap counts still, and a smaller one above 1.25 is said to be too noisy to tell."""
+    """A verdict for every row of either record. Noise: both runs' own (half of p20 to p80 over the median), FLOOR, and
+    the largest change of a control (`controls`). A change counts when it is larger. Where the noise is half of the time
+    and more, a factor of 1.8 between spreads that do not overlap counts still, and a smaller one above 1.25 is said to
+    be too noisy to tell."""
     reason = why_not(old, new)
     before = {key(r): r for r in old["results"]}
     after = {key(r): r for r in new["results"]}
+    changes = controls(before, after)
     rows = []
     for k in [*after, *(k for k in before if k not in after)]:
         a, b = before.get(k), after.get(k)
@@ -68,13 +76,58 @@ def compare(old: dict, new: dict) -> list[Row]:
         elif b["status"] != "ok":
             rows.append(Row(k, "missing", reason=f"{b['status']} now: {b['reason']}"))
         else:
-            rows.append(_times(k, a, b, FLOOR[new["environment"]["device"]]))
+            full = before.get((*k[:4], "full", k[5]), {}).get("median_ms")
+            after_backward = 1 - full / a["median_ms"] if full and k[4] == "step" else 0.0
+            rows.append(_times(k, a, b, FLOOR[new["environment"]["device"]], _drift(changes, k, after_backward)))
     return rows
 
 
-def _times(k, a: dict, b: dict, floor: float) -> Row:
+@dataclass(frozen=True)
+class Control:
+    """How much a row of someone else's code changed, in either direction, as a factor less one."""
+
+    key: tuple[str, ...]
+    change: float
+
+    def speaks_for(self, key: tuple[str, ...]) -> bool:
+        """Rows of the same case, data and precision by another provider; ceilings for every row of their case."""
+        op, case, data, provider, _, dtype = self.key
+        return (case, data) == key[1:3] and provider != key[3] and (op == "ceiling" or dtype == key[5])
+
+
+def _drift(changes: list[Control], k: tuple[str, ...], after_backward: float) -> float:
+    """The largest change of what speaks for a row; of the part of it that follows the backward, of such parts."""
+    mine = [c for c in changes if c.speaks_for(k)]
+    rest, tail = (
+        max((c.change for c in mine if (c.key[4] == "optimizer") == tail), default=0.0) for tail in (False, True)
+    )
+    return (1 - after_backward) * rest + after_backward * tail
+
+
+def controls(before: dict, after: dict) -> list[Control]:
+    """Of peers and ceilings that both runs timed; of their steps, what follows the backward (memory alone)."""
+    found = []
+
+    def add(k, old: float, new: float) -> None:
+        if old > 0 and new > 0:
+            found.append(Control(k, max(new / old, old / new) - 1))
+
+    for k, b in after.items():
+        a = before.get(k)
+        if k[3] in OURS or a is None or not a["status"] == b["status"] == "ok":
+            continue
+        full = (*k[:4], "full", k[5])
+        if k[4] != "step":
+            add(k, a["median_ms"], b["median_ms"])
+        elif all(rows.get(full, a)["status"] == "ok" for rows in (before, after)):
+            tails = (rows[k]["median_ms"] - rows[full]["median_ms"] for rows in (before, after))
+            add((*k[:4], "optimizer", k[5]), *tails)
+    return found
+
+
+def _times(k, a: dict, b: dict, floor: float, drift: float) -> Row:
     old, new = a["median_ms"], b["median_ms"]
-    noise = floor + a["noise"] + b["noise"]
+    noise = (1 + floor + a["noise"] + b["noise"]) * (1 + drift) - 1
     ratio = max(new / old, old / new)
     change = ratio - 1
     verdict = "same"
@@ -105,6 +158,13 @@ def report(old: dict, new: dict, rows: list[Row]) -> str:
         head.append(
             f"{word}: {env['device_name']}, torch {env['versions'].get('torch')}, commit {commit}, {env['date'][:16]}, "
             f"load {load} before" + ("" if data["complete"] else f", incomplete ({data['stopped']})")
+        )
+    before, after = ({key(r): r for r in data["results"]} for data in (old, new))
+    if moved := sorted(controls(before, after), key=lambda c: -c.change):
+        worst = " | ".join(part for part in moved[0].key if part != "gaussian")
+        head.append(
+            f"machine: {len(moved)} controls (peers, ceilings) changed by {100 * moved[len(moved) // 2].change:.0f} % "
+            f"(median), at most {100 * moved[0].change:.0f} % ({worst}); part of the noise of their cases"
         )
     head.append(", ".join(f"{n} {v}" for v, n in counts.items() if n))
     order = sorted(rows, key=lambda r: (r.verdict == "same", -abs(r.change or 0)))

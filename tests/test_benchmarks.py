@@ -415,6 +415,60 @@ def test_verdicts(old, new, verdict):
     assert [r.verdict for r in compare.compare(*records_of([old], [new]))] == [verdict]
 
 
+def official(median, **more):
+    return row(median, provider="official SPARC", **more)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "verdict"),
+    [
+        ([row(10), official(50)], [row(11.5), official(57)], "same"),  # the machine is slower, so say the peers
+        ([row(10), official(50)], [row(11.5), official(43)], "same"),  # or cannot hold still
+        ([row(10), official(50)], [row(20), official(57)], "slower"),  # twice is more than that
+        ([row(10), official(50)], [row(11.5), official(50)], "slower"),
+        ([row(10), official(50, case="b")], [row(11.5), official(57, case="b")], "slower"),  # another case
+        ([row(10), official(50, data="real")], [row(11.5), official(57, data="real")], "slower"),
+        ([row(10), official(50, dtype="tf32")], [row(11.5), official(57, dtype="tf32")], "slower"),
+        ([row(10), row(5, provider="copy", op="ceiling", mode="forward", dtype="tf32")],
+         [row(11.5), row(5.7, provider="copy", op="ceiling", mode="forward", dtype="tf32")], "same"),
+        ([row(10), row(50, mode="step")], [row(11.5), row(57, mode="step")], "slower"),  # ours speaks for nobody
+        ([row(10), official(50)], [row(11.5), official(57, status="wrong", reason="w_dec")], "slower"),
+    ],
+)  # fmt: skip
+def test_what_the_machine_changed_is_not_ours(old, new, verdict):
+    """Rows of code that did not change, timed in turns with ours, show what another run's machine does to everybody."""
+    found = {r.key: r.verdict for r in compare.compare(*records_of(old, new))}
+    assert found[record.key(old[0])] == verdict
+
+
+def test_memory_of_an_optimizer_step_is_judged_by_that_of_others():
+    """What follows the backward is bound by memory: its change is allowed for its part of the step and no more."""
+    old = [row(10), row(15, mode="step"), official(50), official(60, mode="step")]
+    moved = [official(50), official(64, mode="step")]  # 10 -> 14 ms after the backward: 40 %
+    for step, verdict in ((17, "same"), (18.5, "slower")):  # a third of our step: 13 % and 7 % of noise
+        new = [row(10), row(step, mode="step"), *moved]
+        found = {r.key[4]: r for r in compare.compare(*records_of(old, new)) if r.key[3] == "ours"}
+        assert found["step"].verdict == verdict and found["full"].verdict == "same"
+        assert found["full"].noise < 0.15, "the optimizer's memory says nothing of the backward"
+    text = compare.report(*reports_of(old, new))
+    assert "2 controls" in text and "optimizer" in text
+
+
+def reports_of(old, new):
+    made = records_of(old, new)
+    for each in made:
+        each["environment"].update(commit="0" * 40, dirty=False, versions={}, date="2026-01-01T00:00")
+        each["complete"] = True
+    return (*made, compare.compare(*made))
+
+
+def test_who_is_ours_is_known_to_the_comparison():
+    """Every provider that runs the package's own operators, and nobody else, is judged and not a control."""
+    plain = {"reference, eager", "reference, compiled", "reference, max-autotune", "torch.topk", "embedding_bag"}
+    plain |= {"Adam, fused", "Adam, foreach", "GEMM", "copy", "gather"}
+    assert {p.name for p in providers.own()} - plain == set(compare.OURS)
+
+
 def test_rows_and_machines_that_do_not_match():
     a, b = row(case="a"), row(case="b")
     assert {r.key[1]: r.verdict for r in compare.compare(*records_of([a], [b]))} == {"a": "missing", "b": "new"}
