@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -120,24 +121,36 @@ def compile_launch(launch: Launch, arch: int, shape: Shape) -> Compiled:
     return result
 
 
+_INSTRUCTION = 16  # bytes of one of SASS
+_LOAD = re.compile(r"\bld\.global[\w.:]*?(?:\.v(\d))?\.[bfsu](\d+)\b")
+_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global[\w.:]* \[[^]]*\], \[[^]]*\], (0x[0-9a-f]+|\d+)")
+
+
 def _read_cubin(asm, result: Compiled) -> None:
+    """Registers and spills as ptxas reports them, the code's size from the object, load widths from the PTX (ptxas
+    keeps them). Nothing is disassembled: that took as long as compiling."""
     import triton
 
     tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-        run = {"capture_output": True, "text": True, "check": True}
-        usage = subprocess.run([tool, "--dump-resource-usage", file.name], **run).stdout
-        sass = subprocess.run([tool, "-sass", file.name], **run).stdout
+        command = [tool, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage).groups()
-    codes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.MULTILINE)
     result.registers, result.spill_bytes = int(registers), int(stack) + int(local)
-    result.instructions = len(codes)
+    result.instructions = _text_size(asm["cubin"]) // _INSTRUCTION
     result.matrix = next((m for m in ("tcgen05", "wgmma", "mma") if f"{m}." in asm["ptx"]), "fma")
-    loads = [c for c in codes if c.startswith(("LDG", "LDGSTS"))]
-    widths = [int(m.group(1)) if (m := re.search(r"\.(128|64)\b", c)) else 32 for c in loads]
+    widths = [int(lanes or 1) * int(bits) for lanes, bits in _LOAD.findall(asm["ptx"])]
+    widths += [8 * int(size, 0) for size in _COPY.findall(asm["ptx"])]
     result.load_bits = max(widths, default=0)
+
+
+def _text_size(elf: bytes) -> int:
+    """Bytes of the executable sections of a 64-bit little-endian ELF object."""
+    table, entry, count = struct.unpack_from("<Q", elf, 40)[0], *struct.unpack_from("<HH", elf, 58)
+    sections = [struct.unpack_from("<IIQQQQ", elf, table + entry * i) for i in range(count)]
+    return sum(size for _, _, flags, _, _, size in sections if flags & 4)
 
 
 def _read_amdgcn(asm, result: Compiled) -> None:
@@ -213,9 +226,9 @@ def _gpu(text: str) -> cost.GPU:
 
 def _parse_arch(text: str) -> int:
     names = {arch_name(arch).removeprefix("sm_"): arch for arch in SHARED_LIMIT}
-    if text not in names:
+    if text.removeprefix("sm_") not in names:
         _refuse(f"--arch: expected one of {', '.join(names)}, got {text!r}")
-    return names[text]
+    return names[text.removeprefix("sm_")]
 
 
 def _flags(launch: Launch) -> str:

@@ -46,7 +46,7 @@ def test_nothing_spills_and_everything_fits(tmp_path):
             and row["shape"]["d"] % 8 == 0
             and kernel.endswith(("_encode_kernel", "_gather_kernel", "_latent_reduce_kernel"))
         ):
-            assert row["load_bits"] == 128, row
+            assert row["load_bits"] >= 128, row
 
 
 def package_kernels():
