@@ -354,6 +354,7 @@ def trace(
             adam = SparcAdam(model, **optimizer)
             known = [t for both in adam.prepare([[True] * 4] * shape.S) for some in both for t in some]
             known += [adam.counts, adam.scalars()]
+            known += [w for pair in adam.shadow_matrices() or () for w in pair]
         with _Tracer([*leaves, *model.buffers(), *known]) as tracer:
             before_backward = None
             if update == "direct":
@@ -384,6 +385,8 @@ def launches(shape: Shape, arch: int) -> list[Launch]:
     found += trace(shape, arch, update="dense", max_grad_norm=1.0).launches
     found += trace(shape, arch, auxk=True, update="direct").launches
     found += trace(shape, arch, topk_type="local", update="direct", normalize="after").launches
+    if shape.dtype == "float32":  # under autocast
+        found += trace(shape, arch, update="direct", shadow=torch.bfloat16).launches
     with _as_on_gpu(arch, False, found):
         model, inputs = _model(shape, "global", None), _inputs(shape)
         first, *rest = model.streams

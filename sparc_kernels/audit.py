@@ -171,8 +171,10 @@ def _read_amdgcn(asm, result: Compiled) -> None:
     result.load_bits = max((w if w <= 128 else w // 32 for w in widths), default=0)  # gfx11 says b128 for dwordx4
 
 
-def audit(wanted: list[tuple[Shape, int]], workers: int | None = None, progress=None) -> list[Compiled]:
-    """Compile every distinct launch of the (shape, architecture) pairs.
+def audit(
+    wanted: list[tuple[Shape, int]], workers: int | None = None, progress=None, kernels: str = ""
+) -> list[Compiled]:
+    """Compile every distinct launch of the (shape, architecture) pairs, of kernels whose name the pattern is found in.
 
     Returns: one Compiled for each distinct (architecture, launch), with the first shape that needs it.
     """
@@ -180,7 +182,8 @@ def audit(wanted: list[tuple[Shape, int]], workers: int | None = None, progress=
     with ProcessPoolExecutor(workers or min(os.cpu_count() or 1, 8)) as pool:
         for (shape, arch), found in zip(wanted, pool.map(launches, *zip(*wanted, strict=True)), strict=True):
             for launch in found:
-                tasks.setdefault((arch, launch), shape)
+                if re.search(kernels, launch.kernel.split(":")[1]):
+                    tasks.setdefault((arch, launch), shape)
         futures = [pool.submit(compile_launch, launch, arch, shape) for (arch, launch), shape in tasks.items()]
         for i, future in enumerate(futures):
             done.append(future.result())
@@ -199,6 +202,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ARCH",
         help="80, 86, 89, 90, 100, 120, gfx90a, gfx942, gfx1100; repeatable; default: 80 90 100",
     )
+    parser.add_argument("--kernel", default="", metavar="REGEX", help="only kernels in whose name this is found")
     parser.add_argument("--quick", action="store_true", help="a few shapes instead of the whole grid")
     parser.add_argument("--gpu", default=cost.DEFAULT_GPU, help=f"of the modelled times: {', '.join(cost.GPUS)}")
     parser.add_argument("--workers", type=int, help="compiling processes (default: one per core, at most 8)")
@@ -263,15 +267,21 @@ def run(args: argparse.Namespace) -> int:
     def progress(i, n):
         if sys.stderr.isatty():
             print(f"\rcompiled {i}/{n}", end="" if i < n else "\n", file=sys.stderr, flush=True)
+        elif n >= 200 and 10 * i // n > 10 * (i - 1) // n:
+            print(f"compiled {i}/{n}", file=sys.stderr, flush=True)
 
     shapes = [_shape(s) for s in args.shape] if args.shape else list(QUICK) if args.quick else GRID
     archs = [_parse_arch(a) for a in args.arch or ()]
     gpu = _gpu(args.gpu)
+    try:
+        re.compile(args.kernel)
+    except re.error as error:
+        _refuse(f"--kernel: expected a regular expression, got {args.kernel!r} ({error})")
     if args.quick and not args.shape and not archs:
         wanted = [(shape, arch) for shape in shapes for arch in QUICK[shape]]
     else:
         wanted = [(shape, arch) for arch in archs or DEFAULT_ARCHS for shape in shapes]
-    results = audit(wanted, args.workers, progress)
+    results = audit(wanted, args.workers, progress, args.kernel)
     print(
         f"{'kernel':<22} {'arch':>7} {'warps':>5} {'regs':>5} {'spill':>6} {'shared':>7} {'sass':>6} {'matrix':>8} "
         f"{'load':>5}"

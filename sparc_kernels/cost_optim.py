@@ -80,6 +80,8 @@ def _update(s: Shape, d: int, sources: int, per_entry: int, decoder: bool) -> li
         used = Reuse(used.used + s.B * found * d * s.e, rows + (own if found and decoder else 0), rows + own * decoder)
         flops += 2 * s.B * found * d
     moved = (2 * _weight(s) + 4 * MOMENT) * s.N * (d if decoder else d + 1)
+    if s.autocast:  # the rounded weights, SparcAdam's `shadow`
+        moved += s.e * s.N * d
     lean = 0 if decoder else 2 * 4 * cdiv(s.N, adam_rows(s.N)) * d
     parts = [Part("list parts", 2 * 4 * cdiv(s.M, reduce_chunk(s.M, d)) * cdiv(d, tile))]
     if s.auxk:
@@ -100,7 +102,7 @@ def direct_update(s: Shape) -> Op:
 
 
 def bytes_per_parameter(op: Op, s: Shape) -> float:
-    """Of `sparc_adam`, `direct_update` and so on: what is moved of weights, gradients and moments."""
+    """Of `sparc_adam`, `direct_update` and so on: what is moved of weights, gradients and moments (not of a shadow)."""
     if op.name == "update without gradients":
         return float(2 * _weight(s) + 4 * MOMENT)
     moved = sum(p.streamed for p in op.parts if p.name not in ("scalars", "sums"))
@@ -153,9 +155,9 @@ def direct_ops(s: Shape) -> list[Op]:
     ]
     if s.auxk:
         ops.append(_auxk(s))
-    if s.autocast:  # both matrices rounded in every step; gradients are never widened
+    if s.autocast:  # of inputs and biases; the shadow has the matrices, gradients are never widened
         rows = s.B * s.D * (4 + s.e)
-        ops.append(Op("casts", (Part("casts", 2 * s.N * s.D * (4 + s.e) + rows, launches=7 * s.S, library=True),)))
+        ops.append(Op("casts", (Part("casts", rows, launches=3 * s.S, library=True),)))
     return [*ops, direct_update(s)]
 
 

@@ -27,21 +27,22 @@ def training_step(model, inputs, optimizer, auxk_coef, cross_loss_coef):
     check_number("cross_loss_coef", cross_loss_coef)
     given = model._check_inputs(inputs)
     require(given == model.streams, "inputs", f"all streams {model.streams} (the loss needs them)", repr(given))
-    c = model._choose(inputs, lists=True)
-    targets = _Targets(model, inputs, c)
+    shadow = optimizer.shadow_matrices()
+    c = model._choose(inputs, lists=True, w_encs=shadow and [w_enc for w_enc, _ in shadow])
+    targets = _Targets(model, inputs, c, shadow and [w_dec for _, w_dec in shadow])
     weights = model._term_weights(c.values, cross_loss_coef)
     loss, terms, aux_terms = targets.losses_and_gradients(weights, auxk_coef)
-    _update(model, optimizer, c, targets, loss)
+    _update(optimizer, c, targets, loss, shadow)
     return loss, model._metrics(loss, terms, aux_terms, cross_loss_coef)
 
 
 class _Targets:
     """Losses of every target, and of its decoder's gradient what the lists are multiplied with."""
 
-    def __init__(self, model, inputs, c):
+    def __init__(self, model, inputs, c, rows):
+        """rows: the decoders' weights [N, d] as the operators take them, if they are there."""
         self.c, self.inputs = c, [inputs[s] for s in c.streams]
-        decoders = [model._decoder(s) for s in c.streams]
-        self.rows, self.biases = [w.t() for w, _ in decoders], [b for _, b in decoders]
+        self.rows, self.biases = rows or [model._decoder(s)[0].t() for s in c.streams], c.pre_biases
         self.errors, self.coef = [], None  # of each target [S, B, d]; [T, S, B]
         self.aux_errors, self.aux_coef = [], None  # [1, B, d]; [T, 1, B]
         self.dvalues = torch.empty_like(c.values, memory_format=torch.contiguous_format)
@@ -119,7 +120,7 @@ class _Targets:
         return main, aux
 
 
-def _update(model, optimizer, c, targets, loss):
+def _update(optimizer, c, targets, loss, shadow):
     group, streams = optimizer.param_groups[0], optimizer.streams()
     moments = optimizer.prepare([[True] * 4 for _ in streams])
     optimizer.count_step([True] * (4 * len(streams)), loss=loss)
@@ -129,18 +130,21 @@ def _update(model, optimizer, c, targets, loss):
         stream, (ms, vs), impl = streams[s], moments[s], optimizer.impl_of(streams[s])
         w_enc, w_dec, pre_bias, latent_bias = (rows_of(p, i) for i, p in enumerate(stream))
         scalars = optimizer.scalars(s)
+        enc_shadow, dec_shadow = shadow[s] if shadow else (None, None)
         latent_adam_(
-            w_dec, ms[1], vs[1], None, [], scalars[1], scalars[1], main, k, aux, aux_k, mode, *adam, impl,
+            w_dec, ms[1], vs[1], dec_shadow, [], scalars[1], scalars[1], main, k, aux, aux_k, mode, *adam, impl,
         )  # fmt: skip
         main, aux = targets.encoder_lists(s)
         bias = [latent_bias, ms[3], vs[3]]
         lean = latent_adam_(
-            w_enc, ms[0], vs[0], None, bias, scalars[0], scalars[3], main, k, aux, aux_k, 0, *adam, impl,
+            w_enc, ms[0], vs[0], enc_shadow, bias, scalars[0], scalars[3], main, k, aux, aux_k, 0, *adam, impl,
         )  # fmt: skip
         dpre = targets.dbiases[s] - lean
         params, grads = [w_enc, w_dec, pre_bias, latent_bias], [None, None, dpre, None]
         adam_stream_(params, grads, ms, vs, scalars, mode, *adam, impl)
     torch.autograd.graph.increment_version([p for stream in streams for p in stream])
+    if shadow:
+        optimizer.shadow_written()
     optimizer._opt_called = True  # learning rate schedulers ask
 
 

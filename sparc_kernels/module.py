@@ -120,11 +120,11 @@ class AlignedSAE(nn.Module):
         )
         return AlignedOutputs(self, inputs, c.streams, c.selection, values, c.aux, aux_values)
 
-    def _choose(self, inputs, lists: bool) -> Choice:
+    def _choose(self, inputs, lists: bool, w_encs: list[torch.Tensor] | None = None) -> Choice:
         """What a forward makes; only casts of parameters and inputs are differentiable. lists: with the inverse
-        indices that gradients need."""
+        indices that gradients need. w_encs: the encoders' weights as the operators take them, if they are there."""
         streams = self._check_inputs(inputs)
-        w_encs, pre_biases, latent_biases = self._encoders(streams)
+        w_encs, pre_biases, latent_biases = self._encoders(streams, w_encs)
         xs = [inputs[s].to(w.dtype) for s, w in zip(streams, w_encs, strict=True)]
         impl = resolve_impl(self.impl, xs[0])
         with torch.no_grad():
@@ -284,18 +284,20 @@ class AlignedSAE(nn.Module):
         metrics["total_loss"] = total
         return {name: value.detach() for name, value in metrics.items()}
 
-    def _encoders(self, streams):
+    def _encoders(self, streams, w_encs=None):
         """Lists of w_enc, pre_bias, latent_bias as the operators take them."""
         weights = [self.encoders[s].weight for s in streams]
-        if wants_joint(weights) and autocast_enabled(weights[0].device):
+        if w_encs is not None:
+            pass
+        elif wants_joint(weights) and autocast_enabled(weights[0].device):
             # the cast has to be written anyway: side by side, so that one library GEMM can take all streams
             w_encs = JointCast.apply(torch.get_autocast_dtype(weights[0].device.type), *weights)
         else:
             w_encs = [_autocast(w)[0] for w in weights]
         return (
             w_encs,
-            [_autocast(self.pre_biases[s])[0] for s in streams],
-            [_autocast(self.latent_biases[s])[0] for s in streams],
+            [self.pre_biases[s].to(w.dtype) for s, w in zip(streams, w_encs, strict=True)],
+            [self.latent_biases[s].to(w.dtype) for s, w in zip(streams, w_encs, strict=True)],
         )
 
     def _encoder(self, s):

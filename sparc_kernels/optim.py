@@ -8,6 +8,7 @@ from ._checks import check_bool, check_number, fail, require
 from ._ops import IMPLS, acc_dtype, resolve_impl
 from .adam import AFTER, BEFORE, DECODER, PLAIN, SCALARS, adam_scalars_, adam_stream_, grad_square
 from .module import AlignedSAE
+from .shadow import Shadow
 
 _MODES = {"before": BEFORE, "after": AFTER, None: PLAIN}
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -29,6 +30,10 @@ class SparcAdam(torch.optim.Optimizer):
             official loop would call clip_grad_norm_), without waiting for the device; `grad_norm` then has the norm
             of the latest step.
         capturable: the step may be captured in a CUDA graph; a number for lr becomes a tensor.
+        shadow: torch.bfloat16 or torch.float16: `AlignedSAE.training_step` under autocast in that dtype keeps the
+            rounded weight matrices, 2 bytes a parameter, and writes them in the pass that moves the weights, instead
+            of rounding both in every step; the same bits. Call `refresh_shadow` after changing weights where autograd
+            does not see it (`p.data`), and after changing them in any way before the replay of a CUDA graph.
         impl: "auto" (Triton on CUDA tensors, torch elsewhere), "triton" or "torch".
 
     Moments and arithmetic are float32 (float64 for float64 parameters), also where parameters are bfloat16 or float16;
@@ -57,6 +62,7 @@ class SparcAdam(torch.optim.Optimizer):
         normalize: str | None = "before",
         max_grad_norm: float | None = None,
         capturable: bool = False,
+        shadow: torch.dtype | None = None,
         impl: str = "auto",
     ):
         self.model = _unwrapped(model)
@@ -74,7 +80,9 @@ class SparcAdam(torch.optim.Optimizer):
             fail("max_grad_norm", "a number > 0 or None", repr(max_grad_norm))
         check_bool("capturable", capturable)
         require(impl in IMPLS, "impl", f"one of {', '.join(map(repr, IMPLS))}", repr(impl))
-        self.impl = impl
+        halves = (None, torch.bfloat16, torch.float16)
+        require(shadow in halves, "shadow", "torch.bfloat16, torch.float16 or None", repr(shadow))
+        self.impl, self._shadow = impl, shadow and Shadow(shadow)
         params = list(self.model.parameters())
         if capturable and not isinstance(lr, torch.Tensor):
             lr = torch.tensor(float(lr), device=params[0].device)
@@ -130,6 +138,24 @@ class SparcAdam(torch.optim.Optimizer):
         return [
             [m.encoders[s].weight, m.decoders[s].weight, m.pre_biases[s], m.latent_biases[s]] for s in m.streams
         ]  # fmt: skip
+
+    def refresh_shadow(self, seen_only: bool = False) -> None:
+        """Rounds the weights again; seen_only: those that autograd has seen change, except by `training_step`."""
+        if self._shadow:
+            self._shadow.refresh(self._matrices(), not seen_only)
+
+    def shadow_matrices(self) -> list[list[torch.Tensor]] | None:
+        """The rounded [W_enc, W_dec as rows] of every stream; None where autocast does not ask for them."""
+        weights = self._matrices()
+        wanted = self._shadow and all(self._shadow.serves(w) for pair in weights for w in pair)
+        return self._shadow.of(weights) if wanted else None
+
+    def shadow_written(self) -> None:
+        """`training_step` has moved the weights and their shadow."""
+        self._shadow.written(self._matrices())
+
+    def _matrices(self):
+        return [[w_enc, w_dec.t()] for w_enc, w_dec, *_ in self.streams()]
 
     def impl_of(self, stream) -> str:
         return resolve_impl(self.impl, stream[0])
@@ -229,6 +255,7 @@ class SparcAdam(torch.optim.Optimizer):
         return {
             **super().__getstate__(), "model": self.model, "impl": self.impl, "grad_norm": None, "counts": None,
             "_scalars": None, "_step_supports_amp_scaling": True,
+            "_shadow": self._shadow and Shadow(self._shadow.dtype),
         }  # fmt: skip
 
 

@@ -130,6 +130,8 @@ class _Graph:
                 return None
         for s, t in x.items():
             self.x[s].copy_(t)
+        if isinstance(self.owner.optimizer, SparcAdam):
+            self.owner.optimizer.refresh_shadow(seen_only=True)  # a checkpoint, new rows of dead latents
         self.graph.replay()
         return self.loss, self.metrics
 

@@ -64,7 +64,7 @@ def test_a_spilling_kernel_is_found(tmp_path):
         "import sys; from sparc_kernels import _launch, encode, cli\n"
         "from sparc_kernels._launch import EncodeConfig\n"
         "encode.encode_config = lambda *a: EncodeConfig(128, 256, 32, 8, 4, 3)\n"
-        "sys.exit(cli.main(['audit', '--shape', '4096,8192,64,1024,3,float32', '--arch', '80', '--workers', '1']))"
+        "sys.exit(cli.main('audit --shape 4096,8192,64,1024,3,float32 --arch 80 --workers 1 --kernel encode'.split()))"
     )
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
@@ -75,6 +75,13 @@ def test_a_spilling_kernel_is_found(tmp_path):
 def test_bad_shapes_are_refused(shape, tmp_path):
     done, _ = audit("--shape", shape, tmp_path=tmp_path)
     assert done.returncode != 0 and "--shape: expected" in done.stderr
+
+
+def test_kernels_are_picked_by_name(tmp_path):
+    done, rows = audit("--shape", "8,8,4,8,1", "--arch", "sm_90", "--kernel", "^_centre", tmp_path=tmp_path)
+    assert done.returncode == 0 and {r["launch"]["kernel"].split(":")[1] for r in rows} == {"_centre_kernel"}
+    done, _ = audit("--kernel", "(", tmp_path=tmp_path)
+    assert done.returncode == 2 and "--kernel: expected a regular expression" in done.stderr
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -466,7 +466,20 @@ def test_without_triton(tmp_path):
 
 def test_the_audit_prints_it_below_the_compile_evidence():
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "sparc_kernels", "audit", "--arch", "90", "--workers", "1", "--gpu", "B200"]
+    command = [
+        sys.executable,
+        "-m",
+        "sparc_kernels",
+        "audit",
+        "--arch",
+        "90",
+        "--workers",
+        "1",
+        "--kernel",
+        "centre|select",
+        "--gpu",
+        "B200",
+    ]
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
     run = {"capture_output": True, "text": True, "env": env, "check": False}
     done = subprocess.run([*command, "--shape", "64,256,8,32/16,2"], **run)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 from sparc_kernels import cost, cost_optim
@@ -52,6 +53,21 @@ def test_launches_are_those_of_the_traced_step(dtype, auxk):
         for op, update in ((cost_optim.direct_step(s), "direct"), (cost_optim.dense_gradient_step(s), "dense")):
             modelled = sum(p.launches for p in op.parts if not p.library)
             assert modelled == len(trace(shape, auxk=auxk or False, update=update).launches), (widths, update)
+
+
+def test_a_shadow_takes_the_place_of_casts():
+    """Traced: with float32 parameters and a bfloat16 shadow the step launches what the bfloat16 step does, and makes no
+    copy of a matrix besides. Modelled: the update writes 2 bytes a parameter more."""
+    shape = Shape(256, 2048, 16, (64, 48), 2, "float32")
+    step = trace(shape, update="direct", shadow=torch.bfloat16)
+    half = trace(replace(shape, dtype="bfloat16"), update="direct")
+    assert [x.kernel for x in step.launches] == [x.kernel for x in half.launches]
+    assert step.peak_bytes < half.peak_bytes + 2048 * 48 * 2, "a copy of a matrix"
+    s = replace(LARGE, autocast=True)
+    plain, rounded = (
+        sum(p.streamed for p in cost_optim.direct_update(x).parts) for x in (replace(s, autocast=False), s)
+    )
+    assert rounded - plain == pytest.approx((8 - 4 + 2) * cost_optim.weights(s), rel=1e-3)
 
 
 def ratios(s):

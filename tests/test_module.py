@@ -204,7 +204,7 @@ def test_nothing_of_size_B_N_is_alive_or_saved_after_the_loss(impl, topk_type):
 
 def test_two_runs_of_a_step_give_the_same_bits(impl):
     def run():
-        model, inputs = make(impl, dtype=torch.float32, B=20)
+        model, inputs = make(impl, dtype=torch.float32, B=8)
         out = model(inputs)
         loss, metrics = model.compute_loss(out, inputs)
         loss.backward()

@@ -9,7 +9,7 @@ import torch
 from common import assert_close
 from conftest import DEVICE, KERNEL_DTYPE
 
-from sparc_kernels import AlignedSAE, SparcAdam, adam, latent_adam
+from sparc_kernels import AlignedSAE, SparcAdam, adam, encode, latent_adam
 from sparc_kernels._trace import Shape, trace
 
 WIDTHS = {"a": 20, "b": 13, "c": 7}
@@ -217,6 +217,78 @@ def test_training_step_under_autocast_keeps_float32_weights():
         assert q.dtype == F32
         off = [a + (x - p).norm().item() for a, x in zip(off, (q, r), strict=True)]
     assert 0 < off[0] < 1.1 * off[1]
+
+
+@pytest.mark.parametrize(
+    ("impl", "form"),
+    [("torch", dict()), ("torch", dict(widths={"a": 16, "b": 8})), ("triton", dict(widths={"a": 16, "b": 8}))],
+)
+def test_a_shadow_of_the_weights_changes_no_bit(impl, form, monkeypatch):
+    """Through all that moves weights: steps of both kinds, new rows, a loaded state; and a batch that is skipped.
+    With two widths the encoders lie side by side, for the library's GEMM."""
+    monkeypatch.setattr(encode, "LIBRARY_WIDTH", 24)
+    # the interpreter truncates where fp32 becomes bfloat16
+    half = torch.bfloat16 if impl == "torch" or DEVICE == "cuda" else torch.float16
+    plain, shadowed = model(F32, impl=impl, never=False, **form), model(F32, impl=impl, never=False, **form)
+    one, two = SparcAdam(plain, 1e-2, impl=impl), SparcAdam(shadowed, 1e-2, shadow=half, impl=impl)
+    saved = copy.deepcopy(plain.state_dict())
+    for i, x in enumerate(batches(2 if impl == "triton" else 5, F32, widths=plain.d_streams)):
+        if i == 3:
+            x["a"][0, 0] = float("nan")
+        losses = []
+        for m, optimizer in ((plain, one), (shadowed, two)):
+            with torch.autocast(DEVICE, half):
+                losses.append(m.training_step(x, optimizer)[0])
+                if i == 1:
+                    backward(m, x)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            if i == 0:
+                next(m.buffers()).fill_(10**9)
+                m.reinit_dead_(generator=torch.Generator(DEVICE).manual_seed(1))
+            if i == 2:
+                m.load_state_dict(saved)
+        assert torch.equal(*losses) or i == 3
+        assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), shadowed.parameters(), strict=True))
+    with torch.autocast(DEVICE, half):
+        found = two.shadow_matrices()
+    assert (found[0][0].stride(0) == 24) == bool(form)
+    for held, (w_enc, w_dec, *_) in zip(found, two.streams(), strict=True):
+        assert held[0].dtype == half
+        assert torch.equal(held[0], w_enc.to(half)) and torch.equal(held[1], w_dec.t().to(half))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, None], ids=str)
+def test_the_shadow_is_read_where_autocast_asks_for_its_dtype_alone(dtype):
+    def losses(shadow):
+        m = model(F32, never=False)
+        optimizer = SparcAdam(m, 1e-2, shadow=shadow)
+        for x in batches(2, F32):
+            with torch.autocast(DEVICE, dtype or torch.bfloat16, enabled=dtype is not None):
+                yield m.training_step(x, optimizer)[0]
+            with torch.autocast(DEVICE, shadow or torch.bfloat16):
+                for pair in optimizer.shadow_matrices() or ():
+                    for held in pair:
+                        held.zero_()  # whoever reads it now gets another loss
+
+    (first, planted), (wanted, other) = losses(torch.bfloat16), losses(None)
+    assert torch.equal(first, wanted) and torch.equal(planted, other) == (dtype != torch.bfloat16)
+
+
+def test_weights_changed_behind_autograds_back_are_seen_after_refreshing():
+    m, (x, y) = model(F32, never=False), batches(2, F32)
+    optimizer = SparcAdam(m, 1e-2, shadow=torch.bfloat16)
+    optimizer.refresh_shadow()  # nothing is there yet
+    with torch.autocast(DEVICE, torch.bfloat16):
+        m.training_step(x, optimizer)
+        copied = copy.deepcopy(optimizer)  # has none yet, and its own weights
+        for each in (m, copied.model):
+            each.encoders["a"].weight.data.mul_(2)
+        optimizer.refresh_shadow(seen_only=True)
+        stale = [held.clone() for held in optimizer.shadow_matrices()[0]]
+        optimizer.refresh_shadow()
+        assert torch.equal(optimizer.shadow_matrices()[0][0], 2 * stale[0])
+        assert torch.equal(m.training_step(y, optimizer)[0], copied.model.training_step(y, copied)[0])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
