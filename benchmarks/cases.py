@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from sparc_kernels import AlignedSAE, SparcAdam, cost, reference
+from sparc_kernels import AlignedSAE, SparcAdam, cost_model, cost_report, reference
 
 from . import data as data_
 
@@ -17,7 +17,7 @@ Tensor = torch.Tensor
 DEAD_THRESHOLD = 1000
 GAP = 1e-5  # two pre-activations nearer than this may fall either way in float32
 
-# how a row computes: torch dtype of the parameters, float32 matmul precision, autocast's dtype, fields of cost.Shape
+# how a row computes: torch dtype of the parameters, float32 matmul precision, autocast's dtype, fields of Shape
 PRECISIONS = {
     "float32": (torch.float32, "highest", None, {"dtype": "float32"}),
     "tf32": (torch.float32, "high", None, {"dtype": "float32", "tf32": True}),
@@ -32,7 +32,7 @@ class Case:
     """One shape with a name; `sweep` names the size that varies where it is one of a series."""
 
     name: str
-    shape: cost.Shape
+    shape: cost_model.Shape
     what: str = ""
     data: str = "gaussian"  # or "real": `benchmarks.data`
     sweep: str = ""
@@ -41,7 +41,7 @@ class Case:
     def streams(self) -> dict[str, int]:
         return {f"s{i}": d for i, d in enumerate(self.shape.d_streams)}
 
-    def cost_shape(self, dtype: str, **how) -> cost.Shape:
+    def cost_shape(self, dtype: str, **how) -> cost_model.Shape:
         """What the cost model needs to know of a row in one of PRECISIONS."""
         plain = {"tf32": False, "autocast": False, "compiled": False}
         return replace(self.shape, **{**plain, **PRECISIONS[dtype][3], **how})
@@ -56,8 +56,8 @@ class Case:
         return f"{self.name}: B {s.B:,}, N {s.N:,}, k {s.k}, d {'/'.join(map(str, s.d_streams))}{aux}"
 
 
-def _shape(B: int, N: int, k: int, *widths: int, auxk: int = 0) -> cost.Shape:
-    return cost.Shape(B, N, k, widths, auxk=auxk, dead=N // 10 if auxk else 0)
+def _shape(B: int, N: int, k: int, *widths: int, auxk: int = 0) -> cost_model.Shape:
+    return cost_model.Shape(B, N, k, widths, auxk=auxk, dead=N // 10 if auxk else 0)
 
 
 # auxk 64 with a tenth of the latents dead is the official configuration in mid-training
@@ -68,14 +68,14 @@ CASES = {
              "official Open Images: DINOv2 L, CLIP-L image and text"),
         Case("coco", _shape(256, 8192, 64, 768, 512, 512, auxk=64), "official COCO: DINOv2 B, CLIP-B image and text"),
         Case("open-images-32k", _shape(256, 32768, 64, 1024, 768, 768, auxk=64), "the same, four times the latents"),
-        Case("batch", cost.CASES["B"], "a batch that fills a GPU"),
-        Case("giant", cost.CASES["C"], "DINOv2 giant with both SigLIP so400m towers"),
+        Case("batch", cost_report.CASES["B"], "a batch that fills a GPU"),
+        Case("giant", cost_report.CASES["C"], "DINOv2 giant with both SigLIP so400m towers"),
         Case("openai", _shape(16384, 32768, 32, 768), "OpenAI's GPT-2 autoencoder"),
         Case("sparsify", _shape(16384, 131072, 192, 4096), "sparsify's command for Llama"),
         Case("crosscoder", _shape(4096, 65536, 100, *[2304] * 2), "a crosscoder of two layers"),
-        Case("crosscoder-8", cost.CASES["D"], "a crosscoder over eight layers"),
+        Case("crosscoder-8", cost_report.CASES["D"], "a crosscoder over eight layers"),
         Case("stress", _shape(4096, 344064, 32, 2688), "BioNeMo's large one"),
-        Case("stress-1M", cost.CASES["E"], "its largest"),
+        Case("stress-1M", cost_report.CASES["E"], "its largest"),
     )
 }  # fmt: skip
 # a quarter of the official widths and latents, for a CPU

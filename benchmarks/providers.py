@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from sparc_kernels import cost, decode_nmse, encode_topk, reference
+from sparc_kernels import cost, cost_dense, cost_model, decode_nmse, encode_topk, reference
 
 from .cases import PRECISIONS, Case, Problem, groups
 from .timing import Job
@@ -48,8 +48,10 @@ class Provider:
     dtypes: tuple[str, ...] = tuple(PRECISIONS)
     absent: Callable[[Context], str | None] = always  # the reason, when it is not to be had
     fits: Callable[[Case], str | None] = lambda case: None  # the reason, when it cannot do this shape
-    model: Callable[[cost.Shape], cost.Op] | None = None  # bytes and FLOPs of what it does, with the optimizer apart
-    how: dict = field(default_factory=dict)  # of cost.Shape
+    model: Callable[[cost_model.Shape], cost_model.Op] | None = (
+        None  # bytes and FLOPs of what it does, with the optimizer apart
+    )
+    how: dict = field(default_factory=dict)  # of cost_model.Shape
     graph: bool = False
     setup_s: float = 1.0  # what it takes before it can be timed, compilation included: on a GPU, at a large shape
 
@@ -387,12 +389,12 @@ def _ceiling(kind: str):
     return build
 
 
-def _ours_step(s: cost.Shape) -> cost.Op:
+def _ours_step(s: cost_model.Shape) -> cost_model.Op:
     return cost.step(s)
 
 
-def _dense_step(s: cost.Shape) -> cost.Op | None:
-    return None if s.auxk else cost.dense_step(s)  # the model of the dense step knows no AuxK
+def _dense_step(s: cost_model.Shape) -> cost_model.Op | None:
+    return None if s.auxk else cost_dense.dense_step(s)  # the model of the dense step knows no AuxK
 
 
 PLAIN = ("float32", "tf32", "bfloat16", "bfloat16 autocast")
@@ -427,17 +429,17 @@ def own() -> list[Provider]:
         Provider("embedding_bag", "decode", "torch's embedding_bag for every pair", _decode_bags, check_decode,
                  NO_AUTOCAST),
         Provider("unit norm, projection", "optimizer", "AlignedSAE's", _optimizer("norm"), None, ("float32",),
-                 model=cost.unit_norm),
+                 model=cost_dense.unit_norm),
         Provider("SparcAdam", "optimizer", "all of it in one pass", _optimizer("ours"), None, ("float32",)),
-        Provider("Adam, fused", "optimizer", "torch's", _optimizer("fused"), None, ("float32",), model=cost.adam),
+        Provider("Adam, fused", "optimizer", "torch's", _optimizer("fused"), None, ("float32",), model=cost_dense.adam),
         Provider("Adam, foreach", "optimizer", "torch's default", _optimizer("foreach"), None, ("float32",),
-                 model=cost.adam),
+                 model=cost_dense.adam),
         Provider("GEMM", "ceiling", "the encoder's product by the library (cuBLAS, MKL)", _ceiling("gemm"), None,
                  NO_AUTOCAST, model=cost.gemm),
         Provider("copy", "ceiling", "a buffer of the weights' size", _ceiling("copy"), None, NO_AUTOCAST,
-                 model=cost.copy),
+                 model=cost_dense.copy),
         Provider("gather", "ceiling", "index_select of B k random rows", _ceiling("gather"), None, NO_AUTOCAST,
-                 model=cost.gather),
+                 model=cost_dense.gather),
     ]  # fmt: skip
 
 

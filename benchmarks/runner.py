@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from sparc_kernels import cost
+from sparc_kernels import cost_dense, cost_model
 
 from . import environment, record
 from .cases import Case, Problem
@@ -203,7 +203,7 @@ class Run:
         if self.cuda:
             torch.cuda.empty_cache()
 
-    def interleaved(self, s: cost.Shape) -> bool:
+    def interleaved(self, s: cost_model.Shape) -> bool:
         """Whether the jobs of a group may all be alive: weights, gradients and two moments, several times."""
         total = torch.cuda.mem_get_info()[1] if self.cuda else 2**20 * (environment.memory_mib() or 2**14)
         return total / 2 > 6 * 4 * 4 * 2 * s.N * s.D
@@ -402,14 +402,16 @@ class Run:
                 return {}
             if mode == "step":
                 # SparcAdam does it all in Adam's pass over the parameters
-                after = [cost.adam(s)] if p.name.startswith("ours") else [cost.unit_norm(s), cost.adam(s)]
-                op = cost.total("step", [op, *after])
+                after = (
+                    [cost_dense.adam(s)] if p.name.startswith("ours") else [cost_dense.unit_norm(s), cost_dense.adam(s)]
+                )
+                op = cost_model.total("step", [op, *after])
             gpu = self.gpu
             bound = 1e3 * roofline_seconds(op, gpu) if gpu else None
             predicted = None
-            if gpu and gpu.name in cost.GPUS:  # launches and padding included; there is no such model of a CPU
+            if gpu and gpu.name in cost_model.GPUS:  # launches and padding included; there is no such model of a CPU
                 training = group.op == "training"
-                predicted = 1e3 * (cost.step_seconds(op, gpu, p.graph) if training else op.seconds(gpu))
+                predicted = 1e3 * (cost_model.step_seconds(op, gpu, p.graph) if training else op.seconds(gpu))
         except Exception as error:  # a fault of the model is no reason to lose what was measured
             self.data["model_failed"] = f"{p.op}, {p.name}: {type(error).__name__}: {error}"
             return {}
@@ -420,9 +422,9 @@ class Run:
         }  # fmt: skip
 
     @property
-    def gpu(self) -> cost.GPU | None:
+    def gpu(self) -> cost_model.GPU | None:
         """The device's rates: the data sheet's where the cost model knows the GPU, else the ceilings of this run."""
-        known = cost.gpu_of_device(self.data["environment"]["device_name"]) if self.cuda else None
+        known = cost_model.gpu_of_device(self.data["environment"]["device_name"]) if self.cuda else None
         if known:
             self.data["roofline"] = {
                 "modelled": True, "source": f"data sheet of {known.name}, fractions of sparc_kernels.cost"
@@ -444,7 +446,7 @@ class Run:
             }  # fmt: skip
             self.save()
 
-    def _measured_gpu(self) -> cost.GPU | None:
+    def _measured_gpu(self) -> cost_model.GPU | None:
         rates = self.data["roofline"].get("rates")
         if not rates:
             return None
@@ -454,7 +456,7 @@ class Run:
         copy = max(rate for name, rate in rates.items() if name.startswith("copy"))
         gather = max([rate for name, rate in rates.items() if name.startswith("gather")], default=copy)
         units = {"float32": full, "tf32": gemm.get("tf32") or full, "bfloat16": half, "float16": half}
-        return cost.GPU(
+        return cost_model.GPU(
             self.data["environment"]["device_name"], (), copy, max(copy, gather), 32 * 2**20, units, 1, 1.0,
             hbm_fraction=1, gemm_fraction=1,
         )  # fmt: skip
@@ -474,7 +476,7 @@ class Run:
         self.save()
 
 
-def roofline_seconds(op: cost.Op, gpu: cost.GPU) -> float:
+def roofline_seconds(op: cost_model.Op, gpu: cost_model.GPU) -> float:
     """The least time of its parts one after the other: bytes through memory and cache, FLOPs; no launches, no padding,
     no instructions."""
     return sum(

@@ -19,9 +19,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import product
 
-from . import cost
+from . import cost_report
 from ._launch import AMD, SHARED_LIMIT
 from ._trace import Launch, Shape, Trace, launches, parse_shape, reference_peak_bytes, trace
+from .cost_model import DEFAULT_GPU, GPU, GPUS, gpu_named
 
 __all__ = [
     "Compiled",
@@ -204,7 +205,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--kernel", default="", metavar="REGEX", help="only kernels in whose name this is found")
     parser.add_argument("--quick", action="store_true", help="a few shapes instead of the whole grid")
-    parser.add_argument("--gpu", default=cost.DEFAULT_GPU, help=f"of the modelled times: {', '.join(cost.GPUS)}")
+    parser.add_argument("--gpu", default=DEFAULT_GPU, help=f"of the modelled times: {', '.join(GPUS)}")
     parser.add_argument("--workers", type=int, help="compiling processes (default: one per core, at most 8)")
     parser.add_argument("--json", metavar="FILE", help="write the results there too")
 
@@ -221,9 +222,9 @@ def _shape(text: str) -> Shape:
         return _refuse(str(error))
 
 
-def _gpu(text: str) -> cost.GPU:
+def _gpu(text: str) -> GPU:
     try:
-        return cost.gpu_named(text)
+        return gpu_named(text)
     except ValueError as error:
         return _refuse(f"--{error}")
 
@@ -300,7 +301,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.shape:
         for shape in shapes:
-            print(f"\n{cost.table(cost.of_trace(shape), gpu)}")
+            print(f"\n{cost_report.table(cost_report.of_trace(shape), gpu)}")
     if args.json:
         rows = [{**asdict(r), "fault": r.fault} for r in results]
         with open(args.json, "w") as file:

@@ -1,4 +1,4 @@
-"""The cost model of the optimizer and of whole training steps with it: everything here is **modelled**, see `cost.py`.
+"""The cost model of the optimizer and of whole training steps with it: everything here is **modelled**, see `py`.
 
 Bytes a parameter are those of the weight matrices' weights, gradients and moments: what a step must move whatever the
 batch is. Biases and what lists and gathers move are in the times, not in that figure.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from . import cost
+from . import cost, cost_dense
 from ._launch import adam_config, adam_rows, cdiv, next_power_of_2, reduce_chunk
-from .cost import GPU, Op, Part, Reuse, Shape, step_seconds, total
+from .cost_model import GPU, Op, Part, Reuse, Shape, gathered, slabs_of, step_seconds, total
 
 MOMENT = 4  # bytes of a moment, whatever the parameters are
 FOREACH_BLOCKS, FOREACH_CHUNK = 320, 65536  # torch's multi-tensor kernels: chunks of elements, blocks of a launch
@@ -55,12 +55,12 @@ def foreach_adam(s: Shape) -> Op:
 
 def official_optimizer(s: Shape) -> Op:
     """The official loop's: unit norm, projection, Adam. (Three helpers' host work is in the launches.)"""
-    return total("official optimizer", [cost.unit_norm(s), foreach_adam(s)])
+    return total("official optimizer", [cost_dense.unit_norm(s), foreach_adam(s)])
 
 
 def fused_adam(s: Shape) -> Op:
     """The helpers, then torch's fused Adam: 7 numbers a parameter."""
-    return total("unit norm, fused Adam", [cost.unit_norm(s), cost.adam(s)])
+    return total("unit norm, fused Adam", [cost_dense.unit_norm(s), cost_dense.adam(s)])
 
 
 # ------------------------------------------------------------------------------------- the step without gradients
@@ -113,11 +113,11 @@ def _gathers(s: Shape) -> Op:
     """Losses, dv and the errors of all sources, which are kept whole: the E route, in one piece."""
     parts = []
     for t, d in enumerate(s.d_streams):
-        SM, SB, slabs = s.S * s.M, s.S * s.B, cost._cut(s, d, s.k)[1]
+        SM, SB, slabs = s.S * s.M, s.S * s.B, slabs_of(s, d, s.k)[1]
         sums = slabs * 4 * (SM + SB)
         parts.append(Part(
             "gather", s.B * d * (s.e + 4) + slabs * (8 * s.M + 4 * (SM + SB)) + SB * d * s.e + sums,
-            cost._gathered(s, d, s.k, s.k, s.N), flops=4 * SB * s.k * d, unit=s.gather_unit, padding=16 / s.S,
+            gathered(s, d, s.k, s.k, s.N), flops=4 * SB * s.k * d, unit=s.gather_unit, padding=16 / s.S,
         ))  # fmt: skip
         parts.append(Part("collect", sums + 4 * SB + 4 * (SM + SB) + 4 * SM * (t > 0)))
     return Op("losses + dv", tuple(parts))
@@ -130,7 +130,7 @@ def _glue(s: Shape) -> Op:
         Part("term weights", 4 * (S * S + S), launches=2, library=True),
         Part("target weights", BD * s.e + 4 * SB * (1 + S)),
         Part("terms and metrics", 4 * (2 * S * SB + S * s.M), launches=2),
-        cost._column_sums(s, 1),
+        cost.column_sums(s, 1),
     ]
     return Op("weights, terms", tuple(parts))
 
@@ -173,7 +173,7 @@ def dense_gradient_step(s: Shape) -> Op:
 def official_loop(s: Shape) -> Op:
     """The official class, as shipped in float32, and its loop's optimizer."""
     shipped = replace(s, dtype="float32", tf32=False, autocast=False)
-    return total("official loop", [cost.official_step(shipped), official_optimizer(shipped)])
+    return total("official loop", [cost_dense.official_step(shipped), official_optimizer(shipped)])
 
 
 def roofline_seconds(s: Shape, gpu: GPU) -> float:

@@ -8,7 +8,8 @@ from ._checks import check_indices, check_int, check_tensor, require
 from ._launch import MAX_K, cdiv, next_power_of_2
 from ._ops import register, resolve_impl
 from ._triton import INTERPRETED, tl, triton
-from .encode import Selection, centre, select, values_of
+from .encode import Selection, centre, values_of
+from .selection import select
 
 
 @triton.jit

@@ -14,17 +14,10 @@ from ._launch import MAX_K, MAX_STREAMS
 from ._ops import IMPLS, autocast_enabled, resolve_impl
 from .dead import count_fired_, count_fired_torch, select_dead
 from .decoder import Decode
-from .encode import (
-    JointCast,
-    Selection,
-    centre_for,
-    differentiable_values,
-    select_latents,
-    values_and_lists,
-    wants_joint,
-)
+from .encode import Selection, centre_for, differentiable_values, select_latents, values_and_lists
 from .latent_grads import NO_INVERSE
 from .loss import AlignedLoss, Terms
+from .selection import JointCast, wants_joint
 
 if TYPE_CHECKING:
     from .optim import SparcAdam

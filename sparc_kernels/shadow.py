@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ._ops import autocast_enabled
-from .encode import wants_joint
+from .selection import wants_joint
 
 
 class Shadow:

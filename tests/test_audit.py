@@ -61,9 +61,9 @@ def package_kernels():
 def test_a_spilling_kernel_is_found(tmp_path):
     """The smallest fault there is: settings that need more registers than a thread has."""
     code = (
-        "import sys; from sparc_kernels import _launch, encode, cli\n"
+        "import sys; from sparc_kernels import _launch, selection, cli\n"
         "from sparc_kernels._launch import EncodeConfig\n"
-        "encode.encode_config = lambda *a: EncodeConfig(128, 256, 32, 8, 4, 3)\n"
+        "selection.encode_config = lambda *a: EncodeConfig(128, 256, 32, 8, 4, 3)\n"
         "sys.exit(cli.main('audit --shape 4096,8192,64,1024,3,float32 --arch 80 --workers 1 --kernel encode'.split()))"
     )
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}

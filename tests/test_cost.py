@@ -14,9 +14,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sparc_kernels import cost, reference
+from sparc_kernels import cost, cost_dense, cost_model, cost_report, reference
 from sparc_kernels.cli import main
-from sparc_kernels.cost import CASES, GPUS, Shape
+from sparc_kernels.cost_model import GPUS, Shape
+from sparc_kernels.cost_report import CASES
 
 ROOT = Path(__file__).resolve().parents[1]
 H200 = GPUS["H200"]
@@ -127,7 +128,7 @@ BY_HAND = {
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_bytes_and_flops_by_hand(name):
-    op = getattr(cost, name)(TINY)
+    op = getattr(cost if hasattr(cost, name) else cost_dense, name)(TINY)
     assert (op.l2, op.flops) == BY_HAND[name]
     assert op.hbm(H200) <= op.l2  # nothing crosses HBM that does not cross L2
 
@@ -166,8 +167,8 @@ def test_parts_add_up(case):
     for what in ("l2", "flops", "launches"):
         assert getattr(whole, what) == pytest.approx(sum(getattr(op, what) for op in ops))
     assert whole.seconds(H200) == pytest.approx(sum(op.seconds(H200) for op in ops))
-    assert cost.step_seconds(whole, H200, graph=True) == whole.seconds(H200)
-    assert cost.step_seconds(whole, H200, graph=False) >= 1e-6 * H200.host_us * whole.launches
+    assert cost_model.step_seconds(whole, H200, graph=True) == whole.seconds(H200)
+    assert cost_model.step_seconds(whole, H200, graph=False) >= 1e-6 * H200.host_us * whole.launches
     for op in ops:
         for part in op.parts:
             assert part.beside or part.seconds(H200) >= max(part.limits(H200).values()) >= 0
@@ -181,7 +182,7 @@ def test_more_work_takes_longer(larger, dtype):
     s = replace(CASES["B"], dtype=dtype)
     for formula in (
         cost.step,
-        cost.dense_step,
+        cost_dense.dense_step,
         cost.select_fused,
         cost.select_library,
         cost.mm_topk,
@@ -289,7 +290,7 @@ def test_the_dense_step_is_what_the_reference_does(widths, monkeypatch):
     biases = [[parameter(d) for d in widths], [parameter(s.N) for _ in widths]]
     with Counted() as counted:
         reference.training_loss([torch.empty(s.B, d, device="meta") for d in widths], *weights, *biases, s.k).backward()
-    op = cost.dense_step(s)
+    op = cost_dense.dense_step(s)
     topk = next(p for p in op.parts if p.name == "topk")
     assert op.flops == counted.gemm_flops == 2 * s.B * s.N * s.D * (3 + 3 * s.S)
     # the loss of S * S numbers is about 10 more, topk a few kernels where the dispatcher sees one operator
@@ -310,14 +311,14 @@ OFFICIAL = {
 @pytest.mark.parametrize("widths", OFFICIAL)
 def test_the_official_step_is_what_was_counted(widths):
     s = Shape(256, 8192, 64, widths, "float32")
-    op = cost.official_step(s)
+    op = cost_dense.official_step(s)
     inside = [p for p in op.parts if p.name in ("topk", "index_put")]
     operators, moved = OFFICIAL[widths]
     assert op.launches - sum(p.launches - 1 for p in inside) == operators
     assert op.l2 - sum(p.l2 for p in inside) == pytest.approx(moved, rel=1e-3)
-    assert op.flops == cost.dense_step(s).flops
+    assert op.flops == cost_dense.dense_step(s).flops
     # with AuxK: 48 more a stream, and what lies inside of two more index_put, a topk and 4 looks for true entries
-    more = cost.official_step(replace(s, auxk=64)).launches - op.launches
+    more = cost_dense.official_step(replace(s, auxk=64)).launches - op.launches
     assert more == 48 * s.S + 7 + s.S * (2 * (inside[-1].launches - 1) + (inside[0].launches - 1) + 4 * 4)
 
 
@@ -367,7 +368,7 @@ UNMET = set()
 
 
 def test_goals_as_modelled():
-    found = cost.claims()
+    found = cost_report.claims()
     assert {(c.what, c.case) for c in found if c.holds is False} == UNMET
     goals = {(c.what.split(" over")[0], c.case): c.goal for c in found if c.goal is not None}
     assert goals["encode + TopK", "B"] == 1.15 and goals["encode + TopK", "B8"] == 1.25
@@ -382,9 +383,9 @@ def test_goals_as_modelled():
 def test_the_best_dense_variant_is_at_its_best():
     """Compiled, replayed from a graph, its weights in bf16 where ours are: never slower than another variant."""
     for s in CASES.values():
-        found = cost.dense_seconds(s, H200)
+        found = cost_report.dense_seconds(s, H200)
         assert min(found, key=found.get) == "torch.compile bf16"
-        assert cost.official_seconds(s, H200) > found["eager fp32"]
+        assert cost_report.official_seconds(s, H200) > found["eager fp32"]
 
 
 def test_the_fused_gemm_breaks_even_where_it_says(monkeypatch):
@@ -405,7 +406,7 @@ def test_gpus_are_found_by_what_torch_calls_them():
         "NVIDIA H100 80GB HBM3 MIG 1g.10gb": None, "NVIDIA GeForce RTX 4090 D": None, "": None,
     }  # fmt: skip
     for name, key in names.items():
-        gpu = cost.gpu_of_device(name)
+        gpu = cost_model.gpu_of_device(name)
         assert (gpu.name if gpu else None) == key, name
     for gpu in GPUS.values():
         assert gpu.bytes_per_s("L2") > gpu.bytes_per_s("HBM") and gpu.flop_per_s("tf32") >= gpu.flop_per_s("float32")
@@ -415,11 +416,11 @@ def test_gpus_are_found_by_what_torch_calls_them():
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: cost.gpu_named("V100"), "gpu: expected one of A100, H100.*got 'V100'"),
-        (lambda: cost.parse_shape("1,2,3"), "shape: expected B,N,k,d,S.*got '1,2,3'"),
-        (lambda: cost.parse_shape("8,64,8,0,1"), "shape: expected B,N,k,d,S.*positive.*got '8,64,8,0,1'"),
-        (lambda: cost.parse_shape("8,64,65,8,1"), "shape: expected k <= .*got '8,64,65,8,1'"),
-        (lambda: cost.parse_shape("8,64,8,8,1,int8"), "shape: expected DTYPE bfloat16.*got 'int8'"),
+        (lambda: cost_model.gpu_named("V100"), "gpu: expected one of A100, H100.*got 'V100'"),
+        (lambda: cost_report.parse_shape("1,2,3"), "shape: expected B,N,k,d,S.*got '1,2,3'"),
+        (lambda: cost_report.parse_shape("8,64,8,0,1"), "shape: expected B,N,k,d,S.*positive.*got '8,64,8,0,1'"),
+        (lambda: cost_report.parse_shape("8,64,65,8,1"), "shape: expected k <= .*got '8,64,65,8,1'"),
+        (lambda: cost_report.parse_shape("8,64,8,8,1,int8"), "shape: expected DTYPE bfloat16.*got 'int8'"),
         (lambda: Shape(8, 64, 65, (8,)), "k: expected an int in 1..64.*got 65"),
         (lambda: Shape(8, 64, 8, (8,) * 9), "d_streams: expected a tuple of 1..8 widths"),
         (lambda: Shape(8, 64, 8, (8,), "int8"), "dtype: expected one of bfloat16.*got 'int8'"),

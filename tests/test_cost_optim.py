@@ -6,14 +6,14 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from sparc_kernels import cost, cost_optim
+from sparc_kernels import cost_model, cost_optim, cost_report
 from sparc_kernels._launch import adam_rows
 from sparc_kernels._trace import Shape, trace
 
-H200 = cost.GPUS["H200"]
-OFFICIAL = replace(cost.CASES["A"], auxk=64, dead=819)
-LARGE = cost.Shape(4096, 65536, 64, (1024, 768, 768), auxk=64, dead=6553)
-TINY = cost.Shape(2, 8, 2, (4, 2), "float32")  # 96 weights
+H200 = cost_model.GPUS["H200"]
+OFFICIAL = replace(cost_report.CASES["A"], auxk=64, dead=819)
+LARGE = cost_model.Shape(4096, 65536, 64, (1024, 768, 768), auxk=64, dead=6553)
+TINY = cost_model.Shape(2, 8, 2, (4, 2), "float32")  # 96 weights
 
 
 def test_bytes_by_hand():
@@ -49,7 +49,7 @@ FORMS = ("direct_update", "sparc_adam", "fused_adam", "official_optimizer")
 def test_launches_are_those_of_the_traced_step(dtype, auxk):
     for widths in ((64, 48), (64, 48, 32), (64,)):
         shape = Shape(256, 2048, 16, widths, len(widths), dtype)
-        s = replace(cost.of_trace(shape), auxk=auxk, dead=300 if auxk else 0)
+        s = replace(cost_report.of_trace(shape), auxk=auxk, dead=300 if auxk else 0)
         for op, update in ((cost_optim.direct_step(s), "direct"), (cost_optim.dense_gradient_step(s), "dense")):
             modelled = sum(p.launches for p in op.parts if not p.library)
             assert modelled == len(trace(shape, auxk=auxk or False, update=update).launches), (widths, update)
@@ -71,8 +71,8 @@ def test_a_shadow_takes_the_place_of_casts():
 
 
 def ratios(s):
-    official = cost.step_seconds(cost_optim.official_loop(s), H200, graph=False)
-    ours = cost.step_seconds(cost_optim.direct_step(s), H200, graph=True)
+    official = cost_model.step_seconds(cost_optim.official_loop(s), H200, graph=False)
+    ours = cost_model.step_seconds(cost_optim.direct_step(s), H200, graph=True)
     return official / ours, ours / cost_optim.roofline_seconds(s, H200)
 
 

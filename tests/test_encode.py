@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from sparc_kernels import encode_topk, reference, values_at
 from sparc_kernels._launch import select_config
 from sparc_kernels._triton import tl, triton
-from sparc_kernels.encode import _ordered_key, centre_for, select, select_latents
+from sparc_kernels.encode import centre_for, select_latents
+from sparc_kernels.selection import _ordered_key, select
 
 NAMES = [f"{what}[{s}]" for what in ("xs", "w_encs", "pre_biases", "latent_biases") for s in range(3)]
 
@@ -131,22 +132,22 @@ def test_selection_among_given_columns_only(impl, dead):
 
 def test_selection_in_three_levels_is_exact(monkeypatch):
     """Large N with large k adds a level of coarse maxima; here at a tiny shape."""
-    from sparc_kernels import _launch, encode
+    from sparc_kernels import _launch, selection
 
     assert select_config(2**20, 512).span > select_config(2**20, 512).group
     config = _launch.SelectConfig(group=4, span=16, k_pad=8, n_spans_pad=16, num_warps=4)
-    monkeypatch.setattr(encode, "select_config", lambda n, k, compact: config)
+    monkeypatch.setattr(selection, "select_config", lambda n, k, compact: config)
     for seed in range(3):
         h = torch.randint(-4, 5, (2, 150), generator=torch.Generator().manual_seed(seed)).float()
         assert torch.equal(exact_select(h, 6, "triton").cpu(), reference.topk_indices(h, 6))
 
 
 def test_rows_are_processed_in_chunks_with_the_same_result(impl, monkeypatch):
-    from sparc_kernels import _launch, encode
+    from sparc_kernels import _launch, selection
 
     p = problem(B=40, requires_grad=False)
     whole = chosen(p, p.w_encs, impl)
-    for where in (encode, _launch):
+    for where in (selection, _launch):
         monkeypatch.setattr(where, "SCRATCH_BYTES", 70 * 8 * 17)
     monkeypatch.setattr(_launch, "SCRATCH_LEAST_ROWS", 1)
     assert torch.equal(chosen(p, p.w_encs, impl), whole)
@@ -223,20 +224,20 @@ def test_keys_order_every_value_as_torch_does(dtype, shift):
 @pytest.fixture
 def library(monkeypatch):
     """The library's GEMM wherever the weights lie side by side."""
-    from sparc_kernels import encode
+    from sparc_kernels import encode, selection
 
-    monkeypatch.setattr(encode, "encode_by_library", lambda *_: True)
+    monkeypatch.setattr(selection, "encode_by_library", lambda *_: True)
     monkeypatch.setattr(encode, "wants_joint", lambda w: True)
-    monkeypatch.setattr(encode, "MAXIMA_BLOCK", 32)
+    monkeypatch.setattr(selection, "MAXIMA_BLOCK", 32)
     used = []
-    kernel = encode._row_maxima_kernel
+    kernel = selection._row_maxima_kernel
 
     class Counting:
         def __getitem__(self, grid):
             used.append(grid)
             return kernel[grid]
 
-    monkeypatch.setattr(encode, "_row_maxima_kernel", Counting())
+    monkeypatch.setattr(selection, "_row_maxima_kernel", Counting())
     return used
 
 
@@ -259,11 +260,11 @@ def test_library_gemm_and_row_maxima_select_the_same(library, widths, monkeypatc
 @pytest.mark.parametrize("k", [1, 5, 70])
 @pytest.mark.parametrize("levels", [2, 3])
 def test_library_selection_on_hard_rows(library, monkeypatch, k, levels):
-    from sparc_kernels import _launch, encode
+    from sparc_kernels import _launch, selection
 
     if levels == 3:
         config = _launch.SelectConfig(group=4, span=16, k_pad=_launch.next_power_of_2(k), n_spans_pad=16, num_warps=4)
-        monkeypatch.setattr(encode, "select_config", lambda n, k, compact: config)
+        monkeypatch.setattr(selection, "select_config", lambda n, k, compact: config)
     rows = torch.stack(
         [
             torch.zeros(70),
@@ -293,7 +294,7 @@ def test_library_selection_on_hard_rows(library, monkeypatch, k, levels):
 
 
 def test_what_lies_side_by_side_is_recognised():
-    from sparc_kernels.encode import JointCast, joint
+    from sparc_kernels.selection import JointCast, joint
 
     wide = torch.arange(24.0).reshape(4, 6)
     a, b = wide.split([2, 4], 1)
@@ -312,7 +313,7 @@ def test_what_lies_side_by_side_is_recognised():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_scratch_of_the_selection_stays_within_its_limit(monkeypatch, N, dtype):
     """On meta tensors with the kernels left out: what is allocated for any B and N."""
-    from sparc_kernels import encode
+    from sparc_kernels import selection
 
     class Nothing:
         def __getitem__(self, grid):
@@ -320,8 +321,8 @@ def test_scratch_of_the_selection_stays_within_its_limit(monkeypatch, N, dtype):
 
     sizes = []
     empty = torch.empty
-    monkeypatch.setattr(encode, "_encode_kernel", Nothing())
-    monkeypatch.setattr(encode, "_select_kernel", Nothing())
+    monkeypatch.setattr(selection, "_encode_kernel", Nothing())
+    monkeypatch.setattr(selection, "_select_kernel", Nothing())
 
     def noted(*size, **options):
         t = empty(*size, **options)
@@ -331,7 +332,7 @@ def test_scratch_of_the_selection_stays_within_its_limit(monkeypatch, N, dtype):
     x, w = (empty(n, 8, device="meta", dtype=dtype) for n in (65536, N))
     bias = empty(N, device="meta", dtype=torch.float32)
     monkeypatch.setattr(torch, "empty", noted)
-    out = encode._select_triton([x], [w], [bias], 32, None, None)
+    out = selection._select_triton([x], [w], [bias], 32, None, None)
     assert out.shape == (65536, 32)
     assert sum(sizes) - out.numel() * 8 <= 512 * 2**20
 
@@ -387,12 +388,12 @@ class TooLate(Late):
 @pytest.mark.parametrize(("beside", "right"), [(Late, True), (TooLate, False)])
 def test_a_selector_that_runs_late_finds_its_logits(monkeypatch, beside, right):
     """The GEMM of later rows must not write where a selector still has to read, nor the result be used too early."""
-    from sparc_kernels import _launch, encode
+    from sparc_kernels import _launch, selection
 
     p, made = problem(B=64, requires_grad=False), []
     want = chosen(p, p.w_encs, "torch")
     monkeypatch.setattr(_launch, "BESIDE_TILES", 3)
-    monkeypatch.setattr(encode, "Beside", lambda *args, **named: made.append(beside(*args, **named)) or made[-1])
+    monkeypatch.setattr(selection, "Beside", lambda *args, **named: made.append(beside(*args, **named)) or made[-1])
     assert torch.equal(chosen(p, p.w_encs, "triton"), want) == right
     assert len(made[0].work) == made[0].ran == 4
 

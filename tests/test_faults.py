@@ -14,15 +14,15 @@ from sparc_kernels import (
     auxk_topk,
     decode,
     decode_nmse,
-    encode,
     encode_topk,
     inverse_index,
     reference,
+    selection,
     values_at,
 )
 from sparc_kernels import loss as loss_module
 from sparc_kernels._triton import tl, triton
-from sparc_kernels.encode import _take
+from sparc_kernels.selection import _take
 
 D = {"a": 6, "b": 5}
 
@@ -268,7 +268,7 @@ def test_a_loss_without_gradients_takes_none(monkeypatch):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_wide_streams_compile(monkeypatch, autocast):
     """Where weights may lie side by side, torch.compile met questions about storages that it cannot answer."""
-    monkeypatch.setattr(encode, "LIBRARY_WIDTH", 16)
+    monkeypatch.setattr(selection, "LIBRARY_WIDTH", 16)
     torch.manual_seed(0)
     m = AlignedSAE({"a": 8, "b": 8}, 20, 3, device=DEVICE)
     x = {s: torch.randn(4, 8, device=DEVICE) for s in "ab"}

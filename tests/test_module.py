@@ -509,7 +509,7 @@ def test_one_hot_latent_on_every_row_and_no_positive_value(impl):
 
 
 def test_autocast_lays_the_encoders_side_by_side_for_the_library(monkeypatch):
-    from sparc_kernels import encode, module
+    from sparc_kernels import encode, module, selection
 
     model, inputs = make(dtype=torch.float32)
 
@@ -526,7 +526,7 @@ def test_autocast_lays_the_encoders_side_by_side_for_the_library(monkeypatch):
     monkeypatch.setattr(
         module,
         "select_latents",
-        lambda xs, ws, *a: seen.extend(map(encode.joint, (xs, ws))) or encode.select_latents(xs, ws, *a),
+        lambda xs, ws, *a: seen.extend(map(selection.joint, (xs, ws))) or encode.select_latents(xs, ws, *a),
     )
     monkeypatch.setattr(encode, "wants_joint", lambda w: True)
     for s in WIDTHS:

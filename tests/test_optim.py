@@ -9,7 +9,7 @@ import torch
 from common import assert_close
 from conftest import DEVICE, KERNEL_DTYPE
 
-from sparc_kernels import AlignedSAE, SparcAdam, adam, encode, latent_adam
+from sparc_kernels import AlignedSAE, SparcAdam, adam, latent_adam, selection
 from sparc_kernels._trace import Shape, trace
 
 WIDTHS = {"a": 20, "b": 13, "c": 7}
@@ -226,7 +226,7 @@ def test_training_step_under_autocast_keeps_float32_weights():
 def test_a_shadow_of_the_weights_changes_no_bit(impl, form, monkeypatch):
     """Through all that moves weights: steps of both kinds, new rows, a loaded state; and a batch that is skipped.
     With two widths the encoders lie side by side, for the library's GEMM."""
-    monkeypatch.setattr(encode, "LIBRARY_WIDTH", 24)
+    monkeypatch.setattr(selection, "LIBRARY_WIDTH", 24)
     # the interpreter truncates where fp32 becomes bfloat16
     half = torch.bfloat16 if impl == "torch" or DEVICE == "cuda" else torch.float16
     plain, shadowed = model(F32, impl=impl, never=False, **form), model(F32, impl=impl, never=False, **form)

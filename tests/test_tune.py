@@ -12,7 +12,7 @@ import torch
 from conftest import DEVICE
 
 pytest.importorskip("triton")
-from sparc_kernels import _launch, _tuned, cli, encode, tune
+from sparc_kernels import _launch, _tuned, cli, selection, tune
 from sparc_kernels._trace import Shape, parse_shape
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,13 +64,13 @@ def test_winner_is_recorded_and_used_by_the_next_launch(cache, monkeypatch):
     assert _launch.encode_config(*args).block_m == 32
 
     seen = []
-    kernel = encode._encode_kernel
+    kernel = selection._encode_kernel
 
     class Spy:
         def __getitem__(self, grid):
             return lambda *args, **named: (seen.append(named["BLOCK_M"]), kernel[grid](*args, **named))
 
-    monkeypatch.setattr(encode, "_encode_kernel", Spy())
+    monkeypatch.setattr(selection, "_encode_kernel", Spy())
     assert task.differs(task.run(), task.run()) == "" and seen == [32, 32]
     # every shape of the same bucket, no other
     assert _launch.encode_config(rows - 1, itemsize, arch, compact).block_m == 32
