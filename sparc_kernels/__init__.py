@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "AlignedSAE": "module",
-    "AlignedOutputs": "module",
+    "AlignedOutputs": "outputs",
     "encode_topk": "encode",
     "values_at": "encode",
     "decode": "decoder",

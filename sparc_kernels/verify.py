@@ -1,7 +1,7 @@
 """`sparc-kernels verify`: every operator and a whole training step against the float64 reference, on this machine.
 
 Which shapes and dtypes, and in how many processes, stands here; what is compared and how it is judged in
-`_verify_checks.py`.
+`_verify_checks.py` and `_verify_judge.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ import torch
 from . import __version__
 from ._ops import resolve_impl
 from ._triton import HAS_TRITON, INTERPRETED, triton
-from ._verify_checks import BF16, CHECKS, F16, F32, F64, MULTIPLE, SHORT, Case, Check, Result
+from ._verify_checks import CHECKS
+from ._verify_judge import BF16, F16, F32, F64, MULTIPLE, SHORT, Case, Check, Result
 
 # --------------------------------------------------------------------------------------------------------------- cases
 

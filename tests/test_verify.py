@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from sparc_kernels import _verify_checks as checks
+from sparc_kernels import _verify_judge as judge
 from sparc_kernels import cli, verify
 from sparc_kernels._triton import INTERPRETED
 
@@ -122,11 +123,11 @@ def test_little_is_left_out_at_the_border_of_relu(sound):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gapped_data_keep_away_from_zero(dtype):
     case = verify.CPU_CASES[0]
-    check = checks.Check("training global", case, dtype, torch.device("cpu"), "torch", {})
-    p = checks._gapped(check)
+    check = judge.Check("training global", case, dtype, torch.device("cpu"), "torch", {})
+    p = judge.gapped(check)
     exact = p.to(torch.float64).logits()
     for rounded, h in zip(p.logits(), exact, strict=True):
-        indices = checks.reference.topk_indices(h, case.k)
+        indices = judge.reference.topk_indices(h, case.k)
         assert torch.equal(rounded.gather(1, indices) > 0, h.gather(1, indices) > 0)
         if dtype != torch.float32:
             assert h.abs().min() > 0
@@ -135,11 +136,11 @@ def test_gapped_data_keep_away_from_zero(dtype):
 
 def test_errors_are_infinite_where_they_cannot_be_compared():
     truth = torch.tensor([1.0, -2.0, math.inf], dtype=torch.float64)
-    assert checks._errors(truth.float(), truth) == (0.0, 0.0)
-    assert checks._errors(truth[:2], truth) == (math.inf, math.inf)
-    assert checks._errors(torch.tensor([1.0, math.nan, math.inf]), truth) == (math.inf, math.inf)
-    assert checks._errors(torch.tensor([1.0, -2.0, 5.0]), truth) == (math.inf, math.inf)
-    assert checks._errors(torch.tensor([1.5, -2.0, math.inf]), truth)[0] == 0.25
+    assert judge.errors(truth.float(), truth) == (0.0, 0.0)
+    assert judge.errors(truth[:2], truth) == (math.inf, math.inf)
+    assert judge.errors(torch.tensor([1.0, math.nan, math.inf]), truth) == (math.inf, math.inf)
+    assert judge.errors(torch.tensor([1.0, -2.0, 5.0]), truth) == (math.inf, math.inf)
+    assert judge.errors(torch.tensor([1.5, -2.0, math.inf]), truth)[0] == 0.25
 
 
 @pytest.mark.parametrize(
