@@ -152,6 +152,8 @@ def encode_config(rows: int, itemsize: int, arch: int, compact: bool) -> EncodeC
         return EncodeConfig(64 if small else 128, 128, block_k, 8, 8, 2)
     # few rows are launch-bound: smaller tiles fill the GPU. Compiled: the products of tf32x3 spill in larger tiles,
     # and with 4 warps this one spills too, tf32x3 everywhere and bf16 at widths whose loads cannot be vectorised
+    if itemsize == 4 and arch in (100, 103):  # compiled: 8 warps spill 48 to 224 bytes with 8 streams, 4 warps none
+        return EncodeConfig(64, 128, block_k, 8, 4, 3)
     if itemsize == 4 or rows <= 512:
         return EncodeConfig(64, 128, block_k, 8, 8, 3)
     if arch in (90, 100, 103) and not compact:
@@ -277,8 +279,8 @@ def gather_config(k: int, d: int, n: int, itemsize: int, arch: int) -> GatherCon
     # compiled: with three stages sm_86 and sm_89 spill 8 bytes at k 64, with two 16 bytes at k 512; AMD's second stage
     # waits in registers
     deep = k_pad * block_d * itemsize <= 16384 and arch < AMD and not (arch in (86, 89) and k_pad == 64)
-    # compiled: sm_80 spills 16 bytes at B 1, for 72 registers instead of 92
-    limit = 128 if arch < 90 and itemsize == 2 and k_pad == 64 else 0
+    # compiled: sm_80 spills 16 bytes at B 1, for 72 registers instead of 92; so does sm_100, 8 to 16 here and there
+    limit = 128 if arch < 90 and itemsize == 2 and k_pad == 64 else 255 if arch in (100, 103) else 0
     return GatherConfig(k_pad, block_d, tiles, num_warps, 3 if deep else 2, limit)
 
 
@@ -345,13 +347,15 @@ class LatentAdamConfig(AdamConfig):
     early: bool  # moments are loaded before the list is added up
 
 
-def latent_adam_config(d: int, arch: int) -> LatentAdamConfig:
-    """As `adam_config`. Compiled (sm_90): 108 registers in 4 warps with 2 entries at a time, 142 with 4; in 16 warps,
-    where a thread has 128, two entries spill 96 to 208 bytes at 16 columns a thread, one with early moments 32; sm_100
-    spills 8 bytes with two in 4 warps."""
+def latent_adam_config(d: int, arch: int, parts: bool) -> LatentAdamConfig:
+    """As `adam_config`; `parts`: no norm asks for a whole row, wide ones are cut at 4,096 columns (compiled: whole at
+    8,192, sm_100 spills 24 to 40 bytes with the sum that W_enc needs). Compiled (sm_90): 108 registers in 4 warps with
+    2 entries at a time, 142 with 4; in 16 warps, where a thread has 128, two entries spill 96 to 208 bytes at 16
+    columns a thread, one with early moments 32; sm_100 spills 8 bytes with two in 4 warps."""
     if INTERPRETED:
-        return LatentAdamConfig(max(next_power_of_2(d), 16), 4, 2, True)
-    config = adam_config(d)
+        block_d = max(next_power_of_2(d), 16)
+        return LatentAdamConfig(min(block_d, 16) if parts else block_d, 4, 2, True)
+    config = adam_config(min(d, 4096) if parts else d)
     early = config.num_warps < 16  # compiled: 8 bytes on sm_80 with 4,096 columns, 32 with 8,192
     few = config.num_warps >= 16 or arch in (100, 103)
     return LatentAdamConfig(config.block_d, config.num_warps, 1 if few else 2, early)

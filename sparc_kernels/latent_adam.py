@@ -88,9 +88,10 @@ def _latent_adam_kernel(
 ):  # fmt: skip
     """LATENTS latents: sums of their lists, and the step of their rows, of their biases if there are any.
 
-    lean [programs, D], if given, gets the sum of (a latent's bias gradient) * (its row before the step).
+    Of BLOCK_D columns, which are the whole row where it is normalised. lean [programs, D], if given, gets the sum of
+    (a latent's bias gradient) * (its row before the step).
     """
-    cols = tl.arange(0, BLOCK_D)
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = cols < D
     lean = tl.zeros((BLOCK_D,), ACC)
     first = tl.program_id(0) * LATENTS
@@ -126,16 +127,17 @@ def _latent_adam_kernel(
                 out = shadow_ptr + tl.full((), n, tl.int64) * stride_sn + cols
                 tl.store(out, w.to(shadow_ptr.dtype.element_ty), mask=mask_d)
             if bias_ptr is not None:
-                one = n + tl.arange(0, 1)
-                b = tl.load(bias_ptr + one).to(ACC)
-                g_bias = tl.zeros((1,), ACC) + total * tl.load(bias_scalars_ptr + 3).to(ACC)
-                b, b_m, b_v = step(
-                    b, g_bias, tl.load(bias_m_ptr + one), tl.load(bias_v_ptr + one), one >= 0, bias_scalars_ptr, 0,
-                    BETA1, BETA2, EPS, ACC,
-                )  # fmt: skip
-                tl.store(bias_ptr + one, b.to(bias_ptr.dtype.element_ty))
-                tl.store(bias_m_ptr + one, b_m)
-                tl.store(bias_v_ptr + one, b_v)
+                if tl.program_id(1) == 0:
+                    one = n + tl.arange(0, 1)
+                    b = tl.load(bias_ptr + one).to(ACC)
+                    g_bias = tl.zeros((1,), ACC) + total * tl.load(bias_scalars_ptr + 3).to(ACC)
+                    b, b_m, b_v = step(
+                        b, g_bias, tl.load(bias_m_ptr + one), tl.load(bias_v_ptr + one), one >= 0, bias_scalars_ptr, 0,
+                        BETA1, BETA2, EPS, ACC,
+                    )  # fmt: skip
+                    tl.store(bias_ptr + one, b.to(bias_ptr.dtype.element_ty))
+                    tl.store(bias_m_ptr + one, b_m)
+                    tl.store(bias_v_ptr + one, b_v)
     if lean_ptr is not None:
         tl.store(lean_ptr + tl.program_id(0).to(tl.int64) * D + cols, lean, mask=mask_d)
 
@@ -173,9 +175,9 @@ def _latent_adam_triton(
     main, S, chunk = _parts(lists, k, n, d, acc)
     other, aux_S, aux_chunk = _parts(aux, aux_k, n, d, acc) if aux else (_NO_LISTS, 1, 1)
     latents = adam_rows(n) if bias else 1
-    config, programs = latent_adam_config(d, capability(w.device)), cdiv(n, latents)
+    config, programs = latent_adam_config(d, capability(w.device), normalize == PLAIN), cdiv(n, latents)
     lean = torch.empty(programs, d, device=w.device, dtype=acc) if bias else None
-    _latent_adam_kernel[(programs,)](
+    _latent_adam_kernel[(programs, cdiv(d, config.block_d))](
         w, m, v, shadow, *(bias or (None,) * 3), lean, scalars, bias_scalars, *main, *other, n, d,
         0 if shadow is None else shadow.stride(0), LATENTS=latents, S=S, AUX_S=aux_S, CHUNK=chunk, AUX_CHUNK=aux_chunk,
         NORMALIZE=normalize, BETA1=beta1, BETA2=beta2, EPS=eps, EARLY=config.early, BLOCK_E=config.block_e,

@@ -81,7 +81,7 @@ def test_gradients_of_the_inputs(impl):
 
 @pytest.mark.parametrize("topk_type", ["global", "local"])
 def test_outputs_read_as_the_official_tensors_and_are_differentiable(impl, topk_type):
-    model, inputs = make(impl, topk_type)
+    model, inputs = make(impl, topk_type, N=38)
     out = model(inputs)
     weights = {s: (model.encoders[s].weight, model.decoders[s].weight) for s in WIDTHS}
     for s in WIDTHS:
@@ -204,7 +204,7 @@ def test_nothing_of_size_B_N_is_alive_or_saved_after_the_loss(impl, topk_type):
 
 def test_two_runs_of_a_step_give_the_same_bits(impl):
     def run():
-        model, inputs = make(impl, dtype=torch.float32, B=8)
+        model, inputs = make(impl, dtype=torch.float32, B=8, N=23)
         out = model(inputs)
         loss, metrics = model.compute_loss(out, inputs)
         loss.backward()
@@ -217,7 +217,7 @@ def test_two_runs_of_a_step_give_the_same_bits(impl):
 @pytest.mark.parametrize("topk_type", ["global", "local"])
 def test_nan_and_inf_in_the_input_reach_the_loss(impl, topk_type):
     for bad, stream in ((float("nan"), "image"), (float("inf"), "sound"), (-float("inf"), "text")):
-        model, inputs = make(impl, topk_type, dtype=torch.float32)
+        model, inputs = make(impl, topk_type, dtype=torch.float32, N=23)
         inputs[stream][2, 3] = bad
         loss, _ = model.compute_loss(model(inputs), inputs)
         assert not loss.isfinite()
@@ -370,7 +370,7 @@ def gradients_of(model, loss, **options):
 
 def test_scaled_accumulated_and_repeated_backwards(impl):
     """The decoders' gradients are taken in the forward: whatever comes from above must still multiply them, once."""
-    model, inputs = make(impl)
+    model, inputs = make(impl, N=23)
     model.eval()  # the same latents stay dead
     loss, _ = model.compute_loss(model(inputs), inputs)
     want = gradients_of(model, loss, retain_graph=True)
@@ -387,11 +387,11 @@ def test_scaled_accumulated_and_repeated_backwards(impl):
 
 
 @pytest.mark.parametrize("topk_type", ["global", "local"])
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(("impl", "reentrant"), [("torch", False), ("torch", True), ("triton", False)])
 def test_activation_checkpointing_moves_the_counters_once(impl, topk_type, reentrant):
     from torch.utils.checkpoint import checkpoint
 
-    plain, inputs = make(impl, topk_type)
+    plain, inputs = make(impl, topk_type, N=23)
     kept = copy.deepcopy(plain)
     others = {s: torch.randn_like(x) for s, x in inputs.items()}
 
@@ -480,7 +480,7 @@ def test_a_loss_without_gradients_makes_none(monkeypatch):
 
 def test_one_hot_latent_on_every_row_and_no_positive_value(impl):
     """Every row selects the same latents; then latent biases so low that the ReLU kills all of them."""
-    model, inputs = make(impl, B=24, k=3)
+    model, inputs = make(impl, B=12, N=23, k=3)
     with torch.no_grad():
         for s in WIDTHS:
             model.latent_biases[s][:3] = 100.0
