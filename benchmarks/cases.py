@@ -68,6 +68,7 @@ CASES = {
              "official Open Images: DINOv2 L, CLIP-L image and text"),
         Case("coco", _shape(256, 8192, 64, 768, 512, 512, auxk=64), "official COCO: DINOv2 B, CLIP-B image and text"),
         Case("open-images-32k", _shape(256, 32768, 64, 1024, 768, 768, auxk=64), "the same, four times the latents"),
+        Case("open-images-32k-B1024", _shape(1024, 32768, 64, 1024, 768, 768, auxk=64), "and four times the rows"),
         Case("batch", cost_report.CASES["B"], "a batch that fills a GPU"),
         Case("giant", cost_report.CASES["C"], "DINOv2 giant with both SigLIP so400m towers"),
         Case("openai", _shape(16384, 32768, 32, 768), "OpenAI's GPT-2 autoencoder"),

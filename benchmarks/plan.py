@@ -83,5 +83,6 @@ def plan(options: Options) -> list[Group]:
     found += [Group(case, "training", dtype) for axis in sweeps[1:] for case in sweep(options.device, axis)]
     if not (quick or cuda or options.tiny):
         found.append(Group(cases["open-images-32k"], "training", "float32", True))
+        found.append(Group(cases["open-images-32k-B1024"], "training", "float32"))
         found += [Group(official, op, half) for op in ("ceiling", "training")]
     return found
