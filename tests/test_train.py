@@ -233,6 +233,25 @@ def test_resumed_anywhere_the_bits_are_the_same(finished, tmp_path, shuffle):
         assert again == log
 
 
+def test_rounded_weights_that_are_kept_change_no_bit_and_survive_resuming(tmp_path):
+    """bf16 without gradients keeps a shadow of the weights: through new rows of dead latents and a checkpoint."""
+    settings, runs = config(precision="bf16", gradient_free=True, epochs=3, dead_steps_threshold=3), {}
+    for name in ("shadow", "cast"):
+        run = runs[name] = trainer(settings, out=tmp_path / name, checkpoint_every=7, keep=99, device="cpu")
+        assert run.optimizer._shadow.dtype == torch.bfloat16
+        if name == "cast":
+            run.optimizer._shadow = None
+        run.train()
+    weights = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in runs}
+    assert weights["shadow"] == weights["cast"]
+    saved = checkpoint.checkpoints(tmp_path / "shadow" / "checkpoints")
+    for later in saved[1:]:
+        later.unlink()
+    (tmp_path / "shadow" / "model.safetensors").unlink()
+    trainer(settings, out=tmp_path / "shadow", resume=True, device="cpu").train()
+    assert (tmp_path / "shadow" / "model.safetensors").read_bytes() == weights["shadow"]
+
+
 def test_a_finished_run_stays_as_it_is(finished, tmp_path):
     settings, out = finished["window"]
     shutil.copytree(out, tmp_path / "run")
