@@ -310,8 +310,8 @@ def reduce_config(d: int, arch: int = 80, sources: int = 1) -> ReduceConfig:
     # compiled: with 8 sources gfx1100 spills 68 bytes in 4 warps; so does sm_80, 8 bytes, with 4 entries of each, and
     # 2 need 106 registers instead of 174 on sm_90
     block_e = 2 if sources > 4 else 4
-    # compiled: sm_80 spills 8 bytes with 8 sources, for 96 registers instead of 127
-    limit = 128 if arch < 90 and sources > 4 else 0
+    # compiled: sm_80 spills 8 bytes with 8 sources, for 96 registers instead of 127, and in fp32 under a limit of 128
+    limit = 168 if arch < 90 and sources > 4 else 0
     return ReduceConfig(block_e, block_d, max(block_d // (128 if arch >= RDNA else 256), 1), limit)
 
 
