@@ -243,8 +243,8 @@ def gather_chunk(itemsize: int, arch: int = 80) -> int:
     """Selected rows that one launch of the gather kernel takes."""
     if INTERPRETED:
         return 16 if itemsize >= 4 else MAX_K  # small, so that tiny tests take the route in chunks
-    if itemsize >= 4:
-        return 128  # compiled: the splits of tf32x3 keep a whole tile in registers
+    if itemsize >= 4:  # compiled: the splits of tf32x3 keep a whole tile in registers; sm_120 spills 8 to 24 bytes with
+        return 64 if 120 <= arch < AMD else 128  # 128 rows and 4 sources (16 warps: 176 to 2,168)
     return 256 if arch >= AMD else MAX_K  # compiled: with 512 rows gfx942 spills 408 bytes, gfx1100 1,112
 
 
@@ -281,6 +281,8 @@ def gather_config(k: int, d: int, n: int, itemsize: int, arch: int) -> GatherCon
     deep = k_pad * block_d * itemsize <= 16384 and arch < AMD and not (arch in (86, 89) and k_pad == 64)
     # compiled: sm_80 spills 16 bytes at B 1, for 72 registers instead of 92; so does sm_100, 8 to 16 here and there
     limit = 128 if arch < 90 and itemsize == 2 and k_pad == 64 else 255 if arch in (100, 103) else 0
+    if 120 <= arch < AMD and itemsize == 2 and k_pad == 256:  # compiled: sm_120 too, with 8 sources
+        limit = 255
     return GatherConfig(k_pad, block_d, tiles, num_warps, 3 if deep else 2, limit)
 
 
