@@ -13,7 +13,7 @@ from .record import key
 
 FLOOR = {"cpu": 0.05, "cuda": 0.02}  # change below which nothing is said whatever the noise: clocks, placement, heat
 OURS = ("ours", "ours, CUDA graph", "SparcAdam", "unit norm, projection")  # providers whose change is this package's
-VERDICTS = ("faster", "slower", "same", "too noisy", "new", "missing", "not comparable", "not measured")
+VERDICTS = ("faster", "slower", "same", "too noisy", "machine", "new", "missing", "not comparable", "not measured")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def compare(old: dict, new: dict) -> list[Row]:
     """A verdict for every row of either record. Noise: both runs' own (half of p20 to p80 over the median), FLOOR, and
     the largest change of a control (`controls`). A change counts when it is larger. Where the noise is half of the time
     and more, a factor of 1.8 between spreads that do not overlap counts still, and a smaller one above 1.25 is said to
-    be too noisy to tell."""
+    be too noisy to tell. A ceiling that changed says `machine`: no code of anybody's did."""
     reason = why_not(old, new)
     before = {key(r): r for r in old["results"]}
     after = {key(r): r for r in new["results"]}
@@ -136,6 +136,8 @@ def _times(k, a: dict, b: dict, floor: float, drift: float) -> Row:
     elif noise >= 0.5 and ratio > 1.25:
         apart = b["p20_ms"] > a["p80_ms"] if new > old else b["p80_ms"] < a["p20_ms"]
         verdict = ("slower" if new > old else "faster") if apart and ratio >= 1.8 else "too noisy"
+    if k[0] == "ceiling" and verdict in ("faster", "slower"):
+        verdict = "machine"
     return Row(k, verdict, old, new, noise)
 
 

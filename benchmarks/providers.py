@@ -368,17 +368,9 @@ def _ceiling(kind: str):
             gemm = wide_gemm(problem, dtype)
             return _forward_only(problem, dtype, gemm)
         if kind == "copy":
-            buffers = []
-
-            def allocate() -> (
-                None
-            ):  # anew for every execution: where they land in memory is a third of the time on a CPU
-                buffers.clear()
-                buffers.extend(torch.ones(s.N, s.D, device=problem.device, dtype=wanted) for _ in range(2))
-
-            job = _forward_only(problem, dtype, lambda: buffers[1].copy_(buffers[0]))
-            job.reset, job.close = allocate, buffers.clear
-            return job
+            source = torch.ones(s.N, s.D, device=problem.device, dtype=wanted)
+            target = torch.empty_like(source)
+            return _forward_only(problem, dtype, lambda: target.copy_(source))
         width = max(s.d_streams)
         source = torch.ones(s.N, width, device=problem.device, dtype=wanted)
         g = torch.Generator(problem.device).manual_seed(0)

@@ -443,6 +443,12 @@ def test_what_the_machine_changed_is_not_ours(old, new, verdict):
     assert found[record.key(old[0])] == verdict
 
 
+def test_a_ceiling_that_changed_is_the_machine():
+    old, new = (row(ms, provider="copy", op="ceiling", mode="forward") for ms in (10, 15))
+    rows = compare.compare(*records_of([old], [new]))
+    assert [r.verdict for r in rows] == ["machine"] and not compare.regressions(rows, 10)
+
+
 def test_memory_of_an_optimizer_step_is_judged_by_that_of_others():
     """What follows the backward is bound by memory: its change is allowed for its part of the step and no more."""
     old = [row(10), row(15, mode="step"), official(50), official(60, mode="step")]
