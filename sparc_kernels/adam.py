@@ -243,22 +243,23 @@ def _adam_stream_triton(params, grads, exp_avgs, exp_avg_sqs, scalars, normalize
     return None
 
 
-CACHED = 2**15  # elements of a tensor that the torch path takes at a time on a CPU, so that they stay in cache
+CACHED = 2**15  # elements of a tensor that a thread of the torch path takes at a time on a CPU: they stay in cache
 
 
 def _adam_stream_torch(params, grads, exp_avgs, exp_avg_sqs, scalars, normalize, beta1, beta2, eps):
     for i, (w, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
         if g is not None:
             numbers, mode = numbers_of(scalars[i]), normalize if i == DECODER else PLAIN
-            for rows in row_blocks(w):
+            one_pass = mode == PLAIN and w.dtype == m.dtype and w.is_contiguous()  # nothing is read twice
+            for rows in [slice(None)] if one_pass else row_blocks(w):
                 step_torch(w[rows], g[rows], m[rows], v[rows], numbers, mode, beta1, beta2, eps)
 
 
 def row_blocks(w):
     """Slices of the first dimension."""
     size = len(w)
-    if may_look(w):
-        size = max(1, CACHED // max(w[0].numel(), 1))
+    if may_look(w):  # torch gives a thread no fewer elements than CACHED
+        size = max(1, torch.get_num_threads() * CACHED // max(w[0].numel(), 1))
     return [slice(i, i + size) for i in range(0, len(w), size)]
 
 
