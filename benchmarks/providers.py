@@ -48,9 +48,8 @@ class Provider:
     dtypes: tuple[str, ...] = tuple(PRECISIONS)
     absent: Callable[[Context], str | None] = always  # the reason, when it is not to be had
     fits: Callable[[Case], str | None] = lambda case: None  # the reason, when it cannot do this shape
-    model: Callable[[cost_model.Shape], cost_model.Op] | None = (
-        None  # bytes and FLOPs of what it does, with the optimizer apart
-    )
+    # bytes and FLOPs of what it does, with the optimizer apart
+    model: Callable[[cost_model.Shape], cost_model.Op] | None = None
     how: dict = field(default_factory=dict)  # of cost_model.Shape
     graph: bool = False
     setup_s: float = 1.0  # what it takes before it can be timed, compilation included: on a GPU, at a large shape

@@ -260,7 +260,7 @@ def refused(data: dict) -> list[str]:
 
 NO_GPU = (
     "**No GPU has run this package yet**, so there is no GPU figure here; modelled ones are printed by `sparc-kernels "
-    "cost` and written nowhere."
+    "cost`."
 )
 
 

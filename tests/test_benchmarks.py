@@ -638,15 +638,18 @@ def test_tensors_are_seeded_unit_norm_and_exact_in_bfloat16(kind):
             assert torch.equal(x, y) and torch.equal(x, x.bfloat16().float())
     for w in one.tensors.w_decs:
         assert w.stride(0) == 1
-        torch.testing.assert_close(w.norm(dim=0), torch.ones(512), atol=5e-3, rtol=0)
+        torch.testing.assert_close(w.norm(dim=0), torch.ones(512), atol=2e-3, rtol=0)  # 2^-9 is bfloat16's rounding
     if kind == "gaussian":
         for x in one.tensors.xs:
-            torch.testing.assert_close(x.norm(dim=1), torch.ones(48), atol=5e-3, rtol=0)
+            torch.testing.assert_close(x.norm(dim=1), torch.ones(48), atol=2e-3, rtol=0)
     model, x = one.model(torch.float32), one.inputs(torch.float32)
+    assert [int(d.sum()) for d in model.get_dead_neurons().values()] == [50] * 3
+    start = [counter.clone() for counter in model.buffers()]
     for _ in range(2):
         outputs = model(x)
-        assert sum(int((counter > 1000).sum()) for counter in model.get_dead_neurons().values()) >= 0
+        assert not any(map(torch.equal, model.buffers(), start)), "the forward moves counters"
         one.reset(model, model.parameters())
+        assert all(map(torch.equal, model.buffers(), start))
     assert outputs.indices.shape == (48, 16)
     assert one.counters.gt(1000).sum() == 50
 

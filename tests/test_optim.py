@@ -562,6 +562,7 @@ REFUSALS = {
     "one beta": (lambda: SparcAdam(model(), betas=(0.9,)), r"betas: expected two numbers in \[0, 1\)"),
     "beta of 1": (lambda: SparcAdam(model(), betas=(0.9, 1.0)), "betas: expected"),
     "eps": (lambda: SparcAdam(model(), eps=float("nan")), "eps: expected a finite number"),
+    "shadow": (lambda: SparcAdam(model(), shadow=F32), "shadow: expected torch.bfloat16, torch.float16 or None"),
     "decay": (lambda: SparcAdam(model(), weight_decay=-0.1), "weight_decay: expected"),
     "mode": (lambda: SparcAdam(model(), normalize="both"), "normalize: expected 'before', 'after' or None, got 'both'"),
     "norm of 0": (lambda: SparcAdam(model(), max_grad_norm=0.0), "max_grad_norm: expected a number > 0 or None"),
