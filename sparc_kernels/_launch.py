@@ -303,6 +303,11 @@ def reduce_chunk(M: int, d: int) -> int:
     return chunk
 
 
+def column_chunk(rows: int) -> int:
+    """Rows that one program of the sums over rows adds up: at most 512 partial sums are then added one by one."""
+    return max(128, next_power_of_2(cdiv(rows, 512)))
+
+
 @tunable("reduce", block_e=Bound(1, 16), block_d=Bound(16, 2048), num_warps=WARPS)
 def reduce_config(d: int, arch: int = 80, sources: int = 1) -> ReduceConfig:
     if INTERPRETED:

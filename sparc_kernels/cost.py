@@ -13,6 +13,7 @@ from ._launch import (
     SPREAD_SOURCES,
     SPREAD_WIDE,
     cdiv,
+    column_chunk,
     encode_by_library,
     next_power_of_2,
     select_config,
@@ -350,9 +351,10 @@ def reduce_enc(s: Shape) -> Op:
 
 
 def bias_grad(s: Shape) -> Op:
-    """d pre_bias = -W_enc^T dc: W_enc read once more."""
-    parts = [Part("addmv", (s.N * d + s.N + 2 * d) * s.e, flops=2 * s.N * d, library=True) for d in s.d_streams]
-    return Op("d pre_bias", tuple(parts))
+    """d pre_bias = -W_enc^T dc: W_enc read once more, all streams in two launches."""
+    parts = 2 * 4 * s.D * cdiv(s.N, column_chunk(s.N))
+    moved = s.N * s.D * s.e + s.S * s.N * s.e + parts + s.D * s.e
+    return Op("d pre_bias", (Part("weighted sums", moved, flops=2 * s.N * s.D, launches=2),))
 
 
 def takes_gradient_ahead(s: Shape) -> bool:
@@ -360,12 +362,9 @@ def takes_gradient_ahead(s: Shape) -> bool:
     return not s.compiled and s.dtype != "float16"
 
 
-COLUMN_ROWS = 128  # of one program of the sums over rows
-
-
 def column_sums(s: Shape, tensors: int) -> Part:
     """Sums over the rows of fp32 [B, d_s], of `tensors` for each stream: partial ones, then those of the chunks."""
-    parts = 4 * tensors * s.D * cdiv(s.B, COLUMN_ROWS)
+    parts = 4 * tensors * s.D * cdiv(s.B, column_chunk(s.B))
     return Part("bias sums", 4 * tensors * s.B * s.D + 2 * parts + s.D * s.e, launches=2)
 
 

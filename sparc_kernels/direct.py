@@ -11,11 +11,12 @@ import torch
 
 from ._checks import check_number, fail, require
 from .adam import adam_stream_
+from .bias_grads import column_sums
 from .decoder import decode_grads, grads_of_target, target_weights
 from .gather import KEEP_ALL, KEEP_NONE, gather_error
 from .latent_adam import latent_adam_
 from .latent_grads import inverse_index_op, lists_of
-from .loss import add_auxk, column_sums, loss_terms, residual
+from .loss import add_auxk, loss_terms, residual
 from .optim import SparcAdam, mode_of, rows_of
 
 

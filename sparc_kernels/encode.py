@@ -19,8 +19,9 @@ from ._launch import (
     cdiv,
     next_power_of_2,
 )
-from ._ops import Beside, acc_dtype, no_autocast, register, resolve_impl
+from ._ops import Beside, acc_dtype, register, resolve_impl
 from ._triton import INTERPRETED, tl, triton
+from .bias_grads import pre_bias_grads
 from .gather import gather_dot_torch, gather_sum, launch_gather
 from .latent_grads import InverseIndex, inverse_index_op, inverse_sizes, latent_reduce_, lists_of
 from .selection import joint, select, wants_joint
@@ -244,9 +245,9 @@ class Values(torch.autograd.Function):
                 selection = Selection(*tensors[i * size : (i + 1) * size]).with_inverse(len(w_encs[0]), impl)
                 uses.append((selection, v, dv))
         needs = ctx.needs_input_grad[4 + n :]
-        dxs, dws, dbs, dcs = ([None] * S for _ in range(4))
+        dxs, dws, dbs, dcs, sums = ([None] * S for _ in range(5))
         for s in range(S) if uses else ():
-            w, dtype, one = w_encs[s], w_encs[s].dtype, slice(s, s + 1)
+            w, one = w_encs[s], slice(s, s + 1)
             if needs[S + s] or needs[2 * S + s] or needs[3 * S + s]:
                 dw, dc = torch.empty_like(w, memory_format=torch.contiguous_format), latent_biases[s].new_empty(len(w))
                 for i, (selection, v, dv) in enumerate(uses):
@@ -254,14 +255,17 @@ class Values(torch.autograd.Function):
                     latent_reduce_(dw, dc, *selection.lists(s), dv[one], None, v[one], mat, k, i > 0, impl)
                 dws[s] = dw if needs[S + s] else None
                 dcs[s] = dc if needs[3 * S + s] else None
-                if needs[2 * S + s]:
-                    with no_autocast(w.device):  # the same sum as -dx over the batch, as one matrix-vector product
-                        dbs[s] = torch.addmv(pre_biases[s], w.t(), dc.to(dtype), beta=0, alpha=-1)
+                sums[s] = dc
             if needs[s]:
                 for selection, v, dv in uses:
                     dpre = torch.where(v[one] <= 0, 0.0, dv[one])
                     part = gather_sum(selection.of(s), dpre, w, None, impl)[0]
                     dxs[s] = part if dxs[s] is None else dxs[s] + part
+        wanted = [s for s in range(S) if uses and needs[2 * S + s]]
+        if wanted:
+            args = ([group[s] for s in wanted] for group in (w_encs, sums, pre_biases))
+            for s, db in zip(wanted, pre_bias_grads(*args, impl), strict=True):
+                dbs[s] = db
         return *[None] * (4 + n), *dxs, *dws, *dbs, *dcs, *[None] * S
 
 

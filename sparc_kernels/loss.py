@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from ._launch import cdiv, next_power_of_2
 from ._ops import may_look, register
 from ._triton import INTERPRETED, tl, tl_dtype, triton
+from .bias_grads import column_sums
 from .decoder import decode_grads, errors_of, grads_of_errors, grads_of_target, target_weights
 from .gather import KEEP_NONE, gather_error
 from .latent_grads import lists_of
@@ -199,89 +200,6 @@ Args: sqs: |E|^2 [1, B] of each of T streams' AuxK reconstructions.  norm: |resi
 
 Returns: the total []; mean, coef * mean and the T terms, [2 + T]; the weights [T, 1] of the terms in the total.
 """
-
-
-# column_sums: the gradients of the decoders' biases
-
-
-@triton.jit
-def _column_parts_kernel(
-    x_ptrs, widths, part_ptr, B, D, chunk, T: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
-    """part[p, columns before x_t + c] = the sum of rows p * chunk onwards of x_t."""
-    begin = tl.program_id(0) * chunk
-    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    rows = tl.arange(0, BLOCK_B)
-    out_row = part_ptr + tl.program_id(0).to(tl.int64) * D
-    for t in tl.static_range(T):
-        if tl.program_id(2) == t:
-            mask_d = cols < widths[t]
-            acc = tl.zeros((BLOCK_B, BLOCK_D), ACC)
-            for b0 in range(begin, begin + chunk, BLOCK_B):
-                b = (b0 + rows)[:, None]
-                mask = (b < B) & mask_d[None, :]
-                acc += tl.load(x_ptrs[t] + b.to(tl.int64) * widths[t] + cols[None, :], mask=mask, other=0.0)
-            tl.store(out_row + cols, tl.sum(acc, 0), mask=mask_d)
-        out_row += widths[t]
-
-
-@triton.jit
-def _column_sums_kernel(
-    part_ptr, out_ptrs, widths, chunks, D, half, T: tl.constexpr, TWICE: tl.constexpr, BLOCK_D: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
-    cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    for t in tl.static_range(T):
-        if tl.program_id(1) == t:
-            mask = cols < widths[t]
-            acc = tl.zeros((BLOCK_D,), ACC)
-            for c in range(chunks):
-                row = part_ptr + tl.full((), c, tl.int64) * D
-                acc += tl.load(row + cols, mask=mask, other=0.0)
-                if TWICE:
-                    acc += tl.load(row + half + cols, mask=mask, other=0.0)
-            tl.store(out_ptrs[t] + cols, acc.to(out_ptrs[t].dtype.element_ty), mask=mask)
-        part_ptr += widths[t]
-
-
-def _column_sums_triton(xs, more, like):
-    B, every = xs[0].shape[0], [x.contiguous() for x in (*xs, *more)]
-    widths = tuple(x.shape[1] for x in every)
-    block_b, block_d = (4, 16) if INTERPRETED else (8, 128)
-    chunk = 8 if INTERPRETED else 128
-    chunks, tiles = cdiv(B, chunk), cdiv(max(widths), block_d)
-    out, acc = _column_sums_fake(xs, more, like), tl_dtype(xs[0].dtype)
-    part = xs[0].new_empty(chunks, sum(widths))
-    _column_parts_kernel[(chunks, tiles, len(every))](
-        tuple(every), widths, part, B, sum(widths), chunk, T=len(every), BLOCK_B=block_b, BLOCK_D=block_d, ACC=acc,
-        num_warps=4,
-    )  # fmt: skip
-    _column_sums_kernel[(tiles, len(out))](
-        part, tuple(out), widths[: len(out)], chunks, sum(widths), sum(widths[: len(out)]), T=len(out),
-        TWICE=len(more) > 0, BLOCK_D=block_d, ACC=acc, num_warps=1,
-    )  # fmt: skip
-    return out
-
-
-def _column_sums_torch(xs, more, like):
-    sums = [x.sum(0) for x in xs]
-    sums = [a + x.sum(0) for a, x in zip(sums, more, strict=True)] if more else sums
-    return [a.to(b.dtype) for a, b in zip(sums, like, strict=True)]
-
-
-def _column_sums_fake(xs, more, like):
-    return [b.new_empty(x.shape[1]) for x, b in zip(xs, like, strict=True)]
-
-
-column_sums = register(
-    "column_sums",
-    "(Tensor[] xs, Tensor[] more, Tensor[] like, str impl) -> Tensor[]",
-    torch_impl=_column_sums_torch,
-    triton_impl=_column_sums_triton,
-    fake=_column_sums_fake,
-)
-column_sums.__doc__ = """Sums over the rows of xs[t] [B, d_t] and, if there are any, of more[t], in like[t]'s dtype."""
 
 
 # scale_

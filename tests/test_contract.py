@@ -275,6 +275,7 @@ def ops_and_arguments(impl):
         "loss_terms": (ops.loss_terms, ([coef] * 3, coef + 1, torch.rand_like(coef[:, :3]), values, impl)),
         "add_auxk": (ops.add_auxk, ([coef[:1]] * 3, coef + 1, sums[0], 0.1, impl)),
         "column_sums": (ops.column_sums, (p.xs, p.xs, p.pre_biases, impl)),
+        "pre_bias_grads": (ops.pre_bias_grads, (p.w_encs, p.latent_biases, p.pre_biases, impl)),
         "scale_": (ops.scale_, ([out, sums], torch.full_like(sums[0], 3.0), impl)),
         **optimizer_operators(p, indices, inverse, values, coef, impl),
     }

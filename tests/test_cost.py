@@ -117,8 +117,8 @@ BY_HAND = {
     "reduce_errors": (96 + 2 * (4 * (4 + 16) + 32) + 96 + 8, 96),
     # a row of x an entry, per stream list, offsets, dv and value an entry, dW_enc, dc, ids looked at
     "reduce_enc": (48 + 2 * (4 * 12 + 32) + 96 + 32 + 8, 48),
-    # W_enc, dc, bias and result
-    "bias_grad": (96 + 32 + 24, 96),
+    # W_enc, dc, one chunk's sums written and read, the result
+    "bias_grad": (96 + 32 + 48 + 12, 96),
     "dense_enc": ((2 * 16 + 12 + 48) * 2, 192),
     "copy": (192, 0),
     "adam": (7 * 2 * 48 * 4, 0),

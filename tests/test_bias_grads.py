@@ -1,0 +1,72 @@
+"""Gradients of the biases: sums over rows in the accumulator dtype, whatever the rows' dtype is."""
+
+import pytest
+import torch
+from common import assert_close, problem
+from conftest import DEVICE
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparc_kernels import AlignedSAE, _ops
+from sparc_kernels.bias_grads import TORCH_ROWS, column_sums, pre_bias_grads
+
+HALF = (torch.bfloat16, torch.float16)
+PRODUCTS = {"mv", "addmv", "mm", "addmm", "bmm", "baddbmm", "dot"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_agrees_with_the_product_in_float64(impl, dtype):
+    g = torch.Generator().manual_seed(0)
+    n, widths = (20, TORCH_ROWS + 50)[impl == "torch"], (5, 17)  # many chunks of rows in either
+    w_encs = [(torch.randn(n, d, generator=g) + 1).to(DEVICE, dtype) for d in widths]
+    joint = torch.cat(w_encs, 1).split(widths, 1)  # rows wider than the columns, as JointCast lays them
+    sums = [(torch.rand(n, generator=g) + 1).to(DEVICE, dtype) for _ in widths]
+    like = [w.new_empty(0, dtype=torch.float32) for w in w_encs]
+    want = [-(w.double().t() @ s.double()) for w, s in zip(w_encs, sums, strict=True)]
+    for laid in (w_encs, joint):
+        for got, truth in zip(pre_bias_grads(list(laid), sums, like, impl), want, strict=True):
+            assert_close(got, truth, 1e-5)
+    rounded = pre_bias_grads(w_encs, sums, w_encs, impl)
+    assert [t.dtype for t in rounded] == [dtype] * 2
+    for short, got in zip(rounded, pre_bias_grads(w_encs, sums, like, impl), strict=True):
+        assert_close(short, got, torch.finfo(dtype).eps)  # the interpreter truncates to bfloat16
+
+
+def test_column_sums_of_rows_that_are_not_contiguous(impl):
+    p = problem(B=21, requires_grad=False)
+    loose = [torch.cat([x, x], 1)[:, : x.shape[1]] for x in p.xs]
+    for got, x in zip(column_sums(loose, p.xs, p.pre_biases, impl), p.xs, strict=True):
+        assert_close(got, 2 * x.sum(0))
+
+
+class Products(TorchDispatchMode):
+    """The lengths that matrix products of half precision tensors add up over, the package's operators included."""
+
+    def __init__(self):
+        super().__init__()
+        self.lengths = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split("::")[1]
+        if func.namespace == _ops.NAMESPACE:
+            torch_impl, triton_impl, _ = _ops.OPERATORS[name]
+            *args, impl = args
+            with self:
+                return (triton_impl if impl == "triton" else torch_impl)(*args)
+        if name in PRODUCTS:
+            last = [a for a in args if isinstance(a, torch.Tensor)][-1]
+            if last.dtype in HALF:
+                self.lengths.append(last.shape[-2] if last.dim() > 1 else last.shape[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_nothing_is_added_up_over_the_latents_in_half_precision(impl, dtype):
+    """A library may add up the parts of a long half precision product in half precision."""
+    torch.manual_seed(0)
+    model = AlignedSAE({"a": 9, "b": 6}, 30, 2, impl=impl, device=DEVICE, dtype=dtype)
+    x = {s: torch.randn(5, d, device=DEVICE).to(dtype) for s, d in model.d_streams.items()}
+    with Products() as seen:
+        loss, _ = model.compute_loss(model(x), x)
+        loss.backward()
+    assert model.pre_biases["a"].grad.abs().max() > 0
+    assert all(length < 30 for length in seen.lengths), seen.lengths
