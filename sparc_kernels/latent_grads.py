@@ -337,9 +337,12 @@ def by_product(mat, out) -> bool:
 
 def lists_torch(entries, weights, offsets, mat):
     """One weighted sum of rows of mat [R, d] for each list of entries, in bags."""
-    return F.embedding_bag(
-        entries.long(), mat, offsets.long(), mode="sum", per_sample_weights=weights, include_last_offset=True
+    # one bag more for what is in no list: on CUDA the last bag reaches to the end of entries, whatever its offset says
+    offsets = torch.cat([offsets.long(), offsets.new_full((1,), entries.numel(), dtype=torch.int64)])
+    bags = F.embedding_bag(
+        entries.long(), mat, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
     )
+    return bags[:-1]
 
 
 def reduce_torch(out, sums, order, offsets, ids, coef, scale, gate, mat, k, add):

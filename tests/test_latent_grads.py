@@ -5,7 +5,7 @@ from conftest import DEVICE, KERNEL_DTYPE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparc_kernels import inverse_index
+from sparc_kernels import inverse_index, latent_grads, reference
 from sparc_kernels.dead import dead_first
 from sparc_kernels.latent_grads import inverse_index_op, latent_reduce, latent_reduce_
 
@@ -45,6 +45,26 @@ def test_lists_of_any_length_are_added_up_whatever_blocks_they_lie_across(ids, a
             want[i] += c * torch.stack([c, 2 * c])
             want_sums[i] += c
     assert torch.equal(out, want) and torch.equal(sums, want_sums)  # small integers and halves: exact
+
+
+def test_the_last_list_ends_where_it_ends(monkeypatch):
+    """On CUDA the last bag reaches to the end of what is given, where ids outside and rows beyond a count stand."""
+    bags = torch.nn.functional.embedding_bag
+
+    def as_on_cuda(entries, mat, offsets, **options):
+        return bags(entries, mat, torch.cat([offsets[:-1], offsets.new_full((1,), entries.numel())]), **options)
+
+    monkeypatch.setattr(latent_grads.F, "embedding_bag", as_on_cuda)
+    monkeypatch.setattr(latent_grads, "may_look", lambda tensor: False)
+    indices = torch.tensor([[0, 3], [4, 99], [4, -1]])
+    inverse = inverse_index(indices, 5, impl="torch")
+    coef, mat = torch.rand(1, 3, 2), torch.randn(1, 3, 6).bfloat16()
+    rows, _ = latent_grads.latent_reduce(inverse, coef, mat, 2, torch.bfloat16, "torch")
+    inside = (indices >= 0) & (indices < 5)
+    want = (
+        reference.codes(indices.where(inside, 0), coef[0].where(inside, 0.0).bfloat16().double(), 5).T @ mat[0].double()
+    )
+    assert_close(rows.double(), want, 1e-2)
 
 
 def test_both_inverse_indices_are_the_same():
