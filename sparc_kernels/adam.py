@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 
 from ._launch import ADAM_WIDTH, adam_config, capability, next_power_of_2
@@ -68,7 +69,7 @@ def _log2(beta):
 def _adam_scalars_triton(
     steps, out, lr, lr_value, decay, active, found_inf, grad_scale, loss, square, max_norm, norm, beta1, beta2
 ):  # fmt: skip
-    high = torch.tensor(lr_value, dtype=torch.float32).item()  # Triton rounds numbers to float32
+    high = float(np.float32(lr_value))  # Triton rounds numbers to float32
     _adam_scalars_kernel[(1,)](
         steps, out, lr, high, lr_value - high, decay, active, found_inf, grad_scale, loss, square, max_norm, norm,
         len(steps), LOG_BETA1=_log2(beta1), LOG_BETA2=_log2(beta2), PAD=next_power_of_2(len(steps)),
@@ -296,7 +297,7 @@ def step_torch(w, g, m, v, numbers, normalize, beta1, beta2, eps):
         w.mul_(keep)
     dense = all(t.is_contiguous() for t in (w, m, v))
     if looked and dense and w.device.type == "cpu" and _fused is not None:  # one pass; at this step it corrects by 1
-        done = torch.full((), 2.0**60)
+        done = torch.full((), 2.0**60, device=w.device)
         _fused(
             [w], [g.contiguous()], [m], [v], [], [done], lr=step_size / correction, beta1=beta1, beta2=beta2,
             weight_decay=0.0, eps=eps / correction, amsgrad=False, maximize=False, grad_scale=None, found_inf=None,

@@ -85,7 +85,8 @@ class SparcAdam(torch.optim.Optimizer):
         self.impl, self._shadow = impl, shadow and Shadow(shadow)
         params = list(self.model.parameters())
         if capturable and not isinstance(lr, torch.Tensor):
-            lr = torch.tensor(float(lr), device=params[0].device)
+            # float64: as exact as the number that a step outside of a graph takes
+            lr = torch.full((), float(lr), device=params[0].device, dtype=torch.float64)
         self.grad_norm: torch.Tensor | None = None  # 0-d, of the latest step, with max_grad_norm
         self._step_supports_amp_scaling = True
         self.counts = self._scalars = None  # step counts [P], and [P, 5] for the updates, stream by stream
@@ -172,6 +173,9 @@ class SparcAdam(torch.optim.Optimizer):
         for p in flat:
             require(p.device == device, "model", f"parameters on one device, {device}", p)
         if self.counts is None or self.counts.device != device:
+            group = self.param_groups[0]
+            if group["capturable"]:  # read by the captured step: it goes where the parameters have gone
+                group["lr"] = torch.as_tensor(group["lr"], device=device)
             zero = torch.zeros((), device=device)
             counts = [self.state[p]["step"].to(zero) if self.state.get(p) else zero for p in flat]
             self.counts = torch.stack(counts)
@@ -199,9 +203,13 @@ class SparcAdam(torch.optim.Optimizer):
     def count_step(self, moving: list[bool], square=None, loss=None) -> None:
         """Counts a step of what moves and fills `scalars`; loss: nothing moves unless it is finite."""
         group = self.param_groups[0]
-        if self.counts.is_cuda and torch.cuda.is_current_stream_capturing() and not group["capturable"]:
-            raise RuntimeError("capturable: expected True for a step that a CUDA graph captures, got False")
         lr, number, norm = group["lr"], 0.0, None
+        if self.counts.is_cuda and torch.cuda.is_current_stream_capturing():
+            if not group["capturable"]:
+                raise RuntimeError("capturable: expected True for a step that a CUDA graph captures, got False")
+            if not isinstance(lr, torch.Tensor) or lr.device != self.counts.device:
+                got = lr.device if isinstance(lr, torch.Tensor) else "a number"
+                raise RuntimeError(f"lr: expected a tensor on {self.counts.device} in a captured step, got {got}")
         if not isinstance(lr, torch.Tensor) or lr.device != self.counts.device:
             lr, number = None, float(lr)
         if square is not None:

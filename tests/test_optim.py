@@ -461,6 +461,20 @@ def test_torchs_scaler_takes_it():
     assert_same_weights(m, before, 1e-6)
 
 
+@pytest.mark.parametrize("rate", [1e-3, 0.1, 3e-5])
+def test_a_step_that_can_be_captured_multiplies_by_the_same_numbers(impl, rate):
+    """Its learning rate is a tensor, as exact as the number that any other step takes."""
+    after = []
+    for capturable in (False, True):
+        m = AlignedSAE({"a": 6, "b": 5}, 20, 3, device=DEVICE)
+        adam = SparcAdam(m, rate, weight_decay=0.1, capturable=capturable, impl=impl)
+        adam.prepare([[True] * 4] * 2)
+        for _ in range(3):
+            adam.count_step([True] * 8)
+        after.append(adam.scalars())
+    assert torch.equal(*after) and after[0][0, 0] > 0
+
+
 # layouts, partial gradients, refusals
 
 
