@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
+import torch.nn.functional as F
 
 from ._triton import HAS_TRITON, INTERPRETED
 
@@ -22,7 +23,7 @@ def register(name: str, schema: str, *, torch_impl, triton_impl, fake):
 
     The last schema argument must be `str impl`, "torch" or "triton", already resolved by `resolve_impl`. Operators are
     raw: gradients come from the autograd.Function that calls them. Autocast is switched off inside, where dtypes are
-    already settled.
+    already settled, and the tensors' GPU is the current one.
     """
     qualname = f"{NAMESPACE}::{name}"
     OPERATORS[name] = torch_impl, triton_impl, fake
@@ -31,7 +32,8 @@ def register(name: str, schema: str, *, torch_impl, triton_impl, fake):
     def dispatch(*args):
         *args, impl = args
         fn = triton_impl if impl == "triton" else torch_impl
-        with no_autocast(next(_tensors(args)).device):
+        device = next(_tensors(args)).device
+        with no_autocast(device), on_device(device):
             return fn(*args)
 
     torch.library.impl(qualname, "default")(dispatch)  # every device; Triton is chosen by `impl`
@@ -46,6 +48,13 @@ def autocast_enabled(device: torch.device) -> bool:
 def no_autocast(device: torch.device):
     """Context in which products run in the dtypes of their operands."""
     return torch.autocast(device.type, enabled=False) if autocast_enabled(device) else nullcontext()
+
+
+def on_device(device: torch.device):
+    """Context in which kernels are launched on that device: Triton takes the current one, not the tensors'."""
+    if device.type != "cuda" or device.index is None or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def _tensors(args):
@@ -94,6 +103,15 @@ def _quietly_beta():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
+
+
+def pad_width(x: torch.Tensor) -> torch.Tensor:
+    """x [rows, d] for a product over d: on a CPU half precision is padded with zeros to a multiple of 32 columns.
+
+    At other widths oneDNN's product (its issue 5717, on CPUs with AMX) turns a row with one inf into NaN.
+    """
+    missing = -x.shape[1] % 32
+    return F.pad(x, (0, missing)) if missing and x.device.type == "cpu" and x.dtype.itemsize == 2 else x
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -138,7 +138,9 @@ def _renumbered(codes: dict[str, Codes]) -> dict[str, Codes]:
     """Every stream's latents under numbers drawn at random."""
     generator = torch.Generator().manual_seed(0)
     return {
-        s: c._replace(indices=torch.randperm(c.n_latents, generator=generator).to(c.indices.device)[c.indices])
+        s: c._replace(
+            indices=torch.randperm(c.n_latents, generator=generator, device="cpu").to(c.indices.device)[c.indices]
+        )
         for s, c in codes.items()
     }
 

@@ -46,7 +46,7 @@ class MappedRows:
     def read(self, start: int, stop: int) -> Tensor:
         """[stop - start, width], a copy."""
         first, count = self._offset + start * self._row_bytes, (stop - start) * self._row_bytes
-        out = torch.empty(count, dtype=torch.uint8)
+        out = torch.empty(count, dtype=torch.uint8, device="cpu")
         np.copyto(out.numpy(), np.frombuffer(self._map, np.uint8, count, first))
         if hasattr(mmap, "MADV_DONTNEED"):  # or the pages would count as this process's until the system is short
             begin = max(0, first - _AROUND) // mmap.PAGESIZE * mmap.PAGESIZE
@@ -183,7 +183,7 @@ class Features:
             starts = sorted({int(p) for p in np.linspace(0, self.rows - size, 256)})
         digest = hashlib.blake2b(f"{source.rows} {source.width} {source.dtype}".encode(), digest_size=16)
         bad, n_bad, zero, n_zero = [], 0, [], 0
-        total, power, count = torch.zeros(source.width, dtype=torch.float64), 0.0, 0
+        total, power, count = torch.zeros(source.width, dtype=torch.float64, device="cpu"), 0.0, 0
         for start in starts:
             raw = source.read(start, min(start + size, self.rows)).contiguous()
             digest.update(raw.view(torch.uint8).numpy())

@@ -248,13 +248,14 @@ def gather_dot_torch(indices, w, x, count):
             mask = torch.arange(k, device=w.device) < count
             return torch.where(mask, gather_dot_torch(indices, w, x, None), 0.0)
         found = min(k, int(count))
-        out = torch.zeros(S, B, k, dtype=acc)
+        out = w.new_zeros(S, B, k, dtype=acc)
         if found:
             out[:, :, :found] = gather_dot_torch(indices[:, :found].contiguous(), w, x, None)
         return out
     if w.device.type == "cpu" and w.dtype in (torch.float32, torch.float64):
         # a sampled product reads each selected row once, where bmm would first copy all B * k of them
-        pattern = csr(torch.arange(0, B * k + 1, k), indices.reshape(-1), w.new_zeros(B * k), w.shape[0])
+        offsets = torch.arange(0, B * k + 1, k, device=w.device)
+        pattern = csr(offsets, indices.reshape(-1), w.new_zeros(B * k), w.shape[0])
         dots = [torch.sparse.sampled_addmm(pattern, x_s, w.T, beta=0.0).values().view(B, k) for x_s in x]
         return torch.stack(dots)
     out = torch.empty(S, B, k, device=w.device, dtype=acc)

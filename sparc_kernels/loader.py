@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_int, fail, require
+from ._ops import on_device
 from .features import Features
 
 MEMORY = 4 << 30  # bytes for the windows
@@ -118,17 +119,17 @@ class Loader:
         blocks = self._blocks()
         size = [stop - start for start, stop in blocks]
         if self.shuffle == "none":
-            return [([block], torch.arange(n)) for block, n in zip(blocks, size, strict=True)]
+            return [([block], torch.arange(n, device="cpu")) for block, n in zip(blocks, size, strict=True)]
         if self.shuffle == "official":
             whole = [b for b, n in zip(blocks, size, strict=True) if n == self.batch_size]
             rest = [b for b, n in zip(blocks, size, strict=True) if n != self.batch_size]
-            order = [whole[i] for i in torch.randperm(len(whole), generator=self.generator).tolist()]
-            return [([block], torch.arange(block[1] - block[0])) for block in order + rest]
+            order = [whole[i] for i in torch.randperm(len(whole), generator=self.generator, device="cpu").tolist()]
+            return [([block], torch.arange(block[1] - block[0], device="cpu")) for block in order + rest]
         if self.resident:
-            return [(blocks, torch.randperm(self.rows, generator=self.generator))]
-        order = [blocks[i] for i in torch.randperm(len(blocks), generator=self.generator).tolist()]
+            return [(blocks, torch.randperm(self.rows, generator=self.generator, device="cpu"))]
+        order = [blocks[i] for i in torch.randperm(len(blocks), generator=self.generator, device="cpu").tolist()]
         windows = [order[i : i + self.window_blocks] for i in range(0, len(order), self.window_blocks)]
-        return [(w, torch.randperm(sum(b - a for a, b in w), generator=self.generator)) for w in windows]
+        return [(w, torch.randperm(sum(b - a for a, b in w), generator=self.generator, device="cpu")) for w in windows]
 
     # ---------------------------------------------------------------------------------------------------- the consumer
 
@@ -178,10 +179,11 @@ class _Worker:
             self.stream = torch.cuda.Stream(loader.device)
             self.free: queue.Queue = queue.Queue()
             for _ in range(_AHEAD + 2):
-                rows = {
-                    s: torch.empty(loader.batch_size, d, dtype=loader.features.dtype, pin_memory=True)
-                    for s, d in loader.features.widths.items()
-                }
+                with on_device(loader.device):  # pinned memory belongs to a context: that of the GPU it is copied to
+                    rows = {
+                        s: torch.empty(loader.batch_size, d, dtype=loader.features.dtype, pin_memory=True, device="cpu")
+                        for s, d in loader.features.widths.items()
+                    }
                 self.free.put((rows, None))
         self.thread = threading.Thread(target=self._run, name="sparc-loader", daemon=True)
         self.thread.start()
@@ -298,7 +300,7 @@ class _Window:
             rows = min(loader.block_rows * loader.window_blocks, loader.rows)  # of the largest window
             for s, d in loader.features.widths.items():
                 if s not in buffer:
-                    buffer[s] = torch.empty(rows, d, dtype=loader.features.dtype)
+                    buffer[s] = torch.empty(rows, d, dtype=loader.features.dtype, device="cpu")
             self.data = buffer
         else:
             self.read = len(blocks)

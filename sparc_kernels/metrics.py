@@ -262,8 +262,8 @@ def probe_1d(codes: Codes, labels: Tensor, n_candidates: int = 20, min_count: in
     check_int("n_candidates", n_candidates, 1)
     check_int("min_count", min_count, 6)
     check_int("seed", seed, 0)
-    per_class = torch.full((labels.shape[1],), float("nan"), dtype=torch.float64)
-    latents = torch.full((labels.shape[1],), -1)
+    per_class = torch.full((labels.shape[1],), float("nan"), dtype=torch.float64, device="cpu")
+    latents = torch.full((labels.shape[1],), -1, device="cpu")
     for c in range(labels.shape[1]):
         balanced = _balanced_rows(labels[:, c].cpu(), seed + c)
         if balanced.shape[1] <= min_count:
@@ -273,7 +273,7 @@ def probe_1d(codes: Codes, labels: Tensor, n_candidates: int = 20, min_count: in
             [n_train, n_val, balanced.shape[1] - n_train - n_val], dim=1)]  # fmt: skip
         candidates = _candidates(codes, labels[:, c], parts[0], n_candidates)
         if len(candidates) == 0:
-            per_class[c] = torch.log(torch.tensor(2.0, dtype=torch.float64))
+            per_class[c] = torch.log(torch.tensor(2.0, dtype=torch.float64, device="cpu"))
             continue
         (x_train, x_val, x_test) = (_columns(codes, rows, candidates) for rows in parts)
         (y_train, y_val, y_test) = (labels[rows, c].double().unsqueeze(1) for rows in parts)
@@ -354,7 +354,7 @@ def _balanced_rows(positive: Tensor, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     classes = [where.nonzero().flatten() for where in (positive, ~positive)]
     m = min(map(len, classes))
-    return torch.stack([rows[torch.randperm(len(rows), generator=generator)[:m]] for rows in classes])
+    return torch.stack([rows[torch.randperm(len(rows), generator=generator, device="cpu")[:m]] for rows in classes])
 
 
 def _candidates(codes: Codes, positive: Tensor, train_rows: Tensor, n: int) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
-from ._ops import autocast_enabled, resolve_impl
+from ._ops import autocast_enabled, pad_width, resolve_impl
 from .decoder import Decode
 from .latent_grads import NO_INVERSE
 from .loss import AlignedLoss
@@ -127,7 +127,7 @@ class AlignedOutputs(Mapping):
         return self._values[s]
 
     def _make_count(self):
-        return torch.tensor(float(self._model.k), device=self._indices.device)
+        return torch.full((), float(self._model.k), device=self._indices.device)  # a fill, where a copy would wait
 
     def _make_mask(self, s):
         idx = self._of_stream(s)
@@ -145,7 +145,7 @@ class AlignedOutputs(Mapping):
     def _make_logits(self, s):
         self._check_unchanged()
         w_enc, pre_bias, latent_bias = self._model._encoder(s)
-        return F.linear(self._inputs[s].to(w_enc.dtype) - pre_bias, w_enc, latent_bias)
+        return F.linear(pad_width(self._inputs[s].to(w_enc.dtype) - pre_bias), pad_width(w_enc), latent_bias)
 
     def _make_recon(self, t, s):
         self._check_unchanged()

@@ -278,7 +278,7 @@ def _best_label(codes, labels, names, latent: int) -> str:
     """The class that predicts best where the latent fires, by F1 averaged over streams."""
     if labels is None:
         return f"latent {latent}"
-    total = torch.zeros(labels.shape[1], dtype=torch.float64)
+    total = torch.zeros(labels.shape[1], dtype=torch.float64, device="cpu")
     for c in codes.values():
         fired = ((c.indices == latent) & (c.values > 0)).any(1).cpu()
         hits = labels[fired].sum(0)

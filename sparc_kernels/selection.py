@@ -22,7 +22,7 @@ from ._launch import (
     select_config,
     select_rows,
 )
-from ._ops import Beside, acc_dtype, may_look, register
+from ._ops import Beside, acc_dtype, may_look, pad_width, register
 from ._triton import INTERPRETED, tl, tl_dtype, triton
 
 
@@ -426,6 +426,7 @@ def _select_torch(xs, w_encs, biases, k, ids, count):
             return out
         order = ids[:n].long()
         w_encs, bias = [w[order] for w in w_encs], bias[order]
+    xs, w_encs = [pad_width(x) for x in xs], [pad_width(w) for w in w_encs]
     chunk = max(1, SCRATCH_BYTES // (n * acc.itemsize))
     for row0 in range(0, B, chunk):
         part = slice(row0, row0 + chunk)

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from ._ops import on_device
 from .module import AlignedSAE
 from .optim import SparcAdam
 
@@ -109,14 +110,19 @@ class Step:
 
 
 class _Graph:
-    """Replays `Step.eager`. The first steps run eagerly on a side stream, as a capture wants."""
+    """Replays `Step.eager`, on the model's GPU. The first steps run eagerly on the capture's stream, as it wants."""
 
     def __init__(self, step: Step):
         self.owner, self.graph, self.failed, self.seen = step, None, False, 0
-        self.shapes, self.stream = None, torch.cuda.Stream()
+        self.device = next(step.model.parameters()).device
+        self.shapes, self.stream = None, torch.cuda.Stream(self.device)
 
     def step(self, x: dict[str, Tensor]):
         """(loss, metrics), or None where the caller has to take the step."""
+        with on_device(self.device):
+            return self._step(x)
+
+    def _step(self, x):
         shapes = {s: tuple(t.shape) for s, t in x.items()}
         self.shapes = self.shapes or shapes
         if self.failed or shapes != self.shapes:
@@ -144,13 +150,17 @@ class _Graph:
         return result
 
     def _capture(self, x) -> None:
-        """Records the step without taking it."""
+        """Record the step without taking it. Other threads may use CUDA meanwhile: the loader waits for its copies."""
         self.x, graph = {s: t.clone() for s, t in x.items()}, torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.loss, self.metrics = self.owner.eager(self.x)
-        except RuntimeError as error:
+        except Exception as error:
             self.failed = True
-            warnings.warn(f"the step could not be captured in a CUDA graph, steps run eagerly: {error}", stacklevel=2)
+            torch.cuda.set_stream(current)  # a capture that does not end well leaves its own stream in place
+            self.x = self.loss = self.metrics = None
+            self.owner.optimizer.zero_grad(set_to_none=True)  # gradients in the graph's memory
+            warnings.warn(f"the step could not be captured in a CUDA graph, steps run eagerly: {error}", stacklevel=5)
             return
         self.graph = graph

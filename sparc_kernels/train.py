@@ -525,9 +525,9 @@ def split(rows: int, fraction: float, seed: int) -> tuple[list[tuple[int, int]],
     require(held_out < rows, "val_fraction", "rows left to train on", f"{held_out} of {rows} rows held out")
     piece = max(1, min(_HELD_OUT_PIECE, held_out // 8))
     pieces = -(-rows // piece)
-    chosen = torch.zeros(pieces, dtype=torch.bool)
+    chosen = torch.zeros(pieces, dtype=torch.bool, device="cpu")
     count = min(max(1, round(held_out / piece)), pieces - 1)
-    chosen[torch.randperm(pieces, generator=torch.Generator().manual_seed(seed))[:count]] = True
+    chosen[torch.randperm(pieces, generator=torch.Generator().manual_seed(seed), device="cpu")[:count]] = True
     parts = ([], [])
     for i, out in enumerate(chosen.tolist()):
         intervals, start, stop = parts[out], i * piece, min((i + 1) * piece, rows)
@@ -551,7 +551,7 @@ def _matmul_precision(precision: str):
 def choose_device(device: str | torch.device) -> torch.device:
     """The device meant, "auto": CUDA where there is one."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     device = torch.device(device)
     ok = device.type != "cuda" or torch.cuda.is_available()
     require(ok, "device", "a device that is there", f"{device}, but PyTorch sees no GPU")

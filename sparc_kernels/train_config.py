@@ -109,6 +109,7 @@ class TrainConfig:
             self.dead_steps_threshold,
             topk_type=self.topk_type,
             dtype=self.dtype,
+            device="cpu",
         ).to(device)
 
     def lr_at(self, step: int, steps: int) -> float:

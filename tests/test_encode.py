@@ -4,8 +4,9 @@ from common import assert_close, assert_grads_close, problem
 from conftest import CUDA, DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparc_kernels import encode_topk, reference, values_at
+from sparc_kernels import AlignedSAE, _ops, encode_topk, reference, values_at
 from sparc_kernels._launch import select_config
 from sparc_kernels._triton import tl, triton
 from sparc_kernels.encode import centre_for, select_latents
@@ -151,6 +152,45 @@ def test_rows_are_processed_in_chunks_with_the_same_result(impl, monkeypatch):
         monkeypatch.setattr(where, "SCRATCH_BYTES", 70 * 8 * 17)
     monkeypatch.setattr(_launch, "SCRATCH_LEAST_ROWS", 1)
     assert torch.equal(chosen(p, p.w_encs, impl), whole)
+
+
+class LikeAMX(TorchDispatchMode):
+    """CPU products of half precision as oneDNN makes them on AMX: at a width that is no multiple of 32 a row with an
+    inf becomes NaN. Inside the package's operators too."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == _ops.NAMESPACE:
+            *args, _ = args
+            with self:
+                return _ops.OPERATORS[func._schema.name.split("::")[1]][0](*args)
+        out = func(*args, **(kwargs or {}))
+        if func._schema.name in ("aten::mm", "aten::addmm"):
+            rows = args[-2]
+            if rows.dtype.itemsize == 2 and rows.shape[1] % 32:
+                out.masked_fill_(rows.isinf().any(1, keepdim=True), float("nan"))
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [127, 131, 65, 64])
+def test_a_row_with_an_inf_is_selected_on_its_own_numbers(dtype, width):
+    """On every CPU: 5 of the 9 latents have +inf there, and the lowest of those come first."""
+    w = torch.ones(9, width, dtype=dtype)
+    w[1::2] = -1  # inf * -1 is -inf, so rows are inf or -inf, never NaN
+    x, b, c = torch.ones(3, width, dtype=dtype), torch.zeros(width, dtype=dtype), torch.zeros(9, dtype=dtype)
+    x[1, 3] = float("inf")
+    torch.manual_seed(0)
+    model = AlignedSAE({"a": width}, 9, 7, impl="torch", dtype=dtype)
+    with torch.no_grad():
+        model.encoders["a"].weight.copy_(w)
+    with LikeAMX():
+        indices, values = encode_topk([x], [w], [b], [c], 7, impl="torch")
+        outputs = model({"a": x})
+        logits = outputs["logits_a"]
+    assert indices[1].tolist() == outputs.indices[1].tolist() == [0, 2, 4, 6, 8, 1, 3]
+    assert values[0, 1].tolist() == [float("inf")] * 5 + [0.0] * 2
+    assert logits[1].tolist() == [float("-inf") if n % 2 else float("inf") for n in range(9)]
+    assert logits[0].tolist() == [-width if n % 2 else width for n in range(9)]
 
 
 def test_inputs_of_any_strides(impl):
