@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ._triton import INTERPRETED
+from ._triton import INTERPRETED, TRITON_VERSION
 from ._tuned import Bound, tunable
 
 SCRATCH_BYTES = 256 * 2**20  # logits kept at once by the selection; rows are processed in chunks of this size
@@ -154,6 +154,10 @@ def encode_config(rows: int, itemsize: int, arch: int, compact: bool) -> EncodeC
     # and with 4 warps this one spills too, tf32x3 everywhere and bf16 at widths whose loads cannot be vectorised
     if itemsize == 4 and arch in (100, 103):  # compiled: 8 warps spill 48 to 224 bytes with 8 streams, 4 warps none
         return EncodeConfig(64, 128, block_k, 8, 4, 3)
+    # compiled: in a 64 x 128 tile of fp32 the two warp groups of sm_90 share its rows, and a convert of layout (20
+    # barriers more, 20 wgmma for 12) stands in every step; 128 x 64 has none, with 147 registers for 210
+    if itemsize == 4 and arch == 90 and rows > 64:
+        return EncodeConfig(128, 64, block_k, 8, 8, 3)
     if itemsize == 4 or rows <= 512:
         return EncodeConfig(64, 128, block_k, 8, 8, 3)
     if arch in (90, 100, 103) and not compact:
@@ -163,6 +167,13 @@ def encode_config(rows: int, itemsize: int, arch: int, compact: bool) -> EncodeC
     if arch >= 120:
         return EncodeConfig(128, 128, block_k // 2, 8, 8, 4)  # compiled: as below sm_120 spills 40 bytes with 8 streams
     return EncodeConfig(128, 128, block_k, 8, 8, 3)  # compiled: 64 kB, fits the 99 kB of sm_86 and sm_89
+
+
+def with_span(config: EncodeConfig, span: int) -> EncodeConfig:
+    """The same with tiles that hold whole spans, about as large."""
+    if span <= config.block_n:
+        return config
+    return replace(config, block_m=max(config.block_m * config.block_n // span, min(config.block_m, 64)), block_n=span)
 
 
 # Summed widths from which a library GEMM and one pass over its logits beat the fused kernel. Modelled: the pass costs
@@ -206,8 +217,15 @@ def _select_with(n: int, k: int, compact: bool, group: int) -> SelectConfig:
     # compiled: 16 keys a thread, but 4,096 keys with the list of ids in 8 warps spill 8 bytes on sm_80
     keys = 1024 if compact else 512
     num_warps = min(max(widest // keys, 1), 8)
+    limit = 0
+    if TRITON_VERSION < (3, 7):  # compiled (sm_90, half precision): 3.6 needs more registers than its successors
+        if widest == WIDEST:
+            num_warps = 16  # with 8 it spills 64 to 96 bytes, with 16 none, 24 where there are spans of groups
+        elif n_spans_pad == 2048 and k_pad * group <= 1024:
+            limit = 80  # 123 without, too many for a block beside one of the GEMM (`SelectConfig.small`)
     # compiled: sm_80 spills 8 bytes at N 65,536, k 256, for 128 registers instead of 154
-    limit = 168 if num_warps == 8 and n_spans_pad == k_pad * group == 4096 else 0
+    if num_warps == 8 and n_spans_pad == k_pad * group == 4096:
+        limit = 168
     return SelectConfig(group, span, k_pad, n_spans_pad, num_warps, limit)
 
 

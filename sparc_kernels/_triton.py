@@ -23,6 +23,8 @@ except ImportError:  # macOS, Windows, Arm laptops: the torch path carries every
 
     triton = tl = _Absent()
 
+# Compilers differ in the registers that they need: some launch settings depend on the release. (0, 0) without Triton.
+TRITON_VERSION = tuple(map(int, triton.__version__.split(".")[:2])) if HAS_TRITON else (0, 0)
 # Read once, as Triton itself does: kernels decorated under the interpreter stay interpreted.
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
@@ -32,4 +34,4 @@ def tl_dtype(dtype):
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
-__all__ = ["HAS_TRITON", "INTERPRETED", "tl", "tl_dtype", "triton"]
+__all__ = ["HAS_TRITON", "INTERPRETED", "TRITON_VERSION", "tl", "tl_dtype", "triton"]

@@ -96,7 +96,9 @@ def _chunks(s: Shape, compact: bool = False) -> tuple[int, bool]:
     """Launches of GEMM and selector, one for each part of the rows; whether selectors run beside the next GEMM."""
     config = select_config(s.N, s.k)
     columns = s.N + cdiv(s.N, config.group) + (cdiv(s.N, config.span) if config.span > config.group else 0)
-    block_m, block_n = (64, 128) if s.e == 4 or s.B <= 512 else (128, 256)  # of sm_90
+    block_m, block_n = (128, 256) if s.B > 512 else (64, 128)  # of sm_90
+    if s.e == 4:
+        block_m, block_n = (128, 64) if s.B > 64 else (64, 128)
     tiles = cdiv(s.B, block_m) * cdiv(s.N, max(block_n, config.span)) if config.small and not compact else 0
     rows, buffers = select_rows(s.B, columns * s.e + 16 * config.k_pad, block_m, tiles)
     return cdiv(s.B, rows), buffers > 1

@@ -21,6 +21,7 @@ from ._launch import (
     encode_config,
     select_config,
     select_rows,
+    with_span,
 )
 from ._ops import Beside, acc_dtype, may_look, pad_width, register
 from ._triton import INTERPRETED, tl, tl_dtype, triton
@@ -258,8 +259,8 @@ def _select_triton(xs, w_encs, biases, k, ids, count):
     xs = [x if x.stride(1) == 1 else x.contiguous() for x in xs]
     w_encs = [w if w.stride(1) == 1 else w.contiguous() for w in w_encs]
     select = select_config(n, k, ids is not None)
-    encode = encode_config(B, xs[0].element_size(), capability(device), ids is not None)
-    block_n = max(encode.block_n, select.span)
+    encode = with_span(encode_config(B, xs[0].element_size(), capability(device), ids is not None), select.span)
+    block_n = encode.block_n
     n_groups, n_spans = cdiv(n, select.group), cdiv(n, select.span)
     two_levels = select.span == select.group
     columns = n + n_groups + (0 if two_levels else n_spans)
