@@ -38,7 +38,7 @@ _LONGEST = ("_encode_kernel", "_latent_adam_kernel", "_gather_kernel", "_spread_
 
 
 def compile_all(
-    launches: Iterable[Launch],
+    launches: Iterable[Launch | Callable[[], list[Launch]]],
     arch: int,
     jobs: int | None = None,
     on_done: Callable[[int, int], None] | None = None,
@@ -46,33 +46,41 @@ def compile_all(
     """Compile each distinct launch for one architecture, so that Triton's cache has it.
 
     Args:
-        launches: as `_trace` records them.
+        launches: as `_trace` records them, or functions that list some; those run in the processes too.
         arch: as `_launch.capability` gives it.
         jobs: processes; None: one for each core. They are spawned: a script that calls this must guard its main module.
-        on_done: called as each ends, with how many have ended and how many there are.
+        on_done: called as each kernel ends, with how many have ended and how many there are.
 
-    Returns: a Compilation; a kernel that does not compile is one of its errors.
+    Returns: a Compilation; a kernel that does not compile, or a list that cannot be made, is one of its errors.
 
     Raises: RuntimeError where Triton is not installed.
     """
     if not HAS_TRITON:
         raise RuntimeError("Triton is not installed here: nothing can be compiled")
-    started, found = time.perf_counter(), Compilation()
-    every = sorted(dict.fromkeys(launches), key=_rank)
-    if not every:
+    started, found, given = time.perf_counter(), Compilation(), list(launches)
+    lists, every = [x for x in given if callable(x)], [x for x in given if not callable(x)]
+    if not given:
         return found
-    with _compiled_processes(), ProcessPoolExecutor(min(jobs or cores(), len(every)), get_context("spawn")) as pool:
-        running = {pool.submit(_compile, launch, arch): launch for launch in every}
-        for i, future in enumerate(as_completed(running)):
-            try:
-                error, seconds = future.result()
-            except BrokenProcessPool as broken:
-                error, seconds = f"a compiling process died: {broken}", 0.0
-            found.cpu_seconds += seconds
-            if error:
-                found.errors.append((_name(running[future]), error))
-            else:
-                found.kernels += 1
+    with _compiled_processes(), ProcessPoolExecutor(min(jobs or cores(), len(given)), get_context("spawn")) as pool:
+
+        def outcomes(running: dict):
+            """What each future gave, or None and an error, with what it was for."""
+            for future in as_completed(running):
+                try:
+                    result, error, seconds = future.result()
+                except BrokenProcessPool as broken:
+                    result, error, seconds = None, f"a compiling process died: {broken}", 0.0
+                found.cpu_seconds += seconds
+                if error:
+                    found.errors.append((running[future], error))
+                yield result
+
+        for made in outcomes({pool.submit(_timed, listing): "-" for listing in lists}):
+            every += made or ()
+        every = sorted(dict.fromkeys(every), key=_rank)
+        running = {pool.submit(_timed, _compile, launch, arch): _name(launch) for launch in every}
+        for i, made in enumerate(outcomes(running)):
+            found.kernels += bool(made)
             if on_done:
                 on_done(i + 1, len(every))
     found.seconds = time.perf_counter() - started
@@ -119,17 +127,21 @@ def _compiled_processes():
             os.environ["TRITON_INTERPRET"] = before
 
 
-def _compile(launch: Launch, arch: int) -> tuple[str, float]:
-    """Why it failed, or nothing; CPU seconds. Runs in a worker."""
-    before = sum(os.times()[:4])
-    error = ""
+def _timed(work, *args) -> tuple[object, str, float]:
+    """What it gave, why it failed or "", CPU seconds. Runs in a worker."""
+    before, result, error = sum(os.times()[:4]), None, ""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the run that uses the kernels says it again
-            ask_jit(launch, arch)
+            result = work(*args)
     except Exception as problem:
         error = reason(problem)
-    return error, sum(os.times()[:4]) - before
+    return result, error, sum(os.times()[:4]) - before
+
+
+def _compile(launch: Launch, arch: int) -> bool:
+    ask_jit(launch, arch)
+    return True
 
 
 def ask_jit(launch: Launch, arch: int):

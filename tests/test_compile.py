@@ -6,10 +6,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map, tree_map_only
 
 pytest.importorskip("triton")
-from sparc_kernels import _compile
-from sparc_kernels._trace import parse_shape, trace
+from sparc_kernels import _compile, verify
+from sparc_kernels import _verify_checks as checks
+from sparc_kernels._ops import NAMESPACE, OPERATORS
+from sparc_kernels._trace import _as_on_gpu, parse_shape, trace
+from sparc_kernels._verify_judge import Check
+from sparc_kernels._verify_launches import launches_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -114,3 +121,53 @@ def test_interpreted_process_compiles_too(monkeypatch, tmp_path):
     done = _compile.compile_all(launches, 90, 1)
     assert done.kernels == 1 and not done.errors and list(tmp_path.rglob("*.cubin"))
     assert os.environ["TRITON_INTERPRET"] == "1"
+
+
+# --------------------------------------------------------------------------------------------------- what verify needs
+
+
+class _Both(TorchDispatchMode):
+    """Operators give the torch path's values in the layout of the launchers' outputs, which run on meta tensors."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace != NAMESPACE:
+            return func(*args, **(kwargs or {}))
+        torch_impl, triton_impl, _ = OPERATORS[func._schema.name.split("::")[1]]
+        *args, impl = args
+        if impl == "triton":
+            meta = tree_map_only(torch.Tensor, lambda x: laid(x, x, "meta"), args)
+            with self:
+                made = triton_impl(*meta)
+        given = torch_impl(*args)
+        if impl != "triton" or given is None:
+            return given
+        return tree_map(lambda x, like: laid(x, like, x.device).copy_(x), given, made)
+
+
+def laid(x, like, device):
+    """Memory for x as `like` lies in its own: strides, and where it begins."""
+    size = like.storage_offset() + sum(s * (n - 1) for s, n in zip(like.stride(), like.shape, strict=True)) + 1
+    return x.new_empty(size, device=device, dtype=like.dtype).as_strided(
+        like.shape, like.stride(), like.storage_offset()
+    )
+
+
+def really_launched(case, dtype):
+    """What the checks launch when they have values and judge them."""
+    found, problems = [], {}
+    with _as_on_gpu(90, False, found), _Both():
+        for name, word, fn in checks.CHECKS:
+            if word in case.ops.split():
+                fn(Check(name, case, dtype, torch.device("cpu"), "auto", problems))
+    return set(found)
+
+
+SMALL = [case for case in verify.CUDA_CASES if case.quick]
+
+
+@pytest.mark.parametrize(("case", "dtype"), [(c, d) for c in SMALL for d in c.dtypes], ids=str)
+def test_launches_are_those_of_the_checks(case, dtype):
+    listed, real = set(launches_of(case, dtype, 90)), really_launched(case, dtype)
+    assert len(real) > 20
+    assert not real - listed, [(x.kernel, x.divisible, x.constexprs) for x in real - listed]
+    assert not listed - real, [(x.kernel, x.divisible, x.constexprs) for x in listed - real]

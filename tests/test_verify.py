@@ -6,14 +6,17 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from importlib import import_module
 from types import SimpleNamespace
 
+import planted
 import pytest
 import torch
 
 from sparc_kernels import _verify_checks as checks
 from sparc_kernels import _verify_judge as judge
+from sparc_kernels import _verify_run as run
 from sparc_kernels import cli, verify
 from sparc_kernels._triton import INTERPRETED
 
@@ -31,10 +34,10 @@ def command(*words: str) -> subprocess.CompletedProcess:
 
 def test_command_passes_and_writes_json(tmp_path):
     file = tmp_path / "verify.json"
-    run = command("--quick", "--json", str(file))
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
-    assert max(map(len, run.stdout.splitlines())) <= 110
-    assert re.search(r"^\d+ passed, 0 failed, 0 skipped, in \d+ checks, \d+ s$", run.stdout, re.MULTILINE)
+    done = command("--quick", "--json", str(file))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert max(map(len, done.stdout.splitlines())) <= 110
+    assert re.search(r"^\d+ passed, 0 failed, 0 skipped, in \d+ checks, \d+ s$", done.stdout, re.MULTILINE)
     found = json.loads(file.read_text())
     assert found["passed"] is True
     assert {"torch", "triton", "device", "gpu", "commit", "python"} <= set(found["environment"])
@@ -45,18 +48,18 @@ def test_command_passes_and_writes_json(tmp_path):
 
 
 def test_json_on_stdout_is_nothing_else():
-    run = command("--quick", "--filter", "inverse_index fp32 tiny", "--json")
-    assert run.returncode == 0, run.stderr
-    results = json.loads(run.stdout)["results"]
+    done = command("--quick", "--filter", "inverse_index fp32 tiny", "--json")
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)["results"]
     assert {r["op"] for r in results} == {"inverse_index"}
-    assert "inverse_index" in run.stderr  # the table
+    assert "inverse_index" in done.stderr  # the table
 
 
 def test_worker_processes_give_the_same_results_in_the_same_order():
-    run = command("--quick", "--jobs", "2", "--filter", "decode_nmse", "--json")
-    assert run.returncode == 0, run.stderr
+    done = command("--quick", "--jobs", "2", "--filter", "decode_nmse", "--json")
+    assert done.returncode == 0, done.stderr
     alone = verify.run_checks("cpu", quick=True, filter="decode_nmse")
-    found = json.loads(run.stdout)["results"]
+    found = json.loads(done.stdout)["results"]
     assert [(r["op"], r["dtype"], r["case"], r["tensor"]) for r in found] == [
         (r.op, r.dtype, r.case, r.tensor) for r in alone
     ]
@@ -64,10 +67,10 @@ def test_worker_processes_give_the_same_results_in_the_same_order():
 
 @pytest.mark.skipif(not verify.HAS_TRITON, reason="Triton is not installed")
 def test_interpreted_kernels():
-    run = command("--interpret", "--quick", "--filter", "training global fp32 step|decode local fp64")
-    assert run.returncode in (0, 1), run.stdout + run.stderr
-    assert "training global    fp32 step" in run.stdout
-    assert not re.search("training.*FAIL", run.stdout), run.stdout
+    done = command("--interpret", "--quick", "--filter", "training global fp32 step|decode local fp64")
+    assert done.returncode in (0, 1), done.stdout + done.stderr
+    assert "training global    fp32 step" in done.stdout
+    assert not re.search("training.*FAIL", done.stdout), done.stdout
 
 
 @pytest.mark.parametrize(
@@ -426,20 +429,68 @@ def test_exception_is_a_failed_row_and_the_rest_goes_on(monkeypatch):
     assert len({r.op for r in results}) > 10
 
 
-def test_nothing_runs_on_a_device_that_is_lost(monkeypatch):
-    monkeypatch.setattr(checks, "decode", lambda *args, **more: 1 / 0)
-    monkeypatch.setattr(verify, "_device_lost", lambda device: "it does not answer")
-    monkeypatch.setattr(verify, "_lost", "")
-    results = verify.run_checks("cpu", quick=True, filter="decode.* fp32 tiny|counters.* fp32 tiny")
+# ----------------------------------------------------------------------------------------------------- lost processes
+
+
+def with_planted(monkeypatch, plant, **choice):
+    monkeypatch.setenv("PLANT", plant)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(run, "work", planted.planted)
+    return verify.run_checks("cpu", quick=True, jobs=2, **choice)
+
+
+def test_two_lost_workers_lose_two_checks(monkeypatch):
+    """One loses its device, one dies; the rest of their tasks is done by others, in the order of always."""
+    choice = {"filter": "(decode|index|counters).* fp32 (tiny|strided|k=N)"}
+    sound = verify.run_checks("cpu", quick=True, **choice)
+    results = with_planted(monkeypatch, "lost decode global fp32 tiny;kill decode local fp32 strided", **choice)
+    failed = [(r.op, r.case, r.note) for r in results if not r.passed]
+    assert failed == [
+        ("decode global", "tiny", "RuntimeError: an illegal memory access was encountered"),
+        ("decode local", "strided", "its process died (exit code -9)"),
+    ]
+    lost = {("decode global", "tiny"), ("decode local", "strided")}
+
+    def others(results):
+        return [(r.op, r.case, r.tensor, r.max_error) for r in results if (r.op, r.case) not in lost]
+
+    assert others(results) == others(sound) and len(others(sound)) > 30
+
+
+def test_every_check_of_a_task_may_be_lost(monkeypatch):
+    plant = "kill update_counters_ fp32 tiny;lost inverse_index fp32 tiny"
+    results = with_planted(monkeypatch, plant, filter="(index|counters) fp32 tiny")
+    assert [(r.op, r.passed) for r in results] == [("inverse_index", False), ("update_counters_", False)]
+
+
+@pytest.mark.parametrize("how", ["kill", "lost"])
+def test_a_device_that_is_gone_for_good_ends_the_run(how, monkeypatch):
+    results = with_planted(monkeypatch, f"{how} start", filter="(index|counters).* fp32 tiny")
+    why = "it does not answer" if how == "lost" else "its process died (exit code -9)"
     assert [(r.op, r.verdict, r.note) for r in results] == [
-        ("decode global", "FAIL", "ZeroDivisionError: division by zero"),
-        *((op, "FAIL", "not run: it does not answer") for op in _ops_after("decode global")),
+        (op, "FAIL", f"not run: {why}") for op in ("inverse_index", "update_counters_")
     ]
 
 
-def _ops_after(first):
-    ops = [op for op, _, _ in checks.CHECKS if "decode" in op or "counters" in op]
-    return [op for op in ops[ops.index(first) + 1 :] if "int64" not in op]
+@pytest.mark.parametrize("seconds", [0.1, 0.4, 0.9])
+def test_a_kill_costs_one_check(seconds, tmp_path):
+    """The file is whole at every moment, and has what was printed."""
+    file = tmp_path / "verify.json"
+    line = [sys.executable, "-u", "-m", "sparc_kernels", "verify", "--device", "cpu", "--quick", "--json", str(file)]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
+    printed = []
+    for text in process.stdout:
+        if re.match(r"(encode|exact|values|decode|auxk|inverse|latent|adam|update|training)", text):
+            printed.append(text)
+            if len(printed) == 1:
+                timer = threading.Timer(seconds, process.kill)
+                timer.start()
+    timer.cancel()
+    assert process.wait() in (-9, 0)
+    found = json.loads(file.read_text())
+    checked = {(r["op"], r["dtype"], r["case"]) for r in found["results"]}
+    assert len(printed) <= len(checked) <= len(printed) + 1
+    assert found["complete"] == found["passed"] == (process.returncode == 0)
 
 
 def test_failure_is_the_exit_code_and_is_printed(monkeypatch, capsys, tmp_path):
