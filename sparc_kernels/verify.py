@@ -78,8 +78,6 @@ CPU_CASES = [
     Case("d=4096", 8, 256, 32, (4096,), _CPU, OPERATORS),
     Case("S=8", 16, 512, 32, (64, 48, 80, 33, 64, 48, 80, 33), _CPU, ALL),
     Case("S=1", 32, 512, 32, (320,), _CPU, ALL),
-]
-CPU_CASES += [
     Case("routes", 24, 256, 8, (24, 16), (F64, F32, BF16), "clip direct again", quick=True),
     Case("mixed", 24, 256, 8, (24, 16), (F32,), "autocast shadow", quick=True),
 ]

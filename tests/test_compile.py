@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from sparc_kernels import _compile, verify
 from sparc_kernels import _verify_checks as checks
 from sparc_kernels._ops import NAMESPACE, OPERATORS
 from sparc_kernels._trace import _as_on_gpu, parse_shape, trace
-from sparc_kernels._verify_judge import Check
+from sparc_kernels._verify_judge import F32, Check
 from sparc_kernels._verify_launches import launches_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -163,6 +164,7 @@ def really_launched(case, dtype):
 
 
 SMALL = [case for case in verify.CUDA_CASES if case.quick]
+SMALL += [replace(c, dtypes=(F32,)) for c in verify.CPU_CASES if c.name in ("routes", "mixed")]
 
 
 @pytest.mark.parametrize(("case", "dtype"), [(c, d) for c in SMALL for d in c.dtypes], ids=str)
