@@ -38,8 +38,8 @@ from ._verify_run import Key, Pool, Task, checks_of, silence_numpy
 OPERATORS = "encode exact values decode nmse index reduce auxk counters"
 ALL = OPERATORS + " train"
 
-# Every distinct setting of a kernel is compiled first, one to two CPU seconds each: shapes share settings where they can
-# (k 64, S 3, multiples of 16), and not every one has every dtype. `verify --compile` counts them: some 800 on sm_90.
+# Every distinct setting of a kernel is compiled first: shapes share settings where they can (k 64, S 3, multiples of
+# 16), and not every one has every dtype. `verify --compile` counts them.
 CUDA_CASES = [
     Case("tiny", 6, 70, 5, (20, 13), (F32, BF16), ALL, quick=True),
     Case("strided", 6, 70, 5, (20, 13), (F32, BF16), "encode values decode nmse auxk", quick=True, strided=True),
