@@ -24,6 +24,7 @@ from ._verify_judge import (
     logit_error,
     random_latents,
 )
+from ._verify_routes import ROUTES
 from .adam import BEFORE, PLAIN, adam_stream_
 from .dead import auxk_topk, update_counters_
 from .decoder import decode, decode_nmse
@@ -33,7 +34,7 @@ from .latent_grads import inverse_index, latent_reduce
 from .module import AlignedSAE
 
 
-def _encode(check: Check, topk_type: str) -> None:
+def judge_encode(check: Check, topk_type: str) -> None:
     c, p = check.case, check.problem(generic)
     indices, values = encode_topk(*p.encoder, c.k, topk_type, check.impl)
     S = len(c.dims)
@@ -491,8 +492,8 @@ def _training_step(check: Check, topk_type: str) -> None:
     if picked.invalid:
         return
 
-    truth_terms, truth_grads = _reference_step(p64, c, indices, auxk_indices, dead, scale)
-    own_terms, own_grads = _reference_step(own_p, c, indices, auxk_indices, dead, scale)
+    truth_terms, truth_grads = reference_step(p64, c, indices, auxk_indices, dead, scale)
+    own_terms, own_grads = reference_step(own_p, c, indices, auxk_indices, dead, scale)
     missing = {name for names in _metric_names(streams).values() for name in names} ^ set(metrics)
     check.add("metric names", not missing, f"missing or unexpected: {sorted(missing)}" if missing else "exact")
     for term, names in _metric_names(streams).items():
@@ -518,7 +519,7 @@ def _metric_names(streams: list[str]) -> dict[str, list[str]]:
     }
 
 
-def _reference_step(p: Problem, c: Case, indices, auxk_indices, dead, scale):
+def reference_step(p: Problem, c: Case, indices, auxk_indices, dead, scale):
     """The same terms and gradients from the dense reference, in the dtype of p."""
     S = len(c.dims)
     groups = [as_leaves(group) for group in (p.w_encs, p.w_decs, p.pre_biases, p.latent_biases)]
@@ -575,8 +576,8 @@ def _int64_offsets(check: Check) -> None:
 
 # name, the word that asks for it in Case.ops, what runs it
 CHECKS: list[tuple[str, str, Callable[[Check], None]]] = [
-    ("encode_topk global", "encode", partial(_encode, topk_type="global")),
-    ("encode_topk local", "encode", partial(_encode, topk_type="local")),
+    ("encode_topk global", "encode", partial(judge_encode, topk_type="global")),
+    ("encode_topk local", "encode", partial(judge_encode, topk_type="local")),
     ("exact selection", "exact", _exact),
     ("values_at", "values", _values_at),
     ("decode global", "decode", partial(_decode, local=False)),
@@ -592,4 +593,5 @@ CHECKS: list[tuple[str, str, Callable[[Check], None]]] = [
     ("training global", "train", partial(_training_step, topk_type="global")),
     ("training local", "train", partial(_training_step, topk_type="local")),
     ("decode int64", "int64", _int64_offsets),
+    *ROUTES,
 ]

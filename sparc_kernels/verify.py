@@ -16,29 +16,30 @@ import subprocess
 import sys
 import textwrap
 import time
-import warnings
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from . import __version__
+from ._compile import Compilation, compile_all, cores
+from ._launch import AMD, SHARED_LIMIT, capability
 from ._ops import resolve_impl
 from ._triton import HAS_TRITON, INTERPRETED, triton
 from ._verify_checks import CHECKS
-from ._verify_judge import BF16, F16, F32, F64, MULTIPLE, SHORT, Case, Check, Result
+from ._verify_judge import BF16, F16, F32, F64, MULTIPLE, SHORT, Case, Result
+from ._verify_launches import launches_of
+from ._verify_run import Key, Pool, Task, checks_of, silence_numpy
 
 # --------------------------------------------------------------------------------------------------------------- cases
 
 OPERATORS = "encode exact values decode nmse index reduce auxk counters"
 ALL = OPERATORS + " train"
 
-# Every distinct setting of a kernel is compiled first, about half a second each: shapes share settings where they can
-# (k 64, S 3, multiples of 16), and not every one has every dtype. Counted with `audit`'s recorder: about 300 in all.
+# Every distinct setting of a kernel is compiled first: shapes share settings where they can (k 64, S 3, multiples of
+# 16), and not every one has every dtype. `verify --compile` counts them.
 CUDA_CASES = [
     Case("tiny", 6, 70, 5, (20, 13), (F32, BF16), ALL, quick=True),
     Case("strided", 6, 70, 5, (20, 13), (F32, BF16), "encode values decode nmse auxk", quick=True, strided=True),
@@ -55,6 +56,13 @@ CUDA_CASES = [
     Case("wide", 16, 131072, 64, (256, 128, 64), (F32, BF16), "encode exact values decode nmse reduce", gib=10),
     Case("wider", 8, 300000, 512, (64,), (BF16,), "encode exact", gib=6),
     Case("chunked", 2100, 131072, 32, (48,), (BF16,), "encode", gib=8),  # logits beyond SCRATCH_BYTES
+    # the official shape again, whose kernels are there
+    Case("routes", 256, 8192, 64, (1024, 768, 768), (F32, BF16), "clip direct again waits"),
+    Case("routes fp16", 256, 8192, 64, (1024, 768, 768), (F16,), "again"),
+    Case("mixed", 256, 8192, 64, (1024, 768, 768), (F32,), "autocast shadow graph"),
+    Case("joint", 1024, 4096, 32, (2048, 1024, 1024), (F32,), "autocast", gib=4),
+    Case("beside", 4096, 32768, 64, (1024, 768, 768), (BF16,), "beside", gib=10),
+    Case("library", 2048, 16384, 32, (4096,), (BF16,), "library", gib=6),
     Case("int64", 4, 2**20 + 4097, 16, (2048,), (BF16,), "int64", gib=30),  # N d > 2^31
 ]
 _CPU = (F64, F32, BF16)
@@ -71,11 +79,14 @@ CPU_CASES = [
     Case("d=4096", 8, 256, 32, (4096,), _CPU, OPERATORS),
     Case("S=8", 16, 512, 32, (64, 48, 80, 33, 64, 48, 80, 33), _CPU, ALL),
     Case("S=1", 32, 512, 32, (320,), _CPU, ALL),
+    Case("routes", 24, 256, 8, (24, 16), (F64, F32, BF16), "clip direct again", quick=True),
+    Case("mixed", 24, 256, 8, (24, 16), (F32,), "autocast shadow", quick=True),
 ]
 _INT = (F32, F64)
 INTERPRET_CASES = [  # a launch takes milliseconds for every program here
     Case("tiny", 4, 40, 5, (20, 13), _INT, OPERATORS),
     Case("step", 3, 20, 3, (17, 6), _INT, "train", quick=True),
+    Case("routes", 3, 20, 3, (17, 6), (F32,), "clip direct", quick=True),
     Case("strided", 2, 33, 4, (9, 6), (F64,), "encode decode nmse auxk", strided=True, quick=True),
     Case("hot", 11, 12, 3, (17,), (F32,), "encode values reduce train", hot=True),
     Case("k=1", 3, 33, 1, (16,), (F64,), "encode exact values decode"),
@@ -84,9 +95,9 @@ INTERPRET_CASES = [  # a launch takes milliseconds for every program here
 ]
 
 
-def cases(device: torch.device, interpret: bool = False, quick: bool = False) -> list[Case]:
+def cases(device: torch.device, interpret: bool = False, quick: bool = False, arch: int | None = None) -> list[Case]:
     every = INTERPRET_CASES if interpret else CUDA_CASES if device.type == "cuda" else CPU_CASES
-    if device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):
+    if device.type == "cuda" and (arch or capability(device)) < 80:
         every = [replace(c, dtypes=tuple(d for d in c.dtypes if d != BF16)) for c in every]
     return [c for c in every if c.quick or not quick]
 
@@ -112,8 +123,8 @@ def run_checks(
         filter: a regular expression searched in "op dtype case", for example "decode.*bf16".
         interpret: the Triton kernels in Triton's interpreter, on the CPU; TRITON_INTERPRET=1 must have been set before
             the package was imported (`sparc-kernels verify --interpret` starts such a process).
-        jobs: worker processes; None is 1 on a CPU and up to 4 on CUDA, where most of the time is compilation. With
-            more than one, a script that calls this must guard its main module, as multiprocessing asks.
+        jobs: worker processes; None is this process on a CPU, and on CUDA half the cores up to 6: a kernel's fault ends
+            the CUDA context of its process. A script that has any must guard its main module, as multiprocessing asks.
         on_done: called as each check ends, with its results, its number in order of ending, and how many there are.
 
     Returns: one Result for each tensor that was judged. An exception in a check is a failed Result.
@@ -122,37 +133,25 @@ def run_checks(
     """
     tasks = _plan(device, impl, quick, filter, interpret)
     device = tasks[0].device
-    total, done = sum(len(task.names) for task in tasks), 0
+    keys = [(task.case, task.dtype, name) for task in tasks for name in task.names]
+    found: dict[Key, list[Result]] = {}
 
-    def ended(results: list[Result]) -> None:
-        nonlocal done
-        done += 1
+    def ended(key: Key, results: list[Result]) -> None:
+        found[key] = results
         if on_done:
-            on_done(results, done, total)
+            on_done(results, len(found), len(keys))
 
-    if jobs is None:
-        jobs = max(1, min(4, (os.cpu_count() or 1) // 2)) if device.type == "cuda" else 1
-    if jobs == 1 or len(tasks) == 1:
-        return [result for task in tasks for results in _run_task(task, ended) for result in results]
-    # the large ones one by one after the others: they share the GPU's memory
-    waves = [[t for t in tasks if not t.case.gib], *([t] for t in tasks if t.case.gib)]
-    found: dict[_Task, list[list[Result]]] = {}
-    settings = (torch.get_float32_matmul_precision(), interpret)
-    with ProcessPoolExecutor(jobs, get_context("spawn"), _prepare_worker, settings) as pool:
-        for wave in waves:
-            running = {pool.submit(_run_task, task): task for task in wave}
-            for future in as_completed(running):
-                task = running[future]
-                try:
-                    found[task] = future.result()
-                except BrokenProcessPool as error:
-                    found[task] = [[_failure(task, name, f"a worker process died: {error}")] for name in task.names]
-                for results in found[task]:
-                    ended(results)
-    return [result for task in tasks for results in found[task] for result in results]
+    if device.type == "cuda" or (jobs or 1) > 1:
+        jobs = jobs or max(1, min(6, cores() // 2))
+        Pool(tasks, jobs, (torch.get_float32_matmul_precision(), interpret, device), ended).run()
+    else:
+        for task in tasks:
+            for name, (results, _) in zip(task.names, checks_of(task), strict=True):
+                ended((task.case, task.dtype, name), results)
+    return [result for key in keys for result in found[key]]
 
 
-def _plan(device, impl: str, quick: bool, filter: str | None, interpret: bool) -> list[_Task]:
+def _plan(device, impl: str, quick: bool, filter: str | None, interpret: bool) -> list[Task]:
     device = torch.device(device or ("cuda" if torch.cuda.is_available() and not interpret else "cpu"))
     if interpret and (not INTERPRETED or device.type != "cpu"):
         raise ValueError(
@@ -161,27 +160,21 @@ def _plan(device, impl: str, quick: bool, filter: str | None, interpret: bool) -
         )
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: expected a device of this machine, got {device} where CUDA is not available")
+    tasks = _tasks(cases(device, interpret, quick), device, "triton" if interpret else impl, filter)
+    resolve_impl(tasks[0].impl, torch.empty(0, dtype=tasks[0].dtype, device=device))  # refuses what cannot be
+    return tasks
+
+
+def _tasks(of: list[Case], device: torch.device, impl: str, filter: str | None) -> list[Task]:
     tasks = [
-        _Task(case, dtype, device, "triton" if interpret else impl, names)
-        for case in cases(device, interpret, quick)
+        Task(case, dtype, device, impl, names)
+        for case in of
         for dtype in case.dtypes
         if (names := _chosen(case, dtype, filter))
     ]
     if not tasks:
         raise ValueError(f"filter: expected a pattern found in some 'op dtype case', got {filter!r}")
-    resolve_impl(tasks[0].impl, torch.empty(0, dtype=tasks[0].dtype, device=device))  # refuses what cannot be
     return tasks
-
-
-@dataclass(frozen=True)
-class _Task:
-    """The checks of one case in one dtype, which share its data."""
-
-    case: Case
-    dtype: torch.dtype
-    device: torch.device
-    impl: str
-    names: tuple[str, ...]
 
 
 def _chosen(case: Case, dtype: torch.dtype, filter: str | None) -> tuple[str, ...]:
@@ -191,78 +184,26 @@ def _chosen(case: Case, dtype: torch.dtype, filter: str | None) -> tuple[str, ..
     )
 
 
-_lost = ""  # why this process cannot use its device any more
+def compile_checks(
+    arch: int,
+    quick: bool = False,
+    filter: str | None = None,
+    jobs: int | None = None,
+    on_done: Callable[[int, int], None] | None = None,
+) -> Compilation:
+    """Bring every kernel that `run_checks` launches on such a GPU into Triton's cache. Needs none.
 
+    Args:
+        arch: 10 * major + minor of a compute capability, or an AMD GPU's gfx number in hexadecimal.
+        quick, filter: as in `run_checks`.
+        jobs, on_done: as in `compile_all`.
 
-def _run_task(task: _Task, ended: Callable[[list[Result]], None] | None = None) -> list[list[Result]]:
-    """The results of each check of a task."""
-    threads = torch.get_num_threads()
-    if task.device.type == "cpu" and not task.case.threads:
-        torch.set_num_threads(1)  # on a busy machine, threads that wait for each other take ten times as long
-    try:
-        return _run_checks_of(task, ended)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _run_checks_of(task: _Task, ended: Callable[[list[Result]], None] | None) -> list[list[Result]]:
-    global _lost
-    functions = {op: fn for op, _, fn in CHECKS}
-    cuda = task.device.type == "cuda"
-    problems: dict = {}
-    found = []
-    if cuda and not _lost:
-        torch.cuda.empty_cache()
-    for name in task.names:
-        started = time.perf_counter()
-        check = Check(name, task.case, task.dtype, task.device, task.impl, problems)
-        if _lost:
-            check.results.append(_failure(task, name, f"not run: {_lost}"))
-        elif cuda and task.case.gib and torch.cuda.mem_get_info(task.device)[0] < task.case.gib * 2**30:
-            check.add("-", True, f"needs {task.case.gib:g} GiB of free GPU memory")
-            check.results[-1].verdict = "skip"
-        else:
-            try:
-                fn = functions[name]
-                fn(check)
-                if cuda:
-                    torch.cuda.synchronize(task.device)  # a kernel's fault shows up here, not in the next check
-            except Exception as error:
-                text = " ".join(str(error).split())[:300]
-                check.results.append(_failure(task, name, f"{type(error).__name__}: {text}"))
-                _lost = _device_lost(task.device)
-        for result in check.results:
-            result.seconds = round(time.perf_counter() - started, 3)
-        found.append(check.results)
-        if ended:
-            ended(check.results)
-    return found
-
-
-def _failure(task: _Task, op: str, note: str) -> Result:
-    return Result(op, "-", SHORT[task.dtype], task.case.name, task.case.shape, verdict="FAIL", note=note)
-
-
-def _prepare_worker(precision: str, interpret: bool) -> None:
-    torch.set_float32_matmul_precision(precision)
-    if interpret:
-        _silence_numpy()
-
-
-def _silence_numpy() -> None:
-    """inf and NaN are among the data, and numpy, which the interpreter computes with, says so at each of them."""
-    warnings.filterwarnings("ignore", category=RuntimeWarning)
-
-
-def _device_lost(device: torch.device) -> str:
-    """Why nothing more can run on the device after an exception, or nothing."""
-    if device.type != "cuda":
-        return ""
-    try:
-        torch.cuda.synchronize(device)
-    except Exception as error:  # a fault in a kernel ends the process's CUDA context for good
-        return f"the GPU does not answer after a failed check ({str(error).splitlines()[0][:100]})"
-    return ""
+    Raises: ValueError where the filter leaves nothing, RuntimeError without Triton.
+    """
+    gpu, tf32 = torch.device("cuda"), torch.get_float32_matmul_precision() != "highest"
+    tasks = sorted(_tasks(cases(gpu, quick=quick, arch=arch), gpu, "auto", filter), key=lambda t: -len(t.case.dims))
+    lists = [partial(launches_of, t.case, t.dtype, arch, name, tf32) for t in tasks for name in t.names]
+    return compile_all(lists, arch, jobs, on_done)
 
 
 def environment(device: torch.device) -> dict:
@@ -312,6 +253,9 @@ def _commit() -> str | None:
 # ------------------------------------------------------------------------------------------------------------- command
 
 
+ARCHS = {f"gfx{arch:x}" if arch >= AMD else str(arch): arch for arch in SHARED_LIMIT}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     parser.add_argument("--impl", choices=("auto", "triton", "torch"), default="auto", help="implementation to check")
@@ -323,7 +267,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="write the results there (no FILE: to stdout)"
     )
-    parser.add_argument("--jobs", type=_positive, metavar="N", help="worker processes (default: 1, on CUDA up to 4)")
+    parser.add_argument("--jobs", type=_positive, metavar="N", help="worker processes (default: 1, on CUDA up to 6)")
+    parser.add_argument("--compile", action="store_true", help="compile what the checks on a GPU launch, run nothing")
+    parser.add_argument("--arch", choices=ARCHS, help="for --compile where that GPU is not: 90 for an H100")
     parser.add_argument("--verbose", action="store_true", help="a line for every tensor, not for every check")
 
 
@@ -334,10 +280,12 @@ def _positive(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.compile:
+        return _run_compile(args)
     if args.interpret and not INTERPRETED:
         return _run_interpreted(args)
     if args.interpret:
-        _silence_numpy()
+        silence_numpy()
     started = time.perf_counter()
     choice = (args.device, args.impl, args.quick, args.filter, args.interpret)
     try:
@@ -345,16 +293,37 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, RuntimeError, re.error) as error:
         print(f"verify: {error}", file=sys.stderr)
         return 2
-    about = environment(device)
     table = _Table(sys.stderr if args.json == "-" else sys.stdout, args.verbose)
-    table.header(about, args)
-    results = run_checks(*choice, args.jobs, on_done=table.done)
-    seconds = time.perf_counter() - started
-    passed = all(r.passed for r in results)
-    table.footer(results, seconds)
-    if args.json:
-        _write_json(args, about, results, seconds)
-    return 0 if passed else 1
+    record = _Record(args, environment(device), started)
+    table.header(record.found["environment"], args)
+    if device.type == "cuda" and HAS_TRITON and args.impl != "torch":
+        table.compiled(compile_checks(capability(device), args.quick, args.filter, on_done=table.progress("kernels")))
+    table.names()
+
+    def done(results: list[Result], number: int, total: int) -> None:
+        record.add(results)  # first: what is printed is on disk
+        table.done(results, number, total)
+
+    results = run_checks(*choice, args.jobs, on_done=done)
+    table.footer(results, time.perf_counter() - started)
+    record.end(results)
+    return 0 if all(r.passed for r in results) else 1
+
+
+def _run_compile(args: argparse.Namespace) -> int:
+    """Kernels alone, which needs no GPU."""
+    if args.arch is None and not torch.cuda.is_available():
+        print("verify: --compile needs --arch where there is no GPU", file=sys.stderr)
+        return 2
+    arch = ARCHS[args.arch] if args.arch else capability(torch.device("cuda"))
+    table = _Table(sys.stdout, args.verbose)
+    try:
+        done = compile_checks(arch, args.quick, args.filter, args.jobs, table.progress("kernels"))
+    except (ValueError, RuntimeError, re.error) as error:
+        print(f"verify: {error}", file=sys.stderr)
+        return 2
+    table.compiled(done)
+    return 1 if done.errors else 0
 
 
 def _run_interpreted(args: argparse.Namespace) -> int:
@@ -376,23 +345,43 @@ def _run_interpreted(args: argparse.Namespace) -> int:
     return subprocess.run(command, env=env, check=False).returncode
 
 
-def _write_json(args: argparse.Namespace, about: dict, results: list[Result], seconds: float) -> None:
-    def plain(x):
-        return str(x) if isinstance(x, float) and not math.isfinite(x) else x  # JSON has no inf and no NaN
+class _Record:
+    """The JSON file: whole after every check, so that what ends the run costs one check."""
 
-    found = {
-        "schema": 1,
-        "environment": about,
-        "options": {name: getattr(args, name) for name in ("device", "impl", "quick", "filter", "interpret")},
-        "passed": all(r.passed for r in results),
-        "seconds": round(seconds, 1),
-        "results": [{name: plain(x) for name, x in asdict(r).items()} for r in results],
-    }
-    text = json.dumps(found, indent=1, allow_nan=False)
-    if args.json == "-":
-        print(text)
-    else:
-        Path(args.json).write_text(text + "\n")
+    def __init__(self, args: argparse.Namespace, about: dict, started: float):
+        self.target, self.started, self.rows = args.json, started, []
+        options = {name: getattr(args, name) for name in ("device", "impl", "quick", "filter", "interpret")}
+        self.found = {"schema": 1, "complete": False, "environment": about, "options": options, "passed": False}
+
+    def add(self, results: list[Result]) -> None:
+        if self.target and self.target != "-":
+            self.rows += map(self._row, results)
+            self._write()
+
+    def end(self, results: list[Result]) -> None:
+        """All results, in the order of the cases."""
+        if self.target:
+            self.rows = [self._row(r) for r in results]
+            self.found.update(complete=True, passed=all(r.passed for r in results))
+            self._write()
+
+    @staticmethod
+    def _row(result: Result) -> str:
+        def plain(x):
+            return str(x) if isinstance(x, float) and not math.isfinite(x) else x  # JSON has no inf and no NaN
+
+        return json.dumps({name: plain(x) for name, x in asdict(result).items()}, allow_nan=False)
+
+    def _write(self) -> None:
+        head = json.dumps(self.found | {"seconds": round(time.perf_counter() - self.started, 1)}, indent=1)
+        rows = ",\n  ".join(self.rows)
+        text = f'{head.removesuffix("}").rstrip()},\n "results": [\n  {rows}\n ]\n}}\n'
+        if self.target == "-":
+            print(text, end="")
+            return
+        part = Path(f"{self.target}.part")
+        part.write_text(text)
+        part.replace(self.target)  # a reader sees the whole of one or of the other
 
 
 def _figure(x: float | None) -> str:
@@ -429,8 +418,26 @@ dtype (own) + a few roundings. max: over the largest magnitude, rms: over the RM
 tensor that uses most of what it may, and how many passed; --verbose has them all.
 """
         )
+
+    def names(self) -> None:
         names = ("op", "type", "case", "worst tensor", "max", "rms", "own max", "own rms", "verdict")
         self._print(self.ROW.format(*names))
+
+    def compiled(self, done: Compilation) -> None:
+        self._print(
+            f"{done.kernels} kernels compiled in {done.seconds:.0f} s on {cores()} cores, "
+            f"{done.cpu_seconds:.0f} CPU seconds, {len(done.errors)} failed"
+        )
+        for kernel, error in done.errors:
+            self._print(textwrap.fill(f"{kernel}: {error}", 110, initial_indent="    ", subsequent_indent="    "))
+        self._print()
+
+    def progress(self, what: str) -> Callable[[int, int], None]:
+        def show(number: int, total: int) -> None:
+            if self.live:
+                print(f"\r\033[K{number} of {total} {what}", end="", file=sys.stderr, flush=True)
+
+        return show
 
     def done(self, results: list[Result], number: int, total: int) -> None:
         failed = [r for r in results if not r.passed]
@@ -444,8 +451,7 @@ tensor that uses most of what it may, and how many passed; --verbose has them al
                 self._print(textwrap.fill(r.note, 110, initial_indent="    ", subsequent_indent="    "))
         if failed and len(results) > 1 and not self.verbose:
             self._print(f"    {len(failed)} of the {len(results)} tensors of this check failed")
-        if self.live:
-            print(f"\r\033[K{number} of {total} checks", end="", file=sys.stderr, flush=True)
+        self.progress("checks")(number, total)
 
     def footer(self, results: list[Result], seconds: float) -> None:
         failed = sum(not r.passed for r in results)
