@@ -253,8 +253,9 @@ def _specialise(arg, path, constants, divisible, small):
 
 
 @contextmanager
-def _as_on_gpu(arch: int, tf32: bool, found: list[Launch]):
-    """The package's modules as they would be on a GPU of that architecture, with recorders in place of kernels."""
+def _as_on_gpu(arch: int, tf32: bool, found: list[Launch] | None = None):
+    """The package's modules as they would be on a GPU of that architecture, with recorders in place of kernels where
+    their launches are to be found."""
     if not HAS_TRITON:
         raise RuntimeError("Triton is not installed here: its launchers cannot be traced")
     from . import direct  # noqa: F401  the modules that hold operators and kernels are in sys.modules after this
@@ -276,7 +277,7 @@ def _as_on_gpu(arch: int, tf32: bool, found: list[Launch]):
                 stand_in = None
                 if attribute in stand_ins:
                     stand_in = stand_ins[attribute]
-                elif attribute.endswith("_kernel") and hasattr(value, "arg_names"):
+                elif found is not None and attribute.endswith("_kernel") and hasattr(value, "arg_names"):
                     if value not in recorders:
                         recorders[value] = _Recorder(
                             f"{value.fn.__module__}:{value.fn.__name__}", value, arch >= _launch.AMD, found
