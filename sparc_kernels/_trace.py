@@ -373,9 +373,10 @@ def trace(
 
 
 def launches(shape: Shape, arch: int) -> list[Launch]:
-    """Every distinct kernel launch at this shape on this architecture: training steps with and without AuxK, global
+    """The distinct kernel launches at this shape on this architecture: training steps with and without AuxK, global
     and local, both tf32 settings, with and without gradients of the inputs; the optimizer's step from gradients, with
-    clipping, and without any; reconstructions read from the outputs; the public decode and its gradients."""
+    and without clipping, and without any; reconstructions read from the outputs; the public decode and its
+    gradients."""
     from .decoder import decode
 
     found: list[Launch] = []
@@ -384,6 +385,9 @@ def launches(shape: Shape, arch: int) -> list[Launch]:
         found += trace(shape, arch, tf32=tf32).launches
         found += trace(shape, arch, topk_type="local", tf32=tf32).launches
     found += trace(shape, arch, update="dense", max_grad_norm=1.0).launches
+    found += trace(shape, arch, auxk=True, update="dense", normalize="after").launches
+    found += trace(shape, arch, auxk=True, topk_type="local").launches
+    found += trace(shape, arch, update="direct").launches
     found += trace(shape, arch, auxk=True, update="direct").launches
     found += trace(shape, arch, topk_type="local", update="direct", normalize="after").launches
     if shape.dtype == "float32":  # under autocast

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("triton")
 from sparc_kernels._ops import OPERATORS
 from sparc_kernels._stand_in import stand_in
+from sparc_kernels._trace import Shape, launches, trace
 from sparc_kernels._triton import INTERPRETED
 from sparc_kernels.direct import training_step  # noqa: F401  the last operators are registered there
 
@@ -80,6 +81,18 @@ def test_a_planted_fault_is_refused(seen, fault, message):
 
 def test_it_leaves_nothing_behind(seen):
     assert seen["left"] == []
+
+
+def test_the_audit_has_the_kernels_of_a_usual_step():
+    shape = Shape(256, 2048, 16, (96, 64, 40), 3, "bfloat16")
+    audited = set(launches(shape, 90))
+    for step in (
+        {}, {"auxk": True}, {"topk_type": "local"}, {"auxk": True, "topk_type": "local"}, {"update": "dense"},
+        {"auxk": True, "update": "dense", "normalize": "after"}, {"update": "direct"},
+        {"auxk": True, "update": "direct"},
+    ):  # fmt: skip
+        missing = set(trace(shape, 90, **step).launches) - audited
+        assert not missing, (step, sorted(launch.kernel for launch in missing))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="kernels are compiled here")
