@@ -221,6 +221,8 @@ def _select_with(n: int, k: int, compact: bool, group: int) -> SelectConfig:
     if TRITON_VERSION < (3, 7):  # compiled (sm_90, half precision): 3.6 needs more registers than its successors
         if widest == WIDEST:
             num_warps = 16  # with 8 it spills 64 to 96 bytes, with 16 none, 24 where there are spans of groups
+        elif compact and widest == 4096:
+            num_warps = 8  # with 4 it spills 48 to 56 bytes
         elif n_spans_pad == 2048 and k_pad * group <= 1024:
             limit = 80  # 123 without, too many for a block beside one of the GEMM (`SelectConfig.small`)
     # compiled: sm_80 spills 8 bytes at N 65,536, k 256, for 128 registers instead of 154
@@ -299,7 +301,8 @@ def gather_config(k: int, d: int, n: int, itemsize: int, arch: int) -> GatherCon
     deep = k_pad * block_d * itemsize <= 16384 and arch < AMD and not (arch in (86, 89) and k_pad == 64)
     # compiled: sm_80 spills 16 bytes at B 1, for 72 registers instead of 92; so does sm_100, 8 to 16 here and there
     limit = 128 if arch < 90 and itemsize == 2 and k_pad == 64 else 255 if arch in (100, 103) else 0
-    if 120 <= arch < AMD and itemsize == 2 and k_pad == 256:  # compiled: sm_120 too, with 8 sources
+    # compiled: sm_120 too, with 8 sources, and Triton 3.6 without dots
+    if itemsize == 2 and k_pad == 256 and (120 <= arch < AMD or (TRITON_VERSION < (3, 7) and arch < AMD)):
         limit = 255
     return GatherConfig(k_pad, block_d, tiles, num_warps, 3 if deep else 2, limit)
 

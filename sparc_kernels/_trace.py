@@ -253,8 +253,9 @@ def _specialise(arg, path, constants, divisible, small):
 
 
 @contextmanager
-def _as_on_gpu(arch: int, tf32: bool, found: list[Launch]):
-    """The package's modules as they would be on a GPU of that architecture, with recorders in place of kernels."""
+def _as_on_gpu(arch: int, tf32: bool, found: list[Launch] | None = None):
+    """The package's modules as they would be on a GPU of that architecture, with recorders in place of kernels where
+    their launches are to be found."""
     if not HAS_TRITON:
         raise RuntimeError("Triton is not installed here: its launchers cannot be traced")
     from . import direct  # noqa: F401  the modules that hold operators and kernels are in sys.modules after this
@@ -276,7 +277,7 @@ def _as_on_gpu(arch: int, tf32: bool, found: list[Launch]):
                 stand_in = None
                 if attribute in stand_ins:
                     stand_in = stand_ins[attribute]
-                elif attribute.endswith("_kernel") and hasattr(value, "arg_names"):
+                elif found is not None and attribute.endswith("_kernel") and hasattr(value, "arg_names"):
                     if value not in recorders:
                         recorders[value] = _Recorder(
                             f"{value.fn.__module__}:{value.fn.__name__}", value, arch >= _launch.AMD, found
@@ -372,9 +373,10 @@ def trace(
 
 
 def launches(shape: Shape, arch: int) -> list[Launch]:
-    """Every distinct kernel launch at this shape on this architecture: training steps with and without AuxK, global
+    """The distinct kernel launches at this shape on this architecture: training steps with and without AuxK, global
     and local, both tf32 settings, with and without gradients of the inputs; the optimizer's step from gradients, with
-    clipping, and without any; reconstructions read from the outputs; the public decode and its gradients."""
+    and without clipping, and without any; reconstructions read from the outputs; the public decode and its
+    gradients."""
     from .decoder import decode
 
     found: list[Launch] = []
@@ -383,6 +385,9 @@ def launches(shape: Shape, arch: int) -> list[Launch]:
         found += trace(shape, arch, tf32=tf32).launches
         found += trace(shape, arch, topk_type="local", tf32=tf32).launches
     found += trace(shape, arch, update="dense", max_grad_norm=1.0).launches
+    found += trace(shape, arch, auxk=True, update="dense", normalize="after").launches
+    found += trace(shape, arch, auxk=True, topk_type="local").launches
+    found += trace(shape, arch, update="direct").launches
     found += trace(shape, arch, auxk=True, update="direct").launches
     found += trace(shape, arch, topk_type="local", update="direct", normalize="after").launches
     if shape.dtype == "float32":  # under autocast
