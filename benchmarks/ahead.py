@@ -24,7 +24,7 @@ from .cases import PRECISIONS
 from .exercise import PARTS
 from .plan import Options, plan
 
-Listing = Callable[[], list[Launch]]  # takes a second; another process may run it
+Listing = Callable[[], list[Launch]]  # takes a second, in a process of `compile_all`
 
 
 def exercised(arch: int) -> list[Listing]:
@@ -86,8 +86,7 @@ def main(argv=None) -> int:
     args = parser.parse_args(argv)
     arch = args.arch or capability(torch.device("cuda"))
     listings = exercised(arch) if args.call == "correctness" else timed(Options("cuda", quick=True), arch)
-    launches = [launch for listing in listings[-1 if args.tiny else 0 :] for launch in listing()]
-    launches = launches[-2 if args.tiny else 0 :]
+    launches = listings[-1]()[-2:] if args.tiny else listings
 
     def done(number: int, total: int) -> None:
         if number % 50 == 0:

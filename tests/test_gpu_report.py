@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import pkgutil
 import signal
 import subprocess
@@ -346,7 +347,8 @@ def test_a_memory_checker_that_is_not_there_is_absent(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 def test_every_kernel_is_exercised():
-    launched = {launch.kernel for listing in ahead.exercised(90) for launch in listing()}
+    listings = pickle.loads(pickle.dumps(ahead.exercised(90)))  # other processes run them
+    launched = {launch.kernel for listing in listings for launch in listing()}
     names = [m.name for m in pkgutil.iter_modules(sparc_kernels.__path__) if m.name != "__main__"]
     held = [item for name in names for item in vars(import_module(f"sparc_kernels.{name}")).items()]
     kernels = [value for name, value in held if name.endswith("_kernel") and hasattr(value, "arg_names")]
@@ -360,7 +362,8 @@ def test_what_is_timed_is_known_ahead(monkeypatch):
     listed = {}
     for op, dtype in (("training", half), ("training", "bfloat16 autocast"), ("decode", half), ("ceiling", half)):
         monkeypatch.setattr(ahead, "plan", lambda options, op=op, dtype=dtype: [plan.Group(case, op, dtype)])
-        listed[op, dtype] = {x for listing in ahead.timed(plan.Options("cuda"), 90) for x in listing()}
+        listings = pickle.loads(pickle.dumps(ahead.timed(plan.Options("cuda"), 90)))
+        listed[op, dtype] = {x for listing in listings for x in listing()}
     assert listed["ceiling", half] == set()
     assert "_gather_kernel" in {x.kernel.split(":")[1] for x in listed["decode", half]}
     assert listed["training", half] < listed["training", "bfloat16 autocast"]
