@@ -75,8 +75,13 @@ CASES = {
         Case("sparsify", _shape(16384, 131072, 192, 4096), "sparsify's command for Llama"),
         Case("crosscoder", _shape(4096, 65536, 100, *[2304] * 2), "a crosscoder of two layers"),
         Case("crosscoder-8", cost_report.CASES["D"], "a crosscoder over eight layers"),
-        Case("stress", _shape(4096, 344064, 32, 2688), "BioNeMo's large one"),
+        Case("bionemo-21k", _shape(4096, 21504, 32, 2688), "BioNeMo's smallest published shape"),
+        Case("bionemo-86k", _shape(4096, 86016, 32, 2688), "its next"),
+        Case("stress", _shape(4096, 344064, 32, 2688), "its large one"),
         Case("stress-1M", cost_report.CASES["E"], "its largest"),
+        Case("flexsae", _shape(2048, 65536, 64, 2304), "FlexSAE's published shape; rows as in its example"),
+        Case("flash-sae", _shape(1024, 65536, 64, 4096), "flash-sae's published shape"),
+        Case("FlashSAE", _shape(4096, 131072, 128, 4096), "FlashSAE's published shape"),
     )
 }  # fmt: skip
 # a quarter of the official widths and latents, for a CPU
@@ -177,10 +182,13 @@ class Problem:
             found.append(near if bad is None else near | bad)
         return torch.cat(found).nonzero()[:, 0]
 
+    @torch.no_grad()
     def restore(self) -> None:
-        """The weights as they were before optimizer phases."""
-        for w, kept in zip(self.tensors.w_decs, self._kept, strict=True):
-            w.copy_(kept.t())
+        """The weights as they were before optimizer phases, the present model's too."""
+        model = [d.weight for d in self._model[1].decoders.values()] if self._model else []
+        for weights in (self.tensors.w_decs, model):
+            for w, kept in zip(weights, self._kept, strict=False):
+                w.copy_(kept.t())
 
     def forget(self) -> None:
         """Lets go of the model and its optimizer; the masters stay."""

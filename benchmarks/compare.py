@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from .record import key
 
 FLOOR = {"cpu": 0.05, "cuda": 0.02}  # change below which nothing is said whatever the noise: clocks, placement, heat
-OURS = ("ours", "ours, CUDA graph", "SparcAdam", "unit norm, projection")  # providers whose change is this package's
+# providers whose change is this package's
+OURS = ("ours", "ours, CUDA graph", "ours, training_step", "SparcAdam", "unit norm, projection")
 VERDICTS = ("faster", "slower", "same", "too noisy", "machine", "new", "missing", "not comparable", "not measured")
 
 

@@ -1,16 +1,17 @@
-"""Everything a first look at a GPU should bring back, in one command and one JSON file.
+"""Everything a first look at a GPU should bring back, in two calls that fit ten minutes each and more than suffice.
 
-    python benchmarks/gpu_report.py [--minutes 8] [--out FILE] [--device auto|cuda|cpu] [--skip SECTION,...]
+    python benchmarks/gpu_report.py --call correctness [--out FOLDER] [--minutes 6]
+    python benchmarks/gpu_report.py --call timing [--out FOLDER] [--minutes 5] [--official CLONE]
 
-Sections, the most telling first: verify (`sparc-kernels verify`), measurements (`python -m benchmarks`),
-memory_checker (compute-sanitizer over every kernel). The file is the benchmarks' record (docs/benchmarks.md) with
-`sections` beside; it is replaced atomically after every row, so a run that is killed leaves what it had; whatever did
-not run says why. On a CPU the same code runs at tiny shapes: its numbers mean nothing and are marked `device: cpu`,
-`tiny: true`.
+correctness: kernels compiled on all cores; `sparc-kernels verify`, the exercise of every kernel and the tests that need
+a GPU, side by side; then compute-sanitizer over the exercise, alone. Writes correctness.json, verify.json and
+correctness.txt. timing: the kernels compiled, then `python -m benchmarks` on an idle GPU, what says most first. Writes
+timing.json, the benchmarks' record (docs/benchmarks.md). Both have `sections`, replaced atomically as things end, so a
+call that is killed leaves what it had; whatever did not run says why. From a bare checkout: nothing need be installed.
+On a CPU the same code runs at tiny shapes: its numbers mean nothing and are marked `device: cpu`, `tiny: true`.
 
-Three processes keep a fault from costing more than one row. This one never touches the GPU: it starts the others with
-time limits and watches the worker that measures. When that crashes, hangs or loses its CUDA context, the provider in
-progress is marked and a new worker goes on behind it.
+This process never touches the GPU: it starts the others with time limits and watches the worker that measures. When
+that crashes, hangs or loses its CUDA context, the provider in progress is marked and a new worker goes on behind it.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,9 +39,12 @@ if str(ROOT) not in sys.path:
 
 from benchmarks import environment, record  # noqa: E402  torch is not imported here
 
-SECTIONS = ("verify", "measurements", "memory_checker")
+SCHEMA = "sparc_kernels.gpu_correctness/1"
+CALLS = {  # minutes, sections in their order
+    "correctness": (6.0, ("compile", "verify", "exercise", "contract", "memcheck", "racecheck")),
+    "timing": (5.0, ("compile", "measurements")),
+}
 MAX_WORKERS = 10
-MEASURE_UNTIL = 0.85  # share of the time; the memory checker has the rest
 
 
 def last_lines(text: str, lines: int = 4, chars: int = 700) -> str:
@@ -50,12 +55,14 @@ def last_lines(text: str, lines: int = 4, chars: int = 700) -> str:
 
 
 class Report:
-    """The record, in memory and on disk. One process at a time writes it."""
+    """The JSON of a call, in memory and on disk. One process at a time writes it."""
 
-    def __init__(self, path: Path, device: str, minutes: float, started: float):
-        self.path, self.device, self.minutes, self.started = path, device, minutes, started
+    def __init__(self, folder: Path, call: str, device: str, minutes: float, started: float):
+        self.folder, self.call, self.device = folder, call, device
+        self.minutes, self.started = minutes, started
+        self.path = folder / f"{call}.json"
         self.data: dict = {}
-        self.sections = {name: {"status": "not run", "reason": "not reached"} for name in SECTIONS}
+        self.sections = {name: {"status": "not run", "reason": "not reached"} for name in CALLS[call][1]}
 
     def read(self) -> None:
         """What the worker has written."""
@@ -71,30 +78,6 @@ class Report:
     @property
     def left(self) -> float:
         return self.started + 60 * self.minutes - time.time()
-
-    @property
-    def grace(self) -> float:
-        """How far past the limit something already begun may finish."""
-        return min(20.0, 2 + 6 * self.minutes)
-
-
-@contextlib.contextmanager
-def section(report: Report, name: str):
-    """Runs one section; a failure is recorded and passed over."""
-    entry = report[name]
-    entry.update(status="running", reason="killed while it ran")
-    report.save()
-    t0 = time.time()
-    try:
-        yield entry
-        if entry["status"] == "running":
-            entry.update(status="ran", reason=None)
-    except Exception:
-        entry.update(status="failed", reason=last_lines(traceback.format_exc()))
-    finally:
-        entry["seconds"] = round(time.time() - t0, 1)
-        report.save()
-        print(f"[{name}] {entry['status']}, {entry['seconds']} s", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------- subprocesses
@@ -114,69 +97,176 @@ def start(command: list[str], **kwargs) -> subprocess.Popen:
 
 
 def stop(child: subprocess.Popen) -> None:
-    """Ends a child and what it started; it leads its own process group."""
-    if child.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
+    """Ends a child and what it started, which may outlive it; it leads its own process group."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):  # a process stuck in the driver must not hold us up
         child.wait(timeout=5)
 
 
-def run_limited(command: list[str], seconds: float, env: dict | None = None) -> tuple[int | None, str]:
-    """(exit code, output); the exit code is None when it was stopped at its limit."""
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
-        env = {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})}
-        child = start(command, stdout=output, stderr=subprocess.STDOUT, env=env)
-        try:
-            code = child.wait(timeout=max(seconds, 1))
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
+@dataclass
+class Part:
+    """A section that is one process: what it is, how long it may take and how its output is read."""
+
+    name: str
+    command: list[str]
+    seconds: float
+    read: Callable[[dict, int | None, str], None] = lambda entry, code, output: None
+    env: dict[str, str] = field(default_factory=dict)
+    after: str | None = None  # a part that must have ended before
+
+
+def run(report: Report, *parts: Part) -> None:
+    """Parts side by side, each to its end or its limit. Their output goes to files of their own while they run, and to
+    the call's text file afterwards."""
+    waiting = [part for part in parts if report[part.name]["status"] != "skipped"]
+    going: list[tuple[Part, subprocess.Popen, float]] = []
+    try:
+        while waiting or going:
+            busy = {part.name for part in waiting} | {part.name for part, _, _ in going}
+            for part in [part for part in waiting if part.after not in busy]:
+                waiting.remove(part)
+                child = _begun(report, part)
+                if child:
+                    going.append((part, child, time.time()))
+            time.sleep(0.1)
+            for one in [one for one in going if _over(report, *one)]:
+                going.remove(one)
+                _ended(report, *one)
+    finally:
+        for _, child, _ in going:
             stop(child)
-        output.seek(0)
-        return code, output.read()
 
 
-def this(*args: str) -> list[str]:
-    return [sys.executable, str(Path(__file__).resolve()), *args]
+def _begun(report: Report, part: Part) -> subprocess.Popen | None:
+    """The process of a part, where there is time for it."""
+    entry, seconds = report[part.name], min(part.seconds, report.left - 3)
+    entry.update(command=" ".join(part.command), limit_s=round(seconds, 1))
+    child = None
+    if seconds < 2:
+        entry.update(status="not run", reason=f"{max(report.left, 0):.0f} s left of the time limit")
+    else:
+        entry.update(status="running", reason="killed while it ran")
+        env = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": PATHS, **part.env}
+        with _output(report, part).open("w") as output:
+            child = start(part.command, stdout=output, stderr=subprocess.STDOUT, env=env)
+    report.save()
+    return child
 
 
-def suite(report: Report, options: list[str], *more: str) -> list[str]:
-    """`python -m benchmarks` on this report's file."""
-    tiny = [] if report.device == "cuda" else ["--tiny", "--threads", "1"]
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks", "--device", report.device, "--out", str(report.path)]
-    return [*command, "--minutes", f"{report.minutes:g}", *tiny, *options, *more]
+def _over(report: Report, part: Part, child: subprocess.Popen, began: float) -> bool:
+    return child.poll() is not None or time.time() > began + report[part.name]["limit_s"]
 
 
-# --------------------------------------------------------------------------------------------------------------- verify
+PATHS = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def verify(report: Report, entry: dict) -> None:
-    """`sparc_kernels verify` in a process of its own: a CUDA fault there ends nothing here."""
-    on_gpu = report.device == "cuda"
-    entry["verified"] = False
-    tries = [[], ["--quick"]] if on_gpu else [["--quick"]]
-    for extra in tries:
-        with tempfile.TemporaryDirectory() as folder:
-            result = Path(folder) / "verify.json"
-            command = [sys.executable, "-m", "sparc_kernels", "verify", *extra, "--json", str(result)]
-            # the whole of it is worth a quarter of the time; when that was not enough, its kernels are compiled by now
-            seconds = min(180, (0.15 if on_gpu and extra else 0.25) * 60 * report.minutes, report.left - 2)
-            code, output = run_limited(command, seconds)
-            entry.update(command=" ".join(command[1:]), exit_code=code, limit_s=round(seconds, 1))
-            entry["output_tail"] = last_lines(output, 12, 2500)
-            if result.exists():
-                read_verdicts(entry, json.loads(result.read_text()))
-        if code is not None:
-            break
-        entry.update(status="timed out", reason=f"stopped after {seconds:.0f} s")
+def _output(report: Report, part: Part) -> Path:
+    return report.folder / f"{part.name}.txt"
+
+
+def _ended(report: Report, part: Part, child: subprocess.Popen, began: float) -> None:
+    """What became of a part; its exit code is None when it was stopped at its limit."""
+    code = child.poll()
+    stop(child)
+    entry, file = report[part.name], _output(report, part)
+    output = file.read_text(errors="replace")
+    entry.update(exit_code=code, seconds=round(time.time() - began, 1), output_tail=last_lines(output, 12, 2500))
     if code is None:
-        return
-    if "rows" not in entry:
-        entry.update(status="failed", reason=f"exit code {code}, no JSON; output_tail has its last lines")
-        return
-    entry["verified"] = code == 0 and entry["rows"] > 0 and not entry["failed"]
-    entry.update(status="ran", reason=None)
+        entry.update(status="timed out", reason=f"stopped after {entry['limit_s']:.0f} s")
+    elif code:
+        entry.update(status="failed", reason=f"exit code {code}: {last_lines(output, 3)}")
+    else:
+        entry.update(status="ran", reason=None)
+    try:
+        part.read(entry, code, output)
+    except Exception:
+        entry.update(status="failed", reason=last_lines(traceback.format_exc()))
+    report.save()
+    with (report.folder / f"{report.call}.txt").open("a") as whole:
+        whole.write(f"==== {part.name}: {entry['status']}\n{output}\n")
+    file.unlink()
+    print(f"[{part.name}] {entry['status']}, {entry['seconds']} s {entry['reason'] or ''}", flush=True)
+
+
+def module(*words: str) -> list[str]:
+    return [sys.executable, "-W", "ignore", "-m", *words]
+
+
+def compiling(report: Report, seconds: float) -> Part:
+    """Every kernel that the call launches, into Triton's cache."""
+    tiny = [] if report.device == "cuda" else ["--tiny", "--arch", "90"]
+
+    def read(entry: dict, code: int | None, output: str) -> None:
+        if code == 0:
+            found = json.loads(output.strip().splitlines()[-1])
+            entry.update(kernels=found["kernels"], cpu_seconds=round(found["cpu_seconds"], 1), errors=found["errors"])
+            if entry["errors"]:
+                entry.update(status="failed", reason=f"{len(entry['errors'])} kernels do not compile")
+        elif "Triton is not installed" in output:
+            entry.update(status="absent", reason="Triton is not installed")
+
+    # a process that compiles must not be told to interpret
+    return Part("compile", module("benchmarks.ahead", report.call, *tiny), seconds, read, {"TRITON_INTERPRET": "0"})
+
+
+# ---------------------------------------------------------------------------------------------------------- correctness
+
+
+def correctness(report: Report) -> None:
+    """Its parts, each of which the others survive."""
+    cuda = report.device == "cuda"
+    whole = 60 * report.minutes
+    verdicts = report.folder / "verify.json"
+    verdicts.unlink(missing_ok=True)
+
+    def read_verify(entry: dict, code: int | None, output: str) -> None:
+        entry["verified"] = False
+        if verdicts.exists():
+            read_verdicts(entry, json.loads(verdicts.read_text()))
+        if code == 0:
+            entry["verified"] = entry.get("rows", 0) > 0 and not entry["failed"]
+        elif code is not None:
+            reason = f"{len(entry['failed'])} of {entry['rows']} not passed" if entry.get("failed") else "no verdict"
+            entry.update(status="failed", reason=f"exit code {code}: {reason}")
+
+    tests = needing_a_gpu()
+    names = [name for some in tests.values() for name in some]
+    # by file and name: one that cannot be imported, where a library is missing, leaves the others
+    options = ("-q", "-p", "no:cacheprovider", "-rfE", "--continue-on-collection-errors", "-k", " or ".join(names))
+    pytest = module("pytest", *options, *tests)
+    quick = [] if cuda else ["--quick"]
+
+    def read_contract(entry: dict, code: int | None, output: str) -> None:
+        if "No module named pytest" in output:
+            entry.update(status="absent", reason="pytest is not installed")
+        entry.update(tests=names, summary=last_lines(output, 1))
+
+    verify = module("sparc_kernels", "verify", *quick, "--json", str(verdicts))
+    run(
+        report,
+        compiling(report, 0.35 * whole),
+        Part("verify", verify, 0.55 * whole, read_verify),
+        Part("contract", pytest, 0.5 * whole, read_contract, {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}),
+        Part("exercise", module("benchmarks.exercise"), 0.3 * whole, read_exercise, after="compile"),
+    )
+    tool, searched = find_sanitizer()
+    for check in ("memcheck", "racecheck"):
+        if not cuda:
+            report[check].update(status="skipped", reason="no CUDA device")
+        elif tool is None:
+            report[check].update(status="absent", reason=f"compute-sanitizer is in none of {', '.join(searched)}")
+        else:
+            command = [tool, "--tool", check, "--error-exitcode", "86", *module("benchmarks.exercise")]
+            # every tensor its own allocation, so that a read past its end is seen
+            run(report, Part(check, command, 0.4 * whole, read_sanitizer, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
+
+
+def needing_a_gpu() -> dict[str, list[str]]:
+    """The tests that are skipped without one: names by file."""
+    mark = re.compile(r"@pytest\.mark\.skipif\(not CUDA,.*\n(?:@.*\n)*def (test_\w+)")
+    found = {f"tests/{f.name}": mark.findall(f.read_text()) for f in sorted((ROOT / "tests").glob("test_*.py"))}
+    return {file: names for file, names in found.items() if names}
 
 
 def read_verdicts(entry: dict, found) -> None:
@@ -196,7 +286,19 @@ def read_verdicts(entry: dict, found) -> None:
     entry.update(rows=len(rows), counts=counts, failed=failed[:50])
 
 
-# ------------------------------------------------------------------------------------------------------- memory checker
+def read_exercise(entry: dict, code: int | None, output: str) -> None:
+    entry["exercised"] = [line for line in output.splitlines() if line.startswith("exercised")]
+
+
+def read_sanitizer(entry: dict, code: int | None, output: str) -> None:
+    """Clean when the tool says so; what was exercised up to a time limit counts for something."""
+    read_exercise(entry, code, output)
+    entry["summary"] = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", output)
+    entry["clean"] = code == 0 and bool(entry["summary"])
+    if not entry["clean"]:
+        entry["output_head"] = "\n".join(line for line in output.splitlines() if line.startswith("====="))[:3000]
+    if code == 0 and not entry["summary"]:
+        entry.update(status="failed", reason="no summary in its output")
 
 
 def find_sanitizer() -> tuple[str | None, list[str]]:
@@ -216,91 +318,62 @@ def find_sanitizer() -> tuple[str | None, list[str]]:
     return None, ["PATH", *patterns]
 
 
-def memory_checker(report: Report, entry: dict) -> None:
-    """compute-sanitizer over every kernel at small odd shapes (`--exercise`): memcheck, racecheck if time allows."""
-    if report.device != "cuda":
-        entry.update(status="skipped", reason="no CUDA device")
+# --------------------------------------------------------------------------------------------------------------- timing
+
+
+def suite(report: Report, options: list[str], *more: str) -> list[str]:
+    """`python -m benchmarks` on this report's file."""
+    tiny = [] if report.device == "cuda" else ["--tiny", "--threads", "1"]
+    command = [*module("benchmarks"), "--device", report.device, "--out", str(report.path), "--quick"]
+    return [*command, "--seconds", "0.4" if not tiny else "0.01", "--minutes", f"{report.minutes:g}", *tiny, *options,
+            *more]  # fmt: skip
+
+
+def timing(report: Report, options: list[str]) -> None:
+    begin(report, options)
+    run(report, compiling(report, min(75.0, 15 * report.minutes)))
+    entry = report["measurements"]
+    if entry["status"] == "skipped":
         return
-    tool, searched = find_sanitizer()
-    if tool is None:
-        entry.update(status="absent", reason=f"compute-sanitizer is in none of {', '.join(searched)}")
-        return
-    entry.update(path=tool, runs=[])
-    for check in ("memcheck", "racecheck"):
-        seconds = min(90.0, report.left - 5)
-        run = {"tool": check, "limit_s": round(seconds, 1)}
-        entry["runs"].append(run)
-        if seconds < 10:
-            run.update(status="skipped", reason=f"{report.left:.0f} s left of the time limit")
-            continue
-        t0 = time.time()
-        command = [tool, "--tool", check, "--error-exitcode", "86", *this("--exercise")]
-        # every tensor its own allocation, so that a read past its end is seen
-        code, output = run_limited(command, seconds, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
-        summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", output)
-        status = "timed out" if code is None else "clean" if code == 0 and summary else "failed"
-        run.update(
-            status=status, exit_code=code, seconds=round(time.time() - t0, 1), summary=summary,
-            exercised=[line for line in output.splitlines() if line.startswith("exercised")],
-            output_head=output[:3000] if status == "failed" else None, output_tail=last_lines(output, 8, 1500),
-        )  # fmt: skip
+    t0 = time.time()
+    entry.update(status="running", reason="killed while it ran")
+    try:
+        measure(report, entry, options)
+    except Exception:
+        entry.update(status="failed", reason=last_lines(traceback.format_exc()))
+    finally:
+        entry["seconds"] = round(time.time() - t0, 1)
         report.save()
-    entry.update(status="ran", reason=None, clean=all(r["status"] in ("clean", "skipped") for r in entry["runs"]))
-
-
-def exercise() -> None:
-    """Launches every kernel at small shapes that divide nothing: what the memory checker looks at."""
-    import torch
-
-    from sparc_kernels import AlignedSAE, encode_topk
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    widths = {"a": 40, "b": 33, "c": 65, "d": 48}
-    for dtype, topk_type, S in (
-        (torch.bfloat16, "global", 3), (torch.bfloat16, "global", 4),  # four sources: gradients by way of H
-        (torch.float16, "global", 3), (torch.float32, "global", 3), (torch.bfloat16, "local", 3),
-    ):  # fmt: skip
-        torch.manual_seed(0)
-        streams = dict(list(widths.items())[:S])
-        model = AlignedSAE(
-            streams, 203, 7, 5, dead_steps_threshold=1, topk_type=topk_type, device=device, dtype=torch.float32
-        ).to(dtype)
-        # a common mean: some latents are chosen by every row, more than a program of the gradient takes at once
-        inputs = {s: (torch.randn(133, d, device=device) + 2).to(dtype).requires_grad_() for s, d in streams.items()}
-        for _ in range(3):  # the first has no dead latents yet
-            outputs = model(inputs)
-            loss, _ = model.compute_loss(outputs, inputs)
-            # half of it: gradients that were made with the loss are scaled
-            (0.5 * loss + outputs["recon_a"].float().square().mean()).backward()
-        print(f"exercised {topk_type} {dtype} S {S} loss {float(loss.detach()):.4f}", flush=True)
-    # the selection in three levels
-    n, d = 2**20 + 5, 16
-    w, zeros = torch.randn(n, d, device=device).bfloat16(), torch.zeros(n, device=device).bfloat16()
-    indices, _ = encode_topk([w[:3].contiguous()], [w], [zeros[:d]], [zeros], 64)
-    print(f"exercised selection among {n}, largest id {int(indices.max())}", flush=True)
-    # the library's GEMM and the pass over its logits
-    rows, n, d = 1025, 203, 4096
-    x, w, biases = (torch.randn(*shape, device=device).bfloat16() for shape in ((rows, d), (n, d), (max(n, d),)))
-    indices, _ = encode_topk([x], [w], [biases[:d]], [biases[:n]], 7)
-    print(f"exercised selection of {rows} rows, largest id {int(indices.max())}", flush=True)
-
-
-# --------------------------------------------------------------------------------------------------------- measurements
+    print(f"[measurements] {entry['status']}, {entry['seconds']} s", flush=True)
 
 
 def begin(report: Report, options: list[str]) -> None:
     """The record with its environment and providers, made by a process that may touch the GPU."""
-    code, output = run_limited(suite(report, options, "--begin"), 150)
-    if code != 0 or not report.path.exists():
-        raise SystemExit(f"the benchmarks do not start: exit code {code}\n{last_lines(output, 8, 1500)}")
+    done = limited(suite(report, options, "--begin"), 150)
+    if done.returncode != 0 or not report.path.exists():
+        said = last_lines(done.stdout, 8, 1500)
+        raise SystemExit(f"the benchmarks do not start: exit code {done.returncode}\n{said}")
     report.read()
-    report.data["deadline"] = int(report.started + MEASURE_UNTIL * 60 * report.minutes)
+    report.data["deadline"] = int(report.started + 60 * report.minutes - 8)  # for what is under way then, and the end
     report.save()
+
+
+def limited(command: list[str], seconds: float) -> subprocess.CompletedProcess:
+    """A short command to its end; exit code 124 at its limit."""
+    child = start(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={
+        **os.environ, "PYTHONPATH": PATHS})  # fmt: skip
+    try:
+        output, _ = child.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 124, "")
+    finally:
+        stop(child)
+    return subprocess.CompletedProcess(command, child.returncode, output)
 
 
 def measure(report: Report, entry: dict, options: list[str]) -> None:
     """Runs workers until one ends well, time is up, or too many have died."""
-    limit = report.data["deadline"] + report.grace
+    limit = report.data["deadline"] + 5
     died: list[str] = []
     idle = 0  # workers that died before they had begun anything
     entry["workers"] = 0
@@ -336,8 +409,9 @@ def measure(report: Report, entry: dict, options: list[str]) -> None:
         report.save()
         print(f"[worker {entry['workers']}] {reason}", flush=True)
     bury(report)
-    report.data.pop("died", None)
-    cut = None if report.data["complete"] else report.data["stopped"]
+    killed = report.data.pop("died", None)
+    # a worker that was stopped had no time to say so
+    cut = None if report.data["complete"] else killed or report.data["stopped"]
     ran = "ran" if report.data["results"] else "failed"
     entry.update(status="ran in part" if cut and report.data["results"] else ran, reason=cut, died=died)
     if not report.data["results"]:
@@ -354,96 +428,122 @@ def bury(report: Report) -> None:
         report.data["active"] = None
 
 
-# -------------------------------------------------------------------------------------------------------------- summary
+# ----------------------------------------------------------------------------------------------------------------- main
 
 
 def summary(report: Report, limit: int = 11000) -> str:
     """What fits in a terminal: the sections, then the benchmarks' own tables."""
-    from benchmarks.report import terminal
+    device = "CPU (tiny shapes: times mean nothing)"
+    if report.device == "cuda":
+        device = report.data["environment"]["device_name"]
+    text = f"sparc_kernels gpu_report, {report.call}: {device}\n{summary_of(report.sections)}"
+    if report.call == "timing":
+        from benchmarks.report import refused, terminal
 
-    ver, mem, got = (report[name] for name in ("verify", "memory_checker", "measurements"))
-    device = report.data["environment"]["device_name"]
-    lines = [
-        f"sparc_kernels gpu_report: {device if report.device == 'cuda' else 'CPU (tiny shapes: times mean nothing)'}",
-        f"verify: {ver['status']}, verified {ver.get('verified', False)}, {ver.get('counts') or ver['reason']}",
-    ]
-    lines += [f"  NOT PASSED {json.dumps(row)[:230]}" for row in ver.get("failed", [])[:6]]
-    lines.append(f"memory checker: {mem['status']} {mem['reason'] or ''}"[:200])
-    lines += [f"  {r['tool']}: {r['status']} {' '.join(r.get('summary', []))}"[:150] for r in mem.get("runs", [])]
-    lines.append(f"measurements: {got['status']}, workers {got.get('workers', 0)} {str(got['reason'] or '')[:300]}")
-    text = "\n".join(lines)
-    return text + "\n" + terminal(report.data, limit - len(text))
+        text = "\n".join([text, *refused(report.data)[:25]])
+        text += "\n" + terminal(report.data, limit - len(text))
+    return text[:limit]
 
 
-# ----------------------------------------------------------------------------------------------------------------- main
+def summary_of(sections: dict) -> str:
+    """What failed first, with the end of its output."""
+    lines, good = [], ("ran", "absent", "skipped")
+    for name, entry in sorted(sections.items(), key=lambda item: item[1]["status"] in good):
+        figures = [f"{word} {entry[word]}" for word in ("kernels", "cpu_seconds", "counts", "summary") if word in entry]
+        said = [entry["status"], f"{entry['seconds']} s" if "seconds" in entry else "", entry["reason"] or "", *figures]
+        lines.append(f"{name}: {' '.join(filter(None, said))}"[:400])
+        lines += [f"  NOT PASSED {json.dumps(row)[:230]}" for row in entry.get("failed", [])[:20]]
+        lines += [f"  {kernel}: {error}"[:230] for kernel, error in entry.get("errors", [])[:10]]
+        if entry["status"] not in good:
+            lines += [f"  | {line[:200]}" for line in entry.get("output_tail", "").splitlines()]
+    return "\n".join(lines)
 
 
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="gpu_report", description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=8.0, help="time limit of the whole run (default 8)")
-    parser.add_argument("--out", type=Path, help="default benchmarks/results/<gpu-or-cpu>_<date>_<commit>.json")
+    parser.add_argument("--call", choices=CALLS, help="which of the two")
+    parser.add_argument("--minutes", type=float, help="time limit (default: correctness 6, timing 5)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default a new one under benchmarks/results")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    parser.add_argument("--official", type=Path, metavar="PATH", help="a clone of the official repository")
-    parser.add_argument("--filter", default="", metavar="REGEX", help="as of python -m benchmarks")
-    parser.add_argument("--quick", action="store_true", help="as of python -m benchmarks")
-    parser.add_argument("--skip", default="", help=f"sections to leave out: {','.join(SECTIONS)}")
+    parser.add_argument("--official", type=Path, metavar="PATH", help="timing: a clone of the official repository")
+    parser.add_argument("--filter", default="", metavar="REGEX", help="timing: as of python -m benchmarks")
+    parser.add_argument("--skip", default="", help="sections to leave out, with commas between them")
     parser.add_argument("--probe", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--exercise", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.probe:
+        return args
+    if args.call is None:
+        parser.error("--call: expected correctness or timing, each a call of its own, got none")
+    args.minutes = CALLS[args.call][0] if args.minutes is None else args.minutes
     args.skip = {name for name in args.skip.split(",") if name}
-    if args.skip - set(SECTIONS):
-        parser.error(f"--skip: expected sections among {', '.join(SECTIONS)}, got {', '.join(sorted(args.skip))}")
+    sections = CALLS[args.call][1]
+    if args.skip - set(sections):
+        parser.error(f"--skip: expected sections among {', '.join(sections)}, got {', '.join(sorted(args.skip))}")
     if not args.minutes > 0:
         parser.error(f"--minutes: expected a number > 0, got {args.minutes}")
     return args
 
 
+def probe() -> None:
+    """The environment as JSON, from a process that may touch the GPU."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print("\n" + json.dumps(environment.environment(device, torch.get_num_threads())))
+
+
 def main(argv=None) -> int:
     args = parse(argv)
     if args.probe:
-        print("\n" + json.dumps(environment.gpu()))
-        return 0
-    if args.exercise:
-        exercise()
+        probe()
         return 0
     started = time.time()
     # a polite stop, such as a scheduler's time limit, ends the children and the file
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))
-    exit_code, output = run_limited(this("--probe"), 150)
-    gpu = json.loads(output.strip().splitlines()[-1]) if exit_code == 0 else None
-    device = ("cuda" if gpu else "cpu") if args.device == "auto" else args.device
-    name = re.sub(r"[^a-z0-9]+", "-", gpu["name"].lower()).strip("-") if gpu and device == "cuda" else "cpu"
-    sha = (environment.commit()["commit"] or "nocommit")[:7]
-    out = args.out or ROOT / "benchmarks" / "results" / f"{name}_{environment.now()[:10]}_{sha}.json"
-    report = Report(out.resolve(), device, args.minutes, started)
-    out.unlink(missing_ok=True)
+    done = limited([sys.executable, str(Path(__file__).resolve()), "--probe"], 150)
+    if done.returncode:
+        raise SystemExit(f"PyTorch does not start: exit code {done.returncode}\n{last_lines(done.stdout, 8, 1500)}")
+    about = json.loads(done.stdout.strip().splitlines()[-1])
+    device = about["device"] if args.device == "auto" else args.device
+    if device == "cuda" and about["device"] != "cuda":
+        raise SystemExit("--device cuda: PyTorch sees no GPU here; use --device cpu")
+    name = re.sub(r"[^a-z0-9]+", "-", about["device_name"].lower()).strip("-") if device == "cuda" else "cpu"
+    sha = (about["commit"] or "nocommit")[:7]
+    folder = (args.out or ROOT / "benchmarks" / "results" / f"{name}_{about['date'][:10]}_{sha}").resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    report = Report(folder, args.call, device, args.minutes, started)
+    for old in (report.path, folder / f"{args.call}.txt"):
+        old.unlink(missing_ok=True)
+    for part in args.skip:
+        report[part].update(status="skipped", reason="asked for with --skip")
     print(f"writing {report.path}", flush=True)
-    options = [*(["--quick"] if args.quick else []), *(["--filter", args.filter] if args.filter else [])]
-    options += ["--official", str(args.official.resolve())] if args.official else []
-    begin(report, options)
     stopped = None
     try:
-        for part, run in (("verify", verify), ("measurements", None), ("memory_checker", memory_checker)):
-            if part in args.skip:
-                report[part].update(status="skipped", reason="asked for with --skip")
-                continue
-            with section(report, part) as entry:
-                if part == "measurements":
-                    measure(report, entry, options)
-                else:
-                    run(report, entry)
+        if args.call == "correctness":
+            report.data = {
+                "schema": SCHEMA, "complete": False, "stopped": "still running, or killed",
+                "started": environment.now(), "finished": None, "seconds": None, "environment": about,
+                "settings": {"device": device, "tiny": device == "cpu", "minutes": args.minutes},
+            }  # fmt: skip
+            report.save()
+            correctness(report)
+        else:
+            options = ["--filter", args.filter] if args.filter else []
+            timing(report, [*options, *(["--official", str(args.official.resolve())] if args.official else [])])
     except (KeyboardInterrupt, SystemExit) as error:
+        if not report.data:
+            raise
         with contextlib.suppress(OSError, ValueError):
-            report.read()
+            report.data = json.loads(report.path.read_text())
         stopped = str(error) or "interrupted"
-    missing = [part for part in SECTIONS if report[part]["status"] not in ("ran", "absent", "skipped")]
+    missing = [part for part in report.sections if report[part]["status"] not in ("ran", "absent", "skipped")]
     if missing and not stopped:
         stopped = "; ".join(f"{part}: {report[part]['reason']}" for part in missing)
     report.data.update(
         complete=stopped is None, stopped=stopped, finished=environment.now(), seconds=round(time.time() - started, 1)
     )  # fmt: skip
-    if device == "cuda" and report.left > -report.grace:
-        report.data["environment"]["nvml_after"] = environment.gpu_state((gpu or {}).get("uuid"))
+    if device == "cuda":
+        report.data["environment"]["nvml_after"] = environment.gpu_state((about["gpu"] or {}).get("uuid"))
     report.save()
     print("\n" + summary(report), flush=True)
     print(f"{report.data['seconds']} s; {report.path}", flush=True)

@@ -14,11 +14,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from sparc_kernels import cost, cost_dense, cost_model, decode_nmse, encode_topk, reference
+from sparc_kernels import SparcAdam, cost, cost_dense, cost_model, cost_optim, decode_nmse, encode_topk, reference
 
 from .cases import PRECISIONS, Case, Problem, groups
 from .timing import Job
 from .verification import Truth, distances, library_topk, precision
+
+SLOW = 30.0  # seconds of setup from which a provider's turn comes last
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,17 @@ class Provider:
     dtypes: tuple[str, ...] = tuple(PRECISIONS)
     absent: Callable[[Context], str | None] = always  # the reason, when it is not to be had
     fits: Callable[[Case], str | None] = lambda case: None  # the reason, when it cannot do this shape
-    # bytes and FLOPs of what it does, with the optimizer apart
+    # bytes and FLOPs of what it does, with the optimizer apart, and of what follows the backward in a step
     model: Callable[[cost_model.Shape], cost_model.Op] | None = None
+    after: Callable[[cost_model.Shape], list[cost_model.Op]] = lambda s: [cost_dense.unit_norm(s), cost_dense.adam(s)]
+    ops: Callable[[cost_model.Shape], list[cost_model.Op]] | None = None  # of its profile, which this one has
     how: dict = field(default_factory=dict)  # of cost_model.Shape
     graph: bool = False
     setup_s: float = 1.0  # what it takes before it can be timed, compilation included: on a GPU, at a large shape
+
+    @property
+    def slow(self) -> bool:
+        return self.setup_s >= SLOW
 
 
 # --------------------------------------------------------------------------------------------------- the training step
@@ -140,6 +148,45 @@ def _ours_graph(context: Context, problem: Problem, dtype: str) -> Job:
     return Job(
         phases, reset, lambda: kept, ("full",), False, job.gradient_bytes, captured_peak=peak, close=close
     )  # fmt: skip
+
+
+def _ours_direct(context: Context, problem: Problem, dtype: str) -> Job:
+    """`AlignedSAE.training_step`, which makes no gradients: its first step's moments hold what it took of them."""
+    kind, _, autocast, _ = PRECISIONS[dtype]
+    model, inputs = problem.model(kind), problem.inputs(kind)
+    adam, held = SparcAdam(model, 0.0, shadow=autocast), {}
+
+    def step():
+        with precision(dtype, problem.device):
+            held["loss"] = model.training_step(inputs, adam)[0]
+
+    def reset():
+        held.pop("loss", None)
+        problem.reset(model, model.parameters())  # gradients that others left are refused
+
+    reset()
+    step()
+    share = 1 - adam.param_groups[0]["betas"][0]
+    found = {"loss": held["loss"]}
+    for name, parameters in groups(model).items():
+        found[name] = [adam.state[p]["exp_avg"] / share for p in parameters]
+    problem.restore()
+    adam.refresh_shadow()
+    held["found"] = found
+    phases = {"forward": lambda: None, "backward": lambda: None, "optimizer": step}
+    return Job(phases, reset, lambda: held.pop("found"), ("step",), False, close=held.clear)
+
+
+def check_direct(truth: Truth, dtype: str, found: dict) -> tuple[dict, dict]:
+    """As `check_training`, but what reaches the decoders' moments is their gradient without its part along each row."""
+    exact, along = truth.exact(), []
+    for trio in zip(found["w_dec"], truth.problem.tensors.w_decs, exact["w_dec"], strict=True):
+        parts = []
+        for got, w, g in zip(*(t.t().split(16384) for t in trio), strict=True):  # no float64 copy of a whole matrix
+            w = reference.unit_norm_decoder(w.to(g.dtype).t()).t()
+            parts.append(got + ((w * g).sum(1, keepdim=True) * w).to(got.dtype))
+        along.append(torch.cat(parts).t())
+    return distances({**found, "w_dec": along}, exact), truth.plain(dtype)
 
 
 def _reference(compiled: str | None = None):
@@ -380,10 +427,6 @@ def _ceiling(kind: str):
     return build
 
 
-def _ours_step(s: cost_model.Shape) -> cost_model.Op:
-    return cost.step(s)
-
-
 def _dense_step(s: cost_model.Shape) -> cost_model.Op | None:
     return None if s.auxk else cost_dense.dense_step(s)  # the model of the dense step knows no AuxK
 
@@ -395,11 +438,14 @@ NO_AUTOCAST = ("float32", "tf32", "bfloat16", "float16")
 def own() -> list[Provider]:
     """Ours, and what torch alone can do."""
     compiled = {"how": {"compiled": True}, "dtypes": PLAIN}
+    one_pass = {"after": lambda s: [cost_dense.adam(s)]}  # SparcAdam does it all in Adam's pass over the parameters
     return [
         Provider("ours", "training", "AlignedSAE and SparcAdam: Triton on CUDA, torch elsewhere", _ours,
-                 check_training, model=_ours_step, setup_s=20),
+                 check_training, model=cost.step, ops=cost.step_ops, setup_s=20, **one_pass),
         Provider("ours, CUDA graph", "training", "the same, replayed from a CUDA graph", _ours_graph, check_training,
-                 absent=needs_cuda, model=_ours_step, graph=True, setup_s=6),
+                 absent=needs_cuda, model=cost.step, graph=True, setup_s=6, **one_pass),
+        Provider("ours, training_step", "training", "AlignedSAE.training_step: no gradients in memory", _ours_direct,
+                 check_direct, model=cost_optim.direct_step, after=lambda s: [], ops=cost_optim.direct_ops, setup_s=6),
         Provider("reference, eager", "training", "the reference with torch.topk, torch's fused Adam", _reference(),
                  check_training, PLAIN, model=_dense_step),
         Provider("reference, compiled", "training", "the same under torch.compile", _reference("default"),

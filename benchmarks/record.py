@@ -20,7 +20,8 @@ ROW = {  # name -> types, None where "absent" is an answer
     "energy_j": (*NUMBER, None), "clocks": (dict, None), "interleaved": (bool, None),
     "others_cpu": (*NUMBER, None),
 }  # fmt: skip
-LATER = {"predicted_ms": (*NUMBER, None)}  # fields that rows of this schema may lack: they came after it
+# fields that rows of this schema may lack: they came after it
+LATER = {"predicted_ms": (*NUMBER, None), "host_ms": (*NUMBER, None), "ours_ms": (*NUMBER, None)}
 TOP = {
     "schema": (str,), "complete": (bool,), "stopped": (str, None), "started": (str,), "finished": (str, None),
     "seconds": (*NUMBER, None), "settings": (dict,), "environment": (dict,), "providers": (list,), "results": (list,),
@@ -48,6 +49,12 @@ class SchemaError(ValueError):
 
 def key(row: dict) -> tuple[str, ...]:
     return tuple(row[name] for name in KEY)
+
+
+def of_provider(data: dict, group, provider: str) -> list[dict]:
+    """The rows of one provider in a `plan.Group`."""
+    mine = (group.op, group.case.name, group.case.data, provider, group.dtype)
+    return [r for r in data["results"] if (r["op"], r["case"], r["data"], r["provider"], r["dtype"]) == mine]
 
 
 def empty_row(**known) -> dict:

@@ -80,15 +80,36 @@ def terminal(data: dict, limit: int = 12000) -> str:
         if p["status"] == "absent":
             lines.append(f"absent: {p['name']} ({p['op']}): {p['reason']}")
     lines.append(
-        "median ms [p20 p80]; x: times ours; peak MiB of forward + backward; modelled: GB/s, TFLOP/s, roofline"
+        "median ms [p20 p80]; x: times ours; host: ms to launch it; peak MiB of forward + backward; modelled: GB/s, "
+        "TFLOP/s, roofline"
     )
-    blocks = ["\n".join(lines), *(_block(key, rows) for key, rows in sections(data))]
+    blocks = ["\n".join(lines), *map(_profiled, data["profiles"][:2])]
+    blocks += [_block(key, rows) for key, rows in sections(data)]
     text = ""
     for i, block in enumerate(blocks):
         if len(text) + len(block) > limit:
             return text + f"({len(blocks) - i} more tables in the JSON)"
         text += block + "\n"
     return text.rstrip()
+
+
+def _profiled(profile: dict) -> str:
+    """Where a step's time goes: measured beside modelled where there is a model, then the longest kernels."""
+    name = f"{profile['case']}{'' if profile['data'] == 'gaussian' else ', real'}, {profile['dtype']}"
+    lines = [f"-- profile of {profile['provider']} ({profile['mode']}), {name}: {profile['reason'] or 'ms'}"]
+    model = profile.get("modelled")
+    if model:
+        cells = [
+            f"{row['name']} {'-' if row['measured_ms'] is None else ms(row['measured_ms'])} ({ms(row['modelled_ms'])})"
+            for row in model["ops"]
+        ]
+        total = sum(part["ms"] for part in profile["parts"])
+        lines.append(f"  measured (modelled for {model['gpu']}): {'; '.join(cells)}; all {ms(total)} "
+                     f"({ms(model['modelled_ms'])})")  # fmt: skip
+    else:
+        lines.append("  " + "; ".join(f"{part['name']} {ms(part['ms'])}" for part in profile["parts"]))
+    longest = [f"{k['name'][:44]} {ms(k['ms'])} x{k['calls']:.0f}" for k in profile["kernels"][:10]]
+    return "\n".join([*lines, *(["  " + "; ".join(longest)] if longest else [])])
 
 
 def _block(key: tuple, rows: list[dict]) -> str:
@@ -102,7 +123,7 @@ def _block(key: tuple, rows: list[dict]) -> str:
     for r in rows:
         by_provider.setdefault(r["provider"], {})[r["mode"]] = r
     main = "full" if any("full" in modes for modes in by_provider.values()) else "forward"
-    ours = next((m[main]["median_ms"] for name, m in by_provider.items() if name == "ours" and main in m), None)
+    ours = by_provider.get("ours", {})
     for name, modes in by_provider.items():
         bad = next((r for r in modes.values() if r["status"] != "ok"), None)
         if bad:
@@ -115,8 +136,11 @@ def _block(key: tuple, rows: list[dict]) -> str:
                 spread = f" [{ms(r['p20_ms'])} {ms(r['p80_ms'])}]" if mode == main else ""
                 cells.append(f"{mode} {ms(r['median_ms'])}{spread}")
         r = modes.get(main) or next(iter(modes.values()))
-        if ours and name != "ours" and r["median_ms"]:
-            cells.append(f"x{r['median_ms'] / ours:.2f}")
+        beside = r.get("ours_ms") or ours.get(r["mode"], {}).get("median_ms")
+        if beside and name != "ours":
+            cells.append(f"x{r['median_ms'] / beside:.2f}")
+        if r.get("host_ms"):
+            cells.append(f"host {ms(r['host_ms'])}")
         if r["peak_bytes"]:
             cells.append(f"{r['peak_bytes'] / MIB:,.0f} MiB")
         rates = [f"{r[name]:.3g} {unit}" for name, unit in (("gb_s", "GB/s"), ("tflop_s", "TFLOP/s")) if r[name]]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from sparc_kernels import cost_dense, cost_model
+from sparc_kernels import cost_model
 
 from . import environment, record
 from .cases import Case, Problem
@@ -24,10 +24,19 @@ from .timing import METHOD, Job, Samples, Timer, is_out_of_memory, profile
 from .verification import Truth, Verdict, judge, twin
 
 MAIN_MODE = {"training": "full", "decode": "full"}  # which row says that something went wrong; else forward
+# the model's operations -> the package's operators that do them; AuxK also uses those of the main loss
+DOING = {
+    "centre": ("centre",), "select": ("select",), "values": ("gather_values", "inverse_index"),
+    "inverse index": ("gather_values", "inverse_index"), "counters": ("count_fired_",),
+    "losses + dv": ("decode_grads",), "dW_dec": ("decode_grads",), "dW_enc": ("latent_reduce_",),
+    "weights, terms": ("target_weights", "loss_terms", "column_sums", "scale_"),
+    "AuxK": ("dead_first", "gather_error", "add_auxk"), "d pre_bias": ("torch",), "casts": ("torch",),
+    "update without gradients": ("latent_adam_", "adam_stream_", "adam_scalars_"),
+}  # fmt: skip
 CONTEXT_LOST = 70  # exit code of a process whose CUDA context is beyond use
 
 
-@dataclass
+@dataclass(eq=False)
 class _Ready:
     provider: Provider
     job: Job
@@ -131,10 +140,7 @@ class Run:
         )
 
     def _done(self, group: Group, p: Provider) -> bool:
-        mine = (group.op, group.case.name, group.case.data, p.name, group.dtype)
-        return any(
-            (r["op"], r["case"], r["data"], r["provider"], r["dtype"]) == mine for r in self.data["results"]
-        )  # fmt: skip
+        return bool(record.of_provider(self.data, group, p.name))
 
     def _wanted(self, group: Group, p: Provider, modes) -> list[str]:
         c = group.case
@@ -149,7 +155,7 @@ class Run:
         for group in plan(self.options):
             mine = [
                 p for p in self.providers
-                if p.op == group.op and group.dtype in p.dtypes and (p.op, p.name) not in absent
+                if (p.op, p.slow) == (group.op, group.slow) and group.dtype in p.dtypes and (p.op, p.name) not in absent
                 and not p.fits(group.case) and self._wanted(group, p, ("forward", "backward", "full", "step"))
                 and not (group.case.sweep and p.name in ("reference, max-autotune", "ours, CUDA graph"))
             ]  # fmt: skip
@@ -233,13 +239,25 @@ class Run:
             if one is None:
                 continue
             ready.append(one)
-            if not together:
-                self._measure(group, ready, problem)
+            if group.slow or not together:  # a slow one's rows come before the next is built
+                self._measure(group, ready, problem, self._ours_again(group, problem) if together else None)
                 ready = []
         if ready:
             self._measure(group, ready, problem)
         if group.op == "ceiling":
             self._set_roofline()
+
+    def _ours_again(self, group: Group, problem: Problem) -> _Ready | None:
+        """Ours beside a slow provider, for turns alone: its rows were written earlier."""
+        ours = next((p for p in self.providers if (p.op, p.name) == (group.op, "ours")), None)
+        mine = record.of_provider(self.data, group, "ours")
+        if not group.slow or ours is None or not any(r["status"] == "ok" for r in mine):
+            return None
+        try:
+            return _Ready(ours, ours.build(self.context, problem, group.dtype), None)
+        except Exception as error:
+            self.say(f"ours beside the slow providers of {group}: {type(error).__name__}: {error}"[:220])
+            return None
 
     def _verify_at_twin(self, group: Group, providers: list[Provider], case: Case) -> dict[str, Verdict]:
         problem, truth = self.problem(case)
@@ -247,7 +265,7 @@ class Run:
         for p in providers:
             if p.check is None or self.left < self._setup(p):
                 continue
-            self.active(group, p.name, 60 + 4 * self._setup(p))
+            self.active(group, p.name, 60 + 4 * p.setup_s)
             try:
                 job = p.build(self.context, problem, group.dtype)
                 self.timer.once(job, ("optimizer",))
@@ -271,7 +289,7 @@ class Run:
         if self.left < self._setup(p):
             self._add(self._row(group, p, main), "skipped", f"{max(self.left, 0):.0f} s left of the time limit")
             return None
-        self.active(group, p.name, 60 + 4 * self._setup(p))
+        self.active(group, p.name, 60 + 4 * p.setup_s)
         job = None
         try:
             job = p.build(self.context, problem, group.dtype)
@@ -311,46 +329,53 @@ class Run:
             self.save()
             raise SystemExit(CONTEXT_LOST) from lost
 
-    def _measure(self, group: Group, ready: list[_Ready], problem: Problem) -> None:
-        """Rounds in which every job has its turn, until each has had its seconds; then rows."""
+    def _measure(self, group: Group, ready: list[_Ready], problem: Problem, beside: _Ready | None = None) -> None:
+        """Rounds in which every job has its turn, until each has had its seconds; its rows follow at once."""
         each = self.options.seconds
         if each is None:
             each = 1.0 if self.cuda else 0.02 if self.options.tiny else 5.0 if self.options.quick else 8.0
         least, most = (5, 40) if self.cuda else (3, 15)
         burst = 0.1 if self.cuda else 0.01  # seconds of one job's turn
-        warm = []
-        for one in ready:
-            self.active(group, one.provider.name, 120)
+        name = ready[0].provider.name  # who is to blame for what happens in `beside`
+        going = []
+        for one in [*ready, *([beside] if beside else [])]:
+            self.active(group, one.provider.name if one in ready else name, 120)
             try:
                 started = time.time()
-                one.peaks = self.timer.peaks(one.job)
                 # on a CPU it ran twice by now, which is warm enough; the profiler's time only sizes a turn
-                one.single = self.timer.once(one.job) if self.cuda else time.time() - started
-                warm.append(one)
+                if self.cuda:  # before the peak, which does not count an optimizer's state
+                    one.single = self.timer.once(one.job)
+                one.peaks = self.timer.peaks(one.job) if one in ready else {}
+                one.single = one.single or time.time() - started
+                going.append(one)
             except Exception as error:
                 one.job.close()
-                self._failed(group, one.provider, error)
-        going = list(warm)
+                if one in ready:
+                    self._failed(group, one.provider, error)
+        turns = list(going)
         for i in range(most):
             started = time.time()
             for one in going:
                 n = max(1, min(20, int(burst / max(one.single, 1e-6))))
-                self.active(group, one.provider.name, 60 + 10 * one.single * n)
+                self.active(group, one.provider.name if one in ready else name, 60 + 10 * one.single * n)
                 self.timer.round(one.job, one.samples, n)
-            if i + 1 >= least:
-                going = [one for one in going if one.samples.seconds < each]
-            if not going or self.left < 1.2 * (time.time() - started):
+            last = i + 1 == most or self.left < 1.2 * (time.time() - started)
+            ended = [one for one in going if last or (i + 1 >= least and one.samples.seconds >= each)]
+            for one in ended:
+                if one in ready:
+                    self._rows(group, one, len(turns) > 1, beside if beside in turns else None)
+            going = [one for one in going if one not in ended]
+            if not any(one in ready for one in going):
                 break
-        for one in warm:
-            self._rows(group, one, len(warm) > 1)
-            if group.profiled and one.provider.name == "ours" and group.op == "training":
+        for one in turns:
+            if group.profiled and one.provider.ops:
                 self._profile(group, one)
             one.job.close()
         problem.forget()
         problem.restore()
         self.tidy()
 
-    def _rows(self, group: Group, one: _Ready, interleaved: bool) -> None:
+    def _rows(self, group: Group, one: _Ready, interleaved: bool, beside: _Ready | None) -> None:
         energy = self._energy(one)
         for mode, phases in one.job.of_modes().items():
             if not self._wanted(group, one.provider, [mode]):
@@ -363,12 +388,16 @@ class Run:
                 peak_bytes=one.peaks.get(mode), gradient_bytes=one.job.gradient_bytes or None,
                 energy_j=energy.get(mode), **self._modelled(group, one.provider, mode, numbers["median_ms"]),
                 clocks=energy.get("clocks"), interleaved=interleaved,
+                host_ms=sum(one.job.host_ms[name] for name in phases) if one.job.host_ms else None,
+                ours_ms=beside.samples.summary(phases)["median_ms"] if beside else None,
             )  # fmt: skip
 
     def _energy(self, one: _Ready) -> dict:
         """Joules of one execution, from NVML's counter over half a second of executions; clocks right after."""
         if self.monitor.nv is None:
             return {}
+        if self.options.quick:  # half a second for each mode is too much
+            return {"clocks": self.monitor.clocks()}
         found: dict = {}
         modes = one.job.of_modes()
         for mode in ("forward", "full", "step"):
@@ -401,11 +430,7 @@ class Run:
             if op is None:
                 return {}
             if mode == "step":
-                # SparcAdam does it all in Adam's pass over the parameters
-                after = (
-                    [cost_dense.adam(s)] if p.name.startswith("ours") else [cost_dense.unit_norm(s), cost_dense.adam(s)]
-                )
-                op = cost_model.total("step", [op, *after])
+                op = cost_model.total("step", [op, *p.after(s)])
             gpu = self.gpu
             bound = 1e3 * roofline_seconds(op, gpu) if gpu else None
             predicted = None
@@ -462,18 +487,41 @@ class Run:
         )  # fmt: skip
 
     def _profile(self, group: Group, one: _Ready) -> None:
+        """Where the time of one step goes, by operator and kernel, beside what the cost model says of it."""
+        mode, c = "full" if "full" in one.job.of_modes() else "step", group.case
         try:
-            parts, kernels = profile(one.job, self.cuda)
+            parts, kernels = profile(one.job, self.cuda, mode)
+            modelled = self._modelled_parts(one.provider.ops(c.cost_shape(group.dtype)), parts)
         except Exception as error:
-            parts, kernels, reason = [], [], f"{type(error).__name__}: {error}"
+            parts, kernels, modelled, reason = [], [], None, f"{type(error).__name__}: {error}"
         else:
             reason = None
-        c = group.case
         self.data["profiles"].append(
-            {"case": c.name, "data": c.data, "shape": c.as_dict(), "provider": one.provider.name, "mode": "full",
-             "dtype": group.dtype, "parts": parts, "kernels": kernels[:40], "reason": reason}
+            {"case": c.name, "data": c.data, "shape": c.as_dict(), "provider": one.provider.name, "mode": mode,
+             "dtype": group.dtype, "parts": parts, "kernels": kernels[:40], "modelled": modelled, "reason": reason}
         )  # fmt: skip
         self.save()
+
+    def _modelled_parts(self, ops: list[cost_model.Op], parts: list[dict]) -> dict | None:
+        """The cost model's operations, with the measured time of the operators that do them; None for a device that the
+        model does not know."""
+        gpu = self.gpu
+        if gpu is None or gpu.name not in cost_model.GPUS:
+            return None
+        measured, shared = {part["name"]: part["ms"] for part in parts}, {}
+        for op in ops:
+            doing = DOING.get(op.name.split(" (")[0], ())
+            shared.setdefault(doing or op.name, (doing, []))[1].append(op)
+        rows = []
+        for doing, some in shared.values():
+            found = [measured[name] for name in doing if name in measured]
+            rows.append({
+                "name": ", ".join(op.name for op in some), "operators": list(doing),
+                "measured_ms": sum(found) if found else None,
+                "modelled_ms": 1e3 * sum(op.seconds(gpu) for op in some), "launches": sum(op.launches for op in some),
+                "bound": cost_model.total("", some).bound(gpu),
+            })  # fmt: skip
+        return {"gpu": gpu.name, "modelled_ms": sum(row["modelled_ms"] for row in rows), "ops": rows}
 
 
 def roofline_seconds(op: cost_model.Op, gpu: cost_model.GPU) -> float:

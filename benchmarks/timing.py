@@ -20,6 +20,7 @@ import torch
 MIB = 2**20
 QUIET = 0.06  # share of the cores that others may have in a quiet round
 FEW = 0.3  # noise, relative, of a row with one or two executions
+LONGEST_COVER = 50.0  # milliseconds: what takes the host longer waits for the GPU inside
 METHOD = 1  # raised when times of one version may not be compared with another's
 MODES = {  # which phases a mode is the sum of
     "forward": ("forward",),
@@ -40,6 +41,7 @@ class Job:
     queued: bool = True  # the GPU is kept busy first, so that launches cost nothing; a step must not be
     gradient_bytes: int = 0  # what the gradients that `peak` counts take
     captured_peak: int | None = None  # bytes, where a measurement around the run cannot see them (CUDA graphs)
+    host_ms: dict[str, float] = field(default_factory=dict)  # CUDA: what the host takes to launch each phase
     close: Callable[[], None] = lambda: None
 
     def of_modes(self) -> dict[str, tuple[str, ...]]:
@@ -130,6 +132,7 @@ class Timer:
             l2 = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or 64 * MIB
             size = max(2 * l2, 128 * MIB)
         self._flush = torch.empty(size, dtype=torch.int8, device=device)
+        self._cycles = 0.0  # of torch.cuda._sleep in a millisecond; 0: not measured yet
 
     def sync(self) -> None:
         if self.cuda:
@@ -187,13 +190,40 @@ class Timer:
             marks.append(self.now())
         return [1e3 * (b - a) for a, b in pairwise(marks)]
 
+    def launching(self, job: Job) -> dict[str, float]:
+        """Milliseconds that the host takes to launch each phase, medians of three; what waits for the GPU waits."""
+        times: dict[str, list[float]] = {}
+        for _ in range(3):
+            job.reset()
+            self.sync()
+            for name, run in job.phases.items():
+                began = time.perf_counter()
+                run()
+                times.setdefault(name, []).append(1e3 * (time.perf_counter() - began))
+        self.sync()
+        return {name: quantile(some, 0.5) for name, some in times.items()}
+
+    def _cover(self, job: Job) -> int:
+        """Cycles for which the GPU spins while the host launches the job: half as long again as that took."""
+        if not self._cycles:
+            probe = 2_000_000
+            for _ in range(2):  # clocks rise in the first
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                torch.cuda._sleep(probe)
+                end.record()
+                self.sync()
+                self._cycles = max(self._cycles, probe / start.elapsed_time(end))
+        return int(self._cycles * min(1.5 * sum(job.host_ms.values()) + 0.2, LONGEST_COVER))
+
     def _cuda(self, job: Job, executions: int) -> list[list[float]]:
-        events = []
+        job.host_ms = job.host_ms or self.launching(job)
+        cover, events = self._cover(job) if job.queued else 0, []
         for _ in range(executions):
             job.reset()
             self._flush.zero_()
-            if job.queued:
-                torch.cuda._sleep(2_000_000)  # about a millisecond: the host runs ahead
+            if cover:
+                torch.cuda._sleep(cover)
             marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(job.phases) + 1)]
             marks[0].record()
             for mark, run in zip(marks[1:], job.phases.values(), strict=True):
@@ -255,11 +285,11 @@ def quiet_stderr():
         os.close(null)
 
 
-def profile(job: Job, cuda: bool, calls: int = 3) -> tuple[list[dict], list[dict]]:
-    """Where the time of forward and backward goes, in milliseconds a call: the package's operators, and what torch does
-    outside of them under one name; then kernel by kernel (CUDA only). On CUDA device time, on a CPU host time."""
+def profile(job: Job, cuda: bool, mode: str = "full", calls: int = 3) -> tuple[list[dict], list[dict]]:
+    """Where the time of a mode goes, in milliseconds a call: the package's operators, and what torch does outside of
+    them under one name; then kernel by kernel (CUDA only). On CUDA device time, on a CPU host time."""
     activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * cuda
-    skip = ("optimizer",)
+    skip = tuple(set(job.phases) - set(MODES[mode]))
     job.reset()
     job.execute(skip)
     with quiet_stderr(), torch.profiler.profile(activities=activities) as prof:

@@ -115,9 +115,17 @@ class Truth:
 
     def training(self, dtype: str, found: dict) -> tuple[dict[str, float], dict[str, float]]:
         """(errors, PyTorch's errors) of {"loss": scalar, "w_enc": [per stream], ...}."""
-        exact = self.remember("training", lambda: self._step(torch.float64, "float32"))
-        plain = self.remember(("training", dtype), lambda: distances(self._step(PRECISIONS[dtype][0], dtype), exact))
-        return distances(found, exact), plain
+        return distances(found, self.exact()), self.plain(dtype)
+
+    def exact(self) -> dict:
+        """Loss and gradients in float64."""
+        return self.remember("training", lambda: self._step(torch.float64, "float32"))
+
+    def plain(self, dtype: str) -> dict[str, float]:
+        """PyTorch's errors in that precision."""
+        return self.remember(
+            ("training", dtype), lambda: distances(self._step(PRECISIONS[dtype][0], dtype), self.exact())
+        )
 
     def selection(self, dtype: str, indices: Tensor) -> tuple[dict[str, float], dict[str, float]]:
         """Judged by the float64 pre-activations of what was selected, so that ties are no fault; twice the same latent

@@ -11,7 +11,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +24,8 @@ if str(ROOT) not in sys.path:
 
 from benchmarks import __main__ as cli  # noqa: E402
 from benchmarks import cases, compare, data, plan, plot, providers, record, report, runner, timing, verification  # noqa: E402
-from sparc_kernels import AlignedSAE, cost, cost_model, cost_report, reference  # noqa: E402
+from sparc_kernels import AlignedSAE, cost, cost_model, cost_optim, cost_report, reference  # noqa: E402
+from sparc_kernels._ops import OPERATORS  # noqa: E402
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 CONTEXT = providers.Context(torch.device("cpu"))
@@ -331,6 +334,31 @@ def test_a_known_gpu_is_given_the_time_of_its_model(tmp_path, monkeypatch):
     assert 0 < row["roofline_ms"] < row["predicted_ms"] and "over the model's time" in report.terminal(found)
 
 
+def test_a_profile_stands_beside_its_model(tmp_path, monkeypatch):
+    gpu = cost_model.GPUS["H200"]
+    monkeypatch.setattr(runner.Run, "gpu", gpu)
+    found = run(tmp_path, monkeypatch, [provider("ours"), provider("ours, training_step")], "^open-images.*float32")
+    assert [(p["provider"], p["mode"]) for p in found["profiles"]] == [
+        ("ours", "full"), ("ours, training_step", "step")
+    ]  # fmt: skip
+    case = cases.TINY["open-images"].cost_shape("float32")
+    for p, op in zip(found["profiles"], (cost.step(case), cost_optim.direct_step(case)), strict=True):
+        model = p["modelled"]
+        assert p["reason"] is None
+        assert model["gpu"] == "H200" and model["modelled_ms"] == pytest.approx(1e3 * op.seconds(gpu), rel=1e-4)
+        assert sum(r["launches"] for r in model["ops"]) == op.launches
+        select = next(r for r in model["ops"] if "select" in r["operators"])
+        assert select["measured_ms"] == next(part["ms"] for part in p["parts"] if part["name"] == "select")
+    assert "measured (modelled for H200): centre" in report.terminal(found)
+
+
+def test_every_operation_of_the_model_is_set_beside_an_operator():
+    shapes = [c.cost_shape(t) for c in cases.CASES.values() for t in ("float32", "bfloat16 autocast")]
+    modelled = {op.name.split(" (")[0] for s in shapes for op in (*cost.step_ops(s), *cost_optim.direct_ops(s))}
+    assert modelled == set(runner.DOING)
+    assert {name for some in runner.DOING.values() for name in some} <= {*OPERATORS, "torch"}
+
+
 @pytest.mark.parametrize("name", list(cases.CASES))
 def test_every_named_case_has_a_twin_within_reach(name):
     s = verification.twin(cases.CASES[name].shape, torch.device("cpu"))
@@ -338,6 +366,67 @@ def test_every_named_case_has_a_twin_within_reach(name):
     assert flops <= verification.FLOPS["cpu"] and s.k <= s.N
     whole = cases.CASES[name].shape
     assert (s.d_streams, s.k) == (whole.d_streams, whole.k)
+
+
+def test_a_step_without_gradients_is_verified_by_its_moments(tmp_path, monkeypatch):
+    direct = provider("ours, training_step")
+    found = run(tmp_path, monkeypatch, [direct], "open-images.*float32")
+    (row,) = [r for r in found["results"] if r["op"] == "training"]
+    assert row["mode"] == "step" and row["verified"] and row["predicted_ms"] is None
+    assert set(row["verification"]["errors"]) == {"loss", "w_enc", "w_dec", "pre_bias", "latent_bias"}
+    problem = cases.Problem(cases.TINY["open-images"], "cpu")
+    start = [w.clone() for w in problem.tensors.w_decs]
+    job, truth = direct.build(CONTEXT, problem, "float32"), verification.Truth(problem)
+    assert all(map(torch.equal, start, problem.tensors.w_decs)), "who is verified next computes with the same weights"
+    made = job.result()
+    for name in ("w_enc", "w_dec", "pre_bias", "latent_bias"):
+        spoiled = {**made, name: [1.001 * g for g in made[name]]}
+        errors, plain = direct.check(truth, "float32", spoiled)
+        assert [n for n, e in errors.items() if e > 2 * plain[n] + verification.FLOOR["float32"]] == [name]
+
+
+# ------------------------------------------------------------------------------------------------------ order and turns
+
+
+def test_slow_providers_come_last_and_take_turns_with_ours(tmp_path, monkeypatch):
+    """The compiled reference is built when every row of what is ready is in the file."""
+    seen = {}
+    plain = provider("reference, eager")
+
+    def build(context, problem, dtype):
+        (file,) = tmp_path.glob("*.json")
+        seen[problem.case.name, dtype] = {r["case"] for r in record.load(file)["results"]}
+        job = plain.build(context, problem, dtype)
+        job.host_ms = {"forward": 1.0, "backward": 2.0, "optimizer": 4.0}
+        return job
+
+    slow = replace(plain, name="reference, compiled", build=build, setup_s=45)
+    found = run(tmp_path, monkeypatch, [slow, provider("ours"), plain], "^(openai|batch) .*float32")
+    assert all(rows == {"openai", "batch"} for rows in seen.values()) and len(seen) == 2
+    providers_in_order = [r["provider"] for r in found["results"]]
+    assert providers_in_order.index(slow.name) == len(providers_in_order) - 8
+    for r in found["results"]:
+        slowly = r["provider"] == slow.name
+        assert r["interleaved"] and (r["ours_ms"] or 0) > 0 if slowly else r["ours_ms"] is None
+        total = {"forward": 1.0, "backward": 2.0, "full": 3.0, "step": 7.0}[r["mode"]]
+        assert r["host_ms"] == (total if slowly else None)
+    assert "x" in next(line for line in report.terminal(found).splitlines() if slow.name in line)
+    alone = run(tmp_path, monkeypatch, [replace(slow, build=plain.build)], "^batch")
+    assert {(r["interleaved"], r["ours_ms"]) for r in alone["results"]} == {(False, None)}
+
+
+def test_rows_are_written_as_each_provider_ends(tmp_path, monkeypatch):
+    seen = []
+
+    def look():
+        (file,) = tmp_path.glob("*.json")
+        seen.append([r["provider"] for r in record.load(file)["results"]])
+
+    def ceiling(name, work):
+        return providers.Provider(name, "ceiling", "", lambda *_: timing.Job({"forward": work}), None)
+
+    run(tmp_path, monkeypatch, [ceiling("GEMM", lambda: burn(0.02)), ceiling("copy", look)], clock="cpu")
+    assert seen[0] == [] and seen[-1] == ["GEMM"]
 
 
 # ----------------------------------------------------------------------------------------------------------- comparison
@@ -555,40 +644,72 @@ def test_peak_memory_on_a_cpu():
     }
 
 
-def test_cuda_events_and_peak_memory(monkeypatch):
-    """Timer's CUDA branch over a torch.cuda that only counts."""
+class SimulatedGPU:
+    """Work in order behind a host that takes time to launch it; milliseconds."""
 
-    class Event:
-        clock = 0.0
+    def __init__(self, monkeypatch, cycles=1.7e6):
+        self.host = self.done = 0.0
+        self.spins = []
+        gpu = self
 
-        def __init__(self, enable_timing):
-            assert enable_timing
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
 
-        def record(self):
-            Event.clock += 1
-            self.at = Event.clock
+            def record(self):
+                self.at = max(gpu.done, gpu.host)
 
-        def elapsed_time(self, end):
-            return end.at - self.at
+            def elapsed_time(self, end):
+                return end.at - self.at
 
-    calls = {"sleep": 0, "reset": 0}
-    for name, fake in {
-        "Event": Event, "synchronize": lambda: None, "reset_peak_memory_stats": lambda: None,
-        "memory_allocated": lambda: 5 * timing.MIB, "max_memory_allocated": lambda: 8 * timing.MIB,
-        "_sleep": lambda cycles: calls.update(sleep=calls["sleep"] + 1),
-    }.items():  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, fake, raising=False)
-    timer, samples = timing.Timer("cpu"), timing.Samples()
-    timer.cuda = True
-    job = timing.Job(
-        {"forward": lambda: None, "backward": lambda: None}, lambda: calls.update(reset=calls["reset"] + 1), queued=True
-    )
-    timer.round(job, samples, 3)
-    assert samples.phases == {"forward": [1.0] * 3, "backward": [1.0] * 3} and calls["sleep"] == 3
+        def spin(n):
+            self.spins.append(n / cycles)
+            self.work(n / cycles)
+
+        def synchronize():
+            self.host = max(self.host, self.done)
+
+        for name, fake in {
+            "Event": Event, "synchronize": synchronize, "_sleep": spin, "reset_peak_memory_stats": lambda: None,
+            "memory_allocated": lambda: 5 * timing.MIB, "max_memory_allocated": lambda: 8 * timing.MIB,
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, fake, raising=False)
+        monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: self.host / 1e3))
+        self.timer = timing.Timer("cpu")
+        self.timer.cuda = True
+
+    def work(self, ms, launch=0.0):
+        self.host += launch
+        self.done = max(self.done, self.host) + ms
+
+
+def test_launches_cost_nothing_in_gpu_time_and_the_hosts_time_is_kept(monkeypatch):
+    """30 launches of 0.1 ms each for 0.01 ms of work: an eager step as the host sees it."""
+    gpu, samples = SimulatedGPU(monkeypatch), timing.Samples()
+
+    def launches(n):
+        return lambda: [gpu.work(0.01, 0.1) for _ in range(n)]
+
+    phases = {"forward": launches(30), "backward": launches(20)}
+    job = timing.Job(phases, queued=True)
+    gpu.timer.round(job, samples, 3)
+    assert samples.phases["forward"] == pytest.approx([0.3] * 3)
+    assert samples.phases["backward"] == pytest.approx([0.2] * 3)
+    assert job.host_ms == pytest.approx({"forward": 3.0, "backward": 2.0})
+    assert len(gpu.spins) == 2 + 3 and gpu.spins[-1] > 5
+    eager, samples = timing.Job(phases, queued=False), timing.Samples()
+    gpu.timer.round(eager, samples, 3)
+    assert len(gpu.spins) == 5 and eager.host_ms == pytest.approx(job.host_ms)
+    assert samples.phases["forward"][-1] > 2.5, "a step's launches are part of its time"
+    waits = timing.Job({"forward": lambda: gpu.work(0.01, 1e4)}, queued=True)
+    gpu.timer.round(waits, timing.Samples())
+    assert gpu.spins[-1] == pytest.approx(timing.LONGEST_COVER)
+
+
+def test_cuda_peak_memory(monkeypatch):
+    timer = SimulatedGPU(monkeypatch).timer
+    job = timing.Job({"forward": lambda: None, "backward": lambda: None})
     assert timer.peaks(job) == dict.fromkeys(("forward", "backward", "full"), 3 * timing.MIB)
-    job.queued = False
-    timer.round(job, samples)
-    assert calls["sleep"] == 3, "a step's launches are part of its time"
     job.captured_peak = 7
     assert set(timer.peaks(job).values()) == {7}
 
@@ -613,8 +734,16 @@ def test_every_group_of_every_plan_is_named_once():
         for quick in (True, False):
             names = [str(g) for g in runner.plan(runner.Options(device, quick))]
             assert len(names) == len(set(names)) > 2
-    first = [str(g) for g in runner.plan(runner.Options("cuda"))][:3]
-    assert first == ["ceiling, batch, bfloat16", "training, batch, bfloat16", "training, open-images, float32"]
+    groups = runner.plan(runner.Options("cuda", quick=True))
+    cases_in_order = list(dict.fromkeys(g.case.name for g in groups))
+    assert cases_in_order[:3] == ["open-images", "batch", "bionemo-21k"]
+    assert [g.op for g in groups if g.case.name == "open-images"][:8] == [
+        *["training"] * 4,
+        *["select"] * 2,
+        *["ceiling"] * 2,
+    ]
+    slow = [g.slow for g in groups]
+    assert slow == sorted(slow), "nothing slow to set up comes before what is ready"
 
 
 def test_models_of_what_is_timed_exist_for_every_case():
@@ -745,12 +874,12 @@ def test_pytest_benchmark_runs_the_same_cases(tmp_path):
     pytest.importorskip("pytest_benchmark")
     out = tmp_path / "pytest.json"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks", f"--benchmark-json={out}"]
-    command += ["-k", "open-images and training and (ours or eager)"]
+    command += ["-k", "open-images and training and (ours or eager)"]  # with training_step
     alone = {name: value for name, value in ENV.items() if not name.startswith("PYTEST_")}  # not a worker of this run
     done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:]
     found = json.loads(out.read_text())
-    assert len(found["benchmarks"]) == 2
+    assert len(found["benchmarks"]) == 3
     assert all(b["stats"]["median"] > 0 and b["extra_info"]["verification"] for b in found["benchmarks"])
     info = found["machine_info"]
     assert info["sparc_kernels"]["versions"]["torch"] == torch.__version__ and "node" not in info

@@ -1,13 +1,16 @@
-"""benchmarks/gpu_report.py on a CPU: every section, the time limit, what a kill, a crash and a hang leave."""
+"""benchmarks/gpu_report.py on a CPU: both calls, their limits, what a kill, a crash and a hang leave."""
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
+import pkgutil
 import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,59 +20,126 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks import environment, gpu_report, record  # noqa: E402
+import sparc_kernels  # noqa: E402
+from benchmarks import ahead, cases, environment, gpu_report, plan, record  # noqa: E402
+from sparc_kernels._triton import HAS_TRITON  # noqa: E402
 
 SCRIPT = ROOT / "benchmarks" / "gpu_report.py"
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 QUICK = "^(?!.*compiled)open-images gaussian (ceiling|training|select).*float32"
 
 
-def command(out: Path, minutes: float, *more: str) -> list[str]:
-    given = [sys.executable, str(SCRIPT), "--device", "cpu", "--minutes", str(minutes), "--out", str(out)]
-    return [*given, "--filter", QUICK, *more]
-
-
-def check_structure(data):
-    """Everything ran or says why it did not."""
-    assert tuple(data["sections"]) == gpu_report.SECTIONS
-    for name, entry in data["sections"].items():
-        assert entry["status"] == "ran" or entry["reason"], name
-
-
-def test_a_whole_run(tmp_path):
+def call(name: str, folder: Path, *more: str, minutes: float = 2) -> subprocess.CompletedProcess:
     """From a folder that knows nothing of the checkout."""
-    out = tmp_path / "report.json"
-    done = subprocess.run(
-        command(out, 1, "--skip", "verify"), cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=240
-    )
+    command = [sys.executable, str(SCRIPT), "--call", name, "--device", "cpu", "--minutes", str(minutes)]
+    command += ["--out", str(folder), *more]
+    done = subprocess.run(command, cwd=folder.parent, env=ENV, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    data = record.load(out)
-    check_structure(data)
+    return done
+
+
+def check_sections(data, name):
+    """Everything ran or says why it did not."""
+    assert tuple(data["sections"]) == gpu_report.CALLS[name][1]
+    for part, entry in data["sections"].items():
+        assert entry["status"] == "ran" or entry["reason"], part
+
+
+def test_the_correctness_call(tmp_path):
+    done = call("correctness", tmp_path / "out", minutes=6)
+    data = json.loads((tmp_path / "out" / "correctness.json").read_text())
+    check_sections(data, "correctness")
+    assert data["complete"] and data["schema"] == gpu_report.SCHEMA and data["settings"]["tiny"], data["stopped"]
+    said = data["sections"]
+    assert said["verify"]["verified"] and said["verify"]["counts"]["ok"] > 100 and said["verify"]["failed"] == []
+    assert len(said["contract"]["tests"]) >= 4 and "skipped" in said["contract"]["summary"]
+    assert "exercised global torch.bfloat16 S 3 loss" in said["exercise"]["exercised"][0]
+    assert said["memcheck"]["reason"] == said["racecheck"]["reason"] == "no CUDA device"
+    if HAS_TRITON:
+        assert said["compile"]["kernels"] == 2 and said["compile"]["errors"] == []
+    assert {f.name for f in (tmp_path / "out").iterdir()} == {"correctness.json", "correctness.txt", "verify.json"}
+    assert "sparc_kernels gpu_report, correctness: CPU (tiny shapes" in done.stdout and len(done.stdout) < 12000
+
+
+def test_a_library_that_is_missing_costs_the_tests_of_one_file(tmp_path, monkeypatch):
+    root = tmp_path / "root"
+    (root / "tests").mkdir(parents=True)
+    text = (
+        "import pytest\nCUDA = True\n@pytest.mark.skipif(not CUDA, reason='')\n@pytest.mark.filterwarnings('error')\n"
+    )
+    (root / "tests" / "test_a.py").write_text(text + "def test_one(): pass\ndef test_two(): raise ValueError\n")
+    (root / "tests" / "test_b.py").write_text(f"import no_such_library\n{text}def test_three(): pass\n")
+    (root / "tests" / "test_c.py").write_text("def test_four(): raise ValueError\n")
+    monkeypatch.setattr(gpu_report, "ROOT", root)
+    report = gpu_report.Report(tmp_path, "correctness", "cpu", 2, time.time())
+    for name in ("compile", "verify", "exercise"):
+        report[name].update(status="skipped", reason="not of this test")
+    gpu_report.correctness(report)
+    entry = report["contract"]
+    assert entry["status"] == "failed" and entry["tests"] == ["test_one", "test_three"]
+    assert "1 passed" in entry["summary"] and "1 error" in entry["summary"], entry
+    assert "no_such_library" in (tmp_path / "correctness.txt").read_text()
+
+
+def test_the_timing_call(tmp_path):
+    done = call("timing", tmp_path / "out", "--filter", QUICK, "--skip", "compile")
+    data = record.load(tmp_path / "out" / "timing.json")
+    check_sections(data, "timing")
     assert data["complete"] and data["settings"]["tiny"] and data["sections"]["measurements"]["workers"] == 1
     assert {r["status"] for r in data["results"]} == {"ok"}
-    assert {r["op"] for r in data["results"]} == {"ceiling", "training", "select"}
-    assert data["sections"]["memory_checker"]["reason"] == "no CUDA device"
-    assert "sparc_kernels gpu_report: CPU (tiny shapes" in done.stdout and "-- training, open-images" in done.stdout
+    assert list(dict.fromkeys(r["op"] for r in data["results"])) == ["training", "select", "ceiling"]
+    assert "sparc_kernels gpu_report, timing: CPU (tiny shapes" in done.stdout
+    assert "-- training, open-images" in done.stdout
 
 
-def test_the_time_limit_holds(tmp_path):
-    out = tmp_path / "report.json"
+@pytest.mark.parametrize("name", gpu_report.CALLS)
+def test_the_time_limit_holds(tmp_path, name):
     t0 = time.time()
-    done = subprocess.run(command(out, 0.15), cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0, done.stderr[-2000:]
+    call(name, tmp_path / "out", minutes=0.15)
     assert time.time() - t0 < 9 + 80  # the start of torch in each process, on a busy machine, is not the run's
-    data = record.load(out)
-    check_structure(data)
-    assert data["sections"]["verify"]["status"] in ("timed out", "ran")
-    if not data["complete"]:
-        assert data["stopped"]
+    data = json.loads((tmp_path / "out" / f"{name}.json").read_text())
+    check_sections(data, name)
+    assert data["complete"] or data["stopped"]
 
 
-def test_a_killed_run_leaves_what_it_had(tmp_path):
-    out = tmp_path / "report.json"
+KILLED = """
+import os, signal, sys, time
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from benchmarks import gpu_report
+writes, plain = [], Path.write_text
+
+def write_text(self, text):
+    writes.append(self)
+    if len(writes) == {moment}:
+        plain(self, text[: len(text) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(self, text)
+
+Path.write_text = write_text
+report = gpu_report.Report(Path({folder!r}), "correctness", "cpu", 5, time.time())
+parts = [gpu_report.Part(name, [sys.executable, "-S", "-c", "print(1)"], 9) for name in ("compile", "verify")]
+gpu_report.run(report, *parts, gpu_report.Part("contract", parts[0].command, 9, after="compile"))
+"""
+
+
+@pytest.mark.parametrize("moment", [2, 3, 4, 6])
+def test_a_call_that_is_killed_while_it_writes_leaves_a_readable_file(tmp_path, moment):
+    """At half of a write, as parts begin and end."""
+    script = KILLED.format(root=str(ROOT), folder=str(tmp_path), moment=moment)
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == -signal.SIGKILL
+    data = json.loads((tmp_path / "correctness.json").read_text())
+    check_sections(data, "correctness")
+    assert any(entry["status"] == "running" for entry in data["sections"].values())
+
+
+def test_a_killed_worker_leaves_what_it_had(tmp_path):
+    out = tmp_path / "timing.json"
+    command = [sys.executable, str(SCRIPT), "--call", "timing", "--device", "cpu", "--out", str(tmp_path)]
     child = subprocess.Popen(
-        command(out, 2, "--skip", "verify"), cwd=tmp_path, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+        [*command, "--filter", QUICK, "--skip", "compile"], cwd=tmp_path, env=ENV, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
     try:
         for _ in range(3000):
             time.sleep(0.05)
@@ -81,11 +151,70 @@ def test_a_killed_run_leaves_what_it_had(tmp_path):
     data = record.load(out)
     assert sum(r["status"] == "ok" for r in data["results"]) >= 2
     assert not data["complete"] and data["stopped"] == "still running, or killed" and data["finished"] is None
+    assert data["sections"]["measurements"]["reason"] == "killed while it ran"
     if sys.platform == "linux":
         time.sleep(0.5)
         stamp = out.stat().st_mtime_ns
         time.sleep(1)
         assert out.stat().st_mtime_ns == stamp, "the worker outlived its parent"
+
+
+def parts(tmp_path, *made, minutes=5.0):
+    """Sections after parts of plain Python have run."""
+    report = gpu_report.Report(tmp_path, "correctness", "cpu", minutes, time.time())
+    gpu_report.run(report, *made)
+    return report
+
+
+def part(name, code, seconds=30.0, **more):
+    return gpu_report.Part(name, [sys.executable, "-S", "-c", code], seconds, **more)
+
+
+def test_a_part_that_fails_or_hangs_stops_no_other(tmp_path):
+    def unreadable(entry, code, output):
+        raise ValueError("what is this")
+
+    report = parts(
+        tmp_path, part("compile", "print('before'); raise SystemExit('broken')"), part("verify", "print(1)"),
+        part("contract", "import time; print('begun', flush=True); time.sleep(60)", 2.5),
+        part("exercise", "print(2)", after="compile"), part("memcheck", "", read=unreadable, after="contract"),
+    )  # fmt: skip
+    said = {name: (entry["status"], entry["reason"]) for name, entry in report.sections.items()}
+    assert said["compile"] == ("failed", "exit code 1: before\nbroken")
+    assert said["verify"] == said["exercise"] == ("ran", None)
+    assert said["contract"] == ("timed out", "stopped after 2 s") and "begun" in report["contract"]["output_tail"]
+    assert said["memcheck"][0] == "failed" and "what is this" in said["memcheck"][1]
+    assert said["racecheck"] == ("not run", "not reached")
+    assert [f.name for f in tmp_path.glob("*.txt")] == ["correctness.txt"]
+    text = gpu_report.summary_of(report.sections)
+    assert text.index("compile: failed") < text.index("contract: timed out") < text.index("verify: ran")
+
+
+def test_parts_without_time_say_so(tmp_path):
+    report = parts(tmp_path, part("verify", "print(1)"), minutes=0.01)
+    assert report["verify"]["status"] == "not run" and "left of the time limit" in report["verify"]["reason"]
+
+
+def test_what_a_crashed_part_started_ends_with_it(tmp_path):
+    code = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']).pid)"
+    report = parts(tmp_path, part("verify", code))
+    pid = int(report["verify"]["output_tail"])
+    for _ in range(50):
+        state = Path(f"/proc/{pid}/stat")
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail("it is still there")
+
+
+def test_the_call_is_asked_for(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        gpu_report.parse(["--minutes", "3"])
+    assert stopped.value.code == 2
+    assert "--call: expected correctness or timing, each a call of its own, got none" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        gpu_report.parse(["--call", "timing", "--skip", "verify"])
+    assert "--skip: expected sections among compile, measurements, got verify" in capsys.readouterr().err
 
 
 BAD_SUITE = """
@@ -120,10 +249,9 @@ def test_a_worker_that_dies_costs_one_provider(tmp_path, monkeypatch):
         return [sys.executable, str(script), *given[given.index("benchmarks") + 1 :]]
 
     monkeypatch.setattr(gpu_report, "suite", suite)
-    report = gpu_report.Report(tmp_path / "report.json", "cpu", 4, time.time())
+    report, entry = gpu_report.Report(tmp_path, "timing", "cpu", 4, time.time()), {}
     gpu_report.begin(report, [])
-    with gpu_report.section(report, "measurements") as entry:
-        gpu_report.measure(report, entry, [])
+    gpu_report.measure(report, entry, [])
     rows = {r["provider"]: r for r in report.data["results"]}
     said = {name: row["status"] for name, row in rows.items()}
     assert said == {
@@ -138,7 +266,7 @@ def test_a_worker_that_dies_costs_one_provider(tmp_path, monkeypatch):
 
 def test_a_suite_that_never_starts_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_report, "suite", lambda *_: [sys.executable, "-c", "raise SystemExit('no torch here')"])
-    report = gpu_report.Report(tmp_path / "report.json", "cpu", 1.0, time.time())
+    report = gpu_report.Report(tmp_path, "timing", "cpu", 1.0, time.time())
     with pytest.raises(SystemExit, match="no torch here"):
         gpu_report.begin(report, [])
 
@@ -189,22 +317,56 @@ def test_clocks_and_energy_come_from_nvml_or_nvidia_smi_or_are_absent(tmp_path, 
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("errors", "status"), [(0, "clean"), (86, "failed")])
-def test_the_memory_checker_is_read(tmp_path, monkeypatch, errors, status):
+@pytest.mark.parametrize("errors", [0, 86])
+def test_the_memory_checker_is_read(tmp_path, monkeypatch, errors):
     tool = tmp_path / "compute-sanitizer"
-    tool.write_text(f"#!/bin/sh\necho '========= ERROR SUMMARY: {errors} errors'\nexit {errors}\n")
+    tool.write_text(f"#!/bin/sh\necho exercised it\necho '========= ERROR SUMMARY: {errors} errors'\nexit {errors}\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    report = gpu_report.Report(tmp_path / "report.json", "cuda", 8.0, time.time())
-    with gpu_report.section(report, "memory_checker") as entry:
-        gpu_report.memory_checker(report, entry)
-    assert entry["status"] == "ran" and entry["clean"] is (errors == 0), entry
-    assert [run["status"] for run in entry["runs"]] == [status, status]
-    assert entry["runs"][0]["summary"] == [f"ERROR SUMMARY: {errors} errors"]
-    assert json.loads(report.path.read_text())["sections"]["memory_checker"]["clean"] is (errors == 0)
+    report = gpu_report.Report(tmp_path, "correctness", "cuda", 6.0, time.time())
+    for name in ("compile", "verify", "exercise", "contract"):
+        report[name].update(status="skipped", reason="not of this test")
+    gpu_report.correctness(report)
+    for name in ("memcheck", "racecheck"):
+        entry = json.loads(report.path.read_text())["sections"][name]
+        assert entry["status"] == ("failed" if errors else "ran") and entry["clean"] is (errors == 0), entry
+        assert entry["summary"] == [f"ERROR SUMMARY: {errors} errors"] and entry["exercised"] == ["exercised it"]
 
 
-def test_every_kernel_is_exercised(capsys):
-    gpu_report.exercise()
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 7 and "nan" not in " ".join(lines)
+def test_a_memory_checker_that_is_not_there_is_absent(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_report, "find_sanitizer", lambda: (None, ["PATH"]))
+    report = gpu_report.Report(tmp_path, "correctness", "cuda", 6.0, time.time())
+    for name in ("compile", "verify", "exercise", "contract"):
+        report[name].update(status="skipped", reason="not of this test")
+    gpu_report.correctness(report)
+    assert report["memcheck"] == {"status": "absent", "reason": "compute-sanitizer is in none of PATH"}
+
+
+# ------------------------------------------------------------------------------------------------- what is launched
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_every_kernel_is_exercised():
+    listings = pickle.loads(pickle.dumps(ahead.exercised(90)))  # other processes run them
+    launched = {launch.kernel for listing in listings for launch in listing()}
+    names = [m.name for m in pkgutil.iter_modules(sparc_kernels.__path__) if m.name != "__main__"]
+    held = [item for name in names for item in vars(import_module(f"sparc_kernels.{name}")).items()]
+    kernels = [value for name, value in held if name.endswith("_kernel") and hasattr(value, "arg_names")]
+    assert launched == {f"{kernel.fn.__module__}:{kernel.fn.__name__}" for kernel in kernels} and len(launched) > 20
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_what_is_timed_is_known_ahead(monkeypatch):
+    """Every group in which a kernel of ours runs has its launches listed."""
+    case, half = cases.TINY["batch"], "bfloat16"
+    listed = {}
+    for op, dtype in (("training", half), ("training", "bfloat16 autocast"), ("decode", half), ("ceiling", half)):
+        monkeypatch.setattr(ahead, "plan", lambda options, op=op, dtype=dtype: [plan.Group(case, op, dtype)])
+        listings = pickle.loads(pickle.dumps(ahead.timed(plan.Options("cuda"), 90)))
+        listed[op, dtype] = {x for listing in listings for x in listing()}
+    assert listed["ceiling", half] == set()
+    assert "_gather_kernel" in {x.kernel.split(":")[1] for x in listed["decode", half]}
+    assert listed["training", half] < listed["training", "bfloat16 autocast"]
+    assert {"_latent_adam_kernel", "_adam_stream_kernel", "_select_kernel"} <= {
+        x.kernel.split(":")[1] for x in listed["training", half]
+    }
