@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 
 from . import cost_report
+from ._compile import ask_jit, reason
 from ._launch import AMD, SHARED_LIMIT
 from ._trace import Launch, Shape, Trace, launches, parse_shape, reference_peak_bytes, trace
 from .cost_model import DEFAULT_GPU, GPU, GPUS, gpu_named
@@ -92,30 +93,11 @@ QUICK = {
 
 def compile_launch(launch: Launch, arch: int, shape: Shape) -> Compiled:
     """Compile for one architecture and read the result. Runs in a worker."""
-    from importlib import import_module
-
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     result = Compiled(arch, launch, shape)
-    module, name = launch.kernel.split(":")
-    kernel = getattr(import_module(module), name)
-    constants = dict(launch.constexprs)
-    signature = {arg: dict(launch.signature).get(arg, "constexpr") for arg in kernel.arg_names}
-    attrs = {path: [["tt.divisibility", 16]] for path in launch.divisible}
-    for path in launch.small:
-        attrs.setdefault(path, []).append(["tt.pointer_range", 32])
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **dict(launch.options)}
-    target = (
-        GPUTarget("hip", arch_name(arch), 64 if arch < 0x1000 else 32) if arch >= AMD else GPUTarget("cuda", arch, 32)
-    )
     try:
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
-        compiled = triton.compile(source, target=target, options=options)
+        compiled = ask_jit(launch, arch)
     except Exception as error:  # a kernel that does not compile is a finding, not a crash
-        cause = error.__cause__ or error  # Triton chains its errors, the reason stands in the innermost
-        result.error = f"{type(cause).__name__}: {' '.join(str(cause).split())[-200:]}"
+        result.error = reason(error)
         return result
     result.shared = compiled.metadata.shared
     (_read_amdgcn if arch >= AMD else _read_cubin)(compiled.asm, result)
