@@ -7,18 +7,19 @@ look like the recorded ones, and a driver that only knows the target.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, TimeoutError, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from multiprocessing import get_context
 
-from ._launch import AMD, RDNA
+from ._launch import AMD, RDNA, SHARED_LIMIT
 from ._trace import Launch
 from ._triton import HAS_TRITON
 
@@ -31,6 +32,7 @@ class Compilation:
     cpu_seconds: float = 0.0  # summed over the workers and the assemblers that they started
     seconds: float = 0.0
     errors: list[tuple[str, str]] = field(default_factory=list)  # kernel, message
+    failed: dict[Launch, str] = field(default_factory=dict)  # the same by launch
 
 
 # First what takes longest, so that no core is left with one of these at the end (CPU seconds of each, Triton 3.6).
@@ -42,6 +44,7 @@ def compile_all(
     arch: int,
     jobs: int | None = None,
     on_done: Callable[[int, int], None] | None = None,
+    seconds: float | None = None,
 ) -> Compilation:
     """Compile each distinct launch for one architecture, so that Triton's cache has it.
 
@@ -50,8 +53,10 @@ def compile_all(
         arch: as `_launch.capability` gives it.
         jobs: processes; None: one for each core. They are spawned: a script that calls this must guard its main module.
         on_done: called as each ends, with how many have ended and how many there are.
+        seconds: after which those that no process has taken are given up; None: all are compiled.
 
-    Returns: a Compilation; a kernel that does not compile is one of its errors.
+    Returns: a Compilation; a kernel that does not compile, or takes more shared memory than there is, is one of its
+    errors.
 
     Raises: RuntimeError where Triton is not installed.
     """
@@ -63,20 +68,32 @@ def compile_all(
         return found
     with _compiled_processes(), ProcessPoolExecutor(min(jobs or cores(), len(every)), get_context("spawn")) as pool:
         running = {pool.submit(_compile, launch, arch): launch for launch in every}
-        for i, future in enumerate(as_completed(running)):
+        for i, future in enumerate(_ended(running, seconds)):
             try:
-                error, seconds = future.result()
+                error, cpu_seconds = future.result()
             except BrokenProcessPool as broken:
-                error, seconds = f"a compiling process died: {broken}", 0.0
-            found.cpu_seconds += seconds
+                error, cpu_seconds = f"a compiling process died: {broken}", 0.0
+            found.cpu_seconds += cpu_seconds
             if error:
                 found.errors.append((_name(running[future]), error))
+                found.failed[running[future]] = error
             else:
                 found.kernels += 1
             if on_done:
                 on_done(i + 1, len(every))
     found.seconds = time.perf_counter() - started
     return found
+
+
+def _ended(futures, seconds: float | None):
+    """The futures as they end; those that have not begun in time are cancelled and left out."""
+    seen = set()
+    try:
+        for future in as_completed(futures, seconds):
+            seen.add(future)
+            yield future
+    except TimeoutError:
+        yield from as_completed([f for f in futures if f not in seen and not f.cancel()])
 
 
 def cores() -> int:
@@ -126,7 +143,9 @@ def _compile(launch: Launch, arch: int) -> tuple[str, float]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the run that uses the kernels says it again
-            ask_jit(launch, arch)
+            shared, limit = ask_jit(launch, arch).metadata.shared, SHARED_LIMIT.get(arch, math.inf)
+        if shared > limit:
+            error = f"shared memory {shared} B > {limit} B"
     except Exception as problem:
         error = reason(problem)
     return error, sum(os.times()[:4]) - before
