@@ -7,18 +7,19 @@ look like the recorded ones, and a driver that only knows the target.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, TimeoutError, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from multiprocessing import get_context
 
-from ._launch import AMD, RDNA
+from ._launch import AMD, RDNA, SHARED_LIMIT
 from ._trace import Launch
 from ._triton import HAS_TRITON
 
@@ -31,6 +32,7 @@ class Compilation:
     cpu_seconds: float = 0.0  # summed over the workers and the assemblers that they started
     seconds: float = 0.0
     errors: list[tuple[str, str]] = field(default_factory=list)  # kernel, message
+    failed: dict[Launch, str] = field(default_factory=dict)  # the same by launch
 
 
 # First the large kernels, so that no core is left with one of these at the end.
@@ -42,6 +44,7 @@ def compile_all(
     arch: int,
     jobs: int | None = None,
     on_done: Callable[[int, int], None] | None = None,
+    seconds: float | None = None,
 ) -> Compilation:
     """Compile each distinct launch for one architecture, so that Triton's cache has it.
 
@@ -50,8 +53,10 @@ def compile_all(
         arch: as `_launch.capability` gives it.
         jobs: processes; None: one for each core. They are spawned: a script that calls this must guard its main module.
         on_done: called as each kernel ends, with how many have ended and how many there are.
+        seconds: after which kernels that no process has taken are given up; None: all are compiled.
 
-    Returns: a Compilation; a kernel that does not compile, or a list that cannot be made, is one of its errors.
+    Returns: a Compilation; a kernel that does not compile or takes more shared memory than there is, or a list that
+    cannot be made, is one of its errors.
 
     Raises: RuntimeError where Triton is not installed.
     """
@@ -63,28 +68,42 @@ def compile_all(
         return found
     with _compiled_processes(), ProcessPoolExecutor(min(jobs or cores(), len(given)), get_context("spawn")) as pool:
 
-        def outcomes(running: dict):
-            """What each future gave, or None and an error, with what it was for."""
-            for future in as_completed(running):
+        def outcomes(running: dict, seconds: float | None = None):
+            """What each future gave, or None and an error, with the launch that it was for, or None."""
+            for future in _ended(running, seconds):
                 try:
-                    result, error, seconds = future.result()
+                    result, error, cpu_seconds = future.result()
                 except BrokenProcessPool as broken:
-                    result, error, seconds = None, f"a compiling process died: {broken}", 0.0
-                found.cpu_seconds += seconds
+                    result, error, cpu_seconds = None, f"a compiling process died: {broken}", 0.0
+                found.cpu_seconds += cpu_seconds
+                launch = running[future]
                 if error:
-                    found.errors.append((running[future], error))
+                    found.errors.append((_name(launch) if launch else "-", error))
+                if error and launch:
+                    found.failed[launch] = error
                 yield result
 
-        for made in outcomes({pool.submit(_timed, listing): "-" for listing in lists}):
+        for made in outcomes({pool.submit(_timed, listing): None for listing in lists}):
             every += made or ()
         every = sorted(dict.fromkeys(every), key=_rank)
-        running = {pool.submit(_timed, _compile, launch, arch): _name(launch) for launch in every}
-        for i, made in enumerate(outcomes(running)):
+        running = {pool.submit(_timed, _compile, launch, arch): launch for launch in every}
+        for i, made in enumerate(outcomes(running, seconds)):
             found.kernels += bool(made)
             if on_done:
                 on_done(i + 1, len(every))
     found.seconds = time.perf_counter() - started
     return found
+
+
+def _ended(futures, seconds: float | None):
+    """The futures as they end; those that have not begun in time are cancelled and left out."""
+    seen = set()
+    try:
+        for future in as_completed(futures, seconds):
+            seen.add(future)
+            yield future
+    except TimeoutError:
+        yield from as_completed([f for f in futures if f not in seen and not f.cancel()])
 
 
 def cores() -> int:
@@ -140,7 +159,9 @@ def _timed(work, *args) -> tuple[object, str, float]:
 
 
 def _compile(launch: Launch, arch: int) -> bool:
-    ask_jit(launch, arch)
+    shared, limit = ask_jit(launch, arch).metadata.shared, SHARED_LIMIT.get(arch, math.inf)
+    if shared > limit:
+        raise ValueError(f"shared memory {shared} B > {limit} B")
     return True
 
 

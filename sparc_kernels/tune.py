@@ -1,14 +1,18 @@
 """`sparc-kernels tune`: launch settings for one shape, searched on this machine's GPU and recorded for later launches.
 
-Every candidate's result is compared with that of the default settings before it is timed. What is at least 3 % faster
-in two rounds is written to the user's file (`_tuned.py`), where launches find it; no other command ever searches.
+The kernels that the candidates would launch are compiled side by side first. Every candidate's result is compared with
+that of the default settings before it is timed. What is at least 3 % faster in two rounds is written to the user's file
+(`_tuned.py`), where launches find it; no other command ever searches.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import math
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -16,13 +20,18 @@ from itertools import product
 import torch
 
 from . import _tuned
-from ._trace import Shape, parse_shape
-from .decoder import decode, decode_nmse
+from ._compile import compile_all
+from ._launch import capability
+from ._trace import Launch, Shape, _as_on_gpu, _Tracer, parse_shape
+from .decoder import decode_nmse
 from .encode import encode_topk
-from .latent_grads import inverse_index
+from .latent_grads import inverse_index, latent_reduce
+from .selection import _allow_tf32
 
 OPS = ("encode", "select", "gather", "reduce")
+WRONG = "wrong result"  # a reason that is not a matter of resources
 GAIN = 0.97  # a winner takes at most this part of the default's time
+COMPILING = 0.6  # of an operator's time, where that is limited
 # agreement of two correct results: their sums are in another order, and what is stored is rounded once
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
@@ -37,7 +46,21 @@ class Found:
     best_ms: float
     settings: dict | None  # None: the default stays
     tried: int
+    candidates: int  # more than `tried` where the time was up
     refused: list[tuple[dict, str]]  # candidates that do not run or do not agree, and why
+
+
+@dataclass
+class Try:
+    """Settings to try."""
+
+    fields: dict
+    launches: tuple[Launch, ...] = ()  # the kernels that a run with them launches
+    wrong: str = ""  # why they are not to be run
+
+
+def _silent(text: str) -> None:
+    pass
 
 
 # ------------------------------------------------------------------------------------------------------------ problems
@@ -45,7 +68,7 @@ class Found:
 
 @dataclass
 class Problem:
-    """One operator at one shape: what to run, and how two results compare."""
+    """One operator at one shape: what to run, a CUDA graph can capture it, and how two results compare."""
 
     run: Callable[[], tuple[torch.Tensor, ...]]
     differs: Callable[[tuple, tuple], str]  # reference, result -> "" or what is wrong
@@ -53,7 +76,7 @@ class Problem:
 
 def _data(shape: Shape, device):
     """Inputs, weights and biases of unit scale, the same for every call."""
-    generator = torch.Generator(device).manual_seed(0)
+    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
     dtype = getattr(torch, shape.dtype)
 
     def normal(*size, scale=1.0):
@@ -93,13 +116,11 @@ def problem(op: str, shape: Shape, device: torch.device) -> Problem:
             return loss.detach(), torch.autograd.grad(loss.sum(), values)[0]
 
         return Problem(gather, lambda *two: _tensors_differ(*two, tolerance))
-    # the decoders' gradients from given gradients of the reconstructions
-    w_decs = [w.detach().requires_grad_() for w in w_decs]
-    recons = list(decode(indices, values, w_decs, pre_biases, inverse=inverse, impl="triton").values())
-    upstream = [torch.ones_like(r) for r in recons]
+    # the decoders' gradients from given gradients of the reconstructions, every source's its own: [S, B, d_t]
+    upstream = [torch.stack([x.roll(s, 0) for s in range(len(xs))]) for x in xs]
 
     def reduce():
-        return torch.autograd.grad(recons, w_decs, upstream, retain_graph=True)
+        return tuple(latent_reduce(inverse, values, g, shape.k, g.dtype, "triton")[0] for g in upstream)
 
     return Problem(reduce, lambda *two: _tensors_differ(*two, tolerance))
 
@@ -122,9 +143,8 @@ def _selections_differ(reference, result, xs, w_encs, n, tolerance) -> str:
     ordered = result.sort(dim=1).values
     if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
         return "a latent is selected twice in a row"
-    for rows in torch.arange(len(reference)).split(256):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
-        chosen = []
+    for first in range(0, len(reference), 256):
+        part, chosen = slice(first, first + 256), []
         for indices in (reference[part], result[part]):
             pre = sum(
                 torch.einsum("bkd,bd->bk", w[indices].float(), x[part].float()) for w, x in zip(w_encs, xs, strict=True)
@@ -161,33 +181,84 @@ def candidates(op: str, args: tuple) -> Iterator[dict]:
             yield fields
 
 
-def search(op: str, task: Problem, timer: Callable[[Callable], float], tries=None, progress=None) -> Found:
+def plan(op: str, shape: Shape, arch: int) -> tuple[list[Launch], list[Try]]:
+    """What a search launches with the settings that are in place, and the candidates.
+
+    The problem runs on meta tensors: nothing is compiled or launched.
+    """
+    found: list[Launch] = []
+    tries, name = [], _tuned.device_name()
+    with _as_on_gpu(arch, _allow_tf32(), found), _Tracer([]):
+        _tuned.device_name = lambda: name  # until `_as_on_gpu` ends: recorded settings of other operators count
+        task = problem(op, shape, torch.device("meta"))
+        with _tuned.observed(op) as wanted:
+            task.run()
+        default = list(found)
+        for fields in candidates(op, next(iter(wanted))):
+            found.clear()
+            wrong = ""
+            try:
+                with _tuned.trial(op, fields):
+                    task.run()
+            except ValueError as error:  # accepted for the first launch, not for another
+                wrong = _why(error)
+            tries.append(Try(fields, tuple(found), wrong))
+    return default, tries
+
+
+def prepare(op: str, shape: Shape, arch: int, seconds: float, tell=_silent) -> list[Try]:
+    """The candidates, after their kernels were compiled into Triton's cache, all or what so many seconds allow.
+
+    Those whose kernels do not compile, or take more shared memory than there is, have a reason not to be run.
+    """
+    default, tries = plan(op, shape, arch)
+    every = [*default, *(launch for one in tries if not one.wrong for launch in one.launches)]
+    limit = None if seconds == math.inf else seconds
+    done = compile_all(every, arch, None, lambda i, n: tell(f"{op}: {i} of {n} kernels compiled"), limit)
+    for one in tries:
+        for launch in one.launches:
+            if launch in done.failed:
+                one.wrong = one.wrong or f"{launch.kernel.split(':')[1]}: {done.failed[launch]}"
+    return tries
+
+
+def search(
+    op: str, task: Problem, timer: Callable[[Callable], float], tries: list[Try], tell=_silent,
+    until: float = math.inf, now: Callable[[], float] = time.monotonic,
+) -> Found:  # fmt: skip
     """The fastest settings of one operator whose results agree with the default's.
 
     Args:
         timer: calls a function as often as it likes, returns milliseconds of one call.
-        tries: settings to try instead of `candidates`.
+        tries: in their order; those with a reason not to be run are refused without it.
+        tell: called with a line on how far it is.
+        until: when to end by the clock `now`, in seconds; the second round of the best is within it.
     """
     with _tuned.observed(op) as wanted:
         reference = task.run()
+    began, slowest = now(), 0.0
     default_ms = timer(task.run)
     keys = list(dict.fromkeys(_tuned.key(op, args) for args in wanted))
-    found = Found(op, keys, default_ms, default_ms, None, 0, [])
-    for fields in list(candidates(op, next(iter(wanted)))) if tries is None else tries:
+    found = Found(op, keys, default_ms, default_ms, None, 0, len(tries), [])
+    for one in tries:
+        slowest, began = max(slowest, now() - began), now()
+        if began + 3 * slowest > until:  # one more and the second round
+            break
         found.tried += 1
-        with _tuned.trial(op, fields):
+        with _tuned.trial(op, one.fields):
+            wrong = one.wrong
             try:
-                wrong = task.differs(reference, task.run())
-            except Exception as error:  # settings that do not compile or do not fit: the next one
-                wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+                if not wrong and (difference := task.differs(reference, task.run())):
+                    wrong = f"{WRONG}: {difference}"
+            except Exception as error:  # settings that do not fit: the next one
+                wrong = _why(error)
             if wrong:
-                found.refused.append((fields, wrong))
+                found.refused.append((one.fields, wrong))
                 continue
             ms = timer(task.run)
         if ms < found.best_ms:
-            found.best_ms, found.settings = ms, fields
-        if progress:
-            progress(found)
+            found.best_ms, found.settings = ms, one.fields
+        tell(f"{op}: {found.tried} of {len(tries)} tried, best {found.best_ms:.3f} ms")
     if found.settings is not None:  # once more, one after the other: clocks and neighbours change
         default_ms = timer(task.run)
         with _tuned.trial(op, found.settings):
@@ -198,21 +269,35 @@ def search(op: str, task: Problem, timer: Callable[[Callable], float], tries=Non
     return found
 
 
-def tune(shape: Shape, ops, device: torch.device, name: str, timer, progress=None) -> list[Found]:
+def tune(
+    shape: Shape, ops, device: torch.device, name: str, timer, tell=_silent, minutes: float = math.inf,
+    now: Callable[[], float] = time.monotonic,
+) -> list[Found]:  # fmt: skip
     """Search every operator and record the winners; each is in place while the next is searched.
+
+    minutes: for all of it, shared out over the operators that are left; when they are over the others are left out.
 
     Raises: OSError when the cache cannot be written, before anything is searched.
     """
     about = {"torch": torch.__version__, "triton": _triton_version()}
     _tuned.write(name, {}, about)
-    results = []
-    for op in ops:
-        found = search(op, problem(op, shape, device), timer, progress=progress)
+    results, end = [], now() + 60 * minutes
+    for i, op in enumerate(ops):
+        began = now()
+        if began >= end:
+            break
+        share = (end - began) / (len(ops) - i)
+        tries = prepare(op, shape, capability(device), COMPILING * share, tell)
+        found = search(op, problem(op, shape, device), timer, tries, tell, began + share, now)
         if found.settings is not None:
             measured = {"ms": found.best_ms, "default_ms": found.default_ms, "shape": asdict(shape)}
             _tuned.write(name, {key: {"settings": found.settings, **measured} for key in found.keys}, about)
         results.append(found)
     return results
+
+
+def _why(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 
 def _triton_version() -> str:
@@ -221,20 +306,69 @@ def _triton_version() -> str:
     return triton.__version__
 
 
-def _gpu_timer(run: Callable) -> float:
-    """Median milliseconds of a call by events, after a warm-up, with the L2 cache overwritten before each."""
-    run()
-    flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
-    times = []
-    for _ in range(20):
-        flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+FLUSH_BYTES = 256 * 2**20  # more than any L2 cache
+CYCLES = 2e9  # of a GPU in a second, at most
+
+
+class GraphTimer:
+    """Median milliseconds of a call by events: replays of a CUDA graph of it, so that launching from Python costs
+    nothing, with the L2 cache overwritten before each.
+
+    A call that cannot be captured, and all after it, run eagerly, each behind a kernel that keeps the GPU busy until
+    the host has launched everything.
+    """
+
+    def __init__(self, device: torch.device, say: Callable[[str], None]):
+        self.device, self.say, self.captures = device, say, True
+
+    @functools.cached_property
+    def flush(self) -> torch.Tensor:
+        return torch.empty(FLUSH_BYTES, dtype=torch.int8, device=self.device)
+
+    @functools.cached_property
+    def stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream()
+
+    def __call__(self, run: Callable) -> float:
+        graph, cover = self._capture(run) if self.captures else None, 0
+        if graph is None:
+            cover = self._cover(run)
+        call, events = graph.replay if graph else run, []
+        for _ in range(22):
+            self.flush.zero_()
+            if cover:
+                torch.cuda._sleep(cover)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            events.append((start, end))
+        torch.cuda.synchronize()
+        return statistics.median(start.elapsed_time(end) for start, end in events[2:])
+
+    def _capture(self, run: Callable):
+        """A graph of the call, after a call on the stream that captures; None where that fails."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            run()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                run()
+        except RuntimeError as error:
+            self.captures = False
+            self.say(f"not captured in a CUDA graph, timed as launched from Python: {_why(error)}")
+            return None
+        return graph
+
+    def _cover(self, run: Callable) -> int:
+        """Cycles that take the GPU twice as long as the host takes to launch the call."""
         run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times[2:])
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        run()
+        return int(2 * CYCLES * (time.perf_counter() - began)) + 1
 
 
 # ------------------------------------------------------------------------------------------------------------- command
@@ -246,6 +380,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="rows, latents, active latents, width of a stream, streams; DTYPE bfloat16 (default), float16 or float32",
     )  # fmt: skip
     parser.add_argument("--op", action="append", choices=OPS, help="search this one only; repeatable (default: all)")
+    parser.add_argument(
+        "--minutes", type=_minutes, default=math.inf, metavar="M",
+        help="a limit for all of it, shared out over the operators; what was best by then counts (default: none)",
+    )  # fmt: skip
+
+
+def _minutes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number > 0, got {text!r}")
+    return value
 
 
 def run(args: argparse.Namespace) -> int:
@@ -261,23 +409,32 @@ def run(args: argparse.Namespace) -> int:
         return _fail("needs compiled Triton kernels (install triton, unset TRITON_INTERPRET)")
     name = torch.cuda.get_device_name()
 
-    def progress(found):
+    def tell(text):
         if sys.stderr.isatty():
-            print(
-                f"\r{found.op}: {found.tried} tried, best {found.best_ms:.3f} ms", end="", file=sys.stderr, flush=True
-            )
+            print(f"\r{text}\033[K", end="", file=sys.stderr, flush=True)
+
+    def say(text):
+        tell("")
+        print(text, file=sys.stderr)
 
     print(f"{name}, {shape}")
+    device, ops = torch.device("cuda"), args.op or OPS
     try:
-        results = tune(shape, args.op or OPS, torch.device("cuda"), name, _gpu_timer, progress)
+        results = tune(shape, ops, device, name, GraphTimer(device, say), tell, args.minutes)
     except OSError as error:
         return _fail(f"{_tuned.cache_dir()} cannot be written ({error}); set SPARC_KERNELS_CACHE to a folder that can")
+    tell("")
     for found in results:
-        print(f"{found.op:<8} default {found.default_ms:.3f} ms, best {found.best_ms:.3f} ms of {found.tried} tried, "
+        tried = f"{found.tried} of {found.candidates} tried, time limit"
+        if found.tried == found.candidates:
+            tried = f"{found.tried} tried"
+        print(f"{found.op:<8} default {found.default_ms:.3f} ms, best {found.best_ms:.3f} ms; {tried}, "
               f"{len(found.refused)} refused: {found.settings or 'the default stays'}")  # fmt: skip
-        wrong = [(fields, why) for fields, why in found.refused if "off by" in why or "select" in why]
-        for fields, why in wrong:  # not a matter of resources: worth a report
-            print(f"  WRONG RESULT with {fields}: {why}")
+        for fields, why in found.refused:
+            if why.startswith(WRONG):  # worth a report
+                print(f"  {why} with {fields}")
+    for op in ops[len(results) :]:
+        print(f"{op:<8} not searched, time limit")
     print(f"recorded in {_tuned.cache_dir() / _tuned.slug(name)}.json")
     return 0
 

@@ -95,6 +95,7 @@ def main():
     done = _compile.compile_all([*every, *every, broken], 90, 2, lambda *numbers: told.append(numbers))
     assert (done.kernels, len(done.errors)) == (len(set(every)), 1), done
     assert done.errors[0][0] == "_centre_kernel" and "num_warps" in done.errors[0][1], done.errors
+    assert done.failed == {broken: done.errors[0][1]}
     assert told == [(i + 1, len(set(every)) + 1) for i in range(len(set(every)) + 1)]
     assert done.cpu_seconds > 0 and done.seconds > 0
     cache = pathlib.Path(os.environ["TRITON_CACHE_DIR"])
