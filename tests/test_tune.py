@@ -359,9 +359,9 @@ def test_kernel_beyond_the_shared_memory_is_an_error(monkeypatch):
     shared = _launch.SHARED_LIMIT[90]
     kernel = SimpleNamespace(metadata=SimpleNamespace(shared=shared))
     monkeypatch.setattr(_compile, "ask_jit", lambda launch, arch: kernel)
-    assert _compile._compile(None, 90)[0] == ""
+    assert _compile._timed(_compile._compile, None, 90)[:2] == (True, "")
     kernel.metadata.shared += 1
-    assert _compile._compile(None, 90)[0] == f"shared memory {shared + 1} B > {shared} B"
+    assert _compile._timed(_compile._compile, None, 90)[1] == f"ValueError: shared memory {shared + 1} B > {shared} B"
 
 
 @pytest.mark.parametrize(
