@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ._launch import cdiv, column_chunk
+from ._launch import cdiv, column_chunk, next_power_of_2
 from ._ops import acc_dtype, register
 from ._triton import INTERPRETED, tl, tl_dtype, triton
 
@@ -64,9 +64,10 @@ def _column_sums_kernel(
 def _launch_column_sums(xs, weights, out, negate):
     """out[i] = +- sum of the rows of xs[i], and of xs[i + len(out)] where there are twice as many."""
     rows, widths, T = xs[0].shape[0], tuple(x.shape[1] for x in xs), len(out)
-    acc, chunk = acc_dtype(xs[0].dtype), 8 if INTERPRETED else column_chunk(rows)
+    acc, chunk, block_b, block_d = acc_dtype(xs[0].dtype), column_chunk(rows), 8, 128
+    if INTERPRETED:  # a launch takes milliseconds for every program there
+        chunk, block_b, block_d = max(16, next_power_of_2(cdiv(rows, 4))), 16, 32
     xs = [x if x.stride(1) == 1 else x.contiguous() for x in xs]
-    block_b, block_d = (4, 16) if INTERPRETED else (8, 128)
     chunks, tiles = cdiv(rows, chunk), cdiv(max(widths), block_d)
     part = xs[0].new_empty(chunks, sum(widths), dtype=acc)
     _column_parts_kernel[(chunks, tiles, len(xs))](
