@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -282,12 +283,15 @@ def _captured(check: Check, form: str) -> None:
         fresh = torch.Generator(check.device).manual_seed(1) if check.device.type != "meta" else None
         step = Step(model, adam, fresh, reinit_every=20, graph=graph, **how)
         step.waits = step.waits and check.device.type == "cpu"
-        for i in range(30 if check.device.type != "meta" else 1):
-            step({s: x.roll(i, 0) for s, x in inputs.items()})
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for i in range(30 if check.device.type != "meta" else 1):
+                step({s: x.roll(i, 0) for s, x in inputs.items()})
         ends.append(list(model.state_dict().values()))
         if graph:
             captured = step._graph is not None and step._graph.graph is not None
-            check.add("captured", captured, "exact" if captured else "no graph was captured")
+            why = next((str(w.message)[:300] for w in said if "CUDA graph" in str(w.message)), "no graph was captured")
+            check.add("captured", captured, "exact" if captured else why)
     _same(check, "as eager", *ends)
 
 
