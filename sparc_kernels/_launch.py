@@ -219,11 +219,11 @@ def _select_with(n: int, k: int, compact: bool, group: int) -> SelectConfig:
     num_warps = min(max(widest // keys, 1), 8)
     limit = 0
     if TRITON_VERSION < (3, 7):  # compiled (sm_90, half precision): 3.6 needs more registers than its successors
-        if widest == WIDEST:
-            num_warps = 16  # with 8 it spills 64 to 96 bytes, with 16 none, 24 where there are spans of groups
+        if k_pad * group == WIDEST:
+            num_warps = 16  # with 8 it spills 48 to 96 bytes, with 16 none, 8 to 24 where there are spans of groups
         elif compact and widest == 4096:
             num_warps = 8  # with 4 it spills 48 to 56 bytes
-        elif n_spans_pad == 2048 and k_pad * group <= 1024:
+        elif not compact and n_spans_pad == 2048 and k_pad <= 64:
             limit = 80  # 123 without, too many for a block beside one of the GEMM (`SelectConfig.small`)
     # compiled: sm_80 spills 8 bytes at N 65,536, k 256, for 128 registers instead of 154
     if num_warps == 8 and n_spans_pad == k_pad * group == 4096:
