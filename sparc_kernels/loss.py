@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
-from ._launch import cdiv, next_power_of_2
+from ._launch import MeansConfig, capability, cdiv, next_power_of_2
 from ._ops import may_look, register
 from ._triton import INTERPRETED, tl, tl_dtype, triton
 from .bias_grads import column_sums
@@ -86,6 +86,7 @@ def _means(sqs, norm, values):
     _means_kernel[(T * S + S * chunks,)](
         tuple(sq.contiguous() for sq in sqs), norm, values, nmse, parts, B, size, chunk,
         T=T, S=S, BLOCK=16 if INTERPRETED else 1024, ACC=tl_dtype(norm.dtype), num_warps=4,
+        **MeansConfig().registers(capability(norm.device)),
     )  # fmt: skip
     return nmse, parts, chunks
 
