@@ -422,10 +422,12 @@ def test_rows_are_written_as_each_provider_ends(tmp_path, monkeypatch):
         (file,) = tmp_path.glob("*.json")
         seen.append([r["provider"] for r in record.load(file)["results"]])
 
-    def ceiling(name, work):
-        return providers.Provider(name, "ceiling", "", lambda *_: timing.Job({"forward": work}), None)
+    def ceiling(name, work, reset):
+        return providers.Provider(name, "ceiling", "", lambda *_: timing.Job({"forward": work}, reset), None)
 
-    run(tmp_path, monkeypatch, [ceiling("GEMM", lambda: burn(0.02)), ceiling("copy", look)], clock="cpu")
+    one = ceiling("GEMM", lambda: burn(0.02), lambda: None)
+    other = ceiling("copy", lambda: None, look)  # which looks outside the clock, and so never has its seconds
+    run(tmp_path, monkeypatch, [one, other], clock="cpu")
     assert seen[0] == [] and seen[-1] == ["GEMM"]
 
 
