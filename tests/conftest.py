@@ -21,6 +21,25 @@ KERNEL_DTYPE = torch.float32 if CUDA else torch.float64
 torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
 
 
+def patched_once() -> None:
+    """Triton's interpreter replaces the functions of its language again at every call of one jit function by another,
+    which is a third of its time: not where they are replaced already."""
+    from triton.runtime import interpreter
+
+    language = interpreter.tl
+    patch, nothing = interpreter._patch_lang, interpreter._LangPatchScope
+
+    def once(fn):
+        modules = [m for m in (language, language.core) if any(m is value for value in fn.__globals__.values())]
+        return patch(fn) if any(language.core.is_builtin(m.arange) for m in modules) else nothing()
+
+    interpreter._patch_lang = once
+
+
+if not CUDA:
+    patched_once()
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """torch.empty is filled with NaN (and the largest integers), so a place left unwritten is noticed."""
