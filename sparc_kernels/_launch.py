@@ -223,8 +223,9 @@ def _select_with(n: int, k: int, compact: bool, group: int) -> SelectConfig:
             num_warps = 16  # with 8 it spills 48 to 96 bytes, with 16 none, 8 to 24 where there are spans of groups
         elif compact and widest == 4096:
             num_warps = 8  # with 4 it spills 48 to 56 bytes
-        elif not compact and n_spans_pad == 2048 and k_pad <= 64:
-            limit = 80  # 123 without, too many for a block beside one of the GEMM (`SelectConfig.small`)
+        elif not compact and n_spans_pad == 2048 and k_pad <= 64 and k_pad * group <= 1024:
+            limit = 80  # 123 without, too many for a block beside one of the GEMM (`SelectConfig.small`); of 2,048
+            # candidates in the second stage they spill 104 to 120 bytes
     # compiled: sm_80 spills 8 bytes at N 65,536, k 256, for 128 registers instead of 154
     if num_warps == 8 and n_spans_pad == k_pad * group == 4096:
         limit = 168
