@@ -32,6 +32,11 @@ def require(condition: bool, argument: str, expected: str, got) -> None:
 
 
 def check_int(argument: str, value, low: int, high: int | None = None, high_name: str = "") -> int:
+def how_to_install(extra: str) -> str:
+    """The end of a message on a missing package: no index has sparc_kernels, so its extras come from a clone."""
+    return f'in a clone of sparc_kernels, pip install ".[{extra}]"'
+
+
     """An integer (Python's or NumPy's, not a bool) in low..high, as an int."""
     ok = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not (ok and value >= low and (high is None or value <= high)):
