@@ -65,10 +65,13 @@ def write_json(path: Path, value) -> None:
 
 
 def read_json(path: Path) -> dict:
+    """Raises: ValueError that names the file, when it cannot be read or holds no object."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected a JSON file, got one that cannot be read ({error})") from error
+    require(isinstance(value, dict), str(path), "a JSON object", value)
+    return value
 
 
 class _Hashing:
@@ -135,8 +138,11 @@ def load_checkpoint(path: Path) -> dict:
     body, trailer = content[:-_TRAILER], content[-_TRAILER:]
     ok = trailer[: len(_MAGIC)] == _MAGIC and hashlib.sha256(body).digest() == trailer[len(_MAGIC) :]
     require(ok, f"checkpoint {path}", "a complete training checkpoint", "a damaged, truncated or foreign file")
-    state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-    ok = isinstance(state, dict) and state.get("kind") == KIND
+    try:
+        state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    except Exception as error:  # as _read_torch
+        raise ValueError(f"checkpoint {path}: expected a torch file of tensors ({_first_line(error)})") from error
+    ok = isinstance(state, dict) and state.get("kind") == KIND and isinstance(state.get("step"), int)
     require(ok, f"checkpoint {path}", "a training checkpoint of sparc_kernels", "something else")
     return state
 
@@ -212,6 +218,7 @@ def load_model(path: str | Path, device="cpu", dtype=None, **known) -> tuple[Ali
     if path.is_dir():
         path = _weights_in(path)
     state, config = (_read_safetensors if path.suffix == ".safetensors" else _read_torch)(path)
+    require(isinstance(config, dict), f"model {path}", "its settings as a JSON object", config)
     config = {**config, **{key: value for key, value in known.items() if value is not None}}
     normalize = bool(config.get("normalize", True))
     shapes = _shapes(path, state)  # dicts compare equal in any order, and the configuration has the right one
@@ -223,10 +230,10 @@ def load_model(path: str | Path, device="cpu", dtype=None, **known) -> tuple[Ali
         require(got == value, f"model {path}", f"{key} {got}", f"weights of {key} {value}")
     config = shapes | {key: config[key] for key in MODEL_KEYS if key in config}
     floats = next(value.dtype for name, value in state.items() if name.startswith("encoders."))
-    model = AlignedSAE(**config, device="meta", dtype=dtype or floats).to_empty(device=device)
     try:
+        model = AlignedSAE(**config, device="meta", dtype=dtype or floats).to_empty(device=device)
         model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
+    except (ValueError, RuntimeError) as error:
         raise ValueError(f"model {path}: {error}") from error
     return model.decoder_layout_("rows").eval(), normalize
 
@@ -250,7 +257,7 @@ def _read_safetensors(path: Path) -> tuple[dict, dict]:
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
             config = json.loads((file.metadata() or {}).get("sparc_kernels", "{}"))
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"model {path}: expected a complete safetensors file ({error})") from error
     return state, config
 
@@ -262,14 +269,21 @@ def _read_torch(path: Path) -> tuple[dict, dict]:
         ours = ours and file.read(len(_MAGIC)) == _MAGIC
     if ours:
         checkpoint = load_checkpoint(path)
-        return checkpoint["model"], checkpoint["model_config"]
+        return checkpoint.get("model"), checkpoint.get("model_config")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what pickle, zipfile and its own reader raise
-        message = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"model {path}: expected a torch file of tensors ({message})") from error
+        raise ValueError(f"model {path}: expected a torch file of tensors ({_first_line(error)})") from error
     beside = path.with_name(OFFICIAL_CONFIG)
-    return state, read_json(beside).get("args", {}) if beside.exists() else {}
+    if not beside.exists():
+        return state, {}
+    args = read_json(beside).get("args", {})
+    require(isinstance(args, dict), str(beside), "settings as a JSON object under 'args'", args)
+    return state, args
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _shapes(path: Path, state) -> dict:
