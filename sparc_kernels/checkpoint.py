@@ -17,13 +17,14 @@ from pathlib import Path
 
 import torch
 
-from ._checks import require
+from ._checks import check_bool, require
 from .features import missing
 from .module import AlignedSAE
 
 WEIGHTS = "model.safetensors"
 OFFICIAL, OFFICIAL_CONFIG = "msae_checkpoint.pth", "run_config.json"
 CHECKPOINTS = "checkpoints"
+SPACE = ".space"
 KIND = "sparc_kernels training checkpoint"
 _MAGIC = b"SPARC-SHA256:"
 _TRAILER = len(_MAGIC) + 32
@@ -90,7 +91,7 @@ class _Hashing:
 
 def reserve(folder: Path, size: int) -> None:
     """Raise OSError where `size` more bytes do not fit, by taking them for a moment."""
-    probe = folder / f".space.{os.getpid()}.tmp"
+    probe = folder / f"{SPACE}.{os.getpid()}.tmp"
     try:
         with open(probe, "wb") as file:
             if hasattr(os, "posix_fallocate"):
@@ -109,7 +110,8 @@ def reserve(folder: Path, size: int) -> None:
 
 
 def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> Path:
-    """Write `state` (tensors, numbers, strings) as the checkpoint of `step`; then delete all but the `keep` newest."""
+    """Write `state` (tensors, numbers, strings) as the checkpoint of `step`; then delete all earlier ones but the
+    newest, so that `keep` stay. Later ones are damaged, or the run would have gone on from there."""
 
     def write(file):
         hashing = _Hashing(file)
@@ -119,7 +121,7 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> Path:
     folder.mkdir(exist_ok=True)
     path = folder / f"step-{step:09d}.pt"
     write_atomically(path, write)
-    for old in checkpoints(folder)[:-keep]:
+    for old in [p for p in checkpoints(folder) if p <= path][:-keep]:
         old.unlink()
     return path
 
@@ -148,12 +150,10 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def load_latest(folder: Path, tell: Callable[[str], None] = print) -> tuple[Path, dict] | None:
-    """The newest checkpoint that is whole, None when there is none at all; remains of unfinished writing are deleted.
+    """The newest checkpoint that is whole, None when there is none at all.
 
     Raises: ValueError when there are checkpoints and all are damaged.
     """
-    for remains in folder.glob("*.tmp"):
-        remains.unlink()
     error = None
     for path in reversed(checkpoints(folder)):
         try:
@@ -179,13 +179,19 @@ def save_weights(model: AlignedSAE, path: Path, normalize: bool = True) -> None:
 
     normalize: whether it was trained on rows divided by their norm.
     """
-    try:
-        from safetensors.torch import save
-    except ImportError as error:
-        raise missing("safetensors", f"{path.name} is a safetensors file") from error
+    save, normalize = import_save(path), check_bool("normalize", normalize)
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     content = save(state, metadata={"sparc_kernels": json.dumps(model_config(model) | {"normalize": normalize})})
     write_atomically(path, lambda file: file.write(content))
+
+
+def import_save(path: Path):
+    """What makes the content of a safetensors file. Raises: ImportError that says what `path` needs."""
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise missing("safetensors", f"{path} is a safetensors file") from error
+    return save
 
 
 def export_official(model: AlignedSAE, folder: Path, settings: Mapping | None = None) -> Path:

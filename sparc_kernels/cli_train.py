@@ -8,10 +8,12 @@ from dataclasses import fields
 from pathlib import Path
 
 from ._arguments import add_stream_argument, memory_size
-from .checkpoint import read_json
+from .checkpoint import MODEL_KEYS, load_model, model_config
 from .loader import SHUFFLES
+from .module import AlignedSAE
+from .run_folder import MANIFEST, read_manifest
 from .runlog import LOGGERS
-from .train import MANIFEST, Interrupted, Trainer, TrainingStopped
+from .train import Interrupted, Trainer, TrainingStopped, choose_device
 from .train_config import DECAYS, PRECISIONS, TrainConfig
 
 _OPTIONS = {  # flag -> help, choices; type and default are TrainConfig's
@@ -57,7 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_stream_argument(parser, "--val-stream", "features of other samples, to validate on after every epoch")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out; settings and "
-                        "streams that are not given are those of the run")  # fmt: skip
+                        "streams that are not given are those of the run, epochs and steps may be more")  # fmt: skip
+    parser.add_argument("--init", type=Path, metavar="WEIGHTS", help="start from these: the folder of a run, "
+                        "model.safetensors, a checkpoint or msae_checkpoint.pth; settings of the model that are not "
+                        "given are theirs")  # fmt: skip
     parser.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS", help="0: only at the end (1000)")
     parser.add_argument("--keep", type=int, default=2, metavar="N", help="newest checkpoints that stay (2)")
     parser.add_argument("--log-every", type=int, default=50, metavar="STEPS", help="between rows of log.csv (50)")
@@ -102,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
             export=args.export_official,
             quiet=args.quiet,
         )
+        trainer.start()
     except (ValueError, ImportError, OSError) as error:
         return _refuse(error)
     except KeyboardInterrupt:
@@ -126,9 +132,9 @@ def _settings(args) -> tuple[TrainConfig, dict, dict | None]:
     streams, val_streams = args.stream, args.val_stream
     manifest = args.out / MANIFEST
     if args.resume and manifest.exists():
-        before = read_json(manifest)
+        before = read_manifest(manifest)
         known = {field.name for field in fields(TrainConfig)}
-        given = {key: value for key, value in before.get("config", {}).items() if key in known} | given
+        given = {key: value for key, value in before["config"].items() if key in known} | given
         streams = streams or _paths(before, "train", "--stream")
         val_streams = val_streams or _paths(before, "validation", "--val-stream")
     if not streams:
@@ -137,7 +143,7 @@ def _settings(args) -> tuple[TrainConfig, dict, dict | None]:
 
 
 def _paths(manifest: dict, part: str, flag: str) -> dict | None:
-    found = {s: entry["path"] for s, entry in manifest.get("data", {}).get(part, {}).items()}
+    found = {s: entry["path"] for s, entry in manifest["data"].get(part, {}).items()}
     if None in found.values():
         raise ValueError(f"{flag}: expected files, since the run was on tensors, got none")
     return found or None

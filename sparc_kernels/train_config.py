@@ -112,6 +112,21 @@ class TrainConfig:
             device="cpu",
         ).to(device)
 
+    def check_model(self, model: AlignedSAE) -> None:
+        """Refuse a model that is not the one these settings describe."""
+        for name in ("n_latents", "k", "auxk", "auxk_threshold", "dead_steps_threshold", "topk_type"):
+            want, got = getattr(self, name), getattr(model, name)
+            same = (want or None) == (got or None)  # auxk 0 is a model's None
+            require(same, f"model's {name}", f"{want!r} as in the config", repr(got))
+        dtype = next(model.parameters()).dtype
+        ok = dtype == self.dtype or self.precision == "bf16"  # autocast takes any
+        require(ok, "model", f"parameters of {self.dtype}, for precision {self.precision!r}", str(dtype))
+
+    def steps(self, per_epoch: int) -> int:
+        """Batches of the whole run, with so many in an epoch."""
+        steps = self.epochs * per_epoch
+        return min(steps, self.max_steps) if self.max_steps else steps
+
     def lr_at(self, step: int, steps: int) -> float:
         """Learning rate of the step with this number, of so many."""
         rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0

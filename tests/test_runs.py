@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from sparc_kernels import AlignedSAE
+from sparc_kernels import AlignedSAE, cli, train
 from sparc_kernels.checkpoint import (
     checkpoints,
     export_official,
     load_checkpoint,
+    load_latest,
     load_model,
     save_checkpoint,
 )
@@ -85,6 +87,201 @@ def command(out: Path, *more: str) -> list[str]:
     return ["train", f"--out={out}", "--device=cpu", *flags, *more]
 
 
+# ------------------------------------------------------------------------------------------------- whose checkpoints
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_checkpoints_without_their_manifest_are_nobodys(copy, resume):
+    (copy / "manifest.json").unlink()
+    for name in ("log.csv", "model.safetensors"):
+        (copy / name).unlink()
+    with pytest.raises(ValueError, match=r"out: expected a new folder, or the manifest.json of the run that wrote "
+                       r"step-000000004.pt, got .*step-000000004.pt without one"):  # fmt: skip
+        trainer(copy, resume=resume, epochs=1)
+
+
+def test_a_checkpoint_of_another_run_is_refused(copy, tmp_path):
+    other = tmp_path / "other"
+    trainer(other, epochs=2).train()
+    stale = shutil.copy(copy / "checkpoints" / "step-000000012.pt", other / "checkpoints")
+    with pytest.raises(ValueError, match=f"checkpoint {stale}: expected one of the run that manifest.json describes, "
+                       "got one of another run"):  # fmt: skip
+        trainer(other, epochs=2, resume=True)
+    forget_ids(other)
+    with pytest.raises(ValueError, match=rf"checkpoint {stale}: expected one of the run's 8 steps, got step 12"):
+        trainer(other, epochs=2, resume=True)
+    state = load_checkpoint(Path(stale))
+    rewrite(Path(stale), state | {"model_config": state["model_config"] | {"k": 2}})
+    with pytest.raises(ValueError, match=rf"model's k: expected 2 as in {stale}, got 3"):
+        trainer(other, epochs=2, resume=True)
+
+
+def test_a_run_from_before_ids_resumes_to_the_same_bits(ended, copy):
+    (copy / "checkpoints" / "step-000000012.pt").unlink()
+    (copy / "model.safetensors").unlink()
+    forget_ids(copy)
+    run = trainer(copy, resume=True)
+    assert run.batches == 8
+    run.train()
+    assert (copy / "model.safetensors").read_bytes() == (ended / "model.safetensors").read_bytes()
+    assert trainer(copy, resume=True).batches == STEPS
+
+
+def test_a_checkpoint_that_was_just_written_stays(tmp_path):
+    """Behind damaged ones of later steps, over which resuming has passed."""
+    for step in (5, 8, 9):
+        save_checkpoint(tmp_path, step, {"x": step}, keep=3)
+    for step in (8, 9):
+        (tmp_path / f"step-{step:09d}.pt").write_bytes(b"damaged")
+    save_checkpoint(tmp_path, 7, {"x": 7}, keep=1)
+    path, _ = load_latest(tmp_path, lambda text: None)
+    assert path.name == "step-000000007.pt" and not (tmp_path / "step-000000005.pt").exists()
+
+
+def test_final_weights_without_a_checkpoint_are_not_trained_over(copy):
+    shutil.rmtree(copy / "checkpoints")
+    with pytest.raises(ValueError, match=r"resume: expected a checkpoint to go on from, got .*safetensors alone"):
+        trainer(copy, resume=True, epochs=9)
+
+
+# ------------------------------------------------------------------------------------------------ files of other people
+
+
+def test_files_of_the_user_stay(copy):
+    """Resuming deletes what a killed run was writing, and nothing else."""
+    names = ("notes.tmp", "log.csv.tmp", "checkpoints/mine.tmp", ".lock")
+    for name in names:
+        (copy / name).write_text("mine")
+    remains = [copy / f"{name}.7.tmp" for name in ("model.safetensors", ".space", "checkpoints/step-000000004.pt")]
+    for path in remains:
+        path.write_text("unfinished")
+    trainer(copy, resume=True).train()
+    assert [(copy / name).read_text() for name in names] == ["mine"] * 4
+    assert not any(path.exists() for path in remains)
+
+
+OURS = ["log.csv", "model.safetensors", "msae_checkpoint.pth", "run_config.json", "checkpoints"]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_new_run_writes_over_nothing(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"out: expected a new folder, .* that wrote {name}"):
+        trainer(tmp_path, export=True)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_log_that_is_not_the_runs_stays(copy):
+    (copy / "log.csv").write_text("date,weight\n2026,70\n")
+    with pytest.raises(ValueError, match=r"log.csv: expected the log of this run, with columns step, .* move it"):
+        trainer(copy, resume=True).start()
+    assert (copy / "log.csv").read_text() == "date,weight\n2026,70\n"
+    (copy / "log.csv").write_bytes(b"x" * 200_000 + b"\0")  # more than a field may have
+    with pytest.raises(ValueError, match=r"log.csv: expected the log of this run"):
+        trainer(copy, resume=True).start()
+
+
+def test_a_log_with_a_tail_of_zeros_is_read(copy):
+    with open(copy / "log.csv", "ab") as file:
+        file.write(b"13,4,0.00" + bytes(100))
+    before = (copy / "log.csv").read_text().splitlines()[:-1]
+    trainer(copy, resume=True).train()
+    assert (copy / "log.csv").read_text().splitlines() == before
+
+
+# ------------------------------------------------------------------------------------------------------- a given model
+
+
+def test_the_model_of_the_manifest_is_checked_when_resuming(tmp_path, capsys):
+    """Manifests were written whose settings are not their model's."""
+    out, given = tmp_path / "run", files(tmp_path)
+    assert cli.main([*command(out, *given), "--quiet"]) == 0
+    forget_ids(out)
+    manifest = read_manifest(out / "manifest.json")
+    for key, value, words in (("k", 2, "expected 2"), ("topk_type", "local", "expected 'local'")):
+        (out / "manifest.json").write_text(json.dumps(manifest | {"model": manifest["model"] | {key: value}}))
+        assert cli.main(["train", f"--out={out}", "--resume", "--device=cpu"]) == 2
+        assert f"model's {key}: {words} as in {out}/manifest.json" in capsys.readouterr().err
+
+
+def test_another_optimizer_is_refused_when_resuming(copy):
+    with pytest.raises(ValueError, match="optimizer: expected SparcAdam as when the run began, got Adam"):
+        trainer(copy, resume=True, optimizer=lambda model: torch.optim.Adam(model.parameters()))
+
+
+def test_a_trainer_writes_nothing_before_it_starts(tmp_path, copy):
+    trainer(tmp_path / "new", export=True)
+    assert not (tmp_path / "new").exists()
+    (copy / "checkpoints" / "step-000000012.pt.7.tmp").write_text("unfinished")
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    trainer(copy, resume=True, epochs=5)
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+
+
+def test_of_two_trainers_of_a_folder_the_first_to_start_has_it(tmp_path):
+    first, second = trainer(tmp_path / "run"), trainer(tmp_path / "run", k=2)
+    second.train()
+    with pytest.raises(ValueError, match=r"out: expected the folder as the Trainer found it, got .* another run"):
+        first.train()
+    assert load_model(tmp_path / "run")[0].k == 2
+
+
+# ------------------------------------------------------------------------------------------ what the end of a run needs
+
+
+def test_a_missing_package_is_known_before_the_first_step(tmp_path, capsys, monkeypatch):
+    given = files(tmp_path)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    assert cli.main(command(tmp_path / "run", *given)) == 2
+    error = capsys.readouterr().err
+    assert 'needs safetensors: in a clone of sparc_kernels, pip install ".[train]"' in error
+    assert not (tmp_path / "run").exists()
+    trainer().train()  # nothing is saved, nothing is needed
+    with pytest.raises(ValueError, match="log_to: expected some of tensorboard, wandb, got 'tensorbord'"):
+        trainer(log_to=("tensorbord",))
+
+
+# ------------------------------------------------------------------------------------------------ going on from an end
+
+
+@pytest.mark.parametrize("shuffle", ["window", "official"])
+def test_a_run_that_ended_goes_on_to_more_steps(tmp_path, shuffle):
+    """As one that was as long from the beginning."""
+    settings = {"shuffle": shuffle, "memory": 40_000, "checkpoint_every": 5}
+    trainer(tmp_path / "long", epochs=7, **settings).train()
+    out = tmp_path / "run"
+    trainer(out, epochs=3, max_steps=10, **settings).train()
+    trainer(out, epochs=5, resume=True, **settings).train()
+    run = trainer(out, epochs=7, resume=True, **settings)
+    assert run.batches == 20
+    run.train()
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "long" / "model.safetensors").read_bytes()
+    manifest = read_manifest(out / "manifest.json")
+    assert (manifest["config"]["epochs"], manifest["config"]["max_steps"]) == (7, 0)
+    entries = [{key: entry[key] for key in ("after_step", "epochs", "max_steps")} for entry in manifest["extended"]]
+    assert entries == [{"after_step": 10, "epochs": 5, "max_steps": 0}, {"after_step": 20, "epochs": 7, "max_steps": 0}]
+    with pytest.raises(ValueError, match="epochs, max_steps: expected at least the 28 steps that the run had, got 20"):
+        trainer(out, epochs=5, resume=True, **settings)
+    with pytest.raises(ValueError, match="epochs, max_steps: expected at least the 28 steps that the run had, got 9"):
+        trainer(out, epochs=9, max_steps=9, resume=True, **settings)
+
+
+def test_what_is_not_as_it_was_is_told(copy, capsys, monkeypatch):
+    now = train.versions()
+    monkeypatch.setattr(train, "versions", lambda: now | {"torch": "9.9"})
+    trainer(copy, resume=True, quiet=False)
+    assert f"Note: torch 9.9 ({now['torch']} when the run began); results may differ" in capsys.readouterr().out
+    forget_ids(copy)
+    manifest = read_manifest(copy / "manifest.json")
+    (copy / "manifest.json").write_text(json.dumps(manifest | {"device": "NVIDIA H100", "threads": 96}))
+    path = checkpoints(copy / "checkpoints")[-1]
+    rewrite(path, load_checkpoint(path) | {"fresh_state": torch.zeros(16, dtype=torch.uint8)})  # a GPU generator's
+    trainer(copy, resume=True, quiet=False)
+    text = capsys.readouterr().out
+    assert "Note: device cpu (NVIDIA H100 when the run began), threads 1 (96 when the run began), torch 9.9" in text
+    assert "Resuming after step 12 of 12" in text
+
+
 # ------------------------------------------------------------------------------------------------------------ damage
 
 
@@ -104,3 +301,52 @@ def test_a_configuration_that_is_no_object_is_named(tmp_path):
         weights.write_bytes(save(model_of().decoder_layout_("contiguous").state_dict(), {"sparc_kernels": said}))
         with pytest.raises(ValueError, match=f"model {weights}: {words}"):
             load_model(weights)
+
+
+def test_damaged_manifests_and_checkpoints_are_refused_or_read_right(ended, copy):
+    """Bytes changed, cut off or repeated; values replaced where no digest tells: by name, never from below."""
+    rng = np.random.default_rng(0)
+    path = copy / "checkpoints" / "step-000000012.pt"
+    whole = {file: file.read_bytes() for file in (copy / "manifest.json", path)}
+    weights = load_model(path)[0].state_dict()
+    for older in checkpoints(copy / "checkpoints")[:-1]:
+        older.unlink()
+
+    def read(file):
+        try:
+            run = trainer(copy, resume=True)
+        except ValueError as error:
+            text = str(error)
+            assert str(file) in text or "as when the run began" in text, text
+            return 1
+        assert run.batches == STEPS and all(torch.equal(run.model.state_dict()[n], w) for n, w in weights.items())
+        return 0
+
+    refused = 0
+    for i in range(50):
+        file = list(whole)[i % 2]
+        data = bytearray(whole[file])
+        at = int(rng.integers(len(data)))
+        if i % 3 == 0:
+            data = data[:at]
+        elif i % 3 == 1:
+            data[at] ^= 1 << int(rng.integers(8))
+        else:
+            data[at : at + 8] = data[at : at + 8] * 2
+        file.write_bytes(data)
+        refused += read(file)
+        file.write_bytes(whole[file])
+    assert refused >= 40
+
+    forget_ids(copy)
+    manifest, state = json.loads((copy / "manifest.json").read_text()), load_checkpoint(path)
+    for value in (None, "x", {"a": {"a": 1}}, torch.zeros(3)):
+        for key in state:
+            if key not in ("kind", "step", "sums") or value is None:
+                rewrite(path, state | {key: value})
+                read(path)
+        for key in manifest if not isinstance(value, torch.Tensor) else ():
+            rewrite(path, state)
+            (copy / "manifest.json").write_text(json.dumps(manifest | {key: value}))
+            read(copy / "manifest.json")
+        (copy / "manifest.json").write_text(json.dumps(manifest))
