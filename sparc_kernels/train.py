@@ -214,19 +214,18 @@ class Trainer:
 
     def _check_zero_rows(self, s: str, summary) -> None:
         """A zero row makes its batch's loss infinite: tell, and refuse where too many batches would be skipped."""
-        share = 1 - (1 - summary.n_zero_rows / self.features.rows) ** self.config.batch_size
+        part = summary.n_zero_rows / self.features.rows
+        share = 1 - (1 - part) ** self.config.batch_size
+        most = (share if self.config.shuffle == "window" else part) > 0.5  # in order they may be neighbours
         some = ", ".join(map(str, summary.zero_rows)) + ", ..." * (summary.n_zero_rows > len(summary.zero_rows))
         text = f"{summary.n_zero_rows:,} zero rows ({some}) of {self.features.rows:,}"
-        expected, limit = share * self._count_steps(), self.config.max_skipped
-        if expected > limit:
-            got = f"{text}: without a finite loss, about {expected:,.0f} batches would be skipped"
+        steps, limit = self.config.steps(len(self.loader)), self.config.max_skipped
+        expected = share * steps
+        if expected > limit or most:
+            got = f"{text}: without a finite loss, about {expected:,.0f} of {steps:,} batches would be skipped"
             fail(f"stream {s!r}", f"few zero rows (max_skipped {limit:,})", got)
         text = f"stream {s!r} has {text}"
         self._say(f"Note: {text}; batches with one are skipped, as officially")
-
-    def _count_steps(self) -> int:
-        steps = self.config.epochs * len(self.loader)
-        return min(steps, self.config.max_steps) if self.config.max_steps else steps
 
     def _build(self, model: AlignedSAE | None, optimizer, graph: bool) -> None:
         config, widths = self.config, self.features.widths
@@ -381,10 +380,13 @@ class Trainer:
 
     def _check_skipped(self) -> None:
         if self.step.skipped > self.config.max_skipped:
-            raise TrainingStopped(
-                f"max_skipped: {self.step.skipped} batches had a loss that is not finite, the last by step "
-                f"{self.batches}; look at lr ({self.config.lr:g}) and at zero rows in the data"
-            )
+            raise self._too_many(f"max_skipped: {self.step.skipped}")
+
+    def _too_many(self, skipped: str) -> TrainingStopped:
+        return TrainingStopped(
+            f"{skipped} batches had a loss that is not finite, the last by step {self.batches}; look at lr "
+            f"({self.config.lr:g}) and at zero rows in the data"
+        )
 
     def _report(self, batch: Batch, rate: float, ends: bool) -> None:
         """A row of the log: means over the steps since the last one."""
@@ -497,9 +499,14 @@ class Trainer:
         self.loss = float(state.get("loss", math.nan))
 
     def _finish(self) -> None:
+        """Final weights, unless most batches were skipped: they are not trained, or the learning rate broke them."""
+        skipped = self.step.skipped
+        if skipped < self.batches:
+            self.save()
+        if 2 * skipped > self.batches:
+            raise self._too_many(f"no final weights: {skipped} of {self.batches}")
         if self.out is None:
             return
-        self.save()
         save_weights(self.model, self.out / WEIGHTS, self.config.normalize)
         if self.export:
             config = self.config

@@ -1,6 +1,7 @@
 """Whose the files of a run's folder are, what may go on from them, and what is settled before the first step."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -142,6 +143,42 @@ def test_final_weights_without_a_checkpoint_are_not_trained_over(copy):
     shutil.rmtree(copy / "checkpoints")
     with pytest.raises(ValueError, match=r"resume: expected a checkpoint to go on from, got .*safetensors alone"):
         trainer(copy, resume=True, epochs=9)
+
+
+# -------------------------------------------------------------------------------------------------- nothing was trained
+
+
+@pytest.mark.parametrize("share", [1.0, 0.6])
+@pytest.mark.parametrize("shuffle", ["window", "none"])
+def test_a_stream_of_zeros_is_refused_before_training(tmp_path, capsys, share, shuffle):
+    given = files(tmp_path)
+    x = streams()["b"].numpy()
+    x[: int(share * ROWS)] = 0
+    np.save(tmp_path / "b.npy", x)
+    assert cli.main([*command(tmp_path / "run", *given), f"--shuffle={shuffle}"]) == 2
+    text = capsys.readouterr().err
+    assert "stream 'b': expected few zero rows (max_skipped 100), got" in text and "of 12 batches would be" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_zero_rows_that_share_batches_are_trained_around():
+    data = streams()
+    data["b"][:32] = 0
+    assert trainer(data=data, shuffle="none").train()["skipped"] == 3  # of 12: the first of every epoch
+
+
+@pytest.mark.parametrize(("rate", "rows"), [(3e-3, slice(0, ROWS, 40)), (1e30, slice(0, 0))])
+def test_a_run_that_did_not_train_ends_badly(tmp_path, capsys, rate, rows):
+    """Zero rows in every batch, which no estimate foresaw; a rate that breaks the weights at once."""
+    given = files(tmp_path)
+    x = streams()["b"].numpy()
+    x[rows] = 0
+    np.save(tmp_path / "b.npy", x)
+    settings = [f"--lr={rate}", "--shuffle=none", "--batch-size=64", "--quiet"]
+    assert cli.main([*command(tmp_path / "run", *given), *settings]) == 1
+    text = capsys.readouterr().err
+    assert re.search(r"stopped: no final weights: \d of 6 batches had a loss that is not finite", text)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
 # ------------------------------------------------------------------------------------------------ files of other people
