@@ -13,6 +13,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Mapping
+from operator import methodcaller
 from pathlib import Path
 
 import torch
@@ -61,7 +62,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, value) -> None:
-    text = json.dumps(value, indent=2) + "\n"
+    text = json.dumps(value, indent=2, default=methodcaller("item")) + "\n"  # NumPy's numbers as Python's
     write_atomically(path, lambda file: file.write(text.encode()))
 
 

@@ -19,6 +19,7 @@ from sparc_kernels.checkpoint import (
     load_latest,
     load_model,
     save_checkpoint,
+    save_weights,
 )
 from sparc_kernels.run_folder import read_manifest
 from sparc_kernels.train import Trainer
@@ -224,6 +225,32 @@ def test_a_log_with_a_tail_of_zeros_is_read(copy):
     before = (copy / "log.csv").read_text().splitlines()[:-1]
     trainer(copy, resume=True).train()
     assert (copy / "log.csv").read_text().splitlines() == before
+
+
+# ------------------------------------------------------------------------------------------------------ NumPy's numbers
+
+
+def test_settings_may_be_numpys(tmp_path):
+    """A run with them saves, is resumed, and its weights load."""
+    numbers = {int: np.int64, float: np.float32, bool: np.bool_, str: np.str_}
+    settings = {name: numbers[type(value)](value) for name, value in vars(TrainConfig(**SMALL)).items()}
+    widths = {np.str_(s): np.int64(d) for s, d in WIDTHS.items()}
+    model = AlignedSAE(
+        widths, *(settings[n] for n in ("n_latents", "k", "auxk", "auxk_threshold", "dead_steps_threshold")),
+        topk_type=settings["topk_type"],
+    )  # fmt: skip
+    config = TrainConfig(**settings)
+    assert {type(value) for value in vars(config).values()} == {int, float, bool, str}
+    options = {"full_check": np.bool_(True), "keep": np.int64(2), "export": True, "device": "cpu", "quiet": True}
+    Trainer(config, streams(), tmp_path, model=model, **options).train()
+    assert json.loads((tmp_path / "manifest.json").read_text())["config"] == vars(config)
+    assert Trainer(config, streams(), tmp_path, resume=np.bool_(True), **options).batches == STEPS
+    assert load_model(tmp_path)[0].d_streams == WIDTHS
+    assert load_model(checkpoints(tmp_path / "checkpoints")[-1])[0].k == 3
+    save_weights(model, tmp_path / "again.safetensors", np.bool_(False))
+    assert load_model(tmp_path / "again.safetensors")[1] is False
+    export_official(model, tmp_path, {"lr": np.float32(0.5), "seed": np.int64(1)})
+    assert json.loads((tmp_path / "run_config.json").read_text())["args"]["lr"] == 0.5
 
 
 # ------------------------------------------------------------------------------------------------------- a given model
