@@ -202,6 +202,7 @@ def train_steps(
         n_latents=model.n_latents,
         k=model.k,
         auxk=0,
+        dead_steps_threshold=model.dead_steps_threshold,
         topk_type=model.topk_type,
         cross_coef=cross_coef,
         lr=settings.lr,

@@ -61,7 +61,8 @@ class Trainer:
         streams: name -> feature file or tensor, as `Features` takes them.
         out: folder of checkpoints, log.csv, manifest.json and the final model.safetensors; None: nothing is written.
         val_streams: the same streams of other samples, to validate on after every epoch.
-        model: to train on, where it is; None: a new one, made after torch.manual_seed(config.seed).
+        model: to train on, where it is, of the config's settings; None: a new one, made after
+            torch.manual_seed(config.seed).
         optimizer: makes the optimizer of a model, None: SparcAdam with the settings; see `Step`.
         device: of a new model: "auto" (CUDA where there is one), or a torch device.
         resume: go on from the newest checkpoint in `out`, also to more `epochs` or `max_steps` than the run had; from
@@ -238,6 +239,7 @@ class Trainer:
                 self.order.set_state(state)
         else:
             self.features.require_widths(model.d_streams, "the model")
+            config.check_model(model)
         self.model = model.train()
         self.shared = config.shuffle == "official" and self.device.type == "cpu"
         self.fresh = self.order if self.shared else torch.Generator(self.device).manual_seed(config.seed)

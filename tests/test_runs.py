@@ -256,6 +256,31 @@ def test_settings_may_be_numpys(tmp_path):
 # ------------------------------------------------------------------------------------------------------- a given model
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"auxk": None}, "model's auxk: expected 4 as in the config, got None"),
+        ({"k": 2}, "model's k: expected 3 as in the config, got 2"),
+        ({"n_latents": 30}, "model's n_latents: expected 24"),
+        ({"topk_type": "local"}, "model's topk_type: expected 'global' as in the config, got 'local'"),
+        ({"auxk_threshold": 0.0}, "model's auxk_threshold: expected 0.001 as in the config, got 0.0"),
+        ({"dead_steps_threshold": 9}, "model's dead_steps_threshold: expected 5"),
+        ({"dtype": torch.float64}, r"model: expected parameters of torch.float32, .* got torch.float64"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)  # fmt: skip
+def test_a_model_of_other_settings_is_refused(tmp_path, changes, words):
+    with pytest.raises(ValueError, match=words):
+        trainer(tmp_path / "run", model=model_of(**changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_of_the_settings_is_trained(tmp_path):
+    trainer(tmp_path, model=model_of()).train()
+    trainer(model=model_of(auxk=None), auxk=0).train()
+    assert load_model(tmp_path)[0].k == 3
+
+
 def test_the_model_of_the_manifest_is_checked_when_resuming(tmp_path, capsys):
     """Manifests were written whose settings are not their model's."""
     out, given = tmp_path / "run", files(tmp_path)
