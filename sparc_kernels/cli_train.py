@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -89,13 +91,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code: 0; 2 where something is refused; 1 where training stopped; 130 or 143 after a signal."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        return _refuse(f"WORLD_SIZE: expected 1, got {processes}: training on several GPUs is not there yet, start one "
+                       "process without torchrun")  # fmt: skip
     try:
-        config, streams, val_streams = _settings(args)
+        config, streams, val_streams, model = _settings(args)
         trainer = Trainer(
             config,
             streams,
             args.out,
             val_streams=val_streams,
+            model=model,
+            init=args.init and str(args.init.absolute()),
             device=args.device,
             resume=args.resume,
             checkpoint_every=args.checkpoint_every,
@@ -123,11 +131,15 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         print(f"sparc-kernels train: stopped at step {trainer.batches:,}, could not write: {error}", file=sys.stderr)
         return 1
+    if not args.quiet:
+        files = " ".join(f"--stream {shlex.quote(s)}=FILE" for s in trainer.features.widths)
+        command = f"sparc-kernels eval --model {shlex.quote(str(args.out))} {files}"
+        print(f"Next, on rows that it was not trained on: {command}")
     return 0
 
 
-def _settings(args) -> tuple[TrainConfig, dict, dict | None]:
-    """Settings and files: those given, and when resuming the run's for the rest."""
+def _settings(args) -> tuple[TrainConfig, dict, dict | None, AlignedSAE | None]:
+    """Settings, files and the model of --init: those given, and when resuming the run's for the rest."""
     given = {field.name: getattr(args, field.name) for field in fields(TrainConfig) if hasattr(args, field.name)}
     streams, val_streams = args.stream, args.val_stream
     manifest = args.out / MANIFEST
@@ -139,7 +151,13 @@ def _settings(args) -> tuple[TrainConfig, dict, dict | None]:
         val_streams = val_streams or _paths(before, "validation", "--val-stream")
     if not streams:
         raise ValueError("--stream: expected NAME=FILE for every stream, got none")
-    return TrainConfig(**given), streams, val_streams
+    if args.init is None:
+        return TrainConfig(**given), streams, val_streams, None
+    model, normalize = load_model(args.init, **{key: given[key] for key in MODEL_KEYS if key in given})
+    theirs = model_config(model) | {"auxk": model.auxk or 0, "normalize": normalize}
+    del theirs["d_streams"]
+    config = TrainConfig(**(theirs | given))
+    return config, streams, val_streams, model.to(choose_device(args.device), config.dtype)
 
 
 def _paths(manifest: dict, part: str, flag: str) -> dict | None:
@@ -149,6 +167,6 @@ def _paths(manifest: dict, part: str, flag: str) -> dict | None:
     return found or None
 
 
-def _refuse(error: Exception) -> int:
+def _refuse(error: Exception | str) -> int:
     print(f"sparc-kernels train: error: {error}", file=sys.stderr)
     return 2

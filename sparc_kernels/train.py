@@ -21,6 +21,7 @@ from ._checks import check_bool, check_int, fail, require
 from ._process import Signals, versions
 from .checkpoint import (
     CHECKPOINTS,
+    OFFICIAL,
     WEIGHTS,
     export_official,
     import_save,
@@ -307,8 +308,8 @@ class Trainer:
     def train(self) -> dict:
         """Train to the end.
 
-        Returns: steps, skipped batches, seconds, samples_per_s, and `waited`, the part of the time in which the next
-        batch was not there yet: near 0 computing is the bound, near 1 reading is.
+        Returns: steps, skipped batches, the loss of the last row of the log, seconds, samples_per_s, and `waited`, the
+        part of the time in which the next batch was not there yet: near 0 computing is the bound, near 1 reading is.
 
         Raises: what `start` raises; Interrupted after SIGINT or SIGTERM, with everything saved (a second signal ends
         the process at once); TrainingStopped after too many non-finite losses; OSError when a checkpoint cannot be
@@ -515,6 +516,8 @@ class Trainer:
             settings = {"batch_size": config.batch_size, "num_epochs": config.epochs, "lr": config.lr}
             settings |= {"seed": config.seed, "auxk_coef": config.auxk_coef, "cross_loss_coef": config.cross_coef}
             export_official(self.model, self.out, settings)
+        names = " and ".join([WEIGHTS, *([OFFICIAL] if self.export else [])])
+        self.log.say(f"Saved {names} in {self.out}, loss {self.loss:.4f} after {self.batches:,} steps")
 
     def _say(self, text: str) -> None:
         if self.log is not None:

@@ -355,6 +355,48 @@ def test_a_run_that_ended_goes_on_to_more_steps(tmp_path, shuffle):
         trainer(out, epochs=9, max_steps=9, resume=True, **settings)
 
 
+def test_the_command_extends_a_run_and_starts_from_weights(tmp_path, capsys):
+    out, given = tmp_path / "run", files(tmp_path)
+    assert cli.main(command(out, *given)) == 0
+    text = capsys.readouterr().out
+    assert re.search(rf"Saved model.safetensors in {out}, loss \d\.\d{{4}} after 12 steps", text)
+    assert f"sparc-kernels eval --model {out} --stream a=FILE --stream b=FILE" in text.splitlines()[-1]
+    assert cli.main(["train", f"--out={out}", "--resume", "--device=cpu", "--epochs=4"]) == 0
+    text = capsys.readouterr().out
+    assert "Note: the run had 12 steps and now has 16" in text and "Resuming after step 12 of 16" in text
+    assert cli.main(["train", f"--out={out}", "--resume", "--device=cpu"]) == 0
+    assert re.search(r"loss \d\.\d{4} after 16 steps", capsys.readouterr().out)  # of a run with nothing left to do
+
+    tuned, short = tmp_path / "tuned", ["--epochs=1", "--batch-size=32", "--device=cpu", "--quiet"]
+    begin = ["train", f"--out={tuned}", f"--init={out}", "--k=2", "--no-normalize", *given, *short]
+    assert cli.main(begin) == 0
+    manifest = read_manifest(tuned / "manifest.json")
+    assert manifest["init"] == str(out)
+    model = manifest["model"]
+    assert (model["n_latents"], model["k"], model["auxk"], model["dead_steps_threshold"]) == (24, 2, 4, 5)
+    weights = [load_model(folder)[0].encoders["a"].weight for folder in (out, tuned)]
+    assert 0 < (weights[0] - weights[1]).abs().max() < 4 * 1.1e-4  # four steps at the default rate from there
+    shutil.rmtree(tuned / "checkpoints")
+    (tuned / "model.safetensors").unlink()
+    assert cli.main(["train", f"--out={tuned}", "--resume", "--device=cpu"]) == 2
+    assert f"init: expected {out} as when the run began, for it has no checkpoint, got none" in capsys.readouterr().err
+    assert cli.main([*begin, "--resume"]) == 0
+    assert torch.equal(load_model(tuned)[0].encoders["a"].weight, weights[1])
+    assert cli.main([*begin, "--resume", f"--init={tuned}"]) == 2
+    assert f"init: expected {out} as when the run began, got {tuned}" in capsys.readouterr().err
+    assert cli.main([*begin, f"--out={tmp_path / 'x'}", "--n-latents=20"]) == 2
+    error = capsys.readouterr().err
+    assert f"model {out}/model.safetensors: expected n_latents 20, got weights of n_latents 24" in error
+
+
+def test_torchrun_is_refused(tmp_path, capsys, monkeypatch):
+    given = files(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(command(tmp_path / "run", *given)) == 2
+    assert "WORLD_SIZE: expected 1, got 2: training on several GPUs is not there yet" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_is_not_as_it_was_is_told(copy, capsys, monkeypatch):
     now = train.versions()
     monkeypatch.setattr(train, "versions", lambda: now | {"torch": "9.9"})
