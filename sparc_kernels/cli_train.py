@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code: 0; 2 where something is refused; 1 where training stopped; 130 or 143 after a signal."""
-    processes = os.environ.get("WORLD_SIZE", "1")
+    processes = os.environ.get("WORLD_SIZE") or "1"
     if processes != "1":
         return _refuse(f"WORLD_SIZE: expected 1, got {processes}: training on several GPUs is not there yet, start one "
                        "process without torchrun")  # fmt: skip

@@ -71,7 +71,7 @@ class RunLog:
         rows = []
         if path.exists():
             with open(path, newline="", encoding="utf-8", errors="replace") as file:
-                found = csv.DictReader(line.replace("\0", "") for line in file)  # zeros: what a power cut left
+                found = csv.DictReader(file)
                 try:
                     ours = found.fieldnames is None or found.fieldnames == self.columns
                     rows = [row for row in found if _whole(row, self.columns) and int(row["step"]) <= start]

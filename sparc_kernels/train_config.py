@@ -122,7 +122,7 @@ class TrainConfig:
             same = (want or None) == (got or None)  # auxk 0 is a model's None
             require(same, f"model's {name}", f"{want!r} as in the config", repr(got))
         dtype = next(model.parameters()).dtype
-        ok = dtype == self.dtype or self.precision == "bf16"  # autocast takes any
+        ok = dtype == self.dtype or (self.precision == "bf16" and dtype != torch.float64)  # autocast casts others
         require(ok, "model", f"parameters of {self.dtype}, for precision {self.precision!r}", str(dtype))
 
     def steps(self, per_epoch: int) -> int:
