@@ -28,7 +28,7 @@ def _pyplot():
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "sparc_kernels[bench]"') from error
+        raise ImportError('plots need matplotlib: pip install ".[bench]"') from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

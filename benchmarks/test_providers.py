@@ -14,7 +14,7 @@ from benchmarks.providers import Context, everyone
 from benchmarks.timing import Timer
 from benchmarks.verification import Truth, judge, twin
 
-pytest.importorskip("pytest_benchmark", reason='needs pip install "sparc_kernels[bench]"')
+pytest.importorskip("pytest_benchmark", reason='needs pip install ".[bench]"')
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

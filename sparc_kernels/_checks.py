@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numbers
 
+import numpy as np
 import torch
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -31,6 +32,11 @@ def require(condition: bool, argument: str, expected: str, got) -> None:
         fail(argument, expected, got)
 
 
+def how_to_install(extra: str) -> str:
+    """The end of a message on a missing package: no index has sparc_kernels, so its extras come from a clone."""
+    return f'in a clone of sparc_kernels, pip install ".[{extra}]"'
+
+
 def check_int(argument: str, value, low: int, high: int | None = None, high_name: str = "") -> int:
     """An integer (Python's or NumPy's, not a bool) in low..high, as an int."""
     ok = isinstance(value, numbers.Integral) and not isinstance(value, bool)
@@ -48,8 +54,9 @@ def check_number(argument: str, value, low: float = 0.0) -> float:
 
 
 def check_bool(argument: str, value) -> bool:
-    require(isinstance(value, bool), argument, "True or False", repr(value))
-    return value
+    """True or False (Python's or NumPy's), as a bool."""
+    require(isinstance(value, (bool, np.bool_)), argument, "True or False", repr(value))
+    return bool(value)
 
 
 def _shape_text(shape: tuple) -> str:

@@ -14,6 +14,8 @@ from pathlib import Path
 from . import __version__
 from ._checks import fail
 
+LOCK = ".lock"  # in the folder of a run
+
 
 def versions() -> dict:
     """Of what a result depends on; `commit` where the package lies in a git checkout."""
@@ -49,7 +51,7 @@ def only_one_run(folder: Path):
     except ImportError:  # not on this system
         yield
         return
-    with open(folder / ".lock", "w") as file:
+    with open(folder / LOCK, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

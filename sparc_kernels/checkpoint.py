@@ -13,17 +13,19 @@ import io
 import json
 import os
 from collections.abc import Callable, Mapping
+from operator import methodcaller
 from pathlib import Path
 
 import torch
 
-from ._checks import require
+from ._checks import check_bool, require
 from .features import missing
 from .module import AlignedSAE
 
 WEIGHTS = "model.safetensors"
 OFFICIAL, OFFICIAL_CONFIG = "msae_checkpoint.pth", "run_config.json"
 CHECKPOINTS = "checkpoints"
+SPACE = ".space"
 KIND = "sparc_kernels training checkpoint"
 _MAGIC = b"SPARC-SHA256:"
 _TRAILER = len(_MAGIC) + 32
@@ -60,15 +62,18 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, value) -> None:
-    text = json.dumps(value, indent=2) + "\n"
+    text = json.dumps(value, indent=2, default=methodcaller("item")) + "\n"  # NumPy's numbers as Python's
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def read_json(path: Path) -> dict:
+    """Raises: ValueError that names the file, when it cannot be read or holds no object."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected a JSON file, got one that cannot be read ({error})") from error
+    require(isinstance(value, dict), str(path), "a JSON object", value)
+    return value
 
 
 class _Hashing:
@@ -87,7 +92,7 @@ class _Hashing:
 
 def reserve(folder: Path, size: int) -> None:
     """Raise OSError where `size` more bytes do not fit, by taking them for a moment."""
-    probe = folder / f".space.{os.getpid()}.tmp"
+    probe = folder / f"{SPACE}.{os.getpid()}.tmp"
     try:
         with open(probe, "wb") as file:
             if hasattr(os, "posix_fallocate"):
@@ -106,7 +111,8 @@ def reserve(folder: Path, size: int) -> None:
 
 
 def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> Path:
-    """Write `state` (tensors, numbers, strings) as the checkpoint of `step`; then delete all but the `keep` newest."""
+    """Write `state` (tensors, numbers, strings) as the checkpoint of `step`; then delete all earlier ones but the
+    newest, so that `keep` stay. Later ones are damaged, or the run would have gone on from there."""
 
     def write(file):
         hashing = _Hashing(file)
@@ -116,7 +122,7 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> Path:
     folder.mkdir(exist_ok=True)
     path = folder / f"step-{step:09d}.pt"
     write_atomically(path, write)
-    for old in checkpoints(folder)[:-keep]:
+    for old in [p for p in checkpoints(folder) if p <= path][:-keep]:
         old.unlink()
     return path
 
@@ -135,19 +141,20 @@ def load_checkpoint(path: Path) -> dict:
     body, trailer = content[:-_TRAILER], content[-_TRAILER:]
     ok = trailer[: len(_MAGIC)] == _MAGIC and hashlib.sha256(body).digest() == trailer[len(_MAGIC) :]
     require(ok, f"checkpoint {path}", "a complete training checkpoint", "a damaged, truncated or foreign file")
-    state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-    ok = isinstance(state, dict) and state.get("kind") == KIND
+    try:
+        state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    except Exception as error:  # as _read_torch
+        raise ValueError(f"checkpoint {path}: expected a torch file of tensors ({_first_line(error)})") from error
+    ok = isinstance(state, dict) and state.get("kind") == KIND and isinstance(state.get("step"), int)
     require(ok, f"checkpoint {path}", "a training checkpoint of sparc_kernels", "something else")
     return state
 
 
 def load_latest(folder: Path, tell: Callable[[str], None] = print) -> tuple[Path, dict] | None:
-    """The newest checkpoint that is whole, None when there is none at all; remains of unfinished writing are deleted.
+    """The newest checkpoint that is whole, None when there is none at all.
 
     Raises: ValueError when there are checkpoints and all are damaged.
     """
-    for remains in folder.glob("*.tmp"):
-        remains.unlink()
     error = None
     for path in reversed(checkpoints(folder)):
         try:
@@ -173,13 +180,19 @@ def save_weights(model: AlignedSAE, path: Path, normalize: bool = True) -> None:
 
     normalize: whether it was trained on rows divided by their norm.
     """
-    try:
-        from safetensors.torch import save
-    except ImportError as error:
-        raise missing("safetensors", f"{path.name} is a safetensors file") from error
+    save, normalize = import_save(path), check_bool("normalize", normalize)
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     content = save(state, metadata={"sparc_kernels": json.dumps(model_config(model) | {"normalize": normalize})})
     write_atomically(path, lambda file: file.write(content))
+
+
+def import_save(path: Path):
+    """What makes the content of a safetensors file. Raises: ImportError that says what `path` needs."""
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise missing("safetensors", f"{path} is a safetensors file") from error
+    return save
 
 
 def export_official(model: AlignedSAE, folder: Path, settings: Mapping | None = None) -> Path:
@@ -212,6 +225,7 @@ def load_model(path: str | Path, device="cpu", dtype=None, **known) -> tuple[Ali
     if path.is_dir():
         path = _weights_in(path)
     state, config = (_read_safetensors if path.suffix == ".safetensors" else _read_torch)(path)
+    require(isinstance(config, dict), f"model {path}", "its settings as a JSON object", config)
     config = {**config, **{key: value for key, value in known.items() if value is not None}}
     normalize = bool(config.get("normalize", True))
     shapes = _shapes(path, state)  # dicts compare equal in any order, and the configuration has the right one
@@ -223,10 +237,10 @@ def load_model(path: str | Path, device="cpu", dtype=None, **known) -> tuple[Ali
         require(got == value, f"model {path}", f"{key} {got}", f"weights of {key} {value}")
     config = shapes | {key: config[key] for key in MODEL_KEYS if key in config}
     floats = next(value.dtype for name, value in state.items() if name.startswith("encoders."))
-    model = AlignedSAE(**config, device="meta", dtype=dtype or floats).to_empty(device=device)
     try:
+        model = AlignedSAE(**config, device="meta", dtype=dtype or floats).to_empty(device=device)
         model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
+    except (ValueError, RuntimeError) as error:
         raise ValueError(f"model {path}: {error}") from error
     return model.decoder_layout_("rows").eval(), normalize
 
@@ -250,7 +264,7 @@ def _read_safetensors(path: Path) -> tuple[dict, dict]:
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
             config = json.loads((file.metadata() or {}).get("sparc_kernels", "{}"))
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"model {path}: expected a complete safetensors file ({error})") from error
     return state, config
 
@@ -262,14 +276,21 @@ def _read_torch(path: Path) -> tuple[dict, dict]:
         ours = ours and file.read(len(_MAGIC)) == _MAGIC
     if ours:
         checkpoint = load_checkpoint(path)
-        return checkpoint["model"], checkpoint["model_config"]
+        return checkpoint.get("model"), checkpoint.get("model_config")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what pickle, zipfile and its own reader raise
-        message = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"model {path}: expected a torch file of tensors ({message})") from error
+        raise ValueError(f"model {path}: expected a torch file of tensors ({_first_line(error)})") from error
     beside = path.with_name(OFFICIAL_CONFIG)
-    return state, read_json(beside).get("args", {}) if beside.exists() else {}
+    if not beside.exists():
+        return state, {}
+    args = read_json(beside).get("args", {})
+    require(isinstance(args, dict), str(beside), "settings as a JSON object under 'args'", args)
+    return state, args
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _shapes(path: Path, state) -> dict:

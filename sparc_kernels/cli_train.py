@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 from ._arguments import add_stream_argument, memory_size
-from .checkpoint import read_json
+from .checkpoint import MODEL_KEYS, load_model, model_config
 from .loader import SHUFFLES
+from .module import AlignedSAE
+from .run_folder import MANIFEST, read_manifest
 from .runlog import LOGGERS
-from .train import MANIFEST, Interrupted, Trainer, TrainingStopped
+from .train import Interrupted, Trainer, TrainingStopped, choose_device
 from .train_config import DECAYS, PRECISIONS, TrainConfig
 
 _OPTIONS = {  # flag -> help, choices; type and default are TrainConfig's
@@ -57,7 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_stream_argument(parser, "--val-stream", "features of other samples, to validate on after every epoch")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out; settings and "
-                        "streams that are not given are those of the run")  # fmt: skip
+                        "streams that are not given are those of the run, epochs and steps may be more")  # fmt: skip
+    parser.add_argument("--init", type=Path, metavar="WEIGHTS", help="start from these: the folder of a run, "
+                        "model.safetensors, a checkpoint or msae_checkpoint.pth; settings of the model that are not "
+                        "given are theirs")  # fmt: skip
     parser.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS", help="0: only at the end (1000)")
     parser.add_argument("--keep", type=int, default=2, metavar="N", help="newest checkpoints that stay (2)")
     parser.add_argument("--log-every", type=int, default=50, metavar="STEPS", help="between rows of log.csv (50)")
@@ -84,13 +91,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code: 0; 2 where something is refused; 1 where training stopped; 130 or 143 after a signal."""
+    processes = os.environ.get("WORLD_SIZE") or "1"
+    if processes != "1":
+        return _refuse(f"WORLD_SIZE: expected 1, got {processes}: training on several GPUs is not there yet, start one "
+                       "process without torchrun")  # fmt: skip
     try:
-        config, streams, val_streams = _settings(args)
+        config, streams, val_streams, model = _settings(args)
         trainer = Trainer(
             config,
             streams,
             args.out,
             val_streams=val_streams,
+            model=model,
+            init=args.init and str(args.init.absolute()),
             device=args.device,
             resume=args.resume,
             checkpoint_every=args.checkpoint_every,
@@ -102,6 +115,7 @@ def run(args: argparse.Namespace) -> int:
             export=args.export_official,
             quiet=args.quiet,
         )
+        trainer.start()
     except (ValueError, ImportError, OSError) as error:
         return _refuse(error)
     except KeyboardInterrupt:
@@ -117,32 +131,42 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         print(f"sparc-kernels train: stopped at step {trainer.batches:,}, could not write: {error}", file=sys.stderr)
         return 1
+    if not args.quiet:
+        files = " ".join(f"--stream {shlex.quote(s)}=FILE" for s in trainer.features.widths)
+        command = f"sparc-kernels eval --model {shlex.quote(str(args.out))} {files}"
+        print(f"Next, on rows that it was not trained on: {command}")
     return 0
 
 
-def _settings(args) -> tuple[TrainConfig, dict, dict | None]:
-    """Settings and files: those given, and when resuming the run's for the rest."""
+def _settings(args) -> tuple[TrainConfig, dict, dict | None, AlignedSAE | None]:
+    """Settings, files and the model of --init: those given, and when resuming the run's for the rest."""
     given = {field.name: getattr(args, field.name) for field in fields(TrainConfig) if hasattr(args, field.name)}
     streams, val_streams = args.stream, args.val_stream
     manifest = args.out / MANIFEST
     if args.resume and manifest.exists():
-        before = read_json(manifest)
+        before = read_manifest(manifest)
         known = {field.name for field in fields(TrainConfig)}
-        given = {key: value for key, value in before.get("config", {}).items() if key in known} | given
+        given = {key: value for key, value in before["config"].items() if key in known} | given
         streams = streams or _paths(before, "train", "--stream")
         val_streams = val_streams or _paths(before, "validation", "--val-stream")
     if not streams:
         raise ValueError("--stream: expected NAME=FILE for every stream, got none")
-    return TrainConfig(**given), streams, val_streams
+    if args.init is None:
+        return TrainConfig(**given), streams, val_streams, None
+    model, normalize = load_model(args.init, **{key: given[key] for key in MODEL_KEYS if key in given})
+    theirs = model_config(model) | {"auxk": model.auxk or 0, "normalize": normalize}
+    del theirs["d_streams"]
+    config = TrainConfig(**(theirs | given))
+    return config, streams, val_streams, model.to(choose_device(args.device), config.dtype)
 
 
 def _paths(manifest: dict, part: str, flag: str) -> dict | None:
-    found = {s: entry["path"] for s, entry in manifest.get("data", {}).get(part, {}).items()}
+    found = {s: entry["path"] for s, entry in manifest["data"].get(part, {}).items()}
     if None in found.values():
         raise ValueError(f"{flag}: expected files, since the run was on tensors, got none")
     return found or None
 
 
-def _refuse(error: Exception) -> int:
+def _refuse(error: Exception | str) -> int:
     print(f"sparc-kernels train: error: {error}", file=sys.stderr)
     return 2

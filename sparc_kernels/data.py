@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._checks import check_int
+from ._checks import check_int, how_to_install
 
 IMAGE_SIZE = 32  # pixels, both sides of a rendered character
 MIN_LABEL_COUNT = 15  # characters that must carry a word for it to be a label
@@ -81,7 +81,7 @@ def unicode_streams(seed: int = 0, quick: bool = False) -> StreamData:
     Returns: StreamData, its images of the kinds `sans` and `serif`. The same seed gives the same data on one machine.
 
     Raises: ValueError for a negative seed; ImportError without matplotlib and scikit-learn
-    (`pip install "sparc_kernels[demo]"`).
+    (the extra `demo`).
     """
     generator = _generator(seed)
     codepoints, images = _render()
@@ -116,7 +116,7 @@ def digits_streams(seed: int = 0) -> StreamData:
     Streams: `pixels` [64]; `classifier` [48] and `autoencoder` [32], hidden activations of two small networks fitted on
     the training rows. 297 rows are held out. Labels are the ten digits. `images` has the one kind `pixels`.
 
-    Raises: ValueError for a negative seed; ImportError without scikit-learn (`pip install "sparc_kernels[demo]"`).
+    Raises: ValueError for a negative seed; ImportError without scikit-learn (the extra `demo`).
     """
     generator = _generator(seed)
     try:
@@ -288,4 +288,4 @@ def _seeded(seed: int):
 
 
 def _missing(package: str) -> ImportError:
-    return ImportError(f'this data set needs {package}, which is not installed: pip install "sparc_kernels[demo]"')
+    return ImportError(f"this data set needs {package}, which is not installed: {how_to_install('demo')}")

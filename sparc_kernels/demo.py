@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import __version__
+from ._checks import how_to_install
 from .data import StreamData, one_thread, unicode_streams
 from .evaluate import evaluate, guessing
 from .features import Features
@@ -201,6 +202,7 @@ def train_steps(
         n_latents=model.n_latents,
         k=model.k,
         auxk=0,
+        dead_steps_threshold=model.dead_steps_threshold,
         topk_type=model.topk_type,
         cross_coef=cross_coef,
         lr=settings.lr,
@@ -323,7 +325,7 @@ def _import_matplotlib():
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('the figures need matplotlib: pip install "sparc_kernels[demo]"') from error
+        raise ImportError(f"the figures need matplotlib: {how_to_install('demo')}") from error
     return Figure
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._checks import check_bool, check_tensor, fail, require
+from ._checks import check_bool, check_tensor, fail, how_to_install, require
 from ._launch import MAX_STREAMS
 
 DATASET = "features"  # the HDF5 dataset, as the official extraction scripts name it; preferred in safetensors too
@@ -116,7 +116,7 @@ class Features:
     Attributes: rows: n.  widths: {s: d_s}, as `AlignedSAE` wants d_streams.  paths: {s: path, None for tensors}.
 
     Raises: ValueError that names the stream, the file and what is wrong with it; ImportError where a file needs h5py or
-    safetensors and it is missing (`pip install "sparc_kernels[train]"`).
+    safetensors and it is missing (the extra `train`).
     """
 
     def __init__(self, streams: Mapping[str, str | Path | Tensor], normalize: bool = True, dtype=torch.float32):
@@ -341,4 +341,4 @@ def _open_hdf5(label: str, path: Path):
 
 
 def missing(package: str, why: str, extra: str = "train") -> ImportError:
-    return ImportError(f'{why}, which needs {package}: pip install "sparc_kernels[{extra}]"')
+    return ImportError(f"{why}, which needs {package}: {how_to_install(extra)}")

@@ -60,19 +60,19 @@ class AlignedSAE(nn.Module):
     ):
         super().__init__()
         _check_streams(d_streams)
-        self.streams = list(d_streams)
-        self.d_streams = dict(d_streams)
+        self.d_streams = {str(s): int(d) for s, d in d_streams.items()}  # not NumPy's, which no JSON file takes
+        self.streams = list(self.d_streams)
         self.n_latents = check_int("n_latents", n_latents, 1)
         limit = f"at most n_latents and {MAX_K}"
         self.k = check_int("k", k, 1, min(n_latents, MAX_K), limit)
         self.auxk = None if auxk is None else check_int("auxk", auxk, 0, min(n_latents, MAX_K), limit) or None
-        self.auxk_threshold = check_number("auxk_threshold", auxk_threshold)
+        self.auxk_threshold = float(check_number("auxk_threshold", auxk_threshold))
         self.dead_steps_threshold = check_int("dead_steps_threshold", dead_steps_threshold, 0)
         self.use_sparse_decoder = use_sparse_decoder
         require(topk_type in ("global", "local"), "topk_type", "'global' or 'local'", repr(topk_type))
         require(impl in IMPLS, "impl", f"one of {', '.join(map(repr, IMPLS))}", repr(impl))
         require(dtype is None or dtype in _DTYPES, "dtype", "float64, float32, bfloat16 or float16", repr(dtype))
-        self.topk_type, self.impl = topk_type, impl
+        self.topk_type, self.impl = str(topk_type), impl
         self.count_in_eval = check_bool("count_in_eval", count_in_eval)
         self.decoder_layout = "rows"
 
@@ -81,7 +81,7 @@ class AlignedSAE(nn.Module):
         self.pre_biases = nn.ParameterDict()
         self.latent_biases = nn.ParameterDict()
         factory = {"device": device, "dtype": dtype}
-        for s, d in d_streams.items():
+        for s, d in self.d_streams.items():
             self.encoders[s] = nn.Linear(d, n_latents, bias=False, **factory)
             self.decoders[s] = nn.Linear(n_latents, d, bias=False, **factory)  # drawn too: keeps the official seeds
             self.decoders[s].weight.data = self.encoders[s].weight.data.clone().t()

@@ -9,6 +9,7 @@ from html import escape
 import torch
 from torch import Tensor
 
+from ._checks import how_to_install
 from .labels import Pictures
 from .metrics import Codes, activation_cosine, jaccard, top_rows
 
@@ -36,7 +37,7 @@ def import_matplotlib():
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('the figures need matplotlib: pip install "sparc_kernels[train]"') from error
+        raise ImportError(f"the figures need matplotlib: {how_to_install('train')}") from error
     return Figure
 
 

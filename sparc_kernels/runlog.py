@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ._checks import require
 from .checkpoint import write_atomically
 from .features import missing
 
 LOG = "log.csv"
-LOGGERS = ("tensorboard", "wandb")
+LOGGERS = {  # name -> its module, and why it is needed
+    "tensorboard": ("torch.utils.tensorboard", "--log tensorboard writes TensorBoard files"),
+    "wandb": ("wandb", "--log wandb reports to Weights & Biases"),
+}
 _LINE_EVERY = 5.0  # seconds between lines where there is no terminal
 _FIRST = ("step", "epoch", "lr", "loss", "explained_variance", "explained_variance_cross", "l0", "dead", "skipped",
           "samples_per_s", "seconds")  # fmt: skip
@@ -30,7 +35,7 @@ class RunLog:
         to: of "tensorboard", "wandb".
         quiet: no bar and no lines.
 
-    Raises: ImportError for a logger that is not installed.
+    Raises: ValueError for a log.csv that is not this run's; ImportError for a logger that is not installed.
     """
 
     def __init__(
@@ -45,10 +50,14 @@ class RunLog:
     ):
         self.steps, self.quiet, self.bar, self.file = steps, quiet, None, None
         self.columns = [*_FIRST, *(name for name in metrics if name not in _FIRST)]
-        self.tensorboard = _tensorboard(out) if "tensorboard" in to else None
-        self.wandb = _wandb(out, settings or {}) if "wandb" in to else None
+        self.tensorboard = self.wandb = None
         if out is not None:
             self._open_csv(out / LOG, start)
+        if "tensorboard" in to:
+            self.tensorboard = import_logger("tensorboard").SummaryWriter(str(out or "."))
+        if "wandb" in to:
+            folder = None if out is None else str(out)
+            self.wandb = import_logger("wandb").init(project="sparc", config=settings or {}, dir=folder, resume="allow")
         if not quiet and sys.stderr.isatty():
             try:
                 from tqdm import tqdm
@@ -61,9 +70,15 @@ class RunLog:
     def _open_csv(self, path: Path, start: int) -> None:
         rows = []
         if path.exists():
-            with open(path, newline="", encoding="utf-8") as file:
+            with open(path, newline="", encoding="utf-8", errors="replace") as file:
                 found = csv.DictReader(file)
-                rows = [row for row in found if _whole(row, self.columns) and int(row["step"]) <= start]
+                try:
+                    ours = found.fieldnames is None or found.fieldnames == self.columns
+                    rows = [row for row in found if _whole(row, self.columns) and int(row["step"]) <= start]
+                except csv.Error:
+                    ours = False
+            expected = f"the log of this run, with columns {', '.join(self.columns[:4])} and so on"
+            require(ours, str(path), expected, "another file; move it away")
         text = io.StringIO()
         writer = csv.DictWriter(text, self.columns, restval="")
         writer.writeheader()
@@ -108,7 +123,7 @@ class RunLog:
 
 def _whole(row: dict, columns: list[str]) -> bool:
     """A complete line of these columns: the last line of a killed run may be cut off."""
-    return list(row) == columns and None not in row.values() and row["step"].isdigit()
+    return list(row) == columns and None not in row.values() and row["step"].isdecimal()
 
 
 def _summary(row: dict) -> str:
@@ -123,17 +138,10 @@ def _summary(row: dict) -> str:
     return "  ".join(parts)
 
 
-def _tensorboard(out: Path | None):
+def import_logger(name: str):
+    """The module of one of LOGGERS. Raises: ImportError that says what to install."""
+    module, why = LOGGERS[name]
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        return importlib.import_module(module)
     except ImportError as error:
-        raise missing("tensorboard", "--log tensorboard writes TensorBoard files", "log") from error
-    return SummaryWriter(str(out or "."))
-
-
-def _wandb(out: Path | None, settings: dict):
-    try:
-        import wandb
-    except ImportError as error:
-        raise missing("wandb", "--log wandb reports to Weights & Biases", "log") from error
-    return wandb.init(project="sparc", config=settings, dir=None if out is None else str(out), resume="allow")
+        raise missing(name, why, "log") from error

@@ -17,29 +17,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ._checks import check_int, fail, require
-from ._process import Signals, only_one_run, versions
+from ._checks import check_bool, check_int, fail, require
+from ._process import Signals, versions
 from .checkpoint import (
     CHECKPOINTS,
+    OFFICIAL,
     WEIGHTS,
     export_official,
-    load_latest,
+    import_save,
     model_config,
-    read_json,
-    reserve,
     save_checkpoint,
     save_weights,
-    write_json,
 )
 from .features import Features
 from .loader import Batch, Loader
 from .module import AlignedSAE
 from .optim import SparcAdam
-from .runlog import RunLog
+from .run_folder import TIME, RunFolder
+from .runlog import LOGGERS, RunLog, import_logger
 from .step import Step
 from .train_config import TrainConfig
 
-MANIFEST = "manifest.json"
 _HELD_OUT_PIECE = 256  # consecutive rows that go to validation together: neighbours are often alike
 
 
@@ -64,20 +62,24 @@ class Trainer:
         streams: name -> feature file or tensor, as `Features` takes them.
         out: folder of checkpoints, log.csv, manifest.json and the final model.safetensors; None: nothing is written.
         val_streams: the same streams of other samples, to validate on after every epoch.
-        model: to train on, where it is; None: a new one, made after torch.manual_seed(config.seed).
+        model: to train on, where it is, of the config's settings; None: a new one, made after
+            torch.manual_seed(config.seed).
         optimizer: makes the optimizer of a model, None: SparcAdam with the settings; see `Step`.
         device: of a new model: "auto" (CUDA where there is one), or a torch device.
-        resume: go on from the newest checkpoint in `out`; from the start where there is none.
+        resume: go on from the newest checkpoint in `out`, also to more `epochs` or `max_steps` than the run had; from
+            the start where there is none.
         checkpoint_every: steps between checkpoints, 0: only at the end.  keep: how many of them stay.
         log_every: steps between rows of the log.  log_to: of "tensorboard", "wandb".
         full_check: read all features once before training; else a sample of them.
         graph: the step in a CUDA graph, on CUDA.
         export: write the official msae_checkpoint.pth too.
         on_step: called after every step with its number, loss and metrics.
+        init: where the model's weights came from, for the manifest.
         quiet: say nothing.
 
     Everything is checked here, so that `train` starts only if it can go on: files, sizes, every feature for NaN and
-    infinity, the folder, the space for a checkpoint. Resuming refuses other data and other settings.
+    infinity, the folder, packages that saving needs. Resuming refuses other data and other settings. `out` is made, and
+    tried for space, by `start`; before, nothing is written.
 
     Raises: ValueError, OSError and ImportError that name what stands in the way.
     """
@@ -101,6 +103,7 @@ class Trainer:
         graph: bool = True,
         export: bool = False,
         on_step: Callable[[int, Tensor, dict[str, Tensor]], None] | None = None,
+        init: str | None = None,
         quiet: bool = False,
     ):
         self.config, self.quiet, self.on_step, self.export = config, quiet, on_step, export
@@ -112,14 +115,46 @@ class Trainer:
         self.device = choose_device(device) if model is None else next(model.parameters()).device
         self.out = None if out is None else Path(out)
         require(self.out is not None or not resume, "resume", "a folder to resume from (out)", "none")
-        self._closing, self.log = ExitStack(), None
+        self.log, self.log_to, self.loss = None, log_to, math.nan
+        for name in log_to:
+            require(name in LOGGERS, "log_to", f"some of {', '.join(LOGGERS)}", repr(name))
+            import_logger(name)
+        if self.out is not None:
+            import_save(self.out / WEIGHTS)
+        self.folder = self.out and RunFolder(self.out, check_bool("resume", resume), export)
+        manifest = self.folder and self.folder.manifest
+        self.full_check = check_bool("full_check", full_check) if manifest is None else manifest["full_check"]
+        if manifest is not None:
+            self.folder.check_settings(asdict(config))
+        self.init = init or ("a model" if model is not None else None)
+        self._closing = ExitStack()
         try:
-            manifest = self._open_folder(resume)
             self._open_features(streams, val_streams)
-            self._check_data(full_check if manifest is None else manifest["full_check"], manifest)
+            self._check_data(self.full_check, manifest)
             self._build(model, optimizer, graph)
-            self._plan(manifest)
-            self._start(manifest, full_check, log_to)
+            self._plan()
+        except BaseException:
+            self.close()
+            raise
+
+    def start(self) -> None:
+        """Take `out` for this run and write what stands there before the first step; `train` does it first.
+
+        Raises: ValueError, OSError that say why the folder cannot be this run's.
+        """
+        if self.log is not None:
+            return
+        try:
+            if self.folder is not None:
+                size = sum(p.numel() * p.element_size() for p in self.model.parameters())
+                # weights and two moments in a checkpoint, and the final weights
+                self.folder.claim(self._closing, (5 if self.export else 4) * size, self.batches)
+            columns = list(self.names)
+            if self.val_loader is not None:
+                columns += ["val_loss", "val_explained_variance", "val_explained_variance_cross"]
+            settings = asdict(self.config)
+            self.log = RunLog(self.out, columns, self.steps, self.batches, self.log_to, settings, self.quiet)
+            self._closing.callback(self.log.close)
         except BaseException:
             self.close()
             raise
@@ -129,30 +164,6 @@ class Trainer:
         self._closing.close()
 
     # ------------------------------------------------------------------------------------------------------ preparation
-
-    def _open_folder(self, resume: bool) -> dict | None:
-        """Make `out`, keep other runs out of it, and read the manifest of a run to resume."""
-        if self.out is None:
-            return None
-        self.out.mkdir(parents=True, exist_ok=True)
-        self._closing.enter_context(only_one_run(self.out))
-        for remains in self.out.glob("*.tmp"):  # of a run that was killed
-            remains.unlink()
-        path = self.out / MANIFEST
-        if not path.exists():
-            return None
-        require(resume, "out", "a folder without a run, or resume", f"{self.out}, which holds one")
-        manifest = read_json(path)
-        ok = all(isinstance(manifest.get(key), dict) for key in ("config", "data", "versions"))
-        require(ok, f"resume {path}", "the manifest of a training run", "another JSON file")
-        before = asdict(TrainConfig()) | manifest["config"]  # settings that are newer than the run have their defaults
-        for field, value in asdict(self.config).items():
-            had = before[field]
-            require(had == value, field, f"{had!r} as in {path}", repr(value))
-        if manifest.get("threads") != torch.get_num_threads():
-            text = f"{torch.get_num_threads()} threads, {manifest.get('threads')} when the run began"
-            self._say(f"Note: {text}; results may differ by rounding")
-        return manifest
 
     def _open_features(self, streams, val_streams) -> None:
         config = self.config
@@ -198,37 +209,25 @@ class Trainer:
             self.data["validation"] = self.val_features.describe(val_summaries)
             self.val_spread = {s: summary.spread for s, summary in val_summaries.items()}
         if manifest is not None:
-            self._check_same_data(manifest["data"])
+            self.folder.check_data(self.data)
         for s, summary in summaries.items():
             if summary.n_zero_rows:
                 self._check_zero_rows(s, summary)
 
-    def _check_same_data(self, before: dict) -> None:
-        for part in sorted({*before, *self.data}):
-            had, now = before.get(part, {}), self.data.get(part, {})
-            require(list(had) == list(now), f"{part} streams", f"{', '.join(had) or 'none'} as when the run began",
-                    ", ".join(now) or "none")  # fmt: skip
-            for s in had:
-                for key in ("rows", "width", "dtype", "fingerprint"):
-                    what = f"{part} stream {s!r} ({now[s]['path']})"
-                    require(had[s][key] == now[s][key], what, f"{key} {had[s][key]} as when the run began",
-                            f"{key} {now[s][key]}")  # fmt: skip
-
     def _check_zero_rows(self, s: str, summary) -> None:
         """A zero row makes its batch's loss infinite: tell, and refuse where too many batches would be skipped."""
-        share = 1 - (1 - summary.n_zero_rows / self.features.rows) ** self.config.batch_size
+        part = summary.n_zero_rows / self.features.rows
+        share = 1 - (1 - part) ** self.config.batch_size
+        most = (share if self.config.shuffle == "window" else part) > 0.5  # in order they may be neighbours
         some = ", ".join(map(str, summary.zero_rows)) + ", ..." * (summary.n_zero_rows > len(summary.zero_rows))
         text = f"{summary.n_zero_rows:,} zero rows ({some}) of {self.features.rows:,}"
-        expected, limit = share * self._count_steps(), self.config.max_skipped
-        if expected > limit:
-            got = f"{text}: without a finite loss, about {expected:,.0f} batches would be skipped"
+        steps, limit = self.config.steps(len(self.loader)), self.config.max_skipped
+        expected = share * steps
+        if expected > limit or most:
+            got = f"{text}: without a finite loss, about {expected:,.0f} of {steps:,} batches would be skipped"
             fail(f"stream {s!r}", f"few zero rows (max_skipped {limit:,})", got)
         text = f"stream {s!r} has {text}"
         self._say(f"Note: {text}; batches with one are skipped, as officially")
-
-    def _count_steps(self) -> int:
-        steps = self.config.epochs * len(self.loader)
-        return min(steps, self.config.max_steps) if self.config.max_steps else steps
 
     def _build(self, model: AlignedSAE | None, optimizer, graph: bool) -> None:
         config, widths = self.config, self.features.widths
@@ -241,6 +240,7 @@ class Trainer:
                 self.order.set_state(state)
         else:
             self.features.require_widths(model.d_streams, "the model")
+            config.check_model(model)
         self.model = model.train()
         self.shared = config.shuffle == "official" and self.device.type == "cpu"
         self.fresh = self.order if self.shared else torch.Generator(self.device).manual_seed(config.seed)
@@ -270,49 +270,37 @@ class Trainer:
             graph=graph,
         )
 
-    def _plan(self, manifest: dict | None) -> None:
+    def _plan(self) -> None:
         """Where to start: at the beginning, or where the newest checkpoint says."""
-        self.steps = self._count_steps()
-        self.batches = self.epoch = self.index = 0
+        self.steps = self.config.steps(len(self.loader))
+        self.batches = self.epoch = self.index = self.saved = 0
         self.epoch_state, self.order_state = self.order.get_state(), None
         self.names = _metric_names(list(self.model.d_streams), bool(self.config.auxk), not self.config.gradient_free)
         self.sums = torch.zeros(len(self.names) + 1, dtype=torch.float64, device=self.device)
-        found = None if manifest is None else load_latest(self.out / CHECKPOINTS, self._say)
-        self.saved = 0
-        if found is not None:
-            path, state = found
+        found = self.folder and self.folder.go_on(self._manifest(), len(self.loader), self._say)
+        if not found:
+            return
+        path, state = found
+        try:
             self._restore(state)
-            self.saved = self.batches
-            self._say(f"Resuming after step {self.batches:,} of {self.steps:,} ({path})")
+        except Exception as error:  # of torch and of the optimizer, of many types
+            text = f"expected the state of this run, got one that does not fit ({type(error).__name__}: {error})"
+            raise ValueError(f"checkpoint {path}: {text}") from error
+        self.saved = self.batches
+        self._say(f"Resuming after step {self.batches:,} of {self.steps:,} ({path})")
 
-    def _start(self, manifest, full_check, log_to) -> None:
-        """What is written before the first step."""
-        if self.out is not None:
-            size = sum(p.numel() * p.element_size() for p in self.model.parameters())
-            try:
-                reserve(self.out, 4 * size)  # weights and two moments in a checkpoint, and the final weights
-            except OSError as error:
-                needed = f"space for a checkpoint and the weights ({4 * size / 1e6:,.1f} MB)"
-                raise ValueError(f"out: expected {needed} in {self.out}, got: {error.strerror}") from error
-        settings = asdict(self.config)
-        columns = list(self.names)
-        if self.val_loader is not None:
-            columns += ["val_loss", "val_explained_variance", "val_explained_variance_cross"]
-        self.log = RunLog(self.out, columns, self.steps, self.batches, log_to, settings, self.quiet)
-        self._closing.callback(self.log.close)
-        if self.out is not None and manifest is None:
-            write_json(self.out / MANIFEST, self._manifest(full_check))
-
-    def _manifest(self, full_check: bool) -> dict:
+    def _manifest(self) -> dict:
         return {
             "config": asdict(self.config),
             "model": model_config(self.model),
+            "optimizer": type(self.optimizer).__name__,
+            "init": self.init,
             "data": self.data,
-            "full_check": full_check,
+            "full_check": self.full_check,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
             "versions": versions(),
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "started": time.strftime(TIME),
         }
 
     # --------------------------------------------------------------------------------------------------------- training
@@ -320,12 +308,14 @@ class Trainer:
     def train(self) -> dict:
         """Train to the end.
 
-        Returns: steps, skipped batches, seconds, samples_per_s, and `waited`, the part of the time in which the next
-        batch was not there yet: near 0 computing is the bound, near 1 reading is.
+        Returns: steps, skipped batches, the loss of the last row of the log, seconds, samples_per_s, and `waited`, the
+        part of the time in which the next batch was not there yet: near 0 computing is the bound, near 1 reading is.
 
-        Raises: Interrupted after SIGINT or SIGTERM, with everything saved (a second signal ends the process at once);
-        TrainingStopped after too many non-finite losses; OSError when a checkpoint cannot be written.
+        Raises: what `start` raises; Interrupted after SIGINT or SIGTERM, with everything saved (a second signal ends
+        the process at once); TrainingStopped after too many non-finite losses; OSError when a checkpoint cannot be
+        written.
         """
+        self.start()
         started = time.perf_counter()
         samples, first = 0, self.batches
         self._since, self._samples = started, 0
@@ -354,6 +344,7 @@ class Trainer:
             result = {
                 "steps": self.batches,
                 "skipped": self.step.skipped,
+                "loss": self.loss,
                 "seconds": seconds,
                 "samples_per_s": samples / seconds,
                 "waited": min(1.0, self.loader.waited / seconds),
@@ -392,10 +383,13 @@ class Trainer:
 
     def _check_skipped(self) -> None:
         if self.step.skipped > self.config.max_skipped:
-            raise TrainingStopped(
-                f"max_skipped: {self.step.skipped} batches had a loss that is not finite, the last by step "
-                f"{self.batches}; look at lr ({self.config.lr:g}) and at zero rows in the data"
-            )
+            raise self._too_many(f"max_skipped: {self.step.skipped}")
+
+    def _too_many(self, skipped: str) -> TrainingStopped:
+        return TrainingStopped(
+            f"{skipped} batches had a loss that is not finite, the last by step {self.batches}; look at lr "
+            f"({self.config.lr:g}) and at zero rows in the data"
+        )
 
     def _report(self, batch: Batch, rate: float, ends: bool) -> None:
         """A row of the log: means over the steps since the last one."""
@@ -418,7 +412,7 @@ class Trainer:
             "seconds": now - self._since,
             **means,
         }
-        self._since, self._samples = now, 0
+        self._since, self._samples, self.loss = now, 0, row["loss"]
         if ends and self.val_loader is not None:
             row |= self._validate(batch.epoch)
             self._since = time.perf_counter()
@@ -472,6 +466,7 @@ class Trainer:
         if self.out is None or self.saved == self.batches:
             return
         state = {
+            "run": self.folder.run,
             "model": self.model.state_dict(),
             "model_config": model_config(self.model) | {"normalize": self.config.normalize},
             "optimizer": self.optimizer.state_dict(),
@@ -486,6 +481,7 @@ class Trainer:
             "order_state": self.order.get_state(),
             "fresh_state": self.fresh.get_state(),
             "sums": self.sums,
+            "loss": self.loss,
         }
         save_checkpoint(self.out / CHECKPOINTS, self.batches, state, self.keep)
         self.saved = self.batches
@@ -493,24 +489,35 @@ class Trainer:
     def _restore(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        counts = state["counts"]
+        counts = {name: check_int(name, count, 0) for name, count in state["counts"].items()}
         self.batches, self.epoch, self.index = counts["batches"], counts["epoch"], counts["index"]
         self.step.updates, self.step.skipped = counts["updates"], counts["skipped"]
         self.epoch_state, self.order_state = state["epoch_state"], state["order_state"]
-        if not self.shared:
+        for drawn in (self.epoch_state, self.order_state):
+            self.order.set_state(drawn)
+        same_kind = state["fresh_state"].shape == self.fresh.get_state().shape  # a GPU's state is no CPU's
+        if not self.shared and same_kind:
             self.fresh.set_state(state["fresh_state"])
         self.sums.copy_(state["sums"])
+        self.loss = float(state.get("loss", math.nan))
 
     def _finish(self) -> None:
+        """Final weights, unless most batches were skipped: they are not trained, or the learning rate broke them."""
+        skipped = self.step.skipped
+        if skipped < self.batches:
+            self.save()
+        if 2 * skipped > self.batches:
+            raise self._too_many(f"no final weights: {skipped} of {self.batches}")
         if self.out is None:
             return
-        self.save()
         save_weights(self.model, self.out / WEIGHTS, self.config.normalize)
         if self.export:
             config = self.config
             settings = {"batch_size": config.batch_size, "num_epochs": config.epochs, "lr": config.lr}
             settings |= {"seed": config.seed, "auxk_coef": config.auxk_coef, "cross_loss_coef": config.cross_coef}
             export_official(self.model, self.out, settings)
+        names = " and ".join([WEIGHTS, *([OFFICIAL] if self.export else [])])
+        self.log.say(f"Saved {names} in {self.out}, loss {self.loss:.4f} after {self.batches:,} steps")
 
     def _say(self, text: str) -> None:
         if self.log is not None:

@@ -66,24 +66,24 @@ class TrainConfig:
     max_skipped: int = 100
 
     def __post_init__(self):
+        values = {}  # Python's numbers, whatever came: JSON files and checkpoints take no others
         for name in ("n_latents", "k", "batch_size", "epochs", "memory"):
-            check_int(name, getattr(self, name), 1)
+            values[name] = check_int(name, getattr(self, name), 1)
         for name in ("auxk", "dead_steps_threshold", "max_steps", "warmup", "reinit_every", "max_skipped"):
-            check_int(name, getattr(self, name), 0)
-        check_int("seed", self.seed, 0, 2**32 - 1)
-        for name in ("auxk_threshold", "auxk_coef", "cross_coef", "lr", "weight_decay", "max_grad_norm"):
-            check_number(name, getattr(self, name))
-        require(self.lr > 0, "lr", "a number > 0", self.lr)
-        check_number("val_fraction", self.val_fraction)
-        require(self.val_fraction < 1, "val_fraction", "a number in [0, 1)", self.val_fraction)
-        check_bool("drop_last", self.drop_last)
-        check_bool("normalize", self.normalize)
-        check_bool("gradient_free", self.gradient_free)
+            values[name] = check_int(name, getattr(self, name), 0)
+        values["seed"] = check_int("seed", self.seed, 0, 2**32 - 1)
+        numbers = ("auxk_threshold", "auxk_coef", "cross_coef", "lr", "weight_decay", "max_grad_norm", "val_fraction")
+        for name in numbers:
+            values[name] = float(check_number(name, getattr(self, name)))
+        require(self.lr > 0, "lr", "a number > 0", values["lr"])
+        require(self.val_fraction < 1, "val_fraction", "a number in [0, 1)", values["val_fraction"])
+        for name in ("drop_last", "normalize", "gradient_free"):
+            values[name] = check_bool(name, getattr(self, name))
         clips = self.gradient_free and self.max_grad_norm > 0
         require(
             not clips, "max_grad_norm", "0 with gradient_free, where no step knows all gradients", self.max_grad_norm
         )
-        for name, values in (
+        for name, allowed in (
             ("topk_type", ("global", "local")),
             ("decay", DECAYS),
             ("unit_norm", ("before", "after")),
@@ -91,7 +91,10 @@ class TrainConfig:
             ("precision", PRECISIONS),
         ):
             value = getattr(self, name)
-            require(value in values, name, f"one of {', '.join(map(repr, values))}", repr(value))
+            require(value in allowed, name, f"one of {', '.join(map(repr, allowed))}", repr(value))
+            values[name] = str(value)
+        for name, value in values.items():
+            object.__setattr__(self, name, value)  # frozen otherwise
 
     @property
     def dtype(self) -> torch.dtype:
@@ -111,6 +114,21 @@ class TrainConfig:
             dtype=self.dtype,
             device="cpu",
         ).to(device)
+
+    def check_model(self, model: AlignedSAE) -> None:
+        """Refuse a model that is not the one these settings describe."""
+        for name in ("n_latents", "k", "auxk", "auxk_threshold", "dead_steps_threshold", "topk_type"):
+            want, got = getattr(self, name), getattr(model, name)
+            same = (want or None) == (got or None)  # auxk 0 is a model's None
+            require(same, f"model's {name}", f"{want!r} as in the config", repr(got))
+        dtype = next(model.parameters()).dtype
+        ok = dtype == self.dtype or (self.precision == "bf16" and dtype != torch.float64)  # autocast casts others
+        require(ok, "model", f"parameters of {self.dtype}, for precision {self.precision!r}", str(dtype))
+
+    def steps(self, per_epoch: int) -> int:
+        """Batches of the whole run, with so many in an epoch."""
+        steps = self.epochs * per_epoch
+        return min(steps, self.max_steps) if self.max_steps else steps
 
     def lr_at(self, step: int, steps: int) -> float:
         """Learning rate of the step with this number, of so many."""

@@ -129,7 +129,7 @@ def test_what_stands_in_the_way_is_named(tmp_path, capsys, monkeypatch):
         assert message in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert cli.main(["demo", "--out", str(tmp_path)]) == 2
-    assert 'pip install "sparc_kernels[demo]"' in capsys.readouterr().err
+    assert 'pip install ".[demo]"' in capsys.readouterr().err
 
 
 def test_only_data_writes_what_train_and_eval_take(tmp_path, monkeypatch, capsys):

@@ -108,7 +108,7 @@ def bad(kind: str, folder: Path) -> tuple[list[str], str]:
         words = "streams: expected a, b, the streams of the training data, got a, c"
     elif kind == "out is a file":
         out.write_text("")
-        words = "File exists"
+        words = "out: expected a folder, got {out}, a file"
     elif kind == "folder holds a run":
         run(folder, out)
         words = "out: expected a folder without a run, or resume, got {out}, which holds one"
@@ -200,6 +200,7 @@ def test_no_space_is_refused_before_training(tmp_path):
 def test_a_folder_takes_one_run_at_a_time(tmp_path):
     config = TrainConfig(n_latents=48, k=4, auxk=6, epochs=1)
     first = Trainer(config, streams(), tmp_path, device="cpu", quiet=True)
+    first.start()
     with pytest.raises(ValueError, match="out: expected a folder that no other run is writing to"):
         Trainer(config, streams(), tmp_path, resume=True, device="cpu", quiet=True)
     first.close()
