@@ -1,7 +1,7 @@
 """Feature files, one for each stream: HDF5, safetensors or .npy, memory-mapped, of any size.
 
-Row i of every file describes the same sample. Nothing is read when a file is opened; `Features.check` reads everything
-once, and `loader.Loader` draws shuffled batches.
+Row i of every file describes the same sample. Opening a file reads nothing but the `indices` beside the features, which
+must agree; `Features.check` reads everything once, and `loader.Loader` draws shuffled batches.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ._checks import check_bool, check_tensor, fail, require
 from ._launch import MAX_STREAMS
 
 DATASET = "features"  # the HDF5 dataset, as the official extraction scripts name it; preferred in safetensors too
+INDICES = "indices"  # beside it: which sample each row describes
 SUFFIXES = {".h5": "HDF5", ".hdf5": "HDF5", ".safetensors": "safetensors", ".npy": "NumPy"}
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CHECK_BYTES = 8 << 20  # read at a time by `check`
@@ -33,9 +34,10 @@ class MappedRows:
     """Rows stored one after another in a file: memory-mapped, and dropped from this process's memory once copied.
 
     Attributes: rows, width, dtype.  chunk_rows: rows that are read together anyway, 1 here.
+    indices: array [rows], which sample each row describes, or None.
     """
 
-    chunk_rows = 1
+    chunk_rows, indices = 1, None
 
     def __init__(self, path: Path, offset: int, rows: int, width: int, dtype: torch.dtype):
         self.rows, self.width, self.dtype = rows, width, dtype
@@ -61,6 +63,8 @@ class MappedRows:
 class ChunkedRows:
     """Rows of a chunked or compressed HDF5 dataset, read through h5py."""
 
+    indices = None
+
     def __init__(self, file, dataset, dtype: torch.dtype):
         (self.rows, self.width), self.dtype = dataset.shape, dtype
         self.chunk_rows = dataset.chunks[0] if dataset.chunks else 1
@@ -76,7 +80,7 @@ class ChunkedRows:
 class TensorRows:
     """Rows of a tensor that is in memory already."""
 
-    chunk_rows = 1
+    chunk_rows, indices = 1, None
 
     def __init__(self, x: Tensor):
         self.x, (self.rows, self.width), self.dtype = x, x.shape, x.dtype
@@ -109,13 +113,15 @@ class Features:
 
     Args:
         streams: name -> path of a .h5, .hdf5, .safetensors or .npy file, or a floating tensor [n, d] on the CPU.
-            HDF5: the dataset `features`; safetensors: the tensor `features` or the only one.
+            HDF5: the dataset `features`; safetensors: the tensor `features` or the only one. `indices` [n] beside it,
+            as the official scripts write them, must be those of the other streams; files without are not compared.
         normalize: divide every row by (its norm + 1e-8), as the official loader does; zero rows stay zero.
         dtype: of what `read` returns: float32, or float64.
 
     Attributes: rows: n.  widths: {s: d_s}, as `AlignedSAE` wants d_streams.  paths: {s: path, None for tensors}.
 
-    Raises: ValueError that names the stream, the file and what is wrong with it; ImportError where a file needs h5py or
+    Raises: ValueError that names the stream, the file and what is wrong with it: other samples in the same rows and
+    `indices` that end in zeros, as a stopped extraction leaves them, among it; ImportError where a file needs h5py or
     safetensors and it is missing (`pip install "sparc_kernels[train]"`).
     """
 
@@ -128,20 +134,29 @@ class Features:
         try:
             for name, value in streams.items():
                 self.sources[name] = _open(name, value)
-            self._check_rows(streams)
+                self._check_rows(streams, name)
         except BaseException:
             self.close()
             raise
-        self.rows = next(iter(self.sources.values())).rows
+        for source in self.sources.values():
+            source.indices = None  # compared, and as long as the rows are many
+        self.rows = source.rows
         self.widths = {s: source.width for s, source in self.sources.items()}
         self.paths = {s: None if isinstance(x, Tensor) else Path(x).absolute() for s, x in streams.items()}
 
-    def _check_rows(self, streams) -> None:
-        first, *others = self.sources
-        for s in others:
-            expected, got = self.sources[first].rows, self.sources[s].rows
-            if got != expected:
-                fail(_label(s, streams[s]), f"{expected:,} rows as in {_label(first, streams[first])}", f"{got:,} rows")
+    def _check_rows(self, streams, s: str) -> None:
+        """Refuse a stream just opened if its rows are not the samples of those before it."""
+        label, source = _label(s, streams[s]), self.sources[s]
+        first, *_ = self.sources
+        rows = self.sources[first].rows
+        if source.rows != rows:
+            fail(label, f"{rows:,} rows as in {_label(first, streams[first])}", f"{source.rows:,} rows")
+        numbered = next((o for o in self.sources if self.sources[o].indices is not None), s)
+        if numbered != s and source.indices is not None:
+            had, got, source.indices = self.sources[numbered].indices, source.indices, None
+            for row in np.flatnonzero(had != got)[:1]:
+                expected = f"`indices` {had[row]} in row {row:,} as in {_label(numbered, streams[numbered])}"
+                fail(label, expected, f"{got[row]}: rows are paired by position, and these are other samples")
 
     def require_widths(self, widths: Mapping[str, int], what: str) -> Features:
         """Refuse streams or widths other than these, which are those of `what`."""
@@ -307,10 +322,15 @@ def _open_safetensors(label: str, path: Path):
     )
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        entry = json.loads(file.read(length))[DATASET if DATASET in names else names[0]]
+        header = json.loads(file.read(length))
+    entry = header[DATASET if DATASET in names else names[0]]
     kind = _SAFETENSORS_DTYPES.get(entry["dtype"])
     _check_shape(label, tuple(entry["shape"]), entry["dtype"], kind)
-    return MappedRows(path, 8 + length + entry["data_offsets"][0], *entry["shape"], kind)
+    found = MappedRows(path, 8 + length + entry["data_offsets"][0], *entry["shape"], kind)
+    if INDICES in names and entry is not header[INDICES]:
+        with safe_open(path, framework="np") as file:
+            found.indices = _read_indices(label, header[INDICES]["shape"], found.rows, lambda: file.get_tensor(INDICES))
+    return found
 
 
 def _open_hdf5(label: str, path: Path):
@@ -332,12 +352,28 @@ def _open_hdf5(label: str, path: Path):
         kind = _numpy_dtype(dataset.dtype)
         shape = dataset.shape or ()
         _check_shape(label, shape, str(dataset.dtype), kind)
-        offset = dataset.id.get_offset()
+        beside, offset = file.get(INDICES), dataset.id.get_offset()
         if offset is None:  # in chunks, compressed, or in another file
+            found = ChunkedRows(file, dataset, kind)
+        else:
+            _check_length(label, path, offset + shape[0] * shape[1] * kind.itemsize)
+            found = MappedRows(path, offset, *shape, kind)
+        if isinstance(beside, h5py.Dataset):
+            found.indices = _read_indices(label, beside.shape, found.rows, lambda: beside[()])
+        if offset is None:
             stack.pop_all()
-            return ChunkedRows(file, dataset, kind)
-    _check_length(label, path, offset + shape[0] * shape[1] * kind.itemsize)
-    return MappedRows(path, offset, *shape, kind)
+    return found
+
+
+def _read_indices(label: str, shape, rows: int, read) -> np.ndarray:
+    """What `read()` returns: `indices` [rows], refused where they end in zeros that were never overwritten."""
+    require(list(shape or ()) == [rows], label, f"`indices` of shape [{rows}]", f"shape {list(shape or ())}")
+    indices = read()
+    zero = indices == 0
+    if zero[-1] and zero.sum() > 1:  # one zero may be the index of the sample
+        start = 1 if zero.all() else rows - int(np.argmin(zero[::-1]))
+        fail(label, "`indices` of every row", f"zeros from row {start:,} to the last, {rows - 1:,}: was it stopped?")
+    return indices
 
 
 def missing(package: str, why: str, extra: str = "train") -> ImportError:

@@ -75,6 +75,57 @@ def test_chunked_hdf5_is_read_in_whole_chunks(tmp_path, options):
         assert Loader(found, 20, torch.Generator()).block_rows % 32 == 0
 
 
+def indexed(path, indices) -> Path:
+    """A file of the name's format with these `indices` beside its features."""
+    x = values(len(indices))
+    if path.suffix == ".safetensors":
+        save_file({"features": x, "indices": torch.tensor(indices)}, path)
+    else:
+        with h5py.File(path, "w") as file:
+            file["features"], file["indices"] = x.numpy(), indices
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".safetensors"])
+def test_rows_of_other_samples_are_not_paired(tmp_path, suffix):
+    """Row i is the sample `indices[i]`: the same in all files, though not in the files that have none."""
+    order = [4, 0, 3, 1, 2]
+    a, b = indexed(tmp_path / f"a{suffix}", order), indexed(tmp_path / "b.h5", order)
+    plain = write(tmp_path / "plain.npy", values(5))
+    with Features({"plain": plain, "a": a, "b": b, "tensor": values(5)}) as found:
+        assert found.rows == 5
+    words = [b"four", b"zero", b"three", b"one", b"two"]
+    text = [indexed(tmp_path / f"text{i}.h5", given) for i, given in enumerate((words, words, words[::-1]))]
+    Features({"a": text[0], "b": text[1]}).close()
+    for first, other, indices, message in (
+        (a, tmp_path / "c.h5", [4, 0, 1, 3, 2], f"`indices` 3 in row 2 as in stream 'a' ({a}), got 1: rows are paired"),
+        (text[0], text[2], words[::-1], f"`indices` {words[0]} in row 0 as in stream 'a' ({text[0]}), got {words[4]}"),
+        (a, tmp_path / "d.h5", order[:3], f"5 rows as in stream 'a' ({a}), got 3 rows"),
+    ):
+        indexed(other, indices)
+        with pytest.raises(ValueError) as error:
+            Features({"plain": plain, "a": first, "c": other} if len(indices) == 5 else {"a": first, "c": other})
+        assert str(error.value).startswith(f"stream 'c' ({other}): expected {message}")
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".safetensors"])
+def test_a_stopped_extraction_is_told_by_its_indices(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    for indices, start in (([0, 1, 2, 3, 0, 0], 4), ([3, 1, 2, 4, 5, 0], None), ([0, 1, 2, 3, 4, 0], 5), ([0] * 6, 1)):
+        indexed(path, indices)
+        if start is None:
+            Features({"a": path}).close()
+            continue
+        with pytest.raises(ValueError) as error:
+            Features({"a": path})
+        got = f"expected `indices` of every row, got zeros from row {start} to the last, 5: was it stopped?"
+        assert str(error.value) == f"stream 'a' ({path}): {got}"
+    with h5py.File(tmp_path / "b.h5", "w") as file:
+        file["features"], file["indices"] = values(6).numpy(), np.zeros((6, 2))
+    with pytest.raises(ValueError, match=r"expected `indices` of shape \[6\], got shape \[6, 2\]"):
+        Features({"a": tmp_path / "b.h5"})
+
+
 def test_zero_rows_stay_zero_and_streams_stay_together(tmp_path):
     a, b = values(seed=1), values(width=5, seed=2)
     a[7] = 0
