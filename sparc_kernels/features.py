@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import mmap
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -60,20 +62,24 @@ class MappedRows:
         self._map.close()
 
 
-class ChunkedRows:
-    """Rows of a chunked or compressed HDF5 dataset, read through h5py."""
+class HDF5Rows:
+    """Rows of an HDF5 dataset that cannot be mapped, as h5py reads them: in chunks, compressed, in other files."""
 
     indices = None
 
-    def __init__(self, file, dataset, dtype: torch.dtype):
+    def __init__(self, label: str, file, dataset, dtype: torch.dtype):
         (self.rows, self.width), self.dtype = dataset.shape, dtype
         self.chunk_rows = dataset.chunks[0] if dataset.chunks else 1
-        self._file, self._dataset = file, dataset
+        self._label, self._file, self._dataset = label, file, dataset
 
     def read(self, start: int, stop: int) -> Tensor:
-        return torch.from_numpy(self._dataset[start:stop])
+        out = torch.empty(stop - start, self.width, dtype=self.dtype, device="cpu")
+        with _refusing(self._label, "rows that can be read", f"damaged ones from row {start:,} to {stop - 1:,}"):
+            self._dataset.read_direct(out.numpy(), np.s_[start:stop])
+        return out
 
     def close(self) -> None:
+        self._dataset.file.close()  # another file behind an external link
         self._file.close()
 
 
@@ -270,6 +276,17 @@ def _open(name: str, value):
         fail(label, "a file that may be read", "no permission")
 
 
+@contextlib.contextmanager
+def _refusing(label: str, expected: str, got: str = "one that cannot be read"):
+    """Name what the libraries that read files raise, which for a damaged one is nearly anything."""
+    try:
+        yield
+    except PermissionError:
+        raise
+    except Exception as error:
+        fail(label, expected, f"{got} ({error})")
+
+
 def _check_shape(label: str, shape: tuple, dtype: str, kind: torch.dtype | None) -> None:
     require(len(shape) == 2, label, "rows and columns, [n, d]", f"shape {list(shape)}")
     require(min(shape) > 0, label, "at least one row and one column", f"shape {list(shape)}")
@@ -283,13 +300,10 @@ def _numpy_dtype(dtype: np.dtype) -> torch.dtype | None:
 
 
 def _open_npy(label: str, path: Path):
-    with open(path, "rb") as file:
-        try:
-            version = np.lib.format.read_magic(file)
-            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            shape, by_columns, dtype = read_header[version](file)
-        except (ValueError, KeyError, EOFError) as error:
-            fail(label, "a NumPy .npy file", f"one that cannot be read ({error})")
+    with open(path, "rb") as file, _refusing(label, "a NumPy .npy file"):
+        version = np.lib.format.read_magic(file)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, by_columns, dtype = read_header[version](file)
         offset = file.tell()
     kind = _numpy_dtype(dtype)
     _check_shape(label, shape, str(dtype), kind)
@@ -306,14 +320,11 @@ def _check_length(label: str, path: Path, expected: int) -> None:
 
 def _open_safetensors(label: str, path: Path):
     try:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
     except ImportError as error:
         raise missing("safetensors", f"{label} is a safetensors file") from error
-    try:
-        with safe_open(path, framework="np") as file:  # checks offsets and the length of the file
-            names = list(file.keys())
-    except (SafetensorError, OSError) as error:
-        fail(label, "a complete safetensors file", f"one that cannot be read ({error})")
+    with _refusing(label, "a complete safetensors file"), safe_open(path, framework="np") as file:
+        names = list(file.keys())  # offsets and the length of the file are checked by now
     require(
         DATASET in names or len(names) == 1,
         label,
@@ -338,23 +349,20 @@ def _open_hdf5(label: str, path: Path):
         import h5py
     except ImportError as error:
         raise missing("h5py", f"{label} is an HDF5 file") from error
-    try:
-        file = h5py.File(path, "r")
-    except PermissionError:
-        raise
-    except OSError as error:
-        fail(label, "a complete HDF5 file", f"one that cannot be read ({error})")
     with contextlib.ExitStack() as stack:
-        stack.callback(file.close)
-        dataset = file.get(DATASET)
-        found = ", ".join(sorted(file)[:5]) or "nothing"
-        require(isinstance(dataset, h5py.Dataset), label, f"a dataset {DATASET!r}", found)
-        kind = _numpy_dtype(dataset.dtype)
-        shape = dataset.shape or ()
-        _check_shape(label, shape, str(dataset.dtype), kind)
-        beside, offset = file.get(INDICES), dataset.id.get_offset()
-        if offset is None:  # in chunks, compressed, or in another file
-            found = ChunkedRows(file, dataset, kind)
+        with _refusing(label, "a complete HDF5 file"):
+            file = stack.enter_context(h5py.File(path, "r"))
+            dataset, names = file.get(DATASET), ", ".join(sorted(file)[:5]) or "nothing"
+        require(isinstance(dataset, h5py.Dataset), label, f"a dataset {DATASET!r}", names)
+        with _refusing(label, "a complete HDF5 file"):
+            shape, stored = dataset.shape or (), dataset.dtype
+        kind = _numpy_dtype(stored.newbyteorder("="))
+        _check_shape(label, shape, str(stored), kind)
+        with _refusing(label, "a complete HDF5 file"):
+            gap, offset, beside = _gap(dataset), _mappable(file, dataset), file.get(INDICES)
+        require(not gap, label, f"all of the dataset {DATASET!r}", gap)
+        if offset is None:
+            found = HDF5Rows(label, file, dataset, kind)
         else:
             _check_length(label, path, offset + shape[0] * shape[1] * kind.itemsize)
             found = MappedRows(path, offset, *shape, kind)
@@ -365,10 +373,58 @@ def _open_hdf5(label: str, path: Path):
     return found
 
 
+def _mappable(file, dataset) -> int | None:
+    """Where rows lie in `file` as h5py reads them: in one piece, of a native type, in no other file; else None."""
+    import h5py
+
+    plist, of = dataset.id.get_create_plist(), h5py.h5o.get_info
+    whole = plist.get_layout() == h5py.h5d.CONTIGUOUS and plist.get_external_count() == 0
+    native = dataset.id.get_type() == h5py.h5t.py_create(dataset.dtype.newbyteorder("="))
+    here = of(dataset.id).fileno == of(file.id).fileno
+    return dataset.id.get_offset() if whole and native and here else None
+
+
+def _gap(dataset) -> str:
+    """A part that HDF5 would read as fill values without a word; "" where there is none."""
+    import h5py
+
+    plist, access = dataset.id.get_create_plist(), dataset.id.get_access_plist()
+    if plist.get_layout() == h5py.h5d.VIRTUAL:
+        own = Path(dataset.file.filename)
+        folders = Path(os.fsdecode(access.get_virtual_prefix())), own.parent, Path()
+        for _, name, inner, _ in dataset.virtual_sources():
+            if "%b" in name + inner:  # numbered files, which HDF5 looks for
+                continue
+            places = [folder / part for part in (name, Path(name).name) for folder in folders]
+            place = own if name == "." else next((place for place in places if place.is_file()), None)
+            if place is None:
+                return f"a part of it in {name}, where nothing is"
+            with h5py.File(place, "r") as file:
+                source = file.get(inner)
+                gap = _gap(source) if isinstance(source, h5py.Dataset) else "no such dataset"
+            if gap:
+                return f"a part of it in {name}, {inner!r}: {gap}"
+        return ""
+    if plist.get_layout() == h5py.h5d.CHUNKED:
+        chunks = math.prod(-(-n // c) for n, c in zip(dataset.shape, dataset.chunks, strict=True))
+        missing = chunks - dataset.id.get_num_chunks()
+        return f"{missing:,} of {chunks:,} chunks never written" if missing else ""
+    left = math.prod(dataset.shape) * dataset.id.get_type().get_size()
+    if dataset.id.get_space_status() != h5py.h5d.SPACE_STATUS_ALLOCATED:
+        return "rows never written"
+    for name, offset, size in dataset.external or ():
+        place, need = Path(os.fsdecode(access.get_efile_prefix()), name), offset + min(size, left)
+        if place.is_file() and place.stat().st_size < need:
+            return f"{place.stat().st_size:,} of {need:,} bytes in {name}"
+        left -= need - offset
+    return ""
+
+
 def _read_indices(label: str, shape, rows: int, read) -> np.ndarray:
     """What `read()` returns: `indices` [rows], refused where they end in zeros that were never overwritten."""
     require(list(shape or ()) == [rows], label, f"`indices` of shape [{rows}]", f"shape {list(shape or ())}")
-    indices = read()
+    with _refusing(label, "`indices` that can be read", "damaged ones"):
+        indices = read()
     zero = indices == 0
     if zero[-1] and zero.sum() > 1:  # one zero may be the index of the sample
         start = 1 if zero.all() else rows - int(np.argmin(zero[::-1]))

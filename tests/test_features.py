@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from sparc_kernels import features as module
-from sparc_kernels.features import ChunkedRows, Features, MappedRows
+from sparc_kernels.features import Features, HDF5Rows, MappedRows
 from sparc_kernels.loader import Loader
 
 ROWS, WIDTH = 300, 12
@@ -64,7 +64,7 @@ def test_chunked_hdf5_is_read_in_whole_chunks(tmp_path, options):
     x = values()
     path = write(tmp_path / "x.h5", x, **options)
     with Features({"a": path}, normalize=False) as found:
-        assert isinstance(found.sources["a"], ChunkedRows)
+        assert isinstance(found.sources["a"], HDF5Rows)
         assert torch.equal(found.read(30, 70)["a"], x[30:70])
         loader = Loader(found, 20, torch.Generator(), memory=ROWS * WIDTH * 4 // 2)
         assert loader.block_rows < 32  # less than a chunk fits
