@@ -17,7 +17,7 @@ PAD = np.full(77, 7.0)  # before the features, so that they lie at another offse
 
 def contiguous(folder: Path, x: np.ndarray, name="x.h5", **options) -> Path:
     with h5py.File(folder / name, "w", **options) as file:
-        file["pad"], file["features"] = PAD, x
+        file["pad"], file["features"], file["indices"] = PAD, x, np.arange(len(x))
     return folder / name
 
 
@@ -189,3 +189,72 @@ def test_what_hdf5_would_fill_up_is_refused(tmp_path, layout, damage, got):
 def resized(folder: Path) -> None:
     with h5py.File(chunked(folder, np.ones((6, 4), "<f4")), "a") as file:
         file["features"].resize(9, 0)
+
+
+DAMAGED = [
+    npy,
+    safetensors,
+    contiguous,
+    user_block,
+    newest_format,
+    chunked,
+    compressed,
+    raw_files,
+    compact,
+    linked_outside,
+    virtual,
+    bfloat16,
+]
+
+
+def damage(path: Path, generator: np.random.Generator) -> None:
+    """Cut the file off, or overwrite up to 8 of its bytes, anywhere or in its first 200."""
+    content = bytearray(path.read_bytes())
+    if generator.random() < 0.3:
+        del content[int(generator.integers(len(content))) :]
+    else:
+        end = len(content) if generator.random() < 0.5 else min(200, len(content))
+        for place in generator.integers(end, size=generator.integers(1, 9)):
+            content[place] = generator.integers(256)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_a_damaged_file_is_refused_by_name_or_read_as_its_library_does(tmp_path, seed):
+    generator = np.random.default_rng(seed)
+    path = DAMAGED[seed % len(DAMAGED)](tmp_path, generator.standard_normal((40, 6)).astype("<f4"))
+    damage(generator.choice(sorted(p for p in tmp_path.iterdir())), generator)
+    try:
+        with Features({"a": path}, normalize=False) as found:
+            found.check()
+            got = found.sources["a"].read(0, found.rows).numpy()
+    except ValueError as error:
+        assert str(error).startswith(f"stream 'a' ({path}): expected "), error
+        return
+    want = as_the_library_reads(path)
+    assert (got.dtype, got.shape, got.tobytes()) == (want.dtype, want.shape, want.tobytes())
+
+
+@pytest.mark.parametrize(
+    ("x", "words"),
+    [
+        (np.float32(3), "rows and columns, [n, d], got shape []"),
+        (np.ones(4, "f4"), "rows and columns, [n, d], got shape [4]"),
+        (np.ones((2, 3, 4), "f4"), "rows and columns, [n, d], got shape [2, 3, 4]"),
+        (np.ones((0, 3), "f4"), "at least one row and one column, got shape [0, 3]"),
+        (np.ones((3, 0), "f4"), "at least one row and one column, got shape [3, 0]"),
+        (np.ones((3, 4), "i4"), "float64, float32, float16 or bfloat16 features, got i"),
+        (np.ones((3, 4), "?"), "float64, float32, float16 or bfloat16 features, got b"),
+        (np.ones((3, 4), "c8"), "float64, float32, float16 or bfloat16 features, got c"),
+        (np.full((3, 4), b"x"), "float64, float32, float16 or bfloat16 features, got |S1"),
+        (np.zeros((3, 4), "f4,f4"), "float64, float32, float16 or bfloat16 features, got [("),
+    ],
+)
+def test_other_shapes_and_types_are_refused(tmp_path, x, words):
+    paths = [npy(tmp_path, x), created(tmp_path, x)]
+    if x.ndim and x.dtype.kind in "fi?":
+        paths.append(safetensors(tmp_path, x))
+    for path in paths:
+        with pytest.raises(ValueError) as error:
+            Features({"a": path})
+        assert str(error.value).lower().startswith(f"stream 'a' ({path}): expected {words}".lower())
