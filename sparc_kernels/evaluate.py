@@ -216,6 +216,9 @@ def open_model(args) -> tuple[AlignedSAE, Features]:
     normalize = normalize if args.normalize is None else args.normalize
     dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
     features = Features(args.stream, normalize, dtype).require_widths(model.d_streams, f"the model {args.model}")
+    for s, summary in features.check().items():
+        if (zero := summary.zero_rows).count:
+            print(f"Note: stream {s!r} has {zero.count:,} zero rows ({zero}) of {features.rows:,}", flush=True)
     return model.requires_grad_(False), features
 
 

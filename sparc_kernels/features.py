@@ -98,19 +98,32 @@ class TensorRows:
         pass
 
 
+class RowNumbers(NamedTuple):
+    """Attributes: first: numbers of the first few rows of some kind.  count: how many there are."""
+
+    first: list[int]
+    count: int
+
+    def add(self, start: int, where: Tensor) -> RowNumbers:
+        """With the rows that the mask `where` [b] marks, counted from `start`."""
+        more = where.nonzero().flatten()
+        return RowNumbers(self.first + (start + more[: _SHOWN - len(self.first)]).tolist(), self.count + len(more))
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.first)) + ", ..." * (self.count > len(self.first))
+
+
 class StreamSummary(NamedTuple):
     """What `Features.check` found in one stream.
 
     Attributes:
         fingerprint: of the bytes read (all, or a sample), the shape and the dtype.
-        zero_rows: the first few rows that are zero; their loss is infinite and their batch skipped.
-        n_zero_rows: how many there are among the rows read.
+        zero_rows: of the rows read, those that are zero; their loss is infinite and their batch skipped.
         spread: variance / mean square of the (normalised) rows, which turns an NMSE into explained variance.
     """
 
     fingerprint: str
-    zero_rows: list[int]
-    n_zero_rows: int
+    zero_rows: RowNumbers
     spread: float
 
 
@@ -136,7 +149,7 @@ class Features:
         require(ok, "streams", f"a dict of 1 to {MAX_STREAMS} streams, name to file", streams)
         require(dtype in (torch.float32, torch.float64), "dtype", "torch.float32 or torch.float64", repr(dtype))
         self.normalize, self.dtype = check_bool("normalize", normalize), dtype
-        self.sources = {}
+        self.sources, self._checked = {}, False
         try:
             for name, value in streams.items():
                 self.sources[name] = _open(name, value)
@@ -184,16 +197,24 @@ class Features:
         return normalized(x) if self.normalize else x
 
     def batches(self, batch_size: int):
-        """Consecutive (first row, {s: [b, d_s]}) over all rows, once, in order."""
+        """Consecutive (first row, {s: [b, d_s]}) over all rows, once, in order.
+
+        Before the first of them comes a full `check`, unless it was done.
+        """
+        if not self._checked:
+            self.check()
         for start in range(0, self.rows, batch_size):
             yield start, self.read(start, min(start + batch_size, self.rows))
 
     def check(self, full: bool = True) -> dict[str, StreamSummary]:
         """Read everything once (or, not `full`, 256 pieces spread over the rows) before it is used.
 
-        Raises: ValueError that names the stream, and the first rows that hold NaN or infinity.
+        Raises: ValueError that names the stream, and the first rows that hold NaN or infinity, or are too large: whose
+        values overflow `dtype`, or whose norm does where rows are divided by it (they would become 0).
         """
-        return {s: self._check_stream(s, full) for s in self.sources}
+        summaries = {s: self._check_stream(s, full) for s in self.sources}
+        self._checked = self._checked or full
+        return summaries
 
     def _check_stream(self, s: str, full: bool) -> StreamSummary:
         source = self.sources[s]
@@ -203,27 +224,27 @@ class Features:
             size = min(size, 64)
             starts = sorted({int(p) for p in np.linspace(0, self.rows - size, 256)})
         digest = hashlib.blake2b(f"{source.rows} {source.width} {source.dtype}".encode(), digest_size=16)
-        bad, n_bad, zero, n_zero = [], 0, [], 0
+        bad = large = zero = RowNumbers([], 0)
         total, power, count = torch.zeros(source.width, dtype=torch.float64, device="cpu"), 0.0, 0
         for start in starts:
             raw = source.read(start, min(start + size, self.rows)).contiguous()
             digest.update(raw.view(torch.uint8).numpy())
             x = raw.to(self.dtype)
             norm = torch.linalg.vector_norm(x, dim=1)
-            # a norm may overflow where the row does not
-            wrong = ~norm.isfinite() if norm.isfinite().all() else ~x.isfinite().all(1)
-            for found, where in ((bad, wrong), (zero, norm == 0)):
-                found += (start + where.nonzero().flatten()[: _SHOWN - len(found)]).tolist()
-            n_bad, n_zero = n_bad + int(wrong.sum()), n_zero + int((norm == 0).sum())
+            zero = zero.add(start, norm == 0)
+            if not norm.isfinite().all():  # it may overflow where the row does not
+                finite, fits = raw.isfinite().all(1), norm.isfinite() if self.normalize else x.isfinite().all(1)
+                bad, large = bad.add(start, ~finite), large.add(start, finite & ~fits)
             x = normalized(x) if self.normalize else x
             total += x.sum(0, dtype=torch.float64)
             power += float(x.square().sum(dtype=torch.float64))
             count += len(x)
-        if n_bad:
-            positions = ", ".join(map(str, bad)) + (", ..." if n_bad > len(bad) else "")
-            fail(_label(s, self.paths[s]), "finite features", f"NaN or infinity in {n_bad:,} rows: {positions}")
+        label, what = _label(s, self.paths[s]), "norm fits" if self.normalize else "values fit"
+        require(not bad.count, label, "finite features", f"NaN or infinity in {bad.count:,} rows: {bad}")
+        expected = f"rows whose {what} {str(self.dtype).removeprefix('torch.')}"
+        require(not large.count, label, expected, f"too large features in {large.count:,} rows: {large}")
         spread = 1 - float((total / count).square().sum()) / (power / count) if power else 0.0
-        return StreamSummary(digest.hexdigest(), zero, n_zero, max(spread, 0.0))
+        return StreamSummary(digest.hexdigest(), zero, max(spread, 0.0))
 
     def describe(self, summaries: Mapping[str, StreamSummary]) -> dict[str, dict]:
         """For a manifest: where each stream came from and what it was."""

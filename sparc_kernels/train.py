@@ -31,7 +31,7 @@ from .checkpoint import (
     save_weights,
     write_json,
 )
-from .features import Features
+from .features import Features, RowNumbers
 from .loader import Batch, Loader
 from .module import AlignedSAE
 from .optim import SparcAdam
@@ -189,19 +189,21 @@ class Trainer:
 
     def _check_data(self, full: bool, manifest: dict | None) -> None:
         """Refuse NaN and infinity, and other data than those of the run to resume; warn of zero rows."""
-        summaries = self.features.check(full)
-        self.data = {"train": self.features.describe(summaries)}
-        self.spread = {s: summary.spread for s, summary in summaries.items()}
-        self.val_spread = self.spread
+        parts, summaries = {"train": self.features}, {}
         if self.val_features is not None and self.val_features is not self.features:
-            val_summaries = self.val_features.check(full)
-            self.data["validation"] = self.val_features.describe(val_summaries)
-            self.val_spread = {s: summary.spread for s, summary in val_summaries.items()}
+            parts["validation"] = self.val_features
+        for part, features in parts.items():
+            summaries[part] = features.check(full)
+        self.data = {part: features.describe(summaries[part]) for part, features in parts.items()}
+        spreads = [{s: summary.spread for s, summary in found.items()} for found in summaries.values()]
+        self.spread, self.val_spread = spreads[0], spreads[-1]
         if manifest is not None:
             self._check_same_data(manifest["data"])
-        for s, summary in summaries.items():
-            if summary.n_zero_rows:
-                self._check_zero_rows(s, summary)
+        for s, summary in summaries["train"].items():
+            self._check_zero_rows(f"stream {s!r}", summary.zero_rows, self.features.rows, self._count_steps())
+        for s, summary in summaries.get("validation", {}).items():
+            rows, steps = self.val_features.rows, len(self.val_loader)
+            self._check_zero_rows(f"validation stream {s!r}", summary.zero_rows, rows, steps)
 
     def _check_same_data(self, before: dict) -> None:
         for part in sorted({*before, *self.data}):
@@ -214,17 +216,16 @@ class Trainer:
                     require(had[s][key] == now[s][key], what, f"{key} {had[s][key]} as when the run began",
                             f"{key} {now[s][key]}")  # fmt: skip
 
-    def _check_zero_rows(self, s: str, summary) -> None:
+    def _check_zero_rows(self, stream: str, zero: RowNumbers, rows: int, steps: int) -> None:
         """A zero row makes its batch's loss infinite: tell, and refuse where too many batches would be skipped."""
-        share = 1 - (1 - summary.n_zero_rows / self.features.rows) ** self.config.batch_size
-        some = ", ".join(map(str, summary.zero_rows)) + ", ..." * (summary.n_zero_rows > len(summary.zero_rows))
-        text = f"{summary.n_zero_rows:,} zero rows ({some}) of {self.features.rows:,}"
-        expected, limit = share * self._count_steps(), self.config.max_skipped
+        if not zero.count:
+            return
+        text = f"{zero.count:,} zero rows ({zero}) of {rows:,}"
+        expected, limit = (1 - (1 - zero.count / rows) ** self.config.batch_size) * steps, self.config.max_skipped
         if expected > limit:
             got = f"{text}: without a finite loss, about {expected:,.0f} batches would be skipped"
-            fail(f"stream {s!r}", f"few zero rows (max_skipped {limit:,})", got)
-        text = f"stream {s!r} has {text}"
-        self._say(f"Note: {text}; batches with one are skipped, as officially")
+            fail(stream, f"few zero rows (max_skipped {limit:,})", got)
+        self._say(f"Note: {stream} has {text}; batches with one are skipped")
 
     def _count_steps(self) -> int:
         steps = self.config.epochs * len(self.loader)
@@ -456,10 +457,10 @@ class Trainer:
         for batch in self.val_loader.epochs(epoch, epoch + 1):
             with bf16:
                 outputs = self.model(batch.x)
-                _, metrics = self.model.compute_loss(outputs, batch.x, config.auxk_coef, config.cross_coef)
-            n = len(next(iter(batch.x.values())))
+                loss, metrics = self.model.compute_loss(outputs, batch.x, config.auxk_coef, config.cross_coef)
+            n = len(next(iter(batch.x.values()))) * loss.isfinite()  # a zero row makes it infinite
             metrics["l0"] = self.step.l0(outputs)
-            total += n * torch.stack([metrics[name] for name in self.names])
+            total += torch.where(n > 0, n * torch.stack([metrics[name] for name in self.names]), 0)
             rows += n
         self.model.train()
         means = dict(zip(self.names, (total / rows).tolist(), strict=True))

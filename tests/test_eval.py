@@ -18,10 +18,12 @@ from sklearn.metrics import log_loss, r2_score
 from sklearn.metrics.pairwise import cosine_similarity
 
 from sparc_kernels import AlignedSAE, cli, metrics
-from sparc_kernels.checkpoint import save_weights
+from sparc_kernels.checkpoint import load_model, save_weights
+from sparc_kernels.codes import write_codes
 from sparc_kernels.evaluate import codes_of, encode, evaluate, guessing, select_locally
 from sparc_kernels.features import Features
 from sparc_kernels.metrics import Codes, Rows, activation_cosine, retrieval, top_rows
+from sparc_kernels.show import top_activations
 from sparc_kernels.train import Trainer
 from sparc_kernels.train_config import TrainConfig
 
@@ -332,6 +334,47 @@ def test_other_refusals(folder, capsys):
     ):
         assert cli.main(command) == 2
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["eval", "encode", "show"])
+def test_rows_that_are_not_finite_are_named_and_nothing_is_written(folder, tmp_path, capsys, command):
+    x = np.load(folder / "b.npy")
+    x[[7, 300], 3] = np.nan
+    np.save(tmp_path / "b.npy", x)
+    files = [f"--stream={s}={(tmp_path if s == 'b' else folder) / s}.npy" for s in WIDTHS]
+    given = {"eval": [f"--out={tmp_path / 'out'}"], "encode": [f"--out={tmp_path / 'out'}"], "show": ["3"]}[command]
+    assert cli.main([command, *given, "--model", str(folder / "run"), *files, "--device=cpu"]) == 2
+    words = f"stream 'b' ({tmp_path / 'b.npy'}): expected finite features, got NaN or infinity in 2 rows: 7, 300"
+    assert capsys.readouterr().err == f"sparc-kernels {command}: error: {words}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["b.npy"]
+
+
+def test_codes_of_rows_that_are_not_finite_are_refused_in_python_too(folder, tmp_path):
+    x = {s: torch.from_numpy(np.load(folder / f"{s}.npy")) for s in WIDTHS}
+    x["c"][399, 0] = np.inf
+    model = load_model(folder / "run")[0]
+    for use in (
+        lambda f: write_codes(model, f, tmp_path),
+        lambda f: encode(model, f),
+        lambda f: top_activations(model, f, 3, 5),
+        lambda f: evaluate(model, f),
+    ):
+        with pytest.raises(
+            ValueError, match=r"stream 'c': expected finite features, got NaN or infinity in 1 rows: 399"
+        ):
+            use(Features(x))
+    assert not list(tmp_path.iterdir())
+
+
+def test_zero_rows_are_told(folder, tmp_path, capsys):
+    x = np.load(folder / "b.npy")
+    x[[7, 300]] = 0
+    np.save(tmp_path / "b.npy", x)
+    files = [f"--stream={s}={(tmp_path if s == 'b' else folder) / s}.npy" for s in WIDTHS]
+    command = ["eval", "--model", str(folder / "run"), *files, f"--out={tmp_path}", "--device=cpu"]
+    assert cli.main(command) == 0
+    assert "Note: stream 'b' has 2 zero rows (7, 300) of 400" in capsys.readouterr().out
+    assert "NaN" not in (tmp_path / "scores.json").read_text()
 
 
 def test_sparse_labels_and_class_numbers(folder, tmp_path):

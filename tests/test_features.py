@@ -134,7 +134,7 @@ def test_zero_rows_stay_zero_and_streams_stay_together(tmp_path):
         rows = found.read(6, 9)
         assert rows["a"][1].abs().max() == 0 and rows["b"][1].norm() == pytest.approx(1)
         summaries = found.check()
-    assert (summaries["a"].zero_rows, summaries["a"].n_zero_rows, summaries["b"].n_zero_rows) == ([7], 1, 0)
+    assert (summaries["a"].zero_rows, summaries["b"].zero_rows) == (([7], 1), ([], 0))
 
 
 def test_reading_leaves_no_file_pages_behind(tmp_path):
@@ -182,7 +182,32 @@ def test_rows_that_are_not_finite_are_named_with_their_positions(tmp_path, monke
 
 def test_large_finite_values_are_no_fault():
     x = torch.full((4, 3), 1e30)  # whose norm overflows float32
-    assert Features({"a": x}, normalize=False).check()["a"].n_zero_rows == 0
+    assert Features({"a": x}, normalize=False).check()["a"].zero_rows.count == 0
+    assert Features({"a": x}, dtype=torch.float64).check()["a"].zero_rows.count == 0
+
+
+@pytest.mark.parametrize(("normalize", "what"), [(True, "norm fits"), (False, "values fit")])
+def test_rows_too_large_for_float32_are_named(tmp_path, normalize, what):
+    """Divided by an infinite norm they would become zero rows, and as float32 infinite."""
+    x = values(dtype=torch.float32 if normalize else torch.float64)
+    x[[3, 250]] *= 1e20 if normalize else 1e100
+    path = write(tmp_path / "x.npy", x)
+    Features({"a": path}, dtype=torch.float64).check()
+    with pytest.raises(ValueError) as error:
+        Features({"a": path}, normalize).check()
+    expected = f"rows whose {what} float32, got too large features in 2 rows: 3, 250"
+    assert str(error.value) == f"stream 'a' ({path}): expected {expected}"
+
+
+def test_batches_are_refused_before_the_first(monkeypatch):
+    x = values()
+    x[290, 5] = float("nan")
+    with pytest.raises(ValueError, match=r"stream 'a': expected finite features, got NaN or infinity in 1 rows: 290"):
+        next(Features({"a": x}).batches(10))
+    found = Features({"a": values()})
+    found.check()
+    monkeypatch.setattr(found, "check", lambda: pytest.fail("checked twice"))
+    assert sum(len(rows["a"]) for _, rows in found.batches(7)) == ROWS
 
 
 def test_quick_check_reads_a_sample(monkeypatch):
