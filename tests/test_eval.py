@@ -336,6 +336,25 @@ def test_other_refusals(folder, capsys):
         assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["a/b", "/nowhere/b"])
+def test_codes_go_to_no_other_folder(tmp_path, capsys, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", np.ones((9, 4), np.float32))
+    save_weights(AlignedSAE({"b": 4, name: 4}, 16, 3), tmp_path / "m.safetensors")
+    command = ["encode", "--model=m.safetensors", "--stream=b=x.npy", f"--stream={name}=x.npy", "--out=out"]
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(Features, "check", lambda self: pytest.fail("read before it was refused"))
+    assert cli.main(command) == 2
+    words = f"streams: expected names that can name a file, without a slash, got {name!r}"
+    assert capsys.readouterr().err == f"sparc-kernels encode: error: {words}\n"
+    with pytest.raises(ValueError, match="streams: expected names that can name a file"):
+        write_codes(load_model("m.safetensors")[0], Features({"b": "x.npy", name: "x.npy"}), tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
+    (tmp_path / "out" / "b.npz").mkdir(parents=True)
+    assert cli.main([*command[:3], "--out=out"]) == 2
+    assert "out: expected no folder b.npz in out, got one" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["eval", "encode", "show"])
 def test_rows_that_are_not_finite_are_named_and_nothing_is_written(folder, tmp_path, capsys, command):
     x = np.load(folder / "b.npy")
