@@ -7,7 +7,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from ._arguments import add_stream_argument, memory_size
+from ._arguments import FEATURES, add_stream_argument, memory_size
 from .checkpoint import read_json
 from .loader import SHUFFLES
 from .runlog import LOGGERS
@@ -53,7 +53,7 @@ _CHOICES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_stream_argument(parser, "--stream", "features of one stream: .h5, .safetensors or .npy; once for each stream")
+    add_stream_argument(parser, "--stream", f"{FEATURES}; once for each stream")
     add_stream_argument(parser, "--val-stream", "features of other samples, to validate on after every epoch")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out; settings and "

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ._arguments import add_stream_argument, refusing
+from ._arguments import FEATURES, add_stream_argument, refusing
 from .checkpoint import load_model, write_atomically, write_json
 from .decoder import decode
 from .features import Features
@@ -196,7 +196,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """What eval, encode and show have in common."""
     parser.add_argument("--model", type=Path, required=True, help="folder that `train` wrote, model.safetensors, a "
                         "checkpoint, or an official msae_checkpoint.pth")  # fmt: skip
-    add_stream_argument(parser, "--stream", "features of one stream: .h5, .safetensors or .npy", required=True)
+    add_stream_argument(parser, "--stream", FEATURES, required=True)
     parser.add_argument("--k", type=int, help="active latents, where the weights come without settings")
     parser.add_argument("--topk-type", choices=("global", "local"), help="selection in training, likewise")
     parser.add_argument("--normalize", action=argparse.BooleanOptionalAction, help="divide rows by their norm "

@@ -12,6 +12,7 @@ import json
 import math
 import mmap
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -132,8 +133,9 @@ class Features:
 
     Args:
         streams: name -> path of a .h5, .hdf5, .safetensors or .npy file, or a floating tensor [n, d] on the CPU.
-            HDF5: the dataset `features`; safetensors: the tensor `features` or the only one. `indices` [n] beside it,
-            as the official scripts write them, must be those of the other streams; files without are not compared.
+            HDF5: the dataset `features`; safetensors: the tensor `features` or the only one; "FILE:DATASET" takes
+            another. `indices` [n] beside it, as the official scripts write them, must be those of the other streams;
+            files without are not compared.
         normalize: divide every row by (its norm + 1e-8), as the official loader does; zero rows stay zero.
         dtype: of what `read` returns: float32, or float64.
 
@@ -145,8 +147,9 @@ class Features:
     """
 
     def __init__(self, streams: Mapping[str, str | Path | Tensor], normalize: bool = True, dtype=torch.float32):
-        ok = isinstance(streams, Mapping) and 0 < len(streams) <= MAX_STREAMS
-        require(ok, "streams", f"a dict of 1 to {MAX_STREAMS} streams, name to file", streams)
+        ok, expected = isinstance(streams, Mapping), f"a dict of 1 to {MAX_STREAMS} streams, name to file"
+        require(ok, "streams", expected, streams)
+        require(0 < len(streams) <= MAX_STREAMS, "streams", expected, f"{len(streams)} streams")
         require(dtype in (torch.float32, torch.float64), "dtype", "torch.float32 or torch.float64", repr(dtype))
         self.normalize, self.dtype = check_bool("normalize", normalize), dtype
         self.sources, self._checked = {}, False
@@ -280,21 +283,32 @@ def _label(name: str, value) -> str:
 
 
 def _open(name: str, value):
+    what = f"streams[{name!r}]"
     if isinstance(value, Tensor):
-        check_tensor(f"streams[{name!r}]", value, ("n", "d"))
-        require(value.device.type == "cpu" and value.numel() > 0, f"streams[{name!r}]", "rows on the CPU", value)
+        check_tensor(what, value, ("n", "d"))
+        require(value.layout == torch.strided, what, "a dense tensor", f"one of layout {value.layout}")
+        require(value.device.type == "cpu", what, "a tensor on the CPU", value)
+        require(value.numel() > 0, what, "at least one row and one column", value)
         return TensorRows(value.detach())
-    label, path = _label(name, value), Path(value)
+    require(isinstance(value, (str, os.PathLike)), what, "a path or a torch.Tensor [n, d]", value)
+    label, (path, dataset) = _label(name, value), _split(Path(value))
     kind = SUFFIXES.get(path.suffix.lower())
     require(kind is not None, label, f"a file ending in {', '.join(SUFFIXES)}", repr(path.name))
     require(path.exists(), label, "a file", "nothing there")
     require(path.is_file(), label, "a file", "a folder or device")
     require(path.stat().st_size > 0, label, f"a {kind} file", "an empty file")
-    open_kind = {"HDF5": _open_hdf5, "safetensors": _open_safetensors, "NumPy": _open_npy}[kind]
     try:
-        return open_kind(label, path)
+        if kind == "NumPy":
+            return _open_npy(label, path)
+        return (_open_hdf5 if kind == "HDF5" else _open_safetensors)(label, path, dataset)
     except PermissionError:
         fail(label, "a file that may be read", "no permission")
+
+
+def _split(path: Path) -> tuple[Path, str | None]:
+    """The file and the dataset of FILE:DATASET, None without."""
+    found = re.fullmatch(r"(.+?\.(?:h5|hdf5|safetensors)):(.+)", str(path), re.IGNORECASE)
+    return (Path(found[1]), found[2]) if found and not path.exists() else (path, None)
 
 
 @contextlib.contextmanager
@@ -339,33 +353,37 @@ def _check_length(label: str, path: Path, expected: int) -> None:
         fail(label, f"{expected:,} bytes, as its header says", f"{size:,}: the file is truncated")
 
 
-def _open_safetensors(label: str, path: Path):
+def _open_safetensors(label: str, path: Path, name: str | None):
     try:
         from safetensors import safe_open
     except ImportError as error:
         raise missing("safetensors", f"{label} is a safetensors file") from error
     with _refusing(label, "a complete safetensors file"), safe_open(path, framework="np") as file:
         names = list(file.keys())  # offsets and the length of the file are checked by now
-    require(
-        DATASET in names or len(names) == 1,
-        label,
-        f"a tensor {DATASET!r}, or only one",
-        f"{len(names)} tensors: {', '.join(sorted(names)[:5])}",
-    )
+    if name is None:
+        name = names[0] if len(names) == 1 else DATASET
+    expected = f"a tensor {name!r}" + ", or only one" * (name == DATASET)
+    require(name in names, label, expected, f"{len(names)} tensors: {_listed(names)}")
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-    entry = header[DATASET if DATASET in names else names[0]]
+    entry = header[name]
     kind = _SAFETENSORS_DTYPES.get(entry["dtype"])
     _check_shape(label, tuple(entry["shape"]), entry["dtype"], kind)
     found = MappedRows(path, 8 + length + entry["data_offsets"][0], *entry["shape"], kind)
-    if INDICES in names and entry is not header[INDICES]:
+    if INDICES in names and name != INDICES:
         with safe_open(path, framework="np") as file:
             found.indices = _read_indices(label, header[INDICES]["shape"], found.rows, lambda: file.get_tensor(INDICES))
     return found
 
 
-def _open_hdf5(label: str, path: Path):
+def _listed(names) -> str:
+    """For messages, with a hint."""
+    some = ", ".join(sorted(names)[:5]) + ", ..." * (len(names) > 5)
+    return f"{some} (FILE:DATASET takes one of them)" if some else "nothing"
+
+
+def _open_hdf5(label: str, path: Path, name: str | None):
     try:
         import h5py
     except ImportError as error:
@@ -373,15 +391,18 @@ def _open_hdf5(label: str, path: Path):
     with contextlib.ExitStack() as stack:
         with _refusing(label, "a complete HDF5 file"):
             file = stack.enter_context(h5py.File(path, "r"))
-            dataset, names = file.get(DATASET), ", ".join(sorted(file)[:5]) or "nothing"
-        require(isinstance(dataset, h5py.Dataset), label, f"a dataset {DATASET!r}", names)
+            name = DATASET if name is None else name
+            dataset = file.get(name)
+            instead = "" if isinstance(dataset, h5py.Dataset) else _instead(file, name, dataset)
+        require(not instead, label, f"a dataset {name!r}", instead)
         with _refusing(label, "a complete HDF5 file"):
             shape, stored = dataset.shape or (), dataset.dtype
         kind = _numpy_dtype(stored.newbyteorder("="))
         _check_shape(label, shape, str(stored), kind)
         with _refusing(label, "a complete HDF5 file"):
-            gap, offset, beside = _gap(dataset), _mappable(file, dataset), file.get(INDICES)
-        require(not gap, label, f"all of the dataset {DATASET!r}", gap)
+            gap, offset = _gap(dataset), _mappable(file, dataset)
+            beside = file.get(f"{name.rpartition('/')[0]}/{INDICES}")
+        require(not gap, label, f"all of the dataset {name!r}", gap)
         if offset is None:
             found = HDF5Rows(label, file, dataset, kind)
         else:
@@ -392,6 +413,15 @@ def _open_hdf5(label: str, path: Path):
         if offset is None:
             stack.pop_all()
     return found
+
+
+def _instead(file, name: str, found) -> str:
+    """For a message: what there is in place of a dataset `name`."""
+    import h5py
+
+    if isinstance(found, h5py.Group):
+        return f"a group of that name with {_listed([f'{name}/{member}' for member in found])}"
+    return _listed(file) if file.get(name, getlink=True) is None else "a link to nothing"
 
 
 def _mappable(file, dataset) -> int | None:

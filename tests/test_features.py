@@ -126,6 +126,39 @@ def test_a_stopped_extraction_is_told_by_its_indices(tmp_path, suffix):
         Features({"a": tmp_path / "b.h5"})
 
 
+def test_another_dataset_of_a_file(tmp_path):
+    """FILE:DATASET, with the `indices` of its group; a file whose name has a colon is that file."""
+    x, y = values(), values(seed=1)
+    path, tensors = tmp_path / "x.h5", tmp_path / "x.safetensors"
+    with h5py.File(path, "w") as file:
+        file["features"], file["layers/3/acts"], file["layers/3/indices"] = x.numpy(), y.numpy(), np.arange(ROWS)[::-1]
+    save_file({"features": x, "layers.3": y, "z": y.clone()}, tensors)
+    colon = write(tmp_path / "x.h5:z.npy", x)
+    given = {"a": path, "b": f"{path}:layers/3/acts", "c": f"{tensors}:layers.3", "d": colon}
+    with Features(given, normalize=False) as found:
+        rows = found.read(0, ROWS)
+        assert {s: torch.equal(t, y) for s, t in rows.items()} == {"a": False, "b": True, "c": True, "d": False}
+        again = {s: entry["path"] for s, entry in found.describe(found.check()).items()}
+    with Features(again, normalize=False) as found:  # as a manifest has them
+        assert all(torch.equal(found.read(0, ROWS)[s], t) for s, t in rows.items())
+    with h5py.File(tmp_path / "y.h5", "w") as file:
+        file["features/clip"], file["features/dino"], file["gone"] = x.numpy(), y.numpy(), h5py.SoftLink("/nowhere")
+        file["flat"], file["indices"] = x.numpy(), np.arange(ROWS)
+    hint = "(FILE:DATASET takes one of them)"
+    for name, words in (
+        ("y.h5", f"a dataset 'features', got a group of that name with features/clip, features/dino {hint}"),
+        ("y.h5:gone", "a dataset 'gone', got a link to nothing"),
+        ("y.h5:acts", f"a dataset 'acts', got features, flat, gone, indices {hint}"),
+        ("x.safetensors:acts", f"a tensor 'acts', got 3 tensors: features, layers.3, z {hint}"),
+        ("z.h5:acts", "a file, got nothing there"),
+    ):
+        with pytest.raises(ValueError) as error:
+            Features({"a": tmp_path / name})
+        assert str(error.value) == f"stream 'a' ({tmp_path / name}): expected {words}"
+    with pytest.raises(ValueError, match=r"stream 'b' .*: expected `indices` 0 in row 0 as in stream 'a' .*, got 299"):
+        Features({"a": f"{tmp_path / 'y.h5'}:flat", "x": f"{path}:features", "b": given["b"]})
+
+
 def test_zero_rows_stay_zero_and_streams_stay_together(tmp_path):
     a, b = values(seed=1), values(width=5, seed=2)
     a[7] = 0
@@ -364,7 +397,23 @@ def test_bad_arguments_are_named():
         (lambda: Loader(found, 200, torch.Generator(), drop_last=True), "batch_size: expected at most 100"),
         (lambda: Loader(found, 5, torch.Generator(), shuffle="all"), "shuffle: expected one of 'window'"),
         (lambda: Loader(found, 5, torch.Generator(), intervals=[]), "intervals: expected at least one row"),
-        (lambda: Features({}), "streams: expected a dict of 1 to 8 streams"),
+        (lambda: Features({}), "streams: expected a dict of 1 to 8 streams, name to file, got 0 streams"),
+        (lambda: Features(["a.npy"]), "streams: expected a dict of 1 to 8 streams, name to file, got a list"),
+        (
+            lambda: Features({str(s): torch.ones(2, 2) for s in range(9)}),
+            "streams: expected a dict of 1 to 8 streams, name to file, got 9 streams",
+        ),
+        (
+            lambda: Features({"a": np.ones((2, 2), np.float32)}),
+            "streams['a']: expected a path or a torch.Tensor [n, d], got a ndarray",
+        ),
+        (lambda: Features({"a": 3}), "streams['a']: expected a path or a torch.Tensor [n, d], got 3"),
+        (
+            lambda: Features({"a": torch.ones(2, 2).to_sparse()}),
+            "streams['a']: expected a dense tensor, got one of layout torch.sparse_coo",
+        ),
+        (lambda: Features({"a": torch.ones(0, 2)}), "streams['a']: expected at least one row and one column, got a"),
+        (lambda: Features({"a": torch.ones(2, 2, device="meta")}), "streams['a']: expected a tensor on the CPU, got a"),
         (lambda: Features({"a": torch.ones(2, 2)}, dtype=torch.float16), "dtype: expected torch.float32"),
         (lambda: Features({"a": torch.ones(2)}), "streams['a']: expected shape [n, d]"),
         (
