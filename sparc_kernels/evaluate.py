@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from itertools import permutations
 from pathlib import Path
@@ -217,8 +218,8 @@ def open_model(args) -> tuple[AlignedSAE, Features]:
     dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
     features = Features(args.stream, normalize, dtype).require_widths(model.d_streams, f"the model {args.model}")
     for s, summary in features.check().items():
-        if (zero := summary.zero_rows).count:
-            print(f"Note: stream {s!r} has {zero.count:,} zero rows ({zero}) of {features.rows:,}", flush=True)
+        if summary.n_zero_rows:
+            print(f"Note: stream {s!r} has {summary.zeros(features.rows)}", file=sys.stderr)
     return model.requires_grad_(False), features
 
 

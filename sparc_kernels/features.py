@@ -119,13 +119,19 @@ class StreamSummary(NamedTuple):
 
     Attributes:
         fingerprint: of the bytes read (all, or a sample), the shape and the dtype.
-        zero_rows: of the rows read, those that are zero; their loss is infinite and their batch skipped.
+        zero_rows: the first few rows that are zero; their loss is infinite and their batch skipped.
+        n_zero_rows: how many there are among the rows read.
         spread: variance / mean square of the (normalised) rows, which turns an NMSE into explained variance.
     """
 
     fingerprint: str
-    zero_rows: RowNumbers
+    zero_rows: list[int]
+    n_zero_rows: int
     spread: float
+
+    def zeros(self, rows: int) -> str:
+        """For messages, of so many rows."""
+        return f"{self.n_zero_rows:,} zero rows ({RowNumbers(self.zero_rows, self.n_zero_rows)}) of {rows:,}"
 
 
 class Features:
@@ -247,7 +253,7 @@ class Features:
         expected = f"rows whose {what} {str(self.dtype).removeprefix('torch.')}"
         require(not large.count, label, expected, f"too large features in {large.count:,} rows: {large}")
         spread = 1 - float((total / count).square().sum()) / (power / count) if power else 0.0
-        return StreamSummary(digest.hexdigest(), zero, max(spread, 0.0))
+        return StreamSummary(digest.hexdigest(), *zero, max(spread, 0.0))
 
     def describe(self, summaries: Mapping[str, StreamSummary]) -> dict[str, dict]:
         """For a manifest: where each stream came from and what it was."""

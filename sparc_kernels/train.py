@@ -31,7 +31,7 @@ from .checkpoint import (
     save_weights,
     write_json,
 )
-from .features import Features, RowNumbers
+from .features import Features
 from .loader import Batch, Loader
 from .module import AlignedSAE
 from .optim import SparcAdam
@@ -189,21 +189,21 @@ class Trainer:
 
     def _check_data(self, full: bool, manifest: dict | None) -> None:
         """Refuse NaN and infinity, and other data than those of the run to resume; warn of zero rows."""
-        parts, summaries = {"train": self.features}, {}
+        summaries = self.features.check(full)
+        self.data = {"train": self.features.describe(summaries)}
+        self.spread = {s: summary.spread for s, summary in summaries.items()}
+        self.val_spread = self.spread
         if self.val_features is not None and self.val_features is not self.features:
-            parts["validation"] = self.val_features
-        for part, features in parts.items():
-            summaries[part] = features.check(full)
-        self.data = {part: features.describe(summaries[part]) for part, features in parts.items()}
-        spreads = [{s: summary.spread for s, summary in found.items()} for found in summaries.values()]
-        self.spread, self.val_spread = spreads[0], spreads[-1]
+            val_summaries = self.val_features.check(full)
+            self.data["validation"] = self.val_features.describe(val_summaries)
+            self.val_spread = {s: summary.spread for s, summary in val_summaries.items()}
+            for s, summary in val_summaries.items():
+                self._check_validation(s, summary)
         if manifest is not None:
             self._check_same_data(manifest["data"])
-        for s, summary in summaries["train"].items():
-            self._check_zero_rows(f"stream {s!r}", summary.zero_rows, self.features.rows, self._count_steps())
-        for s, summary in summaries.get("validation", {}).items():
-            rows, steps = self.val_features.rows, len(self.val_loader)
-            self._check_zero_rows(f"validation stream {s!r}", summary.zero_rows, rows, steps)
+        for s, summary in summaries.items():
+            if summary.n_zero_rows:
+                self._check_zero_rows(s, summary)
 
     def _check_same_data(self, before: dict) -> None:
         for part in sorted({*before, *self.data}):
@@ -216,16 +216,25 @@ class Trainer:
                     require(had[s][key] == now[s][key], what, f"{key} {had[s][key]} as when the run began",
                             f"{key} {now[s][key]}")  # fmt: skip
 
-    def _check_zero_rows(self, stream: str, zero: RowNumbers, rows: int, steps: int) -> None:
+    def _check_zero_rows(self, s: str, summary) -> None:
         """A zero row makes its batch's loss infinite: tell, and refuse where too many batches would be skipped."""
-        if not zero.count:
-            return
-        text = f"{zero.count:,} zero rows ({zero}) of {rows:,}"
-        expected, limit = (1 - (1 - zero.count / rows) ** self.config.batch_size) * steps, self.config.max_skipped
+        share = 1 - (1 - summary.n_zero_rows / self.features.rows) ** self.config.batch_size
+        some = ", ".join(map(str, summary.zero_rows)) + ", ..." * (summary.n_zero_rows > len(summary.zero_rows))
+        text = f"{summary.n_zero_rows:,} zero rows ({some}) of {self.features.rows:,}"
+        expected, limit = share * self._count_steps(), self.config.max_skipped
         if expected > limit:
             got = f"{text}: without a finite loss, about {expected:,.0f} batches would be skipped"
-            fail(stream, f"few zero rows (max_skipped {limit:,})", got)
-        self._say(f"Note: {stream} has {text}; batches with one are skipped")
+            fail(f"stream {s!r}", f"few zero rows (max_skipped {limit:,})", got)
+        text = f"stream {s!r} has {text}"
+        self._say(f"Note: {text}; batches with one are skipped, as officially")
+
+    def _check_validation(self, s: str, summary) -> None:
+        """The same of rows to validate on, whose batches are left out of the means."""
+        rows, name = self.val_features.rows, f"validation stream {s!r}"
+        share = 1 - (1 - summary.n_zero_rows / rows) ** self.config.batch_size
+        require(share <= 0.5, name, "few zero rows", f"{summary.zeros(rows)}: most batches would have no finite loss")
+        if summary.n_zero_rows:
+            self._say(f"Note: {name} has {summary.zeros(rows)}; batches with one are left out of val_loss")
 
     def _count_steps(self) -> int:
         steps = self.config.epochs * len(self.loader)

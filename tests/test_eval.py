@@ -392,7 +392,7 @@ def test_zero_rows_are_told(folder, tmp_path, capsys):
     files = [f"--stream={s}={(tmp_path if s == 'b' else folder) / s}.npy" for s in WIDTHS]
     command = ["eval", "--model", str(folder / "run"), *files, f"--out={tmp_path}", "--device=cpu"]
     assert cli.main(command) == 0
-    assert "Note: stream 'b' has 2 zero rows (7, 300) of 400" in capsys.readouterr().out
+    assert "Note: stream 'b' has 2 zero rows (7, 300) of 400" in capsys.readouterr().err
     assert "NaN" not in (tmp_path / "scores.json").read_text()
 
 

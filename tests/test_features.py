@@ -167,7 +167,8 @@ def test_zero_rows_stay_zero_and_streams_stay_together(tmp_path):
         rows = found.read(6, 9)
         assert rows["a"][1].abs().max() == 0 and rows["b"][1].norm() == pytest.approx(1)
         summaries = found.check()
-    assert (summaries["a"].zero_rows, summaries["b"].zero_rows) == (([7], 1), ([], 0))
+    assert (summaries["a"].zero_rows, summaries["a"].n_zero_rows, summaries["b"].n_zero_rows) == ([7], 1, 0)
+    assert summaries["a"].zeros(ROWS) == "1 zero rows (7) of 300"
 
 
 def test_reading_leaves_no_file_pages_behind(tmp_path):
@@ -215,8 +216,8 @@ def test_rows_that_are_not_finite_are_named_with_their_positions(tmp_path, monke
 
 def test_large_finite_values_are_no_fault():
     x = torch.full((4, 3), 1e30)  # whose norm overflows float32
-    assert Features({"a": x}, normalize=False).check()["a"].zero_rows.count == 0
-    assert Features({"a": x}, dtype=torch.float64).check()["a"].zero_rows.count == 0
+    assert Features({"a": x}, normalize=False).check()["a"].n_zero_rows == 0
+    assert Features({"a": x}, dtype=torch.float64).check()["a"].n_zero_rows == 0
 
 
 @pytest.mark.parametrize(("normalize", "what"), [(True, "norm fits"), (False, "values fit")])
