@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     except Interrupted as stop:
         print(f"\n{stop}", file=sys.stderr)
         return stop.code
-    except TrainingStopped as error:
+    except (TrainingStopped, ValueError) as error:  # of rows that a quick check has not read
         print(f"sparc-kernels train: stopped: {error}", file=sys.stderr)
         return 1
     except OSError as error:

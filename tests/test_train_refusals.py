@@ -14,7 +14,7 @@ from conftest import CUDA
 from kill_and_resume import COMMAND, ENVIRONMENT, arguments, make_features
 from safetensors.torch import save_file
 
-from sparc_kernels import cli
+from sparc_kernels import cli, features
 from sparc_kernels.train import Trainer
 from sparc_kernels.train_config import TrainConfig
 
@@ -207,6 +207,24 @@ def test_zero_rows_to_validate_on_are_told_and_their_batches_left_out(capsys):
     assert run(held_out) == want
     note = "Note: validation stream 'b' has 1 zero rows (5) of 128; batches with one are left out of val_loss"
     assert note in capsys.readouterr().out
+
+
+def test_damaged_rows_that_the_sample_missed_stop_training_by_name(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(features, "_CHECK_BYTES", 1)  # one row at a time
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        dataset = file.create_dataset("features", data=streams()["a"].numpy(), chunks=(1, 20), fletcher32=True)
+        place = dataset.id.get_chunk_info_by_coord((1, 0)).byte_offset
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    command = ["train", f"--stream=a={path}", "--k=4", "--auxk=6", *QUICKLY]
+    assert cli.main([*command, f"--out={tmp_path / 'full'}"]) == 2
+    assert cli.main([*command, f"--out={tmp_path / 'quick'}", "--quick-check"]) == 1
+    full, quick = capsys.readouterr().err.splitlines()
+    words = f"stream 'a' ({path}): expected rows that can be read, got damaged ones from row "
+    assert full.startswith(f"sparc-kernels train: error: {words}1 to 1 (")
+    assert quick.startswith(f"sparc-kernels train: stopped: {words}0 to ")
 
 
 def test_no_space_is_refused_before_training(tmp_path):
