@@ -75,7 +75,7 @@ class HDF5Rows:
 
     def read(self, start: int, stop: int) -> Tensor:
         out = torch.empty(stop - start, self.width, dtype=self.dtype, device="cpu")
-        with _refusing(self._label, "rows that can be read", f"damaged ones from row {start:,} to {stop - 1:,}"):
+        with reading(self._label, "rows that can be read", f"damaged ones from row {start:,} to {stop - 1:,}"):
             self._dataset.read_direct(out.numpy(), np.s_[start:stop])
         return out
 
@@ -318,7 +318,7 @@ def _split(path: Path) -> tuple[Path, str | None]:
 
 
 @contextlib.contextmanager
-def _refusing(label: str, expected: str, got: str = "one that cannot be read"):
+def reading(label: str, expected: str, got: str = "one that cannot be read"):
     """Name what the libraries that read files raise, which for a damaged one is nearly anything."""
     try:
         yield
@@ -341,7 +341,7 @@ def _numpy_dtype(dtype: np.dtype) -> torch.dtype | None:
 
 
 def _open_npy(label: str, path: Path):
-    with open(path, "rb") as file, _refusing(label, "a NumPy .npy file"):
+    with open(path, "rb") as file, reading(label, "a NumPy .npy file"):
         version = np.lib.format.read_magic(file)
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         shape, by_columns, dtype = read_header[version](file)
@@ -364,7 +364,7 @@ def _open_safetensors(label: str, path: Path, name: str | None):
         from safetensors import safe_open
     except ImportError as error:
         raise missing("safetensors", f"{label} is a safetensors file") from error
-    with _refusing(label, "a complete safetensors file"), safe_open(path, framework="np") as file:
+    with reading(label, "a complete safetensors file"), safe_open(path, framework="np") as file:
         names = list(file.keys())  # offsets and the length of the file are checked by now
     if name is None:
         name = names[0] if len(names) == 1 else DATASET
@@ -395,17 +395,17 @@ def _open_hdf5(label: str, path: Path, name: str | None):
     except ImportError as error:
         raise missing("h5py", f"{label} is an HDF5 file") from error
     with contextlib.ExitStack() as stack:
-        with _refusing(label, "a complete HDF5 file"):
+        with reading(label, "a complete HDF5 file"):
             file = stack.enter_context(h5py.File(path, "r"))
             name = DATASET if name is None else name
             dataset = file.get(name)
             instead = "" if isinstance(dataset, h5py.Dataset) else _instead(file, name, dataset)
         require(not instead, label, f"a dataset {name!r}", instead)
-        with _refusing(label, "a complete HDF5 file"):
+        with reading(label, "a complete HDF5 file"):
             shape, stored = dataset.shape or (), dataset.dtype
         kind = _numpy_dtype(stored.newbyteorder("="))
         _check_shape(label, shape, str(stored), kind)
-        with _refusing(label, "a complete HDF5 file"):
+        with reading(label, "a complete HDF5 file"):
             gap, offset = _gap(dataset), _mappable(file, dataset)
             beside = file.get(f"{name.rpartition('/')[0]}/{INDICES}")
         require(not gap, label, f"all of the dataset {name!r}", gap)
@@ -480,7 +480,7 @@ def _gap(dataset) -> str:
 def _read_indices(label: str, shape, rows: int, read) -> np.ndarray:
     """What `read()` returns: `indices` [rows], refused where they end in zeros that were never overwritten."""
     require(list(shape or ()) == [rows], label, f"`indices` of shape [{rows}]", f"shape {list(shape or ())}")
-    with _refusing(label, "`indices` that can be read", "damaged ones"):
+    with reading(label, "`indices` that can be read", "damaged ones"):
         indices = read()
     zero = indices == 0
     if zero[-1] and zero.sum() > 1:  # one zero may be the index of the sample

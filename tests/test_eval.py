@@ -16,12 +16,14 @@ from scipy.stats import rankdata
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, r2_score
 from sklearn.metrics.pairwise import cosine_similarity
+from test_feature_files import damage
 
 from sparc_kernels import AlignedSAE, cli, metrics
 from sparc_kernels.checkpoint import load_model, save_weights
 from sparc_kernels.codes import write_codes
 from sparc_kernels.evaluate import codes_of, encode, evaluate, guessing, select_locally
 from sparc_kernels.features import Features
+from sparc_kernels.labels import Pictures, read_labels
 from sparc_kernels.metrics import Codes, Rows, activation_cosine, retrieval, top_rows
 from sparc_kernels.show import top_activations
 from sparc_kernels.train import Trainer
@@ -283,6 +285,7 @@ def refusals(folder):
     other.mkdir(exist_ok=True)
     np.save(other / "few.npy", np.ones((ROWS - 1, CLASSES), bool))
     np.save(other / "floats.npy", np.ones((ROWS, CLASSES)))
+    np.save(other / "one.npy", np.array(3))
     np.save(other / "twos.npy", np.full((ROWS, CLASSES), 2))
     (other / "text.txt").write_text("one line\n")
     (other / "broken.npz").write_bytes(b"PK")
@@ -302,6 +305,7 @@ def refusals(folder):
         ([labels(few)], f"labels {few}: expected 400 rows as the features, got 399"),
         ([labels(floats)], f"labels {floats}: expected whole numbers or booleans, got float64"),
         ([labels(twos)], f"labels {twos}: expected 0 and 1 of shape [n, C]"),
+        ([labels(other / "one.npy")], "expected 0 and 1 of shape [n, C], or class numbers [n], got shape []"),
         ([labels(other / "broken.npz")], "expected a matrix of scipy.sparse.save_npz"),
         ([labels(other / "none.npy")], "expected a .npy or .npz file, got nothing there"),
         ([labels(folder / "labels.npy"), f"--label-names={other / 'text.txt'}"], "expected 6 lines, one a class"),
@@ -313,7 +317,7 @@ def refusals(folder):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("number", range(18))
+@pytest.mark.parametrize("number", range(19))
 def test_refused_by_name(folder, capsys, number):
     given, words = refusals(folder)[number]
     model = [] if any(part.startswith("--model") for part in given) else [f"--model={folder / 'run'}"]
@@ -396,9 +400,25 @@ def test_zero_rows_are_told(folder, tmp_path, capsys):
     assert "NaN" not in (tmp_path / "scores.json").read_text()
 
 
-def test_sparse_labels_and_class_numbers(folder, tmp_path):
-    from sparc_kernels.labels import read_labels
+@pytest.mark.parametrize("seed", range(30))
+def test_damaged_labels_and_pictures_are_refused_by_name_or_read(tmp_path, seed):
+    generator = np.random.default_rng(seed)
+    x = generator.integers(0, 2, (40, 6)).astype(bool)
+    kind, path = ("sparse", "labels", "pictures")[seed % 3], tmp_path / ("x.npy" if seed % 3 else "x.npz")
+    if kind == "sparse":
+        sparse.save_npz(path, sparse.csr_matrix(x))
+    else:
+        np.save(path, x if kind == "labels" else generator.integers(255, size=(40, 5, 5), dtype=np.uint8))
+    damage(path, generator)
+    try:
+        got = Pictures("--images a", path).array if kind == "pictures" else read_labels(path, 40)
+    except ValueError as error:
+        assert str(error).startswith(("--images a: expected ", f"labels {path}: expected ")), error
+    else:
+        assert len(got) == (len(np.load(path)) if kind == "pictures" else 40)
 
+
+def test_sparse_labels_and_class_numbers(folder, tmp_path):
     labels = np.load(folder / "labels.npy")
     sparse.save_npz(tmp_path / "l.npz", sparse.csr_matrix(labels))
     assert (read_labels(tmp_path / "l.npz", ROWS).numpy() == labels).all()
