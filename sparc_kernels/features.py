@@ -300,10 +300,10 @@ def _open(name: str, value):
     label, (path, dataset) = _label(name, value), _split(Path(value))
     kind = SUFFIXES.get(path.suffix.lower())
     require(kind is not None, label, f"a file ending in {', '.join(SUFFIXES)}", repr(path.name))
-    require(path.exists(), label, "a file", "nothing there")
-    require(path.is_file(), label, "a file", "a folder or device")
-    require(path.stat().st_size > 0, label, f"a {kind} file", "an empty file")
     try:
+        require(path.exists(), label, "a file", "nothing there")
+        require(path.is_file(), label, "a file", "a folder or device")
+        require(path.stat().st_size > 0, label, f"a {kind} file", "an empty file")
         if kind == "NumPy":
             return _open_npy(label, path)
         return (_open_hdf5 if kind == "HDF5" else _open_safetensors)(label, path, dataset)
@@ -447,21 +447,7 @@ def _gap(dataset) -> str:
 
     plist, access = dataset.id.get_create_plist(), dataset.id.get_access_plist()
     if plist.get_layout() == h5py.h5d.VIRTUAL:
-        own = Path(dataset.file.filename)
-        folders = Path(os.fsdecode(access.get_virtual_prefix())), own.parent, Path()
-        for _, name, inner, _ in dataset.virtual_sources():
-            if "%b" in name + inner:  # numbered files, which HDF5 looks for
-                continue
-            places = [folder / part for part in (name, Path(name).name) for folder in folders]
-            place = own if name == "." else next((place for place in places if place.is_file()), None)
-            if place is None:
-                return f"a part of it in {name}, where nothing is"
-            with h5py.File(place, "r") as file:
-                source = file.get(inner)
-                gap = _gap(source) if isinstance(source, h5py.Dataset) else "no such dataset"
-            if gap:
-                return f"a part of it in {name}, {inner!r}: {gap}"
-        return ""
+        return _virtual_gap(dataset)
     if plist.get_layout() == h5py.h5d.CHUNKED:
         chunks = math.prod(-(-n // c) for n, c in zip(dataset.shape, dataset.chunks, strict=True))
         missing = chunks - dataset.id.get_num_chunks()
@@ -475,6 +461,40 @@ def _gap(dataset) -> str:
             return f"{place.stat().st_size:,} of {need:,} bytes in {name}"
         left -= need - offset
     return ""
+
+
+def _virtual_gap(dataset) -> str:
+    """The same in the sources of a virtual dataset, or between them."""
+    import h5py
+
+    own, missing = Path(dataset.file.filename), math.prod(dataset.shape)
+    folders = Path(os.fsdecode(dataset.id.get_access_plist().get_virtual_prefix())), own.parent, Path()
+    for to, name, inner, selection in dataset.virtual_sources():
+        missing -= _points(to)
+        if "%b" in name + inner:  # numbered files, which HDF5 looks for
+            return ""
+        places = [folder / part for part in (name, Path(name).name) for folder in folders]
+        place = own if name == "." else next((place for place in places if place.is_file()), None)
+        if place is None:
+            return f"a part of it in {name}, where nothing is"
+        with h5py.File(place, "r") as file:
+            source = file.get(inner)
+            gap = _gap(source) if isinstance(source, h5py.Dataset) else "no such dataset"
+            if not gap and selection.get_select_type() == h5py.h5s.SEL_HYPERSLABS and _points(selection) < math.inf:
+                ends = selection.get_select_bounds()[1]
+                if any(end >= n for end, n in zip(ends, source.shape, strict=True)):
+                    gap = f"shape {list(source.shape)}, less than is taken from it"
+        if gap:
+            return f"a part of it in {name}, {inner!r}: {gap}"
+    return f"{missing:,} values that are in no source" if missing > 0 else ""
+
+
+def _points(selection) -> float:
+    """Values in an HDF5 selection, infinity in one without an end."""
+    try:
+        return selection.get_select_npoints()
+    except RuntimeError:
+        return math.inf
 
 
 def _read_indices(label: str, shape, rows: int, read) -> np.ndarray:
