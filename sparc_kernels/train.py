@@ -228,14 +228,6 @@ class Trainer:
         text = f"stream {s!r} has {text}"
         self._say(f"Note: {text}; batches with one are skipped, as officially")
 
-    def _check_validation(self, s: str, summary) -> None:
-        """The same of rows to validate on, whose batches are left out of the means."""
-        rows, name = self.val_features.rows, f"validation stream {s!r}"
-        share = 1 - (1 - summary.n_zero_rows / rows) ** self.config.batch_size
-        require(share <= 0.5, name, "few zero rows", f"{summary.zeros(rows)}: most batches would have no finite loss")
-        if summary.n_zero_rows:
-            self._say(f"Note: {name} has {summary.zeros(rows)}; batches with one are left out of val_loss")
-
     def _count_steps(self) -> int:
         steps = self.config.epochs * len(self.loader)
         return min(steps, self.config.max_steps) if self.config.max_steps else steps
@@ -455,6 +447,14 @@ class Trainer:
         found = self.step.l0(self.model.eval()(x)).item()
         self.model.train()
         return found
+
+    def _check_validation(self, s: str, summary) -> None:
+        """`_check_zero_rows` of rows to validate on, whose batches are left out of the means."""
+        rows, name = self.val_features.rows, f"validation stream {s!r}"
+        share = 1 - (1 - summary.n_zero_rows / rows) ** self.config.batch_size
+        require(share <= 0.5, name, "few zero rows", f"{summary.zeros(rows)}: most batches would have no finite loss")
+        if summary.n_zero_rows:
+            self._say(f"Note: {name} has {summary.zeros(rows)}; batches with one are left out of val_loss")
 
     @torch.no_grad()
     def _validate(self, epoch: int) -> dict:
