@@ -138,7 +138,15 @@ def write_codes(model: AlignedSAE, features: Features, out: Path, form: str = "n
             outputs = model({s: rows.to(device) for s, rows in x.items()})
             for s, codes in codes_of(outputs, model.n_latents).items():
                 writers[s].add(codes)
-        return {s: writer.finish() for s, writer in writers.items()}
+        values: dict[str, int] = {}
+        try:
+            for s, writer in writers.items():
+                values[s] = writer.finish()
+        except BaseException:  # a full disk: codes of some streams would be taken for those of all
+            for s in values:
+                paths[s].unlink()
+            raise
+        return values
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

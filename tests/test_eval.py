@@ -20,7 +20,7 @@ from test_feature_files import damage
 
 from sparc_kernels import AlignedSAE, cli, metrics
 from sparc_kernels.checkpoint import load_model, save_weights
-from sparc_kernels.codes import write_codes
+from sparc_kernels.codes import CsrWriter, write_codes
 from sparc_kernels.evaluate import codes_of, encode, evaluate, guessing, select_locally
 from sparc_kernels.features import Features
 from sparc_kernels.labels import Pictures, read_labels
@@ -357,6 +357,19 @@ def test_codes_go_to_no_other_folder(tmp_path, capsys, monkeypatch, name):
     (tmp_path / "out" / "b.npz").mkdir(parents=True)
     assert cli.main([*command[:3], "--out=out"]) == 2
     assert "out: expected no folder b.npz in out, got one" in capsys.readouterr().err
+
+
+def test_codes_of_all_streams_are_written_or_none(folder, tmp_path, capsys, monkeypatch):
+    finish = CsrWriter.finish
+
+    def full_disk(writer):
+        if writer.path.name == "c.npz":
+            raise OSError("No space left on device")
+        return finish(writer)
+
+    monkeypatch.setattr(CsrWriter, "finish", full_disk)
+    assert cli.main(["encode", "--model", str(folder / "run"), *streams(folder), f"--out={tmp_path}"]) == 2
+    assert "No space left on device" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command", ["eval", "encode", "show"])
