@@ -9,7 +9,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from ._arguments import add_stream_argument, memory_size
+from ._arguments import FEATURES, add_stream_argument, memory_size
 from .checkpoint import MODEL_KEYS, load_model, model_config
 from .loader import SHUFFLES
 from .module import AlignedSAE
@@ -57,7 +57,7 @@ _CHOICES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_stream_argument(parser, "--stream", "features of one stream: .h5, .safetensors or .npy; once for each stream")
+    add_stream_argument(parser, "--stream", f"{FEATURES}; once for each stream")
     add_stream_argument(parser, "--val-stream", "features of other samples, to validate on after every epoch")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out; settings and "
@@ -125,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
     except Interrupted as stop:
         print(f"\n{stop}", file=sys.stderr)
         return stop.code
-    except TrainingStopped as error:
+    except (TrainingStopped, ValueError) as error:  # of rows that a quick check has not read
         print(f"sparc-kernels train: stopped: {error}", file=sys.stderr)
         return 1
     except OSError as error:

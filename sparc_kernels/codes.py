@@ -10,6 +10,7 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import refusing
+from ._checks import require
 from .checkpoint import write_atomically
 from .evaluate import add_model_arguments, codes_of, open_model, select_locally
 from .features import Features
@@ -106,24 +108,45 @@ class CsrWriter:
                 self._copy(name, arrays, file)
 
 
+def paths_of(streams: Iterable[str], out: Path, form: str) -> dict[str, Path]:
+    """The file that each stream's codes go to; ValueError for a name that can name none, or a folder of that name."""
+    paths = {}
+    for s in streams:
+        require(Path(s).name == s, "streams", "names that can name a file, without a slash", repr(s))
+        paths[s] = out / f"{s}.{form}"
+        require(not paths[s].is_dir(), "out", f"no folder {paths[s].name} in {out}", "one")
+    return paths
+
+
 @torch.no_grad()
 def write_codes(model: AlignedSAE, features: Features, out: Path, form: str = "npz", batch_size: int = 1024) -> dict:
     """Codes of all rows in files out/NAME.npz or out/NAME.safetensors, one for each stream.
 
     Returns: {s: values in it}.
+
+    Raises: ValueError of `paths_of` and `Features.check`, before anything is written.
     """
+    paths = paths_of(features.widths, out, form)
     out.mkdir(parents=True, exist_ok=True)
     device = next(model.parameters()).device
     model.eval()
     with ExitStack() as stack:
-        writers = {s: CsrWriter(out / f"{s}.{form}", model.n_latents, out) for s in features.widths}
+        writers = {s: CsrWriter(path, model.n_latents, out) for s, path in paths.items()}
         for writer in writers.values():
             stack.callback(writer.close)
         for _, x in features.batches(batch_size):
             outputs = model({s: rows.to(device) for s, rows in x.items()})
             for s, codes in codes_of(outputs, model.n_latents).items():
                 writers[s].add(codes)
-        return {s: writer.finish() for s, writer in writers.items()}
+        values: dict[str, int] = {}
+        try:
+            for s, writer in writers.items():
+                values[s] = writer.finish()
+        except BaseException:  # a full disk: codes of some streams would be taken for those of all
+            for s in values:
+                paths[s].unlink()
+            raise
+        return values
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -135,6 +158,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @refusing("encode")
 def run(args: argparse.Namespace) -> None:
+    paths = paths_of(args.stream, args.out, args.format)  # before everything is read
     model, features = open_model(args)
     started = time.perf_counter()
     with features:
@@ -142,5 +166,5 @@ def run(args: argparse.Namespace) -> None:
         values = write_codes(chosen, features, args.out, args.format, args.batch_size)
     for s, count in values.items():
         share = count / features.rows
-        print(f"{args.out / s}.{args.format}: {features.rows:,} x {model.n_latents:,}, {share:.1f} values a row")
+        print(f"{paths[s]}: {features.rows:,} x {model.n_latents:,}, {share:.1f} values a row")
     print(f"{features.rows / (time.perf_counter() - started):,.0f} rows/s")

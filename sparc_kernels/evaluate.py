@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from itertools import permutations
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ._arguments import add_stream_argument, refusing
+from ._arguments import FEATURES, add_stream_argument, refusing
 from .checkpoint import load_model, write_atomically, write_json
 from .decoder import decode
 from .features import Features
@@ -196,7 +197,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """What eval, encode and show have in common."""
     parser.add_argument("--model", type=Path, required=True, help="folder that `train` wrote, model.safetensors, a "
                         "checkpoint, or an official msae_checkpoint.pth")  # fmt: skip
-    add_stream_argument(parser, "--stream", "features of one stream: .h5, .safetensors or .npy", required=True)
+    add_stream_argument(parser, "--stream", FEATURES, required=True)
     parser.add_argument("--k", type=int, help="active latents, where the weights come without settings")
     parser.add_argument("--topk-type", choices=("global", "local"), help="selection in training, likewise")
     parser.add_argument("--normalize", action=argparse.BooleanOptionalAction, help="divide rows by their norm "
@@ -216,6 +217,9 @@ def open_model(args) -> tuple[AlignedSAE, Features]:
     normalize = normalize if args.normalize is None else args.normalize
     dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
     features = Features(args.stream, normalize, dtype).require_widths(model.d_streams, f"the model {args.model}")
+    for s, summary in features.check().items():
+        if summary.n_zero_rows:
+            print(f"Note: stream {s!r} has {summary.zeros(features.rows)}", file=sys.stderr)
     return model.requires_grad_(False), features
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._checks import require
-from .features import Features, missing
+from .features import Features, missing, reading
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
@@ -30,16 +30,13 @@ def read_labels(path: Path, rows: int) -> Tensor:
             from scipy.sparse import load_npz
         except ImportError as error:
             raise missing("scipy", f"{label} is a sparse matrix", "test") from error
-        try:
+        with reading(label, "a matrix of scipy.sparse.save_npz"):
             values = load_npz(path).toarray() != 0
-        except (ValueError, OSError, KeyError) as error:
-            raise ValueError(f"{label}: expected a matrix of scipy.sparse.save_npz ({error})") from error
     else:
-        try:
+        with reading(label, "a NumPy .npy file"):
             values = np.load(path, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise ValueError(f"{label}: expected a NumPy .npy file ({error})") from error
     require(values.dtype.kind in "bui", label, "whole numbers or booleans", str(values.dtype))
+    require(values.ndim > 0, label, "0 and 1 of shape [n, C], or class numbers [n]", "shape []")
     require(len(values) == rows, label, f"{rows:,} rows as the features", f"{len(values):,}")
     if values.ndim == 1:
         require(values.min() >= 0, label, "class numbers >= 0", str(values.min()))
@@ -91,10 +88,8 @@ class Pictures:
             self.files = sorted(p for p in path.iterdir() if p.suffix.lower() in _PICTURES)
             return
         require(path.is_file(), label, "a folder of pictures or a .npy file", "nothing there")
-        try:
+        with reading(label, "a folder of pictures or a NumPy .npy file"):
             self.array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise ValueError(f"{label}: expected a folder of pictures or a NumPy .npy file ({error})") from error
         shape = self.array.shape
         ok = self.array.dtype == np.uint8 and (len(shape) == 3 or (len(shape) == 4 and shape[3] == 3))
         require(ok, label, "uint8 [n, h, w] or [n, h, w, 3]", f"{self.array.dtype} {list(shape)}")

@@ -208,6 +208,8 @@ class Trainer:
             val_summaries = self.val_features.check(full)
             self.data["validation"] = self.val_features.describe(val_summaries)
             self.val_spread = {s: summary.spread for s, summary in val_summaries.items()}
+            for s, summary in val_summaries.items():
+                self._check_validation(s, summary)
         if manifest is not None:
             self.folder.check_data(self.data)
         for s, summary in summaries.items():
@@ -219,8 +221,7 @@ class Trainer:
         part = summary.n_zero_rows / self.features.rows
         share = 1 - (1 - part) ** self.config.batch_size
         most = (share if self.config.shuffle == "window" else part) > 0.5  # in order they may be neighbours
-        some = ", ".join(map(str, summary.zero_rows)) + ", ..." * (summary.n_zero_rows > len(summary.zero_rows))
-        text = f"{summary.n_zero_rows:,} zero rows ({some}) of {self.features.rows:,}"
+        text = summary.zeros(self.features.rows)
         steps, limit = self.config.steps(len(self.loader)), self.config.max_skipped
         expected = share * steps
         if expected > limit or most:
@@ -440,6 +441,14 @@ class Trainer:
         self.model.train()
         return found
 
+    def _check_validation(self, s: str, summary) -> None:
+        """`_check_zero_rows` of rows to validate on, whose batches are left out of the means."""
+        rows, name = self.val_features.rows, f"validation stream {s!r}"
+        share = 1 - (1 - summary.n_zero_rows / rows) ** self.config.batch_size
+        require(share <= 0.5, name, "few zero rows", f"{summary.zeros(rows)}: most batches would have no finite loss")
+        if summary.n_zero_rows:
+            self._say(f"Note: {name} has {summary.zeros(rows)}; batches with one are left out of val_loss")
+
     @torch.no_grad()
     def _validate(self, epoch: int) -> dict:
         """Means over the rows that are not trained on; dead counters stay."""
@@ -450,10 +459,10 @@ class Trainer:
         for batch in self.val_loader.epochs(epoch, epoch + 1):
             with bf16:
                 outputs = self.model(batch.x)
-                _, metrics = self.model.compute_loss(outputs, batch.x, config.auxk_coef, config.cross_coef)
-            n = len(next(iter(batch.x.values())))
+                loss, metrics = self.model.compute_loss(outputs, batch.x, config.auxk_coef, config.cross_coef)
+            n = len(next(iter(batch.x.values()))) * loss.isfinite()  # a zero row makes it infinite
             metrics["l0"] = self.step.l0(outputs)
-            total += n * torch.stack([metrics[name] for name in self.names])
+            total += torch.where(n > 0, n * torch.stack([metrics[name] for name in self.names]), 0)
             rows += n
         self.model.train()
         means = dict(zip(self.names, (total / rows).tolist(), strict=True))

@@ -16,12 +16,16 @@ from scipy.stats import rankdata
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, r2_score
 from sklearn.metrics.pairwise import cosine_similarity
+from test_feature_files import damage
 
 from sparc_kernels import AlignedSAE, cli, metrics
-from sparc_kernels.checkpoint import save_weights
+from sparc_kernels.checkpoint import load_model, save_weights
+from sparc_kernels.codes import CsrWriter, write_codes
 from sparc_kernels.evaluate import codes_of, encode, evaluate, guessing, select_locally
 from sparc_kernels.features import Features
+from sparc_kernels.labels import Pictures, read_labels
 from sparc_kernels.metrics import Codes, Rows, activation_cosine, retrieval, top_rows
+from sparc_kernels.show import top_activations
 from sparc_kernels.train import Trainer
 from sparc_kernels.train_config import TrainConfig
 
@@ -281,6 +285,7 @@ def refusals(folder):
     other.mkdir(exist_ok=True)
     np.save(other / "few.npy", np.ones((ROWS - 1, CLASSES), bool))
     np.save(other / "floats.npy", np.ones((ROWS, CLASSES)))
+    np.save(other / "one.npy", np.array(3))
     np.save(other / "twos.npy", np.full((ROWS, CLASSES), 2))
     (other / "text.txt").write_text("one line\n")
     (other / "broken.npz").write_bytes(b"PK")
@@ -300,6 +305,7 @@ def refusals(folder):
         ([labels(few)], f"labels {few}: expected 400 rows as the features, got 399"),
         ([labels(floats)], f"labels {floats}: expected whole numbers or booleans, got float64"),
         ([labels(twos)], f"labels {twos}: expected 0 and 1 of shape [n, C]"),
+        ([labels(other / "one.npy")], "expected 0 and 1 of shape [n, C], or class numbers [n], got shape []"),
         ([labels(other / "broken.npz")], "expected a matrix of scipy.sparse.save_npz"),
         ([labels(other / "none.npy")], "expected a .npy or .npz file, got nothing there"),
         ([labels(folder / "labels.npy"), f"--label-names={other / 'text.txt'}"], "expected 6 lines, one a class"),
@@ -311,7 +317,7 @@ def refusals(folder):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("number", range(18))
+@pytest.mark.parametrize("number", range(19))
 def test_refused_by_name(folder, capsys, number):
     given, words = refusals(folder)[number]
     model = [] if any(part.startswith("--model") for part in given) else [f"--model={folder / 'run'}"]
@@ -334,9 +340,98 @@ def test_other_refusals(folder, capsys):
         assert words in capsys.readouterr().err
 
 
-def test_sparse_labels_and_class_numbers(folder, tmp_path):
-    from sparc_kernels.labels import read_labels
+@pytest.mark.parametrize("name", ["a/b", "/nowhere/b"])
+def test_codes_go_to_no_other_folder(tmp_path, capsys, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", np.ones((9, 4), np.float32))
+    save_weights(AlignedSAE({"b": 4, name: 4}, 16, 3), tmp_path / "m.safetensors")
+    command = ["encode", "--model=m.safetensors", "--stream=b=x.npy", f"--stream={name}=x.npy", "--out=out"]
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(Features, "check", lambda self: pytest.fail("read before it was refused"))
+    assert cli.main(command) == 2
+    words = f"streams: expected names that can name a file, without a slash, got {name!r}"
+    assert capsys.readouterr().err == f"sparc-kernels encode: error: {words}\n"
+    with pytest.raises(ValueError, match="streams: expected names that can name a file"):
+        write_codes(load_model("m.safetensors")[0], Features({"b": "x.npy", name: "x.npy"}), tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
+    (tmp_path / "out" / "b.npz").mkdir(parents=True)
+    assert cli.main([*command[:3], "--out=out"]) == 2
+    assert "out: expected no folder b.npz in out, got one" in capsys.readouterr().err
 
+
+def test_codes_of_all_streams_are_written_or_none(folder, tmp_path, capsys, monkeypatch):
+    finish = CsrWriter.finish
+
+    def full_disk(writer):
+        if writer.path.name == "c.npz":
+            raise OSError("No space left on device")
+        return finish(writer)
+
+    monkeypatch.setattr(CsrWriter, "finish", full_disk)
+    assert cli.main(["encode", "--model", str(folder / "run"), *streams(folder), f"--out={tmp_path}"]) == 2
+    assert "No space left on device" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["eval", "encode", "show"])
+def test_rows_that_are_not_finite_are_named_and_nothing_is_written(folder, tmp_path, capsys, command):
+    x = np.load(folder / "b.npy")
+    x[[7, 300], 3] = np.nan
+    np.save(tmp_path / "b.npy", x)
+    files = [f"--stream={s}={(tmp_path if s == 'b' else folder) / s}.npy" for s in WIDTHS]
+    given = {"eval": [f"--out={tmp_path / 'out'}"], "encode": [f"--out={tmp_path / 'out'}"], "show": ["3"]}[command]
+    assert cli.main([command, *given, "--model", str(folder / "run"), *files, "--device=cpu"]) == 2
+    words = f"stream 'b' ({tmp_path / 'b.npy'}): expected finite features, got NaN or infinity in 2 rows: 7, 300"
+    assert capsys.readouterr().err == f"sparc-kernels {command}: error: {words}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["b.npy"]
+
+
+def test_codes_of_rows_that_are_not_finite_are_refused_in_python_too(folder, tmp_path):
+    x = {s: torch.from_numpy(np.load(folder / f"{s}.npy")) for s in WIDTHS}
+    x["c"][399, 0] = np.inf
+    model = load_model(folder / "run")[0]
+    for use in (
+        lambda f: write_codes(model, f, tmp_path),
+        lambda f: encode(model, f),
+        lambda f: top_activations(model, f, 3, 5),
+        lambda f: evaluate(model, f),
+    ):
+        with pytest.raises(
+            ValueError, match=r"stream 'c': expected finite features, got NaN or infinity in 1 rows: 399"
+        ):
+            use(Features(x))
+    assert not list(tmp_path.iterdir())
+
+
+def test_zero_rows_are_told(folder, tmp_path, capsys):
+    x = np.load(folder / "b.npy")
+    x[[7, 300]] = 0
+    np.save(tmp_path / "b.npy", x)
+    files = [f"--stream={s}={(tmp_path if s == 'b' else folder) / s}.npy" for s in WIDTHS]
+    command = ["eval", "--model", str(folder / "run"), *files, f"--out={tmp_path}", "--device=cpu"]
+    assert cli.main(command) == 0
+    assert "Note: stream 'b' has 2 zero rows (7, 300) of 400" in capsys.readouterr().err
+    assert "NaN" not in (tmp_path / "scores.json").read_text()
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_damaged_labels_and_pictures_are_refused_by_name_or_read(tmp_path, seed):
+    generator = np.random.default_rng(seed)
+    x = generator.integers(0, 2, (40, 6)).astype(bool)
+    kind, path = ("sparse", "labels", "pictures")[seed % 3], tmp_path / ("x.npy" if seed % 3 else "x.npz")
+    if kind == "sparse":
+        sparse.save_npz(path, sparse.csr_matrix(x))
+    else:
+        np.save(path, x if kind == "labels" else generator.integers(255, size=(40, 5, 5), dtype=np.uint8))
+    damage(path, generator)
+    try:
+        got = Pictures("--images a", path).array if kind == "pictures" else read_labels(path, 40)
+    except ValueError as error:
+        assert str(error).startswith(("--images a: expected ", f"labels {path}: expected ")), error
+    else:
+        assert len(got) == (len(np.load(path)) if kind == "pictures" else 40)
+
+
+def test_sparse_labels_and_class_numbers(folder, tmp_path):
     labels = np.load(folder / "labels.npy")
     sparse.save_npz(tmp_path / "l.npz", sparse.csr_matrix(labels))
     assert (read_labels(tmp_path / "l.npz", ROWS).numpy() == labels).all()

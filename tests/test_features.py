@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from sparc_kernels import features as module
-from sparc_kernels.features import ChunkedRows, Features, MappedRows
+from sparc_kernels.features import Features, HDF5Rows, MappedRows
 from sparc_kernels.loader import Loader
 
 ROWS, WIDTH = 300, 12
@@ -64,7 +64,7 @@ def test_chunked_hdf5_is_read_in_whole_chunks(tmp_path, options):
     x = values()
     path = write(tmp_path / "x.h5", x, **options)
     with Features({"a": path}, normalize=False) as found:
-        assert isinstance(found.sources["a"], ChunkedRows)
+        assert isinstance(found.sources["a"], HDF5Rows)
         assert torch.equal(found.read(30, 70)["a"], x[30:70])
         loader = Loader(found, 20, torch.Generator(), memory=ROWS * WIDTH * 4 // 2)
         assert loader.block_rows < 32  # less than a chunk fits
@@ -73,6 +73,90 @@ def test_chunked_hdf5_is_read_in_whole_chunks(tmp_path, options):
     x = values(3000)
     with Features({"a": write(tmp_path / "y.h5", x, **options)}) as found:
         assert Loader(found, 20, torch.Generator()).block_rows % 32 == 0
+
+
+def indexed(path, indices) -> Path:
+    """A file of the name's format with these `indices` beside its features."""
+    x = values(len(indices))
+    if path.suffix == ".safetensors":
+        save_file({"features": x, "indices": torch.tensor(indices)}, path)
+    else:
+        with h5py.File(path, "w") as file:
+            file["features"], file["indices"] = x.numpy(), indices
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".safetensors"])
+def test_rows_of_other_samples_are_not_paired(tmp_path, suffix):
+    """Row i is the sample `indices[i]`: the same in all files, though not in the files that have none."""
+    order = [4, 0, 3, 1, 2]
+    a, b = indexed(tmp_path / f"a{suffix}", order), indexed(tmp_path / "b.h5", order)
+    plain = write(tmp_path / "plain.npy", values(5))
+    with Features({"plain": plain, "a": a, "b": b, "tensor": values(5)}) as found:
+        assert found.rows == 5
+    words = [b"four", b"zero", b"three", b"one", b"two"]
+    text = [indexed(tmp_path / f"text{i}.h5", given) for i, given in enumerate((words, words, words[::-1]))]
+    Features({"a": text[0], "b": text[1]}).close()
+    for first, other, indices, message in (
+        (a, tmp_path / "c.h5", [4, 0, 1, 3, 2], f"`indices` 3 in row 2 as in stream 'a' ({a}), got 1: rows are paired"),
+        (text[0], text[2], words[::-1], f"`indices` {words[0]} in row 0 as in stream 'a' ({text[0]}), got {words[4]}"),
+        (a, tmp_path / "d.h5", order[:3], f"5 rows as in stream 'a' ({a}), got 3 rows"),
+    ):
+        indexed(other, indices)
+        with pytest.raises(ValueError) as error:
+            Features({"plain": plain, "a": first, "c": other} if len(indices) == 5 else {"a": first, "c": other})
+        assert str(error.value).startswith(f"stream 'c' ({other}): expected {message}")
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".safetensors"])
+def test_a_stopped_extraction_is_told_by_its_indices(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    for indices, start in (([0, 1, 2, 3, 0, 0], 4), ([3, 1, 2, 4, 5, 0], None), ([0, 1, 2, 3, 4, 0], 5), ([0] * 6, 1)):
+        indexed(path, indices)
+        if start is None:
+            Features({"a": path}).close()
+            continue
+        with pytest.raises(ValueError) as error:
+            Features({"a": path})
+        got = f"expected `indices` of every row, got zeros from row {start} to the last, 5: was it stopped?"
+        assert str(error.value) == f"stream 'a' ({path}): {got}"
+    with h5py.File(tmp_path / "b.h5", "w") as file:
+        file["features"], file["indices"] = values(6).numpy(), np.zeros((6, 2))
+    with pytest.raises(ValueError, match=r"expected `indices` of shape \[6\], got shape \[6, 2\]"):
+        Features({"a": tmp_path / "b.h5"})
+
+
+def test_another_dataset_of_a_file(tmp_path):
+    """FILE:DATASET, with the `indices` of its group; a file whose name has a colon is that file."""
+    x, y = values(), values(seed=1)
+    path, tensors = tmp_path / "x.h5", tmp_path / "x.safetensors"
+    with h5py.File(path, "w") as file:
+        file["features"], file["layers/3/acts"], file["layers/3/indices"] = x.numpy(), y.numpy(), np.arange(ROWS)[::-1]
+    save_file({"features": x, "layers.3": y, "z": y.clone()}, tensors)
+    colon = write(tmp_path / "x.h5:z.npy", x)
+    given = {"a": path, "b": f"{path}:layers/3/acts", "c": f"{tensors}:layers.3", "d": colon}
+    with Features(given, normalize=False) as found:
+        rows = found.read(0, ROWS)
+        assert {s: torch.equal(t, y) for s, t in rows.items()} == {"a": False, "b": True, "c": True, "d": False}
+        again = {s: entry["path"] for s, entry in found.describe(found.check()).items()}
+    with Features(again, normalize=False) as found:  # as a manifest has them
+        assert all(torch.equal(found.read(0, ROWS)[s], t) for s, t in rows.items())
+    with h5py.File(tmp_path / "y.h5", "w") as file:
+        file["features/clip"], file["features/dino"], file["gone"] = x.numpy(), y.numpy(), h5py.SoftLink("/nowhere")
+        file["flat"], file["indices"] = x.numpy(), np.arange(ROWS)
+    hint = "(FILE:DATASET takes one of them)"
+    for name, words in (
+        ("y.h5", f"a dataset 'features', got a group of that name with features/clip, features/dino {hint}"),
+        ("y.h5:gone", "a dataset 'gone', got a link to nothing"),
+        ("y.h5:acts", f"a dataset 'acts', got features, flat, gone, indices {hint}"),
+        ("x.safetensors:acts", f"a tensor 'acts', got 3 tensors: features, layers.3, z {hint}"),
+        ("z.h5:acts", "a file, got nothing there"),
+    ):
+        with pytest.raises(ValueError) as error:
+            Features({"a": tmp_path / name})
+        assert str(error.value) == f"stream 'a' ({tmp_path / name}): expected {words}"
+    with pytest.raises(ValueError, match=r"stream 'b' .*: expected `indices` 0 in row 0 as in stream 'a' .*, got 299"):
+        Features({"a": f"{tmp_path / 'y.h5'}:flat", "x": f"{path}:features", "b": given["b"]})
 
 
 def test_zero_rows_stay_zero_and_streams_stay_together(tmp_path):
@@ -84,6 +168,7 @@ def test_zero_rows_stay_zero_and_streams_stay_together(tmp_path):
         assert rows["a"][1].abs().max() == 0 and rows["b"][1].norm() == pytest.approx(1)
         summaries = found.check()
     assert (summaries["a"].zero_rows, summaries["a"].n_zero_rows, summaries["b"].n_zero_rows) == ([7], 1, 0)
+    assert summaries["a"].zeros(ROWS) == "1 zero rows (7) of 300"
 
 
 def test_reading_leaves_no_file_pages_behind(tmp_path):
@@ -132,6 +217,31 @@ def test_rows_that_are_not_finite_are_named_with_their_positions(tmp_path, monke
 def test_large_finite_values_are_no_fault():
     x = torch.full((4, 3), 1e30)  # whose norm overflows float32
     assert Features({"a": x}, normalize=False).check()["a"].n_zero_rows == 0
+    assert Features({"a": x}, dtype=torch.float64).check()["a"].n_zero_rows == 0
+
+
+@pytest.mark.parametrize(("normalize", "what"), [(True, "norm fits"), (False, "values fit")])
+def test_rows_too_large_for_float32_are_named(tmp_path, normalize, what):
+    """Divided by an infinite norm they would become zero rows, and as float32 infinite."""
+    x = values(dtype=torch.float32 if normalize else torch.float64)
+    x[[3, 250]] *= 1e20 if normalize else 1e100
+    path = write(tmp_path / "x.npy", x)
+    Features({"a": path}, dtype=torch.float64).check()
+    with pytest.raises(ValueError) as error:
+        Features({"a": path}, normalize).check()
+    expected = f"rows whose {what} float32, got too large features in 2 rows: 3, 250"
+    assert str(error.value) == f"stream 'a' ({path}): expected {expected}"
+
+
+def test_batches_are_refused_before_the_first(monkeypatch):
+    x = values()
+    x[290, 5] = float("nan")
+    with pytest.raises(ValueError, match=r"stream 'a': expected finite features, got NaN or infinity in 1 rows: 290"):
+        next(Features({"a": x}).batches(10))
+    found = Features({"a": values()})
+    found.check()
+    monkeypatch.setattr(found, "check", lambda: pytest.fail("checked twice"))
+    assert sum(len(rows["a"]) for _, rows in found.batches(7)) == ROWS
 
 
 def test_quick_check_reads_a_sample(monkeypatch):
@@ -288,7 +398,23 @@ def test_bad_arguments_are_named():
         (lambda: Loader(found, 200, torch.Generator(), drop_last=True), "batch_size: expected at most 100"),
         (lambda: Loader(found, 5, torch.Generator(), shuffle="all"), "shuffle: expected one of 'window'"),
         (lambda: Loader(found, 5, torch.Generator(), intervals=[]), "intervals: expected at least one row"),
-        (lambda: Features({}), "streams: expected a dict of 1 to 8 streams"),
+        (lambda: Features({}), "streams: expected a dict of 1 to 8 streams, name to file, got 0 streams"),
+        (lambda: Features(["a.npy"]), "streams: expected a dict of 1 to 8 streams, name to file, got a list"),
+        (
+            lambda: Features({str(s): torch.ones(2, 2) for s in range(9)}),
+            "streams: expected a dict of 1 to 8 streams, name to file, got 9 streams",
+        ),
+        (
+            lambda: Features({"a": np.ones((2, 2), np.float32)}),
+            "streams['a']: expected a path or a torch.Tensor [n, d], got a ndarray",
+        ),
+        (lambda: Features({"a": 3}), "streams['a']: expected a path or a torch.Tensor [n, d], got 3"),
+        (
+            lambda: Features({"a": torch.ones(2, 2).to_sparse()}),
+            "streams['a']: expected a dense tensor, got one of layout torch.sparse_coo",
+        ),
+        (lambda: Features({"a": torch.ones(0, 2)}), "streams['a']: expected at least one row and one column, got a"),
+        (lambda: Features({"a": torch.ones(2, 2, device="meta")}), "streams['a']: expected a tensor on the CPU, got a"),
         (lambda: Features({"a": torch.ones(2, 2)}, dtype=torch.float16), "dtype: expected torch.float32"),
         (lambda: Features({"a": torch.ones(2)}), "streams['a']: expected shape [n, d]"),
         (

@@ -14,7 +14,7 @@ from conftest import CUDA
 from kill_and_resume import COMMAND, ENVIRONMENT, arguments, make_features
 from safetensors.torch import save_file
 
-from sparc_kernels import cli
+from sparc_kernels import cli, features
 from sparc_kernels.train import Trainer
 from sparc_kernels.train_config import TrainConfig
 
@@ -103,6 +103,14 @@ def bad(kind: str, folder: Path) -> tuple[list[str], str]:
         np.save(folder / "v.npy", np.ones((9, 5), np.float32))
         settings = [f"--val-stream=a={folder}/v.npy", f"--val-stream=b={folder}/v.npy"]
         words = "stream 'a' ({folder}/v.npy): expected width 20 as in the training data, got width 5"
+    elif kind == "validation zero rows":
+        for s, d in WIDTHS.items():
+            np.save(folder / f"v{s}.npy", np.zeros((ROWS, d), np.float32))
+        settings = [f"--val-stream={s}={folder}/v{s}.npy" for s in WIDTHS]
+        words = (
+            "validation stream 'a': expected few zero rows, got 700 zero rows (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ...) of "
+            "700: most batches would have no finite loss"
+        )
     elif kind == "validation streams":
         settings = [f"--val-stream=a={a}", f"--val-stream=c={b}"]
         words = "streams: expected a, b, the streams of the training data, got a, c"
@@ -164,7 +172,8 @@ KINDS = [
     "no dataset", "row mismatch", "NaN rows", "integers", "empty file", "truncated npy", "truncated HDF5",
     "truncated safetensors", "which tensor", "no such file", "other suffix", "one dimension", "no rows",
     "by columns", "not a npy", "k above N", "auxk above N", "learning rate", "clipping without gradients", "memory",
-    "validation of everything", "validation widths", "validation streams", "out is a file", "folder holds a run",
+    "validation of everything", "validation widths", "validation zero rows", "validation streams", "out is a file",
+    "folder holds a run",
     "other data", "other settings", "other stream", "damaged checkpoint", "wrong checkpoint kind",
     "damaged manifest", "no GPU",
 ]  # fmt: skip
@@ -182,6 +191,40 @@ def test_refused_by_name_before_training(kind, tmp_path, capsys, monkeypatch):
     assert cli.main(["train", *QUICKLY[:6], "--quiet", *device, *settings, *given]) == 2
     error = capsys.readouterr().err
     assert words in error, error
+
+
+def test_zero_rows_to_validate_on_are_told_and_their_batches_left_out(capsys):
+    def run(held_out: dict) -> float:
+        config = TrainConfig(n_latents=48, k=4, auxk=6, batch_size=64)
+        trainer = Trainer(config, streams(), val_streams=held_out, device="cpu")
+        trainer.close()
+        return trainer._validate(0)["val_loss"]
+
+    held_out = {s: x[:128].clone() for s, x in streams().items()}
+    want = run({s: x[64:] for s, x in held_out.items()})
+    assert "Note" not in capsys.readouterr().out
+    held_out["b"][5] = 0
+    assert run(held_out) == want
+    note = "Note: validation stream 'b' has 1 zero rows (5) of 128; batches with one are left out of val_loss"
+    assert note in capsys.readouterr().out
+
+
+def test_damaged_rows_that_the_sample_missed_stop_training_by_name(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(features, "_CHECK_BYTES", 1)  # one row at a time
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        dataset = file.create_dataset("features", data=streams()["a"].numpy(), chunks=(1, 20), fletcher32=True)
+        place = dataset.id.get_chunk_info_by_coord((1, 0)).byte_offset
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    command = ["train", f"--stream=a={path}", "--k=4", "--auxk=6", *QUICKLY]
+    assert cli.main([*command, f"--out={tmp_path / 'full'}"]) == 2
+    assert cli.main([*command, f"--out={tmp_path / 'quick'}", "--quick-check"]) == 1
+    full, quick = capsys.readouterr().err.splitlines()
+    words = f"stream 'a' ({path}): expected rows that can be read, got damaged ones from row "
+    assert full.startswith(f"sparc-kernels train: error: {words}1 to 1 (")
+    assert quick.startswith(f"sparc-kernels train: stopped: {words}0 to ")
 
 
 def test_no_space_is_refused_before_training(tmp_path):
