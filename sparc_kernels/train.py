@@ -510,7 +510,7 @@ class Trainer:
             config = self.config
             settings = {"batch_size": config.batch_size, "num_epochs": config.epochs, "lr": config.lr}
             settings |= {"seed": config.seed, "auxk_coef": config.auxk_coef, "cross_loss_coef": config.cross_coef}
-            export_official(self.model, self.out, settings)
+            export_official(self.model, self.out, settings, config.normalize)
 
     def _say(self, text: str) -> None:
         if self.log is not None:
