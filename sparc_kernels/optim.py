@@ -43,7 +43,7 @@ class SparcAdam(torch.optim.Optimizer):
     torch.amp.GradScaler sets, are honoured on the device.
 
     Raises: ValueError for bad arguments, more parameter groups, a state of another shape or of an Adam with options
-    that this one has not.
+    that this one has not; also by steps where one nn.Parameter serves two streams.
 
     Equivalent to (normalize="before"):
         model.unit_norm_decoder_().project_decoder_grad_()
@@ -83,6 +83,7 @@ class SparcAdam(torch.optim.Optimizer):
         halves = (None, torch.bfloat16, torch.float16)
         require(shadow in halves, "shadow", "torch.bfloat16, torch.float16 or None", repr(shadow))
         self.impl, self._shadow = impl, shadow and Shadow(shadow)
+        self.streams()
         params = list(self.model.parameters())
         if capturable and not isinstance(lr, torch.Tensor):
             # float64: as exact as the number that a step outside of a graph takes
@@ -134,11 +135,12 @@ class SparcAdam(torch.optim.Optimizer):
     # ----------------------------------------------------------------- parts that the step without gradients has too
 
     def streams(self) -> list[list[torch.nn.Parameter]]:
-        """w_enc [N, d], w_dec [d, N], pre_bias, latent_bias of every stream."""
+        """w_enc [N, d], w_dec [d, N], pre_bias, latent_bias of every stream. ValueError where two are one."""
         m = self.model
-        return [
-            [m.encoders[s].weight, m.decoders[s].weight, m.pre_biases[s], m.latent_biases[s]] for s in m.streams
-        ]  # fmt: skip
+        found = [[m.encoders[s].weight, m.decoders[s].weight, m.pre_biases[s], m.latent_biases[s]] for s in m.streams]
+        if len({id(p) for stream in found for p in stream}) < 4 * len(found):
+            _refuse_shared(m, found)
+        return found
 
     def refresh_shadow(self, seen_only: bool = False) -> None:
         """Rounds the weights again; seen_only: those that autograd has seen change, except by `training_step`."""
@@ -281,6 +283,16 @@ def _check_saved(state_dict):
     coupled = groups[0].get("weight_decay", 0) != 0 and not groups[0].get("decoupled_weight_decay", True)
     require(not coupled, "state_dict", "decoupled weight decay (AdamW) or none", "Adam's, which goes into the gradient")
     return groups[0]
+
+
+def _refuse_shared(model, streams) -> None:
+    seen = {}
+    for s, params in zip(model.streams, streams, strict=True):
+        names = f"encoders.{s}.weight", f"decoders.{s}.weight", f"pre_biases.{s}", f"latent_biases.{s}"
+        for name, p in zip(names, params, strict=True):
+            own = "a parameter of its own (torch.optim.Adam steps shared ones; with compute_loss and backward)"
+            require(id(p) not in seen, name, own, f"that of {seen.get(id(p))}")
+            seen[id(p)] = name
 
 
 def mode_of(group: dict) -> int:
