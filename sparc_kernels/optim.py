@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from ._checks import check_bool, check_number, fail, require
@@ -37,10 +39,11 @@ class SparcAdam(torch.optim.Optimizer):
         impl: "auto" (Triton on CUDA tensors, torch elsewhere), "triton" or "torch".
 
     Moments and arithmetic are float32 (float64 for float64 parameters), also where parameters are bfloat16 or float16;
-    torch.optim.Adam keeps those moments in half precision. Gradients are read, never changed. A parameter without a
-    gradient is left alone, decoders too, and its step is not counted. Step counts are on the device, so the step never
-    waits. The state has torch.optim.Adam's names and shapes, and loads both ways. `grad_scale` and `found_inf`, which
-    torch.amp.GradScaler sets, are honoured on the device.
+    torch.optim.Adam keeps those moments in half precision. Such parameters are rounded after every step, in which an
+    update below half a unit of the last place is lost (bfloat16: 1/512 of a weight): a RuntimeWarning says so.
+    Gradients are read, never changed. A parameter without a gradient is left alone, decoders too, and its step is not
+    counted. Step counts are on the device, so the step never waits. The state has torch.optim.Adam's names and shapes,
+    and loads both ways. `grad_scale` and `found_inf`, which torch.amp.GradScaler sets, are honoured on the device.
 
     Raises: ValueError for bad arguments, more parameter groups, a state of another shape or of an Adam with options
     that this one has not; also by steps where one nn.Parameter serves two streams.
@@ -84,6 +87,7 @@ class SparcAdam(torch.optim.Optimizer):
         require(shadow in halves, "shadow", "torch.bfloat16, torch.float16 or None", repr(shadow))
         self.impl, self._shadow = impl, shadow and Shadow(shadow)
         self.streams()
+        _warn_of_half(self.model)
         params = list(self.model.parameters())
         if capturable and not isinstance(lr, torch.Tensor):
             # float64: as exact as the number that a step outside of a graph takes
@@ -283,6 +287,15 @@ def _check_saved(state_dict):
     coupled = groups[0].get("weight_decay", 0) != 0 and not groups[0].get("decoupled_weight_decay", True)
     require(not coupled, "state_dict", "decoupled weight decay (AdamW) or none", "Adam's, which goes into the gradient")
     return groups[0]
+
+
+def _warn_of_half(model) -> None:
+    half = [name for name, p in model.named_parameters() if p.dtype in (torch.bfloat16, torch.float16)]
+    if half:
+        dtype = str(model.get_parameter(half[0]).dtype).removeprefix("torch.")
+        text = f"{half[0]}: {dtype} parameters lose updates below half a unit of their last place, and training stalls"
+        how = f"keep float32 parameters and use torch.autocast in {dtype} (docs/integration.md)"
+        warnings.warn(f"{text}; {how}", RuntimeWarning, stacklevel=3)
 
 
 def _refuse_shared(model, streams) -> None:

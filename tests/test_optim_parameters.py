@@ -1,6 +1,11 @@
-"""One nn.Parameter in two streams: torch.optim.Adam steps it once; SparcAdam and training_step refuse it by name."""
+"""Parameters that SparcAdam does not step as one would think.
+
+One nn.Parameter in two streams: torch.optim.Adam steps it once; SparcAdam and training_step refuse it by name.
+Parameters in half precision: updates round away.
+"""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -97,3 +102,18 @@ def test_a_shared_row_is_dead_where_no_stream_fires(part):
     assert (tied.encoders["a"].weight != before).any(1).nonzero().flatten().tolist() == [2]
     assert (tied.latent_biases["a"] == 0).nonzero().flatten().tolist() == [2]
     assert tied.stats_last_nonzero_a[1] == 9 and tied.stats_last_nonzero_b[2] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_parameters_warn_once_by_name(dtype):
+    part = rf"encoders\.a\.weight: {str(dtype).removeprefix('torch.')} parameters lose updates"
+    with pytest.warns(RuntimeWarning, match=part) as caught:
+        SparcAdam(model(dtype=dtype))
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SparcAdam(model(dtype=torch.float32), shadow=dtype)
+        mixed = model(dtype=torch.float32)
+        mixed.pre_biases["b"] = torch.nn.Parameter(mixed.pre_biases["b"].detach().to(dtype))
+        with pytest.raises(RuntimeWarning, match=r"pre_biases\.b: "):
+            SparcAdam(mixed)
