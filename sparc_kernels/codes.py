@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from ._arguments import refusing
+from ._progress import Watch, watched
 from .checkpoint import write_atomically
-from .evaluate import add_model_arguments, codes_of, open_model, select_locally
+from .evaluate import add_model_arguments, codes_of, open_model
 from .features import Features
 from .metrics import Codes
 from .module import AlignedSAE
@@ -107,11 +108,19 @@ class CsrWriter:
 
 
 @torch.no_grad()
-def write_codes(model: AlignedSAE, features: Features, out: Path, form: str = "npz", batch_size: int = 1024) -> dict:
+def write_codes(
+    model: AlignedSAE,
+    features: Features,
+    out: str | Path,
+    form: str = "npz",
+    batch_size: int = 1024,
+    watch: Watch = iter,
+) -> dict:
     """Codes of all rows in files out/NAME.npz or out/NAME.safetensors, one for each stream.
 
     Returns: {s: values in it}.
     """
+    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     device = next(model.parameters()).device
     model.eval()
@@ -119,7 +128,7 @@ def write_codes(model: AlignedSAE, features: Features, out: Path, form: str = "n
         writers = {s: CsrWriter(out / f"{s}.{form}", model.n_latents, out) for s in features.widths}
         for writer in writers.values():
             stack.callback(writer.close)
-        for _, x in features.batches(batch_size):
+        for _, x in watch(features.batches(batch_size)):
             outputs = model({s: rows.to(device) for s, rows in x.items()})
             for s, codes in codes_of(outputs, model.n_latents).items():
                 writers[s].add(codes)
@@ -128,18 +137,17 @@ def write_codes(model: AlignedSAE, features: Features, out: Path, form: str = "n
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--alone", action="store_true", help="let each stream select its latents alone")
     parser.add_argument("--format", choices=FORMATS, default="npz", help="SciPy's .npz or safetensors (npz)")
     parser.add_argument("--out", type=Path, required=True, help="folder; one file for each stream")
 
 
 @refusing("encode")
 def run(args: argparse.Namespace) -> None:
-    model, features = open_model(args)
+    model, features, _ = open_model(args)
     started = time.perf_counter()
     with features:
-        chosen = select_locally(model) if args.alone else model
-        values = write_codes(chosen, features, args.out, args.format, args.batch_size)
+        watch = watched(features.rows, "encode")
+        values = write_codes(model, features, args.out, args.format, args.batch_size, watch)
     for s, count in values.items():
         share = count / features.rows
         print(f"{args.out / s}.{args.format}: {features.rows:,} x {model.n_latents:,}, {share:.1f} values a row")
