@@ -87,7 +87,8 @@ class SparcAdam(torch.optim.Optimizer):
         require(shadow in halves, "shadow", "torch.bfloat16, torch.float16 or None", repr(shadow))
         self.impl, self._shadow = impl, shadow and Shadow(shadow)
         self.streams()
-        _warn_of_half(self.model)
+        if isinstance(lr, torch.Tensor) or lr > 0:
+            _warn_of_half(self.model)
         params = list(self.model.parameters())
         if capturable and not isinstance(lr, torch.Tensor):
             # float64: as exact as the number that a step outside of a graph takes
@@ -290,12 +291,13 @@ def _check_saved(state_dict):
 
 
 def _warn_of_half(model) -> None:
-    half = [name for name, p in model.named_parameters() if p.dtype in (torch.bfloat16, torch.float16)]
-    if half:
-        dtype = str(model.get_parameter(half[0]).dtype).removeprefix("torch.")
-        text = f"{half[0]}: {dtype} parameters lose updates below half a unit of their last place, and training stalls"
-        how = f"keep float32 parameters and use torch.autocast in {dtype} (docs/integration.md)"
-        warnings.warn(f"{text}; {how}", RuntimeWarning, stacklevel=3)
+    for name, p in model.named_parameters():
+        if p.dtype in (torch.bfloat16, torch.float16) and not p.is_meta:  # a step that is traced trains nothing
+            dtype = str(p.dtype).removeprefix("torch.")
+            text = f"{name}: {dtype} parameters lose updates below half a unit of their last place, and training stalls"
+            how = f"keep float32 parameters and use torch.autocast in {dtype} (docs/integration.md)"
+            warnings.warn(f"{text}; {how}", RuntimeWarning, stacklevel=3)
+            return
 
 
 def _refuse_shared(model, streams) -> None:

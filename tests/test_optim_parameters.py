@@ -113,6 +113,8 @@ def test_half_precision_parameters_warn_once_by_name(dtype):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         SparcAdam(model(dtype=torch.float32), shadow=dtype)
+        SparcAdam(model(dtype=dtype), lr=0.0)  # loses nothing
+        SparcAdam(AlignedSAE(WIDTHS, 16, 3, dtype=dtype, device="meta"))
         mixed = model(dtype=torch.float32)
         mixed.pre_biases["b"] = torch.nn.Parameter(mixed.pre_biases["b"].detach().to(dtype))
         with pytest.raises(RuntimeWarning, match=r"pre_biases\.b: "):
