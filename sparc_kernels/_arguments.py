@@ -21,6 +21,14 @@ def memory_size(text: str) -> int:
         raise argparse.ArgumentTypeError(f"expected a size such as 500M or 4GiB, got {text!r}") from None
 
 
+def size_text(size: int) -> str:
+    """What `memory_size` reads, exactly: "4 GiB", "1,500 bytes"."""
+    for unit in "TGMK":
+        if size and size % _UNITS[unit.lower()] == 0:
+            return f"{size // _UNITS[unit.lower()]:,} {unit}iB"
+    return f"{size:,} bytes"
+
+
 def stream_file(text: str) -> tuple[str, Path]:
     """NAME=FILE."""
     name, equals, path = text.partition("=")
@@ -53,6 +61,8 @@ def refusing(command: str):
         def run(args: argparse.Namespace) -> int:
             try:
                 work(args)
+            except BrokenPipeError:
+                raise  # `cli.main` knows
             except (ValueError, OSError, ImportError) as error:
                 print(f"sparc-kernels {command}: error: {error}", file=sys.stderr)
                 return 2

@@ -7,7 +7,8 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from ._arguments import add_stream_argument, memory_size
+from ._arguments import add_stream_argument, memory_size, size_text
+from ._checks import precision_name
 from .checkpoint import read_json
 from .loader import SHUFFLES
 from .runlog import LOGGERS
@@ -61,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS", help="0: only at the end (1000)")
     parser.add_argument("--keep", type=int, default=2, metavar="N", help="newest checkpoints that stay (2)")
     parser.add_argument("--log-every", type=int, default=50, metavar="STEPS", help="between rows of log.csv (50)")
-    parser.add_argument("--log", action="append", choices=LOGGERS, default=[], help="report there too")
+    parser.add_argument("--log", action="append", choices=LOGGERS, default=[], help="report there too; wandb: to the "
+                        "project $WANDB_PROJECT, or sparc")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (auto)")
     parser.add_argument("--no-graph", dest="graph", action="store_false", help="on CUDA: no CUDA graph")
     parser.add_argument("--quick-check", action="store_true", help="look for NaN and infinity in a sample of the rows")
@@ -69,12 +71,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="say nothing")
     settings = parser.add_argument_group("settings, with the official defaults")
     for field in fields(TrainConfig):
-        flag, text = "--" + field.name.replace("_", "-"), f"{_OPTIONS[field.name]} ({field.default})"
+        default = size_text(field.default) if field.name == "memory" else field.default
+        flag, text = "--" + field.name.replace("_", "-"), f"{_OPTIONS[field.name]} ({default})"
         if isinstance(field.default, bool):
             action = argparse.BooleanOptionalAction
             settings.add_argument(flag, action=action, default=argparse.SUPPRESS, help=text)
             continue
-        kind = memory_size if field.name == "memory" else type(field.default)
+        kind = {"memory": memory_size, "precision": precision_name}.get(field.name, type(field.default))
         choices = _CHOICES.get(field.name)
         metavar = None if choices else ("SIZE" if kind is memory_size else kind.__name__.upper())
         settings.add_argument(
@@ -108,6 +111,8 @@ def run(args: argparse.Namespace) -> int:
         return 130
     try:
         trainer.train()
+    except BrokenPipeError:
+        raise  # `cli.main` knows
     except Interrupted as stop:
         print(f"\n{stop}", file=sys.stderr)
         return stop.code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -136,4 +137,5 @@ def _wandb(out: Path | None, settings: dict):
         import wandb
     except ImportError as error:
         raise missing("wandb", "--log wandb reports to Weights & Biases", "log") from error
-    return wandb.init(project="sparc", config=settings, dir=None if out is None else str(out), resume="allow")
+    project = os.environ.get("WANDB_PROJECT", "sparc")
+    return wandb.init(project=project, config=settings, dir=None if out is None else str(out), resume="allow")

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ._arguments import size_text
 from ._checks import check_int, fail, require
 from ._process import Signals, only_one_run, versions
 from .checkpoint import (
@@ -148,7 +149,8 @@ class Trainer:
         before = asdict(TrainConfig()) | manifest["config"]  # settings that are newer than the run have their defaults
         for field, value in asdict(self.config).items():
             had = before[field]
-            require(had == value, field, f"{had!r} as in {path}", repr(value))
+            show = size_text if field == "memory" and isinstance(had, int) else repr
+            require(had == value, field, f"{show(had)} as in {path}", show(value))
         if manifest.get("threads") != torch.get_num_threads():
             text = f"{torch.get_num_threads()} threads, {manifest.get('threads')} when the run began"
             self._say(f"Note: {text}; results may differ by rounding")

@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -873,6 +874,13 @@ def test_readme_and_results_are_what_the_records_say(tmp_path, capsys):
     (copied / "README.md").write_text("no markers")
     with pytest.raises(ValueError, match=r"README.md: expected the markers"):
         report.stale(copied)
+
+
+def test_a_filter_takes_every_spelling():
+    group = SimpleNamespace(case=SimpleNamespace(name="c", data="d"), op="training", dtype="bfloat16 autocast")
+    for pattern, found in (("bf16", ["full"]), ("ours bfloat16 autocast", ["full"]), ("fp32", [])):
+        run = SimpleNamespace(pattern=re.compile(pattern))
+        assert runner.Run._wanted(run, group, SimpleNamespace(name="ours"), ["full"]) == found
 
 
 @pytest.mark.parametrize("checkout", [True, False])
