@@ -246,8 +246,9 @@ def open_model(args) -> Opened:
         print(f"Note: {key} {given[key]}, where the model was trained with {had}", file=sys.stderr)
     if args.alone and model.topk_type == "global":
         model, trained = select_locally(model), {"topk_type": "global"} | trained
-    dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
-    features = Features(args.stream, normalize, dtype)
+    if next(model.parameters()).dtype != torch.float64:
+        model = model.float()  # weights in half precision lose nothing, and rows are read in float32
+    features = Features(args.stream, normalize, next(model.parameters()).dtype)
     features.require_widths(needed_widths(model, args.stream), f"the model {args.model}")
     return Opened(model.requires_grad_(False), features, trained)
 

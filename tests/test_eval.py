@@ -327,6 +327,14 @@ def test_progress_and_where_scores_go_are_said_on_stderr(folder, tmp_path, capsy
             assert "Scores and report go to sparc-eval" in text.err and (tmp_path / "sparc-eval/scores.json").exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_of_every_dtype_are_read(folder, tmp_path, dtype):
+    save_weights(AlignedSAE(WIDTHS, 64, 5, dtype=dtype), tmp_path / "m.safetensors")
+    command = ["encode", f"--model={tmp_path / 'm.safetensors'}", *streams(folder), f"--out={tmp_path}", "--device=cpu"]
+    assert cli.main(command) == 0
+    assert sparse.load_npz(tmp_path / "a.npz").dtype == (np.float64 if dtype == torch.float64 else np.float32)
+
+
 def test_what_weights_do_not_tell_is_asked_for_at_once(folder, tmp_path, capsys):
     path = export_official(AlignedSAE(WIDTHS, 64, 5), tmp_path)
     path.with_name("run_config.json").unlink()
