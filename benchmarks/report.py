@@ -14,6 +14,8 @@ import subprocess
 import textwrap
 from pathlib import Path
 
+from sparc_kernels._arguments import ends_with_its_pipe
+
 from . import record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -405,6 +407,7 @@ def stale(root: Path = ROOT) -> list[str]:
     return [path.name for path, text in texts(root, named).items() if path.read_text() != text]
 
 
+@ends_with_its_pipe
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

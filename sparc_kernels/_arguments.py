@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -53,6 +54,25 @@ def add_stream_argument(parser, flag: str, text: str, required: bool = False) ->
     parser.add_argument(flag, action=_Streams, type=stream_file, metavar="NAME=FILE", required=required, help=text)
 
 
+def ends_with_its_pipe(main: Callable[..., int]) -> Callable[..., int]:
+    """Decorator of a `main`: exit code 141, as the shell has it, where the reader of the output has gone (`| head`)."""
+
+    @functools.wraps(main)
+    def run(*args, **kwargs) -> int:
+        try:
+            try:
+                return main(*args, **kwargs)
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for stream in (sys.stdout, sys.stderr):  # what is left in them is written when Python ends
+                os.dup2(nowhere, stream.fileno())
+            return 141
+
+    return run
+
+
 def refusing(command: str):
     """Decorator of a subcommand's `run`. Exit code: 0; 2 where something is refused; 130 after Ctrl-C."""
 
@@ -62,7 +82,7 @@ def refusing(command: str):
             try:
                 work(args)
             except BrokenPipeError:
-                raise  # `cli.main` knows
+                raise  # for `ends_with_its_pipe`
             except (ValueError, OSError, ImportError) as error:
                 print(f"sparc-kernels {command}: error: {error}", file=sys.stderr)
                 return 2

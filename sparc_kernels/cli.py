@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from importlib import import_module
 
 from . import __version__
+from ._arguments import ends_with_its_pipe
 
 # name -> its module, with add_arguments(parser) and run(args) -> exit code, and its line of help
 SUBCOMMANDS = {
@@ -29,21 +29,8 @@ SUBCOMMANDS = {
 }
 
 
+@ends_with_its_pipe
 def main(argv: list[str] | None = None) -> int:
-    """Exit code of the command; 141, as the shell has it, where whoever reads the output has gone (`| head`)."""
-    try:
-        try:
-            return _main(argv)
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr):  # what is left in them is written when Python ends
-            os.dup2(nowhere, stream.fileno())
-        return 141
-
-
-def _main(argv: list[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="sparc-kernels", description="Concept-aligned sparse autoencoders, fast.")
     parser.add_argument("--version", action="version", version=f"sparc_kernels {__version__}")

@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         trainer.train()
     except BrokenPipeError:
-        raise  # `cli.main` knows
+        raise  # for `ends_with_its_pipe`
     except Interrupted as stop:
         print(f"\n{stop}", file=sys.stderr)
         return stop.code

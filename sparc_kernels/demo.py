@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         return _refuse(str(error))
     except BrokenPipeError:
-        raise  # `cli.main` knows
+        raise  # for `ends_with_its_pipe`
     except OSError as error:  # a full disk, a folder that went away
         return _refuse(str(error))
     return 0

@@ -27,9 +27,13 @@ def folder(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("command", ["cost", "show", "show 2>&1", "train", "demo"])
+RECORD = next((ROOT / "benchmarks" / "results").glob("epyc*.json"))
+
+
+@pytest.mark.parametrize("command", ["cost", "show", "show 2>&1", "train", "demo", "report"])
 def test_a_pipe_that_is_closed_ends_a_command_quietly(folder, tmp_path, command):
     command, *both = command.split()
+    program = ["benchmarks.report", f"--show={RECORD}"] if command == "report" else ["sparc_kernels", command]
     streams = [f"--stream=x={folder / 'x.npy'}"]
     given = {"show": ["1", f"--model={folder / 'm.safetensors'}", *streams], "demo": ["--only-data", "--out", "d"],
              "train": [*TINY, *streams, "--out=run"]}  # fmt: skip
@@ -37,7 +41,7 @@ def test_a_pipe_that_is_closed_ends_a_command_quietly(folder, tmp_path, command)
     os.close(reader)  # as `| head` when it has seen enough
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "sparc_kernels", command, *given.get(command, [])], cwd=tmp_path, env=env, check=False,
+        [sys.executable, "-m", *program, *given.get(command, [])], cwd=tmp_path, env=env, check=False,
         stdout=writer, stderr=writer if both else subprocess.PIPE, text=True,
     )  # fmt: skip
     os.close(writer)
