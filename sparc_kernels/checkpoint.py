@@ -70,10 +70,13 @@ def write_json(path: Path, value) -> None:
 
 
 def read_json(path: Path) -> dict:
+    """Raises: ValueError that names the file, when it cannot be read or holds no object."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected a JSON file, got one that cannot be read ({error})") from error
+    require(isinstance(value, dict), str(path), "a JSON object", value)
+    return value
 
 
 class _Hashing:
@@ -255,7 +258,7 @@ def read_weights(path: str | Path) -> tuple[Path, dict, dict]:
     if path.is_dir():
         path = _weights_in(path)
     state, config = (_read_safetensors if path.suffix.lower() == ".safetensors" else _read_torch)(path)
-    require(isinstance(config, dict), f"model {path}", "settings by name", config)
+    require(isinstance(config, dict), f"model {path}", "its settings as a JSON object", config)
     return path, state, {key: config[key] for key in SETTINGS if key in config}
 
 
@@ -309,9 +312,10 @@ def _read_safetensors(path: Path) -> tuple[dict, dict]:
             metadata = file.metadata() or {}
         text = metadata.get("sparc_kernels", "{}")
         config = json.loads(text)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ValueError(f"model {path}: expected a complete safetensors file ({error})") from error
-    whole = metadata.get("sha256") in (None, _digest(text, state))
+    digest = metadata.get("sha256")
+    whole = digest is None or digest == _digest(text, state)
     require(whole, f"model {path}", "settings and weights of the digest in it", "others: the file is damaged or edited")
     return state, config
 
@@ -323,7 +327,7 @@ def _read_torch(path: Path) -> tuple[dict, dict]:
         ours = ours and file.read(len(_MAGIC)) == _MAGIC
     if ours:
         checkpoint = load_checkpoint(path)
-        return checkpoint["model"], checkpoint["model_config"]
+        return checkpoint.get("model"), checkpoint.get("model_config")
     try:
         _check_checksums(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -333,9 +337,9 @@ def _read_torch(path: Path) -> tuple[dict, dict]:
     beside = path.with_name(OFFICIAL_CONFIG)
     if not beside.exists():
         return state, {}
-    config = read_json(beside)
-    require(isinstance(config, dict), str(beside), "an object with the settings under 'args'", config)
-    return state, config.get("args", {})
+    args = read_json(beside).get("args", {})
+    require(isinstance(args, dict), str(beside), "settings as a JSON object under 'args'", args)
+    return state, args
 
 
 def _check_checksums(path: Path) -> None:

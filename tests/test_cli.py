@@ -106,8 +106,8 @@ def test_wandbs_project_is_the_environments(monkeypatch):
         sys.modules, "wandb", types.SimpleNamespace(init=lambda **given: asked.append(given["project"]))
     )
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
-    runlog._wandb(None, {})
+    runlog.RunLog(None, [], 1, to=("wandb",), quiet=True)
     monkeypatch.setenv("WANDB_PROJECT", "mine")
-    runlog._wandb(None, {})
+    runlog.RunLog(None, [], 1, to=("wandb",), quiet=True)
     assert asked == ["sparc", "mine"]
     assert "$WANDB_PROJECT" in Path(cli_train.__file__).read_text()

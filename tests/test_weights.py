@@ -124,8 +124,8 @@ def test_weights_without_checksums_load(tmp_path):
 
 
 STRANGE = {
-    "a list of settings": ({}, [1], "expected settings by name, got a list"),
-    "no object": ({}, None, "expected an object with the settings under 'args'"),
+    "a list of settings": ({}, [1], "expected settings as a JSON object under 'args', got a list"),
+    "no object": ({}, None, "run_config.json: expected a JSON object, got None"),
     "a k that is no number": ({}, {"k": "3"}, "k: expected an int in 1..32"),
     "a k that is too large": ({}, {"k": 33}, "k: expected an int in 1..32"),
     "a word for normalize": ({}, {"normalize": "false"}, "normalize: expected True or False"),
