@@ -190,8 +190,9 @@ def save_weights(model: AlignedSAE, path: str | Path, normalize: bool = True) ->
     except ImportError as error:
         raise missing("safetensors", f"{path.name} is a safetensors file") from error
     state = _cpu_state(model)
-    config = json.dumps(model_config(model) | {"normalize": check_bool("normalize", normalize)})
-    content = save(state, metadata={"sparc_kernels": config, "sha256": _digest(config, state)})
+    config = model_config(model) | {"normalize": check_bool("normalize", normalize)}
+    # one entry: safetensors writes several in an order that changes
+    content = save(state, metadata={"sparc_kernels": json.dumps(config | {"sha256": _digest(config, state)})})
     write_atomically(path, lambda file: file.write(content))
 
 
@@ -206,9 +207,9 @@ def _cpu_state(model: AlignedSAE) -> dict[str, torch.Tensor]:
     return state
 
 
-def _digest(config: str, state: Mapping[str, torch.Tensor]) -> str:
+def _digest(config: dict, state: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 of settings and weights, in whatever order a file has these."""
-    digest = hashlib.sha256(config.encode())
+    digest = hashlib.sha256(json.dumps(config).encode())
     for name, value in sorted(state.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy())
@@ -309,13 +310,11 @@ def _read_safetensors(path: Path) -> tuple[dict, dict]:
     try:
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-            metadata = file.metadata() or {}
-        text = metadata.get("sparc_kernels", "{}")
-        config = json.loads(text)
+            config = json.loads((file.metadata() or {}).get("sparc_kernels", "{}"))
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ValueError(f"model {path}: expected a complete safetensors file ({error})") from error
-    digest = metadata.get("sha256")
-    whole = digest is None or digest == _digest(text, state)
+    digest = config.pop("sha256", None) if isinstance(config, dict) else None
+    whole = digest is None or digest == _digest(config, state)
     require(whole, f"model {path}", "settings and weights of the digest in it", "others: the file is damaged or edited")
     return state, config
 
