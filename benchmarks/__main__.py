@@ -16,6 +16,8 @@ import sys
 import warnings
 from pathlib import Path
 
+from sparc_kernels._arguments import ends_with_its_pipe
+
 
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -60,6 +62,7 @@ def parse(argv=None) -> argparse.Namespace:
     return args
 
 
+@ends_with_its_pipe
 def main(argv=None) -> int:
     args = parse(argv)
     from . import record, report

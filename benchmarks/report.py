@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import subprocess
 import textwrap
 from pathlib import Path
+
+from sparc_kernels._arguments import ends_with_its_pipe
 
 from . import record
 
@@ -160,9 +163,20 @@ def _block(key: tuple, rows: list[dict]) -> str:
 
 
 def records(folder: Path = RESULTS) -> list[tuple[str, dict]]:
-    """Committed records by name, the newest of each device last."""
-    found = [(path.name, record.load(path)) for path in sorted(folder.glob("*.json"))]
-    return sorted(found, key=lambda item: item[1]["started"])
+    """Records that git tracks (all outside of a checkout) by name, the newest of each device last."""
+    tracked = _tracked(folder)
+    paths = [path for path in sorted(folder.glob("*.json")) if tracked is None or path.name in tracked]
+    return sorted(((path.name, record.load(path)) for path in paths), key=lambda item: item[1]["started"])
+
+
+def _tracked(folder: Path) -> set[str] | None:
+    """Names of the files in a folder that git tracks; None where it tracks none, outside of our checkout."""
+    command = ["git", "-C", str(folder), "ls-files", "-z"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return set(filter(None, done.stdout.split("\0"))) or None
 
 
 def newest(found: list[tuple[str, dict]], device: str) -> tuple[str, dict] | None:
@@ -376,9 +390,12 @@ def between(text: str, new: str, where: str) -> str:
     return f"{head}{BEGIN}\n\n{new}\n\n{END}{rest.split(END)[1]}"
 
 
-def texts(root: Path = ROOT) -> dict[Path, str]:
-    """What README.md and docs/results.md should say."""
-    found = records(root / "benchmarks" / "results")
+def texts(root: Path = ROOT, of: str = "") -> dict[Path, str]:
+    """What README.md and docs/results.md should say. of: outside of a checkout, only of the records named in it."""
+    folder = root / "benchmarks" / "results"
+    found = records(folder)
+    if of and _tracked(folder) is None:
+        found = [(name, data) for name, data in found if name in of]
     made = {}
     for path, new in ((root / "README.md", readme(found)), (root / "docs" / "results.md", results(found))):
         made[path] = between(path.read_text(), new, path.name)
@@ -386,9 +403,11 @@ def texts(root: Path = ROOT) -> dict[Path, str]:
 
 
 def stale(root: Path = ROOT) -> list[str]:
-    return [path.name for path, text in texts(root).items() if path.read_text() != text]
+    named = (root / "docs" / "results.md").read_text()
+    return [path.name for path, text in texts(root, named).items() if path.read_text() != text]
 
 
+@ends_with_its_pipe
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -405,8 +424,12 @@ def main(argv=None) -> int:
         return 1 if old else 0
     from . import plot
 
-    for path in sorted(RESULTS.glob("*.json")):  # first: the text links to those that exist
-        for file in plot.draw(path, ROOT / "docs" / "plots"):
+    names = [name for name, _ in records()]
+    for path in sorted(RESULTS.glob("*.json")):
+        if path.name not in names:
+            print(f"left out {path.relative_to(ROOT)}, which git does not track")
+    for name in names:  # first: the text links to plots that exist
+        for file in plot.draw(RESULTS / name, ROOT / "docs" / "plots"):
             print(f"wrote {file.relative_to(ROOT)}")
     for path, text in texts().items():
         path.write_text(text)

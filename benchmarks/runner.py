@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from sparc_kernels import cost_model
+from sparc_kernels._checks import precision_name
 
 from . import environment, record
 from .cases import Case, Problem
@@ -143,8 +144,9 @@ class Run:
         return bool(record.of_provider(self.data, group, p.name))
 
     def _wanted(self, group: Group, p: Provider, modes) -> list[str]:
-        c = group.case
-        return [m for m in modes if self.pattern.search(f"{c.name} {c.data} {group.op} {p.name} {group.dtype} {m}")]
+        c, search = group.case, self.pattern.search
+        names = {group.dtype, " ".join(map(precision_name, group.dtype.split()))}
+        return [m for m in modes if any(search(f"{c.name} {c.data} {group.op} {p.name} {n} {m}") for n in names)]
 
     # ---------------------------------------------------------------------------------------------------------- the run
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -20,6 +21,14 @@ def memory_size(text: str) -> int:
         return int(float(found[1]) * _UNITS[found[2]])
     except (TypeError, ValueError):
         raise argparse.ArgumentTypeError(f"expected a size such as 500M or 4GiB, got {text!r}") from None
+
+
+def size_text(size: int) -> str:
+    """What `memory_size` reads, exactly: "4 GiB", "1,500 bytes"."""
+    for unit in "TGMK":
+        if size and size % _UNITS[unit.lower()] == 0:
+            return f"{size // _UNITS[unit.lower()]:,} {unit}iB"
+    return f"{size:,} bytes"
 
 
 def stream_file(text: str) -> tuple[str, Path]:
@@ -46,6 +55,25 @@ def add_stream_argument(parser, flag: str, text: str, required: bool = False) ->
     parser.add_argument(flag, action=_Streams, type=stream_file, metavar="NAME=FILE", required=required, help=text)
 
 
+def ends_with_its_pipe(main: Callable[..., int]) -> Callable[..., int]:
+    """Decorator of a `main`: exit code 141, as the shell has it, where the reader of the output has gone (`| head`)."""
+
+    @functools.wraps(main)
+    def run(*args, **kwargs) -> int:
+        try:
+            try:
+                return main(*args, **kwargs)
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for stream in (sys.stdout, sys.stderr):  # what is left in them is written when Python ends
+                os.dup2(nowhere, stream.fileno())
+            return 141
+
+    return run
+
+
 def refusing(command: str):
     """Decorator of a subcommand's `run`. Exit code: 0; 2 where something is refused; 130 after Ctrl-C."""
 
@@ -54,6 +82,8 @@ def refusing(command: str):
         def run(args: argparse.Namespace) -> int:
             try:
                 work(args)
+            except BrokenPipeError:
+                raise  # for `ends_with_its_pipe`
             except (ValueError, OSError, ImportError) as error:
                 print(f"sparc-kernels {command}: error: {error}", file=sys.stderr)
                 return 2

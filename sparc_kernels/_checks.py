@@ -11,6 +11,15 @@ import numpy as np
 import torch
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+TORCH_NAMES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_SPELLINGS = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
+_SPELLINGS |= {"double": "fp64", "float": "fp32", "half": "fp16", "f64": "fp64", "f32": "fp32", "f16": "fp16"}
+
+
+def precision_name(text: str) -> str:
+    """fp64, fp32, bf16 or fp16 for every usual spelling ("float32", "torch.bfloat16"); another text as it is."""
+    name = text.lower().removeprefix("torch.")
+    return _SPELLINGS.get(name, name)
 
 
 def describe(value) -> str:

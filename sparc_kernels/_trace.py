@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import _launch, reference
+from ._checks import TORCH_NAMES, precision_name
 from ._ops import NAMESPACE, OPERATORS
 from ._triton import HAS_TRITON
 
@@ -42,22 +43,22 @@ class Shape:
 
 
 def parse_shape(text: str) -> Shape:
-    """ "4096,32768,64,1024,3" or with a dtype at the end; a width for each stream as 1024/768/768."""
+    """ "4096,32768,64,1024,3" or with a precision at the end; a width for each stream as 1024/768/768."""
     parts = text.split(",")
     widths = parts[3].split("/") if len(parts) > 3 else []
     numbers = [*parts[:3], *widths, *parts[4:5]]
     if len(parts) not in (5, 6) or not all(p.isascii() and p.isdigit() and int(p) > 0 for p in numbers):
-        raise ValueError(f"--shape: expected B,N,k,d,S[,DTYPE] with positive integers, got {text!r}")
-    dtype = parts[5] if len(parts) == 6 else "bfloat16"
-    if dtype not in ("bfloat16", "float16", "float32"):
-        raise ValueError(f"--shape: expected DTYPE bfloat16, float16 or float32, got {dtype!r}")
+        raise ValueError(f"--shape: expected B,N,k,d,S[,PRECISION] with positive integers, got {text!r}")
+    precision = precision_name(parts[5]) if len(parts) == 6 else "bf16"
+    if precision not in ("bf16", "fp16", "fp32"):
+        raise ValueError(f"--shape: expected PRECISION bf16, fp16 or fp32, got {parts[5]!r}")
     B, N, k, S = (int(parts[i]) for i in (0, 1, 2, 4))
     if k > min(N, _launch.MAX_K) or _launch.MAX_STREAMS < S or len(widths) not in (1, S):
         raise ValueError(
             f"--shape: expected k <= min(N, {_launch.MAX_K}), S <= {_launch.MAX_STREAMS} and one width or S of them, "
             f"got {text!r}"
         )
-    return Shape(B, N, k, int(widths[0]) if len(widths) == 1 else tuple(map(int, widths)), S, dtype)
+    return Shape(B, N, k, int(widths[0]) if len(widths) == 1 else tuple(map(int, widths)), S, TORCH_NAMES[precision])
 
 
 @dataclass(frozen=True)

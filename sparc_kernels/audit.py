@@ -177,7 +177,10 @@ def audit(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--shape", action="append", metavar="B,N,k,d,S[,DTYPE]", help="audit this shape instead of the grid; repeatable"
+        "--shape",
+        action="append",
+        metavar="B,N,k,d,S[,PRECISION]",
+        help="audit this shape instead of the grid; PRECISION bf16 (default), fp16 or fp32; repeatable",
     )
     parser.add_argument(
         "--arch",
@@ -189,6 +192,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="a few shapes instead of the whole grid")
     parser.add_argument("--gpu", default=DEFAULT_GPU, help=f"of the modelled times: {', '.join(GPUS)}")
     parser.add_argument("--workers", type=int, help="compiling processes (default: one per core, at most 8)")
+    parser.add_argument("--verbose", action="store_true", help="a line for every compiled kernel, not for every name")
     parser.add_argument("--json", metavar="FILE", help="write the results there too")
 
 
@@ -236,6 +240,37 @@ def _flags(launch: Launch) -> str:
     return " ".join(shown)
 
 
+def _name(result: Compiled) -> str:
+    return result.launch.kernel.split(":")[1].strip("_").removesuffix("_kernel")
+
+
+def _table(results: list[Compiled]) -> str:
+    """A line for every compiled kernel."""
+    lines = [
+        f"{'kernel':<22} {'arch':>7} {'warps':>5} {'regs':>5} {'spill':>6} {'shared':>7} {'sass':>6} {'matrix':>8} "
+        f"{'load':>5}"
+    ]
+    for r in sorted(results, key=lambda r: (r.launch.kernel, r.arch, _flags(r.launch))):
+        lines.append(
+            f"{_name(r):<22} {arch_name(r.arch):>7} {r.launch.num_warps:>5} {r.registers:>5} {r.spill_bytes:>6} "
+            f"{r.shared:>7} {r.instructions:>6} {r.matrix:>8} {r.load_bits:>5}  {_flags(r.launch)}"
+            + (f"  FAULT: {r.fault}" if r.fault else "")
+        )
+    return "\n".join(lines)
+
+
+def _summary(results: list[Compiled]) -> str:
+    """A line for every kernel's name: how often it was compiled, and the most of everything."""
+    lines = [f"{'kernel, the most of':<22} {'compiled':>8} {'regs':>5} {'spill':>6} {'shared':>7} {'sass':>6}  matrix"]
+    for name in sorted({_name(r) for r in results}):
+        mine = [r for r in results if _name(r) == name]
+        fields = "registers", "spill_bytes", "shared", "instructions"
+        registers, spill, shared, sass = (max(getattr(r, field) for r in mine) for field in fields)
+        matrix = " ".join(sorted({r.matrix for r in mine}))
+        lines.append(f"{name:<22} {len(mine):>8} {registers:>5} {spill:>6} {shared:>7} {sass:>6}  {matrix}")
+    return "\n".join(lines)
+
+
 def run(args: argparse.Namespace) -> int:
     from ._triton import HAS_TRITON, INTERPRETED
 
@@ -265,18 +300,11 @@ def run(args: argparse.Namespace) -> int:
     else:
         wanted = [(shape, arch) for arch in archs or DEFAULT_ARCHS for shape in shapes]
     results = audit(wanted, args.workers, progress, args.kernel)
-    print(
-        f"{'kernel':<22} {'arch':>7} {'warps':>5} {'regs':>5} {'spill':>6} {'shared':>7} {'sass':>6} {'matrix':>8} "
-        f"{'load':>5}"
-    )
-    for r in sorted(results, key=lambda r: (r.launch.kernel, r.arch, _flags(r.launch))):
-        name = r.launch.kernel.split(":")[1].strip("_").removesuffix("_kernel")
-        print(
-            f"{name:<22} {arch_name(r.arch):>7} {r.launch.num_warps:>5} {r.registers:>5} {r.spill_bytes:>6} "
-            f"{r.shared:>7} {r.instructions:>6} {r.matrix:>8} {r.load_bits:>5}  {_flags(r.launch)}"
-            + (f"  FAULT: {r.fault}" if r.fault else "")
-        )
     faults = [r for r in results if r.fault]
+    if not args.verbose:
+        print(_summary(results))
+    if args.verbose or faults:
+        print(_table(results if args.verbose else faults))
     print(
         f"{len(results)} kernels compiled for {len({r.arch for r in results})} architectures, "
         f"{len(faults)} with a fault"

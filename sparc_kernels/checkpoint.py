@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import io
 import json
 import os
+import zipfile
 from collections.abc import Callable, Mapping
 from operator import methodcaller
 from pathlib import Path
@@ -29,7 +31,10 @@ SPACE = ".space"
 KIND = "sparc_kernels training checkpoint"
 _MAGIC = b"SPARC-SHA256:"
 _TRAILER = len(_MAGIC) + 32
-MODEL_KEYS = ("d_streams", "n_latents", "k", "auxk", "auxk_threshold", "dead_steps_threshold", "topk_type")
+MODEL_KEYS = (
+    "d_streams", "n_latents", "k", "auxk", "auxk_threshold", "dead_steps_threshold", "topk_type", "count_in_eval",
+)  # fmt: skip
+SETTINGS = (*MODEL_KEYS, "normalize")  # what is saved beside weights, in every format
 
 
 # ------------------------------------------------------------------------------------------------------- atomic writing
@@ -175,14 +180,19 @@ def model_config(model: AlignedSAE) -> dict:
     return {key: getattr(model, key) for key in MODEL_KEYS}
 
 
-def save_weights(model: AlignedSAE, path: Path, normalize: bool = True) -> None:
+def save_weights(model: AlignedSAE, path: str | Path, normalize: bool = True) -> None:
     """Weights as safetensors, with the model's configuration in the metadata: `load_model` needs no other file.
 
-    normalize: whether it was trained on rows divided by their norm.
+    Args:
+        path: ends in .safetensors.
+        normalize: whether the model was trained on rows divided by their norm.
     """
-    save, normalize = import_save(path), check_bool("normalize", normalize)
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    content = save(state, metadata={"sparc_kernels": json.dumps(model_config(model) | {"normalize": normalize})})
+    path = Path(path)
+    require(path.suffix.lower() == ".safetensors", "path", "a file ending in .safetensors", repr(path.name))
+    save, state = import_save(path), _cpu_state(model)
+    config = model_config(model) | {"normalize": check_bool("normalize", normalize)}
+    # one entry: safetensors writes several in an order that changes
+    content = save(state, metadata={"sparc_kernels": json.dumps(config | {"sha256": _digest(config, state)})})
     write_atomically(path, lambda file: file.write(content))
 
 
@@ -195,18 +205,41 @@ def import_save(path: Path):
     return save
 
 
-def export_official(model: AlignedSAE, folder: Path, settings: Mapping | None = None) -> Path:
+def _cpu_state(model: AlignedSAE) -> dict[str, torch.Tensor]:
+    """state_dict on the CPU, contiguous; tensors that share memory as copies, which safetensors wants."""
+    state, seen = {}, set()
+    for name, value in model.state_dict().items():
+        value = value.detach().cpu().contiguous()
+        storage = value.untyped_storage().data_ptr()
+        state[name] = value.clone() if storage in seen else value
+        seen.add(storage)
+    return state
+
+
+def _digest(config: dict, state: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of settings and weights, in whatever order a file has these."""
+    digest = hashlib.sha256(json.dumps(config).encode())
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def export_official(
+    model: AlignedSAE, folder: str | Path, settings: Mapping | None = None, normalize: bool = True
+) -> Path:
     """`msae_checkpoint.pth` and the `run_config.json` that the official code reads beside it.
 
     Args:
         settings: further entries of run_config.json's "args", such as batch_size, lr and seed.
+        normalize: whether the model was trained on rows divided by their norm; an entry that the official code ignores.
     """
-    path = folder / OFFICIAL
-    state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    path, state = Path(folder) / OFFICIAL, _cpu_state(model)
     write_atomically(path, lambda file: torch.save(state, file))
-    config = model_config(model) | {"use_sparse_decoder": False} | dict(settings or {})
+    config = model_config(model) | {"use_sparse_decoder": False, "normalize": check_bool("normalize", normalize)}
+    config |= dict(settings or {})
     config["auxk"] = config["auxk"] or 0  # the official parser knows numbers only
-    write_json(folder / OFFICIAL_CONFIG, {"args": config, "config_file_content": {}})
+    write_json(path.with_name(OFFICIAL_CONFIG), {"args": config, "config_file_content": {}})
     return path
 
 
@@ -216,33 +249,56 @@ def load_model(path: str | Path, device="cpu", dtype=None, **known) -> tuple[Ali
     Args:
         path: a folder that `train` wrote (final weights, else the newest checkpoint), model.safetensors, a checkpoint
             of ours, or an official `msae_checkpoint.pth`, whose settings come from the run_config.json beside it.
-        known: n_latents, k, topk_type, auxk, ...: settings that the file does not say, or that replace what it says.
+        dtype: of the parameters; None: the narrowest that holds all of the file's without rounding.
+        known: k, topk_type, auxk, normalize, ...: settings that the file does not say, or that replace what it says.
 
-    Raises: ValueError that names the file and what is missing or wrong.
+    Raises: ValueError that names the file and what is missing or wrong: other tensors, damage (a digest in our files,
+    the checksums of torch's), settings that do not fit.
     """
+    for name in known:
+        require(name in SETTINGS, name, f"a setting among {', '.join(SETTINGS)}", "an unknown name")
+    path, state, config = read_weights(path)
+    return model_of(path, state, config | {k: v for k, v in known.items() if v is not None}, device, dtype)
+
+
+def read_weights(path: str | Path) -> tuple[Path, dict, dict]:
+    """The file that `path` means, its state_dict on the CPU, and those of SETTINGS that it says."""
     path = Path(path)
     require(path.exists(), f"model {path}", "a folder of a training run or a file of weights", "nothing there")
     if path.is_dir():
         path = _weights_in(path)
-    state, config = (_read_safetensors if path.suffix == ".safetensors" else _read_torch)(path)
+    state, config = (_read_safetensors if path.suffix.lower() == ".safetensors" else _read_torch)(path)
     require(isinstance(config, dict), f"model {path}", "its settings as a JSON object", config)
-    config = {**config, **{key: value for key, value in known.items() if value is not None}}
-    normalize = bool(config.get("normalize", True))
+    return path, state, {key: config[key] for key in SETTINGS if key in config}
+
+
+def model_of(path: Path, state: dict, config: dict, device="cpu", dtype=None) -> tuple[AlignedSAE, bool]:
+    """`load_model` of what `read_weights` returned, with these settings."""
     shapes = _shapes(path, state)  # dicts compare equal in any order, and the configuration has the right one
-    for key in ("k", "topk_type"):
-        hint = f"{key}, which weights do not tell: give it, or put {OFFICIAL_CONFIG} beside the file"
-        require(key in config, f"model {path}", hint, "neither")
+    lacking = [key for key in ("k", "topk_type") if key not in config]
+    hint = f"{' and '.join(lacking)}, which weights do not tell: give them, or put {OFFICIAL_CONFIG} beside the file"
+    require(not lacking, f"model {path}", hint, "neither")
     for key, value in shapes.items():
         got = config.get(key, value)
         require(got == value, f"model {path}", f"{key} {got}", f"weights of {key} {value}")
-    config = shapes | {key: config[key] for key in MODEL_KEYS if key in config}
-    floats = next(value.dtype for name, value in state.items() if name.startswith("encoders."))
+    normalize = config.get("normalize", True)
     try:
-        model = AlignedSAE(**config, device="meta", dtype=dtype or floats).to_empty(device=device)
+        check_bool("normalize", normalize)
+        for name, value in state.items():
+            floating = value.is_floating_point() or not _is_parameter(name)
+            require(floating, name, "a floating tensor", value)
+        if dtype is None:
+            dtype = functools.reduce(torch.promote_types, (v.dtype for n, v in state.items() if _is_parameter(n)))
+        settings = shapes | {key: config[key] for key in MODEL_KEYS if key in config}
+        model = AlignedSAE(**settings, device="meta", dtype=dtype).to_empty(device=device)
         model.load_state_dict(state, strict=True)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"model {path}: {error}") from error
     return model.decoder_layout_("rows").eval(), normalize
+
+
+def _is_parameter(name: str) -> bool:
+    return name.startswith(("encoders.", "decoders.", "pre_biases.", "latent_biases."))
 
 
 def _weights_in(folder: Path) -> Path:
@@ -264,8 +320,11 @@ def _read_safetensors(path: Path) -> tuple[dict, dict]:
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
             config = json.loads((file.metadata() or {}).get("sparc_kernels", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ValueError(f"model {path}: expected a complete safetensors file ({error})") from error
+    digest = config.pop("sha256", None) if isinstance(config, dict) else None
+    whole = digest is None or digest == _digest(config, state)
+    require(whole, f"model {path}", "settings and weights of the digest in it", "others: the file is damaged or edited")
     return state, config
 
 
@@ -278,6 +337,7 @@ def _read_torch(path: Path) -> tuple[dict, dict]:
         checkpoint = load_checkpoint(path)
         return checkpoint.get("model"), checkpoint.get("model_config")
     try:
+        _check_checksums(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what pickle, zipfile and its own reader raise
         raise ValueError(f"model {path}: expected a torch file of tensors ({_first_line(error)})") from error
@@ -293,9 +353,20 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
+def _check_checksums(path: Path) -> None:
+    """Raise zipfile's error where a record of a torch file is damaged; torch.load does not look."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for record in archive.infolist():
+                if record.CRC:  # 0: torch was told not to take them
+                    with archive.open(record) as file:
+                        while file.read(1 << 20):
+                            pass
+
+
 def _shapes(path: Path, state) -> dict:
     """d_streams and n_latents, as the weights have them."""
-    ok = isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())
+    ok = isinstance(state, dict) and all(isinstance(v, torch.Tensor) and isinstance(n, str) for n, v in state.items())
     require(ok, f"model {path}", "a dict of tensors", "something else")
     widths = {
         name.removeprefix("encoders.").removesuffix(".weight"): tuple(value.shape)

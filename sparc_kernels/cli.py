@@ -7,6 +7,7 @@ import sys
 from importlib import import_module
 
 from . import __version__
+from ._arguments import ends_with_its_pipe
 
 # name -> its module, with add_arguments(parser) and run(args) -> exit code, and its line of help
 SUBCOMMANDS = {
@@ -28,6 +29,7 @@ SUBCOMMANDS = {
 }
 
 
+@ends_with_its_pipe
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="sparc-kernels", description="Concept-aligned sparse autoencoders, fast.")

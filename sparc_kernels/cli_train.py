@@ -9,7 +9,8 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from ._arguments import FEATURES, add_stream_argument, memory_size
+from ._arguments import FEATURES, add_stream_argument, memory_size, size_text
+from ._checks import precision_name
 from .checkpoint import MODEL_KEYS, load_model, model_config
 from .loader import SHUFFLES
 from .module import AlignedSAE
@@ -68,7 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint-every", type=int, default=1000, metavar="STEPS", help="0: only at the end (1000)")
     parser.add_argument("--keep", type=int, default=2, metavar="N", help="newest checkpoints that stay (2)")
     parser.add_argument("--log-every", type=int, default=50, metavar="STEPS", help="between rows of log.csv (50)")
-    parser.add_argument("--log", action="append", choices=LOGGERS, default=[], help="report there too")
+    parser.add_argument("--log", action="append", choices=LOGGERS, default=[], help="report there too; wandb: to the "
+                        "project $WANDB_PROJECT, or sparc")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (auto)")
     parser.add_argument("--no-graph", dest="graph", action="store_false", help="on CUDA: no CUDA graph")
     parser.add_argument("--quick-check", action="store_true", help="look for NaN and infinity in a sample of the rows")
@@ -76,12 +78,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="say nothing")
     settings = parser.add_argument_group("settings, with the official defaults")
     for field in fields(TrainConfig):
-        flag, text = "--" + field.name.replace("_", "-"), f"{_OPTIONS[field.name]} ({field.default})"
+        default = size_text(field.default) if field.name == "memory" else field.default
+        flag, text = "--" + field.name.replace("_", "-"), f"{_OPTIONS[field.name]} ({default})"
         if isinstance(field.default, bool):
             action = argparse.BooleanOptionalAction
             settings.add_argument(flag, action=action, default=argparse.SUPPRESS, help=text)
             continue
-        kind = memory_size if field.name == "memory" else type(field.default)
+        kind = {"memory": memory_size, "precision": precision_name}.get(field.name, type(field.default))
         choices = _CHOICES.get(field.name)
         metavar = None if choices else ("SIZE" if kind is memory_size else kind.__name__.upper())
         settings.add_argument(
@@ -122,6 +125,8 @@ def run(args: argparse.Namespace) -> int:
         return 130
     try:
         trainer.train()
+    except BrokenPipeError:
+        raise  # for `ends_with_its_pipe`
     except Interrupted as stop:
         print(f"\n{stop}", file=sys.stderr)
         return stop.code
@@ -155,8 +160,8 @@ def _settings(args) -> tuple[TrainConfig, dict, dict | None, AlignedSAE | None]:
         return TrainConfig(**given), streams, val_streams, None
     model, normalize = load_model(args.init, **{key: given[key] for key in MODEL_KEYS if key in given})
     theirs = model_config(model) | {"auxk": model.auxk or 0, "normalize": normalize}
-    del theirs["d_streams"]
-    config = TrainConfig(**(theirs | given))
+    known = {field.name for field in fields(TrainConfig)}
+    config = TrainConfig(**({key: value for key, value in theirs.items() if key in known} | given))
     return config, streams, val_streams, model.to(choose_device(args.device), config.dtype)
 
 

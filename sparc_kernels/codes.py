@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ._arguments import refusing
 from ._checks import require
+from ._progress import Watch, watched
 from .checkpoint import write_atomically
-from .evaluate import add_model_arguments, codes_of, open_model, select_locally
+from .evaluate import add_model_arguments, codes_of, open_model
 from .features import Features
 from .metrics import Codes
 from .module import AlignedSAE
@@ -119,13 +120,21 @@ def paths_of(streams: Iterable[str], out: Path, form: str) -> dict[str, Path]:
 
 
 @torch.no_grad()
-def write_codes(model: AlignedSAE, features: Features, out: Path, form: str = "npz", batch_size: int = 1024) -> dict:
+def write_codes(
+    model: AlignedSAE,
+    features: Features,
+    out: str | Path,
+    form: str = "npz",
+    batch_size: int = 1024,
+    watch: Watch = iter,
+) -> dict:
     """Codes of all rows in files out/NAME.npz or out/NAME.safetensors, one for each stream.
 
     Returns: {s: values in it}.
 
     Raises: ValueError of `paths_of` and `Features.check`, before anything is written.
     """
+    out = Path(out)
     paths = paths_of(features.widths, out, form)
     out.mkdir(parents=True, exist_ok=True)
     device = next(model.parameters()).device
@@ -134,7 +143,7 @@ def write_codes(model: AlignedSAE, features: Features, out: Path, form: str = "n
         writers = {s: CsrWriter(path, model.n_latents, out) for s, path in paths.items()}
         for writer in writers.values():
             stack.callback(writer.close)
-        for _, x in features.batches(batch_size):
+        for _, x in watch(features.batches(batch_size)):
             outputs = model({s: rows.to(device) for s, rows in x.items()})
             for s, codes in codes_of(outputs, model.n_latents).items():
                 writers[s].add(codes)
@@ -151,7 +160,6 @@ def write_codes(model: AlignedSAE, features: Features, out: Path, form: str = "n
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--alone", action="store_true", help="let each stream select its latents alone")
     parser.add_argument("--format", choices=FORMATS, default="npz", help="SciPy's .npz or safetensors (npz)")
     parser.add_argument("--out", type=Path, required=True, help="folder; one file for each stream")
 
@@ -159,11 +167,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @refusing("encode")
 def run(args: argparse.Namespace) -> None:
     paths = paths_of(args.stream, args.out, args.format)  # before everything is read
-    model, features = open_model(args)
+    model, features, _ = open_model(args)
     started = time.perf_counter()
     with features:
-        chosen = select_locally(model) if args.alone else model
-        values = write_codes(chosen, features, args.out, args.format, args.batch_size)
+        watch = watched(features.rows, "encode")
+        values = write_codes(model, features, args.out, args.format, args.batch_size, watch)
     for s, count in values.items():
         share = count / features.rows
         print(f"{paths[s]}: {features.rows:,} x {model.n_latents:,}, {share:.1f} values a row")

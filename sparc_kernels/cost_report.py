@@ -194,7 +194,7 @@ def table(s: Shape, gpu: GPU) -> str:
 
 
 def parse_shape(text: str) -> Shape:
-    """B,N,k,d,S[,DTYPE] as the audit reads it: S streams of width d, or their widths as 1024/768/768."""
+    """B,N,k,d,S[,PRECISION] as the audit reads it: S streams of width d, or their widths as 1024/768/768."""
     from ._trace import parse_shape
 
     return of_trace(parse_shape(text))
@@ -209,8 +209,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shape",
         action="append",
-        metavar="B,N,k,d,S[,DTYPE]",
-        help="repeatable; default: the five of the benchmarks, and the goals",
+        metavar="B,N,k,d,S[,PRECISION]",
+        help="PRECISION bf16 (default), fp16 or fp32; repeatable; default: the five of the benchmarks, and the goals",
     )
     parser.add_argument("--gpu", default=DEFAULT_GPU, help=f"one of {', '.join(GPUS)} (default {DEFAULT_GPU})")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there too")

@@ -11,7 +11,7 @@ import math
 import torch
 from torch.autograd.function import once_differentiable
 
-from ._checks import check_indices, check_inverse, check_same_length, check_tensor, require
+from ._checks import check_indices, check_inverse, check_same_length, check_tensor, fail, require
 from ._launch import (
     MAX_K,
     MAX_STREAMS,
@@ -403,8 +403,10 @@ def _check(indices, values, w_decs, pre_biases, pairs, inverse):
     require(1 <= k <= MAX_K, "values", f"1..{MAX_K} values a row", values)
     require(B > 0, "values", "at least one row", values)
     for t in range(T):
-        check_tensor(f"w_decs[{t}]", w_decs[t], ("d", n), like=like)
-        check_tensor(f"pre_biases[{t}]", pre_biases[t], (w_decs[t].shape[0],), like=like)
+        w, bias = check_tensor(f"w_decs[{t}]", w_decs[t], ("d", n), like=like), pre_biases[t]
+        if isinstance(bias, torch.Tensor) and bias.shape == w.shape[1:] != w.shape[:1]:
+            fail(f"w_decs[{t}]", f"[d, N] with d {len(bias)} as in pre_biases[{t}] (transposed?)", w)
+        check_tensor(f"pre_biases[{t}]", bias, (w.shape[0],), like=like)
     shape = (S, B, k) if getattr(indices, "ndim", 2) == 3 else (B, k)
     check_indices("indices", indices, shape, n, like.device)
     check_inverse("inverse", inverse, indices, inverse_sizes(indices.numel(), n))

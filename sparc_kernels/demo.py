@@ -89,6 +89,8 @@ def run(args: argparse.Namespace) -> int:
         return getattr(stop, "code", 130)
     except ImportError as error:
         return _refuse(str(error))
+    except BrokenPipeError:
+        raise  # for `ends_with_its_pipe`
     except OSError as error:  # a full disk, a folder that went away
         return _refuse(str(error))
     return 0

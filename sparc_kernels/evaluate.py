@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterable
 from itertools import permutations
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._arguments import FEATURES, add_stream_argument, refusing
-from .checkpoint import load_model, write_atomically, write_json
+from ._progress import Watch, watched
+from .checkpoint import model_of, read_weights, write_atomically, write_json
 from .decoder import decode
 from .features import Features
 from .labels import read_labels, read_names, read_pictures
@@ -32,6 +35,13 @@ def select_locally(model: AlignedSAE) -> AlignedSAE:
     return local.decoder_layout_("rows").eval().requires_grad_(False)
 
 
+def needed_widths(model: AlignedSAE, given: Iterable[str]) -> dict[str, int]:
+    """Widths of the streams that features must have: those given where each selects alone, else all."""
+    if model.topk_type == "local" and set(given) <= set(model.d_streams):
+        return {s: d for s, d in model.d_streams.items() if s in given}
+    return model.d_streams
+
+
 def codes_of(outputs, n_latents: int) -> dict[str, Codes]:
     """Sparse codes by stream."""
     streams = [key.removeprefix("values_") for key in outputs if key.startswith("values_")]
@@ -39,11 +49,13 @@ def codes_of(outputs, n_latents: int) -> dict[str, Codes]:
 
 
 @torch.no_grad()
-def encoded_batches(model: AlignedSAE, features: Features, batch_size: int, codes: dict[str, Codes]):
+def encoded_batches(
+    model: AlignedSAE, features: Features, batch_size: int, codes: dict[str, Codes], watch: Watch = iter
+):
     """(inputs, outputs) of consecutive batches, on the model's device, while `codes` fills with the codes of all."""
     model.eval()
     device = next(model.parameters()).device
-    for start, x in features.batches(batch_size):
+    for start, x in watch(features.batches(batch_size)):
         x = {s: rows.to(device) for s, rows in x.items()}
         outputs = model(x)
         for s, part in codes_of(outputs, model.n_latents).items():
@@ -73,22 +85,23 @@ def evaluate(
     probe: bool = True,
     retrieve: bool = True,
     tell=lambda text: None,
+    watch: Watch = iter,
 ) -> tuple[dict, dict[str, dict[str, Codes]]]:
     """Alignment of a trained model on rows it has not seen.
 
     Args:
         model: selects as it was trained ("own") and, with the same weights, stream by stream ("local").
-        features: of the model's streams.
+        features: of the model's streams; some are enough where each selects alone.
         labels: bool [n, C], multi-hot, on any device; without them there is no Jaccard and no probe.
         probe, retrieve: whether to take the time for these.
-        tell: called with a line before each part.
+        tell: called with a line before each part.  watch: takes the batches to encode and gives them on.
 
     Returns: scores and codes. scores["own"] and ["local"]: Jaccard, its value for randomly renumbered latents
     (`jaccard_chance`), dead fractions, cosine of activations, explained variance by "t<-s" and its means; `probe` by
     stream. `retrieval`, local codes only: by kind and "target<-source", with `mean` over pairs. `chance`: of retrieval.
     codes["own"] and ["local"]: by stream.
     """
-    features.require_widths(model.d_streams, "the model")
+    features.require_widths(needed_widths(model, features.widths), "the model")
     device = next(model.parameters()).device
     labels = None if labels is None else labels.to(device)
     local = select_locally(model)
@@ -97,9 +110,10 @@ def evaluate(
         if name == "local" and model.topk_type == "local":
             codes["local"], scores["local"] = codes["own"], scores["own"]
             continue
-        tell(f"Encoding {features.rows:,} rows, {'selected as in training' if name == 'own' else 'each stream alone'}")
+        how = "each stream alone" if chosen.topk_type == "local" else "streams together"
+        tell(f"Encoding {features.rows:,} rows, {how}")
         codes[name] = {}
-        batches = encoded_batches(chosen, features, batch_size, codes[name])
+        batches = encoded_batches(chosen, features, batch_size, codes[name], watch)
         variance = explained_variance((x, recons_of(outputs, x)) for x, outputs in batches)
         scores[name] = _agreement(codes[name], variance, labels)
         if probe and labels is not None:
@@ -198,29 +212,48 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder that `train` wrote, model.safetensors, a "
                         "checkpoint, or an official msae_checkpoint.pth")  # fmt: skip
     add_stream_argument(parser, "--stream", FEATURES, required=True)
-    parser.add_argument("--k", type=int, help="active latents, where the weights come without settings")
-    parser.add_argument("--topk-type", choices=("global", "local"), help="selection in training, likewise")
+    parser.add_argument("--k", type=int, help="active latents; needed where weights come without settings, and another "
+                        "than the model's where they have them")  # fmt: skip
+    parser.add_argument("--topk-type", choices=("global", "local"), help="selection in training; likewise")
     parser.add_argument("--normalize", action=argparse.BooleanOptionalAction, help="divide rows by their norm "
                         "(as in training)")  # fmt: skip
+    parser.add_argument("--alone", action="store_true", help="let each stream select its latents alone; some of the "
+                        "model's streams are enough then")  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
     parser.add_argument("--batch-size", type=int, default=BATCH, help=f"rows at a time ({BATCH})")
 
 
-def open_model(args) -> tuple[AlignedSAE, Features]:
-    """The model and the features that the arguments name, checked against each other."""
+class Opened(NamedTuple):
+    """What a command works on. trained: settings of the training that its arguments replace."""
+
+    model: AlignedSAE
+    features: Features
+    trained: dict
+
+
+def open_model(args) -> Opened:
+    """The model and the features that the arguments name, checked against each other. Notes replaced settings."""
     from .train import choose_device
 
     if args.batch_size < 1:
         raise ValueError(f"--batch-size: expected an int >= 1, got {args.batch_size}")
-    device = choose_device(args.device)
-    model, normalize = load_model(args.model, device, k=args.k, topk_type=args.topk_type)
-    normalize = normalize if args.normalize is None else args.normalize
-    dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
-    features = Features(args.stream, normalize, dtype).require_widths(model.d_streams, f"the model {args.model}")
+    path, state, stored = read_weights(args.model)
+    given = {"k": args.k, "topk_type": args.topk_type, "normalize": args.normalize}
+    given = {key: value for key, value in given.items() if value is not None}
+    model, normalize = model_of(path, state, stored | given, choose_device(args.device))
+    trained = {key: stored[key] for key, value in given.items() if stored.get(key, value) != value}
+    for key, had in trained.items():
+        print(f"Note: {key} {given[key]}, where the model was trained with {had}", file=sys.stderr)
+    if args.alone and model.topk_type == "global":
+        model, trained = select_locally(model), {"topk_type": "global"} | trained
+    if next(model.parameters()).dtype != torch.float64:
+        model = model.float()  # weights in half precision lose nothing, and rows are read in float32
+    features = Features(args.stream, normalize, next(model.parameters()).dtype)
+    features.require_widths(needed_widths(model, args.stream), f"the model {args.model}")
     for s, summary in features.check().items():
         if summary.n_zero_rows:
             print(f"Note: stream {s!r} has {summary.zeros(features.rows)}", file=sys.stderr)
-    return model.requires_grad_(False), features
+    return Opened(model.requires_grad_(False), features, trained)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -231,7 +264,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_stream_argument(parser, "--texts", "texts for the gallery, one row a line")
     parser.add_argument("--no-retrieval", action="store_true", help="leave out what takes longest")
     parser.add_argument("--no-probe", action="store_true", help="leave out the 1-D probes")
-    parser.add_argument("--out", type=Path, default=Path("sparc-eval"), help="folder of scores.json and report.html")
+    parser.add_argument("--out", type=Path, default=Path("sparc-eval"), help="folder of scores.json and report.html "
+                        "(sparc-eval)")  # fmt: skip
 
 
 @refusing("eval")
@@ -240,7 +274,8 @@ def run(args: argparse.Namespace) -> None:
 
     import_matplotlib()  # before the work, so that a missing package is known at once
     started = time.perf_counter()
-    model, features = open_model(args)
+    model, features, trained = open_model(args)
+    print(f"Scores and report go to {args.out}", file=sys.stderr)
     with features:
         labels = args.labels and read_labels(args.labels, features.rows)
         names = args.label_names and read_names(args.label_names, None if labels is None else labels.shape[1])
@@ -253,20 +288,23 @@ def run(args: argparse.Namespace) -> None:
             batch_size=args.batch_size,
             probe=not args.no_probe,
             retrieve=not args.no_retrieval,
-            tell=lambda text: print(text, flush=True),
+            tell=lambda text: print(text, file=sys.stderr, flush=True),
+            watch=watched(features.rows, "eval"),
         )
     settings = {"model": str(args.model), "topk_type": model.topk_type, "n_latents": model.n_latents, "k": model.k}
+    settings |= {"normalize": features.normalize, "trained": trained}
     record = settings | {"streams": {s: str(p) for s, p in args.stream.items()}} | scores
     write_json(args.out / "scores.json", record)
     page = html(record, codes, labels, names, pictures)
     write_atomically(args.out / "report.html", lambda file: file.write(page.encode()))
-    print(summary(scores))
+    print(summary(record))
     print(f"Wrote scores.json and report.html to {args.out} ({time.perf_counter() - started:.0f} s)")
 
 
-def summary(scores: dict) -> str:
-    """The main scores as text."""
-    lines = []
+def summary(record: dict) -> str:
+    """The main scores as text, of the record that `eval` writes."""
+    from .report import selections
+
     rows = (
         ("Jaccard, all latents", "jaccard"),
         ("Jaccard, alive latents", "jaccard_alive"),
@@ -277,12 +315,14 @@ def summary(scores: dict) -> str:
         ("explained variance, self", "explained_variance_self"),
         ("explained variance, cross", "explained_variance_cross"),
     )
-    lines.append(f"{'':28}{'as trained':>12}{'each alone':>12}")
+    kinds = selections(record)
+    lines = [f"Not as trained: {key} {record[key]} instead of {had}" for key, had in record["trained"].items()]
+    lines.append(f"{'':28}" + "".join(f"{title:>26}" for title in kinds.values()))
     for title, key in rows:
-        if key in scores["own"]:
-            lines.append(f"{title:28}{scores['own'][key]:12.3f}{scores['local'][key]:12.3f}")
-    if "retrieval" in scores:
-        lines.append(f"{'retrieval, each alone':28}" + "".join(f"{key:>12}" for key in scores["chance"]))
-        for kind, values in [*scores["retrieval"]["mean"].items(), ("chance", scores["chance"])]:
-            lines.append(f"  {kind.replace('_', ' '):26}" + "".join(f"{values[key]:12.4f}" for key in scores["chance"]))
+        if key in record["own"]:
+            lines.append(f"{title:28}" + "".join(f"{record[kind][key]:26.3f}" for kind in kinds))
+    if "retrieval" in record:
+        lines.append(f"{'retrieval, each alone':28}" + "".join(f"{key:>12}" for key in record["chance"]))
+        for kind, values in [*record["retrieval"]["mean"].items(), ("chance", record["chance"])]:
+            lines.append(f"  {kind.replace('_', ' '):26}" + "".join(f"{values[key]:12.4f}" for key in record["chance"]))
     return "\n".join(lines)

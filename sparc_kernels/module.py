@@ -347,35 +347,42 @@ class AlignedSAE(nn.Module):
     @torch.no_grad()
     def unit_norm_decoder_(self) -> AlignedSAE:
         """Divide every decoder column by (its norm + 1e-8)."""
-        for decoder in self.decoders.values():
-            decoder.weight.div_(decoder.weight.norm(dim=0, keepdim=True) + 1e-8)
+        for w in self._decoder_weights():
+            w.div_(w.norm(dim=0, keepdim=True) + 1e-8)
         return self
 
     @torch.no_grad()
     def project_decoder_grad_(self) -> AlignedSAE:
         """Remove from every decoder gradient its component along the column; no gradient, nothing to do."""
-        for decoder in self.decoders.values():
-            w, grad = decoder.weight, decoder.weight.grad
-            if grad is not None:
-                grad.sub_((w * grad).sum(0, keepdim=True) * w)
+        for w in self._decoder_weights():
+            if w.grad is not None:
+                w.grad.sub_((w * w.grad).sum(0, keepdim=True) * w)
         return self
+
+    def _decoder_weights(self) -> list[nn.Parameter]:
+        """Each once, also where streams share one."""
+        return list({id(decoder.weight): decoder.weight for decoder in self.decoders.values()}.values())
 
     @torch.no_grad()
     def reinit_dead_(self, generator: torch.Generator | None = None) -> dict[str, int]:
         """Give dead latents new encoder rows, 0.01 * randn, with bias and counter 0; decoder rows stay.
 
-        Returns the number of latents of each stream. Reads the counters back, so it synchronises with the GPU.
+        A row or bias that streams share is dead where it is dead in all of them. Returns the number of latents of each
+        stream. Reads the counters back, so it synchronises with the GPU.
         """
-        counts = {}
-        for s, dead in self.get_dead_neurons().items():
-            weight = self.encoders[s].weight
+        counts, all_dead = {}, self.get_dead_neurons()
+        for s, dead in all_dead.items():
+            weight, bias = self.encoders[s].weight, self.latent_biases[s]
+            for t in self.streams:
+                if t != s and (self.encoders[t].weight is weight or self.latent_biases[t] is bias):
+                    dead = dead & all_dead[t]
             counts[s] = int(dead.sum())
             if counts[s]:
                 fresh = torch.randn(
                     counts[s], weight.shape[1], device=weight.device, dtype=weight.dtype, generator=generator
                 )
                 weight[dead] = fresh * 0.01
-                self.latent_biases[s][dead] = 0
+                bias[dead] = 0
                 getattr(self, f"stats_last_nonzero_{s}")[dead] = 0
         return counts
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from ._checks import check_bool, check_number, fail, require
@@ -37,13 +39,14 @@ class SparcAdam(torch.optim.Optimizer):
         impl: "auto" (Triton on CUDA tensors, torch elsewhere), "triton" or "torch".
 
     Moments and arithmetic are float32 (float64 for float64 parameters), also where parameters are bfloat16 or float16;
-    torch.optim.Adam keeps those moments in half precision. Gradients are read, never changed. A parameter without a
-    gradient is left alone, decoders too, and its step is not counted. Step counts are on the device, so the step never
-    waits. The state has torch.optim.Adam's names and shapes, and loads both ways. `grad_scale` and `found_inf`, which
-    torch.amp.GradScaler sets, are honoured on the device.
+    torch.optim.Adam keeps those moments in half precision. Such parameters are rounded after every step, in which an
+    update below half a unit of the last place is lost (bfloat16: 1/512 of a weight): a RuntimeWarning says so.
+    Gradients are read, never changed. A parameter without a gradient is left alone, decoders too, and its step is not
+    counted. Step counts are on the device, so the step never waits. The state has torch.optim.Adam's names and shapes,
+    and loads both ways. `grad_scale` and `found_inf`, which torch.amp.GradScaler sets, are honoured on the device.
 
     Raises: ValueError for bad arguments, more parameter groups, a state of another shape or of an Adam with options
-    that this one has not.
+    that this one has not; also by steps where one nn.Parameter serves two streams.
 
     Equivalent to (normalize="before"):
         model.unit_norm_decoder_().project_decoder_grad_()
@@ -83,6 +86,9 @@ class SparcAdam(torch.optim.Optimizer):
         halves = (None, torch.bfloat16, torch.float16)
         require(shadow in halves, "shadow", "torch.bfloat16, torch.float16 or None", repr(shadow))
         self.impl, self._shadow = impl, shadow and Shadow(shadow)
+        self.streams()
+        if isinstance(lr, torch.Tensor) or lr > 0:
+            _warn_of_half(self.model)
         params = list(self.model.parameters())
         if capturable and not isinstance(lr, torch.Tensor):
             # float64: as exact as the number that a step outside of a graph takes
@@ -134,11 +140,12 @@ class SparcAdam(torch.optim.Optimizer):
     # ----------------------------------------------------------------- parts that the step without gradients has too
 
     def streams(self) -> list[list[torch.nn.Parameter]]:
-        """w_enc [N, d], w_dec [d, N], pre_bias, latent_bias of every stream."""
+        """w_enc [N, d], w_dec [d, N], pre_bias, latent_bias of every stream. ValueError where two are one."""
         m = self.model
-        return [
-            [m.encoders[s].weight, m.decoders[s].weight, m.pre_biases[s], m.latent_biases[s]] for s in m.streams
-        ]  # fmt: skip
+        found = [[m.encoders[s].weight, m.decoders[s].weight, m.pre_biases[s], m.latent_biases[s]] for s in m.streams]
+        if len({id(p) for stream in found for p in stream}) < 4 * len(found):
+            _refuse_shared(m, found)
+        return found
 
     def refresh_shadow(self, seen_only: bool = False) -> None:
         """Rounds the weights again; seen_only: those that autograd has seen change, except by `training_step`."""
@@ -281,6 +288,26 @@ def _check_saved(state_dict):
     coupled = groups[0].get("weight_decay", 0) != 0 and not groups[0].get("decoupled_weight_decay", True)
     require(not coupled, "state_dict", "decoupled weight decay (AdamW) or none", "Adam's, which goes into the gradient")
     return groups[0]
+
+
+def _warn_of_half(model) -> None:
+    for name, p in model.named_parameters():
+        if p.dtype in (torch.bfloat16, torch.float16) and not p.is_meta:  # a step that is traced trains nothing
+            dtype = str(p.dtype).removeprefix("torch.")
+            text = f"{name}: {dtype} parameters lose updates below half a unit of their last place, and training stalls"
+            how = f"keep float32 parameters and use torch.autocast in {dtype} (docs/integration.md)"
+            warnings.warn(f"{text}; {how}", RuntimeWarning, stacklevel=3)
+            return
+
+
+def _refuse_shared(model, streams) -> None:
+    seen = {}
+    for s, params in zip(model.streams, streams, strict=True):
+        names = f"encoders.{s}.weight", f"decoders.{s}.weight", f"pre_biases.{s}", f"latent_biases.{s}"
+        for name, p in zip(names, params, strict=True):
+            own = "a parameter of its own (torch.optim.Adam steps shared ones; with compute_loss and backward)"
+            require(id(p) not in seen, name, own, f"that of {seen.get(id(p))}")
+            seen[id(p)] = name
 
 
 def mode_of(group: dict) -> int:

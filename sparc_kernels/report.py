@@ -13,7 +13,7 @@ from ._checks import how_to_install
 from .labels import Pictures
 from .metrics import Codes, activation_cosine, jaccard, top_rows
 
-_OWN, _LOCAL = "#c2410c", "#2563eb"  # selected as in training, each stream alone
+_OWN, _LOCAL = "#c2410c", "#2563eb"  # of `selections`
 _GREY = "#78716c"
 _LATENTS, _ROWS = 16, 8  # of the gallery
 _STYLE = """
@@ -41,6 +41,13 @@ def import_matplotlib():
     return Figure
 
 
+def selections(record: dict) -> dict[str, str]:
+    """What is scored, "own" and "local", each with its title; "local" alone where nothing else is."""
+    changed = ", ".join(f"{key} {record[key]}" for key in record["trained"])
+    own = {} if record["topk_type"] == "local" else {"own": f"with {changed}" if changed else "selected as in training"}
+    return own | {"local": "each stream alone"}
+
+
 def html(
     record: dict,
     codes: dict[str, dict[str, Codes]],
@@ -51,38 +58,39 @@ def html(
     """The page.
 
     Args:
-        record: of `evaluate`, with the model's settings.
+        record: of `evaluate`, with the model's settings, and in `trained` those of its training that were replaced.
         codes: of `evaluate`.
         labels, names: bool [n, C] and C names, or None.
         pictures: what to show of the rows of each stream, where there is something.
     """
-    local_only = record["topk_type"] == "local"
+    kinds = selections(record)
+    trained = ", ".join(f"{key} {value}" for key, value in record["trained"].items())
     parts = [
         f"<p class=note>{record['rows']:,} rows; N {record['n_latents']:,}, k {record['k']}, {record['topk_type']} "
-        f"selection in training; streams {escape(', '.join(record['streams']))}</p>",
+        f"selection{f', but {trained}' if trained else ''} in training; "
+        f"streams {escape(', '.join(record['streams']))}</p>",
         "<h2>Agreement of the streams</h2>",
-        _agreement_table(record, local_only),
+        _agreement_table(record, kinds),
     ]
     per_latent = None
     if labels is not None and len(record["streams"]) > 1:
-        kinds = {"own": "selected as in training", "local": "each stream alone"}
         scores = {kind: jaccard(codes[kind], labels.to(codes[kind][next(iter(codes[kind]))].values.device))
-                  for kind in (["local"] if local_only else kinds)}  # fmt: skip
+                  for kind in kinds}  # fmt: skip
         per_latent = scores["local"].per_latent
         figure = _histogram({kinds[kind]: s.per_latent[s.alive].cpu() for kind, s in scores.items()})
         parts += ["<h2>Jaccard of the latents</h2>", _image(figure)]
         parts += ["<p class=note>Latents alive in some stream. 1: they fire equally often on every label, whichever "
                   "stream they see.</p>"]  # fmt: skip
-    parts += ["<h2>Dead latents</h2>", _image(_bars(record, local_only))]
+    parts += ["<h2>Dead latents</h2>", _image(_bars(record, kinds))]
     parts += ["<p class=note>Dead: never fired on these rows. Mixed: dead in some streams only.</p>"]
-    parts += ["<h2>Explained variance</h2>", _image(_matrices(record, local_only))]
+    parts += ["<h2>Explained variance</h2>", _image(_matrices(record, kinds))]
     parts += ["<p class=note>Row: the stream that is reconstructed. Column: the stream whose code is used. 1: perfect, "
               "0: as good as the mean.</p>"]  # fmt: skip
     if "retrieval" in record:
         parts += ["<h2>Retrieval</h2>", _retrieval_table(record)]
         parts += ["<p class=note>Each stream selects alone: shared selection would give the partner away.</p>"]
     if "probe" in record["own"]:
-        parts += ["<h2>1-D probes</h2>", _probe_table(record)]
+        parts += ["<h2>1-D probes</h2>", _probe_table(record, kinds)]
         parts += ["<p class=note>Test log-loss of the best single latent of each class, in nats; chance is 0.693.</p>"]
     if pictures:
         parts += ["<h2>What excites latents</h2>", _gallery(codes["local"], labels, names, pictures, per_latent)]
@@ -104,7 +112,7 @@ def _table(head: list[str], rows: list[list[str]], sums: int = 0) -> str:
     return "\n".join([*lines, "</table>"])
 
 
-def _agreement_table(record: dict, local_only: bool) -> str:
+def _agreement_table(record: dict, kinds: dict[str, str]) -> str:
     titles = {
         "jaccard": "Jaccard, all latents",
         "jaccard_alive": "Jaccard, alive latents",
@@ -116,14 +124,12 @@ def _agreement_table(record: dict, local_only: bool) -> str:
         "explained_variance_self": "explained variance, self",
         "explained_variance_cross": "explained variance, cross",
     }
-    kinds = ["local"] if local_only else ["own", "local"]
-    head = ["", *(("each stream alone",) if local_only else ("selected as in training", "each stream alone"))]
     rows = [
         [title, *(f"{record[kind][key]:.3f}" for kind in kinds)]
         for key, title in titles.items()
         if key in record["own"]
     ]
-    return _table(head, rows)
+    return _table(["", *kinds.values()], rows)
 
 
 def _retrieval_table(record: dict) -> str:
@@ -142,13 +148,15 @@ def _retrieval_table(record: dict) -> str:
     return _table(["target<-query", *(c.replace("_", " ") for c in columns)], rows, sums=len(kinds) + 1)
 
 
-def _probe_table(record: dict) -> str:
+def _probe_table(record: dict, kinds: dict[str, str]) -> str:
     def cell(value):
         return "no class has enough rows" if value is None else f"{value:.3f}"
 
-    own, local = record["own"]["probe"], record["local"]["probe"]
-    rows = [[s, str(own[s]["classes"]), cell(own[s]["log_loss"]), cell(local[s]["log_loss"])] for s in own]
-    return _table(["stream", "classes", "selected as in training", "each stream alone"], rows)
+    rows = [
+        [s, str(found["classes"]), *(cell(record[kind]["probe"][s]["log_loss"]) for kind in kinds)]
+        for s, found in record["own"]["probe"].items()
+    ]
+    return _table(["stream", "classes", *kinds.values()], rows)
 
 
 def _image(figure) -> str:
@@ -179,10 +187,7 @@ def _histogram(by_kind: dict[str, Tensor]):
     return figure
 
 
-def _bars(record: dict, local_only: bool):
-    kinds = {"own": "selected as in training", "local": "each stream alone"}
-    if local_only:
-        del kinds["own"]
+def _bars(record: dict, kinds: dict[str, str]):
     figure = _figure(9, 0.7 + 0.55 * len(kinds))
     axes = figure.subplots()
     parts = {"all_alive": ("alive in every stream", "#65a30d"), "mixed": ("mixed", "#d97706"),
@@ -204,11 +209,8 @@ def _bars(record: dict, local_only: bool):
     return figure
 
 
-def _matrices(record: dict, local_only: bool):
+def _matrices(record: dict, kinds: dict[str, str]):
     """Explained variance of row t from column s, for each selection."""
-    kinds = {"own": "selected as in training", "local": "each stream alone"}
-    if local_only:
-        del kinds["own"]
     streams = list(record["streams"])
     size = 1.4 + 0.75 * len(streams)
     figure = _figure((size + 1.0) * len(kinds), size)

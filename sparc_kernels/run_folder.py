@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from ._arguments import size_text
 from ._checks import fail, require
 from ._process import LOCK, only_one_run
 from .checkpoint import (
@@ -109,7 +110,8 @@ class RunFolder:
         for field, value in settings.items():
             if field not in EXTENSIBLE:
                 had = before[field]
-                require(had == value, field, f"{had!r} as in {self.path / MANIFEST}", repr(value))
+                show = size_text if field == "memory" and isinstance(had, int) else repr
+                require(had == value, field, f"{show(had)} as in {self.path / MANIFEST}", show(value))
 
     def check_data(self, data: dict) -> None:
         """Refuse other data than the run's."""

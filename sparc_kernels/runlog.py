@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import io
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -57,7 +58,9 @@ class RunLog:
             self.tensorboard = import_logger("tensorboard").SummaryWriter(str(out or "."))
         if "wandb" in to:
             folder = None if out is None else str(out)
-            self.wandb = import_logger("wandb").init(project="sparc", config=settings or {}, dir=folder, resume="allow")
+            self.wandb = import_logger("wandb").init(
+                project=os.environ.get("WANDB_PROJECT", "sparc"), config=settings or {}, dir=folder, resume="allow"
+            )
         if not quiet and sys.stderr.isatty():
             try:
                 from tqdm import tqdm

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from ._arguments import add_stream_argument, refusing
+from ._progress import Watch, watched
 from .checkpoint import write_atomically
-from .evaluate import add_model_arguments, codes_of, open_model, select_locally
+from .evaluate import add_model_arguments, codes_of, open_model
 from .features import Features
 from .labels import Pictures, read_pictures
 from .metrics import top_rows
@@ -17,7 +18,9 @@ from .module import AlignedSAE
 
 
 @torch.no_grad()
-def top_activations(model: AlignedSAE, features: Features, latent: int, n: int, batch_size: int = 1024) -> dict:
+def top_activations(
+    model: AlignedSAE, features: Features, latent: int, n: int, batch_size: int = 1024, watch: Watch = iter
+) -> dict:
     """Rows on which a latent fires most.
 
     Returns: {s: (rows int64 [m], values [m], number of rows on which it fires)}, m <= n, values descending. Memory: a
@@ -28,7 +31,7 @@ def top_activations(model: AlignedSAE, features: Features, latent: int, n: int, 
     model.eval()
     device = next(model.parameters()).device
     best: dict[str, tuple] = {}
-    for start, x in features.batches(batch_size):
+    for start, x in watch(features.batches(batch_size)):
         outputs = model({s: rows.to(device) for s, rows in x.items()})
         for s, codes in codes_of(outputs, model.n_latents).items():
             rows, values = top_rows(codes, latent, n)
@@ -45,7 +48,6 @@ def top_activations(model: AlignedSAE, features: Features, latent: int, n: int, 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("latent", type=int, help="number of the latent")
     add_model_arguments(parser)
-    parser.add_argument("--alone", action="store_true", help="let each stream select its latents alone")
     parser.add_argument("--top", type=int, default=10, help="rows of each stream (10)")
     add_stream_argument(parser, "--images", "pictures: .npy [n, h, w(, 3)] or a folder, in row order; needs --html")
     add_stream_argument(parser, "--texts", "texts, one row a line")
@@ -56,11 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.top < 1:
         raise ValueError(f"--top: expected an int >= 1, got {args.top}")
-    model, features = open_model(args)
+    model, features, _ = open_model(args)
     with features:
         pictures = read_pictures(args.images, args.texts, features)
-        chosen = select_locally(model) if args.alone else model
-        best = top_activations(chosen, features, args.latent, args.top, args.batch_size)
+        watch = watched(features.rows, "show")
+        best = top_activations(model, features, args.latent, args.top, args.batch_size, watch)
     for s, (rows, values, fired) in best.items():
         print(f"{s}: latent {args.latent} fires on {fired:,} of {features.rows:,} rows")
         for row, value in zip(rows.tolist(), values.tolist(), strict=True):

@@ -524,7 +524,7 @@ class Trainer:
             config = self.config
             settings = {"batch_size": config.batch_size, "num_epochs": config.epochs, "lr": config.lr}
             settings |= {"seed": config.seed, "auxk_coef": config.auxk_coef, "cross_loss_coef": config.cross_coef}
-            export_official(self.model, self.out, settings)
+            export_official(self.model, self.out, settings, config.normalize)
         names = " and ".join([WEIGHTS, *([OFFICIAL] if self.export else [])])
         self.log.say(f"Saved {names} in {self.out}, loss {self.loss:.4f} after {self.batches:,} steps")
 

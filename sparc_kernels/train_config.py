@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ._checks import check_bool, check_int, check_number, require
+from ._checks import check_bool, check_int, check_number, precision_name, require
 from .loader import MEMORY, SHUFFLES
 from .module import AlignedSAE
 
@@ -33,7 +33,7 @@ class TrainConfig:
         shuffle, drop_last, memory: of `Loader`; memory in bytes.
         normalize: divide rows by their norm.
         val_fraction: part of the rows to validate on, in pieces of at most 256 consecutive rows.
-        precision: "fp32", "tf32" (products on a GPU), "bf16" (autocast) or "fp64".
+        precision: "fp32", "tf32" (products on a GPU), "bf16" (autocast) or "fp64"; "float32" and so on are taken too.
         max_skipped: batches with a non-finite loss are skipped; training stops after more than this.
     """
 
@@ -66,6 +66,8 @@ class TrainConfig:
     max_skipped: int = 100
 
     def __post_init__(self):
+        if isinstance(self.precision, str):
+            object.__setattr__(self, "precision", precision_name(self.precision))
         values = {}  # Python's numbers, whatever came: JSON files and checkpoints take no others
         for name in ("n_latents", "k", "batch_size", "epochs", "memory"):
             values[name] = check_int(name, getattr(self, name), 1)

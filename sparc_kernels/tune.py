@@ -376,8 +376,8 @@ class GraphTimer:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--shape", required=True, metavar="B,N,k,d,S[,DTYPE]",
-        help="rows, latents, active latents, width of a stream, streams; DTYPE bfloat16 (default), float16 or float32",
+        "--shape", required=True, metavar="B,N,k,d,S[,PRECISION]",
+        help="rows, latents, active latents, width of a stream, streams; PRECISION bf16 (default), fp16 or fp32",
     )  # fmt: skip
     parser.add_argument("--op", action="append", choices=OPS, help="search this one only; repeatable (default: all)")
     parser.add_argument(

@@ -178,10 +178,12 @@ def _tasks(of: list[Case], device: torch.device, impl: str, filter: str | None) 
 
 
 def _chosen(case: Case, dtype: torch.dtype, filter: str | None) -> tuple[str, ...]:
-    words = case.ops.split()
-    return tuple(
-        op for op, word, _ in CHECKS if word in words and re.search(filter or "", f"{op} {SHORT[dtype]} {case.name}")
-    )
+    words, names = case.ops.split(), (SHORT[dtype], str(dtype).removeprefix("torch."))
+
+    def found(op):
+        return any(re.search(filter or "", f"{op} {name} {case.name}") for name in names)
+
+    return tuple(op for op, word, _ in CHECKS if word in words and found(op))
 
 
 def compile_checks(

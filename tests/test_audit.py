@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 from sparc_kernels import module
-from sparc_kernels.audit import Shape, launches, reference_peak_bytes, trace
+from sparc_kernels.audit import Compiled, Shape, _name, _summary, _table, launches, reference_peak_bytes, trace
 
 SMALL = Shape(256, 2048, 16, (64, 48), 2, "bfloat16")
 PAPER = Shape(4096, 65536, 64, (1024, 768, 768), 3, "bfloat16")
@@ -80,6 +80,9 @@ def test_bad_shapes_are_refused(shape, tmp_path):
 def test_kernels_are_picked_by_name(tmp_path):
     done, rows = audit("--shape", "8,8,4,8,1", "--arch", "sm_90", "--kernel", "^_centre", tmp_path=tmp_path)
     assert done.returncode == 0 and {r["launch"]["kernel"].split(":")[1] for r in rows} == {"_centre_kernel"}
+    assert (
+        re.search(rf"^centre +{len(rows)} ", done.stdout, re.MULTILINE) and done.stdout.count("\ncentre ") == 2
+    )  # cost's
     done, _ = audit("--kernel", "(", tmp_path=tmp_path)
     assert done.returncode == 2 and "--kernel: expected a regular expression" in done.stderr
 
@@ -93,6 +96,19 @@ def test_a_step_never_waits_for_the_device(dtype, topk_type, auxk):
     assert {launch.kernel.split(":")[1] for launch in step.launches} >= {"_encode_kernel", "_select_kernel"}
     # nothing outlives the step but AuxK's masks of dead latents, which the module remembers for checkpointing
     assert step.live_bytes_at_end == (2 * 2048 if auxk else 0), step.largest
+
+
+def test_an_audit_is_summarised():
+    """A line for every kernel's name with the most of all its variants; every one of them in the table."""
+    compiled = [Compiled(90, launch, SMALL, registers=i, spill_bytes=0) for i, launch in enumerate(launches(SMALL, 90))]
+    names = {_name(r) for r in compiled}
+    _, *lines = _summary(compiled).splitlines()
+    assert [line.split()[0] for line in lines] == sorted(names) and len(names) < len(compiled)
+    for line in lines:
+        name, count, registers, *_ = line.split()
+        mine = [r for r in compiled if _name(r) == name]
+        assert (int(count), int(registers)) == (len(mine), mine[-1].registers)
+    assert len(_table(compiled).splitlines()) == len(compiled) + 1
 
 
 def plant(monkeypatch, fault):

@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -857,11 +858,14 @@ def test_readme_and_results_are_what_the_records_say(tmp_path, capsys):
     assert report.main(["--check"]) == 0, "run python -m benchmarks.report"
     copied = tmp_path / "root"
     (copied / "benchmarks").mkdir(parents=True)
-    shutil.copytree(ROOT / "benchmarks" / "results", copied / "benchmarks" / "results")
+    folder = copied / "benchmarks" / "results"
+    folder.mkdir()
+    for name, _ in report.records():
+        shutil.copy(report.RESULTS / name, folder)
     shutil.copytree(ROOT / "docs", copied / "docs")
     shutil.copy(ROOT / "README.md", copied)
     assert report.stale(copied) == []
-    path = next((copied / "benchmarks" / "results").glob("*.json"))
+    path = next(folder.glob("*.json"))
     found = record.load(path)
     changed = next(r for r in found["results"] if r["op"] == "training" and r["mode"] == "full" and r["status"] == "ok")
     changed["median_ms"] = changed["p80_ms"] = changed["p80_ms"] * 1.5
@@ -870,6 +874,36 @@ def test_readme_and_results_are_what_the_records_say(tmp_path, capsys):
     (copied / "README.md").write_text("no markers")
     with pytest.raises(ValueError, match=r"README.md: expected the markers"):
         report.stale(copied)
+
+
+def test_a_filter_takes_every_spelling():
+    group = SimpleNamespace(case=SimpleNamespace(name="c", data="d"), op="training", dtype="bfloat16 autocast")
+    for pattern, found in (("bf16", ["full"]), ("ours bfloat16 autocast", ["full"]), ("fp32", [])):
+        run = SimpleNamespace(pattern=re.compile(pattern))
+        assert runner.Run._wanted(run, group, SimpleNamespace(name="ours"), ["full"]) == found
+
+
+@pytest.mark.parametrize("checkout", [True, False])
+def test_a_record_that_was_just_made_makes_no_text_stale(tmp_path, checkout):
+    """Texts are of the records that git tracks; without git, of those that they name."""
+    (tmp_path / "benchmarks").mkdir()
+    folder = tmp_path / "benchmarks" / "results"
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    names = [name for name, _ in report.records()]
+    folder.mkdir()
+    for name in names:
+        shutil.copy(report.RESULTS / name, folder)
+    if checkout:
+        for command in (["init", "-q"], ["add", "benchmarks"]):
+            subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    newer = {**record.load(folder / names[-1]), "started": "2999-01-01T00:00:00+00:00"}
+    record.save(folder / "user_made.json", newer)
+    assert report.stale(tmp_path) == []
+    assert [name for name, _ in report.records(folder)] == names + ["user_made.json"] * (not checkout)
+    if checkout:
+        subprocess.run(["git", "-C", str(tmp_path), "add", "benchmarks"], check=True)
+        assert report.stale(tmp_path) == ["README.md", "results.md"]
 
 
 def test_pytest_benchmark_runs_the_same_cases(tmp_path):

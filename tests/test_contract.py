@@ -118,6 +118,10 @@ REFUSALS = {
     "values flat": (lambda: dec(values=torch.rand(6, 5, **F32)), r"values: expected .*\[S, B, k\]"),
     "nine sources": (lambda: dec(values=torch.rand(9, 6, 5, **F32)), r"values: expected 1\.\.8 sources"),
     "decoder bias": (lambda: dec(pre_biases=P.pre_biases[::-1]), r"pre_biases\[0\]: expected shape \[20\]"),
+    "decoders transposed": (
+        lambda: dec(w_decs=[w.t() for w in P.w_decs]),
+        r"w_decs\[0\]: expected \[d, N\] with d 20 as in pre_biases\[0\]",
+    ),
     "pairs out of range": (lambda: dec(pairs=[(0, 3)]), r"pairs: .*got \(0, 3\)"),
     "target width": (lambda: dec(decode_nmse, xs=P.xs[::-1]), r"xs\[0\]: expected shape \[6, 20\]"),
     "fewer targets": (lambda: dec(decode_nmse, xs=P.xs[:2]), "xs: expected 3 tensors"),

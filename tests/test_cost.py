@@ -420,7 +420,7 @@ def test_gpus_are_found_by_what_torch_calls_them():
         (lambda: cost_report.parse_shape("1,2,3"), "shape: expected B,N,k,d,S.*got '1,2,3'"),
         (lambda: cost_report.parse_shape("8,64,8,0,1"), "shape: expected B,N,k,d,S.*positive.*got '8,64,8,0,1'"),
         (lambda: cost_report.parse_shape("8,64,65,8,1"), "shape: expected k <= .*got '8,64,65,8,1'"),
-        (lambda: cost_report.parse_shape("8,64,8,8,1,int8"), "shape: expected DTYPE bfloat16.*got 'int8'"),
+        (lambda: cost_report.parse_shape("8,64,8,8,1,int8"), "shape: expected PRECISION bf16.*got 'int8'"),
         (lambda: Shape(8, 64, 65, (8,)), "k: expected an int in 1..64.*got 65"),
         (lambda: Shape(8, 64, 8, (8,) * 9), "d_streams: expected a tuple of 1..8 widths"),
         (lambda: Shape(8, 64, 8, (8,), "int8"), "dtype: expected one of bfloat16.*got 'int8'"),

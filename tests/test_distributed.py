@@ -1,7 +1,10 @@
 """docs/integration.md on several processes: DistributedDataParallel and FSDP2 give what one process gives."""
 
+import inspect
 import os
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ import torch.multiprocessing as mp
 
 from sparc_kernels import AlignedSAE, SparcAdam
 
+DOCUMENT = Path(__file__).parents[1] / "docs" / "integration.md"
 WIDTHS, STEPS, ROWS = {"a": 10, "b": 6}, 5, 16
 
 
@@ -49,9 +53,12 @@ def share_counters(model: AlignedSAE) -> None:
 
 
 def ddp(model):
+    wrap = torch.nn.parallel.DistributedDataParallel
+    names = re.findall(r"(\w+_buffers)=False", DOCUMENT.read_text())  # as documented, the newest torch first
+    name = next(name for name in names if name in inspect.signature(wrap).parameters)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch 2.13 has a new name for broadcast_buffers, which older ones lack
-        loss_of = torch.nn.parallel.DistributedDataParallel(Loss(model), broadcast_buffers=False)
+        warnings.simplefilter("error", FutureWarning)
+        loss_of = wrap(Loss(model), **{name: False})
     optimizer = SparcAdam(model, lr=1e-2)
     return loss_of, optimizer, optimizer.step
 

@@ -18,8 +18,8 @@ from sklearn.metrics import log_loss, r2_score
 from sklearn.metrics.pairwise import cosine_similarity
 from test_feature_files import damage
 
-from sparc_kernels import AlignedSAE, cli, metrics
-from sparc_kernels.checkpoint import load_model, save_weights
+from sparc_kernels import AlignedSAE, _progress, cli, metrics
+from sparc_kernels.checkpoint import export_official, load_model, save_weights
 from sparc_kernels.codes import CsrWriter, write_codes
 from sparc_kernels.evaluate import codes_of, encode, evaluate, guessing, select_locally
 from sparc_kernels.features import Features
@@ -275,6 +275,77 @@ def test_show_lists_the_rows_that_fire_most(folder, dense, tmp_path, capsys):
             assert f"{c[row, latent]:8.4f}  row {row}" in text
     assert f"text of row {np.argmax(codes['b'][:, latent])}" in text
     assert "base64," in (tmp_path / "latent.html").read_text()
+
+
+@pytest.mark.parametrize("given", [["--k=3"], ["--k=3", "--topk-type=local"], ["--no-normalize"], ["--k=5"]])
+def test_settings_other_than_the_models_are_said(folder, tmp_path, capsys, given):
+    command = ["eval", f"--model={folder / 'run'}", *streams(folder), f"--out={tmp_path}", *given]
+    assert cli.main([*command, f"--labels={folder / 'labels.npy'}", "--no-retrieval", "--no-probe"]) == 0
+    text, page = capsys.readouterr(), (tmp_path / "report.html").read_text()
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    if given == ["--k=5"]:  # as trained
+        assert scores["trained"] == {} and "Note" not in text.err and "selected as in training" in text.out
+        return
+    want = {"--k=3": {"k": 5}, "--topk-type=local": {"topk_type": "global"}, "--no-normalize": {"normalize": True}}
+    assert scores["trained"] == {key: had for part in given for key, had in want[part].items()}
+    for key, had in scores["trained"].items():
+        assert f"Note: {key} {scores[key]}, where the model was trained with {had}" in text.err
+        assert f"Not as trained: {key} {scores[key]} instead of {had}" in text.out
+    but = ", ".join(f"{key} {had}" for key, had in scores["trained"].items())
+    assert "as in training" not in text.out + page and f"but {but} in training" in page
+    assert ("with k 3" in text.out) == ("with k 3" in page) == (given == ["--k=3"]) and "each stream alone" in page
+    assert (scores["own"] == scores["local"]) == (scores["topk_type"] == "local")
+
+
+def test_alone_wants_only_the_streams_that_are_given(folder, tmp_path, capsys):
+    model, (a, b, _) = f"--model={folder / 'run'}", streams(folder)
+    for given, out in (([*streams(folder)], "all"), ([b], "one")):
+        assert cli.main(["encode", model, *given, "--alone", f"--out={tmp_path / out}"]) == 0
+    got, want = (sparse.load_npz(tmp_path / out / "b.npz") for out in ("one", "all"))
+    assert (got != want).nnz == 0 and [f.name for f in (tmp_path / "one").iterdir()] == ["b.npz"]
+    capsys.readouterr()
+    assert cli.main(["show", "1", model, b, "--alone"]) == 0
+    assert "b: latent 1 fires on" in capsys.readouterr().out
+    labels = f"--labels={folder / 'labels.npy'}"
+    assert cli.main(["eval", model, b, a, labels, "--alone", "--no-probe", f"--out={tmp_path}"]) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert set(scores["own"]["explained_variance"]) == {f"{t}<-{s}" for t in "ab" for s in "ab"}
+    assert set(scores["retrieval"]["latent"]) == {"a<-b", "b<-a"} and scores["topk_type"] == "local"
+    for command in (["encode", f"--out={tmp_path}"], ["show", "1"], ["eval", f"--out={tmp_path}"]):
+        assert cli.main([*command, model, b]) == 2
+        assert "streams: expected a, b, c, the streams of the model" in capsys.readouterr().err
+        assert cli.main([*command, model, "--alone", f"--stream=z={folder / 'a.npy'}"]) == 2
+        assert "streams: expected a, b, c, the streams of the model" in capsys.readouterr().err
+
+
+def test_progress_and_where_scores_go_are_said_on_stderr(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(_progress, "_LINE_EVERY", 0)
+    monkeypatch.chdir(tmp_path)
+    given = [f"--model={folder / 'run'}", *streams(folder), "--batch-size=300"]
+    for command in (["eval", "--no-retrieval"], ["encode", "--out=codes"], ["show", "1"]):
+        assert cli.main([*command, *given]) == 0
+        text = capsys.readouterr()
+        lines = [f"{command[0]}: {rows} of 400 rows" for rows in (300, 400)] * (1 + (command[0] == "eval"))
+        assert [line for line in text.err.splitlines() if " of 400 rows" in line] == lines
+        if command[0] == "eval":
+            assert "Scores and report go to sparc-eval" in text.err and (tmp_path / "sparc-eval/scores.json").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_of_every_dtype_are_read(folder, tmp_path, dtype):
+    save_weights(AlignedSAE(WIDTHS, 64, 5, dtype=dtype), tmp_path / "m.safetensors")
+    command = ["encode", f"--model={tmp_path / 'm.safetensors'}", *streams(folder), f"--out={tmp_path}", "--device=cpu"]
+    assert cli.main(command) == 0
+    assert sparse.load_npz(tmp_path / "a.npz").dtype == (np.float64 if dtype == torch.float64 else np.float32)
+
+
+def test_what_weights_do_not_tell_is_asked_for_at_once(folder, tmp_path, capsys):
+    path = export_official(AlignedSAE(WIDTHS, 64, 5), tmp_path)
+    path.with_name("run_config.json").unlink()
+    command = ["show", "1", f"--model={path}", *streams(folder)]
+    assert cli.main(command) == 2
+    assert f"model {path}: expected k and topk_type, which weights do not tell" in capsys.readouterr().err
+    assert cli.main([*command, "--k=5", "--topk-type=global"]) == 0
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals

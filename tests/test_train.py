@@ -404,7 +404,9 @@ def test_official_files_load_and_are_written(finished, tmp_path):
     again, normalize = load_model(path)
     assert same(again.state_dict(), model.state_dict()) and normalize and again.auxk == 6
     (tmp_path / "run_config.json").unlink()
-    with pytest.raises(ValueError, match=r"expected k, which weights do not tell: give it, or put run_config.json"):
+    with pytest.raises(
+        ValueError, match=r"expected k and topk_type, which weights do not tell: give them, or put run_config.json"
+    ):
         load_model(path)
     bare, _ = load_model(path, k=4, topk_type="local")
     assert (bare.k, bare.topk_type, bare.d_streams) == (4, "local", WIDTHS)

@@ -1,0 +1,113 @@
+"""What all commands have in common: pipes, precisions, sizes."""
+
+import os
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sparc_kernels import AlignedSAE, _arguments, cli, cli_train, runlog, train_config, verify
+from sparc_kernels._checks import precision_name
+from sparc_kernels._trace import parse_shape
+from sparc_kernels.checkpoint import save_weights
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ["--n-latents=16", "--k=3", "--auxk=0", "--epochs=1", "--device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli")
+    np.save(out / "x.npy", np.random.default_rng(0).standard_normal((60, 8)).astype(np.float32))
+    save_weights(AlignedSAE({"x": 8}, 16, 3), out / "m.safetensors")
+    return out
+
+
+RECORD = next((ROOT / "benchmarks" / "results").glob("epyc*.json"))
+
+
+@pytest.mark.parametrize("command", ["cost", "show", "show 2>&1", "train", "demo", "report"])
+def test_a_pipe_that_is_closed_ends_a_command_quietly(folder, tmp_path, command):
+    command, *both = command.split()
+    program = ["benchmarks.report", f"--show={RECORD}"] if command == "report" else ["sparc_kernels", command]
+    streams = [f"--stream=x={folder / 'x.npy'}"]
+    given = {"show": ["1", f"--model={folder / 'm.safetensors'}", *streams], "demo": ["--only-data", "--out", "d"],
+             "train": [*TINY, *streams, "--out=run"]}  # fmt: skip
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head` when it has seen enough
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", *program, *given.get(command, [])], cwd=tmp_path, env=env, check=False,
+        stdout=writer, stderr=writer if both else subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(writer)
+    assert done.returncode == 141, done.stderr
+    assert both or not re.search("Traceback|Broken|Error", done.stderr), done.stderr
+
+
+SPELLINGS = {"fp32": "float32 FP32 torch.float32 float f32", "bf16": "bfloat16 BF16 torch.bfloat16",
+             "fp16": "float16 half f16", "fp64": "float64 double", "tf32": "tf32 TF32"}  # fmt: skip
+
+
+def test_precisions_are_spelled_as_one_likes():
+    for name, others in SPELLINGS.items():
+        for text in (name, *others.split()):
+            assert precision_name(text) == name
+            if name in ("fp32", "bf16", "fp16"):
+                assert parse_shape(f"8,64,4,32,3,{text}") == parse_shape(f"8,64,4,32,3,{name}")
+            if name in train_config.PRECISIONS:
+                assert train_config.TrainConfig(precision=text) == train_config.TrainConfig(precision=name)
+    assert parse_shape("8,64,4,32,3") == parse_shape("8,64,4,32,3,bfloat16")
+    with pytest.raises(ValueError, match="PRECISION bf16, fp16 or fp32, got 'fp64'"):
+        parse_shape("8,64,4,32,3,fp64")
+    with pytest.raises(ValueError, match=r"precision: expected one of 'fp32', .* got 'int8'"):
+        train_config.TrainConfig(precision="int8")
+
+
+def test_commands_take_every_spelling(folder, tmp_path, capsys):
+    assert cli.main(["cost", "--shape", "256,2048,16,64,2,fp32"]) == 0
+    assert "float32 on H200" in capsys.readouterr().out
+    command = ["train", *TINY, f"--stream=x={folder / 'x.npy'}", "--quiet"]
+    assert cli.main([*command, f"--out={tmp_path}", "--precision=float64"]) == 0
+    assert train_config.TrainConfig(precision="fp64").dtype == load(tmp_path)
+    case = verify.CPU_CASES[0]
+    for dtype in case.dtypes:
+        names = verify.SHORT[dtype], str(dtype).removeprefix("torch.")
+        assert verify._chosen(case, dtype, f" {names[0]} ") == verify._chosen(case, dtype, f" {names[1]} ") != ()
+
+
+def load(run):
+    from sparc_kernels.checkpoint import load_model
+
+    return load_model(run)[0].encoders["x"].weight.dtype
+
+
+def test_sizes_are_said_as_they_are_read(folder, tmp_path, capsys):
+    for text in ("4 GiB", "500 MiB", "3 KiB", "2 TiB"):
+        assert _arguments.size_text(_arguments.memory_size(text)) == text
+    assert _arguments.size_text(1500) == "1,500 bytes"
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "features may be larger (4 GiB)" in text and "4294967296" not in text
+    command = ["train", *TINY, f"--stream=x={folder / 'x.npy'}", "--quiet", f"--out={tmp_path}"]
+    assert cli.main(command) == 0
+    assert cli.main([*command, "--resume", "--memory=1G"]) == 2
+    assert "memory: expected 4 GiB as in" in (error := capsys.readouterr().err) and "got 1 GiB" in error
+
+
+def test_wandbs_project_is_the_environments(monkeypatch):
+    asked = []
+    monkeypatch.setitem(
+        sys.modules, "wandb", types.SimpleNamespace(init=lambda **given: asked.append(given["project"]))
+    )
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    runlog.RunLog(None, [], 1, to=("wandb",), quiet=True)
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    runlog.RunLog(None, [], 1, to=("wandb",), quiet=True)
+    assert asked == ["sparc", "mine"]
+    assert "$WANDB_PROJECT" in Path(cli_train.__file__).read_text()
