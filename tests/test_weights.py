@@ -38,7 +38,8 @@ def run(request, tmp_path_factory):
     """A run in every format, of a model whose settings are not the defaults."""
     out = tmp_path_factory.mktemp("run")
     x = {s: torch.randn(40, d, generator=torch.Generator().manual_seed(1)) for s, d in WIDTHS.items()}
-    config = TrainConfig(normalize=request.param, batch_size=20, epochs=1)
+    settings = {name: value for name, value in CHANGED.items() if name not in ("d_streams", "count_in_eval")}
+    config = TrainConfig(**settings, normalize=request.param, batch_size=20, epochs=1)
     trained = model()
     Trainer(config, x, out, model=trained, export=True, quiet=True).train()
     return out, trained, CHANGED | {"normalize": request.param}
