@@ -9,6 +9,7 @@ from itertools import combinations, permutations
 import numpy as np
 import pytest
 import torch
+from damage import damaged
 from PIL import Image
 from safetensors.numpy import load_file
 from scipy import sparse
@@ -16,7 +17,6 @@ from scipy.stats import rankdata
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, r2_score
 from sklearn.metrics.pairwise import cosine_similarity
-from test_feature_files import damage
 
 from sparc_kernels import AlignedSAE, _progress, cli, metrics
 from sparc_kernels.checkpoint import export_official, load_model, save_weights
@@ -493,7 +493,7 @@ def test_damaged_labels_and_pictures_are_refused_by_name_or_read(tmp_path, seed)
         sparse.save_npz(path, sparse.csr_matrix(x))
     else:
         np.save(path, x if kind == "labels" else generator.integers(255, size=(40, 5, 5), dtype=np.uint8))
-    damage(path, generator)
+    path.write_bytes(damaged(path.read_bytes(), generator))
     try:
         got = Pictures("--images a", path).array if kind == "pictures" else read_labels(path, 40)
     except ValueError as error:

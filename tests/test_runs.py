@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from damage import damaged
 from safetensors.torch import save
 
 from sparc_kernels import AlignedSAE, cli, train
@@ -428,8 +429,8 @@ def test_a_configuration_that_is_no_object_is_named(tmp_path):
 
 
 def test_damaged_manifests_and_checkpoints_are_refused_or_read_right(ended, copy):
-    """Bytes changed, cut off or repeated; values replaced where no digest tells: by name, never from below."""
-    rng = np.random.default_rng(0)
+    """Damaged bytes; values replaced where no digest tells: by name, never from below."""
+    generator = np.random.default_rng(0)
     path = copy / "checkpoints" / "step-000000012.pt"
     whole = {file: file.read_bytes() for file in (copy / "manifest.json", path)}
     said = read_manifest(copy / "manifest.json")
@@ -450,15 +451,7 @@ def test_damaged_manifests_and_checkpoints_are_refused_or_read_right(ended, copy
     refused = 0
     for i in range(50):
         file = list(whole)[i % 2]
-        data = bytearray(whole[file])
-        at = int(rng.integers(len(data)))
-        if i % 3 == 0:
-            data = data[:at]
-        elif i % 3 == 1:
-            data[at] ^= 1 << int(rng.integers(8))
-        else:
-            data[at : at + 8] = data[at : at + 8] * 2
-        file.write_bytes(data)
+        file.write_bytes(damaged(whole[file], generator))
         refused += read(file)
         with contextlib.suppress(ValueError):  # the command takes its settings from there
             assert read_manifest(copy / "manifest.json") == said

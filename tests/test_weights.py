@@ -2,11 +2,12 @@
 
 import inspect
 import json
-import random
 import re
 
+import numpy as np
 import pytest
 import torch
+from damage import damaged
 from safetensors.torch import load_file, save_file
 
 from sparc_kernels import AlignedSAE
@@ -72,27 +73,10 @@ def test_no_auxk_survives_in_every_format(tmp_path):
 # --------------------------------------------------------------------------------------------------------------- damage
 
 
-def corrupted(content: bytes, rng: random.Random) -> bytes:
-    """One damage of a kind that disks, transfers and editors do."""
-    start = rng.randrange(len(content))
-    stop = min(len(content), start + rng.choice([1, 4, 64, 512]))
-    flipped = bytearray(content)
-    flipped[start] ^= 1 << rng.randrange(8)
-    middle = {
-        "flip a bit": bytes(flipped[start:stop]),
-        "overwrite": rng.randbytes(stop - start),
-        "zero": bytes(stop - start),
-        "remove": b"",
-        "insert": rng.randbytes(8) + content[start:stop],
-    }
-    kind = rng.choice([*middle, "truncate"])
-    return content[:start] if kind == "truncate" else content[:start] + middle[kind] + content[stop:]
-
-
 @pytest.mark.parametrize("form", ["safetensors", "official"])
 def test_damaged_files_are_refused_by_name_or_read_right(tmp_path, form):
     """25 damages each. Nothing else may come up, whatever library finds the damage first."""
-    whole, rng, refused = model(), random.Random(0), 0
+    whole, generator, refused = model(), np.random.default_rng(0), 0
     if form == "safetensors":
         path = tmp_path / "m.safetensors"
         save_weights(whole, path, normalize=False)
@@ -100,7 +84,7 @@ def test_damaged_files_are_refused_by_name_or_read_right(tmp_path, form):
         path = export_official(whole, tmp_path, normalize=False)
     content = path.read_bytes()
     for number in range(25):
-        path.write_bytes(corrupted(content, rng))
+        path.write_bytes(damaged(content, generator))
         try:
             again, normalize = load_model(path)
         except ValueError as error:

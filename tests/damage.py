@@ -1,0 +1,27 @@
+"""What disks, transfers and editors do to a file."""
+
+import numpy as np
+
+
+def damaged(content: bytes, generator: np.random.Generator) -> bytes:
+    """Bytes cut off, overwritten, zeroed, removed, inserted or repeated, half of the time in the first 200."""
+    start = int(generator.integers(_end(content, generator)))
+    stop = min(len(content), start + int(generator.choice([1, 4, 64, 512])))
+    part = content[start:stop]
+    others = (generator.bytes(len(part)), bytes(len(part)), b"", generator.bytes(8) + part, 2 * part)
+    kind = int(generator.integers(1 + len(others)))
+    return content[:start] if kind == 0 else content[:start] + others[kind - 1] + content[stop:]
+
+
+def scratched(content: bytes, generator: np.random.Generator) -> bytes:
+    """Cut off, or up to 8 bytes overwritten: more of it and HDF5 itself crashes, which nothing above it can catch."""
+    if generator.random() < 0.3:
+        return content[: int(generator.integers(len(content)))]
+    found = bytearray(content)
+    for place in generator.integers(_end(content, generator), size=generator.integers(1, 9)):
+        found[place] = generator.integers(256)
+    return bytes(found)
+
+
+def _end(content: bytes, generator: np.random.Generator) -> int:
+    return len(content) if generator.random() < 0.5 else min(200, len(content))
