@@ -277,10 +277,6 @@ def run(args: argparse.Namespace) -> int:
     if not HAS_TRITON:
         print("audit: Triton is not installed here, nothing can be compiled", file=sys.stderr)
         return 2
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what every release so far does
-    if INTERPRETED:  # interpreted kernels cannot be compiled: start over without
-        env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        return subprocess.run([sys.executable, "-m", "sparc_kernels", *sys.argv[1:]], env=env, check=False).returncode
 
     def progress(i, n):
         if sys.stderr.isatty():
@@ -295,6 +291,10 @@ def run(args: argparse.Namespace) -> int:
         re.compile(args.kernel)
     except re.error as error:
         _refuse(f"--kernel: expected a regular expression, got {args.kernel!r} ({error})")
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what every release so far does
+    if INTERPRETED:  # interpreted kernels cannot be compiled: start over without
+        env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        return subprocess.run([sys.executable, "-m", "sparc_kernels", *sys.argv[1:]], env=env, check=False).returncode
     if args.quick and not args.shape and not archs:
         wanted = [(shape, arch) for shape in shapes for arch in QUICK[shape]]
     else:

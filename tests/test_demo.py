@@ -18,7 +18,8 @@ from sparc_kernels.data import StreamData, one_thread
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "sparc_kernels", "demo"]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+# one thread: two wait for each other beside another test
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
