@@ -195,6 +195,26 @@ def _clipping(check: Check) -> None:
         check.compare(name, *three)
 
 
+def _scaled(check: Check) -> None:
+    """Steps on what torch.amp.GradScaler leaves for an optimizer: the bits of steps without, for the scale is a power
+    of two, and none at all where it has found an infinity."""
+    p, ends, scale = check.problem(gapped), [], 2.0**8
+    found = torch.zeros((), device=check.device)
+    for factor in (1.0, scale):
+        model, inputs = _model(check, p)
+        adam = SparcAdam(model, LR, impl=check.impl)
+        if factor != 1:
+            adam.grad_scale, adam.found_inf = torch.full_like(found, factor), found
+        for _ in range(2):
+            _gradients(model, p, inputs, factor)
+            adam.step()
+        ends.append([q.detach().clone() for q in model.parameters()])
+    _same(check, "as unscaled", *ends)
+    found.fill_(1)
+    adam.step()
+    _same(check, "infinity", ends[1], [q.detach() for q in model.parameters()])
+
+
 def _direct(check: Check, topk_type: str) -> None:
     """`training_step` with AuxK: moments are those of the reference's gradients, weights what Adam makes of them."""
     from ._verify_checks import reference_step
@@ -320,6 +340,7 @@ ROUTES: list[tuple[str, str, Callable[[Check], None]]] = [
     ("library GEMM", "library", _library),
     ("autocast", "autocast", _autocast_step),
     ("clipping", "clip", _clipping),
+    ("scaled gradients", "scaled", _scaled),
     ("direct global", "direct", partial(_direct, topk_type="global")),
     ("direct local", "direct", partial(_direct, topk_type="local")),
     ("half weights", "shadow", _shadow),

@@ -57,7 +57,7 @@ CUDA_CASES = [
     Case("wider", 8, 300000, 512, (64,), (BF16,), "encode exact", gib=6),
     Case("chunked", 2100, 131072, 32, (48,), (BF16,), "encode", gib=8),  # logits beyond SCRATCH_BYTES
     # the official shape again, whose kernels are there
-    Case("routes", 256, 8192, 64, (1024, 768, 768), (F32, BF16), "clip direct again waits"),
+    Case("routes", 256, 8192, 64, (1024, 768, 768), (F32, BF16), "clip scaled direct again waits"),
     Case("routes fp16", 256, 8192, 64, (1024, 768, 768), (F16,), "again"),
     Case("mixed", 256, 8192, 64, (1024, 768, 768), (F32,), "autocast shadow graph"),
     Case("joint", 1024, 4096, 32, (2048, 1024, 1024), (F32,), "autocast", gib=4),
@@ -79,14 +79,14 @@ CPU_CASES = [
     Case("d=4096", 8, 256, 32, (4096,), _CPU, OPERATORS),
     Case("S=8", 16, 512, 32, (64, 48, 80, 33, 64, 48, 80, 33), _CPU, ALL),
     Case("S=1", 32, 512, 32, (320,), _CPU, ALL),
-    Case("routes", 24, 256, 8, (24, 16), (F64, F32, BF16), "clip direct again", quick=True),
+    Case("routes", 24, 256, 8, (24, 16), (F64, F32, BF16), "clip scaled direct again", quick=True),
     Case("mixed", 24, 256, 8, (24, 16), (F32,), "autocast shadow", quick=True),
 ]
 _INT = (F32, F64)
 INTERPRET_CASES = [  # a launch takes milliseconds for every program here
     Case("tiny", 4, 40, 5, (20, 13), _INT, OPERATORS),
     Case("step", 3, 20, 3, (17, 6), _INT, "train", quick=True),
-    Case("routes", 3, 20, 3, (17, 6), (F32,), "clip direct", quick=True),
+    Case("routes", 3, 20, 3, (17, 6), (F32,), "clip scaled direct", quick=True),
     Case("strided", 2, 33, 4, (9, 6), (F64,), "encode decode nmse auxk", strided=True, quick=True),
     Case("hot", 11, 12, 3, (17,), (F32,), "encode values reduce train", hot=True),
     Case("k=1", 3, 33, 1, (16,), (F64,), "encode exact values decode"),

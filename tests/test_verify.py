@@ -380,6 +380,19 @@ def clipping_without_the_norm(patch):
     patch(optim, "grad_square", lambda *args: sound(*args) * 0)
 
 
+def _without_argument(patch, place):
+    sound = optim.adam_scalars_
+    patch(optim, "adam_scalars_", lambda *args: sound(*args[:place], None, *args[place + 1 :]))
+
+
+def scale_not_taken_back(patch):
+    _without_argument(patch, 7)
+
+
+def infinity_stepped_on(patch):
+    _without_argument(patch, 6)
+
+
 def step_without_auxk(patch):
     sound = direct._Targets.encoder_lists
     patch(direct._Targets, "encoder_lists", lambda self, s: (sound(self, s)[0], []))
@@ -449,9 +462,11 @@ FAULTS = {
 }
 ROUTE_FAULTS = {
     clipping_without_the_norm: "clipping",
+    scale_not_taken_back: "scaled",
+    infinity_stepped_on: "scaled",
     step_without_auxk: "direct",
     shadow_not_rounded_again: "half weights",
-    output_left_unwritten: "again",
+    output_left_unwritten: "again|(scaled)",
     another_run_other_bits: "again|autocast",
     autocast_in_full_precision: "autocast|half weights",
 }
