@@ -54,6 +54,10 @@ def pytest_collection_finish():
     gc.freeze()  # what the imports made lives on: looking through it took an eighth of the interpreter's time
 
 
+def pytest_unconfigure():
+    gc.unfreeze()  # or libraries call it leaked at the end
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """torch.empty is filled with NaN (and the largest integers), so a place left unwritten is noticed."""
