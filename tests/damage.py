@@ -4,11 +4,12 @@ import numpy as np
 
 
 def damaged(content: bytes, generator: np.random.Generator) -> bytes:
-    """Bytes cut off, overwritten, zeroed, removed, inserted or repeated, half of the time in the first 200."""
+    """Bytes cut off, flipped, overwritten, zeroed, removed, inserted or repeated, half of the time in the first 200."""
     start = int(generator.integers(_end(content, generator)))
     stop = min(len(content), start + int(generator.choice([1, 4, 64, 512])))
     part = content[start:stop]
-    others = (generator.bytes(len(part)), bytes(len(part)), b"", generator.bytes(8) + part, 2 * part)
+    flipped = bytes([part[0] ^ 1 << int(generator.integers(8))]) + part[1:]
+    others = (flipped, generator.bytes(len(part)), bytes(len(part)), b"", generator.bytes(8) + part, 2 * part)
     kind = int(generator.integers(1 + len(others)))
     return content[:start] if kind == 0 else content[:start] + others[kind - 1] + content[stop:]
 

@@ -330,7 +330,7 @@ def test_resumed_from_a_saved_state_bit_for_bit(impl):
     assert float(again.param_groups[0]["lr"]) == float(optimizer.param_groups[0]["lr"])
     copied = copy.deepcopy(again)
     assert copied.model is not resumed
-    for x in list(batches(3, dtype))[2:]:
+    for x in list(batches(4, dtype))[2:]:
         for m, o in ((straight, optimizer), (resumed, again), (copied.model, copied)):
             m.training_step(x, o)
     for m, o in ((resumed, again), (copied.model, copied)):

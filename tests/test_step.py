@@ -193,10 +193,10 @@ def test_training_with_another_default_device():
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
-@pytest.mark.skipif(not CUDA, reason="two GPUs")
+@pytest.mark.skipif(not CUDA, reason="needs two GPUs")
 def test_a_model_on_another_gpu_than_the_current_one():
     if torch.cuda.device_count() < 2:
-        pytest.skip("two GPUs")
+        pytest.skip("needs two GPUs")
     x = batches(1)[0]
     losses = []
     for device in ("cuda:0", "cuda:1"):
