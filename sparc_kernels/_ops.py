@@ -9,6 +9,7 @@ from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ._triton import HAS_TRITON, INTERPRETED
 
@@ -55,6 +56,11 @@ def on_device(device: torch.device):
     if device.type != "cuda" or device.index is None or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
+
+
+def memory_of(x: torch.Tensor) -> tuple[StorageWeakRef, int]:
+    """Which memory a tensor shows, the same for its aliases. Does not keep it; what lies there later is another."""
+    return StorageWeakRef(x.untyped_storage()), x.storage_offset()
 
 
 def _tensors(args):

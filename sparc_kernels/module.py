@@ -10,7 +10,7 @@ from torch import nn
 
 from ._checks import check_bool, check_int, check_number, check_tensor, fail, require
 from ._launch import MAX_K, MAX_STREAMS
-from ._ops import IMPLS, autocast_enabled, resolve_impl
+from ._ops import IMPLS, autocast_enabled, memory_of, resolve_impl
 from .dead import count_fired_, count_fired_torch, select_dead
 from .encode import Selection, centre_for, differentiable_values, select_latents, values_and_lists
 from .loss import Terms
@@ -139,7 +139,7 @@ class AlignedSAE(nn.Module):
         """
         key, counting = None, self.training or self.count_in_eval
         if self.auxk and not torch.compiler.is_compiling():
-            key = tuple((s, x.data_ptr(), *version_of(x)[1:], x.shape[0]) for s, x in inputs.items())
+            key = tuple((s, memory_of(x), *version_of(x)[1:], x.shape[0]) for s, x in inputs.items())
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             if not self.auxk or key in self._dead_then:
                 return self._dead_then[key] if self.auxk else None

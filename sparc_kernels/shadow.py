@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ._ops import autocast_enabled
+from ._ops import autocast_enabled, memory_of
 from .selection import wants_joint
 
 
@@ -64,4 +64,4 @@ class Shadow:
 
 
 def _state(w: torch.Tensor) -> tuple:
-    return w.data_ptr() if w.device.type != "meta" else 0, w._version
+    return memory_of(w), w._version

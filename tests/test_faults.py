@@ -297,7 +297,8 @@ def test_inductor_reads_the_counters_in_order(topk_type):
 
 
 def test_a_look_at_the_model_during_backward():
-    """It was taken for activation checkpointing and refused; inputs made inside the checkpoint are, with the reason."""
+    """It was taken for activation checkpointing and refused; inputs made inside the checkpoint are, with the reason,
+    wherever they come to lie."""
     m, x = model(auxk=4), batch()
     loss, _ = m.compute_loss(m(x), x)
     seen = []
@@ -308,7 +309,7 @@ def test_a_look_at_the_model_during_backward():
     m.train()
     y = torch.utils.checkpoint.checkpoint(lambda x: m(x)["recon_a"].sum(), x, use_reentrant=False)
     other = torch.utils.checkpoint.checkpoint(
-        lambda x: m({s: 2 * t for s, t in x.items()})["recon_a"].sum(), x, use_reentrant=False
+        lambda x: m({s: torch.from_dlpack(t) for s, t in x.items()})["recon_a"].sum(), x, use_reentrant=False
     )
     y.backward()
     with pytest.raises(RuntimeError, match="make inputs outside of what is checkpointed"):

@@ -291,6 +291,17 @@ def test_weights_changed_behind_autograds_back_are_seen_after_refreshing():
         assert torch.equal(m.training_step(y, optimizer)[0], copied.model.training_step(y, copied)[0])
 
 
+def test_other_weights_at_the_same_address_are_seen():
+    m = model(F32, never=False)
+    optimizer, w = SparcAdam(m, 1e-2, shadow=torch.bfloat16), m.encoders["a"].weight
+    with torch.autocast(DEVICE, torch.bfloat16):
+        m.training_step(next(batches(1, F32)), optimizer)
+        there, state = torch.from_dlpack(w.detach()), (w.data_ptr(), w._version)
+        w.data = there.mul_(2)
+        assert (w.data_ptr(), w._version) == state
+        assert torch.equal(optimizer.shadow_matrices()[0][0], w.to(torch.bfloat16))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_batch_whose_loss_is_not_finite_changes_nothing_but_the_counters(impl, bad):
     m = model(KERNEL_DTYPE, never=False, auxk=None, impl=impl)
