@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from importlib import import_module
 
@@ -29,9 +30,20 @@ SUBCOMMANDS = {
 }
 
 
+def wait_asleep() -> None:
+    """Let PyTorch's threads sleep while they wait, unless the user has said how.
+
+    OpenMP, which is asked when torch is loaded, lets them spin for milliseconds at the end of every loop: beside other
+    work they take the core of the thread that they wait for (docs/design.md has figures).
+    """
+    if "torch" not in sys.modules and "GOMP_SPINCOUNT" not in os.environ:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 @ends_with_its_pipe
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    wait_asleep()
     parser = argparse.ArgumentParser(prog="sparc-kernels", description="Concept-aligned sparse autoencoders, fast.")
     parser.add_argument("--version", action="version", version=f"sparc_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")

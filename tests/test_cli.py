@@ -49,6 +49,17 @@ def test_a_pipe_that_is_closed_ends_a_command_quietly(folder, tmp_path, command)
     assert both or not re.search("Traceback|Broken|Error", done.stderr), done.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP says how it waits")
+@pytest.mark.parametrize(("said", "spins"), [({}, "0"), ({"GOMP_SPINCOUNT": "500"}, "500")], ids=str)
+def test_threads_sleep_while_they_wait(said, spins):
+    """They spun, which beside other work made two threads slower than one; what the user says holds."""
+    env = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    env |= {"PYTHONPATH": str(ROOT), "OMP_DISPLAY_ENV": "VERBOSE", **said}
+    command = [sys.executable, "-m", "sparc_kernels", "train", "--help"]
+    done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+    assert re.search(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)[1] == spins
+
+
 SPELLINGS = {"fp32": "float32 FP32 torch.float32 float f32", "bf16": "bfloat16 BF16 torch.bfloat16",
              "fp16": "float16 half f16", "fp64": "float64 double", "tf32": "tf32 TF32"}  # fmt: skip
 
