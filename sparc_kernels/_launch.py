@@ -302,8 +302,10 @@ def gather_config(k: int, d: int, n: int, itemsize: int, arch: int) -> GatherCon
     deep = k_pad * block_d * itemsize <= 16384 and arch < AMD and not (arch in (86, 89) and k_pad == 64)
     # compiled: sm_80 spills 16 bytes at B 1, for 72 registers instead of 92; so does sm_100, 8 to 16 here and there
     limit = 128 if arch < 90 and itemsize == 2 and k_pad == 64 else 255 if arch in (100, 103) else 0
-    # compiled: sm_120 too, with 8 sources, and Triton 3.6 without dots
-    if itemsize == 2 and k_pad == 256 and (120 <= arch < AMD or (TRITON_VERSION < (3, 7) and arch < AMD)):
+    # compiled: sm_120 too, with 8 sources, Triton 3.6 without dots, and 3.8, 16 bytes with 8 sources
+    if itemsize == 2 and arch < AMD and (
+        k_pad == 256 and (arch >= 120 or TRITON_VERSION < (3, 7)) or k_pad == 512 and TRITON_VERSION == (3, 8)
+    ):
         limit = 255
     return GatherConfig(k_pad, block_d, tiles, num_warps, 3 if deep else 2, limit)
 
@@ -341,12 +343,21 @@ def reduce_config(d: int, arch: int = 80, sources: int = 1) -> ReduceConfig:
     block_e = 2 if sources > 4 else 4
     # compiled: sm_80 spills 8 bytes with 8 sources, for 96 registers instead of 127, and in fp32 under a limit of 128
     limit = 168 if arch < 90 and sources > 4 else 0
+    if TRITON_VERSION == (3, 8) and arch < 90 and 1 < sources <= 4:
+        limit = 128  # compiled: 8 bytes without or with 96, in fp32
     return ReduceConfig(block_e, block_d, max(block_d // (128 if arch >= RDNA else 256), 1), limit)
 
 
 def finish_warps(block_d: int) -> int:
     """Of the kernel that adds up split lists. Compiled (sm_90, fp32): 4 spill 8 bytes, so do 2 with 512 columns."""
     return 2 if block_d > 512 else 1
+
+
+@dataclass(frozen=True)
+class ColumnSumsConfig(Limited):
+    """Compiled: under Triton 3.8 the weighted sums of three fp32 sources spill 8 bytes without a limit."""
+
+    max_registers: int = 128 if TRITON_VERSION == (3, 8) else 0
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ._launch import cdiv, column_chunk, next_power_of_2
+from ._launch import ColumnSumsConfig, capability, cdiv, column_chunk, next_power_of_2
 from ._ops import acc_dtype, register
 from ._triton import INTERPRETED, tl, tl_dtype, triton
 
@@ -73,7 +73,7 @@ def _launch_column_sums(xs, weights, out, negate):
     _column_parts_kernel[(chunks, tiles, len(xs))](
         tuple(xs), None if weights is None else tuple(w.contiguous() for w in weights), widths,
         tuple(x.stride(0) for x in xs), part, rows, sum(widths), chunk, T=len(xs), BLOCK_B=block_b, BLOCK_D=block_d,
-        ACC=tl_dtype(acc), num_warps=4,
+        ACC=tl_dtype(acc), num_warps=4, **ColumnSumsConfig().registers(capability(part.device)),
     )  # fmt: skip
     _column_sums_kernel[(tiles, T)](
         part, tuple(out), widths[:T], chunks, sum(widths), sum(widths[:T]), T=T, TWICE=len(xs) > T, NEGATE=negate,
