@@ -226,7 +226,7 @@ def _digest(config: dict, state: Mapping[str, torch.Tensor]) -> str:
 
 
 def export_official(
-    model: AlignedSAE, folder: str | Path, settings: Mapping | None = None, normalize: bool = True
+    model: AlignedSAE, folder: str | Path, settings: Mapping[str, object] | None = None, normalize: bool = True
 ) -> Path:
     """`msae_checkpoint.pth` and the `run_config.json` that the official code reads beside it.
 
@@ -243,7 +243,9 @@ def export_official(
     return path
 
 
-def load_model(path: str | Path, device="cpu", dtype=None, **known) -> tuple[AlignedSAE, bool]:
+def load_model(
+    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, **known: object
+) -> tuple[AlignedSAE, bool]:
     """A trained model, in eval mode, and whether it was trained on normalised rows (officially always).
 
     Args:

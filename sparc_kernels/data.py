@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -269,7 +270,7 @@ def _generator(seed: int) -> torch.Generator:
 
 
 @contextmanager
-def one_thread():
+def one_thread() -> Iterator[None]:
     """PyTorch on one CPU thread: for networks this small no slower, much faster on a busy machine, and repeatable."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
