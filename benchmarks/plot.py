@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from sparc_kernels._checks import missing
+
 from . import record
 from .report import ROOT, load, ms, ok, where
 
@@ -28,7 +30,7 @@ def _pyplot():
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install ".[bench]"') from error
+        raise missing("drawing plots", "matplotlib") from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

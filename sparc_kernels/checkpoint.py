@@ -20,8 +20,7 @@ from pathlib import Path
 
 import torch
 
-from ._checks import check_bool, require
-from .features import missing
+from ._checks import check_bool, missing, require
 from .module import AlignedSAE
 
 WEIGHTS = "model.safetensors"
@@ -201,7 +200,7 @@ def import_save(path: Path):
     try:
         from safetensors.torch import save
     except ImportError as error:
-        raise missing("safetensors", f"{path} is a safetensors file") from error
+        raise missing(f"{path}, a safetensors file,", "safetensors") from error
     return save
 
 
@@ -317,7 +316,7 @@ def _read_safetensors(path: Path) -> tuple[dict, dict]:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
-        raise missing("safetensors", f"{path} is a safetensors file") from error
+        raise missing(f"{path}, a safetensors file,", "safetensors") from error
     try:
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict

@@ -102,6 +102,12 @@ def test_type_checkers_see_what_is_exported():
     assert (Path(sparc_kernels.__file__).with_name("py.typed")).exists()
 
 
+def test_hints_hold_for_a_clone_and_for_an_index():
+    """Extras do not: their spelling depends on where sparc_kernels came from."""
+    for path in Path(sparc_kernels.__file__).parent.glob("*.py"):
+        assert not re.search(r"pip install\W*\S*\[", path.read_text()), path.name
+
+
 def functions(thing):
     """The public functions of a module, class or function, a class's own constructor too."""
     if inspect.ismodule(thing):
