@@ -151,7 +151,8 @@ def test_digits():
 def test_a_missing_package_is_named(monkeypatch, package, name, few_characters):
     if package == "matplotlib":
         monkeypatch.undo()
-    for module in [m for m in sys.modules if m.split(".")[0] == package]:
+    loaded = [m for m in sys.modules if m.startswith(f"{package}.")]
+    for module in [package, *loaded]:
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=f"this data set needs {name}: pip install {name}$"):
         unicode_streams(0, quick=True)
