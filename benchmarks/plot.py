@@ -210,13 +210,17 @@ def draw(path: Path, out: Path) -> list[Path]:
     return written
 
 
-def main(argv=None) -> int:
+def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("record", type=Path, metavar="FILE.json")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "plots", help="folder (default docs/plots)")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
     try:
         files = draw(args.record, args.out)
     except (OSError, ValueError, ImportError) as error:
