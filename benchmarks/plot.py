@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from sparc_kernels._checks import missing
+
 from . import record
 from .report import ROOT, load, ms, ok, where
 
@@ -28,7 +30,7 @@ def _pyplot():
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install ".[bench]"') from error
+        raise missing("drawing plots", "matplotlib") from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -208,13 +210,17 @@ def draw(path: Path, out: Path) -> list[Path]:
     return written
 
 
-def main(argv=None) -> int:
+def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("record", type=Path, metavar="FILE.json")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "plots", help="folder (default docs/plots)")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
     try:
         files = draw(args.record, args.out)
     except (OSError, ValueError, ImportError) as error:

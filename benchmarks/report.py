@@ -304,7 +304,7 @@ NO_GPU = (
 
 def _wrapped(part: str) -> str:
     """Prose in lines of 120; tables, lists, code, pictures and headings as they are."""
-    if part.startswith(("|", "-", "    ", "!", "#")):
+    if part.startswith(("|", "-", "```", "!", "#")):
         return part
     return textwrap.fill(part, 120, break_long_words=False, break_on_hyphens=False)
 
@@ -335,7 +335,7 @@ def results(found: list[tuple[str, dict]]) -> str:
     for name, data in reversed(found):
         env = data["environment"]
         parts.append(f"## {env['device_name']}, {env['date'][:10]}")
-        parts.append(f"    {_command(data)}")
+        parts.append(f"```sh\n{_command(data)}\n```")
         cut = "" if data["complete"] else f" The run is incomplete: {data['stopped']}."
         said = env["nvml"].get("reason")
         parts.append(
@@ -407,14 +407,18 @@ def stale(root: Path = ROOT) -> list[str]:
     return [path.name for path, text in texts(root, named).items() if path.read_text() != text]
 
 
-@ends_with_its_pipe
-def main(argv=None) -> int:
+def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="write nothing, exit code 1 when a text is stale")
     parser.add_argument("--show", type=Path, metavar="FILE.json", help="print the table of one record and stop")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+@ends_with_its_pipe
+def main(argv=None) -> int:
+    args = parse(argv)
     if args.show:
         print(terminal(record.load(args.show), limit=10**9))
         return 0

@@ -1,8 +1,25 @@
 """Fused Triton kernels and a drop-in module for concept-aligned sparse autoencoders (SPARC, arXiv 2507.06265)."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:  # for type checkers and editors, which do not see what `__getattr__` loads
+    from . import data as data
+    from . import metrics as metrics
+    from . import reference as reference
+    from .dead import auxk_topk as auxk_topk
+    from .dead import update_counters_ as update_counters_
+    from .decoder import decode as decode
+    from .decoder import decode_nmse as decode_nmse
+    from .encode import encode_topk as encode_topk
+    from .encode import values_at as values_at
+    from .latent_grads import InverseIndex as InverseIndex
+    from .latent_grads import inverse_index as inverse_index
+    from .module import AlignedSAE as AlignedSAE
+    from .optim import SparcAdam as SparcAdam
+    from .outputs import AlignedOutputs as AlignedOutputs
 
 _EXPORTS = {
     "AlignedSAE": "module",
@@ -22,7 +39,7 @@ _MODULES = ("reference", "metrics", "data")
 __all__ = [*_EXPORTS, *_MODULES, "__version__"]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> object:
     """Loads torch (and Triton, where installed) only when something that needs it is asked for."""
     if name in _EXPORTS:
         value = getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
@@ -34,5 +51,5 @@ def __getattr__(name):
     return value
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted(__all__)

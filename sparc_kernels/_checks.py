@@ -41,9 +41,9 @@ def require(condition: bool, argument: str, expected: str, got) -> None:
         fail(argument, expected, got)
 
 
-def how_to_install(extra: str) -> str:
-    """The end of a message on a missing package: no index has sparc_kernels, so its extras come from a clone."""
-    return f'in a clone of sparc_kernels, pip install ".[{extra}]"'
+def missing(what: str, package: str) -> ImportError:
+    """An error that says what installs a package of an extra, however sparc_kernels itself was installed."""
+    return ImportError(f"{what} needs {package}: pip install {package}")
 
 
 def check_int(argument: str, value, low: int, high: int | None = None, high_name: str = "") -> int:

@@ -302,8 +302,8 @@ def gather_config(k: int, d: int, n: int, itemsize: int, arch: int) -> GatherCon
     deep = k_pad * block_d * itemsize <= 16384 and arch < AMD and not (arch in (86, 89) and k_pad == 64)
     # compiled: sm_80 spills 16 bytes at B 1, for 72 registers instead of 92; so does sm_100, 8 to 16 here and there
     limit = 128 if arch < 90 and itemsize == 2 and k_pad == 64 else 255 if arch in (100, 103) else 0
-    # compiled: sm_120 too, with 8 sources, Triton 3.6 without dots, and 3.8, 16 bytes with 8 sources
-    spills = {256: arch >= 120 or TRITON_VERSION < (3, 7), 512: TRITON_VERSION == (3, 8)}
+    # compiled: sm_120 too, with 8 sources, Triton 3.6 without dots, 3.7 and 3.8 with 8 sources, 16 bytes
+    spills = {256: arch >= 120 or TRITON_VERSION < (3, 7), 512: (3, 7) <= TRITON_VERSION < (3, 9)}
     if itemsize == 2 and arch < AMD and spills.get(k_pad):
         limit = 255
     return GatherConfig(k_pad, block_d, tiles, num_warps, 3 if deep else 2, limit)

@@ -20,8 +20,7 @@ from pathlib import Path
 
 import torch
 
-from ._checks import check_bool, require
-from .features import missing
+from ._checks import check_bool, missing, require
 from .module import AlignedSAE
 
 WEIGHTS = "model.safetensors"
@@ -201,7 +200,7 @@ def import_save(path: Path):
     try:
         from safetensors.torch import save
     except ImportError as error:
-        raise missing("safetensors", f"{path} is a safetensors file") from error
+        raise missing(f"{path}, a safetensors file,", "safetensors") from error
     return save
 
 
@@ -226,7 +225,7 @@ def _digest(config: dict, state: Mapping[str, torch.Tensor]) -> str:
 
 
 def export_official(
-    model: AlignedSAE, folder: str | Path, settings: Mapping | None = None, normalize: bool = True
+    model: AlignedSAE, folder: str | Path, settings: Mapping[str, object] | None = None, normalize: bool = True
 ) -> Path:
     """`msae_checkpoint.pth` and the `run_config.json` that the official code reads beside it.
 
@@ -243,7 +242,9 @@ def export_official(
     return path
 
 
-def load_model(path: str | Path, device="cpu", dtype=None, **known) -> tuple[AlignedSAE, bool]:
+def load_model(
+    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, **known: object
+) -> tuple[AlignedSAE, bool]:
     """A trained model, in eval mode, and whether it was trained on normalised rows (officially always).
 
     Args:
@@ -315,7 +316,7 @@ def _read_safetensors(path: Path) -> tuple[dict, dict]:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
-        raise missing("safetensors", f"{path} is a safetensors file") from error
+        raise missing(f"{path}, a safetensors file,", "safetensors") from error
     try:
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict

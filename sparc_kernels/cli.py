@@ -40,10 +40,7 @@ def wait_asleep() -> None:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-@ends_with_its_pipe
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    wait_asleep()
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="sparc-kernels", description="Concept-aligned sparse autoencoders, fast.")
     parser.add_argument("--version", action="version", version=f"sparc_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
@@ -51,5 +48,11 @@ def main(argv: list[str] | None = None) -> int:
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if name in argv[:1]:  # the others need not be imported to print help
             import_module(f".{module}", __package__).add_arguments(command)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+@ends_with_its_pipe
+def main(argv: list[str] | None = None) -> int:
+    wait_asleep()
+    args = parse(sys.argv[1:] if argv is None else argv)
     return import_module(f".{SUBCOMMANDS[args.command][0]}", __package__).run(args)

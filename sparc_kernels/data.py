@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._checks import check_int, how_to_install
+from ._checks import check_int, missing
 
 IMAGE_SIZE = 32  # pixels, both sides of a rendered character
 MIN_LABEL_COUNT = 15  # characters that must carry a word for it to be a label
@@ -122,7 +123,7 @@ def digits_streams(seed: int = 0) -> StreamData:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise _missing("scikit-learn") from error
+        raise missing("this data set", "scikit-learn") from error
     digits = load_digits()
     pixels = torch.from_numpy(digits.data).float() / 16
     target = torch.from_numpy(digits.target).long()
@@ -159,7 +160,7 @@ def _render() -> tuple[list[int], dict[str, Tensor]]:
         from matplotlib.ft2font import FT2Font
         from PIL import ImageFont  # a requirement of matplotlib
     except ImportError as error:
-        raise _missing("matplotlib") from error
+        raise missing("this data set", "matplotlib") from error
     folder = os.path.join(matplotlib.get_data_path(), "fonts", "ttf")
     paths = {kind: os.path.join(folder, f"DejaVu{kind.title()}.ttf") for kind in ("sans", "serif")}
     covered = set.intersection(*(set(FT2Font(path).get_charmap()) for path in paths.values()))
@@ -244,7 +245,7 @@ def _name_features(names: tuple[str, ...], train_rows: Tensor, width: int, seed:
         from sklearn.feature_extraction.text import TfidfVectorizer
         from threadpoolctl import threadpool_limits  # a requirement of scikit-learn
     except ImportError as error:
-        raise _missing("scikit-learn") from error
+        raise missing("this data set", "scikit-learn") from error
     tfidf = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True)
     svd = TruncatedSVD(width, random_state=seed)
     with threadpool_limits(1):  # NumPy's threads, as in one_thread
@@ -269,7 +270,7 @@ def _generator(seed: int) -> torch.Generator:
 
 
 @contextmanager
-def one_thread():
+def one_thread() -> Iterator[None]:
     """PyTorch on one CPU thread: for networks this small no slower, much faster on a busy machine, and repeatable."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -285,7 +286,3 @@ def _seeded(seed: int):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
-
-
-def _missing(package: str) -> ImportError:
-    return ImportError(f"this data set needs {package}, which is not installed: {how_to_install('demo')}")

@@ -65,7 +65,7 @@ count_fired_.__doc__ = """`update_counters_` for the S streams of values [S, B, 
 @torch.no_grad()
 def update_counters_(
     counters: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, threshold: float = 1e-3, impl: str = "auto"
-):
+) -> torch.Tensor:
     """Steps since each latent last fired, updated in place from the sparse codes of one batch.
 
     Args:

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import __version__
-from ._checks import how_to_install
 from .data import StreamData, one_thread, unicode_streams
 from .evaluate import evaluate, guessing
 from .features import Features
 from .metrics import Codes, jaccard
 from .module import AlignedSAE
+from .report import import_matplotlib
 from .train import Interrupted, Trainer
 from .train_config import TrainConfig
 
@@ -103,7 +103,7 @@ def _refuse(message: str) -> int:
 
 def _demo(out: Path, seed: int, quick: bool, device: torch.device, only_data: bool = False) -> None:
     started = time.perf_counter()
-    _import_matplotlib()  # before the work, so that a missing package is known at once
+    import_matplotlib()  # before the work, so that a missing package is known at once
     settings = QUICK if quick else FULL
     if quick:
         print("Quick run: fewer characters and steps. Leave out --quick for the figures to quote.")
@@ -323,19 +323,11 @@ def format_table(scores: dict[str, dict], chance: dict[str, float], held_out: in
 # -------------------------------------------------------------------------------------------------------------- figures
 
 
-def _import_matplotlib():
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(f"the figures need matplotlib: {how_to_install('demo')}") from error
-    return Figure
-
-
 def plot_curves(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
     """Self and cross NMSE of the training batches over the steps."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    figure = _import_matplotlib()(figsize=(10, 4), layout="constrained")
+    figure = import_matplotlib()(figsize=(10, 4), layout="constrained")
     for axes, (key, title) in zip(
         figure.subplots(1, 2),
         (("self", "A stream from its own code"), ("cross", "A stream from another stream's code")),
@@ -358,7 +350,7 @@ def plot_gallery(data: StreamData, codes: dict[str, Codes], path: Path, columns:
     Args:
         codes: of the held-out rows, selected locally, for the streams `sans`, `serif` and `name`.
     """
-    figure = _import_matplotlib()(figsize=(5 * columns, 2.55 * rows + 1))
+    figure = import_matplotlib()(figsize=(5 * columns, 2.55 * rows + 1))
     figure.text(0.025, 0.985, "Twelve latents, three streams each", size=19, weight="bold", va="top")
     note = (
         "global+cross; the held-out characters with the highest activation, each stream selecting its latents alone. "

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._checks import check_bool, check_tensor, fail, how_to_install, require
+from ._checks import check_bool, check_tensor, fail, missing, require
 from ._launch import MAX_STREAMS
 
 DATASET = "features"  # the HDF5 dataset, as the official extraction scripts name it; preferred in safetensors too
@@ -363,7 +363,7 @@ def _open_safetensors(label: str, path: Path, name: str | None):
     try:
         from safetensors import safe_open
     except ImportError as error:
-        raise missing("safetensors", f"{label} is a safetensors file") from error
+        raise missing(f"{label}, a safetensors file,", "safetensors") from error
     with reading(label, "a complete safetensors file"), safe_open(path, framework="np") as file:
         names = list(file.keys())  # offsets and the length of the file are checked by now
     if name is None:
@@ -393,7 +393,7 @@ def _open_hdf5(label: str, path: Path, name: str | None):
     try:
         import h5py
     except ImportError as error:
-        raise missing("h5py", f"{label} is an HDF5 file") from error
+        raise missing(f"{label}, an HDF5 file,", "h5py") from error
     with contextlib.ExitStack() as stack:
         with reading(label, "a complete HDF5 file"):
             file = stack.enter_context(h5py.File(path, "r"))
@@ -507,7 +507,3 @@ def _read_indices(label: str, shape, rows: int, read) -> np.ndarray:
         start = 1 if zero.all() else rows - int(np.argmin(zero[::-1]))
         fail(label, "`indices` of every row", f"zeros from row {start:,} to the last, {rows - 1:,}: was it stopped?")
     return indices
-
-
-def missing(package: str, why: str, extra: str = "train") -> ImportError:
-    return ImportError(f"{why}, which needs {package}: {how_to_install(extra)}")

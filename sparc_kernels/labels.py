@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._checks import require
-from .features import Features, missing, reading
+from ._checks import missing, require
+from .features import Features, reading
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
@@ -29,7 +29,7 @@ def read_labels(path: Path, rows: int) -> Tensor:
         try:
             from scipy.sparse import load_npz
         except ImportError as error:
-            raise missing("scipy", f"{label} is a sparse matrix", "test") from error
+            raise missing(f"{label}, a sparse matrix,", "scipy") from error
         with reading(label, "a matrix of scipy.sparse.save_npz"):
             values = load_npz(path).toarray() != 0
     else:
@@ -102,7 +102,7 @@ class Pictures:
         try:
             from PIL import Image
         except ImportError as error:
-            raise missing("Pillow", "pictures are shown with it", "train") from error
+            raise missing("showing pictures", "Pillow") from error
         if self.array is not None:
             return Image.fromarray(np.array(self.array[row])).convert("RGB")
         with Image.open(self.files[row]) as image:

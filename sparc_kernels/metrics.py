@@ -124,7 +124,9 @@ def dead_fractions(codes: Mapping[str, Codes]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def retrieval(query: Codes | Tensor | Rows, target: Codes | Tensor | Rows, ks: Sequence[int] = (1, 5, 10)) -> dict:
+def retrieval(
+    query: Codes | Tensor | Rows, target: Codes | Tensor | Rows, ks: Sequence[int] = (1, 5, 10)
+) -> dict[str, float]:
     """Does row i of `query` find row i of `target` among all B by cosine similarity?
 
     The rank of the right answer is 1 + the number of others at least as similar: ties, cosines within 1e-6, count

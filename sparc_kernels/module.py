@@ -55,8 +55,8 @@ class AlignedSAE(nn.Module):
         topk_type: str = "global",
         impl: str = "auto",
         count_in_eval: bool = False,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         _check_streams(d_streams)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -110,7 +111,7 @@ class SparcAdam(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
         """One step with the parameters' gradients. closure: evaluates the loss again, which is then returned."""
         loss = None
         if closure is not None:
@@ -165,7 +166,7 @@ class SparcAdam(torch.optim.Optimizer):
     def _matrices(self):
         return [[w_enc, w_dec.t()] for w_enc, w_dec, *_ in self.streams()]
 
-    def impl_of(self, stream) -> str:
+    def impl_of(self, stream: list[torch.nn.Parameter]) -> str:
         return resolve_impl(self.impl, stream[0])
 
     def scalars(self, s: int | None = None) -> torch.Tensor:
@@ -207,7 +208,9 @@ class SparcAdam(torch.optim.Optimizer):
             state[name] = _like(p, state.get(name))
         return state
 
-    def count_step(self, moving: list[bool], square=None, loss=None) -> None:
+    def count_step(
+        self, moving: list[bool], square: torch.Tensor | None = None, loss: torch.Tensor | None = None
+    ) -> None:
         """Counts a step of what moves and fills `scalars`; loss: nothing moves unless it is finite."""
         group = self.param_groups[0]
         lr, number, norm = group["lr"], 0.0, None

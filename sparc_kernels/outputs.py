@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from .latent_grads import NO_INVERSE
 from .loss import AlignedLoss
 
 
-class AlignedOutputs(Mapping):
+class AlignedOutputs(Mapping[str, torch.Tensor]):
     """What `AlignedSAE.forward` returns: every official key, dense tensors made on first reading and then kept.
 
     Beside the official keys: `indices` (int64 [B, k], local [S, B, k]) and `values_{s}` ([B, k]), which exist already.
@@ -65,16 +65,16 @@ class AlignedOutputs(Mapping):
                     plan[f"cross_recon_{t}_from_{s}"] = ("recon", t, s)
         return plan
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self._plan())
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._plan())
 
-    def __contains__(self, key):
+    def __contains__(self, key: object) -> bool:
         return key in self._plan()
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: str) -> torch.Tensor:
         maker, *args = self._plan()[key]
         return self._once(key, getattr(self, f"_make_{maker}"), args)
 

@@ -60,7 +60,9 @@ def decode_one(indices: Tensor, values: Tensor, w_dec: Tensor, pre_bias: Tensor)
     return F.linear(codes(indices, values, w_dec.shape[1]), w_dec) + pre_bias
 
 
-def decode(indices: Tensor, values: Tensor, w_decs: list[Tensor], pre_biases: list[Tensor]) -> dict:
+def decode(
+    indices: Tensor, values: Tensor, w_decs: list[Tensor], pre_biases: list[Tensor]
+) -> dict[tuple[int, int], Tensor]:
     """Every reconstruction R[t<-s] of target t from source s: -> {(t, s): [B, d_t]}."""
     return {
         (t, s): decode_one(of_stream(indices, s), values[s], w_decs[t], pre_biases[t])

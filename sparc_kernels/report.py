@@ -9,7 +9,7 @@ from html import escape
 import torch
 from torch import Tensor
 
-from ._checks import how_to_install
+from ._checks import missing
 from .labels import Pictures
 from .metrics import Codes, activation_cosine, jaccard, top_rows
 
@@ -37,7 +37,7 @@ def import_matplotlib():
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(f"the figures need matplotlib: {how_to_install('train')}") from error
+        raise missing("drawing figures", "matplotlib") from error
     return Figure
 
 

@@ -11,15 +11,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ._checks import require
+from ._checks import missing, require
 from .checkpoint import write_atomically
-from .features import missing
 
 LOG = "log.csv"
-LOGGERS = {  # name -> its module, and why it is needed
-    "tensorboard": ("torch.utils.tensorboard", "--log tensorboard writes TensorBoard files"),
-    "wandb": ("wandb", "--log wandb reports to Weights & Biases"),
-}
+LOGGERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # name, also of the package -> its module
 _LINE_EVERY = 5.0  # seconds between lines where there is no terminal
 _FIRST = ("step", "epoch", "lr", "loss", "explained_variance", "explained_variance_cross", "l0", "dead", "skipped",
           "samples_per_s", "seconds")  # fmt: skip
@@ -143,8 +139,7 @@ def _summary(row: dict) -> str:
 
 def import_logger(name: str):
     """The module of one of LOGGERS. Raises: ImportError that says what to install."""
-    module, why = LOGGERS[name]
     try:
-        return importlib.import_module(module)
+        return importlib.import_module(LOGGERS[name])
     except ImportError as error:
-        raise missing(name, why, "log") from error
+        raise missing(f"logging to {name}", name) from error

@@ -36,7 +36,7 @@ from .optim import SparcAdam
 from .run_folder import TIME, RunFolder
 from .runlog import LOGGERS, RunLog, import_logger
 from .step import Step
-from .train_config import TrainConfig
+from .train_config import TrainConfig as TrainConfig  # documented as this module's
 
 _HELD_OUT_PIECE = 256  # consecutive rows that go to validation together: neighbours are often alike
 
@@ -306,7 +306,7 @@ class Trainer:
 
     # --------------------------------------------------------------------------------------------------------- training
 
-    def train(self) -> dict:
+    def train(self) -> dict[str, float]:
         """Train to the end.
 
         Returns: steps, skipped batches, the loss of the last row of the log, seconds, samples_per_s, and `waited`, the

@@ -103,7 +103,7 @@ class TrainConfig:
         """Of parameters and batches."""
         return torch.float64 if self.precision == "fp64" else torch.float32
 
-    def build(self, d_streams: dict[str, int], device="cpu") -> AlignedSAE:
+    def build(self, d_streams: dict[str, int], device: torch.device | str = "cpu") -> AlignedSAE:
         """A new model; draws from torch's global random state, on the CPU whatever the device."""
         return AlignedSAE(
             d_streams,

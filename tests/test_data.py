@@ -147,13 +147,14 @@ def test_digits():
     assert all(torch.equal(digits.train[s], again.train[s]) for s in digits.train)
 
 
-@pytest.mark.parametrize("package", ["matplotlib", "sklearn"])
-def test_a_missing_package_is_named(monkeypatch, package, few_characters):
+@pytest.mark.parametrize(("package", "name"), [("matplotlib", "matplotlib"), ("sklearn", "scikit-learn")])
+def test_a_missing_package_is_named(monkeypatch, package, name, few_characters):
     if package == "matplotlib":
         monkeypatch.undo()
-    for module in [m for m in sys.modules if m.split(".")[0] == package]:
+    loaded = [m for m in sys.modules if m.startswith(f"{package}.")]
+    for module in [package, *loaded]:
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=r'pip install "\.\[demo\]"'):
+    with pytest.raises(ImportError, match=f"this data set needs {name}: pip install {name}$"):
         unicode_streams(0, quick=True)
 
 

@@ -317,7 +317,7 @@ def test_a_missing_package_is_known_before_the_first_step(tmp_path, capsys, monk
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     assert cli.main(command(tmp_path / "run", *given)) == 2
     error = capsys.readouterr().err
-    assert 'needs safetensors: in a clone of sparc_kernels, pip install ".[train]"' in error
+    assert "model.safetensors, a safetensors file, needs safetensors: pip install safetensors\n" in error
     assert not (tmp_path / "run").exists()
     trainer().train()  # nothing is saved, nothing is needed
     with pytest.raises(ValueError, match="log_to: expected some of tensorboard, wandb, got 'tensorbord'"):

@@ -1,0 +1,235 @@
+"""What README.md and docs/ print is so: every snippet and command runs or is run by a named test, every link leads
+somewhere. CUDA's graphs have a stand-in where there is no GPU."""
+
+import inspect
+import math
+import re
+import shlex
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks import __main__ as benchmark
+from benchmarks import gpu_report, plot, report
+from sparc_kernels import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ["README.md", "CHANGELOG.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+NOT_RUN = {"math": "equations", "text": "what a command printed, with machine and date before it"}
+SETUP = ("python3 -m venv ", "pip install ", ". .venv/bin/activate")  # the environment is this one
+PARSERS = {
+    "sparc-kernels": cli.parse,
+    "python -m benchmarks": benchmark.parse,
+    "python -m benchmarks.report": report.parse,
+    "python -m benchmarks.plot": plot.parse,
+    "python benchmarks/gpu_report.py": gpu_report.parse,
+    "pytest": list,
+    "python -m pytest": list,
+}
+RECORDED = "docs/results.md"  # its commands made the records
+ELSEWHERE = {  # command -> what runs it, or a smaller one; here its arguments are read
+    "sparc-kernels demo --out demo": "tests/test_demo.py::quick",
+    "python -m pytest -q -n 2": ".ci/run",
+    "sparc-kernels verify": "tests/test_verify.py::test_command_passes_and_writes_json",
+    "sparc-kernels verify --interpret": "tests/test_verify.py::test_interpreted_kernels",
+    "sparc-kernels verify --compile": "tests/test_compile.py::test_interpreted_process_compiles_too",
+    "sparc-kernels audit --quick": "tests/test_audit.py::test_nothing_spills_and_everything_fits",
+    "sparc-kernels cost": "tests/test_cost.py::test_without_triton",
+    "sparc-kernels tune --shape 256,8192,64,1024,3": "tests/test_tune.py::test_limit_is_told",
+    "python benchmarks/gpu_report.py --call correctness": "tests/test_gpu_report.py::test_the_correctness_call",
+    "python benchmarks/gpu_report.py --call timing": "tests/test_gpu_report.py::test_the_timing_call",
+    "python -m benchmarks": "tests/test_benchmarks.py::made",
+    "python -m benchmarks --device cpu --quick --out run.json": "tests/test_benchmarks.py::made",
+    "python -m benchmarks --official CLONE --filter 'open-images.*full' --minutes 5":
+        "tests/test_benchmarks.py::test_the_official_class_is_run_from_its_folder",
+    "python -m benchmarks --quick --compare old.json --fail-on-regression 10":
+        "tests/test_benchmarks.py::test_a_planted_twofold_slowdown_is_caught",
+    "python -m benchmarks --compare old.json --with new.json":
+        "tests/test_benchmarks.py::test_a_planted_twofold_slowdown_is_caught",
+    "python -m benchmarks.report": "tests/test_benchmarks.py::test_readme_and_results_are_what_the_records_say",
+    "python -m benchmarks.plot run.json --out plots":
+        "tests/test_benchmarks.py::test_plots_are_drawn_from_the_record_alone",
+    "pytest benchmarks": "tests/test_benchmarks.py::test_pytest_benchmark_runs_the_same_cases",
+}  # fmt: skip
+
+
+class Block(NamedTuple):
+    language: str
+    text: str
+    line: int  # of its first line in the document, from 1
+
+
+def split(document: str) -> tuple[list[Block], str]:
+    """The fenced blocks of a document, and what is outside of them, line by line."""
+    blocks, prose, inside = [], [], None
+    for number, line in enumerate((ROOT / document).read_text("utf-8").splitlines(), 1):
+        if line.startswith("```"):
+            if inside is None:
+                inside = Block(line[3:].strip(), "", number + 1)
+            else:
+                blocks.append(inside)
+                inside = None
+        elif inside is None:
+            prose.append(line)
+        else:
+            inside = inside._replace(text=f"{inside.text}{line}\n")
+    assert inside is None, f"{document}: the block of line {inside.line} has no end"
+    return blocks, "\n".join(prose)
+
+
+def commands(block: Block) -> list[list[str]]:
+    """The words of every command, programs without their environment's folder; those that make it left out."""
+    lines = block.text.replace("\\\n", " ").splitlines()
+    parts = [part for line in lines if line.strip() for part in re.split(r"\s&&\s", line)]
+    found = [shlex.split(re.sub(r"^\.venv/bin/", "", part.strip()), comments=True) for part in parts]
+    return [words for words in found if words and not f"{' '.join(words)} ".startswith(SETUP)]
+
+
+def read(words: list[str]):
+    """What the command's own parser makes of it."""
+    program = max((p for p in PARSERS if words[: len(p.split())] == p.split()), key=len, default=None)
+    assert program, f"{shlex.join(words)}: nobody reads it; name its parser in PARSERS"
+    return PARSERS[program](words[len(program.split()) :])
+
+
+def run_command(words: list[str]) -> None:
+    read(words)
+    if shlex.join(words) not in ELSEWHERE:
+        assert words[0] == "sparc-kernels", f"{shlex.join(words)}: run it here, or name in ELSEWHERE what does"
+        assert cli.main(words[1:]) == 0, shlex.join(words)
+
+
+def run_python(document: str, block: Block, text: str, names: dict) -> None:
+    if "forward_sync_buffers" not in inspect.signature(DistributedDataParallel).parameters:
+        text = text.replace("forward_sync_buffers", "broadcast_buffers")  # as the document says of torch before 2.13
+    code = compile("\n" * (block.line - 1) + text, str(ROOT / document), "exec", dont_inherit=True)
+    exec(code, names)
+
+
+def as_on_a_gpu(monkeypatch) -> None:
+    """Where there is none: captures run what is captured, replays do nothing, a graphed module is itself."""
+    for name in ("Stream", "current_stream", "stream", "CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+
+    def graphed(module, args):
+        module(*args)
+        return module
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", graphed)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_block_runs(document, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if not torch.cuda.is_available():
+        as_on_a_gpu(monkeypatch)
+    for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, str(value))  # as torchrun does
+    monkeypatch.setenv("MASTER_PORT", "0")
+    names = {"__name__": "__main__"}
+    try:
+        for block in split(document)[0]:
+            if block.language == "python":
+                run_python(document, block, block.text, names)
+            elif block.language == "diff":
+                lines = block.text.splitlines()
+                assert all(line[:1] in "+- " for line in lines)
+                kept = "\n".join("" if line.startswith("-") else line[1:] for line in lines)
+                run_python(document, block, kept, names)
+            elif block.language == "sh":
+                for words in commands(block):
+                    read(words) if document == RECORDED else run_command(words)
+            else:
+                assert block.language in NOT_RUN, f"{document}:{block.line}: {block.language!r}: run it, or say why not"
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    if document == "README.md":  # what it says of the results
+        S, B, k = len(names["widths"]), names["B"], 64
+        assert names["indices"].shape == (B, k) and names["indices"].dtype == torch.int64
+        assert names["values"].shape == (S, B, k) and names["errors"].shape == (S, S)
+        assert {pair: tuple(v.shape) for pair, v in names["recons"].items()} == {(0, 1): (B, names["widths"][0])}
+        assert math.isfinite(names["loss"].item())
+
+
+def test_what_is_not_run_here_is_run_elsewhere():
+    blocks = [block for document in DOCUMENTS for block in split(document)[0] if block.language == "sh"]
+    printed = {shlex.join(words) for block in blocks for words in commands(block)}
+    assert set(ELSEWHERE) <= printed, "ELSEWHERE names what no document has"
+    for where in ELSEWHERE.values():
+        file, _, name = where.partition("::")
+        text = (ROOT / file).read_text()
+        assert f"def {name}(" in text if name else file == ".ci/run", where
+
+
+def test_no_block_escapes():
+    """Indented code would: only what is fenced is run."""
+    for document in DOCUMENTS:
+        _, prose = split(document)
+        assert not re.search(r"^\n {4,}(?![-*|])\S", prose, re.MULTILINE), f"{document}: fence the indented block"
+
+
+def test_outputs_say_where_and_when():
+    for document in DOCUMENTS:
+        lines = (ROOT / document).read_text("utf-8").splitlines()
+        for block in split(document)[0]:
+            if block.language == "text":
+                before = " ".join(lines[max(0, block.line - 6) : block.line - 1])
+                assert re.search(r"\d{4}-\d\d-\d\d", before) and "torch" in before, f"{document}:{block.line}"
+    paragraphs = split("README.md")[1].split("\n\n")
+    claims = [text for text in paragraphs if "demo" in text and re.search(r"\d s\b|minute", text)]
+    assert len(claims) == 1 and re.search(r"\d{4}-\d\d-\d\d", claims[0]), "one claim on the demo's time, with machine"
+
+
+def anchors(path: Path) -> set[str]:
+    """Of a document's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", split(path.relative_to(ROOT).as_posix())[1], re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_every_link_leads_somewhere():
+    seen = 0
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)\s]+)\)", split(document)[1]):
+            if re.match("[a-z]+:", target):
+                continue
+            path, _, anchor = target.partition("#")
+            file = (ROOT / document).parent / path if path else ROOT / document
+            assert file.exists(), f"{document}: {target}"
+            assert not anchor or anchor in anchors(file.resolve()), f"{document}: {target}"
+            seen += 1
+    assert seen > 10
+
+
+def test_commands_and_options_in_the_prose_exist(capsys):
+    prose = "\n".join(split(document)[1] for document in DOCUMENTS)
+    spans = re.findall(r"`([^`]+)`", prose)
+    for parse in (benchmark.parse, report.parse, plot.parse, gpu_report.parse):
+        with pytest.raises(SystemExit):
+            parse(["--help"])
+    for name in cli.SUBCOMMANDS:
+        with pytest.raises(SystemExit):
+            cli.parse([name, "--help"])
+    options = set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))
+    options |= {"--all", "--strict"}  # of tests/launch_everything.py and twine
+    asked = {option for span in spans for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", span)}
+    assert len(asked) > 20 and asked <= options, asked - options
+    named = {span.split()[1] for span in spans if re.match(r"sparc-kernels [a-z]", span)}
+    assert len(named) > 5 and named <= set(cli.SUBCOMMANDS), named
+
+
+def test_files_and_extras_that_are_named_exist():
+    for document in DOCUMENTS:
+        text = (ROOT / document).read_text("utf-8")
+        for name in re.findall(r"`([\w./-]+\.py)`", text):
+            places = (ROOT, ROOT / "sparc_kernels", ROOT / "benchmarks")
+            gone = name.endswith("decode.py")  # which docs/design.md says does not exist
+            assert gone or any((folder / name).exists() for folder in places), f"{document}: {name}"
+        extras = re.search(r"optional-dependencies\]\n(.*?)\n\[", (ROOT / "pyproject.toml").read_text(), re.DOTALL)[1]
+        for wanted in re.findall(r'"\.\[([\w,]+)\]"', text):
+            assert all(re.search(rf"^{extra} = ", extras, re.MULTILINE) for extra in wanted.split(",")), wanted
+        assert "-c constraints.txt" not in text or (ROOT / "constraints.txt").exists()
