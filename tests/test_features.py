@@ -384,10 +384,14 @@ def test_waiting_for_data_is_told_from_computing(monkeypatch):
     monkeypatch.setattr(found, "read_stream", slow)
     starved = Loader(found, 20, torch.Generator(), memory=4000)
     list(starved.epochs(0, 1))
-    busy = Loader(numbered(400), 20, torch.Generator(), memory=4000)
-    for _ in busy.epochs(0, 1):
-        time.sleep(0.003)
-    assert starved.waited > 0.05 > busy.waited
+
+    def busy() -> float:
+        quick = Loader(numbered(400), 20, torch.Generator(), memory=4000)
+        for _ in quick.epochs(0, 1):
+            time.sleep(0.003)
+        return quick.waited
+
+    assert starved.waited > 0.05 > min(busy() for _ in range(5))  # other work may hold up its thread, not every time
 
 
 def test_bad_arguments_are_named():
