@@ -29,9 +29,25 @@ TRITON_VERSION = tuple(map(int, triton.__version__.split(".")[:2])) if HAS_TRITO
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
+def interpreter_problem() -> str:
+    """Why Triton's interpreter would fail in every kernel here, or nothing."""
+    import numpy
+
+    if not HAS_TRITON or TRITON_VERSION >= (3, 7) or numpy.lib.NumpyVersion(numpy.__version__) < "2.4.0":
+        return ""
+    return (
+        f"the interpreter of Triton {triton.__version__} needs NumPy before 2.4, got {numpy.__version__}: "
+        'pip install "numpy<2.4", or Triton 3.7 or newer'
+    )
+
+
+if INTERPRETED and interpreter_problem():
+    raise ImportError(f"TRITON_INTERPRET is set, but {interpreter_problem()}")
+
+
 def tl_dtype(dtype):
     """Triton's name of a torch dtype."""
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
-__all__ = ["HAS_TRITON", "INTERPRETED", "TRITON_VERSION", "tl", "tl_dtype", "triton"]
+__all__ = ["HAS_TRITON", "INTERPRETED", "TRITON_VERSION", "interpreter_problem", "tl", "tl_dtype", "triton"]

@@ -27,7 +27,7 @@ from . import __version__
 from ._compile import Compilation, compile_all, cores
 from ._launch import AMD, SHARED_LIMIT, capability
 from ._ops import resolve_impl
-from ._triton import HAS_TRITON, INTERPRETED, triton
+from ._triton import HAS_TRITON, INTERPRETED, interpreter_problem, triton
 from ._verify_checks import CHECKS
 from ._verify_judge import BF16, F16, F32, F64, MULTIPLE, SHORT, Case, Result
 from ._verify_launches import launches_of
@@ -332,6 +332,9 @@ def _run_interpreted(args: argparse.Namespace) -> int:
     """The same command in a process that has TRITON_INTERPRET from the start, as Triton reads it on import."""
     if not HAS_TRITON:
         print("verify: --interpret needs Triton, which is not installed", file=sys.stderr)
+        return 2
+    if problem := interpreter_problem():
+        print(f"verify: {problem}", file=sys.stderr)
         return 2
     if args.device not in (None, "cpu") or args.impl == "torch":
         print("verify: --interpret runs the Triton kernels on the CPU; leave out --device and --impl", file=sys.stderr)

@@ -10,15 +10,16 @@ import threading
 from importlib import import_module
 from types import SimpleNamespace
 
+import numpy as np
 import planted
 import pytest
 import torch
 
+from sparc_kernels import _triton, cli, verify
 from sparc_kernels import _verify_checks as checks
 from sparc_kernels import _verify_judge as judge
 from sparc_kernels import _verify_routes as routes
 from sparc_kernels import _verify_run as run
-from sparc_kernels import cli, verify
 from sparc_kernels._triton import INTERPRETED
 
 NAMES = ("encode", "decoder", "loss", "dead", "module", "optim", "direct", "shadow")
@@ -94,6 +95,17 @@ def test_impossible_requests_exit_with_2(words, message, capsys, monkeypatch):
     monkeypatch.setattr(verify, "INTERPRETED", False)
     assert cli.main(["verify", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_numpy_that_breaks_the_interpreter_is_named(monkeypatch, capsys):
+    """Every kernel failed with "only 0-dimensional arrays can be converted"."""
+    monkeypatch.setattr(_triton, "TRITON_VERSION", (3, 6))
+    monkeypatch.setattr(np, "__version__", "2.4.6")
+    monkeypatch.setattr(verify, "INTERPRETED", False)
+    assert cli.main(["verify", "--interpret"]) == 2
+    assert "needs NumPy before 2.4, got 2.4.6" in capsys.readouterr().err
+    monkeypatch.setattr(np, "__version__", "2.3.5")
+    assert not _triton.interpreter_problem()
 
 
 def test_interpreter_must_be_chosen_before_the_import(monkeypatch):
