@@ -5,6 +5,7 @@ Messages are built only on failure: under torch.compile a shape may be symbolic,
 
 from __future__ import annotations
 
+import contextlib
 import numbers
 
 import numpy as np
@@ -44,6 +45,21 @@ def require(condition: bool, argument: str, expected: str, got) -> None:
 def how_to_install(extra: str) -> str:
     """The end of a message on a missing package: no index has sparc_kernels, so its extras come from a clone."""
     return f'in a clone of sparc_kernels, pip install ".[{extra}]"'
+
+
+def missing(package: str, why: str, extra: str = "train") -> ImportError:
+    return ImportError(f"{why}, which needs {package}: {how_to_install(extra)}")
+
+
+@contextlib.contextmanager
+def reading(label: str, expected: str, got: str = "one that cannot be read"):
+    """Name what the libraries that read files raise, which for a damaged one is nearly anything."""
+    try:
+        yield
+    except PermissionError:
+        raise
+    except Exception as error:
+        fail(label, expected, f"{got} ({error})")
 
 
 def check_int(argument: str, value, low: int, high: int | None = None, high_name: str = "") -> int:

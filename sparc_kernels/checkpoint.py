@@ -20,8 +20,7 @@ from pathlib import Path
 
 import torch
 
-from ._checks import check_bool, require
-from .features import missing
+from ._checks import check_bool, missing, require
 from .module import AlignedSAE
 
 WEIGHTS = "model.safetensors"

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._checks import require
-from .features import Features, missing, reading
+from ._checks import missing, reading, require
+from .features import Features
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 

@@ -11,9 +11,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ._checks import require
+from ._checks import missing, require
 from .checkpoint import write_atomically
-from .features import missing
 
 LOG = "log.csv"
 LOGGERS = {  # name -> its module, and why it is needed

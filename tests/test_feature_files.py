@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from sparc_kernels.features import Features, MappedRows
+from sparc_kernels.feature_files import MappedRows
+from sparc_kernels.features import Features
 
 PAD = np.full(77, 7.0)  # before the features, so that they lie at another offset in every file
 

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from sparc_kernels import features as module
-from sparc_kernels.features import Features, HDF5Rows, MappedRows
+from sparc_kernels.feature_files import HDF5Rows, MappedRows
+from sparc_kernels.features import Features
 from sparc_kernels.loader import Loader
 
 ROWS, WIDTH = 300, 12
