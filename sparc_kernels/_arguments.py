@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-FEATURES = "features of one stream: .h5, .safetensors or .npy; FILE:DATASET where they are not called `features`"
+FEATURES = "features of one stream: .h5, .safetensors, .npy or .pt; FILE:DATASET where they are not called `features`"
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 

@@ -59,7 +59,11 @@ def reading(label: str, expected: str, got: str = "one that cannot be read"):
     except PermissionError:
         raise
     except Exception as error:
-        fail(label, expected, f"{got} ({error})")
+        fail(label, expected, f"{got} ({first_line(error)})")
+
+
+def first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def check_int(argument: str, value, low: int, high: int | None = None, high_name: str = "") -> int:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from ._checks import check_bool, missing, require
+from ._checks import check_bool, first_line, missing, require
 from .module import AlignedSAE
 
 WEIGHTS = "model.safetensors"
@@ -148,7 +148,7 @@ def load_checkpoint(path: Path) -> dict:
     try:
         state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
     except Exception as error:  # as _read_torch
-        raise ValueError(f"checkpoint {path}: expected a torch file of tensors ({_first_line(error)})") from error
+        raise ValueError(f"checkpoint {path}: expected a torch file of tensors ({first_line(error)})") from error
     ok = isinstance(state, dict) and state.get("kind") == KIND and isinstance(state.get("step"), int)
     require(ok, f"checkpoint {path}", "a training checkpoint of sparc_kernels", "something else")
     return state
@@ -339,17 +339,13 @@ def _read_torch(path: Path) -> tuple[dict, dict]:
         _check_checksums(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what pickle, zipfile and its own reader raise
-        raise ValueError(f"model {path}: expected a torch file of tensors ({_first_line(error)})") from error
+        raise ValueError(f"model {path}: expected a torch file of tensors ({first_line(error)})") from error
     beside = path.with_name(OFFICIAL_CONFIG)
     if not beside.exists():
         return state, {}
     args = read_json(beside).get("args", {})
     require(isinstance(args, dict), str(beside), "settings as a JSON object under 'args'", args)
     return state, args
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _check_checksums(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Feature files of every format as rows to read: HDF5, safetensors, NumPy's .npy."""
+"""Feature files of every format as rows to read: HDF5, safetensors, NumPy's .npy, torch's .pt."""
 
 from __future__ import annotations
 
@@ -8,23 +8,27 @@ import math
 import mmap
 import os
 import re
+import struct
+import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ._checks import fail, missing, reading, require
+from ._checks import FLOATS, fail, first_line, missing, reading, require
 
 DATASET = "features"  # the HDF5 dataset, as the official extraction scripts name it; preferred in safetensors too
 INDICES = "indices"  # beside it: which sample each row describes
 SUFFIXES = {".h5": "HDF5", ".hdf5": "HDF5", ".safetensors": "safetensors", ".npy": "NumPy"}
+SUFFIXES |= {".pt": "torch", ".pth": "torch"}
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _AROUND = 2 << 20  # bytes beside what is read that the kernel may have mapped with it
 
 
 class MappedRows:
-    """Rows stored one after another in a file: memory-mapped, and dropped from this process's memory once copied.
+    """Rows at regular distances in a file: memory-mapped, and dropped from this process's memory once copied.
 
     Attributes: rows, width, dtype.  chunk_rows: rows that are read together anyway, 1 here.
     indices: array [rows], which sample each row describes, or None.
@@ -32,22 +36,26 @@ class MappedRows:
 
     chunk_rows, indices = 1, None
 
-    def __init__(self, path: Path, offset: int, rows: int, width: int, dtype: torch.dtype):
+    def __init__(self, path: Path, offset: int, rows: int, width: int, dtype: torch.dtype, strides=None):
+        """strides: bytes from row to row and from value to value; None: rows one after another."""
         self.rows, self.width, self.dtype = rows, width, dtype
-        self._offset, self._row_bytes = offset, width * dtype.itemsize
+        self._offset, self._strides = offset, strides or (width * dtype.itemsize, dtype.itemsize)
         with open(path, "rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def read(self, start: int, stop: int) -> Tensor:
         """[stop - start, width], a copy."""
-        first, count = self._offset + start * self._row_bytes, (stop - start) * self._row_bytes
-        out = torch.empty(count, dtype=torch.uint8, device="cpu")
-        np.copyto(out.numpy(), np.frombuffer(self._map, np.uint8, count, first))
+        shape, size = (stop - start, self.width), self.dtype.itemsize
+        first = self._offset + start * self._strides[0]
+        out = torch.empty(math.prod(shape) * size, dtype=torch.uint8, device="cpu")
+        rows = np.ndarray(shape, f"u{size}", self._map, first, self._strides)
+        np.copyto(out.numpy().view(rows.dtype).reshape(shape), rows)
         if hasattr(mmap, "MADV_DONTNEED"):  # or the pages would count as this process's until the system is short
+            last = first + sum((n - 1) * stride for n, stride in zip(shape, self._strides, strict=True))
             begin = max(0, first - _AROUND) // mmap.PAGESIZE * mmap.PAGESIZE
-            length = min(first + count + _AROUND, len(self._map)) - begin
+            length = min(last + size + _AROUND, len(self._map)) - begin
             self._map.madvise(mmap.MADV_DONTNEED, begin, length)
-        return out.view(self.dtype).view(stop - start, self.width)
+        return out.view(self.dtype).view(shape)
 
     def close(self) -> None:
         self._map.close()
@@ -85,14 +93,14 @@ def open_file(label: str, value: Path) -> MappedRows | HDF5Rows:
         require(path.stat().st_size > 0, label, f"a {kind} file", "an empty file")
         if kind == "NumPy":
             return _open_npy(label, path)
-        return (_open_hdf5 if kind == "HDF5" else _open_safetensors)(label, path, dataset)
+        return {"HDF5": _open_hdf5, "safetensors": _open_safetensors, "torch": _open_torch}[kind](label, path, dataset)
     except PermissionError:
         fail(label, "a file that may be read", "no permission")
 
 
 def _split(path: Path) -> tuple[Path, str | None]:
     """The file and the dataset of FILE:DATASET, None without."""
-    found = re.fullmatch(r"(.+?\.(?:h5|hdf5|safetensors)):(.+)", str(path), re.IGNORECASE)
+    found = re.fullmatch(r"(.+?\.(?:h5|hdf5|safetensors|pt|pth)):(.+)", str(path), re.IGNORECASE)
     return (Path(found[1]), found[2]) if found and not path.exists() else (path, None)
 
 
@@ -116,9 +124,9 @@ def _open_npy(label: str, path: Path):
         offset = file.tell()
     kind = _numpy_dtype(dtype)
     _check_shape(label, shape, str(dtype), kind)
-    require(not by_columns, label, "an array stored by rows (C order)", "one stored by columns (Fortran order)")
     _check_length(label, path, offset + shape[0] * shape[1] * kind.itemsize)
-    return MappedRows(path, offset, *shape, kind)
+    strides = (kind.itemsize, shape[0] * kind.itemsize) if by_columns else None
+    return MappedRows(path, offset, *shape, kind, strides)
 
 
 def _check_length(label: str, path: Path, expected: int) -> None:
@@ -134,10 +142,7 @@ def _open_safetensors(label: str, path: Path, name: str | None):
         raise missing("safetensors", f"{label} is a safetensors file") from error
     with reading(label, "a complete safetensors file"), safe_open(path, framework="np") as file:
         names = list(file.keys())  # offsets and the length of the file are checked by now
-    if name is None:
-        name = names[0] if len(names) == 1 else DATASET
-    expected = f"a tensor {name!r}" + ", or only one" * (name == DATASET)
-    require(name in names, label, expected, f"{len(names)} tensors: {_listed(names)}")
+    name = _choose(label, names, name)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -149,6 +154,80 @@ def _open_safetensors(label: str, path: Path, name: str | None):
         with safe_open(path, framework="np") as file:
             found.indices = _read_indices(label, header[INDICES]["shape"], found.rows, lambda: file.get_tensor(INDICES))
     return found
+
+
+def _choose(label: str, names: list[str], name: str | None) -> str:
+    """The name of the tensor meant among those of a file."""
+    if name is None:
+        weights = next((n for n in names if n.startswith("encoders.")), None)
+        require(weights is None, label, "features", f"the weights of a model ({weights}, ...)")
+        name = names[0] if len(names) == 1 else DATASET
+    expected = f"a tensor {name!r}" + ", or only one" * (name == DATASET)
+    require(name in names, label, expected, f"{len(names)} tensors: {_listed(names)}")
+    return name
+
+
+def _open_torch(label: str, path: Path, name: str | None):
+    with open(path, "rb") as file:
+        old = file.read(1) == b"\x80"
+    require(not old, label, "a file of torch.save since PyTorch 1.6", "an older one or a plain pickle, which cannot be "
+            "mapped: load and torch.save it again")  # fmt: skip
+    whole = "a complete file of torch.save, of dense tensors"
+    with reading(label, whole):
+        order, records = _torch_records(path)
+    require(order == sys.byteorder, label, f"{sys.byteorder}-endian values, as this machine's", f"{order}-endian ones")
+    try:
+        found = torch.load(path, map_location="meta", weights_only=True)
+    except Exception as error:
+        objects = re.search(r"Unsupported .*?(?= was not|$)", str(error), re.MULTILINE)
+        require(objects is None, label, "a file of tensors alone", f"other objects ({objects and objects[0]})")
+        fail(label, whole, f"one that cannot be read ({first_line(error).partition('. ')[0]})")
+    if isinstance(found, Tensor):
+        require(name is None, label, f"a dict with {name!r}", "a tensor without a name")
+        tensors, name = {DATASET: found}, DATASET
+    else:
+        require(isinstance(found, dict), label, "a tensor [n, d] or a dict of them", found)
+        model = found.get("model")  # in a training checkpoint
+        tensors = {n: x for n, x in found.items() if isinstance(n, str) and isinstance(x, Tensor)}
+        name = _choose(label, [*tensors, *(model if isinstance(model, dict) else ())], name)
+
+    def rows_of(name: str, width: int) -> MappedRows:
+        x = tensors[name]
+        require(x.layout == torch.strided, label, "a dense tensor", f"one of layout {x.layout}")
+        require(not x.is_neg(), label, "a plain tensor", "a view that negates its values: save a clone of it")
+        size, start = x.element_size(), getattr(x.untyped_storage(), "_checkpoint_offset", None)
+        first, strides = x.storage_offset() * size, [stride * size for stride in x.stride()]
+        stop = first + sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True)) + size
+        within = start in records and (not x.numel() or stop <= records[start])
+        require(within, label, f"the values of {name!r} in the file", "none, compressed ones or too few")
+        return MappedRows(path, start + first, len(x), width, x.dtype, (*strides, size)[:2])
+
+    x = tensors[name]
+    _check_shape(label, tuple(x.shape), str(x.dtype).removeprefix("torch."), x.dtype if x.dtype in FLOATS else None)
+    found = rows_of(name, x.shape[1])
+    if INDICES in tensors and name != INDICES:
+        shape = tensors[INDICES].shape
+        found.indices = _read_indices(
+            label, shape, found.rows, lambda: rows_of(INDICES, 1).read(0, found.rows).flatten().numpy()
+        )
+    return found
+
+
+def _torch_records(path: Path) -> tuple[str, dict[int, int]]:
+    """Byte order, and {start: bytes} of the stored records of values, of a zip file whose other records are whole."""
+    order, records = "little", {}
+    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+        for record in archive.infolist():
+            if "/data/" not in record.filename:
+                content = archive.read(record) if record.CRC else b""  # 0: torch was told not to take checksums
+                order = content.decode() if record.filename.endswith("/byteorder") and content else order
+            elif record.compress_type == zipfile.ZIP_STORED:
+                file.seek(record.header_offset)
+                signature, name, extra = struct.unpack("<4s22xHH", file.read(30))
+                start = record.header_offset + 30 + name + extra
+                if signature == b"PK\3\4" and start + record.file_size <= archive.start_dir:
+                    records[start] = record.file_size
+    return order, records
 
 
 def _listed(names) -> str:

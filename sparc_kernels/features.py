@@ -1,4 +1,4 @@
-"""Feature files, one for each stream: HDF5, safetensors or .npy, memory-mapped, of any size.
+"""Feature files, one for each stream: HDF5, safetensors, .npy or .pt, memory-mapped, of any size.
 
 Row i of every file describes the same sample. Opening a file reads nothing but the `indices` beside the features, which
 must agree; `Features.check` reads everything once, and `loader.Loader` draws shuffled batches.
@@ -78,10 +78,10 @@ class Features:
     """Several streams of features, row by row of the same samples.
 
     Args:
-        streams: name -> path of a .h5, .hdf5, .safetensors or .npy file, or a floating tensor [n, d] on the CPU.
-            HDF5: the dataset `features`; safetensors: the tensor `features` or the only one; "FILE:DATASET" takes
-            another. `indices` [n] beside it, as the official scripts write them, must be those of the other streams;
-            files without are not compared.
+        streams: name -> path of a .h5, .hdf5, .safetensors, .npy, .pt or .pth file, or a floating tensor [n, d] on the
+            CPU. HDF5: the dataset `features`; safetensors, a dict in .pt: the tensor `features` or the only one;
+            "FILE:DATASET" takes another. `indices` [n] beside it, as the official scripts write them, must be those of
+            the other streams; files without are not compared.
         normalize: divide every row by (its norm + 1e-8), as the official loader does; zero rows stay zero.
         dtype: of what `read` returns: float32, or float64.
 

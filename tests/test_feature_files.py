@@ -1,16 +1,21 @@
 """Every layout that h5py, safetensors and NumPy write is read bit for bit, and damaged files are refused by name."""
 
+import pickle
 import tempfile
+import zipfile
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+import torch
 from damage import scratched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from sparc_kernels import AlignedSAE
+from sparc_kernels.checkpoint import export_official, save_checkpoint
 from sparc_kernels.feature_files import MappedRows
 from sparc_kernels.features import Features
 
@@ -114,8 +119,35 @@ def safetensors(folder, x) -> Path:
     return folder / "x.safetensors"
 
 
+def npy_by_columns(folder, x) -> Path:
+    np.save(folder / "x.npy", np.asfortranarray(x))
+    return folder / "x.npy"
+
+
+def torch_file(folder, x: np.ndarray | torch.Tensor, suffix=".pt", **beside) -> Path:
+    x = torch.from_numpy(x.copy()) if isinstance(x, np.ndarray) else x
+    torch.save({"a": torch.ones(3), "features": x, **beside} if beside else x, folder / f"x{suffix}")
+    return folder / f"x{suffix}"
+
+
+def torch_dict(folder, x) -> Path:
+    return torch_file(folder, x, ".pth", indices=torch.arange(2 * len(x))[::2], z=torch.nn.Parameter(torch.ones(1)))
+
+
+def torch_by_columns(folder, x) -> Path:
+    return torch_file(folder, torch.from_numpy(x.copy(order="F")))
+
+
+def torch_view(folder, x) -> Path:
+    """Every second row and third column of another tensor, from its second row and column on."""
+    whole = torch.full((2 * len(x) + 3, 3 * x.shape[1] + 2), 7.0).to(torch.from_numpy(x.copy()).dtype)
+    whole[1 : 1 + 2 * len(x) : 2, 1 : 1 + 3 * x.shape[1] : 3] = torch.from_numpy(x.copy())
+    return torch_file(folder, whole[1 : 1 + 2 * len(x) : 2, 1 : 1 + 3 * x.shape[1] : 3], other=whole)
+
+
 MAPPED = [contiguous, user_block, newest_format, linked]
-LAYOUTS = [*MAPPED, chunked, compressed, lzf, raw_files, compact, linked_outside, virtual, bfloat16, npy, safetensors]
+NATIVE = [npy, npy_by_columns, safetensors, torch_file, torch_dict, torch_by_columns, torch_view]
+LAYOUTS = [*MAPPED, *NATIVE, chunked, compressed, lzf, raw_files, compact, linked_outside, virtual, bfloat16]
 
 
 def as_the_library_reads(path: Path) -> np.ndarray:
@@ -124,6 +156,9 @@ def as_the_library_reads(path: Path) -> np.ndarray:
         x = np.load(path)
     elif path.suffix == ".safetensors":
         x = load_file(path)["features"]
+    elif path.suffix in (".pt", ".pth"):
+        x = torch.load(path, weights_only=True, mmap=True)
+        x = (x["features"] if isinstance(x, dict) else x).contiguous().numpy()
     else:
         with h5py.File(path) as file:
             x = file["features"][()]
@@ -138,8 +173,8 @@ def as_the_library_reads(path: Path) -> np.ndarray:
     seed=st.integers(0, 2**32 - 1),
 )
 def test_every_layout_is_read_bit_for_bit(layout, dtype, shape, seed):
-    """Any bits, NaN with payloads among them, in either byte order (.npy and safetensors: in the machine's)."""
-    if layout in (npy, safetensors):
+    """Any bits, NaN with payloads among them, in either byte order (all but HDF5: in the machine's)."""
+    if layout in NATIVE:
         dtype = dtype.replace(">", "<")
     generator = np.random.default_rng(seed)
     x = np.frombuffer(generator.bytes(np.dtype(dtype).itemsize * shape[0] * shape[1]), dtype).reshape(shape)
@@ -162,7 +197,7 @@ def test_only_what_lies_in_one_piece_in_its_file_is_mapped(tmp_path, layout):
     with Features({"a": layout(tmp_path, x)}, normalize=False) as found:
         assert found.read(0, 6)["a"].tolist() == x.tolist()
         mapped = isinstance(found.sources["a"], MappedRows)
-        assert mapped == (layout in [*MAPPED, npy, safetensors])
+        assert mapped == (layout in [*MAPPED, *NATIVE])
 
 
 @pytest.mark.parametrize(
@@ -216,10 +251,12 @@ DAMAGED = [
     linked_outside,
     virtual,
     bfloat16,
+    torch_dict,
+    torch_view,
 ]
 
 
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", range(130))
 def test_a_damaged_file_is_refused_by_name_or_read_as_its_library_does(tmp_path, seed):
     generator = np.random.default_rng(seed)
     path = DAMAGED[seed % len(DAMAGED)](tmp_path, generator.standard_normal((40, 6)).astype("<f4"))
@@ -260,6 +297,73 @@ def test_other_shapes_and_types_are_refused(tmp_path, x, words):
         with pytest.raises(ValueError) as error:
             Features({"a": path})
         assert str(error.value).lower().startswith(f"stream 'a' ({path}): expected {words}".lower())
+
+
+def repacked(folder: Path, **options) -> None:
+    """The file of torch.save as another program packs it, with `order` in place of its byte order."""
+    order, compression = options.get("order"), options.get("compression", zipfile.ZIP_STORED)
+    path = torch_file(folder, torch.ones(4, 3))
+    with zipfile.ZipFile(path) as old:
+        content = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as new:
+        for name, data in content.items():
+            new.writestr(name, order if order and name.endswith("/byteorder") else data)
+
+
+def official_weights(folder: Path) -> None:
+    export_official(AlignedSAE({"a": 3}, n_latents=8, k=2), folder)
+    (folder / "msae_checkpoint.pth").rename(folder / "x.pt")
+
+
+def our_checkpoint(folder: Path) -> None:
+    save_checkpoint(folder, 1, {"model": AlignedSAE({"a": 3}, n_latents=8, k=2).state_dict()}, 1).rename(
+        folder / "x.pt"
+    )
+
+
+def saved(x, **options):
+    return lambda folder: torch.save(x, folder / "x.pt", **options)
+
+
+OLD = "an older one or a plain pickle, which cannot be mapped: load and torch.save it again"
+WEIGHTS = "expected features, got the weights of a model (encoders.a.weight, ...)"
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (saved(torch.ones(4, 3), _use_new_zipfile_serialization=False), f"since PyTorch 1.6, got {OLD}"),
+        (lambda folder: (folder / "x.pt").write_bytes(pickle.dumps(np.ones(3))), f"since PyTorch 1.6, got {OLD}"),
+        (saved([torch.ones(4, 3)] * 2), "expected a tensor [n, d] or a dict of them, got a list"),
+        (saved({"features": np.ones((4, 3))}), "tensors alone, got other objects (Unsupported global: GLOBAL numpy."),
+        (saved(torch.nn.Linear(3, 4)), "other objects (Unsupported global: GLOBAL torch.nn.modules.linear.Linear)"),
+        (saved({"a": torch.ones(4, 3), "b": torch.ones(4, 3)}), "'features', or only one, got 2 tensors: a, b (FILE:"),
+        (saved({"features": [1, 2]}), "expected a tensor 'features', or only one, got 0 tensors: nothing"),
+        (saved(torch.eye(3).to_sparse()), "expected a dense tensor, got one of layout torch.sparse_coo"),
+        (saved(torch.ones(4, 3, dtype=torch.complex64).conj().imag), "a plain tensor, got a view that negates its"),
+        (saved(torch.ones(4, 3, device="meta")), "the values of 'features' in the file, got none"),
+        (saved(torch.ones(4, 3, dtype=torch.int64)), "float64, float32, float16 or bfloat16 features, got int64"),
+        (saved(torch.ones(0, 3)), "expected at least one row and one column, got shape [0, 3]"),
+        (lambda folder: repacked(folder, compression=zipfile.ZIP_DEFLATED), "in the file, got none, compressed"),
+        (lambda folder: repacked(folder, order=b"big"), "expected little-endian values, as this machine's, got big-"),
+        (official_weights, WEIGHTS),
+        (our_checkpoint, WEIGHTS),
+    ],
+)  # fmt: skip
+def test_what_is_no_tensor_of_features_in_a_torch_file_is_refused(tmp_path, make, words):
+    make(tmp_path)
+    with pytest.raises(ValueError) as error:
+        Features({"a": tmp_path / "x.pt"})
+    assert str(error.value).startswith(f"stream 'a' ({tmp_path / 'x.pt'}): expected ") and words in str(error.value)
+
+
+def test_torch_files_packed_again_or_without_checksums_are_read(tmp_path):
+    repacked(tmp_path)
+    torch.serialization.set_crc32_options(False)
+    torch.save(torch.ones(1, 3).expand(4, 3), tmp_path / "y.pt")
+    torch.serialization.set_crc32_options(True)
+    with Features({"a": tmp_path / "x.pt", "b": tmp_path / "y.pt"}, normalize=False) as found:
+        assert all(torch.equal(x, torch.ones(4, 3)) for x in found.read(0, 4).values())
 
 
 def test_virtual_rows_without_an_end_are_read(tmp_path):

@@ -73,16 +73,13 @@ def bad(kind: str, folder: Path) -> tuple[list[str], str]:
     elif kind == "no such file":
         b, words = folder / "c.npy", "stream 'b' ({b}): expected a file, got nothing there"
     elif kind == "other suffix":
-        b, words = folder / "c.pt", "stream 'b' ({b}): expected a file ending in .h5, .hdf5, .safetensors, .npy"
+        b, words = folder / "c.csv", "stream 'b' ({b}): expected a file ending in .h5, .hdf5, .safetensors, .npy"
     elif kind == "one dimension":
         np.save(b, np.ones(ROWS, np.float32))
         words = "stream 'b' ({b}): expected rows and columns, [n, d], got shape [700]"
     elif kind == "no rows":
         np.save(b, np.ones((0, 12), np.float32))
         words = "stream 'b' ({b}): expected at least one row and one column, got shape [0, 12]"
-    elif kind == "by columns":
-        np.save(b, np.asfortranarray(np.ones((ROWS, 12), np.float32)))
-        words = "stream 'b' ({b}): expected an array stored by rows (C order)"
     elif kind == "not a npy":
         b.write_bytes(b"these are no features")
         words = "stream 'b' ({b}): expected a NumPy .npy file, got one that cannot be read"
@@ -170,8 +167,8 @@ def run(folder: Path, out: Path) -> None:
 
 KINDS = [
     "no dataset", "row mismatch", "NaN rows", "integers", "empty file", "truncated npy", "truncated HDF5",
-    "truncated safetensors", "which tensor", "no such file", "other suffix", "one dimension", "no rows",
-    "by columns", "not a npy", "k above N", "auxk above N", "learning rate", "clipping without gradients", "memory",
+    "truncated safetensors", "which tensor", "no such file", "other suffix", "one dimension", "no rows", "not a npy",
+    "k above N", "auxk above N", "learning rate", "clipping without gradients", "memory",
     "validation of everything", "validation widths", "validation zero rows", "validation streams", "out is a file",
     "folder holds a run",
     "other data", "other settings", "other stream", "damaged checkpoint", "wrong checkpoint kind",
