@@ -39,12 +39,17 @@ class MappedRows:
     def __init__(self, path: Path, offset: int, rows: int, width: int, dtype: torch.dtype, strides=None):
         """strides: bytes from row to row and from value to value; None: rows one after another."""
         self.rows, self.width, self.dtype = rows, width, dtype
-        self._offset, self._strides = offset, strides or (width * dtype.itemsize, dtype.itemsize)
-        with open(path, "rb") as file:
+        self._path, self._offset, self._strides = path, offset, strides or (width * dtype.itemsize, dtype.itemsize)
+        self._open()
+
+    def _open(self) -> None:
+        with open(self._path, "rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def read(self, start: int, stop: int) -> Tensor:
-        """[stop - start, width], a copy."""
+        """[stop - start, width], a copy; opens a closed file again."""
+        if self._map.closed:
+            self._open()
         shape, size = (stop - start, self.width), self.dtype.itemsize
         first = self._offset + start * self._strides[0]
         out = torch.empty(math.prod(shape) * size, dtype=torch.uint8, device="cpu")
@@ -66,25 +71,32 @@ class HDF5Rows:
 
     indices = None
 
-    def __init__(self, label: str, file, dataset, dtype: torch.dtype):
+    def __init__(self, label: str, name: str, file, dataset, dtype: torch.dtype):
         (self.rows, self.width), self.dtype = dataset.shape, dtype
         self.chunk_rows = dataset.chunks[0] if dataset.chunks else 1
-        self._label, self._file, self._dataset = label, file, dataset
+        self._label, self._name, self._path = label, name, file.filename
+        self._file, self._dataset = file, dataset
 
     def read(self, start: int, stop: int) -> Tensor:
         out = torch.empty(stop - start, self.width, dtype=self.dtype, device="cpu")
         with reading(self._label, "rows that can be read", f"damaged ones from row {start:,} to {stop - 1:,}"):
+            if not self._file:  # closed
+                import h5py
+
+                self._file = h5py.File(self._path, "r")
+                self._dataset = self._file[self._name]
             self._dataset.read_direct(out.numpy(), np.s_[start:stop])
         return out
 
     def close(self) -> None:
-        self._dataset.file.close()  # another file behind an external link
-        self._file.close()
+        if self._file:
+            self._dataset.file.close()  # another file behind an external link
+            self._file.close()
 
 
 def open_file(label: str, value: Path) -> MappedRows | HDF5Rows:
     """The rows of FILE or FILE:DATASET; `label` names it in errors."""
-    path, dataset = _split(value)
+    path, dataset = split_dataset(value)
     kind = SUFFIXES.get(path.suffix.lower())
     require(kind is not None, label, f"a file ending in {', '.join(SUFFIXES)}", repr(path.name))
     try:
@@ -98,7 +110,7 @@ def open_file(label: str, value: Path) -> MappedRows | HDF5Rows:
         fail(label, "a file that may be read", "no permission")
 
 
-def _split(path: Path) -> tuple[Path, str | None]:
+def split_dataset(path: Path) -> tuple[Path, str | None]:
     """The file and the dataset of FILE:DATASET, None without."""
     found = re.fullmatch(r"(.+?\.(?:h5|hdf5|safetensors|pt|pth)):(.+)", str(path), re.IGNORECASE)
     return (Path(found[1]), found[2]) if found and not path.exists() else (path, None)
@@ -106,7 +118,7 @@ def _split(path: Path) -> tuple[Path, str | None]:
 
 def _check_shape(label: str, shape: tuple, dtype: str, kind: torch.dtype | None) -> None:
     require(len(shape) == 2, label, "rows and columns, [n, d]", f"shape {list(shape)}")
-    require(min(shape) > 0, label, "at least one row and one column", f"shape {list(shape)}")
+    require(shape[1] > 0, label, "at least one row and one column", f"shape {list(shape)}")  # a shard may have no row
     require(kind is not None, label, "float64, float32, float16 or bfloat16 features", dtype)
 
 
@@ -242,7 +254,7 @@ def _read_indices(label: str, shape, rows: int, read) -> np.ndarray:
     with reading(label, "`indices` that can be read", "damaged ones"):
         indices = read()
     zero = indices == 0
-    if zero[-1] and zero.sum() > 1:  # one zero may be the index of the sample
+    if rows and zero[-1] and zero.sum() > 1:  # one zero may be the index of the sample
         start = 1 if zero.all() else rows - int(np.argmin(zero[::-1]))
         fail(label, "`indices` of every row", f"zeros from row {start:,} to the last, {rows - 1:,}: was it stopped?")
     return indices
@@ -269,7 +281,7 @@ def _open_hdf5(label: str, path: Path, name: str | None):
             beside = file.get(f"{name.rpartition('/')[0]}/{INDICES}")
         require(not gap, label, f"all of the dataset {name!r}", gap)
         if offset is None:
-            found = HDF5Rows(label, file, dataset, kind)
+            found = HDF5Rows(label, name, file, dataset, kind)
         else:
             _check_length(label, path, offset + shape[0] * shape[1] * kind.itemsize)
             found = MappedRows(path, offset, *shape, kind)
@@ -311,6 +323,8 @@ def _gap(dataset) -> str:
         chunks = math.prod(-(-n // c) for n, c in zip(dataset.shape, dataset.chunks, strict=True))
         missing = chunks - dataset.id.get_num_chunks()
         return f"{missing:,} of {chunks:,} chunks never written" if missing else ""
+    if 0 in dataset.shape:
+        return ""
     left = math.prod(dataset.shape) * dataset.id.get_type().get_size()
     if dataset.id.get_space_status() != h5py.h5d.SPACE_STATUS_ALLOCATED:
         return "rows never written"

@@ -1,14 +1,14 @@
-"""Feature files, one for each stream: HDF5, safetensors, .npy or .pt, memory-mapped, of any size.
+"""Feature files of each stream, one or in shards: HDF5, safetensors, .npy or .pt, memory-mapped, of any size.
 
-Row i of every file describes the same sample. Opening a file reads nothing but the `indices` beside the features, which
-must agree; `Features.check` reads everything once, and `loader.Loader` draws shuffled batches.
+Row i of every stream describes the same sample. Opening a file reads nothing but the `indices` beside the features,
+which must agree; `Features.check` reads everything once, and `loader.Loader` draws shuffled batches.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,9 @@ from torch import Tensor
 from ._checks import check_bool, check_tensor, fail, require
 from ._launch import MAX_STREAMS
 from .feature_files import open_file
+from .shards import Shards, absolute, is_pattern, matching, stream_label
 
+Stream = str | Path | Sequence[str | Path] | Tensor  # what the rows of one are given as
 _CHECK_BYTES = 8 << 20  # read at a time by `check`
 _SHOWN = 10  # positions of bad rows in a message
 
@@ -81,18 +83,20 @@ class Features:
         streams: name -> path of a .h5, .hdf5, .safetensors, .npy, .pt or .pth file, or a floating tensor [n, d] on the
             CPU. HDF5: the dataset `features`; safetensors, a dict in .pt: the tensor `features` or the only one;
             "FILE:DATASET" takes another. `indices` [n] beside it, as the official scripts write them, must be those of
-            the other streams; files without are not compared.
+            the other streams; files without are not compared. Shards: a pattern such as "feats_*.npy", whose files
+            follow each other by their numbers, none of them missing, or a list of paths in the order of their rows.
         normalize: divide every row by (its norm + 1e-8), as the official loader does; zero rows stay zero.
         dtype: of what `read` returns: float32, or float64.
 
-    Attributes: rows: n.  widths: {s: d_s}, as `AlignedSAE` wants d_streams.  paths: {s: path, None for tensors}.
+    Attributes: rows: n.  widths: {s: d_s}, as `AlignedSAE` wants d_streams.  paths: {s: what names its files, None for
+    a tensor}.
 
     Raises: ValueError that names the stream, the file and what is wrong with it: other samples in the same rows and
     `indices` that end in zeros, as a stopped extraction leaves them, among it; ImportError where a file needs h5py or
     safetensors and it is missing (the extra `train`).
     """
 
-    def __init__(self, streams: Mapping[str, str | Path | Tensor], normalize: bool = True, dtype=torch.float32):
+    def __init__(self, streams: Mapping[str, Stream], normalize: bool = True, dtype=torch.float32):
         ok, expected = isinstance(streams, Mapping), f"a dict of 1 to {MAX_STREAMS} streams, name to file"
         require(ok, "streams", expected, streams)
         require(0 < len(streams) <= MAX_STREAMS, "streams", expected, f"{len(streams)} streams")
@@ -110,20 +114,20 @@ class Features:
             source.indices = None  # compared, and as long as the rows are many
         self.rows = source.rows
         self.widths = {s: source.width for s, source in self.sources.items()}
-        self.paths = {s: None if isinstance(x, Tensor) else Path(x).absolute() for s, x in streams.items()}
+        self.paths = {s: None if isinstance(x, Tensor) else absolute(x) for s, x in streams.items()}
 
     def _check_rows(self, streams, s: str) -> None:
         """Refuse a stream just opened if its rows are not the samples of those before it."""
-        label, source = _label(s, streams[s]), self.sources[s]
+        label, source = stream_label(s, streams[s]), self.sources[s]
         first, *_ = self.sources
         rows = self.sources[first].rows
         if source.rows != rows:
-            fail(label, f"{rows:,} rows as in {_label(first, streams[first])}", f"{source.rows:,} rows")
+            fail(label, f"{rows:,} rows as in {stream_label(first, streams[first])}", f"{source.rows:,} rows")
         numbered = next((o for o in self.sources if self.sources[o].indices is not None), s)
         if numbered != s and source.indices is not None:
             had, got, source.indices = self.sources[numbered].indices, source.indices, None
             for row in np.flatnonzero(had != got)[:1]:
-                expected = f"`indices` {had[row]} in row {row:,} as in {_label(numbered, streams[numbered])}"
+                expected = f"`indices` {had[row]} in row {row:,} as in {stream_label(numbered, streams[numbered])}"
                 fail(label, expected, f"{got[row]}: rows are paired by position, and these are other samples")
 
     def require_widths(self, widths: Mapping[str, int], what: str) -> Features:
@@ -132,7 +136,7 @@ class Features:
         require(set(self.sources) == set(widths), "streams", f"{', '.join(widths)}, the streams of {what}", got)
         for s, d in widths.items():
             if self.widths[s] != d:
-                fail(_label(s, self.paths[s]), f"width {d} as in {what}", f"width {self.widths[s]}")
+                fail(stream_label(s, self.paths[s]), f"width {d} as in {what}", f"width {self.widths[s]}")
         self.sources = {s: self.sources[s] for s in widths}
         self.widths = dict(widths)
         return self
@@ -171,7 +175,8 @@ class Features:
         starts = range(0, self.rows, size)
         if not full and len(starts) > 1:
             size = min(size, 64)
-            starts = sorted({int(p) for p in np.linspace(0, self.rows - size, 256)})
+            pieces = {int(p) for p in np.linspace(0, self.rows - size, 256)}
+            starts = sorted(pieces.union(source.starts[:-1].tolist() if isinstance(source, Shards) else ()))
         digest = hashlib.blake2b(f"{source.rows} {source.width} {source.dtype}".encode(), digest_size=16)
         bad = large = zero = RowNumbers([], 0)
         total, power, count = torch.zeros(source.width, dtype=torch.float64, device="cpu"), 0.0, 0
@@ -188,10 +193,12 @@ class Features:
             total += x.sum(0, dtype=torch.float64)
             power += float(x.square().sum(dtype=torch.float64))
             count += len(x)
-        label, what = _label(s, self.paths[s]), "norm fits" if self.normalize else "values fit"
-        require(not bad.count, label, "finite features", f"NaN or infinity in {bad.count:,} rows: {bad}")
+        label, what = stream_label(s, self.paths[s]), "norm fits" if self.normalize else "values fit"
         expected = f"rows whose {what} {str(self.dtype).removeprefix('torch.')}"
-        require(not large.count, label, expected, f"too large features in {large.count:,} rows: {large}")
+        for rows, wanted, got in ((bad, "finite features", "NaN or infinity"), (large, expected, "too large features")):
+            if rows.count:
+                place = f" (the first is {source.place(rows.first[0])})" if isinstance(source, Shards) else ""
+                fail(label, wanted, f"{got} in {rows.count:,} rows: {rows}{place}")
         spread = 1 - float((total / count).square().sum()) / (power / count) if power else 0.0
         return StreamSummary(digest.hexdigest(), *zero, max(spread, 0.0))
 
@@ -199,11 +206,12 @@ class Features:
         """For a manifest: where each stream came from and what it was."""
         return {
             s: {
-                "path": str(self.paths[s]) if self.paths[s] else None,
+                "path": _as_text(self.paths[s]),
                 "rows": source.rows,
                 "width": source.width,
                 "dtype": str(source.dtype).removeprefix("torch."),
                 "fingerprint": summaries[s].fingerprint,
+                **({"shards": source.listed()} if isinstance(source, Shards) else {}),
             }
             for s, source in self.sources.items()
         }
@@ -219,13 +227,13 @@ class Features:
         self.close()
 
 
+def _as_text(path: Path | list[Path] | None) -> str | list[str] | None:
+    return [str(p) for p in path] if isinstance(path, list) else path and str(path)
+
+
 def normalized(x: Tensor) -> Tensor:
     """Rows divided by (their norm + 1e-8)."""
     return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-8)
-
-
-def _label(name: str, value) -> str:
-    return f"stream {name!r}" if value is None or isinstance(value, Tensor) else f"stream {name!r} ({value})"
 
 
 def _open(name: str, value):
@@ -236,5 +244,15 @@ def _open(name: str, value):
         require(value.device.type == "cpu", what, "a tensor on the CPU", value)
         require(value.numel() > 0, what, "at least one row and one column", value)
         return TensorRows(value.detach())
-    require(isinstance(value, (str, os.PathLike)), what, "a path or a torch.Tensor [n, d]", value)
-    return open_file(_label(name, value), Path(value))
+    several = isinstance(value, (list, tuple)) and len(value) > 0
+    ok = all(isinstance(path, (str, os.PathLike)) for path in (value if several else [value]))
+    require(ok, what, "a path, a list of paths or a torch.Tensor [n, d]", value)
+    label = stream_label(name, value)
+    if several or is_pattern(Path(value)):
+        found = Shards(name, [Path(path) for path in value] if several else matching(label, Path(value)))
+    else:
+        found = open_file(label, Path(value))
+    if not found.rows:
+        found.close()
+        fail(label, "at least one row and one column", f"shape [0, {found.width}]")
+    return found

@@ -29,7 +29,7 @@ from .checkpoint import (
     save_checkpoint,
     save_weights,
 )
-from .features import Features
+from .features import Features, Stream
 from .loader import Batch, Loader
 from .module import AlignedSAE
 from .optim import SparcAdam
@@ -59,7 +59,7 @@ class Trainer:
 
     Args:
         config: what to train.
-        streams: name -> feature file or tensor, as `Features` takes them.
+        streams: name -> feature file, its shards or tensor, as `Features` takes them.
         out: folder of checkpoints, log.csv, manifest.json and the final model.safetensors; None: nothing is written.
         val_streams: the same streams of other samples, to validate on after every epoch.
         model: to train on, where it is, of the config's settings; None: a new one, made after
@@ -87,10 +87,10 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        streams: Mapping[str, str | Path | Tensor],
+        streams: Mapping[str, Stream],
         out: str | Path | None = None,
         *,
-        val_streams: Mapping[str, str | Path | Tensor] | None = None,
+        val_streams: Mapping[str, Stream] | None = None,
         model: AlignedSAE | None = None,
         optimizer: Callable[[AlignedSAE], torch.optim.Optimizer] | None = None,
         device: str | torch.device = "auto",

@@ -142,10 +142,10 @@ def test_another_dataset_of_a_file(tmp_path):
     torch.save({"features": x, "layers.3": y}, tmp_path / "x.pt")
     colon = write(tmp_path / "x.h5:z.npy", x)
     given = {"a": path, "b": f"{path}:layers/3/acts", "c": f"{tensors}:layers.3", "d": colon}
-    given |= {"e": tmp_path / "x.pt:layers.3"}
+    given |= {"e": tmp_path / "x.pt:layers.3", "f": tmp_path / "[x].h5:layers/3/acts"}
     with Features(given, normalize=False) as found:
         rows = found.read(0, ROWS)
-        assert [s for s, t in rows.items() if torch.equal(t, y)] == ["b", "c", "e"]
+        assert [s for s, t in rows.items() if torch.equal(t, y)] == ["b", "c", "e", "f"]
         again = {s: entry["path"] for s, entry in found.describe(found.check()).items()}
     with Features(again, normalize=False) as found:  # as a manifest has them
         assert all(torch.equal(found.read(0, ROWS)[s], t) for s, t in rows.items())
@@ -320,6 +320,31 @@ def test_every_row_once_an_epoch_and_resumed_anywhere(shuffle, memory, drop_last
         assert [(b.epoch, b.index) for b in rest] == [(b.epoch, b.index) for b in batches[at:]]
 
 
+@pytest.mark.parametrize(("shuffle", "memory"), KINDS)
+def test_batches_of_shards_are_those_of_their_rows(tmp_path, shuffle, memory):
+    x = values(700, 3)
+    for i, part in enumerate(x.split([3, 0, 296, 400, 1])):
+        write(tmp_path / f"x_{i}.npy", part)
+    batches = []
+    for value in (x, tmp_path / "x_*.npy"):
+        with Features({"a": value}) as found:
+            loader = Loader(found, 64, torch.Generator().manual_seed(3), shuffle=shuffle, memory=memory)
+            batches.append([batch.x["a"] for batch in loader.epochs(0, 2)])
+    assert len(batches[0]) == 22
+    assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
+
+
+def test_a_quick_check_reads_of_every_shard(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_CHECK_BYTES", 64)
+    for i in range(300):
+        write(tmp_path / f"x_{i}.npy", values(3, 4))
+    with Features({"a": tmp_path / "x_*.npy"}) as found:
+        read, real = [], found.sources["a"].read
+        monkeypatch.setattr(found.sources["a"], "read", lambda a, b: (read.append(a), real(a, b))[1])
+        found.check(full=False)
+    assert set(range(0, 900, 3)) <= set(read)
+
+
 def test_official_order_is_the_official_samplers():
     """Runs of batch_size rows in the order of torch.randperm, the rest last."""
     generator = torch.Generator().manual_seed(5)
@@ -415,9 +440,9 @@ def test_bad_arguments_are_named():
         ),
         (
             lambda: Features({"a": np.ones((2, 2), np.float32)}),
-            "streams['a']: expected a path or a torch.Tensor [n, d], got a ndarray",
+            "streams['a']: expected a path, a list of paths or a torch.Tensor [n, d], got a ndarray",
         ),
-        (lambda: Features({"a": 3}), "streams['a']: expected a path or a torch.Tensor [n, d], got 3"),
+        (lambda: Features({"a": 3}), "streams['a']: expected a path, a list of paths or a torch.Tensor [n, d], got 3"),
         (
             lambda: Features({"a": torch.ones(2, 2).to_sparse()}),
             "streams['a']: expected a dense tensor, got one of layout torch.sparse_coo",
