@@ -88,6 +88,21 @@ def check_bool(argument: str, value) -> bool:
     return bool(value)
 
 
+def check_device(argument: str, value) -> torch.device:
+    """A device of this machine, from "cpu", "cuda", "cuda:1" or "auto": CUDA where there is one."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if value == "auto":
+        value = torch.device("cuda", torch.cuda.current_device()) if gpus else "cpu"
+    try:
+        device = torch.device(value)
+    except (RuntimeError, TypeError):
+        device = None
+    ok = device is not None and (device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < gpus))
+    seen = f"PyTorch sees {gpus or 'no'} GPU{'s' * (gpus > 1)}"
+    require(ok, argument, "auto, cpu, or cuda or cuda:N of a GPU that is there", f"{str(value)!r} where {seen}")
+    return device
+
+
 def _shape_text(shape: tuple) -> str:
     return f"[{', '.join(map(str, shape))}]"
 

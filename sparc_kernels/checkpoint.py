@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from ._checks import check_bool, first_line, missing, require
+from ._checks import check_bool, check_device, first_line, missing, require
 from .module import AlignedSAE
 
 WEIGHTS = "model.safetensors"
@@ -273,6 +273,7 @@ def read_weights(path: str | Path) -> tuple[Path, dict, dict]:
 
 def model_of(path: Path, state: dict, config: dict, device="cpu", dtype=None) -> tuple[AlignedSAE, bool]:
     """`load_model` of what `read_weights` returned, with these settings."""
+    device = check_device("device", device)
     shapes = _shapes(path, state)  # dicts compare equal in any order, and the configuration has the right one
     lacking = [key for key in ("k", "topk_type") if key not in config]
     hint = f"{' and '.join(lacking)}, which weights do not tell: give them, or put {OFFICIAL_CONFIG} beside the file"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import FEATURES, add_stream_argument, refusing
+from ._checks import check_device
 from ._progress import Watch, watched
 from .checkpoint import model_of, read_weights, write_atomically, write_json
 from .decoder import decode
@@ -219,7 +220,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
                         "(as in training)")  # fmt: skip
     parser.add_argument("--alone", action="store_true", help="let each stream select its latents alone; some of the "
                         "model's streams are enough then")  # fmt: skip
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (auto)")
     parser.add_argument("--batch-size", type=int, default=BATCH, help=f"rows at a time ({BATCH})")
 
 
@@ -233,14 +234,13 @@ class Opened(NamedTuple):
 
 def open_model(args) -> Opened:
     """The model and the features that the arguments name, checked against each other. Notes replaced settings."""
-    from .train import choose_device
-
     if args.batch_size < 1:
         raise ValueError(f"--batch-size: expected an int >= 1, got {args.batch_size}")
+    device = check_device("device", args.device)
     path, state, stored = read_weights(args.model)
     given = {"k": args.k, "topk_type": args.topk_type, "normalize": args.normalize}
     given = {key: value for key, value in given.items() if value is not None}
-    model, normalize = model_of(path, state, stored | given, choose_device(args.device))
+    model, normalize = model_of(path, state, stored | given, device)
     trained = {key: stored[key] for key, value in given.items() if stored.get(key, value) != value}
     for key, had in trained.items():
         print(f"Note: {key} {given[key]}, where the model was trained with {had}", file=sys.stderr)

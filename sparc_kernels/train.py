@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ._checks import check_bool, check_int, fail, require
+from ._checks import check_bool, check_device, check_int, fail, require
 from ._process import Signals, versions
 from .checkpoint import (
     CHECKPOINTS,
@@ -112,7 +112,7 @@ class Trainer:
             check_int("keep", keep, 1),
         )
         self.log_every = check_int("log_every", log_every, 1)
-        self.device = choose_device(device) if model is None else next(model.parameters()).device
+        self.device = check_device("device", device) if model is None else next(model.parameters()).device
         self.out = None if out is None else Path(out)
         require(self.out is not None or not resume, "resume", "a folder to resume from (out)", "none")
         self.log, self.log_to, self.loss = None, log_to, math.nan
@@ -562,16 +562,6 @@ def _matmul_precision(precision: str):
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def choose_device(device: str | torch.device) -> torch.device:
-    """The device meant, "auto": CUDA where there is one."""
-    if device == "auto":
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    device = torch.device(device)
-    ok = device.type != "cuda" or torch.cuda.is_available()
-    require(ok, "device", "a device that is there", f"{device}, but PyTorch sees no GPU")
-    return device
 
 
 def _set_lr(optimizer: torch.optim.Optimizer, rate: float) -> None:

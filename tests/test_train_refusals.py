@@ -151,7 +151,7 @@ def bad(kind: str, folder: Path) -> tuple[list[str], str]:
     elif kind == "no GPU":
         settings, words = (
             ["--device", "cuda"],
-            "device: expected a device that is there, got cuda, but PyTorch sees no GPU",
+            "device: expected auto, cpu, or cuda or cuda:N of a GPU that is there, got 'cuda' where PyTorch sees no",
         )
     return ([f"--stream=a={a}", f"--stream=b={b}", f"--out={out}", *settings],
             words.format(a=a, b=b, out=out, folder=folder))  # fmt: skip
