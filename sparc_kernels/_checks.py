@@ -82,6 +82,15 @@ def check_number(argument: str, value, low: float = 0.0) -> float:
     return value
 
 
+def plain(value):
+    """NumPy's numbers and texts as Python's, in dicts, tuples and lists too: torch.load(weights_only=True) reads it."""
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
+        return value.item()
+    if type(value) is dict:
+        return {plain(key): plain(part) for key, part in value.items()}
+    return type(value)(map(plain, value)) if type(value) in (tuple, list) else value
+
+
 def check_bool(argument: str, value) -> bool:
     """True or False (Python's or NumPy's), as a bool."""
     require(isinstance(value, (bool, np.bool_)), argument, "True or False", repr(value))

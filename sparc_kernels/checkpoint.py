@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from ._checks import check_bool, check_device, first_line, missing, require
+from ._checks import check_bool, check_device, first_line, missing, plain, require
 from .module import AlignedSAE
 
 WEIGHTS = "model.safetensors"
@@ -120,7 +120,7 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> Path:
 
     def write(file):
         hashing = _Hashing(file)
-        torch.save({"kind": KIND, "step": step, **state}, hashing)
+        torch.save(plain({"kind": KIND, "step": step, **state}), hashing)
         file.write(_MAGIC + hashing.digest.digest())
 
     folder.mkdir(exist_ok=True)
