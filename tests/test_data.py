@@ -151,7 +151,7 @@ def test_digits():
 def test_a_missing_package_is_named(monkeypatch, package, few_characters):
     if package == "matplotlib":
         monkeypatch.undo()
-    for module in [m for m in sys.modules if m.split(".")[0] == package]:
+    for module in [package, *(m for m in sys.modules if m.startswith(f"{package}."))]:  # imported by others, or not yet
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=r'pip install "\.\[demo\]"'):
         unicode_streams(0, quick=True)
