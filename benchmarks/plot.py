@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from sparc_kernels._arguments import ends_with_its_pipe
+
 from . import record
 from .report import ROOT, load, ms, ok, where
 
@@ -208,6 +210,7 @@ def draw(path: Path, out: Path) -> list[Path]:
     return written
 
 
+@ends_with_its_pipe
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
