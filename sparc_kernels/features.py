@@ -176,7 +176,8 @@ class Features:
         if not full and len(starts) > 1:
             size = min(size, 64)
             pieces = {int(p) for p in np.linspace(0, self.rows - size, 256)}
-            starts = sorted(pieces.union(source.starts[:-1].tolist() if isinstance(source, Shards) else ()))
+            firsts = source.starts.tolist() if isinstance(source, Shards) else ()  # `rows` and empty shards among them
+            starts = sorted(pieces.union(first for first in firsts if first < self.rows))
         digest = hashlib.blake2b(f"{source.rows} {source.width} {source.dtype}".encode(), digest_size=16)
         bad = large = zero = RowNumbers([], 0)
         total, power, count = torch.zeros(source.width, dtype=torch.float64, device="cpu"), 0.0, 0

@@ -83,7 +83,8 @@ def _check_series(label: str, members: list[tuple[str, list[int]]], all_of_them:
 
 
 def _age(file: Path) -> tuple[int, int]:
-    return file.stat().st_size, file.stat().st_mtime_ns
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 class Shards:
@@ -94,15 +95,15 @@ class Shards:
     """
 
     def __init__(self, stream: str, paths: Sequence[Path]):
-        files = [split_dataset(path)[0] for path in paths]
-        folder = os.path.commonpath([file.absolute().parent for file in files])
+        files = [split_dataset(path)[0].absolute() for path in paths]
+        folder = os.path.commonpath([file.parent for file in files])
         self.names = [os.path.relpath(file, folder) for file in files]
         self._stream, self._files, self._lock = stream, files, threading.Lock()
         self._parts, self._seen, self._open = [], [], {}
         try:
             for i, path in enumerate(paths):
                 label = stream_label(stream, path)
-                self._parts.append(open_file(label, path))
+                self._parts.append(open_file(label, path.absolute()))
                 self._seen.append(_age(files[i]))
                 self._part(i)
                 for what in ("width", "dtype"):
@@ -155,15 +156,14 @@ class Shards:
 
     def read(self, start: int, stop: int) -> Tensor:
         """[stop - start, width], a copy."""
-        out, done = torch.empty(stop - start, self.width, dtype=self.dtype, device="cpu"), 0
-        i, first = self.at(start)
+        (i, first), left, pieces = self.at(start), stop - start, []
         with self._lock:  # a loader's thread may read what another has closed
-            while done < len(out):
-                n = min(len(out) - done, self._parts[i].rows - first)
+            while left:
+                n = min(left, self._parts[i].rows - first)
                 if n:
-                    out[done : done + n] = self._part(i).read(first, first + n)
-                i, first, done = i + 1, 0, done + n
-        return out
+                    pieces.append(self._part(i).read(first, first + n))
+                i, first, left = i + 1, 0, left - n
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def close(self) -> None:
         for part in self._parts:
