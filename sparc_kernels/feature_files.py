@@ -98,10 +98,11 @@ def open_file(label: str, value: Path) -> MappedRows | HDF5Rows:
     """The rows of FILE or FILE:DATASET; `label` names it in errors."""
     path, dataset = split_dataset(value)
     kind = SUFFIXES.get(path.suffix.lower())
-    require(kind is not None, label, f"a file ending in {', '.join(SUFFIXES)}", repr(path.name))
     try:
+        require(not path.is_dir(), label, f"a file, or a pattern for several ({path / '*.npy'})", "a folder")
+        require(kind is not None, label, f"a file ending in {', '.join(SUFFIXES)}", repr(path.name))
         require(path.exists(), label, "a file", "nothing there")
-        require(path.is_file(), label, "a file", "a folder or device")
+        require(path.is_file(), label, "a file", "a device")
         require(path.stat().st_size > 0, label, f"a {kind} file", "an empty file")
         if kind == "NumPy":
             return _open_npy(label, path)

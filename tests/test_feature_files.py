@@ -444,7 +444,7 @@ def test_a_pattern_takes_its_files_in_the_order_of_their_numbers(tmp_path, monke
         (["f-0-of-3.npy", "f-1-of-3.npy"], "f*", "expected 3 files, as their names say, got 2, from {folder}/f-0-of-3"),
         (["f_0.npy"], "g_*.npy", "expected files of this pattern, got none"),
         (["f_0.npy", "f_1.csv"], "f_*", "expected a file ending in .h5, .hdf5, .safetensors, .npy, .pt, .pth, got"),
-        (["f_0.npy", "g/f_0.npy"], "*", "expected a file ending in .h5, .hdf5, .safetensors, .npy, .pt, .pth, got 'g'"),
+        (["f_0.npy", "g/f_0.npy"], "*", "/g): expected a file, or a pattern for several ({folder}/g/*.npy), got a"),
     ],
 )  # fmt: skip
 def test_a_pattern_loses_no_file_silently(tmp_path, names, pattern, words):
