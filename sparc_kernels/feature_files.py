@@ -169,10 +169,10 @@ def _open_safetensors(label: str, path: Path, name: str | None):
     return found
 
 
-def _choose(label: str, names: list[str], name: str | None) -> str:
-    """The name of the tensor meant among those of a file."""
+def _choose(label: str, names: list[str], name: str | None, inner=()) -> str:
+    """The name of the tensor meant among those of a file; inner: names in a dict within it."""
     if name is None:
-        weights = next((n for n in names if n.startswith("encoders.")), None)
+        weights = next((n for n in (*names, *map(str, inner)) if n.startswith("encoders.")), None)
         require(weights is None, label, "features", f"the weights of a model ({weights}, ...)")
         name = names[0] if len(names) == 1 else DATASET
     expected = f"a tensor {name!r}" + ", or only one" * (name == DATASET)
@@ -202,7 +202,7 @@ def _open_torch(label: str, path: Path, name: str | None):
         require(isinstance(found, dict), label, "a tensor [n, d] or a dict of them", found)
         model = found.get("model")  # in a training checkpoint
         tensors = {n: x for n, x in found.items() if isinstance(n, str) and isinstance(x, Tensor)}
-        name = _choose(label, [*tensors, *(model if isinstance(model, dict) else ())], name)
+        name = _choose(label, list(tensors), name, model if isinstance(model, dict) else ())
 
     def rows_of(name: str, width: int) -> MappedRows:
         x = tensors[name]

@@ -356,6 +356,7 @@ WEIGHTS = "expected features, got the weights of a model (encoders.a.weight, ...
         (saved({"features": np.ones((4, 3))}), "tensors alone, got other objects (Unsupported global: GLOBAL numpy."),
         (saved(torch.nn.Linear(3, 4)), "other objects (Unsupported global: GLOBAL torch.nn.modules.linear.Linear)"),
         (saved({"a": torch.ones(4, 3), "b": torch.ones(4, 3)}), "'features', or only one, got 2 tensors: a, b (FILE:"),
+        (saved({"model": {"a": torch.ones(4, 3), 1: 2}}), "'features', or only one, got 0 tensors: nothing"),
         (saved({"features": [1, 2]}), "expected a tensor 'features', or only one, got 0 tensors: nothing"),
         (saved(torch.eye(3).to_sparse()), "expected a dense tensor, got one of layout torch.sparse_coo"),
         (saved(torch.ones(4, 3, dtype=torch.complex64).conj().imag), "a plain tensor, got a view that negates its"),
