@@ -16,6 +16,7 @@ from functools import partial
 import torch
 
 from sparc_kernels import _trace, cost_model, decode_nmse
+from sparc_kernels._arguments import ends_with_its_pipe
 from sparc_kernels._compile import compile_all
 from sparc_kernels._launch import capability
 from sparc_kernels._trace import Launch, Shape
@@ -78,6 +79,7 @@ def decoding(s: cost_model.Shape, dtype: torch.dtype, device: str) -> None:
     decode_nmse(ids, values.requires_grad_(), [w.t() for w in weights], biases, rows, impl="triton").mean().backward()
 
 
+@ends_with_its_pipe
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ahead", description=__doc__.splitlines()[0])
     parser.add_argument("call", choices=("correctness", "timing"))

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from sparc_kernels import AlignedSAE, SparcAdam, encode_topk
+from sparc_kernels._arguments import ends_with_its_pipe
 
 WIDTHS = {"a": 40, "b": 33, "c": 65, "d": 48}
 
@@ -69,11 +70,13 @@ def _say(what: str, number: torch.Tensor) -> None:
         print(f"exercised {what} {float(number.detach()):.6g}", flush=True)
 
 
-def main() -> None:
+@ends_with_its_pipe
+def main() -> int:
     cuda = torch.cuda.is_available()
     for part in PARTS if cuda else PARTS[:1]:
         part("cuda" if cuda else "cpu")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

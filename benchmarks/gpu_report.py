@@ -38,6 +38,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks import environment, record  # noqa: E402  torch is not imported here
+from sparc_kernels._arguments import ends_with_its_pipe  # noqa: E402  nor here
 
 SCHEMA = "sparc_kernels.gpu_correctness/1"
 CALLS = {  # minutes, sections in their order
@@ -492,6 +493,7 @@ def probe() -> None:
     print("\n" + json.dumps(environment.environment(device, torch.get_num_threads())))
 
 
+@ends_with_its_pipe
 def main(argv=None) -> int:
     args = parse(argv)
     if args.probe:
@@ -530,12 +532,13 @@ def main(argv=None) -> int:
         else:
             options = ["--filter", args.filter] if args.filter else []
             timing(report, [*options, *(["--official", str(args.official.resolve())] if args.official else [])])
-    except (KeyboardInterrupt, SystemExit) as error:
+    except (KeyboardInterrupt, SystemExit, BrokenPipeError) as error:
         if not report.data:
             raise
         with contextlib.suppress(OSError, ValueError):
             report.data = json.loads(report.path.read_text())
-        stopped = str(error) or "interrupted"
+        gone = isinstance(error, BrokenPipeError)
+        stopped = "the reader of the output has gone" if gone else str(error) or "interrupted"
     missing = [part for part in report.sections if report[part]["status"] not in ("ran", "absent", "skipped")]
     if missing and not stopped:
         stopped = "; ".join(f"{part}: {report[part]['reason']}" for part in missing)

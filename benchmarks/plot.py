@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from sparc_kernels._arguments import ends_with_its_pipe
 from sparc_kernels._checks import missing
 
 from . import record
@@ -219,6 +220,7 @@ def parse(argv=None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@ends_with_its_pipe
 def main(argv=None) -> int:
     args = parse(argv)
     try:

@@ -10,7 +10,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-FEATURES = "features of one stream: .h5, .safetensors or .npy; FILE:DATASET where they are not called `features`"
+FEATURES = (
+    "features of one stream: .h5, .safetensors, .npy or .pt; FILE:DATASET where they are not called `features`; a "
+    "pattern in quotes, such as 'feats_*.npy', for shards, in the order of their numbers"
+)
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 

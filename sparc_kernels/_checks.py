@@ -5,6 +5,7 @@ Messages are built only on failure: under torch.compile a shape may be symbolic,
 
 from __future__ import annotations
 
+import contextlib
 import numbers
 
 import numpy as np
@@ -46,6 +47,21 @@ def missing(what: str, package: str) -> ImportError:
     return ImportError(f"{what} needs {package}: pip install {package}")
 
 
+@contextlib.contextmanager
+def reading(label: str, expected: str, got: str = "one that cannot be read"):
+    """Name what the libraries that read files raise, which for a damaged one is nearly anything."""
+    try:
+        yield
+    except PermissionError:
+        raise
+    except Exception as error:
+        fail(label, expected, f"{got} ({first_line(error)})")
+
+
+def first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 def check_int(argument: str, value, low: int, high: int | None = None, high_name: str = "") -> int:
     """An integer (Python's or NumPy's, not a bool) in low..high, as an int."""
     ok = isinstance(value, numbers.Integral) and not isinstance(value, bool)
@@ -62,10 +78,34 @@ def check_number(argument: str, value, low: float = 0.0) -> float:
     return value
 
 
+def plain(value):
+    """NumPy's numbers and texts as Python's, in dicts, tuples and lists too: torch.load(weights_only=True) reads it."""
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
+        return value.item()
+    if type(value) is dict:
+        return {plain(key): plain(part) for key, part in value.items()}
+    return type(value)(map(plain, value)) if type(value) in (tuple, list) else value
+
+
 def check_bool(argument: str, value) -> bool:
     """True or False (Python's or NumPy's), as a bool."""
     require(isinstance(value, (bool, np.bool_)), argument, "True or False", repr(value))
     return bool(value)
+
+
+def check_device(argument: str, value) -> torch.device:
+    """A device of this machine, from "cpu", "cuda", "cuda:1" or "auto": CUDA where there is one."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if value == "auto":
+        value = torch.device("cuda", torch.cuda.current_device()) if gpus else "cpu"
+    try:
+        device = torch.device(value)
+    except (RuntimeError, TypeError):
+        device = None
+    ok = device is not None and (device.type == "cpu" or (device.type == "cuda" and (device.index or 0) < gpus))
+    seen = f"PyTorch sees {gpus or 'no'} GPU{'s' * (gpus > 1)}"
+    require(ok, argument, "auto, cpu, or cuda or cuda:N of a GPU that is there", f"{str(value)!r} where {seen}")
+    return device
 
 
 def _shape_text(shape: tuple) -> str:

@@ -1,4 +1,4 @@
-"""Progress over the rows of feature files, on stderr: a bar in a terminal, a line every few seconds elsewhere."""
+"""Progress over rows, on stderr: a bar in a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -8,36 +8,40 @@ from collections.abc import Callable, Iterable, Iterator
 
 _LINE_EVERY = 5.0  # seconds
 
-Watch = Callable[[Iterable], Iterable]  # takes `Features.batches`, gives them on
+Watch = Callable[[Iterable], Iterable]  # takes `Features.batches`, or a range, and gives its items on
 
 
 def watched(rows: int, what: str) -> Watch:
     """A `watch` that shows how many of so many rows of `what` are done."""
+    return lambda batches: _shown(batches, rows, what, "rows", lambda batch: len(next(iter(batch[1].values()))))
 
-    def watch(batches: Iterable) -> Iterator:
-        bar, done, said = _bar(rows, what), 0, time.monotonic()
-        try:
-            for start, x in batches:
-                yield start, x
-                n = len(next(iter(x.values())))
-                done += n
-                if bar is not None:
-                    bar.update(n)
-                elif time.monotonic() - said >= _LINE_EVERY:
-                    said = time.monotonic()
-                    print(f"{what}: {done:,} of {rows:,} rows", file=sys.stderr, flush=True)
-        finally:
+
+def counted(what: str, unit: str) -> Watch:
+    """The same of a range of numbers, each the first of its step."""
+    return lambda steps: _shown(steps, steps.stop, what, unit, lambda start: min(steps.step, steps.stop - start))
+
+
+def _shown(items: Iterable, total: int, what: str, unit: str, size: Callable) -> Iterator:
+    bar, done, said = _bar(total, what, unit), 0, time.monotonic()
+    try:
+        for item in items:
+            yield item
+            done += size(item)
             if bar is not None:
-                bar.close()
+                bar.update(size(item))
+            elif time.monotonic() - said >= _LINE_EVERY:
+                said = time.monotonic()
+                print(f"{what}: {done:,} of {total:,} {unit}", file=sys.stderr, flush=True)
+    finally:
+        if bar is not None:
+            bar.close()
 
-    return watch
 
-
-def _bar(rows: int, what: str):
+def _bar(total: int, what: str, unit: str):
     if not sys.stderr.isatty():
         return None
     try:
         from tqdm import tqdm
     except ImportError:
         return None
-    return tqdm(total=rows, desc=what, unit="row", dynamic_ncols=True, leave=False)
+    return tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True, leave=False)

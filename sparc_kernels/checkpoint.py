@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from ._checks import check_bool, missing, require
+from ._checks import check_bool, check_device, first_line, missing, plain, require
 from .module import AlignedSAE
 
 WEIGHTS = "model.safetensors"
@@ -120,7 +120,7 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> Path:
 
     def write(file):
         hashing = _Hashing(file)
-        torch.save({"kind": KIND, "step": step, **state}, hashing)
+        torch.save(plain({"kind": KIND, "step": step, **state}), hashing)
         file.write(_MAGIC + hashing.digest.digest())
 
     folder.mkdir(exist_ok=True)
@@ -148,7 +148,7 @@ def load_checkpoint(path: Path) -> dict:
     try:
         state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
     except Exception as error:  # as _read_torch
-        raise ValueError(f"checkpoint {path}: expected a torch file of tensors ({_first_line(error)})") from error
+        raise ValueError(f"checkpoint {path}: expected a torch file of tensors ({first_line(error)})") from error
     ok = isinstance(state, dict) and state.get("kind") == KIND and isinstance(state.get("step"), int)
     require(ok, f"checkpoint {path}", "a training checkpoint of sparc_kernels", "something else")
     return state
@@ -275,6 +275,7 @@ def read_weights(path: str | Path) -> tuple[Path, dict, dict]:
 
 def model_of(path: Path, state: dict, config: dict, device="cpu", dtype=None) -> tuple[AlignedSAE, bool]:
     """`load_model` of what `read_weights` returned, with these settings."""
+    device = check_device("device", device)
     shapes = _shapes(path, state)  # dicts compare equal in any order, and the configuration has the right one
     lacking = [key for key in ("k", "topk_type") if key not in config]
     hint = f"{' and '.join(lacking)}, which weights do not tell: give them, or put {OFFICIAL_CONFIG} beside the file"
@@ -341,17 +342,13 @@ def _read_torch(path: Path) -> tuple[dict, dict]:
         _check_checksums(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what pickle, zipfile and its own reader raise
-        raise ValueError(f"model {path}: expected a torch file of tensors ({_first_line(error)})") from error
+        raise ValueError(f"model {path}: expected a torch file of tensors ({first_line(error)})") from error
     beside = path.with_name(OFFICIAL_CONFIG)
     if not beside.exists():
         return state, {}
     args = read_json(beside).get("args", {})
     require(isinstance(args, dict), str(beside), "settings as a JSON object under 'args'", args)
     return state, args
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _check_checksums(path: Path) -> None:

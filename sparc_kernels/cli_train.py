@@ -10,13 +10,13 @@ from dataclasses import fields
 from pathlib import Path
 
 from ._arguments import FEATURES, add_stream_argument, memory_size, size_text
-from ._checks import precision_name
+from ._checks import check_device, precision_name
 from .checkpoint import MODEL_KEYS, load_model, model_config
 from .loader import SHUFFLES
 from .module import AlignedSAE
 from .run_folder import MANIFEST, read_manifest
 from .runlog import LOGGERS
-from .train import Interrupted, Trainer, TrainingStopped, choose_device
+from .train import Interrupted, Trainer, TrainingStopped
 from .train_config import DECAYS, PRECISIONS, TrainConfig
 
 _OPTIONS = {  # flag -> help, choices; type and default are TrainConfig's
@@ -162,7 +162,7 @@ def _settings(args) -> tuple[TrainConfig, dict, dict | None, AlignedSAE | None]:
     theirs = model_config(model) | {"auxk": model.auxk or 0, "normalize": normalize}
     known = {field.name for field in fields(TrainConfig)}
     config = TrainConfig(**({key: value for key, value in theirs.items() if key in known} | given))
-    return config, streams, val_streams, model.to(choose_device(args.device), config.dtype)
+    return config, streams, val_streams, model.to(check_device("device", args.device), config.dtype)
 
 
 def _paths(manifest: dict, part: str, flag: str) -> dict | None:

@@ -137,16 +137,16 @@ class Shape:
     compiled: bool = False  # under torch.compile, where the gradient is not taken in the forward
 
     def __post_init__(self):
-        for name in ("B", "N"):
-            check_int(name, getattr(self, name), 1)
+        values = {name: check_int(name, getattr(self, name), 1) for name in ("B", "N")}
         limit = f"at most N and {MAX_K}"
-        check_int("k", self.k, 1, min(self.N, MAX_K), limit)
-        check_int("auxk", self.auxk, 0, min(self.N, MAX_K), limit)
-        check_int("dead", self.dead, 0, self.N, "N")
+        values["k"] = check_int("k", self.k, 1, min(self.N, MAX_K), limit)
+        values["auxk"] = check_int("auxk", self.auxk, 0, min(self.N, MAX_K), limit)
+        values["dead"] = check_int("dead", self.dead, 0, self.N, "N")
         ok = isinstance(self.d_streams, tuple) and 1 <= len(self.d_streams) <= MAX_STREAMS
         require(ok, "d_streams", f"a tuple of 1..{MAX_STREAMS} widths", repr(self.d_streams))
-        for s, d in enumerate(self.d_streams):
-            check_int(f"d_streams[{s}]", d, 1)
+        values["d_streams"] = tuple(check_int(f"d_streams[{s}]", d, 1) for s, d in enumerate(self.d_streams))
+        for name, value in values.items():
+            object.__setattr__(self, name, value)  # frozen otherwise; Python's numbers, whatever came
         require(self.dtype in ITEMSIZE, "dtype", f"one of {', '.join(ITEMSIZE)}", repr(self.dtype))
         require(not (self.autocast and self.dtype == "float32"), "autocast", "a half precision dtype", self.dtype)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import __version__
+from ._checks import check_device
 from .data import StreamData, one_thread, unicode_streams
 from .evaluate import evaluate, guessing
 from .features import Features
@@ -62,9 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--only-data", action="store_true", help="write the features as files for train and eval, and stop"
     )
     parser.add_argument("--seed", type=int, default=0, help="of data and training (default 0)")
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one"
-    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (auto)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,9 +71,10 @@ def run(args: argparse.Namespace) -> int:
     143 after SIGTERM while training."""
     if not 0 <= args.seed < 2**32:
         return _refuse(f"--seed: expected an integer in 0..{2**32 - 1}, got {args.seed}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        return _refuse("--device cuda: PyTorch sees no GPU here; use --device cpu")
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    try:
+        device = check_device("device", args.device)
+    except ValueError as error:
+        return _refuse(str(error))
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=args.out):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ._arguments import FEATURES, add_stream_argument, refusing
-from ._progress import Watch, watched
+from ._checks import check_device
+from ._progress import Watch, counted, watched
 from .checkpoint import model_of, read_weights, write_atomically, write_json
 from .decoder import decode
 from .features import Features
@@ -86,6 +87,7 @@ def evaluate(
     retrieve: bool = True,
     tell=lambda text: None,
     watch: Watch = iter,
+    count: Callable[[str, str], Watch] = lambda what, unit: iter,
 ) -> tuple[dict, dict[str, dict[str, Codes]]]:
     """Alignment of a trained model on rows it has not seen.
 
@@ -95,6 +97,7 @@ def evaluate(
         labels: bool [n, C], multi-hot, on any device; without them there is no Jaccard and no probe.
         probe, retrieve: whether to take the time for these.
         tell: called with a line before each part.  watch: takes the batches to encode and gives them on.
+        count: of the name of another part and its unit, a `watch` of its steps.
 
     Returns: scores and codes. scores["own"] and ["local"]: Jaccard, its value for randomly renumbered latents
     (`jaccard_chance`), dead fractions, cosine of activations, explained variance by "t<-s" and its means; `probe` by
@@ -115,12 +118,12 @@ def evaluate(
         codes[name] = {}
         batches = encoded_batches(chosen, features, batch_size, codes[name], watch)
         variance = explained_variance((x, recons_of(outputs, x)) for x, outputs in batches)
-        scores[name] = _agreement(codes[name], variance, labels)
+        scores[name] = _agreement(codes[name], variance, labels, count)
         if probe and labels is not None:
             tell(f"Probing {labels.shape[1]:,} classes")
-            scores[name]["probe"] = {s: _probe(c, labels) for s, c in codes[name].items()}
+            scores[name]["probe"] = {s: _probe(c, labels, count("probe", "classes")) for s, c in codes[name].items()}
     if retrieve and features.rows > 1 and len(features.widths) > 1:
-        scores["retrieval"] = _retrieval(local, features, codes["local"], tell)
+        scores["retrieval"] = _retrieval(local, features, codes["local"], tell, count)
         scores["chance"] = guessing(features.rows)
     return scores, codes
 
@@ -130,7 +133,7 @@ def recons_of(outputs, streams) -> dict[tuple[str, str], Tensor]:
     return {(t, s): outputs[f"recon_{t}" if s == t else f"cross_recon_{t}_from_{s}"] for t in streams for s in streams}
 
 
-def _agreement(codes: dict[str, Codes], variance: dict, labels: Tensor | None) -> dict:
+def _agreement(codes: dict[str, Codes], variance: dict, labels: Tensor | None, count) -> dict:
     scores: dict = {}
     if labels is not None and len(codes) > 1:
         score = jaccard(codes, labels)
@@ -139,7 +142,7 @@ def _agreement(codes: dict[str, Codes], variance: dict, labels: Tensor | None) -
     scores |= dead_fractions(codes)
     scores["l0"] = {s: (c.values > 0).sum(1).double().mean().item() for s, c in codes.items()}
     if len(codes) > 1:
-        scores["activation_cosine"] = activation_cosine(codes).mean().item()
+        scores["activation_cosine"] = activation_cosine(codes, count("cosines", "rows")).mean().item()
     own = [v for (t, s), v in variance.items() if t == s]
     cross = [v for (t, s), v in variance.items() if t != s]
     scores["explained_variance_self"] = sum(own) / len(own)
@@ -160,13 +163,13 @@ def _renumbered(codes: dict[str, Codes]) -> dict[str, Codes]:
     }
 
 
-def _probe(codes: Codes, labels: Tensor) -> dict:
-    result = probe_1d(codes, labels)
+def _probe(codes: Codes, labels: Tensor, watch: Watch) -> dict:
+    result = probe_1d(codes, labels, watch=watch)
     found = (~result.per_class.isnan()).sum().item()
     return {"log_loss": result.mean if found else None, "classes": found}
 
 
-def _retrieval(local: AlignedSAE, features: Features, codes: dict[str, Codes], tell) -> dict:
+def _retrieval(local: AlignedSAE, features: Features, codes: dict[str, Codes], tell, count) -> dict:
     """By latents, by cross-reconstructions and by a stream's own reconstructions; "t<-s": s asks, t answers."""
     pairs = list(permutations(codes, 2))
     device = next(local.parameters()).device
@@ -187,10 +190,13 @@ def _retrieval(local: AlignedSAE, features: Features, codes: dict[str, Codes], t
     found: dict = {"latent": {}, "cross_reconstruction": {}, "self_reconstruction": {}}
     for s, t in pairs:
         tell(f"Retrieval of {t} by {s}")
-        found["latent"][f"{t}<-{s}"] = retrieval(codes[s], codes[t])
-        found["cross_reconstruction"][f"{t}<-{s}"] = retrieval(recon(t, s), raw(t))
+        found["latent"][f"{t}<-{s}"] = retrieval(codes[s], codes[t], watch=count("by latents", "rows"))
+        watch = count("by reconstructions", "rows")
+        found["cross_reconstruction"][f"{t}<-{s}"] = retrieval(recon(t, s), raw(t), watch=watch)
     for s in codes:
-        found["self_reconstruction"][f"{s}<-{s}"] = retrieval(recon(s, s), raw(s))
+        tell(f"Retrieval of {s} by its own reconstructions")
+        watch = count("by reconstructions", "rows")
+        found["self_reconstruction"][f"{s}<-{s}"] = retrieval(recon(s, s), raw(s), watch=watch)
     found["mean"] = {kind: mean(list(by_pair.values())) for kind, by_pair in found.items()}
     return found
 
@@ -219,7 +225,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
                         "(as in training)")  # fmt: skip
     parser.add_argument("--alone", action="store_true", help="let each stream select its latents alone; some of the "
                         "model's streams are enough then")  # fmt: skip
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (auto)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (auto)")
     parser.add_argument("--batch-size", type=int, default=BATCH, help=f"rows at a time ({BATCH})")
 
 
@@ -233,14 +239,13 @@ class Opened(NamedTuple):
 
 def open_model(args) -> Opened:
     """The model and the features that the arguments name, checked against each other. Notes replaced settings."""
-    from .train import choose_device
-
     if args.batch_size < 1:
         raise ValueError(f"--batch-size: expected an int >= 1, got {args.batch_size}")
+    device = check_device("device", args.device)
     path, state, stored = read_weights(args.model)
     given = {"k": args.k, "topk_type": args.topk_type, "normalize": args.normalize}
     given = {key: value for key, value in given.items() if value is not None}
-    model, normalize = model_of(path, state, stored | given, choose_device(args.device))
+    model, normalize = model_of(path, state, stored | given, device)
     trained = {key: stored[key] for key, value in given.items() if stored.get(key, value) != value}
     for key, had in trained.items():
         print(f"Note: {key} {given[key]}, where the model was trained with {had}", file=sys.stderr)
@@ -290,6 +295,7 @@ def run(args: argparse.Namespace) -> None:
             retrieve=not args.no_retrieval,
             tell=lambda text: print(text, file=sys.stderr, flush=True),
             watch=watched(features.rows, "eval"),
+            count=counted,
         )
     settings = {"model": str(args.model), "topk_type": model.topk_type, "n_latents": model.n_latents, "k": model.k}
     settings |= {"normalize": features.normalize, "trained": trained}

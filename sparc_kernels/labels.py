@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._checks import missing, require
-from .features import Features, reading
+from ._checks import missing, reading, require
+from .features import Features
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import check_int, fail, require
+from ._checks import check_device, check_int, fail, require
 from ._ops import on_device
 from .features import Features
 
@@ -67,7 +67,7 @@ class Loader:
         self.features, self.generator, self.drop_last = features, generator, drop_last
         self.batch_size = check_int("batch_size", batch_size, 1)
         require(shuffle in SHUFFLES, "shuffle", f"one of {', '.join(map(repr, SHUFFLES))}", repr(shuffle))
-        self.shuffle, self.device = shuffle, torch.device(device)
+        self.shuffle, self.device = shuffle, check_device("device", device)
         self.intervals = [(0, features.rows)] if intervals is None else [tuple(i) for i in intervals]
         self.rows = sum(stop - start for start, stop in self.intervals)
         require(self.rows > 0, "intervals", "at least one row", "none")

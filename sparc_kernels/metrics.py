@@ -125,7 +125,10 @@ def dead_fractions(codes: Mapping[str, Codes]) -> dict[str, float]:
 
 @torch.no_grad()
 def retrieval(
-    query: Codes | Tensor | Rows, target: Codes | Tensor | Rows, ks: Sequence[int] = (1, 5, 10)
+    query: Codes | Tensor | Rows,
+    target: Codes | Tensor | Rows,
+    ks: Sequence[int] = (1, 5, 10),
+    watch: Callable[[range], Iterable[int]] = iter,
 ) -> dict[str, float]:
     """Does row i of `query` find row i of `target` among all B by cosine similarity?
 
@@ -137,6 +140,7 @@ def retrieval(
         query, target: both Codes over the same N latents, or both floating [B, d] (a cross-reconstruction and the raw
             features, say), as tensors or as Rows. float16 and bfloat16 are computed in float32.
         ks: the K of R@K.
+        watch: takes the range of queries, whose step is a block, and gives it on: to show progress.
 
     Returns: `R@K` for every K, `median_rank` (the lower of the middle two, as torch.median), and `MRR`, the mean of
     1 / rank. Works in blocks: at most 2^24 cosines, and as many numbers of Rows, are in memory at a time.
@@ -161,7 +165,7 @@ def retrieval(
         step = max(1, _BLOCK_ELEMENTS // max(block, width)) if lazy else rows
     cosines = _sparse_cosines(query, target) if sparse[0] else _dense_cosines(query, target)
     ranks = []
-    for start in range(0, rows, block):
+    for start in watch(range(0, rows, block)):
         own, against = cosines(start, min(start + block, rows))
         rank = torch.zeros(len(own), dtype=torch.int64, device=own.device)
         for first in range(0, rows, step):
@@ -173,16 +177,17 @@ def retrieval(
 
 
 @torch.no_grad()
-def activation_cosine(codes: Mapping[str, Codes]) -> Tensor:
+def activation_cosine(codes: Mapping[str, Codes], watch: Callable[[range], Iterable[int]] = iter) -> Tensor:
     """Cosine between a latent's activations in two streams over all rows, averaged over the pairs: float64 [N].
 
-    Needs no labels. 0 in a pair where the latent is dead in one of the two.
+    Needs no labels. 0 in a pair where the latent is dead in one of the two. watch: takes the range of rows, whose step
+    is a block, and gives it on: to show progress.
     """
     codes = list(_check_streams(codes, at_least=2).values())
     n, rows, device = codes[0].n_latents, len(codes[0].values), codes[0].values.device
     products = torch.zeros(len(codes), len(codes), n, dtype=torch.float64, device=device)
     block = max(1, _BLOCK_ELEMENTS // (n * len(codes)))
-    for start in range(0, rows, block):
+    for start in watch(range(0, rows, block)):
         part = slice(start, start + block)
         dense = torch.stack([_block(c, part) for c in codes])  # [S, b, N]
         for s, t in combinations(range(len(codes)), 2):
@@ -241,7 +246,14 @@ def explained_variance(
 
 
 @torch.no_grad()
-def probe_1d(codes: Codes, labels: Tensor, n_candidates: int = 20, min_count: int = 50, seed: int = 0) -> Probe:
+def probe_1d(
+    codes: Codes,
+    labels: Tensor,
+    n_candidates: int = 20,
+    min_count: int = 50,
+    seed: int = 0,
+    watch: Callable[[range], Iterable[int]] = iter,
+) -> Probe:
     """How well one latent alone predicts a class: test log-loss of the best one, in nats (ln 2 = 0.693 is chance).
 
     For each class: as many negative rows as positive ones (or the reverse, where negatives are fewer), divided
@@ -255,6 +267,7 @@ def probe_1d(codes: Codes, labels: Tensor, n_candidates: int = 20, min_count: in
         labels: bool [B, C], multi-hot.
         min_count: classes need more positive and more negative rows than this, at least 6; others are left out (NaN).
         seed: of the sampling; a class's rows do not depend on the other classes.
+        watch: takes the range of classes and gives it on: to show progress.
 
     Returns: Probe; its mean is NaN when no class has enough rows.
     """
@@ -266,7 +279,7 @@ def probe_1d(codes: Codes, labels: Tensor, n_candidates: int = 20, min_count: in
     check_int("seed", seed, 0)
     per_class = torch.full((labels.shape[1],), float("nan"), dtype=torch.float64, device="cpu")
     latents = torch.full((labels.shape[1],), -1, device="cpu")
-    for c in range(labels.shape[1]):
+    for c in watch(range(labels.shape[1])):
         balanced = _balanced_rows(labels[:, c].cpu(), seed + c)
         if balanced.shape[1] <= min_count:
             continue

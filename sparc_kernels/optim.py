@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numbers
 import warnings
 from collections.abc import Callable
 
 import torch
 
-from ._checks import check_bool, check_number, fail, require
+from ._checks import check_bool, check_number, fail, plain, require
 from ._ops import IMPLS, acc_dtype, resolve_impl
 from .adam import AFTER, BEFORE, DECODER, PLAIN, SCALARS, adam_scalars_, adam_stream_, grad_square
 from .module import AlignedSAE
@@ -71,18 +72,18 @@ class SparcAdam(torch.optim.Optimizer):
     ):
         self.model = _unwrapped(model)
         if not isinstance(lr, torch.Tensor):
-            check_number("lr", lr)
+            lr = float(check_number("lr", lr))
         elif lr.dim() != 0 or not lr.is_floating_point():
             fail("lr", "a number or a floating tensor of shape []", lr)
         ok = isinstance(betas, (tuple, list)) and len(betas) == 2
-        ok = ok and all(isinstance(b, (int, float)) and 0 <= b < 1 for b in betas)
+        ok = ok and all(isinstance(b, numbers.Real) and 0 <= b < 1 for b in betas)
         require(ok, "betas", "two numbers in [0, 1)", repr(betas))
-        check_number("eps", eps)
-        check_number("weight_decay", weight_decay)
+        eps, weight_decay = float(check_number("eps", eps)), float(check_number("weight_decay", weight_decay))
         require(normalize in _MODES, "normalize", "'before', 'after' or None", repr(normalize))
-        if max_grad_norm is not None and check_number("max_grad_norm", max_grad_norm) == 0:
-            fail("max_grad_norm", "a number > 0 or None", repr(max_grad_norm))
-        check_bool("capturable", capturable)
+        if max_grad_norm is not None:
+            max_grad_norm = float(check_number("max_grad_norm", max_grad_norm))
+            require(max_grad_norm > 0, "max_grad_norm", "a number > 0 or None", repr(max_grad_norm))
+        capturable = check_bool("capturable", capturable)
         require(impl in IMPLS, "impl", f"one of {', '.join(map(repr, IMPLS))}", repr(impl))
         halves = (None, torch.bfloat16, torch.float16)
         require(shadow in halves, "shadow", "torch.bfloat16, torch.float16 or None", repr(shadow))
@@ -93,14 +94,14 @@ class SparcAdam(torch.optim.Optimizer):
         params = list(self.model.parameters())
         if capturable and not isinstance(lr, torch.Tensor):
             # float64: as exact as the number that a step outside of a graph takes
-            lr = torch.full((), float(lr), device=params[0].device, dtype=torch.float64)
+            lr = torch.full((), lr, device=params[0].device, dtype=torch.float64)
         self.grad_norm: torch.Tensor | None = None  # 0-d, of the latest step, with max_grad_norm
         self._step_supports_amp_scaling = True
         self.counts = self._scalars = None  # step counts [P], and [P, 5] for the updates, stream by stream
         super().__init__(
             params,
             dict(
-                lr=lr, betas=tuple(map(float, betas)), eps=eps, weight_decay=weight_decay, normalize=normalize,
+                lr=lr, betas=tuple(map(float, betas)), eps=eps, weight_decay=weight_decay, normalize=plain(normalize),
                 max_grad_norm=max_grad_norm, capturable=capturable, decoupled_weight_decay=True,
             ),
         )  # fmt: skip
@@ -233,6 +234,11 @@ class SparcAdam(torch.optim.Optimizer):
         )  # fmt: skip
 
     # --------------------------------------------------------------------------------------------------- saved states
+
+    def state_dict(self) -> dict:
+        """As of torch.optim.Adam; numbers that a scheduler or the caller left as NumPy's are Python's."""
+        state = super().state_dict()
+        return {**state, "param_groups": plain(state["param_groups"])}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Takes what `state_dict` of a SparcAdam, torch.optim.Adam or AdamW of the same model gave, by copies into the

@@ -9,6 +9,7 @@ import time
 import uuid
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from itertools import zip_longest
 from pathlib import Path
 
 from ._arguments import size_text
@@ -27,13 +28,14 @@ from .checkpoint import (
     write_json,
 )
 from .runlog import LOG
+from .shards import stream_label
 from .train_config import TrainConfig
 
 MANIFEST = "manifest.json"
 TIME = "%Y-%m-%dT%H:%M:%S%z"
 EXTENSIBLE = ("epochs", "max_steps")  # settings that may be others when a run goes on
 _DIGEST = "sha256"  # of the rest of the manifest, which has one since runs have an id
-_STREAM = {"path": (str, type(None)), "rows": int, "width": int, "dtype": str, "fingerprint": str}
+_STREAM = {"path": (str, list, type(None)), "rows": int, "width": int, "dtype": str, "fingerprint": str}
 _OURS = "|".join(map(re.escape, (MANIFEST, LOG, WEIGHTS, OFFICIAL, OFFICIAL_CONFIG, SPACE)))
 _REMAINS = re.compile(rf"({_OURS}|step-\d{{9}}\.pt)\.\d+\.tmp")
 
@@ -121,8 +123,11 @@ class RunFolder:
             require(list(had) == list(now), f"{part} streams", f"{', '.join(had) or 'none'} as when the run began",
                     ", ".join(now) or "none")  # fmt: skip
             for s in had:
+                what = f"{part} {stream_label(s, now[s]['path'])}"
+                files = zip_longest(had[s].get("shards", ()), now[s].get("shards", ()))
+                for i, (old, new) in enumerate(files):
+                    require(old == new, what, f"{old or 'no file'} as shard {i} when the run began", new or "no file")
                 for key in [key for key in _STREAM if key != "path"]:  # files may move
-                    what = f"{part} stream {s!r} ({now[s]['path']})"
                     require(had[s][key] == now[s][key], what, f"{key} {had[s][key]} as when the run began",
                             f"{key} {now[s][key]}")  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import io
+import math
 import os
 import sys
 import time
@@ -17,6 +18,7 @@ from .checkpoint import write_atomically
 LOG = "log.csv"
 LOGGERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # name, also of the package -> its module
 _LINE_EVERY = 5.0  # seconds between lines where there is no terminal
+_BAR = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # tqdm's own leaves figures no room in 80 columns
 _FIRST = ("step", "epoch", "lr", "loss", "explained_variance", "explained_variance_cross", "l0", "dead", "skipped",
           "samples_per_s", "seconds")  # fmt: skip
 
@@ -63,7 +65,7 @@ class RunLog:
             except ImportError:
                 pass
             else:
-                self.bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True)
+                self.bar = tqdm(total=steps, initial=start, bar_format=_BAR, dynamic_ncols=True)
         self._said = 0.0
 
     def _open_csv(self, path: Path, start: int) -> None:
@@ -101,10 +103,19 @@ class RunLog:
         if self.wandb is not None:
             self.wandb.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
         if self.bar is not None:
-            self.bar.set_postfix_str(_summary(row), refresh=False)
+            self.bar.set_postfix_str(self._fitting(_summary(row)), refresh=False)
         elif not self.quiet and (important or time.monotonic() - self._said > _LINE_EVERY):
             self._said = time.monotonic()
-            print(f"step {row['step']:>7,}/{self.steps:,}  epoch {row['epoch']:>3}  {_summary(row)}", flush=True)
+            place = f"step {row['step']:>7,}/{self.steps:,}", f"epoch {row['epoch']:>3}"
+            print("  ".join([*place, *_summary(row)]), flush=True)
+
+    def _fitting(self, parts: list[str]) -> str:
+        """As many of them as the terminal has room for beside the counts; at least the first."""
+        about = self.bar.format_dict
+        room = (about["ncols"] or math.inf) - len(self.bar.format_meter(**about | {"postfix": None})) - 3
+        while len(parts) > 1 and len("  ".join(parts)) > room:
+            parts = parts[:-1]
+        return "  ".join(parts)
 
     def say(self, text: str) -> None:
         if self.bar is not None:
@@ -125,16 +136,16 @@ def _whole(row: dict, columns: list[str]) -> bool:
     return list(row) == columns and None not in row.values() and row["step"].isdecimal()
 
 
-def _summary(row: dict) -> str:
-    parts = [f"loss {row['loss']:.4f}", f"EV {row['explained_variance']:.3f}"]
+def _summary(row: dict) -> list[str]:
+    """Figures, those that matter most first."""
+    parts = [f"loss {row['loss']:.4f}", f"{row['samples_per_s']:,.0f} samples/s", f"EV {row['explained_variance']:.3f}"]
     if row.get("explained_variance_cross") is not None:
         parts[-1] += f"/{row['explained_variance_cross']:.3f}"
-    parts += [f"L0 {row['l0']:.1f}", f"dead {row['dead']:,}", f"{row['samples_per_s']:,.0f} samples/s"]
     if row["skipped"]:
         parts.append(f"skipped {row['skipped']:,}")
     if row.get("val_loss") is not None:
         parts.append(f"validation loss {row['val_loss']:.4f} EV {row['val_explained_variance']:.3f}")
-    return "  ".join(parts)
+    return [*parts, f"L0 {row['l0']:.1f}", f"dead {row['dead']:,}"]
 
 
 def import_logger(name: str):

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ._checks import check_bool, check_int, fail, require
+from ._checks import check_bool, check_device, check_int, fail, require
 from ._process import Signals, versions
 from .checkpoint import (
     CHECKPOINTS,
@@ -29,7 +29,7 @@ from .checkpoint import (
     save_checkpoint,
     save_weights,
 )
-from .features import Features
+from .features import Features, Stream
 from .loader import Batch, Loader
 from .module import AlignedSAE
 from .optim import SparcAdam
@@ -59,7 +59,7 @@ class Trainer:
 
     Args:
         config: what to train.
-        streams: name -> feature file or tensor, as `Features` takes them.
+        streams: name -> feature file, its shards or tensor, as `Features` takes them.
         out: folder of checkpoints, log.csv, manifest.json and the final model.safetensors; None: nothing is written.
         val_streams: the same streams of other samples, to validate on after every epoch.
         model: to train on, where it is, of the config's settings; None: a new one, made after
@@ -87,10 +87,10 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        streams: Mapping[str, str | Path | Tensor],
+        streams: Mapping[str, Stream],
         out: str | Path | None = None,
         *,
-        val_streams: Mapping[str, str | Path | Tensor] | None = None,
+        val_streams: Mapping[str, Stream] | None = None,
         model: AlignedSAE | None = None,
         optimizer: Callable[[AlignedSAE], torch.optim.Optimizer] | None = None,
         device: str | torch.device = "auto",
@@ -112,7 +112,7 @@ class Trainer:
             check_int("keep", keep, 1),
         )
         self.log_every = check_int("log_every", log_every, 1)
-        self.device = choose_device(device) if model is None else next(model.parameters()).device
+        self.device = check_device("device", device) if model is None else next(model.parameters()).device
         self.out = None if out is None else Path(out)
         require(self.out is not None or not resume, "resume", "a folder to resume from (out)", "none")
         self.log, self.log_to, self.loss = None, log_to, math.nan
@@ -562,16 +562,6 @@ def _matmul_precision(precision: str):
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def choose_device(device: str | torch.device) -> torch.device:
-    """The device meant, "auto": CUDA where there is one."""
-    if device == "auto":
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    device = torch.device(device)
-    ok = device.type != "cuda" or torch.cuda.is_available()
-    require(ok, "device", "a device that is there", f"{device}, but PyTorch sees no GPU")
-    return device
 
 
 def _set_lr(optimizer: torch.optim.Optimizer, rate: float) -> None:

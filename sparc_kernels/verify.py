@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from . import __version__
+from ._checks import check_device
 from ._compile import Compilation, compile_all, cores
 from ._launch import AMD, SHARED_LIMIT, capability
 from ._ops import resolve_impl
@@ -152,14 +153,13 @@ def run_checks(
 
 
 def _plan(device, impl: str, quick: bool, filter: str | None, interpret: bool) -> list[Task]:
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() and not interpret else "cpu"))
+    default = "cpu" if interpret else "auto"
+    device = check_device("device", default if device is None else device)
     if interpret and (not INTERPRETED or device.type != "cpu"):
         raise ValueError(
             "interpret: expected TRITON_INTERPRET=1 to be set before sparc_kernels is imported, and device 'cpu'; got "
             f"{'an interpreted' if INTERPRETED else 'a compiled'} process on {device}"
         )
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: expected a device of this machine, got {device} where CUDA is not available")
     tasks = _tasks(cases(device, interpret, quick), device, "triton" if interpret else impl, filter)
     resolve_impl(tasks[0].impl, torch.empty(0, dtype=tasks[0].dtype, device=device))  # refuses what cannot be
     return tasks

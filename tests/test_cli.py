@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from sparc_kernels import AlignedSAE, _arguments, cli, cli_train, runlog, train_config, verify
-from sparc_kernels._checks import precision_name
+from sparc_kernels._checks import check_device, precision_name
 from sparc_kernels._trace import parse_shape
-from sparc_kernels.checkpoint import save_weights
+from sparc_kernels.checkpoint import load_model, save_weights
+from sparc_kernels.features import Features
+from sparc_kernels.loader import Loader
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--n-latents=16", "--k=3", "--auxk=0", "--epochs=1", "--device=cpu"]
@@ -58,6 +61,29 @@ def test_threads_sleep_while_they_wait(said, spins):
     command = [sys.executable, "-m", "sparc_kernels", "train", "--help"]
     done = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
     assert re.search(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)[1] == spins
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "encode", "show 1", "verify", "demo"])
+def test_devices_that_are_not_there_are_refused_alike(folder, tmp_path, capsys, monkeypatch, command):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    for good, device in (("auto", "cuda:1"), ("cuda", "cuda"), ("cuda:1", "cuda:1"), ("cpu", "cpu")):
+        assert check_device("device", good) == torch.device(device)
+    command = command.split()
+    if command[0] not in ("verify", "demo"):
+        command += [f"--stream=x={folder / 'x.npy'}"]
+        command += TINY[:-1] if command[0] == "train" else [f"--model={folder / 'm.safetensors'}"]
+    command += [] if command[0] in ("verify", "show") else [f"--out={tmp_path}/out"]
+    for device in ("nonsense", "cuda:2", "cuda:9", "cuda:x", "cuda:-1", "meta", "", "2"):
+        assert cli.main([*command, f"--device={device}"]) == 2
+        expected = "device: expected auto, cpu, or cuda or cuda:N of a GPU that is there, got "
+        assert f"{expected}{device!r} where PyTorch sees 2 GPUs\n" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=r"device: expected auto, cpu, or cuda .* got 'nonsense'"):
+        load_model(folder / "m.safetensors", device="nonsense")
+    with Features({"x": folder / "x.npy"}) as features, pytest.raises(ValueError, match=r"device: .* got 'cuda:2'"):
+        Loader(features, 4, torch.Generator(), device="cuda:2")
 
 
 SPELLINGS = {"fp32": "float32 FP32 torch.float32 float f32", "bf16": "bfloat16 BF16 torch.bfloat16",

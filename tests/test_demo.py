@@ -124,7 +124,7 @@ def test_what_stands_in_the_way_is_named(tmp_path, capsys, monkeypatch):
         (["--out", str(tmp_path), "--seed", "-1"], "--seed: expected an integer in 0..4294967295, got -1"),
     ]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    cases.append((["--device", "cuda"], "--device cuda: PyTorch sees no GPU"))
+    cases.append((["--device", "cuda"], "got 'cuda' where PyTorch sees no GPU"))
     for arguments, message in cases:
         assert cli.main(["demo", *arguments]) == 2
         assert message in capsys.readouterr().err

@@ -326,7 +326,7 @@ def test_progress_and_where_scores_go_are_said_on_stderr(folder, tmp_path, capsy
         assert cli.main([*command, *given]) == 0
         text = capsys.readouterr()
         lines = [f"{command[0]}: {rows} of 400 rows" for rows in (300, 400)] * (1 + (command[0] == "eval"))
-        assert [line for line in text.err.splitlines() if " of 400 rows" in line] == lines
+        assert [line for line in text.err.splitlines() if line.startswith(f"{command[0]}: ")] == lines
         if command[0] == "eval":
             assert "Scores and report go to sparc-eval" in text.err and (tmp_path / "sparc-eval/scores.json").exists()
 

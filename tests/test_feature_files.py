@@ -1,17 +1,24 @@
 """Every layout that h5py, safetensors and NumPy write is read bit for bit, and damaged files are refused by name."""
 
+import os
+import pickle
 import tempfile
+import zipfile
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+import torch
 from damage import scratched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from sparc_kernels.features import Features, MappedRows
+from sparc_kernels import AlignedSAE
+from sparc_kernels.checkpoint import export_official, save_checkpoint
+from sparc_kernels.feature_files import MappedRows
+from sparc_kernels.features import Features
 
 PAD = np.full(77, 7.0)  # before the features, so that they lie at another offset in every file
 
@@ -113,16 +120,61 @@ def safetensors(folder, x) -> Path:
     return folder / "x.safetensors"
 
 
+def npy_by_columns(folder, x) -> Path:
+    np.save(folder / "x.npy", np.asfortranarray(x))
+    return folder / "x.npy"
+
+
+def torch_file(folder, x: np.ndarray | torch.Tensor, suffix=".pt", **beside) -> Path:
+    x = torch.from_numpy(x.copy()) if isinstance(x, np.ndarray) else x
+    torch.save({"a": torch.ones(3), "features": x, **beside} if beside else x, folder / f"x{suffix}")
+    return folder / f"x{suffix}"
+
+
+def torch_dict(folder, x) -> Path:
+    return torch_file(folder, x, ".pth", indices=torch.arange(2 * len(x))[::2], z=torch.nn.Parameter(torch.ones(1)))
+
+
+def torch_by_columns(folder, x) -> Path:
+    return torch_file(folder, torch.from_numpy(x.copy(order="F")))
+
+
+def torch_view(folder, x) -> Path:
+    """Every second row and third column of another tensor, from its second row and column on."""
+    whole = torch.full((2 * len(x) + 3, 3 * x.shape[1] + 2), 7.0).to(torch.from_numpy(x.copy()).dtype)
+    whole[1 : 1 + 2 * len(x) : 2, 1 : 1 + 3 * x.shape[1] : 3] = torch.from_numpy(x.copy())
+    return torch_file(folder, whole[1 : 1 + 2 * len(x) : 2, 1 : 1 + 3 * x.shape[1] : 3], other=whole)
+
+
+def shards(folder, x: np.ndarray) -> Path:
+    """Of every mapped and one packed format, cut anywhere, one of them empty: a pattern."""
+    cuts = np.sort(np.random.default_rng(len(x)).integers(0, len(x) + 1, 10))
+    (folder / "parts").mkdir()
+    for i, part in enumerate(np.split(x, [*cuts, cuts[-1]])):
+        write = (npy, safetensors, torch_file, created, chunked if len(part) else created, npy)[i % 6]
+        file = write(folder / "parts", part)
+        file.rename(file.with_name(f"x_{i}{file.suffix}"))
+    return folder / "parts" / "x_*"
+
+
 MAPPED = [contiguous, user_block, newest_format, linked]
-LAYOUTS = [*MAPPED, chunked, compressed, lzf, raw_files, compact, linked_outside, virtual, bfloat16, npy, safetensors]
+NATIVE = [npy, npy_by_columns, safetensors, torch_file, torch_dict, torch_by_columns, torch_view]
+LAYOUTS = [*MAPPED, *NATIVE, chunked, compressed, lzf, raw_files, compact, linked_outside, virtual, bfloat16]
+LAYOUTS += [shards]
 
 
 def as_the_library_reads(path: Path) -> np.ndarray:
     """In native byte order."""
+    if "*" in path.name:
+        files = sorted(path.parent.glob(path.name), key=lambda file: int(file.stem[2:]))
+        return np.concatenate([as_the_library_reads(file) for file in files])
     if path.suffix == ".npy":
         x = np.load(path)
     elif path.suffix == ".safetensors":
         x = load_file(path)["features"]
+    elif path.suffix in (".pt", ".pth"):
+        x = torch.load(path, weights_only=True, mmap=True)
+        x = (x["features"] if isinstance(x, dict) else x).contiguous().numpy()
     else:
         with h5py.File(path) as file:
             x = file["features"][()]
@@ -137,8 +189,8 @@ def as_the_library_reads(path: Path) -> np.ndarray:
     seed=st.integers(0, 2**32 - 1),
 )
 def test_every_layout_is_read_bit_for_bit(layout, dtype, shape, seed):
-    """Any bits, NaN with payloads among them, in either byte order (.npy and safetensors: in the machine's)."""
-    if layout in (npy, safetensors):
+    """Any bits, NaN with payloads among them, in either byte order (all but HDF5: in the machine's)."""
+    if layout in [*NATIVE, shards]:
         dtype = dtype.replace(">", "<")
     generator = np.random.default_rng(seed)
     x = np.frombuffer(generator.bytes(np.dtype(dtype).itemsize * shape[0] * shape[1]), dtype).reshape(shape)
@@ -161,7 +213,7 @@ def test_only_what_lies_in_one_piece_in_its_file_is_mapped(tmp_path, layout):
     with Features({"a": layout(tmp_path, x)}, normalize=False) as found:
         assert found.read(0, 6)["a"].tolist() == x.tolist()
         mapped = isinstance(found.sources["a"], MappedRows)
-        assert mapped == (layout in [*MAPPED, npy, safetensors])
+        assert mapped == (layout in [*MAPPED, *NATIVE])
 
 
 @pytest.mark.parametrize(
@@ -215,21 +267,25 @@ DAMAGED = [
     linked_outside,
     virtual,
     bfloat16,
+    torch_dict,
+    torch_view,
+    shards,
 ]
 
 
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", range(150))
 def test_a_damaged_file_is_refused_by_name_or_read_as_its_library_does(tmp_path, seed):
     generator = np.random.default_rng(seed)
     path = DAMAGED[seed % len(DAMAGED)](tmp_path, generator.standard_normal((40, 6)).astype("<f4"))
-    file = generator.choice(sorted(tmp_path.iterdir()))
+    file = generator.choice(sorted(file for file in tmp_path.rglob("*") if file.is_file()))
     file.write_bytes(scratched(file.read_bytes(), generator))
     try:
         with Features({"a": path}, normalize=False) as found:
             found.check()
             got = found.sources["a"].read(0, found.rows).numpy()
     except ValueError as error:
-        assert str(error).startswith(f"stream 'a' ({path}): expected "), error
+        named = path, file  # of shards the one that is damaged
+        assert str(error).startswith(tuple(f"stream 'a' ({name}): expected " for name in named)), error
         return
     want = as_the_library_reads(path)
     assert (got.dtype, got.shape, got.tobytes()) == (want.dtype, want.shape, want.tobytes())
@@ -261,6 +317,74 @@ def test_other_shapes_and_types_are_refused(tmp_path, x, words):
         assert str(error.value).lower().startswith(f"stream 'a' ({path}): expected {words}".lower())
 
 
+def repacked(folder: Path, **options) -> None:
+    """The file of torch.save as another program packs it, with `order` in place of its byte order."""
+    order, compression = options.get("order"), options.get("compression", zipfile.ZIP_STORED)
+    path = torch_file(folder, torch.ones(4, 3))
+    with zipfile.ZipFile(path) as old:
+        content = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as new:
+        for name, data in content.items():
+            new.writestr(name, order if order and name.endswith("/byteorder") else data)
+
+
+def official_weights(folder: Path) -> None:
+    export_official(AlignedSAE({"a": 3}, n_latents=8, k=2), folder)
+    (folder / "msae_checkpoint.pth").rename(folder / "x.pt")
+
+
+def our_checkpoint(folder: Path) -> None:
+    save_checkpoint(folder, 1, {"model": AlignedSAE({"a": 3}, n_latents=8, k=2).state_dict()}, 1).rename(
+        folder / "x.pt"
+    )
+
+
+def saved(x, **options):
+    return lambda folder: torch.save(x, folder / "x.pt", **options)
+
+
+OLD = "an older one or a plain pickle, which cannot be mapped: load and torch.save it again"
+WEIGHTS = "expected features, got the weights of a model (encoders.a.weight, ...)"
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (saved(torch.ones(4, 3), _use_new_zipfile_serialization=False), f"since PyTorch 1.6, got {OLD}"),
+        (lambda folder: (folder / "x.pt").write_bytes(pickle.dumps(np.ones(3))), f"since PyTorch 1.6, got {OLD}"),
+        (saved([torch.ones(4, 3)] * 2), "expected a tensor [n, d] or a dict of them, got a list"),
+        (saved({"features": np.ones((4, 3))}), "tensors alone, got other objects (Unsupported global: GLOBAL numpy."),
+        (saved(torch.nn.Linear(3, 4)), "other objects (Unsupported global: GLOBAL torch.nn.modules.linear.Linear)"),
+        (saved({"a": torch.ones(4, 3), "b": torch.ones(4, 3)}), "'features', or only one, got 2 tensors: a, b (FILE:"),
+        (saved({"model": {"a": torch.ones(4, 3), 1: 2}}), "'features', or only one, got 0 tensors: nothing"),
+        (saved({"features": [1, 2]}), "expected a tensor 'features', or only one, got 0 tensors: nothing"),
+        (saved(torch.eye(3).to_sparse()), "expected a dense tensor, got one of layout torch.sparse_coo"),
+        (saved(torch.ones(4, 3, dtype=torch.complex64).conj().imag), "a plain tensor, got a view that negates its"),
+        (saved(torch.ones(4, 3, device="meta")), "the values of 'features' in the file, got none"),
+        (saved(torch.ones(4, 3, dtype=torch.int64)), "float64, float32, float16 or bfloat16 features, got int64"),
+        (saved(torch.ones(0, 3)), "expected at least one row and one column, got shape [0, 3]"),
+        (lambda folder: repacked(folder, compression=zipfile.ZIP_DEFLATED), "in the file, got none, compressed"),
+        (lambda folder: repacked(folder, order=b"big"), "expected little-endian values, as this machine's, got big-"),
+        (official_weights, WEIGHTS),
+        (our_checkpoint, WEIGHTS),
+    ],
+)  # fmt: skip
+def test_what_is_no_tensor_of_features_in_a_torch_file_is_refused(tmp_path, make, words):
+    make(tmp_path)
+    with pytest.raises(ValueError) as error:
+        Features({"a": tmp_path / "x.pt"})
+    assert str(error.value).startswith(f"stream 'a' ({tmp_path / 'x.pt'}): expected ") and words in str(error.value)
+
+
+def test_torch_files_packed_again_or_without_checksums_are_read(tmp_path):
+    repacked(tmp_path)
+    torch.serialization.set_crc32_options(False)
+    torch.save(torch.ones(1, 3).expand(4, 3), tmp_path / "y.pt")
+    torch.serialization.set_crc32_options(True)
+    with Features({"a": tmp_path / "x.pt", "b": tmp_path / "y.pt"}, normalize=False) as found:
+        assert all(torch.equal(x, torch.ones(4, 3)) for x in found.read(0, 4).values())
+
+
 def test_virtual_rows_without_an_end_are_read(tmp_path):
     """A mapping that grows with its source has no count of values, and no end to compare with the source's shape."""
     x, endless = np.arange(24, dtype="<f4").reshape(6, 4), slice(0, h5py.h5s.UNLIMITED)
@@ -272,3 +396,134 @@ def test_virtual_rows_without_an_end_are_read(tmp_path):
         file.create_virtual_dataset("features", layout)
     with Features({"a": tmp_path / "x.h5"}, normalize=False) as found:
         assert found.read(0, 6)["a"].tolist() == x.tolist()
+
+
+def numbered(folder: Path, *names: str, rows=4) -> dict[str, np.ndarray]:
+    """Files of these names, each of other rows."""
+    found = {name: np.random.default_rng(i).standard_normal((rows, 3)).astype("<f4") for i, name in enumerate(names)}
+    for name, x in found.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        np.save(folder / name, x)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern", "order"),
+    [
+        ([f"f_{i}.npy" for i in range(12)], "f_*.npy", range(12)),
+        (["f_2.npy", "f_10.npy"], "f_[0-9].npy", [0]),
+        (["f_9.npy", "f_10.npy", "f_8.npy"], "f_*.npy", [2, 0, 1]),
+        (["b/f_1.npy", "a/f_0.npy", "a/f_1.npy", "b/f_0.npy"], "*/f_?.npy", [1, 2, 3, 0]),
+        (["r0_s1.npy", "r1_s0.npy", "r0_s0.npy", "r1_s1.npy", "r1_s2.npy"], "*.npy", [2, 0, 1, 3, 4]),
+        (["f-00002-of-00002.npy", "f-00001-of-00002.npy"], "f*", [1, 0]),
+        (["f-00001-of-00009.npy"], "f-0000[1-3]*", [0]),  # part of them on purpose
+        (["f_1e4f.npy", "f_7e4f.npy", "f.npy"], "f*", [2, 0, 1]),  # names that only look like numbers
+    ],
+)
+def test_a_pattern_takes_its_files_in_the_order_of_their_numbers(tmp_path, monkeypatch, names, pattern, order):
+    parts = list(numbered(tmp_path, *names).values())
+    want = np.concatenate([parts[i] for i in order])
+    monkeypatch.chdir(tmp_path)
+    for value in (tmp_path / pattern, pattern, [names[i] for i in order]):
+        with Features({"a": value}, normalize=False) as found:
+            again = found.describe(found.check())["a"]["path"]
+        monkeypatch.chdir("/")
+        with Features({"a": again}, normalize=False) as found:  # as a manifest has it
+            assert found.read(0, found.rows)["a"].numpy().tobytes() == want.tobytes()
+        monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern", "words"),
+    [
+        (["f_0.npy", "f_1.npy", "f_3.npy"], "f_*.npy", "expected {folder}/f_2.npy, got f_3.npy after f_1.npy: a shard"),
+        (["f_008.npy", "f_010.npy"], "f_*.npy", "expected {folder}/f_009.npy, got f_010.npy after f_008.npy: a shard"),
+        (["f_1.npy", "f_01.npy"], "f_*.npy", "expected one file of each number, got {folder}/f_01.npy and "),
+        (["f_1.npy", "f_1.pt"], "f_*", "expected one file of each number, got {folder}/f_1.npy and {folder}/f_1.pt"),
+        (["r0_s0.npy", "r0_s1.npy", "r1_s1.npy"], "*.npy", "expected {folder}/r1_s0.npy, got r1_s1.npy after r0"),
+        (["r0_s0.npy", "r2_s0.npy"], "*.npy", "expected {folder}/r1_s0.npy, got r2_s0.npy after r0_s0.npy"),
+        (["f-0-of-3.npy", "f-1-of-3.npy"], "f*", "expected 3 files, as their names say, got 2, from {folder}/f-0-of-3"),
+        (["f_0.npy"], "g_*.npy", "expected files of this pattern, got none"),
+        (["f_0.npy", "f_1.csv"], "f_*", "expected a file ending in .h5, .hdf5, .safetensors, .npy, .pt, .pth, got"),
+        (["f_0.npy", "g/f_0.npy"], "*", "/g): expected a file, or a pattern for several ({folder}/g/*.npy), got a"),
+    ],
+)  # fmt: skip
+def test_a_pattern_loses_no_file_silently(tmp_path, names, pattern, words):
+    numbered(tmp_path, *(name for name in names if name.endswith(".npy")))
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(ValueError) as error:
+        Features({"a": tmp_path / pattern})
+    assert str(error.value).startswith(f"stream 'a' ({tmp_path}/") and words.format(folder=tmp_path) in str(error.value)
+
+
+def test_shards_of_another_kind_are_named(tmp_path):
+    numbered(tmp_path, "f_0.npy", "f_1.npy", "f_2.npy")
+    pattern, last = tmp_path / "f_*.npy", tmp_path / "f_2.npy"
+    for x, words in (
+        (np.ones((4, 2), "<f4"), f"({last}): expected width 3 as in {tmp_path}/f_0.npy, got width 2"),
+        (np.ones((0, 3), "<f8"), f"({last}): expected dtype torch.float32 as in {tmp_path}/f_0.npy, got dtype torch.f"),
+        (np.ones((4, 3), "<i4"), f"({last}): expected float64, float32, float16 or bfloat16 features, got int32"),
+        (np.array([[1, 2, 3], [1, np.nan, 3]], "<f4"), f"({pattern}): expected finite features, got NaN or infinity in "
+         "1 rows: 9 (the first is row 1 of f_2.npy)"),
+    ):  # fmt: skip
+        np.save(last, x)
+        with pytest.raises(ValueError) as error, Features({"a": pattern}) as found:
+            found.check()
+        assert str(error.value).startswith(f"stream 'a' {words}")
+    for i in range(3):
+        np.save(tmp_path / f"f_{i}.npy", np.ones((0, 3), "<f4"))
+    with pytest.raises(ValueError, match=r"\*\.npy\): expected at least one row and one column, got shape \[0, 3\]"):
+        Features({"a": pattern})
+    numbered(tmp_path, "f_2.npy")
+    with pytest.raises(ValueError, match=rf"stream 'a' \({last} and 1 more\): expected 4 rows as in stream 'b', got 8"):
+        Features({"b": torch.ones(4, 3), "a": [last, last]})
+
+
+def test_indices_of_shards_are_compared_over_all_of_them(tmp_path):
+    def write(name: str, *parts):
+        for i, indices in enumerate(parts):
+            with h5py.File(tmp_path / f"{name}_{i}.h5", "w") as file:
+                file["features"] = np.ones((len(indices), 3), "<f4")
+                if None not in indices:
+                    file["indices"] = np.array(indices, int)
+        return tmp_path / f"{name}_*.h5"
+
+    a, b = write("a", [5, 0], [], [3, 1, 2]), write("b", [5], [0, 3, 1, 2])
+    with Features({"a": a, "b": b}) as found:
+        assert found.rows == 5
+    with pytest.raises(ValueError, match=r"`indices` 3 in row 2 as in stream 'a' .*, got 1: rows are paired by pos"):
+        Features({"a": a, "b": write("b", [5], [0, 1, 3, 2])})
+    with pytest.raises(ValueError, match=r"b_1\.h5\): expected `indices` as in .*b_0\.h5, got none"):
+        Features({"b": write("b", [5], [None] * 4)})
+
+
+@pytest.mark.parametrize("layout", [npy, torch_file, compressed, linked_outside])
+def test_many_shards_keep_few_files_open_and_must_not_change(tmp_path, monkeypatch, layout):
+    monkeypatch.setattr("sparc_kernels.shards.OPEN", 2)
+    x = np.arange(60, dtype="<f4").reshape(20, 3)
+    folders = [tmp_path / f"s{i}" for i in range(10)]
+    for i, folder in enumerate(folders):
+        folder.mkdir()
+        layout(folder, x[2 * i : 2 * i + 2])
+    before = open_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    name = "x.h5" if layout in (compressed, linked_outside) else "x.*"
+    with Features({"a": f"s*/{name}"}, normalize=False) as found:
+        monkeypatch.chdir("/")
+        generator = np.random.default_rng(0)
+        for start in generator.integers(0, 18, 30):
+            stop = int(generator.integers(start, 20)) + 1
+            assert found.read(int(start), stop)["a"].tolist() == x[start:stop].tolist()
+            assert open_files(tmp_path) - before <= 2 * (1 + (layout is linked_outside))
+        os.utime(folders[0] / layout(folders[0], x[:2]).name, ns=(1, 1))
+        found.read(8, 20)
+        with pytest.raises(ValueError, match=r"s0/x\.\w+\): expected the file as it was when opened, got a ch"):
+            found.read(0, 1)
+    assert open_files(tmp_path) == before
+
+
+def open_files(folder: Path) -> int:
+    """Of this process below a folder; 0 where there is no such list."""
+    links = Path("/proc/self/fd").glob("*")
+    return sum(os.path.realpath(link).startswith(str(folder)) for link in links)

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from sparc_kernels import features as module
-from sparc_kernels.features import Features, HDF5Rows, MappedRows
+from sparc_kernels.feature_files import HDF5Rows, MappedRows
+from sparc_kernels.features import Features
 from sparc_kernels.loader import Loader
 
 ROWS, WIDTH = 300, 12
@@ -27,6 +28,8 @@ def write(path, x: torch.Tensor, **options):
         np.save(path, x.numpy())
     elif path.suffix == ".safetensors":
         save_file({"features": x, "other": torch.zeros(3)}, path)
+    elif path.suffix in (".pt", ".pth"):
+        torch.save(x, path)
     else:
         with h5py.File(path, "w") as file:
             file.create_dataset("indices", data=np.arange(len(x)))
@@ -37,7 +40,7 @@ def write(path, x: torch.Tensor, **options):
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("name", ["x.npy", "x.safetensors", "x.h5", "x.hdf5"])
+@pytest.mark.parametrize("name", ["x.npy", "x.safetensors", "x.h5", "x.hdf5", "x.pt", "x.pth"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_every_format_gives_the_same_rows(tmp_path, name, dtype):
     x = values(dtype=dtype)
@@ -52,11 +55,12 @@ def test_every_format_gives_the_same_rows(tmp_path, name, dtype):
         assert torch.equal(found.read(5, 9)["a"], expected[5:9])
 
 
-def test_bfloat16_safetensors(tmp_path):
+def test_bfloat16(tmp_path):
     x = values(dtype=torch.bfloat16)
     save_file({"anything": x}, tmp_path / "x.safetensors")  # the only tensor, whatever its name
-    with Features({"a": tmp_path / "x.safetensors"}, normalize=False) as found:
-        assert torch.equal(found.read(3, 8)["a"], x[3:8].float())
+    torch.save({"anything": x.T.contiguous().T, "note": "a"}, tmp_path / "x.pt")
+    with Features({"a": tmp_path / "x.safetensors", "b": tmp_path / "x.pt"}, normalize=False) as found:
+        assert all(torch.equal(rows, x[3:8].float()) for rows in found.read(3, 8).values())
 
 
 @pytest.mark.parametrize("options", [{"chunks": (32, WIDTH)}, {"chunks": (32, WIDTH), "compression": "gzip"}])
@@ -80,13 +84,15 @@ def indexed(path, indices) -> Path:
     x = values(len(indices))
     if path.suffix == ".safetensors":
         save_file({"features": x, "indices": torch.tensor(indices)}, path)
+    elif path.suffix == ".pt":
+        torch.save({"features": x, "indices": torch.tensor(indices)[None].T.expand(-1, 3)[:, 1]}, path)
     else:
         with h5py.File(path, "w") as file:
             file["features"], file["indices"] = x.numpy(), indices
     return path
 
 
-@pytest.mark.parametrize("suffix", [".h5", ".safetensors"])
+@pytest.mark.parametrize("suffix", [".h5", ".safetensors", ".pt"])
 def test_rows_of_other_samples_are_not_paired(tmp_path, suffix):
     """Row i is the sample `indices[i]`: the same in all files, though not in the files that have none."""
     order = [4, 0, 3, 1, 2]
@@ -108,7 +114,7 @@ def test_rows_of_other_samples_are_not_paired(tmp_path, suffix):
         assert str(error.value).startswith(f"stream 'c' ({other}): expected {message}")
 
 
-@pytest.mark.parametrize("suffix", [".h5", ".safetensors"])
+@pytest.mark.parametrize("suffix", [".h5", ".safetensors", ".pt"])
 def test_a_stopped_extraction_is_told_by_its_indices(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
     for indices, start in (([0, 1, 2, 3, 0, 0], 4), ([3, 1, 2, 4, 5, 0], None), ([0, 1, 2, 3, 4, 0], 5), ([0] * 6, 1)):
@@ -133,11 +139,13 @@ def test_another_dataset_of_a_file(tmp_path):
     with h5py.File(path, "w") as file:
         file["features"], file["layers/3/acts"], file["layers/3/indices"] = x.numpy(), y.numpy(), np.arange(ROWS)[::-1]
     save_file({"features": x, "layers.3": y, "z": y.clone()}, tensors)
+    torch.save({"features": x, "layers.3": y}, tmp_path / "x.pt")
     colon = write(tmp_path / "x.h5:z.npy", x)
     given = {"a": path, "b": f"{path}:layers/3/acts", "c": f"{tensors}:layers.3", "d": colon}
+    given |= {"e": tmp_path / "x.pt:layers.3", "f": tmp_path / "[x].h5:layers/3/acts"}
     with Features(given, normalize=False) as found:
         rows = found.read(0, ROWS)
-        assert {s: torch.equal(t, y) for s, t in rows.items()} == {"a": False, "b": True, "c": True, "d": False}
+        assert [s for s, t in rows.items() if torch.equal(t, y)] == ["b", "c", "e", "f"]
         again = {s: entry["path"] for s, entry in found.describe(found.check()).items()}
     with Features(again, normalize=False) as found:  # as a manifest has them
         assert all(torch.equal(found.read(0, ROWS)[s], t) for s, t in rows.items())
@@ -171,11 +179,12 @@ def test_zero_rows_stay_zero_and_streams_stay_together(tmp_path):
     assert summaries["a"].zeros(ROWS) == "1 zero rows (7) of 300"
 
 
-def test_reading_leaves_no_file_pages_behind(tmp_path):
+@pytest.mark.parametrize("name", ["x.npy", "x.pt"])
+def test_reading_leaves_no_file_pages_behind(tmp_path, name):
     """Resident pages of the mapping, which would count as this process's memory."""
     if sys.platform != "linux":
         pytest.skip("smaps is Linux's")
-    path = write(tmp_path / "x.npy", torch.zeros(200_000, 16))
+    path = write(tmp_path / name, torch.zeros(200_000, 16))
     with Features({"a": path}) as found:
         for start in range(0, found.rows, 10_000):
             found.read(start, start + 10_000)
@@ -311,6 +320,32 @@ def test_every_row_once_an_epoch_and_resumed_anywhere(shuffle, memory, drop_last
         assert [(b.epoch, b.index) for b in rest] == [(b.epoch, b.index) for b in batches[at:]]
 
 
+@pytest.mark.parametrize(("shuffle", "memory"), KINDS)
+def test_batches_of_shards_are_those_of_their_rows(tmp_path, shuffle, memory):
+    x = values(700, 3)
+    for i, part in enumerate(x.split([3, 0, 296, 400, 1])):
+        write(tmp_path / f"x_{i}.npy", part)
+    batches = []
+    for value in (x, tmp_path / "x_*.npy"):
+        with Features({"a": value}) as found:
+            loader = Loader(found, 64, torch.Generator().manual_seed(3), shuffle=shuffle, memory=memory)
+            batches.append([batch.x["a"] for batch in loader.epochs(0, 2)])
+    assert len(batches[0]) == 22
+    assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
+
+
+def test_a_quick_check_reads_of_every_shard(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_CHECK_BYTES", 64)
+    for i in range(300):
+        write(tmp_path / f"x_{i}.npy", values(3, 4))
+    write(tmp_path / "x_300.npy", values(0, 4))
+    with Features({"a": tmp_path / "x_*.npy"}) as found:
+        read, real = [], found.sources["a"].read
+        monkeypatch.setattr(found.sources["a"], "read", lambda a, b: (read.append(a), real(a, b))[1])
+        found.check(full=False)
+    assert set(range(0, 900, 3)) <= set(read)
+
+
 def test_official_order_is_the_official_samplers():
     """Runs of batch_size rows in the order of torch.randperm, the rest last."""
     generator = torch.Generator().manual_seed(5)
@@ -410,9 +445,9 @@ def test_bad_arguments_are_named():
         ),
         (
             lambda: Features({"a": np.ones((2, 2), np.float32)}),
-            "streams['a']: expected a path or a torch.Tensor [n, d], got a ndarray",
+            "streams['a']: expected a path, a list of paths or a torch.Tensor [n, d], got a ndarray",
         ),
-        (lambda: Features({"a": 3}), "streams['a']: expected a path or a torch.Tensor [n, d], got 3"),
+        (lambda: Features({"a": 3}), "streams['a']: expected a path, a list of paths or a torch.Tensor [n, d], got 3"),
         (
             lambda: Features({"a": torch.ones(2, 2).to_sparse()}),
             "streams['a']: expected a dense tensor, got one of layout torch.sparse_coo",

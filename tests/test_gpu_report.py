@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -21,7 +22,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 import sparc_kernels  # noqa: E402
-from benchmarks import ahead, cases, environment, gpu_report, plan, record  # noqa: E402
+from benchmarks import ahead, cases, environment, exercise, gpu_report, plan, plot, record  # noqa: E402
 from sparc_kernels._triton import HAS_TRITON  # noqa: E402
 
 SCRIPT = ROOT / "benchmarks" / "gpu_report.py"
@@ -370,3 +371,43 @@ def test_what_is_timed_is_known_ahead(monkeypatch):
     assert {"_latent_adam_kernel", "_adam_stream_kernel", "_select_kernel"} <= {
         x.kernel.split(":")[1] for x in listed["training", half]
     }
+
+
+class Reader(io.StringIO):
+    """A pipe whose reader goes after so many lines."""
+
+    def __init__(self, lines: int):
+        super().__init__()
+        self.lines, self.number = lines, os.open(os.devnull, os.O_WRONLY)
+
+    def write(self, text: str) -> int:
+        if self.getvalue().count("\n") == self.lines:
+            raise BrokenPipeError
+        return super().write(text)
+
+    def fileno(self) -> int:
+        return self.number
+
+
+@pytest.mark.parametrize("script", ["gpu_report", "plot", "exercise", "ahead"])
+def test_a_script_ends_quietly_with_its_pipe(tmp_path, monkeypatch, script):
+    """And the file says that it was stopped."""
+    about = {"device": "cpu", "device_name": "", "date": "2026-01-01", "commit": None, "gpu": None}
+    probed = SimpleNamespace(returncode=0, stdout=json.dumps(about))
+    monkeypatch.setattr(gpu_report, "limited", lambda *args: probed)
+    monkeypatch.setattr(gpu_report, "correctness", lambda report: print("[compile] ran"))
+    monkeypatch.setattr(plot, "draw", lambda *args: [tmp_path])
+    monkeypatch.setattr(exercise, "PARTS", [lambda device: print(device)] * 2)
+    monkeypatch.setattr(ahead, "compile_all", lambda *args, on_done: on_done(50, 99))
+    monkeypatch.setattr(ahead, "exercised", lambda arch: [])
+    arguments = {
+        "gpu_report": (["--call=correctness", "--device=cpu", f"--out={tmp_path}"],), "plot": (["x.json"],),
+        "exercise": (), "ahead": (["correctness", "--arch=90"],),
+    }  # fmt: skip
+    monkeypatch.setattr(sys, "stdout", Reader(script == "gpu_report"))
+    monkeypatch.setattr(sys, "stderr", Reader(0))
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    assert globals()[script].main(*arguments[script]) == 141
+    if script == "gpu_report":
+        data = json.loads((tmp_path / "correctness.json").read_text())
+        assert not data["complete"] and data["stopped"] == "the reader of the output has gone" and data["finished"]

@@ -13,7 +13,7 @@ import torch
 from damage import damaged
 from safetensors.torch import save
 
-from sparc_kernels import AlignedSAE, cli, train
+from sparc_kernels import AlignedSAE, SparcAdam, cli, train
 from sparc_kernels.checkpoint import (
     checkpoints,
     export_official,
@@ -245,6 +245,38 @@ def test_settings_may_be_numpys(tmp_path):
     assert load_model(tmp_path / "again.safetensors")[1] is False
     export_official(model, tmp_path, {"lr": np.float32(0.5), "seed": np.int64(1)})
     assert json.loads((tmp_path / "run_config.json").read_text())["args"]["lr"] == 0.5
+
+
+def test_an_optimizer_of_numpys_numbers_saves_pythons(tmp_path):
+    """Also where a scheduler or the caller puts them later."""
+    numbers = dict(lr=np.float32(1e-3), betas=(np.float32(0.5), np.float64(0.25)), eps=np.float16(1e-3),
+                   weight_decay=np.int64(0), max_grad_norm=np.float32(2), normalize=np.str_("after"),
+                   capturable=np.bool_(False))  # fmt: skip
+    model = AlignedSAE(WIDTHS, 16, 3)
+    optimizer = SparcAdam(model, **numbers)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: np.float64(0.5) ** step)
+    model.compute_loss(model(streams()), streams())[0].backward()
+    optimizer.step()
+    scheduler.step()
+    optimizer.param_groups[0]["eps"] = np.array(0.5)
+    assert type(optimizer.param_groups[0]["lr"]) is not float
+    torch.save(optimizer.state_dict(), tmp_path / "a.pt")
+    group = torch.load(tmp_path / "a.pt", weights_only=True)["param_groups"][0]
+    expected = dict(numbers, lr=np.float32(1e-3) / 2, eps=0.5)
+    assert {name: group[name] for name in expected} == expected
+    SparcAdam(model).load_state_dict(torch.load(tmp_path / "a.pt", weights_only=True))
+    with pytest.raises(ValueError, match=r"betas: expected two numbers in \[0, 1\), got \(0.5, np.float32\(1.0\)\)"):
+        SparcAdam(model, betas=(0.5, np.float32(1)))
+
+
+def test_a_run_with_an_optimizer_of_numpys_numbers_is_resumed(tmp_path):
+    def run(**options) -> Trainer:
+        return trainer(tmp_path, optimizer=lambda m: torch.optim.Adam(m.parameters(), np.float64(1e-3)), **options)
+
+    first = run()
+    first.optimizer.param_groups[0]["initial_lr"] = np.float64(1e-3)
+    first.train()
+    assert run(resume=True).batches == STEPS
 
 
 # ------------------------------------------------------------------------------------------------------- a given model

@@ -73,16 +73,13 @@ def bad(kind: str, folder: Path) -> tuple[list[str], str]:
     elif kind == "no such file":
         b, words = folder / "c.npy", "stream 'b' ({b}): expected a file, got nothing there"
     elif kind == "other suffix":
-        b, words = folder / "c.pt", "stream 'b' ({b}): expected a file ending in .h5, .hdf5, .safetensors, .npy"
+        b, words = folder / "c.csv", "stream 'b' ({b}): expected a file ending in .h5, .hdf5, .safetensors, .npy"
     elif kind == "one dimension":
         np.save(b, np.ones(ROWS, np.float32))
         words = "stream 'b' ({b}): expected rows and columns, [n, d], got shape [700]"
     elif kind == "no rows":
         np.save(b, np.ones((0, 12), np.float32))
         words = "stream 'b' ({b}): expected at least one row and one column, got shape [0, 12]"
-    elif kind == "by columns":
-        np.save(b, np.asfortranarray(np.ones((ROWS, 12), np.float32)))
-        words = "stream 'b' ({b}): expected an array stored by rows (C order)"
     elif kind == "not a npy":
         b.write_bytes(b"these are no features")
         words = "stream 'b' ({b}): expected a NumPy .npy file, got one that cannot be read"
@@ -154,7 +151,7 @@ def bad(kind: str, folder: Path) -> tuple[list[str], str]:
     elif kind == "no GPU":
         settings, words = (
             ["--device", "cuda"],
-            "device: expected a device that is there, got cuda, but PyTorch sees no GPU",
+            "device: expected auto, cpu, or cuda or cuda:N of a GPU that is there, got 'cuda' where PyTorch sees no",
         )
     return ([f"--stream=a={a}", f"--stream=b={b}", f"--out={out}", *settings],
             words.format(a=a, b=b, out=out, folder=folder))  # fmt: skip
@@ -170,8 +167,8 @@ def run(folder: Path, out: Path) -> None:
 
 KINDS = [
     "no dataset", "row mismatch", "NaN rows", "integers", "empty file", "truncated npy", "truncated HDF5",
-    "truncated safetensors", "which tensor", "no such file", "other suffix", "one dimension", "no rows",
-    "by columns", "not a npy", "k above N", "auxk above N", "learning rate", "clipping without gradients", "memory",
+    "truncated safetensors", "which tensor", "no such file", "other suffix", "one dimension", "no rows", "not a npy",
+    "k above N", "auxk above N", "learning rate", "clipping without gradients", "memory",
     "validation of everything", "validation widths", "validation zero rows", "validation streams", "out is a file",
     "folder holds a run",
     "other data", "other settings", "other stream", "damaged checkpoint", "wrong checkpoint kind",
@@ -191,6 +188,41 @@ def test_refused_by_name_before_training(kind, tmp_path, capsys, monkeypatch):
     assert cli.main(["train", *QUICKLY[:6], "--quiet", *device, *settings, *given]) == 2
     error = capsys.readouterr().err
     assert words in error, error
+
+
+def test_a_run_on_shards_is_the_run_on_their_rows_and_goes_on_with_no_others(tmp_path, capsys):
+    def cut(s: str, *places: int) -> str:
+        for old in tmp_path.glob(f"{s}_*.npy"):
+            old.unlink()
+        for i, part in enumerate(np.split(streams()[s].numpy(), places)):
+            np.save(tmp_path / f"{s}_{i}.npy", part)
+        return f"{tmp_path}/{s}_*.npy"
+
+    for s, x in streams().items():
+        np.save(tmp_path / f"{s}.npy", x.numpy())
+    patterns = {"a": cut("a", 300, 650), "b": cut("b", 64, 64)}
+    given = [f"--stream={s}={pattern}" for s, pattern in patterns.items()]
+    held_out = [f"--val-stream={s}={pattern}" for s, pattern in patterns.items()]
+    settings = [*QUICKLY, "--k", "4", "--auxk", "6", "--lr", "0.001"]
+    run(tmp_path, tmp_path / "whole")
+    assert cli.main(["train", *given, *held_out, f"--out={tmp_path}/run", *settings]) == 0
+    weights = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("whole", "run")]
+    assert weights[0] == weights[1]
+    for command in (["encode", "--out", f"{tmp_path}/codes"], ["show", "3"]):
+        assert cli.main([*command, "--model", f"{tmp_path}/run", *given]) == 0
+    assert cli.main(["train", "--resume", f"--out={tmp_path}/run", *QUICKLY]) == 0
+    for places, words in (
+        ((300,), "expected a_1.npy, 350 rows as shard 1 when the run began, got a_1.npy, 400 rows"),
+        ((300, 650, 700), "expected no file as shard 3 when the run began, got a_3.npy, 0 rows"),
+    ):
+        cut("a", *places)
+        assert cli.main(["train", "--resume", f"--out={tmp_path}/run", *QUICKLY]) == 2
+        assert f"train stream 'a' ({patterns['a']}): {words}" in capsys.readouterr().err
+    cut("a", 300, 650)
+    first, last = np.load(tmp_path / "a_0.npy"), np.load(tmp_path / "a_2.npy")
+    np.save(tmp_path / "a_0.npy", np.concatenate([last, first[50:]]))
+    assert cli.main(["train", "--resume", f"--out={tmp_path}/run", *QUICKLY, "--quick-check"]) == 2
+    assert f"train stream 'a' ({patterns['a']}): expected fingerprint" in capsys.readouterr().err
 
 
 def test_zero_rows_to_validate_on_are_told_and_their_batches_left_out(capsys):

@@ -82,11 +82,11 @@ def test_interpreted_kernels():
     [
         (("--filter", "no such check"), "filter: expected a pattern found in some 'op dtype case'"),
         (("--filter", "("), "unterminated"),
-        (("--device", "nowhere"), "nowhere"),
+        (("--device", "nowhere"), "verify: device: expected auto, cpu, or cuda or cuda:N"),
         (("--interpret", "--device", "cuda"), "leave out --device"),
         pytest.param(
             ("--device", "cuda"),
-            "CUDA is not available",
+            "got 'cuda' where PyTorch sees no GPU",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),
     ],
