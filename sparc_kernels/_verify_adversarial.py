@@ -4,8 +4,8 @@ A set is rows of logits, given exactly: as products with a one-hot row where the
 a latent bias where not, so that no rounding stands between a set and the selection. Truth is the stable sort of the
 same logits in float64. A row is wrong when an index is out of range or occurs twice, when the selected logits, sorted,
 are not the sort's, or when a returned value is not the one at its index. Of ours also the order is judged, ties to the
-lowest latent included, in every way that leads to the selection (`WAYS`). What a peer says about NaN is not documented
-by all of them, and not judged then.
+lowest latent included, in every way that leads to the selection (`WAYS`). NaN is not judged of a peer that does not
+document how it ranks.
 """
 
 from __future__ import annotations
@@ -269,9 +269,9 @@ def judge(provider: Provider, logits: Tensor, batch: Tensor | None, k: int) -> t
 
 
 def judge_batches(provider: Provider, logits: Tensor, batches: list[Tensor], k: int) -> tuple[int, int, str]:
-    """Rows that are wrong or that have other bits than alone, of how many, and the first of them. A provider that does
-    not order its rows may return another order."""
-    alone, wrong, rows, note = {}, 0, 0, ""
+    """Rows that are wrong or have other bits than where they were met first (alone, or beside one other), of how many,
+    and the first of them. A provider that does not order its rows may return another order."""
+    first, wrong, rows, note = {}, 0, 0, ""
     for batch in batches:
         batch = batch.to(logits.device)
         bad, why, found = judge(provider, logits, batch, k)
@@ -279,14 +279,15 @@ def judge_batches(provider: Provider, logits: Tensor, batches: list[Tensor], k: 
         if not provider.ordered:
             order = found[1].argsort(1)
             parts = [part.gather(1, order) for part in parts]
+        bad, parts = bad.tolist(), [part.cpu() for part in parts]
         for place, row in enumerate(batch.tolist()):
             if row >= ROWS:
                 continue
             mine = [part[place] for part in parts]
-            differs = any(not bool(_same(a, b).all()) for a, b in zip(mine, alone.setdefault(row, mine), strict=True))
-            rows, wrong = rows + 1, wrong + (differs or bool(bad[place]))
+            differs = any(not bool(_same(a, b).all()) for a, b in zip(mine, first.setdefault(row, mine), strict=True))
+            rows, wrong = rows + 1, wrong + (differs or bad[place])
             if not note and (differs or bad[place]):
-                how = "differs from the row alone" if differs else why
+                how = "other bits than in another batch" if differs else why
                 note = f"batch of {len(batch)}, place {place}: {how}"
     return wrong, rows, note
 
@@ -348,7 +349,7 @@ def plan_of(kind: str, quick: bool, arch: int = 80) -> Plan:
     dtypes = (F32, F16) if kind == "cuda" and arch < 80 else (F32, BF16, F16)
     if kind == "cpu":
         shapes = ((4999, 17),) if quick else ((16384, 64), (10007, 512))
-        return Plan(shapes, shapes, (F32, BF16) if quick else dtypes, (2, 7, 64))
+        return Plan(shapes, shapes, (F32, BF16) if quick else dtypes, (2, 7), (64,))
     shapes = ((131072, 64),) if quick else ((131072, 64), (131071, 512), (300000, 512))
     return Plan(shapes, shapes, dtypes, (2, 7, 65), (600,))  # no multiples of 16: fewer kernels
 
@@ -377,37 +378,35 @@ def run_sets(
     """Every set for every provider, one provider after the other: what one of them breaks is not ours to answer for."""
     found: list[Outcome] = []
     for provider in providers:
-        lost = provider.absent
-        for some in [] if lost else [some for some in chosen(filter) if provider.nan or not some.nan]:
+        lost, sets = "", [some for some in chosen(filter) if provider.nan or not some.nan]
+        for some in [] if provider.absent else sets:
             outcomes = []
             for n, k, dtype in plan.asked(provider.way, some):
                 outcome = Outcome(some.name, some.about, provider.name, SHORT[dtype], f"N{n} k{k}", provider.way)
                 outcomes.append(outcome)
                 if lost:
                     outcome.verdict, outcome.note = "refused", lost
-                else:
-                    lost = _ask(provider, some, outcome, _logits(some, n, k, dtype, device), k, plan)
+                    continue
+                try:
+                    _ask(provider, some, outcome, _logits(some, n, k, dtype, device), k, plan)
+                except Exception as error:
+                    text = " ".join(str(error).split())[:200]
+                    outcome.verdict, outcome.note = "refused", f"{type(error).__name__}: {text}"
+                    lost = device_lost(device)
             found += outcomes
             if outcomes and on_done:
                 on_done(outcomes)
     return found
 
 
-def _ask(provider, some, outcome: Outcome, logits: Tensor, k: int, plan: Plan) -> str:
-    """Fill in an outcome. Returns why the device does not answer any more, or nothing."""
-    try:
-        if some == BATCH:
-            batches = plan.batches_of(provider.way)
-            outcome.wrong, outcome.rows, outcome.note = judge_batches(provider, logits, batches, k)
-        else:
-            wrong, outcome.note, _ = judge(provider, logits[: plan.rows_of(some)], None, k)
-            outcome.wrong, outcome.rows = int(wrong.sum()), len(wrong)
-        outcome.verdict = "wrong" if outcome.wrong else "exact"
-    except Exception as error:
-        text = " ".join(str(error).split())[:200]
-        outcome.verdict, outcome.note = "refused", f"{type(error).__name__}: {text}"
-        return device_lost(logits.device)
-    return ""
+def _ask(provider: Provider, some: Set, outcome: Outcome, logits: Tensor, k: int, plan: Plan) -> None:
+    if some == BATCH:
+        found = judge_batches(provider, logits, plan.batches_of(provider.way), k)
+        outcome.wrong, outcome.rows, outcome.note = found
+    else:
+        wrong, outcome.note, _ = judge(provider, logits[: plan.rows_of(some)], None, k)
+        outcome.wrong, outcome.rows = int(wrong.sum()), len(wrong)
+    outcome.verdict = "wrong" if outcome.wrong else "exact"
 
 
 def launches_of(
