@@ -25,6 +25,7 @@ class Set:
     large: bool = False  # needs more than 4,096 columns
     shape: tuple[int, int] | None = None  # n, k of its own
     nan: bool = False
+    half: bool = False  # in the interpreter, which has one dtype for a set: in fp16
 
 
 def _steps(g, n: int, low: float, high: float, steps: int) -> Tensor:
@@ -227,7 +228,7 @@ SETS = [
     Set("at k", "ties that end at, before, after k", _at_k),
     Set("tail", "the largest in the last columns", _tail),
     Set("negative", "no positive logit", _negative),
-    Set("zeros", "+0 and -0", _zeros),
+    Set("zeros", "+0 and -0", _zeros, half=True),
     Set("subnormal", "below the smallest normal number", _subnormal),
     Set("largest", "the largest finite numbers", _largest),
     Set("any bits", "any bits of a finite number", _any_bits),

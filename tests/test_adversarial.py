@@ -226,10 +226,13 @@ def test_every_set_finds_a_fault_and_none_in_a_sound_selector():
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 @pytest.mark.skipif(CUDA, reason="there are kernels to run")
-def test_kernels_are_exact_in_the_interpreter():
+def test_kernels_are_exact_in_the_interpreter(monkeypatch):
+    sound, levels = selection.select_config, []
+    monkeypatch.setattr(selection, "select_config", lambda *a: levels.append(sound(*a)) or levels[-1])
     providers = adversarial.ours("triton", CPU, interpret=True)
     few = "^(?!k = 512)"  # a quarter of the time; `verify --interpret --adversarial` has it
     outcomes = adversarial.run_sets(providers, adversarial.plan_of("interpret", quick=True), CPU, few)
+    assert {c.span > c.group for c in levels} == {True, False}
     assert not failed(outcomes), [o for o in outcomes if not o.passed]
     assert {o.set for o in outcomes} == {some.name for some in adversarial.SETS} - {"k = 512"}
     assert {o.way for o in outcomes} == set(adversarial.WAYS)
