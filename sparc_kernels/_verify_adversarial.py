@@ -338,7 +338,7 @@ class Plan:
         return [(n, k, dtype) for n, k in shapes for dtype in dtypes]
 
     def rows_of(self, some: Set) -> int:
-        return min(self.rows, 2) if self.turns and some.large else self.rows
+        return min(self.rows, 2) if self.turns and (some.large or some.shape) else self.rows
 
     def batches_of(self, way: str) -> list[Tensor]:
         """Rows of each batch: those that are judged alone, then beside others at any place, the last batch twice."""
