@@ -3,12 +3,13 @@
     python benchmarks/gpu_report.py --call correctness [--out FOLDER] [--minutes 6]
     python benchmarks/gpu_report.py --call timing [--out FOLDER] [--minutes 5] [--official CLONE]
 
-correctness: kernels compiled on all cores; `sparc-kernels verify`, the exercise of every kernel and the tests that need
-a GPU, side by side; then compute-sanitizer over the exercise, alone. Writes correctness.json, verify.json and
-correctness.txt. timing: the kernels compiled, then `python -m benchmarks` on an idle GPU, what says most first. Writes
-timing.json, the benchmarks' record (docs/benchmarks.md). Both have `sections`, replaced atomically as things end, so a
-call that is killed leaves what it had; whatever did not run says why. From a bare checkout: nothing need be installed.
-On a CPU the same code runs at tiny shapes: its numbers mean nothing and are marked `device: cpu`, `tiny: true`.
+correctness: kernels compiled on all cores; `sparc-kernels verify` and its adversarial sets, the exercise of every
+kernel and the tests that need a GPU, side by side; then compute-sanitizer over the exercise, alone. Writes
+correctness.json, verify.json, adversarial.json and correctness.txt. timing: the kernels compiled, then `python -m
+benchmarks` on an idle GPU, what says most first. Writes timing.json, the benchmarks' record (docs/benchmarks.md). Both
+have `sections`, replaced atomically as things end, so a call that is killed leaves what it had; whatever did not run
+says why. From a bare checkout: nothing need be installed. On a CPU the same code runs at tiny shapes: its numbers mean
+nothing and are marked `device: cpu`, `tiny: true`.
 
 This process never touches the GPU: it starts the others with time limits and watches the worker that measures. When
 that crashes, hangs or loses its CUDA context, the provider in progress is marked and a new worker goes on behind it.
@@ -42,7 +43,7 @@ from sparc_kernels._arguments import ends_with_its_pipe  # noqa: E402  nor here
 
 SCHEMA = "sparc_kernels.gpu_correctness/1"
 CALLS = {  # minutes, sections in their order
-    "correctness": (6.0, ("compile", "verify", "exercise", "contract", "memcheck", "racecheck")),
+    "correctness": (6.0, ("compile", "verify", "adversarial", "exercise", "contract", "memcheck", "racecheck")),
     "timing": (5.0, ("compile", "measurements")),
 }
 MAX_WORKERS = 10
@@ -218,8 +219,9 @@ def correctness(report: Report) -> None:
     """Its parts, each of which the others survive."""
     cuda = report.device == "cuda"
     whole = 60 * report.minutes
-    verdicts = report.folder / "verify.json"
+    verdicts, exact = report.folder / "verify.json", report.folder / "adversarial.json"
     verdicts.unlink(missing_ok=True)
+    exact.unlink(missing_ok=True)
 
     def read_verify(entry: dict, code: int | None, output: str) -> None:
         entry["verified"] = False
@@ -244,10 +246,13 @@ def correctness(report: Report) -> None:
         entry.update(tests=names, summary=last_lines(output, 1))
 
     verify = module("sparc_kernels", "verify", *quick, "--json", str(verdicts))
+    few = [] if cuda else ["--quick", "--filter", "ties|N = 3"]
+    adversarial = module("sparc_kernels", "verify", "--adversarial", *few, "--json", str(exact))
     run(
         report,
         compiling(report, 0.35 * whole),
         Part("verify", verify, 0.55 * whole, read_verify),
+        Part("adversarial", adversarial, 0.3 * whole, after="compile"),
         Part("contract", pytest, 0.5 * whole, read_contract, {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}),
         Part("exercise", module("benchmarks.exercise"), 0.3 * whole, read_exercise, after="compile"),
     )

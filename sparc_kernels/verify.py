@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from . import __version__
+from . import _verify_adversarial as adversarial
 from ._checks import check_device
 from ._compile import Compilation, compile_all, cores
 from ._launch import AMD, SHARED_LIMIT, capability
@@ -153,6 +154,13 @@ def run_checks(
 
 
 def _plan(device, impl: str, quick: bool, filter: str | None, interpret: bool) -> list[Task]:
+    device = _device(device, interpret)
+    tasks = _tasks(cases(device, interpret, quick), device, "triton" if interpret else impl, filter)
+    resolve_impl(tasks[0].impl, torch.empty(0, dtype=tasks[0].dtype, device=device))  # refuses what cannot be
+    return tasks
+
+
+def _device(device, interpret: bool) -> torch.device:
     default = "cpu" if interpret else "auto"
     device = check_device("device", default if device is None else device)
     if interpret and (not INTERPRETED or device.type != "cpu"):
@@ -160,9 +168,7 @@ def _plan(device, impl: str, quick: bool, filter: str | None, interpret: bool) -
             "interpret: expected TRITON_INTERPRET=1 to be set before sparc_kernels is imported, and device 'cpu'; got "
             f"{'an interpreted' if INTERPRETED else 'a compiled'} process on {device}"
         )
-    tasks = _tasks(cases(device, interpret, quick), device, "triton" if interpret else impl, filter)
-    resolve_impl(tasks[0].impl, torch.empty(0, dtype=tasks[0].dtype, device=device))  # refuses what cannot be
-    return tasks
+    return device
 
 
 def _tasks(of: list[Case], device: torch.device, impl: str, filter: str | None) -> list[Task]:
@@ -192,6 +198,7 @@ def compile_checks(
     filter: str | None = None,
     jobs: int | None = None,
     on_done: Callable[[int, int], None] | None = None,
+    adversarial_sets: bool = False,
 ) -> Compilation:
     """Bring every kernel that `run_checks` launches on such a GPU into Triton's cache. Needs none.
 
@@ -199,10 +206,13 @@ def compile_checks(
         arch: 10 * major + minor of a compute capability, or an AMD GPU's gfx number in hexadecimal.
         quick, filter: as in `run_checks`.
         jobs, on_done: as in `compile_all`.
+        adversarial_sets: those of the adversarial sets instead.
 
     Raises: ValueError where the filter leaves nothing, RuntimeError without Triton.
     """
     gpu, tf32 = torch.device("cuda"), torch.get_float32_matmul_precision() != "highest"
+    if adversarial_sets:
+        return compile_all(adversarial.launch_lists(arch, quick, filter, tf32), arch, jobs, on_done)
     tasks = sorted(_tasks(cases(gpu, quick=quick, arch=arch), gpu, "auto", filter), key=lambda t: -len(t.case.dims))
     lists = [partial(launches_of, t.case, t.dtype, arch, name, tf32) for t in tasks for name in t.names]
     return compile_all(lists, arch, jobs, on_done)
@@ -270,6 +280,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json", nargs="?", const="-", metavar="FILE", help="write the results there (no FILE: to stdout)"
     )
     parser.add_argument("--jobs", type=_positive, metavar="N", help="worker processes (default: 1, on CUDA up to 6)")
+    parser.add_argument(
+        "--adversarial",
+        action="store_true",
+        help="the rows on which top-k kernels were wrong: ours and others', exact or not",
+    )
     parser.add_argument("--compile", action="store_true", help="compile what the checks on a GPU launch, run nothing")
     parser.add_argument("--arch", choices=ARCHS, help="for --compile where that GPU is not: 90 for an H100")
     parser.add_argument("--verbose", action="store_true", help="a line for every tensor, not for every check")
@@ -288,6 +303,8 @@ def run(args: argparse.Namespace) -> int:
         return _run_interpreted(args)
     if args.interpret:
         silence_numpy()
+    if args.adversarial:
+        return _run_adversarial(args)
     started = time.perf_counter()
     choice = (args.device, args.impl, args.quick, args.filter, args.interpret)
     try:
@@ -320,12 +337,38 @@ def _run_compile(args: argparse.Namespace) -> int:
     arch = ARCHS[args.arch] if args.arch else capability(torch.device("cuda"))
     table = _Table(sys.stdout, args.verbose)
     try:
-        done = compile_checks(arch, args.quick, args.filter, args.jobs, table.progress("kernels"))
+        done = compile_checks(arch, args.quick, args.filter, args.jobs, table.progress("kernels"), args.adversarial)
     except (ValueError, RuntimeError, re.error) as error:
         print(f"verify: {error}", file=sys.stderr)
         return 2
     table.compiled(done)
     return 1 if done.errors else 0
+
+
+def _run_adversarial(args: argparse.Namespace) -> int:
+    """Ours and, where installed, others on the sets of `_verify_adversarial.py`; 1 where ours is not exact."""
+    started = time.perf_counter()
+    try:
+        device = _device(args.device, args.interpret)
+        providers = adversarial.ours("triton" if args.interpret else args.impl, device, args.interpret)
+        adversarial.chosen(args.filter)
+    except (ValueError, RuntimeError, re.error) as error:
+        print(f"verify: {error}", file=sys.stderr)
+        return 2
+    providers += adversarial.peers(device)
+    shown = _Table(sys.stderr if args.json == "-" else sys.stdout, args.verbose)
+    record = _Record(args, environment(device), started)
+    shown.header(record.found["environment"], args, adversarial.HEADER)
+    arch = capability(device)
+    if device.type == "cuda" and HAS_TRITON and args.impl != "torch":
+        shown.compiled(compile_checks(arch, args.quick, args.filter, args.jobs, shown.progress("kernels"), True))
+    plan = adversarial.plan_of("interpret" if args.interpret else device.type, args.quick, arch)
+    outcomes = adversarial.run_sets(providers, plan, device, args.filter, on_done=record.add)
+    record.end(outcomes)
+    lines, failed = adversarial.table(outcomes, providers, args.verbose), sum(not o.passed for o in outcomes)
+    print(*lines, file=shown.stream, sep="\n")
+    print(f"ours: {failed} not exact, in {time.perf_counter() - started:.0f} s", file=shown.stream)
+    return 1 if failed else 0
 
 
 def _run_interpreted(args: argparse.Namespace) -> int:
@@ -340,7 +383,7 @@ def _run_interpreted(args: argparse.Namespace) -> int:
         print("verify: --interpret runs the Triton kernels on the CPU; leave out --device and --impl", file=sys.stderr)
         return 2
     command = [sys.executable, "-m", __package__, "verify", "--interpret"]
-    command += [f"--{name}" for name in ("quick", "verbose") if getattr(args, name)]
+    command += [f"--{name}" for name in ("adversarial", "quick", "verbose") if getattr(args, name)]
     command += ["--filter", args.filter] if args.filter else []
     command += ["--jobs", str(args.jobs)] if args.jobs else []
     command += [] if args.json is None else ["--json"] if args.json == "-" else ["--json", args.json]
@@ -355,7 +398,9 @@ class _Record:
 
     def __init__(self, args: argparse.Namespace, about: dict, started: float):
         self.target, self.started, self.rows = args.json, started, []
-        options = {name: getattr(args, name) for name in ("device", "impl", "quick", "filter", "interpret")}
+        options = {
+            name: getattr(args, name) for name in ("device", "impl", "quick", "filter", "interpret", "adversarial")
+        }
         self.found = {"schema": 1, "complete": False, "environment": about, "options": options, "passed": False}
 
     def add(self, results: list[Result]) -> None:
@@ -408,7 +453,13 @@ class _Table:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
         print(text, file=self.stream, flush=True)
 
-    def header(self, about: dict, args) -> None:
+    LEGEND = f"""\
+Against reference.py in float64. A tensor passes when its error is at most {MULTIPLE} x that of plain PyTorch in the
+dtype (own) + a few roundings. max: over the largest magnitude, rms: over the RMS. A line is a check: its
+tensor that uses most of what it may, and how many passed; --verbose has them all.
+"""
+
+    def header(self, about: dict, args, legend: str = LEGEND) -> None:
         where = about["gpu"] or f"{about['device']}, {about['threads']} threads"
         how = "Triton's interpreter" if args.interpret else f"impl {args.impl}"
         commit = f" ({about['commit'][:10]}{'+' * about['commit'].endswith('+')})" if about["commit"] else ""
@@ -416,13 +467,7 @@ class _Table:
             f"sparc_kernels {about['sparc_kernels']}{commit}, torch {about['torch']}, triton {about['triton']}, "
             f"{where}, {how}"
         )
-        self._print(
-            f"""\
-Against reference.py in float64. A tensor passes when its error is at most {MULTIPLE} x that of plain PyTorch in the
-dtype (own) + a few roundings. max: over the largest magnitude, rms: over the RMS. A line is a check: its
-tensor that uses most of what it may, and how many passed; --verbose has them all.
-"""
-        )
+        self._print(legend)
 
     def names(self) -> None:
         names = ("op", "type", "case", "worst tensor", "max", "rms", "own max", "own rms", "verdict")

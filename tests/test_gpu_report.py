@@ -58,7 +58,10 @@ def test_the_correctness_call(tmp_path):
     assert said["memcheck"]["reason"] == said["racecheck"]["reason"] == "no CUDA device"
     if HAS_TRITON:
         assert said["compile"]["kernels"] == 2 and said["compile"]["errors"] == []
-    assert {f.name for f in (tmp_path / "out").iterdir()} == {"correctness.json", "correctness.txt", "verify.json"}
+    exact = json.loads((tmp_path / "out" / "adversarial.json").read_text())
+    assert said["adversarial"]["status"] == "ran" and exact["passed"] and len(exact["results"]) > 10
+    files = {"correctness.json", "correctness.txt", "verify.json", "adversarial.json"}
+    assert {f.name for f in (tmp_path / "out").iterdir()} == files
     assert "sparc_kernels gpu_report, correctness: CPU (tiny shapes" in done.stdout and len(done.stdout) < 12000
 
 
@@ -73,7 +76,7 @@ def test_a_library_that_is_missing_costs_the_tests_of_one_file(tmp_path, monkeyp
     (root / "tests" / "test_c.py").write_text("def test_four(): raise ValueError\n")
     monkeypatch.setattr(gpu_report, "ROOT", root)
     report = gpu_report.Report(tmp_path, "correctness", "cpu", 2, time.time())
-    for name in ("compile", "verify", "exercise"):
+    for name in ("compile", "verify", "adversarial", "exercise"):
         report[name].update(status="skipped", reason="not of this test")
     gpu_report.correctness(report)
     entry = report["contract"]
@@ -325,7 +328,7 @@ def test_the_memory_checker_is_read(tmp_path, monkeypatch, errors):
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     report = gpu_report.Report(tmp_path, "correctness", "cuda", 6.0, time.time())
-    for name in ("compile", "verify", "exercise", "contract"):
+    for name in ("compile", "verify", "adversarial", "exercise", "contract"):
         report[name].update(status="skipped", reason="not of this test")
     gpu_report.correctness(report)
     for name in ("memcheck", "racecheck"):
@@ -337,7 +340,7 @@ def test_the_memory_checker_is_read(tmp_path, monkeypatch, errors):
 def test_a_memory_checker_that_is_not_there_is_absent(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_report, "find_sanitizer", lambda: (None, ["PATH"]))
     report = gpu_report.Report(tmp_path, "correctness", "cuda", 6.0, time.time())
-    for name in ("compile", "verify", "exercise", "contract"):
+    for name in ("compile", "verify", "adversarial", "exercise", "contract"):
         report[name].update(status="skipped", reason="not of this test")
     gpu_report.correctness(report)
     assert report["memcheck"] == {"status": "absent", "reason": "compute-sanitizer is in none of PATH"}
