@@ -36,6 +36,7 @@ ELSEWHERE = {  # command -> what runs it, or a smaller one; here its arguments a
     "python -m pytest -q -n 2": ".ci/run",
     "sparc-kernels verify": "tests/test_verify.py::test_command_passes_and_writes_json",
     "sparc-kernels verify --interpret": "tests/test_verify.py::test_interpreted_kernels",
+    "sparc-kernels verify --adversarial": "tests/test_adversarial.py::test_the_command_passes_and_writes_json",
     "sparc-kernels verify --compile": "tests/test_compile.py::test_interpreted_process_compiles_too",
     "sparc-kernels audit --quick": "tests/test_audit.py::test_nothing_spills_and_everything_fits",
     "sparc-kernels cost": "tests/test_cost.py::test_without_triton",
