@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import os
 import re
 import runpy
 import shutil
@@ -10,6 +11,7 @@ import sys
 from email import message_from_bytes
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import sparc_kernels
@@ -132,3 +134,29 @@ def test_the_public_surface_is_annotated():
         missing += [f"{f.__module__}.{f.__qualname__}: {n}" for n in names]
     made = "sparc_kernels.outputs.AlignedOutputs.__init__"  # by forward alone
     assert [text for text in missing if not text.startswith(made)] == []
+
+
+BASE = """
+import sys
+for name in ("h5py", "matplotlib", "scipy", "sklearn", "tqdm", "tensorboard", "wandb"):
+    sys.modules[name] = None
+from sparc_kernels import cli
+given = ["--stream=a=a.npy", "--stream=b=b.npy"]
+few = ["--n-latents=16", "--k=3", "--auxk=0", "--epochs=1", "--device=cpu"]
+codes = [cli.main(["train", *given, *few, "--out=run"]), cli.main(["encode", *given, "--model=run", "--out=codes"]),
+         cli.main(["show", "1", *given, "--model=run"])]
+sys.exit(max(codes))
+"""
+
+
+def test_a_base_install_trains(tmp_path):
+    """It needed safetensors of an extra, for the weights at its end."""
+    text = (ROOT / "pyproject.toml").read_text()
+    base = re.search(r"^dependencies = \[(.*?)\]", text, re.MULTILINE | re.DOTALL)[1]
+    assert re.findall(r'"([a-z]+)', base) == ["torch", "numpy", "safetensors", "triton"]
+    for name in "ab":
+        np.save(tmp_path / f"{name}.npy", np.random.default_rng(0).standard_normal((40, 8), dtype=np.float32))
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", BASE], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "model.safetensors").exists() and len(list((tmp_path / "codes").iterdir())) == 2
