@@ -18,11 +18,11 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 def memory_size(text: str) -> int:
-    """Bytes from "500M", "4GiB", "1e9"; K, M, G and T are powers of 1024."""
-    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?) *([kmgt]?)(i?b)?", text.strip().lower())
+    """Bytes from "500M", "4GiB", "1e9", "1,500 bytes"; K, M, G and T are powers of 1024."""
+    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?) *([kmgt]?)(i?b|bytes)?", text.strip().lower().replace(",", ""))
     try:
         return int(float(found[1]) * _UNITS[found[2]])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise argparse.ArgumentTypeError(f"expected a size such as 500M or 4GiB, got {text!r}") from None
 
 

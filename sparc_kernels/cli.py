@@ -54,5 +54,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
 @ends_with_its_pipe
 def main(argv: list[str] | None = None) -> int:
     wait_asleep()
-    args = parse(sys.argv[1:] if argv is None else argv)
-    return import_module(f".{SUBCOMMANDS[args.command][0]}", __package__).run(args)
+    try:
+        args = parse(sys.argv[1:] if argv is None else argv)
+        return import_module(f".{SUBCOMMANDS[args.command][0]}", __package__).run(args)
+    except KeyboardInterrupt:  # loading torch takes seconds
+        return 130

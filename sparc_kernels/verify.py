@@ -299,6 +299,10 @@ def _positive(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     if args.compile:
         return _run_compile(args)
+    idle = "--arch" if args.arch else "--jobs" if args.jobs and args.adversarial else None
+    if idle:
+        print(f"verify: {idle} is for --compile{' or the checks' * (idle == '--jobs')}", file=sys.stderr)
+        return 2
     if args.interpret and not INTERPRETED:
         return _run_interpreted(args)
     if args.interpret:

@@ -1,5 +1,6 @@
 """What all commands have in common: pipes, precisions, sizes."""
 
+import argparse
 import os
 import re
 import subprocess
@@ -126,7 +127,11 @@ def load(run):
 def test_sizes_are_said_as_they_are_read(folder, tmp_path, capsys):
     for text in ("4 GiB", "500 MiB", "3 KiB", "2 TiB"):
         assert _arguments.size_text(_arguments.memory_size(text)) == text
+    for size in (1500, 2000 << 20, 1):
+        assert _arguments.memory_size(_arguments.size_text(size)) == size
     assert _arguments.size_text(1500) == "1,500 bytes"
+    with pytest.raises(argparse.ArgumentTypeError, match="expected a size such as 500M or 4GiB, got '1e400'"):
+        _arguments.memory_size("1e400")
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     text = " ".join(capsys.readouterr().out.split())
@@ -135,6 +140,15 @@ def test_sizes_are_said_as_they_are_read(folder, tmp_path, capsys):
     assert cli.main(command) == 0
     assert cli.main([*command, "--resume", "--memory=1G"]) == 2
     assert "memory: expected 4 GiB as in" in (error := capsys.readouterr().err) and "got 1 GiB" in error
+
+
+@pytest.mark.parametrize("words", [["train", "--help"], ["verify"]])
+def test_ctrl_c_while_modules_load_leaves_with_130(monkeypatch, words):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "import_module", interrupted)
+    assert cli.main(words) == 130
 
 
 def test_wandbs_project_is_the_environments(monkeypatch):

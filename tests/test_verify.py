@@ -84,6 +84,8 @@ def test_interpreted_kernels():
         (("--filter", "("), "unterminated"),
         (("--device", "nowhere"), "verify: device: expected auto, cpu, or cuda or cuda:N"),
         (("--interpret", "--device", "cuda"), "leave out --device"),
+        (("--arch", "90"), "verify: --arch is for --compile\n"),
+        (("--adversarial", "--jobs", "2"), "verify: --jobs is for --compile or the checks\n"),
         pytest.param(
             ("--device", "cuda"),
             "got 'cuda' where PyTorch sees no GPU",
