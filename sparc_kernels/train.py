@@ -516,10 +516,11 @@ class Trainer:
         if skipped < self.batches:
             self.save()
         if 2 * skipped > self.batches:
-            raise self._too_many(f"no final weights: {skipped} of {self.batches}")
+            older = f" ({WEIGHTS} is of an earlier step)" if self.out and (self.out / WEIGHTS).exists() else ""
+            raise self._too_many(f"no final weights{older}: {skipped} of {self.batches}")
         if self.out is None:
             return
-        save_weights(self.model, self.out / WEIGHTS, self.config.normalize)
+        save_weights(self.model, self.out / WEIGHTS, self.config.normalize, self.batches)
         if self.export:
             config = self.config
             settings = {"batch_size": config.batch_size, "num_epochs": config.epochs, "lr": config.lr}

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import re
 import shutil
 import sys
@@ -379,6 +380,47 @@ def test_a_run_that_ended_goes_on_to_more_steps(tmp_path, shuffle):
         trainer(out, epochs=5, resume=True, **settings)
     with pytest.raises(ValueError, match="epochs, max_steps: expected at least the 28 steps that the run had, got 9"):
         trainer(out, epochs=9, max_steps=9, resume=True, **settings)
+
+
+def test_a_folder_loads_what_is_newest_in_it_and_whole(copy, capsys):
+    def stop(step, *_):
+        if step == 16:
+            raise KeyboardInterrupt
+
+    def loaded() -> dict:
+        return load_model(copy)[0].state_dict()
+
+    def same(one: dict, other: dict) -> bool:
+        return all(torch.equal(one[name], other[name]) for name in other)
+
+    final = load_model(copy / "model.safetensors")[0].state_dict()
+    assert same(loaded(), final) and capsys.readouterr().err == ""
+    with pytest.raises(KeyboardInterrupt):
+        trainer(copy, resume=True, epochs=9, checkpoint_every=3, keep=9, on_step=stop).train()
+    path = checkpoints(copy / "checkpoints")[-1]
+    newer = load_checkpoint(path)["model"]
+    assert same(loaded(), newer) and not same(newer, final)
+    assert capsys.readouterr().err == f"Note: {path} is loaded, since {copy}/model.safetensors is older, of step 12\n"
+    (copy / "unfinished").mkdir()
+    (copy / "unfinished" / "checkpoints").symlink_to(copy / "checkpoints")
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    for folder in (copy, copy / "unfinished"):  # with final weights of step 12, and with that checkpoint alone
+        assert same(load_model(folder)[0].state_dict(), final)
+        assert f"Skipped: checkpoint {folder}/checkpoints/{path.name}: expected a compl" in capsys.readouterr().err
+    path.write_bytes(content)
+
+    def spoil(*_):
+        run.model.encoders["a"].weight.detach().fill_(math.nan)
+
+    run = trainer(copy, resume=True, epochs=9, keep=9, on_step=spoil)
+    with pytest.raises(
+        train.TrainingStopped, match=r"no final weights \(model.safetensors is of an earlier step\): 20 "
+    ):
+        run.train()
+    checkpoints(copy / "checkpoints")[-1].unlink()
+    trainer(copy, resume=True, epochs=9).train()
+    assert same(loaded(), load_model(copy / "model.safetensors")[0].state_dict()) and capsys.readouterr().err == ""
 
 
 def test_the_command_extends_a_run_and_starts_from_weights(tmp_path, capsys):
