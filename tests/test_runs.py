@@ -161,7 +161,10 @@ def test_a_stream_of_zeros_is_refused_before_training(tmp_path, capsys, share, s
     np.save(tmp_path / "b.npy", x)
     assert cli.main([*command(tmp_path / "run", *given), f"--shuffle={shuffle}"]) == 2
     text = capsys.readouterr().err
-    assert "stream 'b': expected few zero rows (max_skipped 100), got" in text and "of 12 batches would be" in text
+    assert (
+        f"stream 'b' ({tmp_path}/b.npy): expected few zero rows (max_skipped 100), got" in text
+        and "of 12 batches would be" in text
+    )
     assert not (tmp_path / "run").exists()
 
 
