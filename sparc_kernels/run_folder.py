@@ -51,7 +51,8 @@ class RunFolder:
     Attributes: manifest: of the run to go on with; None: the run is new.  run: its id.
 
     Raises: ValueError where another run is writing, where there is a run and not `resume`, where a new run would
-    write over files that no manifest says are a run's, and for a manifest that is damaged.
+    write over files that no manifest says are a run's, or over official ones that the run has not written, and for a
+    manifest that is damaged.
     """
 
     def __init__(self, path: Path, resume: bool, official: bool):
@@ -64,6 +65,9 @@ class RunFolder:
         if (path / MANIFEST).exists():
             require(resume, "out", "a folder without a run, or resume", f"{path}, which holds one")
             self.manifest = read_manifest(path / MANIFEST)
+            for name in (OFFICIAL, OFFICIAL_CONFIG) if official and not self.manifest.get("export", True) else ():
+                got = f"{path / name}, which this run has not written; move it away"
+                require(not (path / name).exists(), "export", f"a folder without {name}", got)
             return
         taken = [path / name for name in (LOG, WEIGHTS, *((OFFICIAL, OFFICIAL_CONFIG) if official else ()))]
         taken += checkpoints(path / CHECKPOINTS) or [path / CHECKPOINTS] * (path / CHECKPOINTS).is_file()
@@ -96,13 +100,14 @@ class RunFolder:
         manifest, config = self.manifest, self._now["config"]
         if manifest is None:
             manifest = {"run": self.run} | self._now
-        elif self._grown(config):
+        elif self._now["export"]:
+            manifest = manifest | {"export": True}
+        if self.manifest is not None and self._grown(config):
             entry = {"after_step": step} | {name: config[name] for name in EXTENSIBLE} | {"at": time.strftime(TIME)}
             extended = [*manifest.get("extended", []), entry]
             manifest = manifest | {"config": manifest["config"] | config, "extended": extended}
-        else:
-            return
-        write_json(self.path / MANIFEST, manifest | {_DIGEST: _digest(manifest)})
+        if manifest != self.manifest:
+            write_json(self.path / MANIFEST, manifest | {_DIGEST: _digest(manifest)})
 
     # -------------------------------------------------------------------------------------------- the run to go on with
 

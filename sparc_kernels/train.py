@@ -107,7 +107,7 @@ class Trainer:
         init: str | None = None,
         quiet: bool = False,
     ):
-        self.config, self.quiet, self.on_step, self.export = config, quiet, on_step, export
+        self.config, self.quiet, self.on_step, self.export = config, quiet, on_step, check_bool("export", export)
         self.checkpoint_every, self.keep = (
             check_int("checkpoint_every", checkpoint_every, 0),
             check_int("keep", keep, 1),
@@ -304,6 +304,7 @@ class Trainer:
             "model": model_config(self.model),
             "optimizer": type(self.optimizer).__name__,
             "init": self.init,
+            "export": self.export,
             "data": self.data,
             "full_check": self.full_check,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",

@@ -215,6 +215,21 @@ def test_a_new_run_writes_over_nothing(tmp_path, name):
     assert (tmp_path / name).read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["msae_checkpoint.pth", "run_config.json"])
+def test_a_run_that_exports_later_writes_over_nothing(copy, name):
+    (copy / name).write_text("mine")
+    with pytest.raises(
+        ValueError, match=f"export: expected a folder without {name}, got {copy / name}, which this run"
+    ):
+        trainer(copy, resume=True, export=True)
+    assert (copy / name).read_text() == "mine"
+    trainer(copy, resume=True)  # writes neither
+    (copy / name).unlink()
+    for _ in range(2):  # the second time over its own
+        trainer(copy, resume=True, export=True).train()
+    assert load_model(copy / "msae_checkpoint.pth")[0].k == 3
+
+
 def test_a_log_that_is_not_the_runs_stays(copy):
     (copy / "log.csv").write_text("date,weight\n2026,70\n")
     with pytest.raises(ValueError, match=r"log.csv: expected the log of this run, with columns step, .* move it"):
