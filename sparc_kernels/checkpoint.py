@@ -150,7 +150,7 @@ def load_checkpoint(path: Path) -> dict:
     try:
         state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
     except Exception as error:  # as _read_torch
-        raise ValueError(f"checkpoint {path}: expected a torch file of tensors ({first_line(error)})") from error
+        raise ValueError(f"checkpoint {path}: expected a torch file of tensors ({_reason(error)})") from error
     ok = isinstance(state, dict) and state.get("kind") == KIND and isinstance(state.get("step"), int)
     require(ok, f"checkpoint {path}", "a training checkpoint of sparc_kernels", "something else")
     return state
@@ -366,13 +366,18 @@ def _read_torch(path: Path) -> tuple[dict, dict]:
         _check_checksums(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what pickle, zipfile and its own reader raise
-        raise ValueError(f"model {path}: expected a torch file of tensors ({first_line(error)})") from error
+        raise ValueError(f"model {path}: expected a torch file of tensors ({_reason(error)})") from error
     beside = path.with_name(OFFICIAL_CONFIG)
     if not beside.exists():
         return state, {}
     args = read_json(beside).get("args", {})
     require(isinstance(args, dict), str(beside), "settings as a JSON object under 'args'", args)
     return state, args
+
+
+def _reason(error: Exception) -> str:
+    """Without torch's advice to read the file unsafely."""
+    return first_line(error).partition(". ")[0]
 
 
 def _check_checksums(path: Path) -> None:

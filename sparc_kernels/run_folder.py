@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import re
 import time
 import uuid
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -57,10 +59,16 @@ class RunFolder:
 
     def __init__(self, path: Path, resume: bool, official: bool):
         self.path = path
-        require(path.is_dir() or not path.exists(), "out", "a folder", f"{path}, a file")
-        if (path / LOCK).exists():
-            with only_one_run(path):
-                pass
+        with _writing_to(path):
+            require(path.is_dir() or not path.exists(), "out", "a folder", f"{path}, a file")
+            there = next(part for part in (path, *path.parents) if part.exists() or part.is_symlink())
+            if not there.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(there))
+            if not os.access(there, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, "no permission to write there", str(there))
+            if (path / LOCK).exists():
+                with only_one_run(path):
+                    pass
         self._seen, self.manifest = self._contents(), None
         if (path / MANIFEST).exists():
             require(resume, "out", "a folder without a run, or resume", f"{path}, which holds one")
@@ -85,8 +93,9 @@ class RunFolder:
 
         Raises: ValueError, OSError.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        closing.enter_context(only_one_run(self.path))
+        with _writing_to(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            closing.enter_context(only_one_run(self.path))
         same = self._contents() == self._seen
         require(same, "out", "the folder as the Trainer found it", f"{self.path}, where another run has been since")
         for path in [*self.path.glob("*.tmp"), *(self.path / CHECKPOINTS).glob("*.tmp")]:
@@ -193,6 +202,14 @@ class RunFolder:
         changed = ", ".join(f"{key} {new} ({old} when the run began)" for key, old, new in pairs if new != old)
         if changed:
             tell(f"Note: {changed}; results may differ by rounding")
+
+
+@contextmanager
+def _writing_to(path: Path):
+    try:
+        yield
+    except OSError as error:
+        fail("out", "a folder to write to", f"{path} ({error.filename}: {error.strerror})")
 
 
 def _check_model(path: Path, had: dict | None, now: dict) -> None:

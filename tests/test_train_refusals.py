@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 import resource
 import shutil
 import subprocess
@@ -136,6 +137,21 @@ def bad(kind: str, folder: Path) -> tuple[list[str], str]:
     elif kind == "out is a file":
         out.write_text("")
         words = "out: expected a folder, got {out}, a file"
+    elif kind == "out below a file":
+        out = a / "run"
+        words = "out: expected a folder to write to, got {out} ({a}: not a folder)"
+    elif kind == "out is a link to nothing":
+        out.symlink_to("nowhere")
+        words = "out: expected a folder to write to, got {out} ({out}: not a folder)"
+    elif kind == "out may not be written to":
+        out.mkdir(mode=0o555)
+        words = "out: expected a folder to write to, got {out} ({out}: no permission to write there)"
+    elif kind == "a lock that cannot be opened":
+        (out / ".lock").mkdir(parents=True)
+        words = "out: expected a folder to write to, got {out} ({out}/.lock: Is a directory)"
+    elif kind == "no weights to start from":
+        settings = [f"--init={a}"]
+        words = "model {a}: expected a torch file of tensors (Weights only load failed)\n"
     elif kind == "folder holds a run":
         run(folder, out)
         words = "out: expected a folder without a run, or resume, got {out}, which holds one"
@@ -192,7 +208,9 @@ KINDS = [
     "truncated safetensors", "which tensor", "no such file", "other suffix", "one dimension", "no rows", "not a npy",
     "k above N", "auxk above N", "learning rate", "clipping without gradients", "memory",
     "validation of everything", "validation widths", "validation zero rows", "held-out zero row",
-    "zero rows of two streams", "norms that underflow", "validation streams", "out is a file",
+    "zero rows of two streams", "norms that underflow", "validation streams",
+    "out is a file", "out below a file", "out is a link to nothing",
+    "out may not be written to", "a lock that cannot be opened", "no weights to start from",
     "folder holds a run",
     "other data", "other settings", "other stream", "damaged checkpoint", "wrong checkpoint kind",
     "damaged manifest", "no GPU",
@@ -204,6 +222,8 @@ def test_refused_by_name_before_training(kind, tmp_path, capsys, monkeypatch):
     if kind == "no GPU" and CUDA:
         pytest.skip("there is one")
     given, words = bad(kind, tmp_path)
+    if kind == "out may not be written to":  # also where root runs the tests
+        monkeypatch.setattr(os, "access", lambda path, mode, **_: path != tmp_path / "run")
     monkeypatch.setattr(Trainer, "train", lambda self: pytest.fail("training began"))
     defaults = {"--k": "4", "--auxk": "6", "--lr": "0.001"}
     settings = [part for flag, value in defaults.items() if flag not in given for part in (flag, value)]
