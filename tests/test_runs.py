@@ -455,7 +455,10 @@ def test_the_command_extends_a_run_and_starts_from_weights(tmp_path, capsys):
 
     tuned, short = tmp_path / "tuned", ["--epochs=1", "--batch-size=32", "--device=cpu", "--quiet"]
     begin = ["train", f"--out={tuned}", f"--init={out}", "--k=2", "--no-normalize", *given, *short]
-    assert cli.main(begin) == 0
+    assert cli.main(begin[:-1]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Note")]
+    assert notes == [f"Note: {key}, where the model was trained with {had}" for key, had in (("k 2", 3),
+                     ("normalize False", True))]  # fmt: skip
     manifest = read_manifest(tuned / "manifest.json")
     assert manifest["init"] == str(out)
     model = manifest["model"]
