@@ -12,7 +12,9 @@ import functools
 import hashlib
 import io
 import json
+import math
 import os
+import sys
 import zipfile
 from collections.abc import Callable, Mapping
 from operator import methodcaller
@@ -20,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from ._checks import check_bool, check_device, first_line, missing, plain, require
+from ._checks import check_bool, check_device, check_int, first_line, missing, plain, require
 from .module import AlignedSAE
 
 WEIGHTS = "model.safetensors"
@@ -148,19 +150,19 @@ def load_checkpoint(path: Path) -> dict:
     try:
         state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
     except Exception as error:  # as _read_torch
-        raise ValueError(f"checkpoint {path}: expected a torch file of tensors ({first_line(error)})") from error
+        raise ValueError(f"checkpoint {path}: expected a torch file of tensors ({_reason(error)})") from error
     ok = isinstance(state, dict) and state.get("kind") == KIND and isinstance(state.get("step"), int)
     require(ok, f"checkpoint {path}", "a training checkpoint of sparc_kernels", "something else")
     return state
 
 
-def load_latest(folder: Path, tell: Callable[[str], None] = print) -> tuple[Path, dict] | None:
-    """The newest checkpoint that is whole, None when there is none at all.
+def load_latest(folder: Path, tell: Callable[[str], None] = print, after: float = -1) -> tuple[Path, dict] | None:
+    """The newest checkpoint that is whole, None when there is none at all of a step later than `after`.
 
-    Raises: ValueError when there are checkpoints and all are damaged.
+    Raises: ValueError when there are such checkpoints and all are damaged.
     """
     error = None
-    for path in reversed(checkpoints(folder)):
+    for path in reversed([path for path in checkpoints(folder) if int(path.stem.removeprefix("step-")) > after]):
         try:
             return path, load_checkpoint(path)
         except ValueError as damage:
@@ -179,17 +181,19 @@ def model_config(model: AlignedSAE) -> dict:
     return {key: getattr(model, key) for key in MODEL_KEYS}
 
 
-def save_weights(model: AlignedSAE, path: str | Path, normalize: bool = True) -> None:
+def save_weights(model: AlignedSAE, path: str | Path, normalize: bool = True, step: int | None = None) -> None:
     """Weights as safetensors, with the model's configuration in the metadata: `load_model` needs no other file.
 
     Args:
         path: ends in .safetensors.
         normalize: whether the model was trained on rows divided by their norm.
+        step: of the run, which tells `load_model` of a run's folder whether a checkpoint is newer.
     """
     path = Path(path)
     require(path.suffix.lower() == ".safetensors", "path", "a file ending in .safetensors", repr(path.name))
     save, state = import_save(path), _cpu_state(model)
     config = model_config(model) | {"normalize": check_bool("normalize", normalize)}
+    config |= {} if step is None else {"step": check_int("step", step, 0)}
     # one entry: safetensors writes several in an order that changes
     content = save(state, metadata={"sparc_kernels": json.dumps(config | {"sha256": _digest(config, state)})})
     write_atomically(path, lambda file: file.write(content))
@@ -248,8 +252,9 @@ def load_model(
     """A trained model, in eval mode, and whether it was trained on normalised rows (officially always).
 
     Args:
-        path: a folder that `train` wrote (final weights, else the newest checkpoint), model.safetensors, a checkpoint
-            of ours, or an official `msae_checkpoint.pth`, whose settings come from the run_config.json beside it.
+        path: a folder that `train` wrote (final weights, or the newest whole checkpoint where it is of a later step,
+            as in a run that goes on), model.safetensors, a checkpoint of ours, or an official `msae_checkpoint.pth`,
+            whose settings come from the run_config.json beside it.
         dtype: of the parameters; None: the narrowest that holds all of the file's without rounding.
         known: k, topk_type, auxk, normalize, ...: settings that the file does not say, or that replace what it says.
 
@@ -266,9 +271,7 @@ def read_weights(path: str | Path) -> tuple[Path, dict, dict]:
     """The file that `path` means, its state_dict on the CPU, and those of SETTINGS that it says."""
     path = Path(path)
     require(path.exists(), f"model {path}", "a folder of a training run or a file of weights", "nothing there")
-    if path.is_dir():
-        path = _weights_in(path)
-    state, config = (_read_safetensors if path.suffix.lower() == ".safetensors" else _read_torch)(path)
+    path, state, config = _read_folder(path) if path.is_dir() else (path, *_read_file(path))
     require(isinstance(config, dict), f"model {path}", "its settings as a JSON object", config)
     return path, state, {key: config[key] for key in SETTINGS if key in config}
 
@@ -303,14 +306,35 @@ def _is_parameter(name: str) -> bool:
     return name.startswith(("encoders.", "decoders.", "pre_biases.", "latent_biases."))
 
 
-def _weights_in(folder: Path) -> Path:
-    """The file of a folder to load a model from."""
-    for name in (WEIGHTS, OFFICIAL):
-        if (folder / name).exists():
-            return folder / name
-    found = checkpoints(folder / CHECKPOINTS)
-    require(bool(found), f"model {folder}", f"{WEIGHTS}, {CHECKPOINTS}/step-*.pt or {OFFICIAL} in it", "none of them")
-    return found[-1]
+def _read_folder(folder: Path) -> tuple[Path, dict, dict]:
+    """The file to load a model from, with its content: final weights, unless a whole checkpoint is of a later step."""
+    file, after = next((folder / name for name in (WEIGHTS, OFFICIAL) if (folder / name).exists()), None), -1
+    if file is not None:
+        state, config = _read_file(file)
+        step = config.get("step") if isinstance(config, dict) else None
+        after = step if isinstance(step, int) else math.inf  # files that do not say it are taken as the last
+    try:
+        found = load_latest(folder / CHECKPOINTS, _tell, after)
+    except ValueError:
+        if file is None:
+            raise
+        found = None
+    if found is None:
+        expected = f"{WEIGHTS}, {CHECKPOINTS}/step-*.pt or {OFFICIAL} in it"
+        require(file is not None, f"model {folder}", expected, "none of them")
+        return file, state, config
+    path, saved = found
+    if file is not None:
+        _tell(f"Note: {path} is loaded, since {file} is older, of step {after:,}")
+    return path, saved.get("model"), saved.get("model_config")
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _read_file(path: Path) -> tuple[dict, dict]:
+    return (_read_safetensors if path.suffix.lower() == ".safetensors" else _read_torch)(path)
 
 
 def _read_safetensors(path: Path) -> tuple[dict, dict]:
@@ -342,13 +366,18 @@ def _read_torch(path: Path) -> tuple[dict, dict]:
         _check_checksums(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what pickle, zipfile and its own reader raise
-        raise ValueError(f"model {path}: expected a torch file of tensors ({first_line(error)})") from error
+        raise ValueError(f"model {path}: expected a torch file of tensors ({_reason(error)})") from error
     beside = path.with_name(OFFICIAL_CONFIG)
     if not beside.exists():
         return state, {}
     args = read_json(beside).get("args", {})
     require(isinstance(args, dict), str(beside), "settings as a JSON object under 'args'", args)
     return state, args
+
+
+def _reason(error: Exception) -> str:
+    """Without torch's advice to read the file unsafely."""
+    return first_line(error).partition(". ")[0]
 
 
 def _check_checksums(path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ._arguments import FEATURES, add_stream_argument, memory_size, size_text
 from ._checks import check_device, precision_name
-from .checkpoint import MODEL_KEYS, load_model, model_config
+from .checkpoint import MODEL_KEYS, SETTINGS, model_config, model_of, read_weights
 from .loader import SHUFFLES
 from .module import AlignedSAE
 from .run_folder import MANIFEST, read_manifest
@@ -158,7 +158,11 @@ def _settings(args) -> tuple[TrainConfig, dict, dict | None, AlignedSAE | None]:
         raise ValueError("--stream: expected NAME=FILE for every stream, got none")
     if args.init is None:
         return TrainConfig(**given), streams, val_streams, None
-    model, normalize = load_model(args.init, **{key: given[key] for key in MODEL_KEYS if key in given})
+    path, state, stored = read_weights(args.init)
+    model, normalize = model_of(path, state, stored | {key: given[key] for key in MODEL_KEYS if key in given})
+    for key in SETTINGS:
+        if key in given and key in stored and given[key] != (stored[key] or 0) and not args.quiet:  # no auxk: None
+            print(f"Note: {key} {given[key]}, where the model was trained with {stored[key]}")
     theirs = model_config(model) | {"auxk": model.auxk or 0, "normalize": normalize}
     known = {field.name for field in fields(TrainConfig)}
     config = TrainConfig(**({key: value for key, value in theirs.items() if key in known} | given))

@@ -61,19 +61,43 @@ class StreamSummary(NamedTuple):
 
     Attributes:
         fingerprint: of the bytes read (all, or a sample), the shape and the dtype.
-        zero_rows: the first few rows that are zero; their loss is infinite and their batch skipped.
-        n_zero_rows: how many there are among the rows read.
+        zero: [m] the rows read whose norm is 0, in order; their loss is infinite and their batch skipped.
+        what: they are, in words: zero rows, or others too, whose squares underflow.
+        read: [r] the rows of a sample, in order; None: all.
+        n_read: how many were read.
         spread: variance / mean square of the (normalised) rows, which turns an NMSE into explained variance.
     """
 
     fingerprint: str
-    zero_rows: list[int]
-    n_zero_rows: int
+    zero: Tensor
+    what: str
+    read: Tensor | None
+    n_read: int
     spread: float
 
+    @property
+    def zero_rows(self) -> list[int]:
+        """The first few of `zero`."""
+        return self.zero[:_SHOWN].tolist()
+
+    @property
+    def n_zero_rows(self) -> int:
+        return len(self.zero)
+
+    def within(self, intervals: Sequence[tuple[int, int]]) -> StreamSummary:
+        """The same of the rows in these intervals [start, stop), which follow each other."""
+        edges = torch.tensor(intervals, device="cpu").flatten()
+        zero, read = (
+            None if rows is None else rows[torch.searchsorted(edges, rows, right=True) % 2 == 1]
+            for rows in (self.zero, self.read)
+        )
+        n_read = sum(stop - start for start, stop in intervals) if read is None else len(read)
+        return self._replace(zero=zero, read=read, n_read=n_read)
+
     def zeros(self, rows: int) -> str:
-        """For messages, of so many rows."""
-        return f"{self.n_zero_rows:,} zero rows ({RowNumbers(self.zero_rows, self.n_zero_rows)}) of {rows:,}"
+        """For messages, where so many rows might have been read."""
+        of = f"{self.n_read:,}{' rows read' * (self.n_read != rows)}"
+        return f"{self.n_zero_rows:,} {self.what} ({RowNumbers(self.zero_rows, self.n_zero_rows)}) of {of}"
 
 
 class Features:
@@ -179,29 +203,39 @@ class Features:
             firsts = source.starts.tolist() if isinstance(source, Shards) else ()  # `rows` and empty shards among them
             starts = sorted(pieces.union(first for first in firsts if first < self.rows))
         digest = hashlib.blake2b(f"{source.rows} {source.width} {source.dtype}".encode(), digest_size=16)
-        bad = large = zero = RowNumbers([], 0)
+        bad = large = RowNumbers([], 0)
+        none = torch.empty(0, dtype=torch.int64, device="cpu")
+        zero, read, tiny, name = [none], [none], False, str(self.dtype).removeprefix("torch.")
         total, power, count = torch.zeros(source.width, dtype=torch.float64, device="cpu"), 0.0, 0
+        stop, sampled = 0, not full and len(starts) > 1
         for start in starts:
+            seen = max(stop - start, 0)  # rows of the piece before, in a sample of few
             raw = source.read(start, min(start + size, self.rows)).contiguous()
             digest.update(raw.view(torch.uint8).numpy())
             x = raw.to(self.dtype)
-            norm = torch.linalg.vector_norm(x, dim=1)
-            zero = zero.add(start, norm == 0)
+            norm, first, stop = torch.linalg.vector_norm(x, dim=1), start + seen, start + len(x)
+            at = (norm[seen:] == 0).nonzero().flatten()
+            if len(at):
+                zero, tiny = [*zero, first + at], tiny or bool(raw[seen:][at].any())
+            if sampled:
+                read.append(torch.arange(first, stop, device="cpu"))
             if not norm.isfinite().all():  # it may overflow where the row does not
                 finite, fits = raw.isfinite().all(1), norm.isfinite() if self.normalize else x.isfinite().all(1)
-                bad, large = bad.add(start, ~finite), large.add(start, finite & ~fits)
+                bad, large = bad.add(first, ~finite[seen:]), large.add(first, (finite & ~fits)[seen:])
             x = normalized(x) if self.normalize else x
             total += x.sum(0, dtype=torch.float64)
             power += float(x.square().sum(dtype=torch.float64))
             count += len(x)
         label, what = stream_label(s, self.paths[s]), "norm fits" if self.normalize else "values fit"
-        expected = f"rows whose {what} {str(self.dtype).removeprefix('torch.')}"
+        expected = f"rows whose {what} {name}"
         for rows, wanted, got in ((bad, "finite features", "NaN or infinity"), (large, expected, "too large features")):
             if rows.count:
                 place = f" (the first is {source.place(rows.first[0])})" if isinstance(source, Shards) else ""
                 fail(label, wanted, f"{got} in {rows.count:,} rows: {rows}{place}")
         spread = 1 - float((total / count).square().sum()) / (power / count) if power else 0.0
-        return StreamSummary(digest.hexdigest(), *zero, max(spread, 0.0))
+        read, words = torch.cat(read) if sampled else None, f"rows whose norm is 0 in {name}" if tiny else "zero rows"
+        n_read = len(read) if sampled else self.rows
+        return StreamSummary(digest.hexdigest(), torch.cat(zero), words, read, n_read, max(spread, 0.0))
 
     def describe(self, summaries: Mapping[str, StreamSummary]) -> dict[str, dict]:
         """For a manifest: where each stream came from and what it was."""

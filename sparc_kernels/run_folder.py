@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import re
 import time
 import uuid
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -51,19 +53,29 @@ class RunFolder:
     Attributes: manifest: of the run to go on with; None: the run is new.  run: its id.
 
     Raises: ValueError where another run is writing, where there is a run and not `resume`, where a new run would
-    write over files that no manifest says are a run's, and for a manifest that is damaged.
+    write over files that no manifest says are a run's, or over official ones that the run has not written, and for a
+    manifest that is damaged.
     """
 
     def __init__(self, path: Path, resume: bool, official: bool):
         self.path = path
-        require(path.is_dir() or not path.exists(), "out", "a folder", f"{path}, a file")
-        if (path / LOCK).exists():
-            with only_one_run(path):
-                pass
+        with _writing_to(path):
+            require(path.is_dir() or not path.exists(), "out", "a folder", f"{path}, a file")
+            there = next(part for part in (path, *path.parents) if part.exists() or part.is_symlink())
+            if not there.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(there))
+            if not os.access(there, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, "no permission to write there", str(there))
+            if (path / LOCK).exists():
+                with only_one_run(path):
+                    pass
         self._seen, self.manifest = self._contents(), None
         if (path / MANIFEST).exists():
             require(resume, "out", "a folder without a run, or resume", f"{path}, which holds one")
             self.manifest = read_manifest(path / MANIFEST)
+            for name in (OFFICIAL, OFFICIAL_CONFIG) if official and not self.manifest.get("export", True) else ():
+                got = f"{path / name}, which this run has not written; move it away"
+                require(not (path / name).exists(), "export", f"a folder without {name}", got)
             return
         taken = [path / name for name in (LOG, WEIGHTS, *((OFFICIAL, OFFICIAL_CONFIG) if official else ()))]
         taken += checkpoints(path / CHECKPOINTS) or [path / CHECKPOINTS] * (path / CHECKPOINTS).is_file()
@@ -81,8 +93,9 @@ class RunFolder:
 
         Raises: ValueError, OSError.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        closing.enter_context(only_one_run(self.path))
+        with _writing_to(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            closing.enter_context(only_one_run(self.path))
         same = self._contents() == self._seen
         require(same, "out", "the folder as the Trainer found it", f"{self.path}, where another run has been since")
         for path in [*self.path.glob("*.tmp"), *(self.path / CHECKPOINTS).glob("*.tmp")]:
@@ -96,13 +109,14 @@ class RunFolder:
         manifest, config = self.manifest, self._now["config"]
         if manifest is None:
             manifest = {"run": self.run} | self._now
-        elif self._grown(config):
+        elif self._now["export"]:
+            manifest = manifest | {"export": True}
+        if self.manifest is not None and self._grown(config):
             entry = {"after_step": step} | {name: config[name] for name in EXTENSIBLE} | {"at": time.strftime(TIME)}
             extended = [*manifest.get("extended", []), entry]
             manifest = manifest | {"config": manifest["config"] | config, "extended": extended}
-        else:
-            return
-        write_json(self.path / MANIFEST, manifest | {_DIGEST: _digest(manifest)})
+        if manifest != self.manifest:
+            write_json(self.path / MANIFEST, manifest | {_DIGEST: _digest(manifest)})
 
     # -------------------------------------------------------------------------------------------- the run to go on with
 
@@ -188,6 +202,14 @@ class RunFolder:
         changed = ", ".join(f"{key} {new} ({old} when the run began)" for key, old, new in pairs if new != old)
         if changed:
             tell(f"Note: {changed}; results may differ by rounding")
+
+
+@contextmanager
+def _writing_to(path: Path):
+    try:
+        yield
+    except OSError as error:
+        fail("out", "a folder to write to", f"{path} ({error.filename}: {error.strerror})")
 
 
 def _check_model(path: Path, had: dict | None, now: dict) -> None:

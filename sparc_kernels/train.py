@@ -35,6 +35,7 @@ from .module import AlignedSAE
 from .optim import SparcAdam
 from .run_folder import TIME, RunFolder
 from .runlog import LOGGERS, RunLog, import_logger
+from .shards import stream_label
 from .step import Step
 from .train_config import TrainConfig as TrainConfig  # documented as this module's
 
@@ -106,7 +107,7 @@ class Trainer:
         init: str | None = None,
         quiet: bool = False,
     ):
-        self.config, self.quiet, self.on_step, self.export = config, quiet, on_step, export
+        self.config, self.quiet, self.on_step, self.export = config, quiet, on_step, check_bool("export", export)
         self.checkpoint_every, self.keep = (
             check_int("checkpoint_every", checkpoint_every, 0),
             check_int("keep", keep, 1),
@@ -203,32 +204,39 @@ class Trainer:
         summaries = self.features.check(full)
         self.data = {"train": self.features.describe(summaries)}
         self.spread = {s: summary.spread for s, summary in summaries.items()}
-        self.val_spread = self.spread
+        held_out, self.val_spread = summaries, self.spread
         if self.val_features is not None and self.val_features is not self.features:
-            val_summaries = self.val_features.check(full)
-            self.data["validation"] = self.val_features.describe(val_summaries)
-            self.val_spread = {s: summary.spread for s, summary in val_summaries.items()}
-            for s, summary in val_summaries.items():
-                self._check_validation(s, summary)
+            held_out = self.val_features.check(full)
+            self.data["validation"] = self.val_features.describe(held_out)
+            self.val_spread = {s: summary.spread for s, summary in held_out.items()}
         if manifest is not None:
             self.folder.check_data(self.data)
-        for s, summary in summaries.items():
-            if summary.n_zero_rows:
-                self._check_zero_rows(s, summary)
+        self._check_zero_rows(summaries, self.loader)
+        if self.val_loader is not None:
+            self._check_zero_rows(held_out, self.val_loader)
 
-    def _check_zero_rows(self, s: str, summary) -> None:
-        """A zero row makes its batch's loss infinite: tell, and refuse where too many batches would be skipped."""
-        part = summary.n_zero_rows / self.features.rows
-        share = 1 - (1 - part) ** self.config.batch_size
-        most = (share if self.config.shuffle == "window" else part) > 0.5  # in order they may be neighbours
-        text = summary.zeros(self.features.rows)
-        steps, limit = self.config.steps(len(self.loader)), self.config.max_skipped
-        expected = share * steps
-        if expected > limit or most:
-            got = f"{text}: without a finite loss, about {expected:,.0f} of {steps:,} batches would be skipped"
-            fail(f"stream {s!r}", f"few zero rows (max_skipped {limit:,})", got)
-        text = f"stream {s!r} has {text}"
-        self._say(f"Note: {text}; batches with one are skipped, as officially")
+    def _check_zero_rows(self, summaries, loader: Loader) -> None:
+        """A zero row makes its batch's loss infinite: tell, and refuse where too many batches would be left out."""
+        found = {s: summary.within(loader.intervals) for s, summary in summaries.items() if summary.n_zero_rows}
+        found = {s: summary for s, summary in found.items() if summary.n_zero_rows}
+        if not found:
+            return
+        who = " and ".join(stream_label(s, loader.features.paths[s]) for s in found)
+        text = " and ".join(summary.zeros(loader.rows) for summary in found.values())
+        rows = len(torch.cat([summary.zero for summary in found.values()]).unique())  # in any of the streams
+        part = min(1, rows / min(summary.n_read for summary in found.values()))
+        share = 1 - (1 - part) ** min(self.config.batch_size, loader.rows)
+        if loader is self.val_loader:
+            who, left_out = f"validation {who}", "left out of val_loss"
+            require(share <= 0.5, who, "few zero rows", f"{text}: most batches would have no finite loss")
+        else:
+            most = (share if self.config.shuffle == "window" else part) > 0.5  # in order they may be neighbours
+            steps, limit, left_out = self.config.steps(len(loader)), self.config.max_skipped, "skipped, as officially"
+            expected = share * steps
+            if expected > limit or most:
+                got = f"{text}: without a finite loss, about {expected:,.0f} of {steps:,} batches would be skipped"
+                fail(who, f"few zero rows (max_skipped {limit:,})", got)
+        self._say(f"Note: {who} {'have' if len(found) > 1 else 'has'} {text}; batches with one are {left_out}")
 
     def _build(self, model: AlignedSAE | None, optimizer, graph: bool) -> None:
         config, widths = self.config, self.features.widths
@@ -296,6 +304,7 @@ class Trainer:
             "model": model_config(self.model),
             "optimizer": type(self.optimizer).__name__,
             "init": self.init,
+            "export": self.export,
             "data": self.data,
             "full_check": self.full_check,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
@@ -441,14 +450,6 @@ class Trainer:
         self.model.train()
         return found
 
-    def _check_validation(self, s: str, summary) -> None:
-        """`_check_zero_rows` of rows to validate on, whose batches are left out of the means."""
-        rows, name = self.val_features.rows, f"validation stream {s!r}"
-        share = 1 - (1 - summary.n_zero_rows / rows) ** self.config.batch_size
-        require(share <= 0.5, name, "few zero rows", f"{summary.zeros(rows)}: most batches would have no finite loss")
-        if summary.n_zero_rows:
-            self._say(f"Note: {name} has {summary.zeros(rows)}; batches with one are left out of val_loss")
-
     @torch.no_grad()
     def _validate(self, epoch: int) -> dict:
         """Means over the rows that are not trained on; dead counters stay."""
@@ -465,6 +466,8 @@ class Trainer:
             total += torch.where(n > 0, n * torch.stack([metrics[name] for name in self.names]), 0)
             rows += n
         self.model.train()
+        if not rows:
+            self._say("Note: val_loss is nan, no batch to validate on had a finite loss; look at zero rows in the data")
         means = dict(zip(self.names, (total / rows).tolist(), strict=True))
         return {"val_loss": means["total_loss"], **self._explained(means, self.val_spread, "val_")}
 
@@ -516,10 +519,11 @@ class Trainer:
         if skipped < self.batches:
             self.save()
         if 2 * skipped > self.batches:
-            raise self._too_many(f"no final weights: {skipped} of {self.batches}")
+            older = f" ({WEIGHTS} is of an earlier step)" if self.out and (self.out / WEIGHTS).exists() else ""
+            raise self._too_many(f"no final weights{older}: {skipped} of {self.batches}")
         if self.out is None:
             return
-        save_weights(self.model, self.out / WEIGHTS, self.config.normalize)
+        save_weights(self.model, self.out / WEIGHTS, self.config.normalize, self.batches)
         if self.export:
             config = self.config
             settings = {"batch_size": config.batch_size, "num_epochs": config.epochs, "lr": config.lr}

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import re
 import shutil
 import sys
@@ -160,7 +161,10 @@ def test_a_stream_of_zeros_is_refused_before_training(tmp_path, capsys, share, s
     np.save(tmp_path / "b.npy", x)
     assert cli.main([*command(tmp_path / "run", *given), f"--shuffle={shuffle}"]) == 2
     text = capsys.readouterr().err
-    assert "stream 'b': expected few zero rows (max_skipped 100), got" in text and "of 12 batches would be" in text
+    assert (
+        f"stream 'b' ({tmp_path}/b.npy): expected few zero rows (max_skipped 100), got" in text
+        and "of 12 batches would be" in text
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -209,6 +213,21 @@ def test_a_new_run_writes_over_nothing(tmp_path, name):
     with pytest.raises(ValueError, match=f"out: expected a new folder, .* that wrote {name}"):
         trainer(tmp_path, export=True)
     assert (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["msae_checkpoint.pth", "run_config.json"])
+def test_a_run_that_exports_later_writes_over_nothing(copy, name):
+    (copy / name).write_text("mine")
+    with pytest.raises(
+        ValueError, match=f"export: expected a folder without {name}, got {copy / name}, which this run"
+    ):
+        trainer(copy, resume=True, export=True)
+    assert (copy / name).read_text() == "mine"
+    trainer(copy, resume=True)  # writes neither
+    (copy / name).unlink()
+    for _ in range(2):  # the second time over its own
+        trainer(copy, resume=True, export=True).train()
+    assert load_model(copy / "msae_checkpoint.pth")[0].k == 3
 
 
 def test_a_log_that_is_not_the_runs_stays(copy):
@@ -381,6 +400,47 @@ def test_a_run_that_ended_goes_on_to_more_steps(tmp_path, shuffle):
         trainer(out, epochs=9, max_steps=9, resume=True, **settings)
 
 
+def test_a_folder_loads_what_is_newest_in_it_and_whole(copy, capsys):
+    def stop(step, *_):
+        if step == 16:
+            raise KeyboardInterrupt
+
+    def loaded() -> dict:
+        return load_model(copy)[0].state_dict()
+
+    def same(one: dict, other: dict) -> bool:
+        return all(torch.equal(one[name], other[name]) for name in other)
+
+    final = load_model(copy / "model.safetensors")[0].state_dict()
+    assert same(loaded(), final) and capsys.readouterr().err == ""
+    with pytest.raises(KeyboardInterrupt):
+        trainer(copy, resume=True, epochs=9, checkpoint_every=3, keep=9, on_step=stop).train()
+    path = checkpoints(copy / "checkpoints")[-1]
+    newer = load_checkpoint(path)["model"]
+    assert same(loaded(), newer) and not same(newer, final)
+    assert capsys.readouterr().err == f"Note: {path} is loaded, since {copy}/model.safetensors is older, of step 12\n"
+    (copy / "unfinished").mkdir()
+    (copy / "unfinished" / "checkpoints").symlink_to(copy / "checkpoints")
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    for folder in (copy, copy / "unfinished"):  # with final weights of step 12, and with that checkpoint alone
+        assert same(load_model(folder)[0].state_dict(), final)
+        assert f"Skipped: checkpoint {folder}/checkpoints/{path.name}: expected a compl" in capsys.readouterr().err
+    path.write_bytes(content)
+
+    def spoil(*_):
+        run.model.encoders["a"].weight.detach().fill_(math.nan)
+
+    run = trainer(copy, resume=True, epochs=9, keep=9, on_step=spoil)
+    with pytest.raises(
+        train.TrainingStopped, match=r"no final weights \(model.safetensors is of an earlier step\): 20 "
+    ):
+        run.train()
+    checkpoints(copy / "checkpoints")[-1].unlink()
+    trainer(copy, resume=True, epochs=9).train()
+    assert same(loaded(), load_model(copy / "model.safetensors")[0].state_dict()) and capsys.readouterr().err == ""
+
+
 def test_the_command_extends_a_run_and_starts_from_weights(tmp_path, capsys):
     out, given = tmp_path / "run", files(tmp_path)
     assert cli.main(command(out, *given)) == 0
@@ -395,7 +455,10 @@ def test_the_command_extends_a_run_and_starts_from_weights(tmp_path, capsys):
 
     tuned, short = tmp_path / "tuned", ["--epochs=1", "--batch-size=32", "--device=cpu", "--quiet"]
     begin = ["train", f"--out={tuned}", f"--init={out}", "--k=2", "--no-normalize", *given, *short]
-    assert cli.main(begin) == 0
+    assert cli.main(begin[:-1]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Note")]
+    assert notes == [f"Note: {key}, where the model was trained with {had}" for key, had in (("k 2", 3),
+                     ("normalize False", True))]  # fmt: skip
     manifest = read_manifest(tuned / "manifest.json")
     assert manifest["init"] == str(out)
     model = manifest["model"]

@@ -1,6 +1,8 @@
 """What is refused, by name, before training starts."""
 
 import functools
+import math
+import os
 import resource
 import shutil
 import subprocess
@@ -15,7 +17,7 @@ from kill_and_resume import COMMAND, ENVIRONMENT, arguments, make_features
 from safetensors.torch import save_file
 
 from sparc_kernels import cli, features
-from sparc_kernels.train import Trainer
+from sparc_kernels.train import Trainer, split
 from sparc_kernels.train_config import TrainConfig
 
 ROWS, WIDTHS = 700, {"a": 20, "b": 12}
@@ -105,8 +107,29 @@ def bad(kind: str, folder: Path) -> tuple[list[str], str]:
             np.save(folder / f"v{s}.npy", np.zeros((ROWS, d), np.float32))
         settings = [f"--val-stream={s}={folder}/v{s}.npy" for s in WIDTHS]
         words = (
-            "validation stream 'a': expected few zero rows, got 700 zero rows (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ...) of "
-            "700: most batches would have no finite loss"
+            "validation stream 'a' ({folder}/va.npy) and stream 'b' ({folder}/vb.npy): expected few zero rows, got 700 "
+            "zero rows (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ...) of 700 and 700 zero rows (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, "
+            "...) of 700: most batches would have no finite loss"
+        )
+    elif kind == "held-out zero row":
+        x, (row, _) = streams()["a"].numpy().copy(), split(ROWS, 0.05, 42)[1][0]
+        x[row] = 0
+        np.save(a, x)
+        settings = ["--val-fraction", "0.05", "--seed", "42"]
+        words = f"validation stream 'a' ({{a}}): expected few zero rows, got 1 zero rows ({row}) of 36: most batches"
+    elif kind == "zero rows of two streams":  # of the same samples once
+        for path, s, rows in ((a, "a", slice(3, 9)), (b, "b", slice(8, 13))):
+            x = streams()[s].numpy().copy()
+            x[rows] = 0
+            np.save(path, x)
+        words = (
+            "stream 'a' ({a}) and stream 'b' ({b}): expected few zero rows (max_skipped 100), got 6 zero rows (3, 4, "
+            "5, 6, 7, 8) of 700 and 5 zero rows (8, 9, 10, 11, 12) of 700: without a finite loss, about 7 of 11 batches"
+        )
+    elif kind == "norms that underflow":
+        np.save(b, streams()["b"].numpy() * np.float32(1e-25))
+        words = (
+            "expected few zero rows (max_skipped 100), got 700 rows whose norm is 0 in float32 (0, 1, 2, 3, 4, 5, 6,"
         )
     elif kind == "validation streams":
         settings = [f"--val-stream=a={a}", f"--val-stream=c={b}"]
@@ -114,6 +137,21 @@ def bad(kind: str, folder: Path) -> tuple[list[str], str]:
     elif kind == "out is a file":
         out.write_text("")
         words = "out: expected a folder, got {out}, a file"
+    elif kind == "out below a file":
+        out = a / "run"
+        words = "out: expected a folder to write to, got {out} ({a}: not a folder)"
+    elif kind == "out is a link to nothing":
+        out.symlink_to("nowhere")
+        words = "out: expected a folder to write to, got {out} ({out}: not a folder)"
+    elif kind == "out may not be written to":
+        out.mkdir(mode=0o555)
+        words = "out: expected a folder to write to, got {out} ({out}: no permission to write there)"
+    elif kind == "a lock that cannot be opened":
+        (out / ".lock").mkdir(parents=True)
+        words = "out: expected a folder to write to, got {out} ({out}/.lock: Is a directory)"
+    elif kind == "no weights to start from":
+        settings = [f"--init={a}"]
+        words = "model {a}: expected a torch file of tensors (Weights only load failed)\n"
     elif kind == "folder holds a run":
         run(folder, out)
         words = "out: expected a folder without a run, or resume, got {out}, which holds one"
@@ -169,7 +207,10 @@ KINDS = [
     "no dataset", "row mismatch", "NaN rows", "integers", "empty file", "truncated npy", "truncated HDF5",
     "truncated safetensors", "which tensor", "no such file", "other suffix", "one dimension", "no rows", "not a npy",
     "k above N", "auxk above N", "learning rate", "clipping without gradients", "memory",
-    "validation of everything", "validation widths", "validation zero rows", "validation streams", "out is a file",
+    "validation of everything", "validation widths", "validation zero rows", "held-out zero row",
+    "zero rows of two streams", "norms that underflow", "validation streams",
+    "out is a file", "out below a file", "out is a link to nothing",
+    "out may not be written to", "a lock that cannot be opened", "no weights to start from",
     "folder holds a run",
     "other data", "other settings", "other stream", "damaged checkpoint", "wrong checkpoint kind",
     "damaged manifest", "no GPU",
@@ -181,6 +222,8 @@ def test_refused_by_name_before_training(kind, tmp_path, capsys, monkeypatch):
     if kind == "no GPU" and CUDA:
         pytest.skip("there is one")
     given, words = bad(kind, tmp_path)
+    if kind == "out may not be written to":  # also where root runs the tests
+        monkeypatch.setattr(os, "access", lambda path, mode, **_: path != tmp_path / "run")
     monkeypatch.setattr(Trainer, "train", lambda self: pytest.fail("training began"))
     defaults = {"--k": "4", "--auxk": "6", "--lr": "0.001"}
     settings = [part for flag, value in defaults.items() if flag not in given for part in (flag, value)]
@@ -239,6 +282,35 @@ def test_zero_rows_to_validate_on_are_told_and_their_batches_left_out(capsys):
     assert run(held_out) == want
     note = "Note: validation stream 'b' has 1 zero rows (5) of 128; batches with one are left out of val_loss"
     assert note in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("size", "words"), [(1, "230 zero rows (0, 2, 5, 8, "), (100, "630 zero rows (0, 1, 2, 3, ")])
+def test_a_sample_counts_the_rows_that_it_read(monkeypatch, size, words):
+    """Pieces apart, and pieces that overlap, which are all rows here."""
+    monkeypatch.setattr(features, "_CHECK_BYTES", 80 * size)
+    x = streams() | {"a": streams()["a"].clone()}
+    x["a"][:630] = 0
+    settings = TrainConfig(n_latents=48, k=4, auxk=6, batch_size=16, max_steps=20)
+    with pytest.raises(ValueError) as error:
+        Trainer(settings, x, device="cpu", full_check=False)
+    of = "256 rows read" if size == 1 else "700"
+    assert f"got {words}" in str(error.value) and f"of {of}: without a finite loss, about 20 of 20" in str(error.value)
+    x["a"][:630] = math.nan
+    with pytest.raises(ValueError, match=f"NaN or infinity in {words[:3]} rows: {words[15:19]}"):
+        Trainer(settings, x, device="cpu", full_check=False)
+
+
+def test_a_zero_row_is_told_of_the_part_that_has_it_and_no_finite_loss_too(capsys):
+    x = streams() | {"a": streams()["a"].clone()}
+    held_out = split(ROWS, 0.5, 42)[1]
+    x["a"][held_out[0][0]] = 0
+    trainer = Trainer(TrainConfig(n_latents=48, k=4, auxk=6, batch_size=64, val_fraction=0.5), x, device="cpu")
+    text = capsys.readouterr().out
+    assert f"Note: validation stream 'a' has 1 zero rows ({held_out[0][0]}) of 3" in text and text.count("Note") == 1
+    x["a"].zero_()
+    trainer.close()
+    assert math.isnan(trainer._validate(0)["val_loss"])
+    assert "Note: val_loss is nan, no batch to validate on had a finite loss" in capsys.readouterr().out
 
 
 def test_damaged_rows_that_the_sample_missed_stop_training_by_name(tmp_path, capsys, monkeypatch):
