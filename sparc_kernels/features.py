@@ -84,7 +84,8 @@ class Features:
             CPU. HDF5: the dataset `features`; safetensors, a dict in .pt: the tensor `features` or the only one;
             "FILE:DATASET" takes another. `indices` [n] beside it, as the official scripts write them, must be those of
             the other streams; files without are not compared. Shards: a pattern such as "feats_*.npy", whose files
-            follow each other by their numbers, none of them missing, or a list of paths in the order of their rows.
+            differ in one number and count from 0 or 1, the same in every stream, or are numbered by the rows before
+            them, or a list of paths in the order of their rows.
         normalize: divide every row by (its norm + 1e-8), as the official loader does; zero rows stay zero.
         dtype: of what `read` returns: float32, or float64.
 
@@ -123,6 +124,11 @@ class Features:
         rows = self.sources[first].rows
         if source.rows != rows:
             fail(label, f"{rows:,} rows as in {stream_label(first, streams[first])}", f"{source.rows:,} rows")
+        begins = {o: x.begin for o, x in self.sources.items() if isinstance(x, Shards) and x.begin is not None}
+        for other, begin in begins.items():
+            if begins.get(s, begin) != begin:
+                expected = f"shards from number {begin} on as in {stream_label(other, streams[other])}"
+                fail(label, expected, f"{begins[s]} as the first: name the files one by one where none is missing")
         numbered = next((o for o in self.sources if self.sources[o].indices is not None), s)
         if numbered != s and source.indices is not None:
             had, got, source.indices = self.sources[numbered].indices, source.indices, None
@@ -250,7 +256,8 @@ def _open(name: str, value):
     require(ok, what, "a path, a list of paths or a torch.Tensor [n, d]", value)
     label = stream_label(name, value)
     if several or is_pattern(Path(value)):
-        found = Shards(name, [Path(path) for path in value] if several else matching(label, Path(value)))
+        paths, series = ([Path(path) for path in value], None) if several else matching(label, Path(value))
+        found = Shards(name, paths, label, series)
     else:
         found = open_file(label, Path(value))
     if not found.rows:

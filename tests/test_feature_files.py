@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from sparc_kernels import AlignedSAE
+from sparc_kernels._arguments import stream_features
 from sparc_kernels.checkpoint import export_official, save_checkpoint
 from sparc_kernels.feature_files import MappedRows
 from sparc_kernels.features import Features
@@ -412,12 +413,15 @@ def numbered(folder: Path, *names: str, rows=4) -> dict[str, np.ndarray]:
     [
         ([f"f_{i}.npy" for i in range(12)], "f_*.npy", range(12)),
         (["f_2.npy", "f_10.npy"], "f_[0-9].npy", [0]),
-        (["f_9.npy", "f_10.npy", "f_8.npy"], "f_*.npy", [2, 0, 1]),
-        (["b/f_1.npy", "a/f_0.npy", "a/f_1.npy", "b/f_0.npy"], "*/f_?.npy", [1, 2, 3, 0]),
-        (["r0_s1.npy", "r1_s0.npy", "r0_s0.npy", "r1_s1.npy", "r1_s2.npy"], "*.npy", [2, 0, 1, 3, 4]),
+        (["f_9.npy", "f_10.npy", "f_8.npy"], "f_[0-9]*.npy", [2, 0, 1]),  # part of them on purpose
+        (["r7_s1.npy", "r7_s2.npy"], "r7_*.npy", [0, 1]),
+        (["r7_s3.npy"], "r7_s3*.np[y]", [0]),
+        ([f"d{i}/f_3.npy" for i in range(11)], "d*/f_3.npy", range(11)),
+        (["f_08.npy", "f_04.npy", "f_00.npy"], "f_*.npy", [2, 1, 0]),  # of 4 rows each
+        (["f_0.npy", "f_4.npy"], "f_*.npy", [0, 1]),
+        (["f.npy"], "f*", [0]),
         (["f-00002-of-00002.npy", "f-00001-of-00002.npy"], "f*", [1, 0]),
         (["f-00001-of-00009.npy"], "f-0000[1-3]*", [0]),  # part of them on purpose
-        (["f_1e4f.npy", "f_7e4f.npy", "f.npy"], "f*", [2, 0, 1]),  # names that only look like numbers
     ],
 )
 def test_a_pattern_takes_its_files_in_the_order_of_their_numbers(tmp_path, monkeypatch, names, pattern, order):
@@ -433,19 +437,31 @@ def test_a_pattern_takes_its_files_in_the_order_of_their_numbers(tmp_path, monke
         monkeypatch.chdir(tmp_path)
 
 
+ONE = "expected files that differ in one number, or a list of them (--stream NAME=FILE,FILE), got "
+
+
 @pytest.mark.parametrize(
     ("names", "pattern", "words"),
     [
         (["f_0.npy", "f_1.npy", "f_3.npy"], "f_*.npy", "expected {folder}/f_2.npy, got f_3.npy after f_1.npy: a shard"),
-        (["f_008.npy", "f_010.npy"], "f_*.npy", "expected {folder}/f_009.npy, got f_010.npy after f_008.npy: a shard"),
+        (["f_008.npy", "f_010.npy"], "f_[0]*", "expected {folder}/f_009.npy, got f_010.npy after f_008.npy: a shard"),
+        (["f_1.npy", "f_5.npy"], "f_*.npy", "expected {folder}/f_2.npy, got f_5.npy after f_1.npy: a shard"),
+        (["f_00.npy", "f_08.npy"], "f_*.npy", "expected {folder}/f_01.npy or {folder}/f_04.npy, got f_08.npy "),
+        (["f_0.npy", "f_4.npy", "f_12.npy"], "f_*", "expected {folder}/f_8.npy, got f_12.npy after f_4.npy: a shard"),
+        (["f_2.npy", "f_3.npy"], "f_*.npy", "expected numbers from 0 or 1 on, or a list of the files ("),
+        (["f_2.npy"], "f_*.npy", "expected numbers from 0 or 1 on, or a list of the files ("),
+        (["f_0.npy", "f_1.npy", "f_extra.npy"], "f_*.npy", f"{ONE}{{folder}}/f_0.npy and {{folder}}/f_extra.npy"),
+        (["a/f_0.npy", "b/f_0.npy"], "*/f_?.npy", f"{ONE}{{folder}}/a/f_0.npy and {{folder}}/b/f_0.npy"),
+        (["f_1e4f.npy", "f_7e4f.npy"], "f*", f"{ONE}{{folder}}/f_1e4f.npy and {{folder}}/f_7e4f.npy"),
+        (["f_2024-01-31.npy", "f_2024-02-01.npy"], "f*", f"{ONE}{{folder}}/f_2024-01-31.npy and {{folder}}/f_2024-02"),
         (["f_1.npy", "f_01.npy"], "f_*.npy", "expected one file of each number, got {folder}/f_01.npy and "),
         (["f_1.npy", "f_1.pt"], "f_*", "expected one file of each number, got {folder}/f_1.npy and {folder}/f_1.pt"),
-        (["r0_s0.npy", "r0_s1.npy", "r1_s1.npy"], "*.npy", "expected {folder}/r1_s0.npy, got r1_s1.npy after r0"),
-        (["r0_s0.npy", "r2_s0.npy"], "*.npy", "expected {folder}/r1_s0.npy, got r2_s0.npy after r0_s0.npy"),
+        (["r0_s0.npy", "r0_s1.npy", "r1_s1.npy"], "*.npy", f"{ONE}{{folder}}/r0_s0.npy and {{folder}}/r1_s1.npy"),
+        (["r0_s0.npy", "r2_s0.npy"], "*.npy", "expected {folder}/r1_s0.npy or {folder}/r4_s0.npy, got r2_s0.npy "),
         (["f-0-of-3.npy", "f-1-of-3.npy"], "f*", "expected 3 files, as their names say, got 2, from {folder}/f-0-of-3"),
         (["f_0.npy"], "g_*.npy", "expected files of this pattern, got none"),
         (["f_0.npy", "f_1.csv"], "f_*", "expected a file ending in .h5, .hdf5, .safetensors, .npy, .pt, .pth, got"),
-        (["f_0.npy", "g/f_0.npy"], "*", "/g): expected a file, or a pattern for several ({folder}/g/*.npy), got a"),
+        (["g_0/f_0.npy"], "g*", "/g_0): expected a file, or a pattern for several ({folder}/g_0/*.npy), got a"),
     ],
 )  # fmt: skip
 def test_a_pattern_loses_no_file_silently(tmp_path, names, pattern, words):
@@ -455,6 +471,36 @@ def test_a_pattern_loses_no_file_silently(tmp_path, names, pattern, words):
     with pytest.raises(ValueError) as error:
         Features({"a": tmp_path / pattern})
     assert str(error.value).startswith(f"stream 'a' ({tmp_path}/") and words.format(folder=tmp_path) in str(error.value)
+
+
+def test_shards_of_streams_begin_with_the_same_number(tmp_path):
+    """Of as many rows, a first shard that is missing would shift all pairs."""
+    numbered(tmp_path, *(f"a_{i}.npy" for i in (1, 2, 3)), *(f"b_{i}.npy" for i in (0, 1, 2)))
+    numbered(tmp_path, "c_0.npy", rows=12)
+    a, b = tmp_path / "a_*.npy", tmp_path / "b_*.npy"
+    with pytest.raises(ValueError) as error:
+        Features({"a": a, "x": torch.ones(12, 3), "b": b})
+    expected = f"shards from number 1 on as in stream 'a' ({a}), got 0 as the first: name the files one by one"
+    assert str(error.value).startswith(f"stream 'b' ({b}): expected {expected}")
+    Features({"c": tmp_path / "c_*.npy", "b": b, "a": [tmp_path / f"a_{i}.npy" for i in (1, 2, 3)]}).close()
+
+
+def test_the_command_line_lists_shards(tmp_path):
+    """For names that are no numbers; a comma in the name of a file is a part of it."""
+    with h5py.File(tmp_path / "z.h5", "w") as file:
+        file["a,b.npy"] = np.ones((4, 3), "<f4")
+    numbered(tmp_path, "d_01-31.npy", "d_02-01.npy", "e,1.npy", "x.npy", "x.npy,d_01-31.npy")
+    for files, want in (
+        (["d_01-31.npy", "d_02-01.npy", "x.npy"], 12),
+        (["z.h5:a,b.npy"], None),
+        (["e,1.npy"], None),
+        (["e,*.npy"], None),
+        (["x.npy,d_01-31.npy"], None),
+        (["x.npy", "z.h5:a"], 4),
+    ):
+        name, found = stream_features("a=" + ",".join(str(tmp_path / file) for file in files))
+        assert (name, found) == ("a", [tmp_path / f for f in files] if len(files) > 1 else tmp_path / files[0])
+        assert isinstance(found, list) == (want is not None)
 
 
 def test_shards_of_another_kind_are_named(tmp_path):
