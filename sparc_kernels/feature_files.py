@@ -11,6 +11,7 @@ import re
 import struct
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ INDICES = "indices"  # beside it: which sample each row describes
 SUFFIXES = {".h5": "HDF5", ".hdf5": "HDF5", ".safetensors": "safetensors", ".npy": "NumPy"}
 SUFFIXES |= {".pt": "torch", ".pth": "torch"}
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_CHECK_BYTES = 8 << 20  # of a record at a time
 _AROUND = 2 << 20  # bytes beside what is read that the kernel may have mapped with it
 
 
@@ -36,9 +38,12 @@ class MappedRows:
 
     chunk_rows, indices = 1, None
 
-    def __init__(self, path: Path, offset: int, rows: int, width: int, dtype: torch.dtype, strides=None):
-        """strides: bytes from row to row and from value to value; None: rows one after another."""
-        self.rows, self.width, self.dtype = rows, width, dtype
+    def __init__(self, path: Path, offset: int, rows: int, width: int, dtype: torch.dtype, strides=None, record=None):
+        """strides: bytes from row to row and from value to value; None: rows one after another.
+
+        record: (start, bytes, CRC-32) of the part of the file that holds them, for `check`.
+        """
+        self.rows, self.width, self.dtype, self._record = rows, width, dtype, record
         self._path, self._offset, self._strides = path, offset, strides or (width * dtype.itemsize, dtype.itemsize)
         self._open()
 
@@ -55,12 +60,29 @@ class MappedRows:
         out = torch.empty(math.prod(shape) * size, dtype=torch.uint8, device="cpu")
         rows = np.ndarray(shape, f"u{size}", self._map, first, self._strides)
         np.copyto(out.numpy().view(rows.dtype).reshape(shape), rows)
-        if hasattr(mmap, "MADV_DONTNEED"):  # or the pages would count as this process's until the system is short
-            last = first + sum((n - 1) * stride for n, stride in zip(shape, self._strides, strict=True))
-            begin = max(0, first - _AROUND) // mmap.PAGESIZE * mmap.PAGESIZE
-            length = min(last + size + _AROUND, len(self._map)) - begin
-            self._map.madvise(mmap.MADV_DONTNEED, begin, length)
+        last = first + sum((n - 1) * stride for n, stride in zip(shape, self._strides, strict=True))
+        self._drop(first, last + size)
         return out.view(self.dtype).view(shape)
+
+    def _drop(self, first: int, last: int) -> None:
+        """Pages that were read, which would count as this process's until the system is short."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            begin = max(0, first - _AROUND) // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, begin, min(last + _AROUND, len(self._map)) - begin)
+
+    def check(self, label: str) -> None:
+        """Raise ValueError where the file has a checksum of its values and they have another: `.pt` alone has one."""
+        start, size, expected = self._record or (0, 0, 0)
+        if not expected:  # 0: torch was told not to take checksums
+            return
+        if self._map.closed:
+            self._open()
+        crc = 0
+        for first in range(start, start + size, _CHECK_BYTES):
+            n = min(_CHECK_BYTES, start + size - first)
+            crc = zlib.crc32(np.frombuffer(self._map, np.uint8, n, first), crc)
+            self._drop(first, first + n)
+        require(crc == expected, label, f"values of the CRC-32 {expected:08x} in the file", f"{crc:08x}: it is damaged")
 
     def close(self) -> None:
         self._map.close()
@@ -211,23 +233,23 @@ def _open_torch(label: str, path: Path, name: str | None):
         size, start = x.element_size(), getattr(x.untyped_storage(), "_checkpoint_offset", None)
         first, strides = x.storage_offset() * size, [stride * size for stride in x.stride()]
         stop = first + sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True)) + size
-        within = start in records and (not x.numel() or stop <= records[start])
+        within = start in records and (not x.numel() or stop <= records[start][0])
         require(within, label, f"the values of {name!r} in the file", "none, compressed ones or too few")
-        return MappedRows(path, start + first, len(x), width, x.dtype, (*strides, size)[:2])
+        return MappedRows(path, start + first, len(x), width, x.dtype, (*strides, size)[:2], (start, *records[start]))
 
     x = tensors[name]
     _check_shape(label, tuple(x.shape), str(x.dtype).removeprefix("torch."), x.dtype if x.dtype in FLOATS else None)
     found = rows_of(name, x.shape[1])
     if INDICES in tensors and name != INDICES:
+        indices = rows_of(INDICES, 1)
+        indices.check(label)
         shape = tensors[INDICES].shape
-        found.indices = _read_indices(
-            label, shape, found.rows, lambda: rows_of(INDICES, 1).read(0, found.rows).flatten().numpy()
-        )
+        found.indices = _read_indices(label, shape, found.rows, lambda: indices.read(0, len(x)).flatten().numpy())
     return found
 
 
-def _torch_records(path: Path) -> tuple[str, dict[int, int]]:
-    """Byte order, and {start: bytes} of the stored records of values, of a zip file whose other records are whole."""
+def _torch_records(path: Path) -> tuple[str, dict[int, tuple[int, int]]]:
+    """Byte order, and {start: (bytes, CRC-32)} of the stored records of values, of a zip file with the others whole."""
     order, records = "little", {}
     with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
         for record in archive.infolist():
@@ -239,7 +261,7 @@ def _torch_records(path: Path) -> tuple[str, dict[int, int]]:
                 signature, name, extra = struct.unpack("<4s22xHH", file.read(30))
                 start = record.header_offset + 30 + name + extra
                 if signature == b"PK\3\4" and start + record.file_size <= archive.start_dir:
-                    records[start] = record.file_size
+                    records[start] = record.file_size, record.CRC
     return order, records
 
 

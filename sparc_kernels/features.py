@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ._checks import check_bool, check_tensor, fail, require
 from ._launch import MAX_STREAMS
-from .feature_files import open_file
+from .feature_files import MappedRows, open_file
 from .shards import Shards, absolute, is_pattern, matching, stream_label
 
 Stream = str | Path | Sequence[str | Path] | Tensor  # what the rows of one are given as
@@ -169,14 +169,17 @@ class Features:
         """Read everything once (or, not `full`, 256 pieces spread over the rows) before it is used.
 
         Raises: ValueError that names the stream, and the first rows that hold NaN or infinity, or are too large: whose
-        values overflow `dtype`, or whose norm does where rows are divided by it (they would become 0).
+        values overflow `dtype`, or whose norm does where rows are divided by it (they would become 0). `full`: also the
+        `.pt` file whose values have not the checksum that it gives.
         """
         summaries = {s: self._check_stream(s, full) for s in self.sources}
         self._checked = self._checked or full
         return summaries
 
     def _check_stream(self, s: str, full: bool) -> StreamSummary:
-        source = self.sources[s]
+        label, source = stream_label(s, self.paths[s]), self.sources[s]
+        if full and isinstance(source, (MappedRows, Shards)):
+            source.check(label)
         size = max(1, _CHECK_BYTES // (source.width * source.dtype.itemsize))
         starts = range(0, self.rows, size)
         if not full and len(starts) > 1:
@@ -200,7 +203,7 @@ class Features:
             total += x.sum(0, dtype=torch.float64)
             power += float(x.square().sum(dtype=torch.float64))
             count += len(x)
-        label, what = stream_label(s, self.paths[s]), "norm fits" if self.normalize else "values fit"
+        what = "norm fits" if self.normalize else "values fit"
         expected = f"rows whose {what} {str(self.dtype).removeprefix('torch.')}"
         for rows, wanted, got in ((bad, "finite features", "NaN or infinity"), (large, expected, "too large features")):
             if rows.count:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ._checks import fail, require
-from .feature_files import open_file, split_dataset
+from .feature_files import MappedRows, open_file, split_dataset
 
 _COUNT = "[0-9]+(?![0-9A-Za-z])"  # 3f2a is none
 LISTED = "--stream NAME=FILE,FILE"
@@ -215,6 +215,13 @@ class Shards:
                     pieces.append(self._part(i).read(first, first + n))
                 i, first, left = i + 1, 0, left - n
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def check(self, label: str) -> None:
+        """`MappedRows.check` of each file, which is named in place of `label`."""
+        with self._lock:
+            for i, part in enumerate(self._parts):
+                if isinstance(part, MappedRows):
+                    self._part(i).check(stream_label(self._stream, self._files[i]))
 
     def close(self) -> None:
         for part in self._parts:

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import struct
 import tempfile
 import zipfile
 from pathlib import Path
@@ -10,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from damage import scratched
+from damage import flipped, scratched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -290,6 +291,38 @@ def test_a_damaged_file_is_refused_by_name_or_read_as_its_library_does(tmp_path,
         return
     want = as_the_library_reads(path)
     assert (got.dtype, got.shape, got.tobytes()) == (want.dtype, want.shape, want.tobytes())
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_damaged_torch_file_is_never_read_as_other_values(tmp_path, seed):
+    """It has a checksum of its values, which torch itself does not look at."""
+    generator = np.random.default_rng(seed)
+    x = generator.standard_normal((40, 6)).astype("<f4")
+    path = (torch_dict, torch_view, torch_file, shards)[seed % 4](tmp_path, x)
+    file = generator.choice(sorted(file for file in tmp_path.rglob("*.pt*")))
+    content = file.read_bytes()
+    file.write_bytes((flipped if seed % 8 < 6 else scratched)(content, generator))
+    try:
+        with Features({"a": path}, normalize=False) as found:
+            found.check()
+            assert found.sources["a"].read(0, found.rows).numpy().tobytes() == x.tobytes()
+    except ValueError as error:
+        assert str(error).startswith((f"stream 'a' ({path}): expected ", f"stream 'a' ({file}): expected ")), error
+
+
+def test_checksums_are_compared_over_all_values(tmp_path, monkeypatch):
+    monkeypatch.setattr("sparc_kernels.feature_files._CHECK_BYTES", 100)
+    path = torch_file(tmp_path, torch.full((40, 6), 5.0), indices=torch.arange(40))
+    whole, refused = path.read_bytes(), r"x\.pt\): expected values of the CRC-32 [0-9a-f]{8} in the file, got "
+    values = whole.find(240 * struct.pack("<f", 5))
+    for place in (values, values + 239 * 4, whole.find(struct.pack("<q", 38)), whole.find(struct.pack("<q", 39))):
+        path.write_bytes(whole[:place] + b"\x01" + whole[place + 1 :])
+        with pytest.raises(ValueError, match=refused):
+            Features({"a": path}).check()
+    path.write_bytes(whole)
+    with Features({"a": path}) as found:
+        found.close()
+        found.check()
 
 
 @pytest.mark.parametrize(
