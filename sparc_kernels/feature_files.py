@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import mmap
@@ -12,7 +13,7 @@ import struct
 import sys
 import zipfile
 import zlib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ SUFFIXES = {".h5": "HDF5", ".hdf5": "HDF5", ".safetensors": "safetensors", ".npy
 SUFFIXES |= {".pt": "torch", ".pth": "torch"}
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _CHECK_BYTES = 8 << 20  # of a record at a time
+_COMPARABLE = r"[<>|]?(bool|u?int|float|[biufSU])\d*"  # dtypes of `indices`, as NumPy, torch or safetensors name them
 _AROUND = 2 << 20  # bytes beside what is read that the kernel may have mapped with it
 
 
@@ -187,7 +189,8 @@ def _open_safetensors(label: str, path: Path, name: str | None):
     found = MappedRows(path, 8 + length + entry["data_offsets"][0], *entry["shape"], kind)
     if INDICES in names and name != INDICES:
         with safe_open(path, framework="np") as file:
-            found.indices = _read_indices(label, header[INDICES]["shape"], found.rows, lambda: file.get_tensor(INDICES))
+            shape, kind = header[INDICES]["shape"], header[INDICES]["dtype"]
+            found.indices = _read_indices(label, shape, found.rows, kind, lambda: file.get_tensor(INDICES))
     return found
 
 
@@ -219,12 +222,13 @@ def _open_torch(label: str, path: Path, name: str | None):
         fail(label, whole, f"one that cannot be read ({first_line(error).partition('. ')[0]})")
     if isinstance(found, Tensor):
         require(name is None, label, f"a dict with {name!r}", "a tensor without a name")
-        tensors, name = {DATASET: found}, DATASET
+        tensors, name, beside = {DATASET: found}, DATASET, None
     else:
         require(isinstance(found, dict), label, "a tensor [n, d] or a dict of them", found)
         model = found.get("model")  # in a training checkpoint
         tensors = {n: x for n, x in found.items() if isinstance(n, str) and isinstance(x, Tensor)}
         name = _choose(label, list(tensors), name, model if isinstance(model, dict) else ())
+        beside = found.get(INDICES) if name != INDICES else None
 
     def rows_of(name: str, width: int) -> MappedRows:
         x = tensors[name]
@@ -240,11 +244,17 @@ def _open_torch(label: str, path: Path, name: str | None):
     x = tensors[name]
     _check_shape(label, tuple(x.shape), str(x.dtype).removeprefix("torch."), x.dtype if x.dtype in FLOATS else None)
     found = rows_of(name, x.shape[1])
-    if INDICES in tensors and name != INDICES:
-        indices = rows_of(INDICES, 1)
+    if isinstance(beside, Tensor):
+        indices, kind = rows_of(INDICES, 1), str(beside.dtype).removeprefix("torch.")
         indices.check(label)
-        shape = tensors[INDICES].shape
-        found.indices = _read_indices(label, shape, found.rows, lambda: indices.read(0, len(x)).flatten().numpy())
+        read = functools.partial(indices.read, 0, found.rows)
+        found.indices = _read_indices(label, beside.shape, found.rows, kind, lambda: read().flatten().numpy())
+    elif beside is not None:
+        require(isinstance(beside, (list, tuple)), label, "`indices` in a tensor or a list", beside)
+        with reading(label, "`indices` of numbers or texts alone", "others"):
+            given = np.array(beside)
+            given = np.char.encode(given) if given.dtype.kind == "U" else given  # as HDF5 has texts
+        found.indices = _read_indices(label, given.shape, found.rows, str(given.dtype), lambda: given)
     return found
 
 
@@ -271,11 +281,21 @@ def _listed(names) -> str:
     return f"{some} (FILE:DATASET takes one of them)" if some else "nothing"
 
 
-def _read_indices(label: str, shape, rows: int, read) -> np.ndarray:
-    """What `read()` returns: `indices` [rows], refused where they end in zeros that were never overwritten."""
+def _read_indices(label: str, shape, rows: int, kind: str, read) -> np.ndarray:
+    """What `read()` returns: `indices` [rows] of the dtype called `kind`, numbers or texts.
+
+    Raises: ValueError; also where some are NaN, or where they end in zeros that were never overwritten.
+    """
     require(list(shape or ()) == [rows], label, f"`indices` of shape [{rows}]", f"shape {list(shape or ())}")
+    compared, is_object = "`indices` that are whole numbers, floats or texts", kind == "object"
+    require(is_object or bool(re.fullmatch(_COMPARABLE, kind, re.IGNORECASE)), label, compared, kind)
     with reading(label, "`indices` that can be read", "damaged ones"):
         indices = read()
+    require(not is_object or all(isinstance(x, (str, bytes)) for x in indices), label, compared, "objects")
+    if indices.dtype.kind not in "biuf":
+        return indices
+    nan = np.flatnonzero(indices != indices)
+    require(not len(nan), label, "`indices` that are no NaN", f"NaN in row {nan[0] if len(nan) else 0:,}")
     zero = indices == 0
     if rows and zero[-1] and zero.sum() > 1:  # one zero may be the index of the sample
         start = 1 if zero.all() else rows - int(np.argmin(zero[::-1]))
@@ -301,15 +321,17 @@ def _open_hdf5(label: str, path: Path, name: str | None):
         _check_shape(label, shape, str(stored), kind)
         with reading(label, "a complete HDF5 file"):
             gap, offset = _gap(dataset), _mappable(file, dataset)
-            beside = file.get(f"{name.rpartition('/')[0]}/{INDICES}")
+            near, *above = (file.get(str(group / INDICES)) for group in PurePosixPath("/", name).parents)
+            given = [x for x in (near, *above) if isinstance(x, h5py.Dataset) and (x is near or x.shape == shape[:1])]
+            kinds = [str(x.dtype) for x in given[:1]]
         require(not gap, label, f"all of the dataset {name!r}", gap)
         if offset is None:
             found = HDF5Rows(label, name, file, dataset, kind)
         else:
             _check_length(label, path, offset + shape[0] * shape[1] * kind.itemsize)
             found = MappedRows(path, offset, *shape, kind)
-        if isinstance(beside, h5py.Dataset):
-            found.indices = _read_indices(label, beside.shape, found.rows, lambda: beside[()])
+        for indices, kind in zip(given, kinds, strict=False):
+            found.indices = _read_indices(label, indices.shape, found.rows, kind, lambda x=indices: x[()])
         if offset is None:
             stack.pop_all()
     return found
