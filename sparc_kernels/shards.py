@@ -183,8 +183,9 @@ class Shards:
     def _part(self, i: int):
         """A file, which stays open until so many others were read, and must not change before it is opened again."""
         if i not in self._open:
-            same = _age(self._files[i]) == self._seen[i]
-            require(same, stream_label(self._stream, self._files[i]), "the file as it was when opened", "a changed one")
+            label, asked = stream_label(self._stream, self._files[i]), "the file as it was when opened"
+            require(self._files[i].exists(), label, asked, "nothing there")
+            require(_age(self._files[i]) == self._seen[i], label, asked, "a changed one")
         self._open[i] = self._open.pop(i, None)
         if len(self._open) > OPEN:
             self._parts[oldest := next(iter(self._open))].close()

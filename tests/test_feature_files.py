@@ -599,6 +599,9 @@ def test_many_shards_keep_few_files_open_and_must_not_change(tmp_path, monkeypat
         found.read(8, 20)
         with pytest.raises(ValueError, match=r"s0/x\.\w+\): expected the file as it was when opened, got a ch"):
             found.read(0, 1)
+        next(folders[1].glob("x.*")).unlink()
+        with pytest.raises(ValueError, match=r"s1/x\.\w+\): expected the file as it was when opened, got nothing t"):
+            found.read(2, 3)
     assert open_files(tmp_path) == before
 
 
