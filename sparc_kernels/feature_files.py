@@ -229,12 +229,17 @@ def _open_torch(label: str, path: Path, name: str | None):
         tensors = {n: x for n, x in found.items() if isinstance(n, str) and isinstance(x, Tensor)}
         name = _choose(label, list(tensors), name, model if isinstance(model, dict) else ())
         beside = found.get(INDICES) if name != INDICES else None
+    storages = {n: x.untyped_storage() for n, x in tensors.items() if x.layout == torch.strided}
+    starts = {n: getattr(storage, "_checkpoint_offset", None) for n, storage in storages.items()}
+    told = not (records and starts) or any(start is not None for start in starts.values())
+    require(told, label, "a PyTorch that tells where .pt files have their values, as 2.13 does",
+            f"{torch.__version__}, which does not: save them as .npy or safetensors")  # fmt: skip
 
     def rows_of(name: str, width: int) -> MappedRows:
         x = tensors[name]
         require(x.layout == torch.strided, label, "a dense tensor", f"one of layout {x.layout}")
         require(not x.is_neg(), label, "a plain tensor", "a view that negates its values: save a clone of it")
-        size, start = x.element_size(), getattr(x.untyped_storage(), "_checkpoint_offset", None)
+        size, start = x.element_size(), starts[name]
         first, strides = x.storage_offset() * size, [stride * size for stride in x.stride()]
         stop = first + sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True)) + size
         within = start in records and (not x.numel() or stop <= records[start][0])

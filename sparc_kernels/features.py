@@ -83,9 +83,9 @@ class Features:
         streams: name -> path of a .h5, .hdf5, .safetensors, .npy, .pt or .pth file, or a floating tensor [n, d] on the
             CPU. HDF5: the dataset `features`; safetensors, a dict in .pt: the tensor `features` or the only one;
             "FILE:DATASET" takes another. `indices` [n] beside it, as the official scripts write them (HDF5: or of a
-            group above), must be those of the other streams; files without are not compared. Shards: a pattern such as "feats_*.npy", whose files
-            differ in one number and count from 0 or 1, the same in every stream, or are numbered by the rows before
-            them, or a list of paths in the order of their rows.
+            group above), must be those of the other streams; files without are not compared. Shards: a pattern such
+            as "feats_*.npy", whose files differ in one number and count from 0 or 1, the same in every stream, or are
+            numbered by the rows before them, or a list of paths in the order of their rows.
         normalize: divide every row by (its norm + 1e-8), as the official loader does; zero rows stay zero.
         dtype: of what `read` returns: float32, or float64.
 

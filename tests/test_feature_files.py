@@ -419,6 +419,22 @@ def test_torch_files_packed_again_or_without_checksums_are_read(tmp_path):
         assert all(torch.equal(x, torch.ones(4, 3)) for x in found.read(0, 4).values())
 
 
+def test_a_torch_that_does_not_tell_places_is_named(tmp_path, monkeypatch):
+    """The attribute of a storage that says where its values are is no public one."""
+    path, load = torch_file(tmp_path, torch.ones(4, 3)), torch.load
+
+    def without(*args, **options):
+        found = load(*args, **options)
+        del found.untyped_storage()._checkpoint_offset
+        return found
+
+    monkeypatch.setattr(torch, "load", without)
+    with pytest.raises(ValueError) as error:
+        Features({"a": path})
+    expected = "expected a PyTorch that tells where .pt files have their values, as 2.13 does, got "
+    assert str(error.value).startswith(f"stream 'a' ({path}): {expected}{torch.__version__}, which does not: save")
+
+
 def test_virtual_rows_without_an_end_are_read(tmp_path):
     """A mapping that grows with its source has no count of values, and no end to compare with the source's shape."""
     x, endless = np.arange(24, dtype="<f4").reshape(6, 4), slice(0, h5py.h5s.UNLIMITED)
