@@ -54,7 +54,7 @@ class MappedRows:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def read(self, start: int, stop: int) -> Tensor:
-        """[stop - start, width], a copy; opens a closed file again."""
+        """[stop - start, width] of `dtype`, rows start to stop - 1, a copy on the CPU; opens a closed file again."""
         if self._map.closed:
             self._open()
         shape, size = (stop - start, self.width), self.dtype.itemsize
@@ -119,7 +119,12 @@ class HDF5Rows:
 
 
 def open_file(label: str, value: Path) -> MappedRows | HDF5Rows:
-    """The rows of FILE or FILE:DATASET; `label` names it in errors."""
+    """The rows of FILE or FILE:DATASET; `label` names it in errors.
+
+    Raises: ValueError where nothing, a folder or a file of another kind is there, where the file is damaged as far as
+    its header or its library tells, holds no features [n, d] under that name, or `indices` that are not one for each
+    row; ImportError where h5py or safetensors is missing. Values are not read: `MappedRows.check`.
+    """
     path, dataset = split_dataset(value)
     kind = SUFFIXES.get(path.suffix.lower())
     try:
@@ -219,6 +224,7 @@ def _open_torch(label: str, path: Path, name: str | None):
     except Exception as error:
         objects = re.search(r"Unsupported .*?(?= was not|$)", str(error), re.MULTILINE)
         require(objects is None, label, "a file of tensors alone", f"other objects ({objects and objects[0]})")
+        require("quantized" not in first_line(error), label, "dense tensors", "a quantised one: save its dequantize()")
         fail(label, whole, f"one that cannot be read ({first_line(error).partition('. ')[0]})")
     if isinstance(found, Tensor):
         require(name is None, label, f"a dict with {name!r}", "a tensor without a name")
@@ -227,6 +233,10 @@ def _open_torch(label: str, path: Path, name: str | None):
         require(isinstance(found, dict), label, "a tensor [n, d] or a dict of them", found)
         model = found.get("model")  # in a training checkpoint
         tensors = {n: x for n, x in found.items() if isinstance(n, str) and isinstance(x, Tensor)}
+        if not tensors:
+            others, asked = [repr(n) for n, x in found.items() if isinstance(x, Tensor)], found.get(name or DATASET)
+            require(not others, label, "tensors whose names are texts", ", ".join(others[:5]))
+            require(asked is None, label, f"a tensor {name or DATASET!r}", asked)
         name = _choose(label, list(tensors), name, model if isinstance(model, dict) else ())
         beside = found.get(INDICES) if name != INDICES else None
     storages = {n: x.untyped_storage() for n, x in tensors.items() if x.layout == torch.strided}

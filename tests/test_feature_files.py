@@ -4,6 +4,7 @@ import os
 import pickle
 import struct
 import tempfile
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -377,6 +378,13 @@ def saved(x, **options):
     return lambda folder: torch.save(x, folder / "x.pt", **options)
 
 
+def quantised(folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated
+        x = torch.quantize_per_tensor(torch.ones(4, 3), 0.1, 0, torch.qint8)
+        torch.save({"features": x}, folder / "x.pt")
+
+
 OLD = "an older one or a plain pickle, which cannot be mapped: load and torch.save it again"
 WEIGHTS = "expected features, got the weights of a model (encoders.a.weight, ...)"
 
@@ -391,7 +399,9 @@ WEIGHTS = "expected features, got the weights of a model (encoders.a.weight, ...
         (saved(torch.nn.Linear(3, 4)), "other objects (Unsupported global: GLOBAL torch.nn.modules.linear.Linear)"),
         (saved({"a": torch.ones(4, 3), "b": torch.ones(4, 3)}), "'features', or only one, got 2 tensors: a, b (FILE:"),
         (saved({"model": {"a": torch.ones(4, 3), 1: 2}}), "'features', or only one, got 0 tensors: nothing"),
-        (saved({"features": [1, 2]}), "expected a tensor 'features', or only one, got 0 tensors: nothing"),
+        (saved({"features": [1, 2]}), "expected a tensor 'features', got a list"),
+        (saved({0: torch.ones(4, 3), 1: torch.ones(4, 3)}), "expected tensors whose names are texts, got 0, 1"),
+        (quantised, "expected dense tensors, got a quantised one: save its dequantize()"),
         (saved(torch.eye(3).to_sparse()), "expected a dense tensor, got one of layout torch.sparse_coo"),
         (saved(torch.ones(4, 3, dtype=torch.complex64).conj().imag), "a plain tensor, got a view that negates its"),
         (saved(torch.ones(4, 3, device="meta")), "the values of 'features' in the file, got none"),
