@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from sparc_kernels import AlignedSAE
-from sparc_kernels._arguments import stream_features
 from sparc_kernels.checkpoint import export_official, save_checkpoint
 from sparc_kernels.feature_files import MappedRows
 from sparc_kernels.features import Features
@@ -476,8 +475,7 @@ def numbered(folder: Path, *names: str, rows=4) -> dict[str, np.ndarray]:
         (["r7_s1.npy", "r7_s2.npy"], "r7_*.npy", [0, 1]),
         (["r7_s3.npy"], "r7_s3*.np[y]", [0]),
         ([f"d{i}/f_3.npy" for i in range(11)], "d*/f_3.npy", range(11)),
-        (["f_08.npy", "f_04.npy", "f_00.npy"], "f_*.npy", [2, 1, 0]),  # of 4 rows each
-        (["f_0.npy", "f_4.npy"], "f_*.npy", [0, 1]),
+        (["f_08.npy", "f_4.npy", "f_00.npy"], "f_*.npy", [2, 1, 0]),  # of 4 rows each
         (["f.npy"], "f*", [0]),
         (["f-00002-of-00002.npy", "f-00001-of-00002.npy"], "f*", [1, 0]),
         (["f-00001-of-00009.npy"], "f-0000[1-3]*", [0]),  # part of them on purpose
@@ -544,24 +542,6 @@ def test_shards_of_streams_begin_with_the_same_number(tmp_path):
     Features({"c": tmp_path / "c_*.npy", "b": b, "a": [tmp_path / f"a_{i}.npy" for i in (1, 2, 3)]}).close()
 
 
-def test_the_command_line_lists_shards(tmp_path):
-    """For names that are no numbers; a comma in the name of a file is a part of it."""
-    with h5py.File(tmp_path / "z.h5", "w") as file:
-        file["a,b.npy"] = np.ones((4, 3), "<f4")
-    numbered(tmp_path, "d_01-31.npy", "d_02-01.npy", "e,1.npy", "x.npy", "x.npy,d_01-31.npy")
-    for files, want in (
-        (["d_01-31.npy", "d_02-01.npy", "x.npy"], 12),
-        (["z.h5:a,b.npy"], None),
-        (["e,1.npy"], None),
-        (["e,*.npy"], None),
-        (["x.npy,d_01-31.npy"], None),
-        (["x.npy", "z.h5:a"], 4),
-    ):
-        name, found = stream_features("a=" + ",".join(str(tmp_path / file) for file in files))
-        assert (name, found) == ("a", [tmp_path / f for f in files] if len(files) > 1 else tmp_path / files[0])
-        assert isinstance(found, list) == (want is not None)
-
-
 def test_shards_of_another_kind_are_named(tmp_path):
     numbered(tmp_path, "f_0.npy", "f_1.npy", "f_2.npy")
     pattern, last = tmp_path / "f_*.npy", tmp_path / "f_2.npy"
@@ -583,24 +563,6 @@ def test_shards_of_another_kind_are_named(tmp_path):
     numbered(tmp_path, "f_2.npy")
     with pytest.raises(ValueError, match=rf"stream 'a' \({last} and 1 more\): expected 4 rows as in stream 'b', got 8"):
         Features({"b": torch.ones(4, 3), "a": [last, last]})
-
-
-def test_indices_of_shards_are_compared_over_all_of_them(tmp_path):
-    def write(name: str, *parts):
-        for i, indices in enumerate(parts):
-            with h5py.File(tmp_path / f"{name}_{i}.h5", "w") as file:
-                file["features"] = np.ones((len(indices), 3), "<f4")
-                if None not in indices:
-                    file["indices"] = np.array(indices, int)
-        return tmp_path / f"{name}_*.h5"
-
-    a, b = write("a", [5, 0], [], [3, 1, 2]), write("b", [5], [0, 3, 1, 2])
-    with Features({"a": a, "b": b}) as found:
-        assert found.rows == 5
-    with pytest.raises(ValueError, match=r"`indices` 3 in row 2 as in stream 'a' .*, got 1: rows are paired by pos"):
-        Features({"a": a, "b": write("b", [5], [0, 1, 3, 2])})
-    with pytest.raises(ValueError, match=r"b_1\.h5\): expected `indices` as in .*b_0\.h5, got none"):
-        Features({"b": write("b", [5], [None] * 4)})
 
 
 @pytest.mark.parametrize("layout", [npy, torch_file, compressed, linked_outside])

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from sparc_kernels import features as module
+from sparc_kernels._arguments import stream_features
 from sparc_kernels.feature_files import HDF5Rows, MappedRows
 from sparc_kernels.features import Features
 from sparc_kernels.loader import Loader
@@ -191,6 +192,36 @@ def test_indices_in_a_list_or_above_the_group_are_compared(tmp_path):
             Features({"a": first, "b": second})
     with pytest.raises(ValueError, match="zeros from row 1 to the last, 2: was it stopped"):
         Features({"a": tmp_path / "g.h5:l/z/features"})
+
+
+def test_indices_of_shards_are_compared_over_all_of_them(tmp_path):
+    def write(name: str, *parts):
+        for i, indices in enumerate(parts):
+            with h5py.File(tmp_path / f"{name}_{i}.h5", "w") as file:
+                file["features"] = np.ones((len(indices), 3), "<f4")
+                if None not in indices:
+                    file["indices"] = np.array(indices, int)
+        return tmp_path / f"{name}_*.h5"
+
+    a, b = write("a", [5, 0], [], [3, 1, 2]), write("b", [5], [0, 3, 1, 2])
+    with Features({"a": a, "b": b}) as found:
+        assert found.rows == 5
+    with pytest.raises(ValueError, match=r"`indices` 3 in row 2 as in stream 'a' .*, got 1: rows are paired by pos"):
+        Features({"a": a, "b": write("b", [5], [0, 1, 3, 2])})
+    with pytest.raises(ValueError, match=r"b_1\.h5\): expected `indices` as in .*b_0\.h5, got none"):
+        Features({"b": write("b", [5], [None] * 4)})
+
+
+def test_the_command_line_lists_shards(tmp_path):
+    """For names that are no numbers; a comma in the name of a file is a part of it."""
+    with h5py.File(tmp_path / "z.h5", "w") as file:
+        file["a,b.npy"] = np.ones((4, 3), "<f4")
+    for name in ("d_01-31.npy", "d_02-01.npy", "e,1.npy", "x.npy", "x.npy,d_01-31.npy"):
+        (tmp_path / name).touch()
+    for files in (["d_01-31.npy", "d_02-01.npy", "x.npy"], ["x.npy", "z.h5:a"], ["z.h5:a,b.npy"], ["e,1.npy"],
+                  ["e,*.npy"], ["x.npy,d_01-31.npy"]):  # fmt: skip
+        paths = [tmp_path / file for file in files]
+        assert stream_features("a=" + ",".join(map(str, paths))) == ("a", paths if len(files) > 1 else paths[0])
 
 
 def test_another_dataset_of_a_file(tmp_path):
