@@ -12,7 +12,7 @@ from pathlib import Path
 
 FEATURES = (
     "features of one stream: .h5, .safetensors, .npy or .pt; FILE:DATASET where they are not called `features`; a "
-    "pattern in quotes, such as 'feats_*.npy', for shards, in the order of their numbers"
+    "pattern in quotes, such as 'feats_*.npy', for shards, in the order of their numbers, or FILE,FILE in another order"
 )
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
@@ -42,8 +42,18 @@ def stream_file(text: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
+def stream_features(text: str) -> tuple[str, Path | list[Path]]:
+    """NAME=FILE, or NAME=FILE,FILE,... for its shards; a file whose name has a comma is that file."""
+    from .feature_files import SUFFIXES, split_dataset
+
+    name, path = stream_file(text)
+    parts = [Path(part) for part in str(path).split(",")]
+    shards = all(split_dataset(part)[0].suffix.lower() in SUFFIXES for part in parts)
+    return name, parts if len(parts) > 1 and shards and not split_dataset(path)[0].exists() else path
+
+
 class _Streams(argparse.Action):
-    """Collects NAME=FILE options into a dict, and refuses a name given twice."""
+    """Collects such options into a dict, and refuses a name given twice."""
 
     def __call__(self, parser, namespace, value, option_string=None):
         streams = dict(getattr(namespace, self.dest) or {})
@@ -54,8 +64,9 @@ class _Streams(argparse.Action):
 
 
 def add_stream_argument(parser, flag: str, text: str, required: bool = False) -> None:
-    """A repeatable NAME=FILE option; `parser` may be a group."""
-    parser.add_argument(flag, action=_Streams, type=stream_file, metavar="NAME=FILE", required=required, help=text)
+    """A repeatable NAME=FILE option, of features where its flag says stream; `parser` may be a group."""
+    kind = stream_features if flag.endswith("stream") else stream_file
+    parser.add_argument(flag, action=_Streams, type=kind, metavar="NAME=FILE", required=required, help=text)
 
 
 def ends_with_its_pipe(main: Callable[..., int]) -> Callable[..., int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import mmap
@@ -11,7 +12,8 @@ import re
 import struct
 import sys
 import zipfile
-from pathlib import Path
+import zlib
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -24,6 +26,8 @@ INDICES = "indices"  # beside it: which sample each row describes
 SUFFIXES = {".h5": "HDF5", ".hdf5": "HDF5", ".safetensors": "safetensors", ".npy": "NumPy"}
 SUFFIXES |= {".pt": "torch", ".pth": "torch"}
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_CHECK_BYTES = 8 << 20  # of a record at a time
+_COMPARABLE = r"[<>|]?(bool|u?int|float|[biufSU])\d*"  # dtypes of `indices`, as NumPy, torch or safetensors name them
 _AROUND = 2 << 20  # bytes beside what is read that the kernel may have mapped with it
 
 
@@ -36,9 +40,12 @@ class MappedRows:
 
     chunk_rows, indices = 1, None
 
-    def __init__(self, path: Path, offset: int, rows: int, width: int, dtype: torch.dtype, strides=None):
-        """strides: bytes from row to row and from value to value; None: rows one after another."""
-        self.rows, self.width, self.dtype = rows, width, dtype
+    def __init__(self, path: Path, offset: int, rows: int, width: int, dtype: torch.dtype, strides=None, record=None):
+        """strides: bytes from row to row and from value to value; None: rows one after another.
+
+        record: (start, bytes, CRC-32) of the part of the file that holds them, for `check`.
+        """
+        self.rows, self.width, self.dtype, self._record = rows, width, dtype, record
         self._path, self._offset, self._strides = path, offset, strides or (width * dtype.itemsize, dtype.itemsize)
         self._open()
 
@@ -47,7 +54,7 @@ class MappedRows:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def read(self, start: int, stop: int) -> Tensor:
-        """[stop - start, width], a copy; opens a closed file again."""
+        """[stop - start, width] of `dtype`, rows start to stop - 1, a copy on the CPU; opens a closed file again."""
         if self._map.closed:
             self._open()
         shape, size = (stop - start, self.width), self.dtype.itemsize
@@ -55,12 +62,29 @@ class MappedRows:
         out = torch.empty(math.prod(shape) * size, dtype=torch.uint8, device="cpu")
         rows = np.ndarray(shape, f"u{size}", self._map, first, self._strides)
         np.copyto(out.numpy().view(rows.dtype).reshape(shape), rows)
-        if hasattr(mmap, "MADV_DONTNEED"):  # or the pages would count as this process's until the system is short
-            last = first + sum((n - 1) * stride for n, stride in zip(shape, self._strides, strict=True))
-            begin = max(0, first - _AROUND) // mmap.PAGESIZE * mmap.PAGESIZE
-            length = min(last + size + _AROUND, len(self._map)) - begin
-            self._map.madvise(mmap.MADV_DONTNEED, begin, length)
+        last = first + sum((n - 1) * stride for n, stride in zip(shape, self._strides, strict=True))
+        self._drop(first, last + size)
         return out.view(self.dtype).view(shape)
+
+    def _drop(self, first: int, last: int) -> None:
+        """Pages that were read, which would count as this process's until the system is short."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            begin = max(0, first - _AROUND) // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_DONTNEED, begin, min(last + _AROUND, len(self._map)) - begin)
+
+    def check(self, label: str) -> None:
+        """Raise ValueError where the file has a checksum of its values and they have another: `.pt` alone has one."""
+        start, size, expected = self._record or (0, 0, 0)
+        if not expected:  # 0: torch was told not to take checksums
+            return
+        if self._map.closed:
+            self._open()
+        crc = 0
+        for first in range(start, start + size, _CHECK_BYTES):
+            n = min(_CHECK_BYTES, start + size - first)
+            crc = zlib.crc32(np.frombuffer(self._map, np.uint8, n, first), crc)
+            self._drop(first, first + n)
+        require(crc == expected, label, f"values of the CRC-32 {expected:08x} in the file", f"{crc:08x}: it is damaged")
 
     def close(self) -> None:
         self._map.close()
@@ -95,7 +119,12 @@ class HDF5Rows:
 
 
 def open_file(label: str, value: Path) -> MappedRows | HDF5Rows:
-    """The rows of FILE or FILE:DATASET; `label` names it in errors."""
+    """The rows of FILE or FILE:DATASET; `label` names it in errors.
+
+    Raises: ValueError where nothing, a folder or a file of another kind is there, where the file is damaged as far as
+    its header or its library tells, holds no features [n, d] under that name, or `indices` that are not one for each
+    row; ImportError where h5py or safetensors is missing. Values are not read: `MappedRows.check`.
+    """
     path, dataset = split_dataset(value)
     kind = SUFFIXES.get(path.suffix.lower())
     try:
@@ -165,7 +194,8 @@ def _open_safetensors(label: str, path: Path, name: str | None):
     found = MappedRows(path, 8 + length + entry["data_offsets"][0], *entry["shape"], kind)
     if INDICES in names and name != INDICES:
         with safe_open(path, framework="np") as file:
-            found.indices = _read_indices(label, header[INDICES]["shape"], found.rows, lambda: file.get_tensor(INDICES))
+            shape, kind = header[INDICES]["shape"], header[INDICES]["dtype"]
+            found.indices = _read_indices(label, shape, found.rows, kind, lambda: file.get_tensor(INDICES))
     return found
 
 
@@ -194,40 +224,57 @@ def _open_torch(label: str, path: Path, name: str | None):
     except Exception as error:
         objects = re.search(r"Unsupported .*?(?= was not|$)", str(error), re.MULTILINE)
         require(objects is None, label, "a file of tensors alone", f"other objects ({objects and objects[0]})")
+        require("quantized" not in first_line(error), label, "dense tensors", "a quantised one: save its dequantize()")
         fail(label, whole, f"one that cannot be read ({first_line(error).partition('. ')[0]})")
     if isinstance(found, Tensor):
         require(name is None, label, f"a dict with {name!r}", "a tensor without a name")
-        tensors, name = {DATASET: found}, DATASET
+        tensors, name, beside = {DATASET: found}, DATASET, None
     else:
         require(isinstance(found, dict), label, "a tensor [n, d] or a dict of them", found)
         model = found.get("model")  # in a training checkpoint
         tensors = {n: x for n, x in found.items() if isinstance(n, str) and isinstance(x, Tensor)}
+        if not tensors:
+            others, asked = [repr(n) for n, x in found.items() if isinstance(x, Tensor)], found.get(name or DATASET)
+            require(not others, label, "tensors whose names are texts", ", ".join(others[:5]))
+            require(asked is None, label, f"a tensor {name or DATASET!r}", asked)
         name = _choose(label, list(tensors), name, model if isinstance(model, dict) else ())
+        beside = found.get(INDICES) if name != INDICES else None
+    storages = {n: x.untyped_storage() for n, x in tensors.items() if x.layout == torch.strided}
+    starts = {n: getattr(storage, "_checkpoint_offset", None) for n, storage in storages.items()}
+    told = not (records and starts) or any(start is not None for start in starts.values())
+    require(told, label, "a PyTorch that tells where .pt files have their values, as 2.13 does",
+            f"{torch.__version__}, which does not: save them as .npy or safetensors")  # fmt: skip
 
     def rows_of(name: str, width: int) -> MappedRows:
         x = tensors[name]
         require(x.layout == torch.strided, label, "a dense tensor", f"one of layout {x.layout}")
         require(not x.is_neg(), label, "a plain tensor", "a view that negates its values: save a clone of it")
-        size, start = x.element_size(), getattr(x.untyped_storage(), "_checkpoint_offset", None)
+        size, start = x.element_size(), starts[name]
         first, strides = x.storage_offset() * size, [stride * size for stride in x.stride()]
         stop = first + sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True)) + size
-        within = start in records and (not x.numel() or stop <= records[start])
+        within = start in records and (not x.numel() or stop <= records[start][0])
         require(within, label, f"the values of {name!r} in the file", "none, compressed ones or too few")
-        return MappedRows(path, start + first, len(x), width, x.dtype, (*strides, size)[:2])
+        return MappedRows(path, start + first, len(x), width, x.dtype, (*strides, size)[:2], (start, *records[start]))
 
     x = tensors[name]
     _check_shape(label, tuple(x.shape), str(x.dtype).removeprefix("torch."), x.dtype if x.dtype in FLOATS else None)
     found = rows_of(name, x.shape[1])
-    if INDICES in tensors and name != INDICES:
-        shape = tensors[INDICES].shape
-        found.indices = _read_indices(
-            label, shape, found.rows, lambda: rows_of(INDICES, 1).read(0, found.rows).flatten().numpy()
-        )
+    if isinstance(beside, Tensor):
+        indices, kind = rows_of(INDICES, 1), str(beside.dtype).removeprefix("torch.")
+        indices.check(label)
+        read = functools.partial(indices.read, 0, found.rows)
+        found.indices = _read_indices(label, beside.shape, found.rows, kind, lambda: read().flatten().numpy())
+    elif beside is not None:
+        require(isinstance(beside, (list, tuple)), label, "`indices` in a tensor or a list", beside)
+        with reading(label, "`indices` of numbers or texts alone", "others"):
+            given = np.array(beside)
+            given = np.char.encode(given) if given.dtype.kind == "U" else given  # as HDF5 has texts
+        found.indices = _read_indices(label, given.shape, found.rows, str(given.dtype), lambda: given)
     return found
 
 
-def _torch_records(path: Path) -> tuple[str, dict[int, int]]:
-    """Byte order, and {start: bytes} of the stored records of values, of a zip file whose other records are whole."""
+def _torch_records(path: Path) -> tuple[str, dict[int, tuple[int, int]]]:
+    """Byte order, and {start: (bytes, CRC-32)} of the stored records of values, of a zip file with the others whole."""
     order, records = "little", {}
     with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
         for record in archive.infolist():
@@ -239,7 +286,7 @@ def _torch_records(path: Path) -> tuple[str, dict[int, int]]:
                 signature, name, extra = struct.unpack("<4s22xHH", file.read(30))
                 start = record.header_offset + 30 + name + extra
                 if signature == b"PK\3\4" and start + record.file_size <= archive.start_dir:
-                    records[start] = record.file_size
+                    records[start] = record.file_size, record.CRC
     return order, records
 
 
@@ -249,11 +296,21 @@ def _listed(names) -> str:
     return f"{some} (FILE:DATASET takes one of them)" if some else "nothing"
 
 
-def _read_indices(label: str, shape, rows: int, read) -> np.ndarray:
-    """What `read()` returns: `indices` [rows], refused where they end in zeros that were never overwritten."""
+def _read_indices(label: str, shape, rows: int, kind: str, read) -> np.ndarray:
+    """What `read()` returns: `indices` [rows] of the dtype called `kind`, numbers or texts.
+
+    Raises: ValueError; also where some are NaN, or where they end in zeros that were never overwritten.
+    """
     require(list(shape or ()) == [rows], label, f"`indices` of shape [{rows}]", f"shape {list(shape or ())}")
+    compared, is_object = "`indices` that are whole numbers, floats or texts", kind == "object"
+    require(is_object or bool(re.fullmatch(_COMPARABLE, kind, re.IGNORECASE)), label, compared, kind)
     with reading(label, "`indices` that can be read", "damaged ones"):
         indices = read()
+    require(not is_object or all(isinstance(x, (str, bytes)) for x in indices), label, compared, "objects")
+    if indices.dtype.kind not in "biuf":
+        return indices
+    nan = np.flatnonzero(indices != indices)
+    require(not len(nan), label, "`indices` that are no NaN", f"NaN in row {nan[0] if len(nan) else 0:,}")
     zero = indices == 0
     if rows and zero[-1] and zero.sum() > 1:  # one zero may be the index of the sample
         start = 1 if zero.all() else rows - int(np.argmin(zero[::-1]))
@@ -279,15 +336,17 @@ def _open_hdf5(label: str, path: Path, name: str | None):
         _check_shape(label, shape, str(stored), kind)
         with reading(label, "a complete HDF5 file"):
             gap, offset = _gap(dataset), _mappable(file, dataset)
-            beside = file.get(f"{name.rpartition('/')[0]}/{INDICES}")
+            near, *above = (file.get(str(group / INDICES)) for group in PurePosixPath("/", name).parents)
+            given = [x for x in (near, *above) if isinstance(x, h5py.Dataset) and (x is near or x.shape == shape[:1])]
+            kinds = [str(x.dtype) for x in given[:1]]
         require(not gap, label, f"all of the dataset {name!r}", gap)
         if offset is None:
             found = HDF5Rows(label, name, file, dataset, kind)
         else:
             _check_length(label, path, offset + shape[0] * shape[1] * kind.itemsize)
             found = MappedRows(path, offset, *shape, kind)
-        if isinstance(beside, h5py.Dataset):
-            found.indices = _read_indices(label, beside.shape, found.rows, lambda: beside[()])
+        for indices, kind in zip(given, kinds, strict=False):
+            found.indices = _read_indices(label, indices.shape, found.rows, kind, lambda x=indices: x[()])
         if offset is None:
             stack.pop_all()
     return found

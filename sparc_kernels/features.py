@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ._checks import check_bool, check_tensor, fail, require
 from ._launch import MAX_STREAMS
-from .feature_files import open_file
+from .feature_files import MappedRows, open_file
 from .shards import Shards, absolute, is_pattern, matching, stream_label
 
 Stream = str | Path | Sequence[str | Path] | Tensor  # what the rows of one are given as
@@ -106,9 +106,10 @@ class Features:
     Args:
         streams: name -> path of a .h5, .hdf5, .safetensors, .npy, .pt or .pth file, or a floating tensor [n, d] on the
             CPU. HDF5: the dataset `features`; safetensors, a dict in .pt: the tensor `features` or the only one;
-            "FILE:DATASET" takes another. `indices` [n] beside it, as the official scripts write them, must be those of
-            the other streams; files without are not compared. Shards: a pattern such as "feats_*.npy", whose files
-            follow each other by their numbers, none of them missing, or a list of paths in the order of their rows.
+            "FILE:DATASET" takes another. `indices` [n] beside it, as the official scripts write them (HDF5: or of a
+            group above), must be those of the other streams; files without are not compared. Shards: a pattern such
+            as "feats_*.npy", whose files differ in one number and count from 0 or 1, the same in every stream, or are
+            numbered by the rows before them, or a list of paths in the order of their rows.
         normalize: divide every row by (its norm + 1e-8), as the official loader does; zero rows stay zero.
         dtype: of what `read` returns: float32, or float64.
 
@@ -147,6 +148,11 @@ class Features:
         rows = self.sources[first].rows
         if source.rows != rows:
             fail(label, f"{rows:,} rows as in {stream_label(first, streams[first])}", f"{source.rows:,} rows")
+        begins = {o: x.begin for o, x in self.sources.items() if isinstance(x, Shards) and x.begin is not None}
+        for other, begin in begins.items():
+            if begins.get(s, begin) != begin:
+                expected = f"shards from number {begin} on as in {stream_label(other, streams[other])}"
+                fail(label, expected, f"{begins[s]} as the first: name the files one by one where none is missing")
         numbered = next((o for o in self.sources if self.sources[o].indices is not None), s)
         if numbered != s and source.indices is not None:
             had, got, source.indices = self.sources[numbered].indices, source.indices, None
@@ -187,14 +193,17 @@ class Features:
         """Read everything once (or, not `full`, 256 pieces spread over the rows) before it is used.
 
         Raises: ValueError that names the stream, and the first rows that hold NaN or infinity, or are too large: whose
-        values overflow `dtype`, or whose norm does where rows are divided by it (they would become 0).
+        values overflow `dtype`, or whose norm does where rows are divided by it (they would become 0). `full`: also the
+        `.pt` file whose values have not the checksum that it gives.
         """
         summaries = {s: self._check_stream(s, full) for s in self.sources}
         self._checked = self._checked or full
         return summaries
 
     def _check_stream(self, s: str, full: bool) -> StreamSummary:
-        source = self.sources[s]
+        label, source = stream_label(s, self.paths[s]), self.sources[s]
+        if full and isinstance(source, (MappedRows, Shards)):
+            source.check(label)
         size = max(1, _CHECK_BYTES // (source.width * source.dtype.itemsize))
         starts = range(0, self.rows, size)
         if not full and len(starts) > 1:
@@ -226,7 +235,7 @@ class Features:
             total += x.sum(0, dtype=torch.float64)
             power += float(x.square().sum(dtype=torch.float64))
             count += len(x)
-        label, what = stream_label(s, self.paths[s]), "norm fits" if self.normalize else "values fit"
+        what = "norm fits" if self.normalize else "values fit"
         expected = f"rows whose {what} {name}"
         for rows, wanted, got in ((bad, "finite features", "NaN or infinity"), (large, expected, "too large features")):
             if rows.count:
@@ -284,7 +293,8 @@ def _open(name: str, value):
     require(ok, what, "a path, a list of paths or a torch.Tensor [n, d]", value)
     label = stream_label(name, value)
     if several or is_pattern(Path(value)):
-        found = Shards(name, [Path(path) for path in value] if several else matching(label, Path(value)))
+        paths, series = ([Path(path) for path in value], None) if several else matching(label, Path(value))
+        found = Shards(name, paths, label, series)
     else:
         found = open_file(label, Path(value))
     if not found.rows:

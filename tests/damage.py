@@ -8,10 +8,17 @@ def damaged(content: bytes, generator: np.random.Generator) -> bytes:
     start = int(generator.integers(_end(content, generator)))
     stop = min(len(content), start + int(generator.choice([1, 4, 64, 512])))
     part = content[start:stop]
-    flipped = bytes([part[0] ^ 1 << int(generator.integers(8))]) + part[1:]
-    others = (flipped, generator.bytes(len(part)), bytes(len(part)), b"", generator.bytes(8) + part, 2 * part)
+    bit = flipped(part[:1], generator) + part[1:]
+    others = (bit, generator.bytes(len(part)), bytes(len(part)), b"", generator.bytes(8) + part, 2 * part)
     kind = int(generator.integers(1 + len(others)))
     return content[:start] if kind == 0 else content[:start] + others[kind - 1] + content[stop:]
+
+
+def flipped(content: bytes, generator: np.random.Generator) -> bytes:
+    """One bit of it flipped."""
+    found = bytearray(content)
+    found[generator.integers(len(content))] ^= 1 << int(generator.integers(8))
+    return bytes(found)
 
 
 def scratched(content: bytes, generator: np.random.Generator) -> bytes:

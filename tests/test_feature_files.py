@@ -2,7 +2,9 @@
 
 import os
 import pickle
+import struct
 import tempfile
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from damage import scratched
+from damage import flipped, scratched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -291,6 +293,38 @@ def test_a_damaged_file_is_refused_by_name_or_read_as_its_library_does(tmp_path,
     assert (got.dtype, got.shape, got.tobytes()) == (want.dtype, want.shape, want.tobytes())
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_a_damaged_torch_file_is_never_read_as_other_values(tmp_path, seed):
+    """It has a checksum of its values, which torch itself does not look at."""
+    generator = np.random.default_rng(seed)
+    x = generator.standard_normal((40, 6)).astype("<f4")
+    path = (torch_dict, torch_view, torch_file, shards)[seed % 4](tmp_path, x)
+    file = generator.choice(sorted(file for file in tmp_path.rglob("*.pt*")))
+    content = file.read_bytes()
+    file.write_bytes((flipped if seed % 8 < 6 else scratched)(content, generator))
+    try:
+        with Features({"a": path}, normalize=False) as found:
+            found.check()
+            assert found.sources["a"].read(0, found.rows).numpy().tobytes() == x.tobytes()
+    except ValueError as error:
+        assert str(error).startswith((f"stream 'a' ({path}): expected ", f"stream 'a' ({file}): expected ")), error
+
+
+def test_checksums_are_compared_over_all_values(tmp_path, monkeypatch):
+    monkeypatch.setattr("sparc_kernels.feature_files._CHECK_BYTES", 100)
+    path = torch_file(tmp_path, torch.full((40, 6), 5.0), indices=torch.arange(40))
+    whole, refused = path.read_bytes(), r"x\.pt\): expected values of the CRC-32 [0-9a-f]{8} in the file, got "
+    values = whole.find(240 * struct.pack("<f", 5))
+    for place in (values, values + 239 * 4, whole.find(struct.pack("<q", 38)), whole.find(struct.pack("<q", 39))):
+        path.write_bytes(whole[:place] + b"\x01" + whole[place + 1 :])
+        with pytest.raises(ValueError, match=refused):
+            Features({"a": path}).check()
+    path.write_bytes(whole)
+    with Features({"a": path}) as found:
+        found.close()
+        found.check()
+
+
 @pytest.mark.parametrize(
     ("x", "words"),
     [
@@ -343,6 +377,13 @@ def saved(x, **options):
     return lambda folder: torch.save(x, folder / "x.pt", **options)
 
 
+def quantised(folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated
+        x = torch.quantize_per_tensor(torch.ones(4, 3), 0.1, 0, torch.qint8)
+        torch.save({"features": x}, folder / "x.pt")
+
+
 OLD = "an older one or a plain pickle, which cannot be mapped: load and torch.save it again"
 WEIGHTS = "expected features, got the weights of a model (encoders.a.weight, ...)"
 
@@ -357,7 +398,9 @@ WEIGHTS = "expected features, got the weights of a model (encoders.a.weight, ...
         (saved(torch.nn.Linear(3, 4)), "other objects (Unsupported global: GLOBAL torch.nn.modules.linear.Linear)"),
         (saved({"a": torch.ones(4, 3), "b": torch.ones(4, 3)}), "'features', or only one, got 2 tensors: a, b (FILE:"),
         (saved({"model": {"a": torch.ones(4, 3), 1: 2}}), "'features', or only one, got 0 tensors: nothing"),
-        (saved({"features": [1, 2]}), "expected a tensor 'features', or only one, got 0 tensors: nothing"),
+        (saved({"features": [1, 2]}), "expected a tensor 'features', got a list"),
+        (saved({0: torch.ones(4, 3), 1: torch.ones(4, 3)}), "expected tensors whose names are texts, got 0, 1"),
+        (quantised, "expected dense tensors, got a quantised one: save its dequantize()"),
         (saved(torch.eye(3).to_sparse()), "expected a dense tensor, got one of layout torch.sparse_coo"),
         (saved(torch.ones(4, 3, dtype=torch.complex64).conj().imag), "a plain tensor, got a view that negates its"),
         (saved(torch.ones(4, 3, device="meta")), "the values of 'features' in the file, got none"),
@@ -383,6 +426,22 @@ def test_torch_files_packed_again_or_without_checksums_are_read(tmp_path):
     torch.serialization.set_crc32_options(True)
     with Features({"a": tmp_path / "x.pt", "b": tmp_path / "y.pt"}, normalize=False) as found:
         assert all(torch.equal(x, torch.ones(4, 3)) for x in found.read(0, 4).values())
+
+
+def test_a_torch_that_does_not_tell_places_is_named(tmp_path, monkeypatch):
+    """The attribute of a storage that says where its values are is no public one."""
+    path, load = torch_file(tmp_path, torch.ones(4, 3)), torch.load
+
+    def without(*args, **options):
+        found = load(*args, **options)
+        del found.untyped_storage()._checkpoint_offset
+        return found
+
+    monkeypatch.setattr(torch, "load", without)
+    with pytest.raises(ValueError) as error:
+        Features({"a": path})
+    expected = "expected a PyTorch that tells where .pt files have their values, as 2.13 does, got "
+    assert str(error.value).startswith(f"stream 'a' ({path}): {expected}{torch.__version__}, which does not: save")
 
 
 def test_virtual_rows_without_an_end_are_read(tmp_path):
@@ -412,12 +471,14 @@ def numbered(folder: Path, *names: str, rows=4) -> dict[str, np.ndarray]:
     [
         ([f"f_{i}.npy" for i in range(12)], "f_*.npy", range(12)),
         (["f_2.npy", "f_10.npy"], "f_[0-9].npy", [0]),
-        (["f_9.npy", "f_10.npy", "f_8.npy"], "f_*.npy", [2, 0, 1]),
-        (["b/f_1.npy", "a/f_0.npy", "a/f_1.npy", "b/f_0.npy"], "*/f_?.npy", [1, 2, 3, 0]),
-        (["r0_s1.npy", "r1_s0.npy", "r0_s0.npy", "r1_s1.npy", "r1_s2.npy"], "*.npy", [2, 0, 1, 3, 4]),
+        (["f_9.npy", "f_10.npy", "f_8.npy"], "f_[0-9]*.npy", [2, 0, 1]),  # part of them on purpose
+        (["r7_s1.npy", "r7_s2.npy"], "r7_*.npy", [0, 1]),
+        (["r7_s3.npy"], "r7_s3*.np[y]", [0]),
+        ([f"d{i}/f_3.npy" for i in range(11)], "d*/f_3.npy", range(11)),
+        (["f_08.npy", "f_4.npy", "f_00.npy"], "f_*.npy", [2, 1, 0]),  # of 4 rows each
+        (["f.npy"], "f*", [0]),
         (["f-00002-of-00002.npy", "f-00001-of-00002.npy"], "f*", [1, 0]),
         (["f-00001-of-00009.npy"], "f-0000[1-3]*", [0]),  # part of them on purpose
-        (["f_1e4f.npy", "f_7e4f.npy", "f.npy"], "f*", [2, 0, 1]),  # names that only look like numbers
     ],
 )
 def test_a_pattern_takes_its_files_in_the_order_of_their_numbers(tmp_path, monkeypatch, names, pattern, order):
@@ -433,19 +494,31 @@ def test_a_pattern_takes_its_files_in_the_order_of_their_numbers(tmp_path, monke
         monkeypatch.chdir(tmp_path)
 
 
+ONE = "expected files that differ in one number, or a list of them (--stream NAME=FILE,FILE), got "
+
+
 @pytest.mark.parametrize(
     ("names", "pattern", "words"),
     [
         (["f_0.npy", "f_1.npy", "f_3.npy"], "f_*.npy", "expected {folder}/f_2.npy, got f_3.npy after f_1.npy: a shard"),
-        (["f_008.npy", "f_010.npy"], "f_*.npy", "expected {folder}/f_009.npy, got f_010.npy after f_008.npy: a shard"),
+        (["f_008.npy", "f_010.npy"], "f_[0]*", "expected {folder}/f_009.npy, got f_010.npy after f_008.npy: a shard"),
+        (["f_1.npy", "f_5.npy"], "f_*.npy", "expected {folder}/f_2.npy, got f_5.npy after f_1.npy: a shard"),
+        (["f_00.npy", "f_08.npy"], "f_*.npy", "expected {folder}/f_01.npy or {folder}/f_04.npy, got f_08.npy "),
+        (["f_0.npy", "f_4.npy", "f_12.npy"], "f_*", "expected {folder}/f_8.npy, got f_12.npy after f_4.npy: a shard"),
+        (["f_2.npy", "f_3.npy"], "f_*.npy", "expected numbers from 0 or 1 on, or a list of the files ("),
+        (["f_2.npy"], "f_*.npy", "expected numbers from 0 or 1 on, or a list of the files ("),
+        (["f_0.npy", "f_1.npy", "f_extra.npy"], "f_*.npy", f"{ONE}{{folder}}/f_0.npy and {{folder}}/f_extra.npy"),
+        (["a/f_0.npy", "b/f_0.npy"], "*/f_?.npy", f"{ONE}{{folder}}/a/f_0.npy and {{folder}}/b/f_0.npy"),
+        (["f_1e4f.npy", "f_7e4f.npy"], "f*", f"{ONE}{{folder}}/f_1e4f.npy and {{folder}}/f_7e4f.npy"),
+        (["f_2024-01-31.npy", "f_2024-02-01.npy"], "f*", f"{ONE}{{folder}}/f_2024-01-31.npy and {{folder}}/f_2024-02"),
         (["f_1.npy", "f_01.npy"], "f_*.npy", "expected one file of each number, got {folder}/f_01.npy and "),
         (["f_1.npy", "f_1.pt"], "f_*", "expected one file of each number, got {folder}/f_1.npy and {folder}/f_1.pt"),
-        (["r0_s0.npy", "r0_s1.npy", "r1_s1.npy"], "*.npy", "expected {folder}/r1_s0.npy, got r1_s1.npy after r0"),
-        (["r0_s0.npy", "r2_s0.npy"], "*.npy", "expected {folder}/r1_s0.npy, got r2_s0.npy after r0_s0.npy"),
+        (["r0_s0.npy", "r0_s1.npy", "r1_s1.npy"], "*.npy", f"{ONE}{{folder}}/r0_s0.npy and {{folder}}/r1_s1.npy"),
+        (["r0_s0.npy", "r2_s0.npy"], "*.npy", "expected {folder}/r1_s0.npy or {folder}/r4_s0.npy, got r2_s0.npy "),
         (["f-0-of-3.npy", "f-1-of-3.npy"], "f*", "expected 3 files, as their names say, got 2, from {folder}/f-0-of-3"),
         (["f_0.npy"], "g_*.npy", "expected files of this pattern, got none"),
         (["f_0.npy", "f_1.csv"], "f_*", "expected a file ending in .h5, .hdf5, .safetensors, .npy, .pt, .pth, got"),
-        (["f_0.npy", "g/f_0.npy"], "*", "/g): expected a file, or a pattern for several ({folder}/g/*.npy), got a"),
+        (["g_0/f_0.npy"], "g*", "/g_0): expected a file, or a pattern for several ({folder}/g_0/*.npy), got a"),
     ],
 )  # fmt: skip
 def test_a_pattern_loses_no_file_silently(tmp_path, names, pattern, words):
@@ -455,6 +528,18 @@ def test_a_pattern_loses_no_file_silently(tmp_path, names, pattern, words):
     with pytest.raises(ValueError) as error:
         Features({"a": tmp_path / pattern})
     assert str(error.value).startswith(f"stream 'a' ({tmp_path}/") and words.format(folder=tmp_path) in str(error.value)
+
+
+def test_shards_of_streams_begin_with_the_same_number(tmp_path):
+    """Of as many rows, a first shard that is missing would shift all pairs."""
+    numbered(tmp_path, *(f"a_{i}.npy" for i in (1, 2, 3)), *(f"b_{i}.npy" for i in (0, 1, 2)))
+    numbered(tmp_path, "c_0.npy", rows=12)
+    a, b = tmp_path / "a_*.npy", tmp_path / "b_*.npy"
+    with pytest.raises(ValueError) as error:
+        Features({"a": a, "x": torch.ones(12, 3), "b": b})
+    expected = f"shards from number 1 on as in stream 'a' ({a}), got 0 as the first: name the files one by one"
+    assert str(error.value).startswith(f"stream 'b' ({b}): expected {expected}")
+    Features({"c": tmp_path / "c_*.npy", "b": b, "a": [tmp_path / f"a_{i}.npy" for i in (1, 2, 3)]}).close()
 
 
 def test_shards_of_another_kind_are_named(tmp_path):
@@ -480,24 +565,6 @@ def test_shards_of_another_kind_are_named(tmp_path):
         Features({"b": torch.ones(4, 3), "a": [last, last]})
 
 
-def test_indices_of_shards_are_compared_over_all_of_them(tmp_path):
-    def write(name: str, *parts):
-        for i, indices in enumerate(parts):
-            with h5py.File(tmp_path / f"{name}_{i}.h5", "w") as file:
-                file["features"] = np.ones((len(indices), 3), "<f4")
-                if None not in indices:
-                    file["indices"] = np.array(indices, int)
-        return tmp_path / f"{name}_*.h5"
-
-    a, b = write("a", [5, 0], [], [3, 1, 2]), write("b", [5], [0, 3, 1, 2])
-    with Features({"a": a, "b": b}) as found:
-        assert found.rows == 5
-    with pytest.raises(ValueError, match=r"`indices` 3 in row 2 as in stream 'a' .*, got 1: rows are paired by pos"):
-        Features({"a": a, "b": write("b", [5], [0, 1, 3, 2])})
-    with pytest.raises(ValueError, match=r"b_1\.h5\): expected `indices` as in .*b_0\.h5, got none"):
-        Features({"b": write("b", [5], [None] * 4)})
-
-
 @pytest.mark.parametrize("layout", [npy, torch_file, compressed, linked_outside])
 def test_many_shards_keep_few_files_open_and_must_not_change(tmp_path, monkeypatch, layout):
     monkeypatch.setattr("sparc_kernels.shards.OPEN", 2)
@@ -520,6 +587,9 @@ def test_many_shards_keep_few_files_open_and_must_not_change(tmp_path, monkeypat
         found.read(8, 20)
         with pytest.raises(ValueError, match=r"s0/x\.\w+\): expected the file as it was when opened, got a ch"):
             found.read(0, 1)
+        next(folders[1].glob("x.*")).unlink()
+        with pytest.raises(ValueError, match=r"s1/x\.\w+\): expected the file as it was when opened, got nothing t"):
+            found.read(2, 3)
     assert open_files(tmp_path) == before
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from sparc_kernels import features as module
+from sparc_kernels._arguments import stream_features
 from sparc_kernels.feature_files import HDF5Rows, MappedRows
 from sparc_kernels.features import Features
 from sparc_kernels.loader import Loader
@@ -79,17 +80,23 @@ def test_chunked_hdf5_is_read_in_whole_chunks(tmp_path, options):
         assert Loader(found, 20, torch.Generator()).block_rows % 32 == 0
 
 
-def indexed(path, indices) -> Path:
-    """A file of the name's format with these `indices` beside its features."""
-    x = values(len(indices))
+def with_indices(path: Path, x: torch.Tensor, indices) -> Path:
+    """A file of the name's format; tensors, arrays and lists are written as they are."""
     if path.suffix == ".safetensors":
-        save_file({"features": x, "indices": torch.tensor(indices)}, path)
+        save_file({"features": x, "indices": indices}, path)
     elif path.suffix == ".pt":
-        torch.save({"features": x, "indices": torch.tensor(indices)[None].T.expand(-1, 3)[:, 1]}, path)
+        torch.save({"features": x, "indices": indices}, path)
     else:
         with h5py.File(path, "w") as file:
             file["features"], file["indices"] = x.numpy(), indices
     return path
+
+
+def indexed(path, indices) -> Path:
+    """A file of the name's format with these `indices` beside its features, which are in no single piece in .pt."""
+    if path.suffix == ".pt":
+        return with_indices(path, values(len(indices)), torch.tensor(indices)[None].T.expand(-1, 3)[:, 1])
+    return with_indices(path, values(len(indices)), torch.tensor(indices) if path.suffix != ".h5" else indices)
 
 
 @pytest.mark.parametrize("suffix", [".h5", ".safetensors", ".pt"])
@@ -130,6 +137,91 @@ def test_a_stopped_extraction_is_told_by_its_indices(tmp_path, suffix):
         file["features"], file["indices"] = values(6).numpy(), np.zeros((6, 2))
     with pytest.raises(ValueError, match=r"expected `indices` of shape \[6\], got shape \[6, 2\]"):
         Features({"a": tmp_path / "b.h5"})
+
+
+COMPARED = "`indices` that are whole numbers, floats or texts, got "
+
+
+@pytest.mark.parametrize(
+    ("name", "indices", "words"),
+    [
+        ("x.h5", np.zeros(3, "i4,f4"), f"{COMPARED}[('f0', '<i4'), ('f1', '<f4')]"),
+        ("x.h5", np.zeros(3, "c8"), f"{COMPARED}complex64"),
+        ("x.h5", np.zeros(3, "V3"), f"{COMPARED}|V3"),
+        ("x.h5", np.full(3, None, h5py.ref_dtype), f"{COMPARED}objects"),
+        ("x.h5", np.array([1, np.nan, np.nan]), "`indices` that are no NaN, got NaN in row 1"),
+        ("x.pt", torch.tensor([1, 2, float("nan")]), "`indices` that are no NaN, got NaN in row 2"),
+        ("x.pt", torch.ones(3, dtype=torch.bfloat16), f"{COMPARED}bfloat16"),
+        ("x.pt", torch.ones(3, dtype=torch.complex64), f"{COMPARED}complex64"),
+        ("x.safetensors", torch.ones(3, dtype=torch.bfloat16), f"{COMPARED}BF16"),
+        ("x.pt", [1, 0, 0], "`indices` of every row, got zeros from row 1 to the last, 2: was it stopped?"),
+        ("x.pt", [1, 2], "`indices` of shape [3], got shape [2]"),
+        ("x.pt", [1, [2], 3], "`indices` of numbers or texts alone, got others (setting an array element"),
+        ("x.pt", [1, 2, None], f"{COMPARED}objects"),
+        ("x.pt", {"0": 1}, "`indices` in a tensor or a list, got a dict"),
+    ],
+)
+def test_indices_that_cannot_be_compared_are_refused(tmp_path, name, indices, words):
+    path = with_indices(tmp_path / name, values(3), indices)
+    with pytest.raises(ValueError) as error:
+        Features({"a": path})
+    assert str(error.value).startswith(f"stream 'a' ({path}): expected {words}")
+
+
+def test_indices_in_a_list_or_above_the_group_are_compared(tmp_path):
+    """Of a .pt file, and of several groups of an HDF5 file, where they are as many as the rows."""
+    x, texts = values(5), ["e", "d", "c", "b", "\u00e4"]
+    ints = with_indices(tmp_path / "i.h5", x, [4, 3, 2, 1, 0])
+    words = with_indices(tmp_path / "w.h5", x, texts)
+    fixed = with_indices(tmp_path / "f.h5", x, np.char.encode(texts))
+    with h5py.File(tmp_path / "g.h5", "w") as file:
+        file["l/x/features"], file["l/y/features"], file["indices"] = x.numpy(), x.numpy(), [4, 3, 2, 1, 0]
+        file["l/z/features"], file["l/indices"] = x[:3].numpy(), [1, 0, 0]
+    group = tmp_path / "g.h5:l/y/features"
+    pt = with_indices(tmp_path / "i.pt", x, [4, 3, 2, 1, 0]), with_indices(tmp_path / "w.pt", x, tuple(texts))
+    Features({"a": ints, "b": group, "c": pt[0]}).close()
+    Features({"a": words, "b": pt[1], "c": fixed}).close()
+    other = with_indices(tmp_path / "o.pt", x, [0, 1, 2, 3, 4])
+    for first, second, got in (
+        (group, other, "4 in row 0 as in stream 'a' .*, got 0"),
+        (other, group, "0 in row 0 as in stream 'a' .*, got 4"),
+        (words, ints, "b'e' in row 0 as in stream 'a' .*, got 4"),
+        (ints, fixed, "4 in row 0 as in stream 'a' .*, got b'e'"),
+    ):
+        with pytest.raises(ValueError, match=f"expected `indices` {got}: rows are paired by position"):
+            Features({"a": first, "b": second})
+    with pytest.raises(ValueError, match="zeros from row 1 to the last, 2: was it stopped"):
+        Features({"a": tmp_path / "g.h5:l/z/features"})
+
+
+def test_indices_of_shards_are_compared_over_all_of_them(tmp_path):
+    def write(name: str, *parts):
+        for i, indices in enumerate(parts):
+            with h5py.File(tmp_path / f"{name}_{i}.h5", "w") as file:
+                file["features"] = np.ones((len(indices), 3), "<f4")
+                if None not in indices:
+                    file["indices"] = np.array(indices, int)
+        return tmp_path / f"{name}_*.h5"
+
+    a, b = write("a", [5, 0], [], [3, 1, 2]), write("b", [5], [0, 3, 1, 2])
+    with Features({"a": a, "b": b}) as found:
+        assert found.rows == 5
+    with pytest.raises(ValueError, match=r"`indices` 3 in row 2 as in stream 'a' .*, got 1: rows are paired by pos"):
+        Features({"a": a, "b": write("b", [5], [0, 1, 3, 2])})
+    with pytest.raises(ValueError, match=r"b_1\.h5\): expected `indices` as in .*b_0\.h5, got none"):
+        Features({"b": write("b", [5], [None] * 4)})
+
+
+def test_the_command_line_lists_shards(tmp_path):
+    """For names that are no numbers; a comma in the name of a file is a part of it."""
+    with h5py.File(tmp_path / "z.h5", "w") as file:
+        file["a,b.npy"] = np.ones((4, 3), "<f4")
+    for name in ("d_01-31.npy", "d_02-01.npy", "e,1.npy", "x.npy", "x.npy,d_01-31.npy"):
+        (tmp_path / name).touch()
+    for files in (["d_01-31.npy", "d_02-01.npy", "x.npy"], ["x.npy", "z.h5:a"], ["z.h5:a,b.npy"], ["e,1.npy"],
+                  ["e,*.npy"], ["x.npy,d_01-31.npy"]):  # fmt: skip
+        paths = [tmp_path / file for file in files]
+        assert stream_features("a=" + ",".join(map(str, paths))) == ("a", paths if len(files) > 1 else paths[0])
 
 
 def test_another_dataset_of_a_file(tmp_path):
