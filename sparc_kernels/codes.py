@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from ._arguments import refusing
-from ._checks import require
+from ._checks import MARK, check_targets, require
 from ._progress import Watch, watched
 from .checkpoint import write_atomically
-from .evaluate import add_model_arguments, codes_of, open_model
+from .evaluate import add_model_arguments, codes_of, files_of, inputs_of, open_model
 from .features import Features
 from .metrics import Codes
 from .module import AlignedSAE
@@ -93,9 +93,10 @@ class CsrWriter:
                     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_1_0(member, header)
                     self._copy(name, arrays, member)
+            archive.comment = MARK.encode()
 
     def _write_safetensors(self, file, parts: dict, arrays: dict) -> None:
-        header: dict = {"__metadata__": {"format": "csr"}}
+        header: dict = {"__metadata__": {"generator": MARK, "format": "csr"}}
         kinds, offset = {"int32": "I32", "int64": "I64", "float32": "F32", "float64": "F64"}, 0
         for name, (dtype, shape) in sorted(parts.items(), key=lambda part: -part[1][0].itemsize):  # keeps alignment
             size = dtype.itemsize * int(np.prod(shape))
@@ -110,12 +111,11 @@ class CsrWriter:
 
 
 def paths_of(streams: Iterable[str], out: Path, form: str) -> dict[str, Path]:
-    """The file that each stream's codes go to; ValueError for a name that can name none, or a folder of that name."""
+    """The file that each stream's codes go to; ValueError for a name that can name none."""
     paths = {}
     for s in streams:
         require(Path(s).name == s, "streams", "names that can name a file, without a slash", repr(s))
         paths[s] = out / f"{s}.{form}"
-        require(not paths[s].is_dir(), "out", f"no folder {paths[s].name} in {out}", "one")
     return paths
 
 
@@ -132,10 +132,12 @@ def write_codes(
 
     Returns: {s: values in it}.
 
-    Raises: ValueError of `paths_of` and `Features.check`, before anything is written.
+    Raises: ValueError of `paths_of` and `Features.check`, before anything is written, and for files there that are the
+    features', or that sparc_kernels did not write.
     """
     out = Path(out)
     paths = paths_of(features.widths, out, form)
+    check_targets("out", paths.values(), files_of(features.paths))
     out.mkdir(parents=True, exist_ok=True)
     device = next(model.parameters()).device
     model.eval()
@@ -166,7 +168,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @refusing("encode")
 def run(args: argparse.Namespace) -> None:
-    paths = paths_of(args.stream, args.out, args.format)  # before everything is read
+    paths = paths_of(args.stream, args.out, args.format)
+    check_targets("--out", paths.values(), inputs_of(args))  # before everything is read
     model, features, _ = open_model(args)
     started = time.perf_counter()
     with features:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
@@ -14,14 +14,27 @@ import torch
 from torch import Tensor
 
 from ._arguments import FEATURES, add_stream_argument, refusing
-from ._checks import check_device
+from ._checks import check_device, check_targets, is_marked
 from ._progress import Watch, counted, watched
-from .checkpoint import model_of, read_weights, write_atomically, write_json
+from .checkpoint import (
+    CHECKPOINTS,
+    OFFICIAL,
+    OFFICIAL_CONFIG,
+    WEIGHTS,
+    checkpoints,
+    model_of,
+    read_json,
+    read_weights,
+    write_atomically,
+    write_json,
+)
 from .decoder import decode
+from .feature_files import split_dataset
 from .features import Features
 from .labels import read_labels, read_names, read_pictures
 from .metrics import Codes, Rows, activation_cosine, dead_fractions, explained_variance, jaccard, probe_1d, retrieval
 from .module import AlignedSAE
+from .shards import is_pattern, matching, stream_label
 
 BATCH = 1024  # rows encoded at a time
 
@@ -261,6 +274,38 @@ def open_model(args) -> Opened:
     return Opened(model.requires_grad_(False), features, trained)
 
 
+def files_of(streams: Mapping) -> list[tuple[str, Path]]:
+    """Every file of feature files as `Features` takes them, shards among them, with what messages call it."""
+    found = []
+    for s, value in streams.items():
+        label = stream_label(s, value)
+        if isinstance(value, Path) and is_pattern(value):
+            value = matching(label, value)
+        paths = value if isinstance(value, list) else [value] * (value is not None)  # None: a tensor
+        found += [(label, split_dataset(path)[0]) for path in paths]
+    return found
+
+
+def inputs_of(args) -> list[tuple[str, Path]]:
+    """Files that eval, encode or show reads, with what messages call them."""
+    model, given = args.model, vars(args)
+    beside = [model / name for name in (WEIGHTS, OFFICIAL, OFFICIAL_CONFIG)] + checkpoints(model / CHECKPOINTS)
+    files = beside if model.is_dir() else [model, model.with_name(OFFICIAL_CONFIG)]
+    found = files_of(args.stream) + [(f"of --model {model}", file) for file in files]
+    found += [(f"--{key.replace('_', '-')}", given[key]) for key in ("labels", "label_names") if given.get(key)]
+    return found + [(f"--{key} {s}", path) for key in ("images", "texts") for s, path in (given.get(key) or {}).items()]
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether `eval` wrote this report or these scores."""
+    if path.suffix == ".html":
+        return is_marked(path)
+    try:
+        return {"own", "local", "streams", "trained"} <= read_json(path).keys()
+    except ValueError:
+        return False
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--labels", type=Path, help="multi-hot [n, C] or class numbers [n] in .npy, or a SciPy .npz")
@@ -279,6 +324,7 @@ def run(args: argparse.Namespace) -> None:
 
     import_matplotlib()  # before the work, so that a missing package is known at once
     started = time.perf_counter()
+    check_targets("--out", [args.out / "scores.json", args.out / "report.html"], inputs_of(args), _is_ours)
     model, features, trained = open_model(args)
     print(f"Scores and report go to {args.out}", file=sys.stderr)
     with features:

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from ._arguments import add_stream_argument, refusing
+from ._checks import check_targets, require
 from ._progress import Watch, watched
 from .checkpoint import write_atomically
-from .evaluate import add_model_arguments, codes_of, open_model
+from .evaluate import add_model_arguments, codes_of, inputs_of, open_model
 from .features import Features
 from .labels import Pictures, read_pictures
 from .metrics import top_rows
@@ -58,6 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.top < 1:
         raise ValueError(f"--top: expected an int >= 1, got {args.top}")
+    if args.html is not None:
+        is_page = args.html.suffix.lower() in (".html", ".htm")
+        require(is_page, "--html", "a file ending in .html or .htm", str(args.html))
+        check_targets("--html", [args.html], inputs_of(args))
     model, features, _ = open_model(args)
     with features:
         pictures = read_pictures(args.images, args.texts, features)

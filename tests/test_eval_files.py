@@ -1,0 +1,111 @@
+"""What `eval`, `encode` and `show` write, and over which files: never over another's, and tried before the work."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from scipy import sparse
+
+from sparc_kernels import AlignedSAE, cli
+from sparc_kernels.checkpoint import load_model, save_weights
+from sparc_kernels.codes import write_codes
+from sparc_kernels.features import Features
+
+ROWS, WIDTHS = 40, {"a": 6, "b": 4}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The folder that we are in: features in one file and in shards, labels, texts, and the folder of a model."""
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    (tmp_path / "run").mkdir()
+    save_weights(AlignedSAE(WIDTHS, 16, 3), tmp_path / "run" / "model.safetensors")
+    for s, d in WIDTHS.items():
+        x = generator.standard_normal((ROWS, d)).astype(np.float32)
+        np.save(f"{s}.npy", x)
+        save_file({"features": x[:20]}, f"{s}_0.safetensors")
+        save_file({"features": x[20:]}, f"{s}_1.safetensors")
+    np.save("labels.npy", generator.integers(0, 2, (ROWS, 3)))
+    (tmp_path / "texts.txt").write_text("text\n" * ROWS)
+    return tmp_path
+
+
+GIVEN = ["--model=run", "--stream=a=a.npy", "--stream=b=b.npy", "--device=cpu"]
+SHARDS = ["--model=run", "--stream=a=a_*.safetensors", "--stream=b=b.npy", "--device=cpu"]
+
+
+def contents(folder) -> dict:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def link(name: str, target: str) -> None:
+    os.makedirs(os.path.dirname(name), exist_ok=True)
+    os.link(target, name)
+
+
+@pytest.mark.parametrize(
+    ("command", "make", "words"),
+    [
+        (["encode", *SHARDS, "--out=o", "--format=safetensors"], lambda: link("o/a.safetensors", "a_1.safetensors"),
+         "--out: expected a file that is not read, got o/a.safetensors, which is stream 'a' (a_*.safetensors)"),
+        (["encode", *GIVEN, "--out=o"], lambda: link("o/b.npz", "run/model.safetensors"),
+         "got o/b.npz, which is of --model run"),
+        (["encode", *GIVEN, "--model=run/model.safetensors", "--out=o"],
+         lambda: link("o/b.npz", "run/model.safetensors"),
+         "got o/b.npz, which is of --model run/model.safetensors"),
+        (["encode", *GIVEN, "--out=o"], lambda: (os.mkdir("o"), sparse.save_npz("o/a.npz", sparse.eye(9).tocsr())),
+         "--out: expected no file that sparc_kernels did not write, got o/a.npz: take another place, or move it"),
+        (["encode", *GIVEN, "--out=.", "--format=safetensors"],
+         lambda: save_file({"data": np.ones(3)}, "a.safetensors"),
+         "did not write, got a.safetensors: take another place"),
+        (["eval", *GIVEN, "--labels=labels.npy", "--out=o"], lambda: link("o/scores.json", "labels.npy"),
+         "got o/scores.json, which is --labels"),
+        (["eval", *GIVEN, "--texts=a=texts.txt", "--out=o"], lambda: link("o/report.html", "texts.txt"),
+         "got o/report.html, which is --texts a"),
+        (["eval", *GIVEN, "--out=."], lambda: Path("scores.json").write_text('{"own": 1}'),
+         "--out: expected no file that sparc_kernels did not write, got scores.json: take another"),
+        (["eval", *GIVEN, "--out=."], lambda: Path("report.html").write_text("<!doctype html><p>mine"),
+         "--out: expected no file that sparc_kernels did not write, got report.html: take another"),
+        (["show", "3", *GIVEN, "--html=page.html"], lambda: Path("page.html").write_text("mine"),
+         "--html: expected no file that sparc_kernels did not write, got page.html: take another"),
+        (["show", "3", *GIVEN, "--html=page.html"], lambda: link("./page.html", "b.npy"),
+         "--html: expected a file that is not read, got page.html, which is stream 'b' (b.npy)"),
+        (["show", "3", *GIVEN, "--html=a.npy"], lambda: None,
+         "--html: expected a file ending in .html or .htm, got a.npy"),
+        (["show", "3", *GIVEN, "--html=run/model.safetensors"], lambda: None,
+         "--html: expected a file ending in .html or .htm, got run/model.safetensors"),
+    ],
+)  # fmt: skip
+def test_no_input_and_no_file_of_anothers_is_written_over(here, capsys, monkeypatch, command, make, words):
+    make()
+    before = contents(here)
+    monkeypatch.setattr(Features, "check", lambda self: pytest.fail("read before it was refused"))
+    assert cli.main(command) == 2
+    assert words in capsys.readouterr().err
+    assert contents(here) == before
+
+
+def test_what_the_same_command_wrote_is_replaced(here, capsys):
+    commands = [["encode", *GIVEN, "--out=o"], ["encode", *GIVEN, "--out=o", "--format=safetensors"],
+                ["eval", *GIVEN, "--out=o", "--no-retrieval"], ["show", "3", *GIVEN, "--html=o/page.htm"]]  # fmt: skip
+    for command in commands:
+        assert cli.main(command) == 0
+    before = contents(here)
+    assert {path.name for path in (here / "o").iterdir()} == {
+        "a.npz", "b.npz", "a.safetensors", "b.safetensors", "scores.json", "report.html", "page.htm"}  # fmt: skip
+    for command in commands:
+        assert cli.main(command) == 0, capsys.readouterr().err
+    assert contents(here).keys() == before.keys()
+
+
+def test_codes_from_python_go_over_no_features_either(here):
+    os.rename("a_0.safetensors", "a.safetensors")
+    before = contents(here)
+    model = load_model("run")[0]
+    for streams in ({"a": ["a.safetensors", "a_1.safetensors"], "b": "b.npy"}, {"a": "a.npy", "b": "b.npy"}):
+        with pytest.raises(ValueError, match=r"out: expected .*, got a\.safetensors"), Features(streams) as features:
+            write_codes(model, features, "", "safetensors")
+    assert contents(here) == before
