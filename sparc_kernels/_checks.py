@@ -74,6 +74,40 @@ def is_marked(path: Path) -> bool:
         return MARK.encode() in head + file.read()
 
 
+def temporary_of(path: Path) -> Path:
+    """What a file is called while it is written."""
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+
+@contextlib.contextmanager
+def writing(argument: str, targets: Iterable[Path], inputs: Iterable[tuple[str, Path]], ours: Callable = is_marked):
+    """`check_targets`, then make the folder of the targets and try each of them; for the work that ends with them.
+
+    The folder goes again where the work fails and has left nothing in it.
+
+    Raises: ValueError.
+    """
+    targets = list(targets)
+    check_targets(argument, targets, inputs, ours)
+    made = [p for path in targets for p in path.parents if not os.path.lexists(p)]
+    try:
+        for path in targets:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                temporary_of(path).write_bytes(b"")
+                temporary_of(path).unlink()
+            except OSError as error:
+                known = {"a file": path.parent.is_file(), "a link to nothing": path.parent.is_symlink()}
+                reason = next((what for what in known if known[what]), error.strerror)
+                fail(argument, f"a folder in which {path.name} can be written", f"{path.parent}, {reason}")
+        yield
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
 def check_targets(
     argument: str, targets: Iterable[Path], inputs: Iterable[tuple[str, Path]], ours: Callable = is_marked
 ) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import refusing
-from ._checks import MARK, check_targets, require
+from ._checks import MARK, require, temporary_of, writing
 from ._progress import Watch, watched
 from .checkpoint import write_atomically
 from .evaluate import add_model_arguments, codes_of, files_of, inputs_of, open_model
@@ -28,6 +29,7 @@ from .metrics import Codes
 from .module import AlignedSAE
 
 FORMATS = ("npz", "safetensors")
+_NAME_MAX = 255  # bytes, of most file systems
 _COPY = 16 << 20  # bytes copied at a time
 
 
@@ -116,6 +118,8 @@ def paths_of(streams: Iterable[str], out: Path, form: str) -> dict[str, Path]:
     for s in streams:
         require(Path(s).name == s, "streams", "names that can name a file, without a slash", repr(s))
         paths[s] = out / f"{s}.{form}"
+        most = _NAME_MAX - len(os.fsencode(temporary_of(paths[s]).name.removeprefix(s)))
+        require(len(os.fsencode(s)) <= most, "streams", f"names of at most {most} bytes", repr(s))
     return paths
 
 
@@ -132,16 +136,14 @@ def write_codes(
 
     Returns: {s: values in it}.
 
-    Raises: ValueError of `paths_of` and `Features.check`, before anything is written, and for files there that are the
-    features', or that sparc_kernels did not write.
+    Raises: ValueError of `paths_of` and `Features.check`, for a folder that cannot be written in, and for files there
+    that are the features' or that sparc_kernels did not write. Nothing is left of it then.
     """
     out = Path(out)
     paths = paths_of(features.widths, out, form)
-    check_targets("out", paths.values(), files_of(features.paths))
-    out.mkdir(parents=True, exist_ok=True)
     device = next(model.parameters()).device
     model.eval()
-    with ExitStack() as stack:
+    with writing("out", paths.values(), files_of(features.paths)), ExitStack() as stack:
         writers = {s: CsrWriter(path, model.n_latents, out) for s, path in paths.items()}
         for writer in writers.values():
             stack.callback(writer.close)
@@ -169,12 +171,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 @refusing("encode")
 def run(args: argparse.Namespace) -> None:
     paths = paths_of(args.stream, args.out, args.format)
-    check_targets("--out", paths.values(), inputs_of(args))  # before everything is read
-    model, features, _ = open_model(args)
-    started = time.perf_counter()
-    with features:
-        watch = watched(features.rows, "encode")
-        values = write_codes(model, features, args.out, args.format, args.batch_size, watch)
+    with writing("--out", paths.values(), inputs_of(args)):  # before everything is read
+        model, features, _ = open_model(args)
+        started = time.perf_counter()
+        with features:
+            watch = watched(features.rows, "encode")
+            values = write_codes(model, features, args.out, args.format, args.batch_size, watch)
     for s, count in values.items():
         share = count / features.rows
         print(f"{paths[s]}: {features.rows:,} x {model.n_latents:,}, {share:.1f} values a row")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import FEATURES, add_stream_argument, refusing
-from ._checks import check_device, check_targets, is_marked
+from ._checks import check_device, is_marked, writing
 from ._progress import Watch, counted, watched
 from .checkpoint import (
     CHECKPOINTS,
@@ -324,33 +324,33 @@ def run(args: argparse.Namespace) -> None:
 
     import_matplotlib()  # before the work, so that a missing package is known at once
     started = time.perf_counter()
-    check_targets("--out", [args.out / "scores.json", args.out / "report.html"], inputs_of(args), _is_ours)
-    model, features, trained = open_model(args)
-    print(f"Scores and report go to {args.out}", file=sys.stderr)
-    with features:
-        labels = args.labels and read_labels(args.labels, features.rows)
-        names = args.label_names and read_names(args.label_names, None if labels is None else labels.shape[1])
-        pictures = read_pictures(args.images, args.texts, features)
-        args.out.mkdir(parents=True, exist_ok=True)
-        scores, codes = evaluate(
-            model,
-            features,
-            labels,
-            batch_size=args.batch_size,
-            probe=not args.no_probe,
-            retrieve=not args.no_retrieval,
-            tell=lambda text: print(text, file=sys.stderr, flush=True),
-            watch=watched(features.rows, "eval"),
-            count=counted,
-        )
-    settings = {"model": str(args.model), "topk_type": model.topk_type, "n_latents": model.n_latents, "k": model.k}
-    settings |= {"normalize": features.normalize, "trained": trained}
-    record = settings | {"streams": {s: str(p) for s, p in args.stream.items()}} | scores
-    write_json(args.out / "scores.json", record)
-    page = html(record, codes, labels, names, pictures)
-    write_atomically(args.out / "report.html", lambda file: file.write(page.encode()))
-    print(summary(record))
-    print(f"Wrote scores.json and report.html to {args.out} ({time.perf_counter() - started:.0f} s)")
+    files = [args.out / "scores.json", args.out / "report.html"]
+    with writing("--out", files, inputs_of(args), _is_ours):  # tried before the work
+        model, features, trained = open_model(args)
+        print(f"Scores and report go to {args.out}", file=sys.stderr)
+        with features:
+            labels = args.labels and read_labels(args.labels, features.rows)
+            names = args.label_names and read_names(args.label_names, None if labels is None else labels.shape[1])
+            pictures = read_pictures(args.images, args.texts, features)
+            scores, codes = evaluate(
+                model,
+                features,
+                labels,
+                batch_size=args.batch_size,
+                probe=not args.no_probe,
+                retrieve=not args.no_retrieval,
+                tell=lambda text: print(text, file=sys.stderr, flush=True),
+                watch=watched(features.rows, "eval"),
+                count=counted,
+            )
+        settings = {"model": str(args.model), "topk_type": model.topk_type, "n_latents": model.n_latents, "k": model.k}
+        settings |= {"normalize": features.normalize, "trained": trained}
+        record = settings | {"streams": {s: str(p) for s, p in args.stream.items()}} | scores
+        write_json(files[0], record)
+        page = html(record, codes, labels, names, pictures)
+        write_atomically(files[1], lambda file: file.write(page.encode()))
+        print(summary(record))
+        print(f"Wrote scores.json and report.html to {args.out} ({time.perf_counter() - started:.0f} s)")
 
 
 def summary(record: dict) -> str:

@@ -384,7 +384,7 @@ def refusals(folder):
         (["--texts=z=x.txt"], "--texts: expected a stream among a, b, c, got 'z'"),
         ([f"--images=a={folder / 'a.npy'}"], "expected uint8 [n, h, w] or [n, h, w, 3], got float32 [400, 20]"),
         (["--batch-size=0"], "--batch-size: expected an int >= 1, got 0"),
-        ([f"--out={other / 'text.txt'}"], "File exists"),
+        ([f"--out={other / 'text.txt'}"], f"which scores.json can be written, got {other / 'text.txt'}, a file"),
     ]  # fmt: skip
 
 

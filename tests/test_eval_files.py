@@ -109,3 +109,61 @@ def test_codes_from_python_go_over_no_features_either(here):
         with pytest.raises(ValueError, match=r"out: expected .*, got a\.safetensors"), Features(streams) as features:
             write_codes(model, features, "", "safetensors")
     assert contents(here) == before
+
+
+LONG = "x" * 247 + ".html"  # it fits, but not while it is written
+
+
+@pytest.mark.parametrize(
+    ("command", "file", "got"),
+    [
+        (["eval", *GIVEN, "--out=locked"], "scores.json", "locked, Permission denied"),
+        (["encode", *GIVEN, "--out=locked/o"], "a.npz", "locked/o, Permission denied"),
+        (["show", "3", *GIVEN, "--html=locked/x.html"], "x.html", "locked, Permission denied"),
+        (["encode", *GIVEN, "--out=a.npy"], "a.npz", "a.npy, a file"),
+        (["eval", *GIVEN, "--out=dangling"], "scores.json", "dangling, a link to nothing"),
+        (["show", "3", *GIVEN, "--html=a.npy/x.html"], "x.html", "a.npy, a file"),
+        (["show", "3", *GIVEN, f"--html={LONG}"], LONG, "., File name too long"),
+    ],
+)
+def test_places_to_write_in_are_tried_before_the_work(here, capsys, monkeypatch, command, file, got):
+    (here / "locked").mkdir()
+    os.symlink("nowhere", "dangling")
+    mkdir, write_bytes = Path.mkdir, Path.write_bytes
+
+    def locked(work):
+        def run(path, *args, **kwargs):
+            if path.parts[:1] == ("locked",) and len(path.parts) > 1:  # root may write everywhere
+                raise PermissionError(13, "Permission denied", str(path))
+            return work(path, *args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(Path, "mkdir", locked(mkdir))
+    monkeypatch.setattr(Path, "write_bytes", locked(write_bytes))
+    monkeypatch.setattr(Features, "check", lambda self: pytest.fail("read before the place was tried"))
+    before = sorted(here.rglob("*"))
+    assert cli.main(command) == 2
+    flag = command[-1].partition("=")[0]
+    words = f"error: {flag}: expected a folder in which {file} can be written, got {got}\n"
+    assert capsys.readouterr().err.endswith(words)
+    assert sorted(here.rglob("*")) == before
+
+
+def test_folders_are_made_and_go_again_where_nothing_is_written(here, capsys):
+    assert cli.main(["show", "3", *GIVEN, "--html=new/deep/x.html"]) == 0 and (here / "new/deep/x.html").exists()
+    for command in (["encode", "--out=o/deep"], ["eval", "--out=o/deep"], ["show", "3", "--html=o/deep/x.html"]):
+        assert cli.main([*command, *GIVEN, "--stream=c=none.npy"]) == 2
+        assert "stream 'c' (none.npy): expected a file" in capsys.readouterr().err and not (here / "o").exists()
+
+
+def test_streams_whose_names_are_too_long_for_a_file_are_refused_at_once(here, capsys, monkeypatch):
+    monkeypatch.setattr(Features, "check", lambda self: pytest.fail("read before it was refused"))
+    most = 255 - len(f".npz.{os.getpid()}.tmp")
+    for name in ("n" * (most + 1), "\N{GREEK SMALL LETTER ALPHA}" * (most // 2 + 1)):
+        assert cli.main(["encode", *GIVEN, f"--stream={name}=a.npy", "--out=o"]) == 2
+        assert f"streams: expected names of at most {most} bytes, got '{name}'" in capsys.readouterr().err
+    monkeypatch.undo()
+    os.chdir(here)
+    save_weights(AlignedSAE({"n" * most: 6}, 16, 3), here / "m.safetensors")
+    assert cli.main(["encode", "--model=m.safetensors", f"--stream={'n' * most}=a.npy", "--out=o"]) == 0
