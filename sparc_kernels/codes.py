@@ -23,7 +23,7 @@ from ._arguments import refusing
 from ._checks import MARK, require, temporary_of, writing
 from ._progress import Watch, watched
 from .checkpoint import write_atomically
-from .evaluate import add_model_arguments, codes_of, files_of, inputs_of, open_model
+from .evaluate import add_model_arguments, check_rows, codes_of, files_of, inputs_of, open_model
 from .features import Features
 from .metrics import Codes
 from .module import AlignedSAE
@@ -173,8 +173,9 @@ def run(args: argparse.Namespace) -> None:
     paths = paths_of(args.stream, args.out, args.format)
     with writing("--out", paths.values(), inputs_of(args)):  # before everything is read
         model, features, _ = open_model(args)
-        started = time.perf_counter()
         with features:
+            check_rows(features)
+            started = time.perf_counter()
             watch = watched(features.rows, "encode")
             values = write_codes(model, features, args.out, args.format, args.batch_size, watch)
     for s, count in values.items():

@@ -268,10 +268,14 @@ def open_model(args) -> Opened:
         model = model.float()  # weights in half precision lose nothing, and rows are read in float32
     features = Features(args.stream, normalize, next(model.parameters()).dtype)
     features.require_widths(needed_widths(model, args.stream), f"the model {args.model}")
+    return Opened(model.requires_grad_(False), features, trained)
+
+
+def check_rows(features: Features) -> None:
+    """Look at all rows, when all that is read in a moment has been, and note zero ones. Raises: ValueError."""
     for s, summary in features.check().items():
         if summary.n_zero_rows:
             print(f"Note: stream {s!r} has {summary.zeros(features.rows)}", file=sys.stderr)
-    return Opened(model.requires_grad_(False), features, trained)
 
 
 def files_of(streams: Mapping) -> list[tuple[str, Path]]:
@@ -329,9 +333,12 @@ def run(args: argparse.Namespace) -> None:
         model, features, trained = open_model(args)
         print(f"Scores and report go to {args.out}", file=sys.stderr)
         with features:
-            labels = args.labels and read_labels(args.labels, features.rows)
-            names = args.label_names and read_names(args.label_names, None if labels is None else labels.shape[1])
+            labels, numbers = read_labels(args.labels, features.rows) if args.labels else (None, None)
+            names = numbers and [f"class {number}" for number in numbers]
+            if args.label_names:
+                names = read_names(args.label_names, None if labels is None else labels.shape[1], numbers)
             pictures = read_pictures(args.images, args.texts, features)
+            check_rows(features)
             scores, codes = evaluate(
                 model,
                 features,

@@ -11,7 +11,7 @@ from ._arguments import add_stream_argument, refusing
 from ._checks import require, writing
 from ._progress import Watch, watched
 from .checkpoint import write_atomically
-from .evaluate import add_model_arguments, codes_of, inputs_of, open_model
+from .evaluate import add_model_arguments, check_rows, codes_of, inputs_of, open_model
 from .features import Features
 from .labels import Pictures, read_pictures
 from .metrics import top_rows
@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
         model, features, _ = open_model(args)
         with features:
             pictures = read_pictures(args.images, args.texts, features)
+            check_rows(features)
             watch = watched(features.rows, "show")
             best = top_activations(model, features, args.latent, args.top, args.batch_size, watch)
         for s, (rows, values, fired) in best.items():

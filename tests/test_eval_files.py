@@ -1,6 +1,8 @@
 """What `eval`, `encode` and `show` write, and over which files: never over another's, and tried before the work."""
 
+import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +10,11 @@ import pytest
 from safetensors.numpy import save_file
 from scipy import sparse
 
-from sparc_kernels import AlignedSAE, cli
+from sparc_kernels import AlignedSAE, cli, labels
 from sparc_kernels.checkpoint import load_model, save_weights
 from sparc_kernels.codes import write_codes
 from sparc_kernels.features import Features
+from sparc_kernels.labels import read_labels, read_names
 
 ROWS, WIDTHS = 40, {"a": 6, "b": 4}
 
@@ -167,3 +170,48 @@ def test_streams_whose_names_are_too_long_for_a_file_are_refused_at_once(here, c
     os.chdir(here)
     save_weights(AlignedSAE({"n" * most: 6}, 16, 3), here / "m.safetensors")
     assert cli.main(["encode", "--model=m.safetensors", f"--stream={'n' * most}=a.npy", "--out=o"]) == 0
+
+
+# --------------------------------------------------------------------------------------------------------------- labels
+
+
+@pytest.mark.parametrize("large", [10**7, 10**12, 2**64 - 1])
+def test_class_numbers_may_be_large(here, large):
+    """Columns are the numbers that occur, and scores those of small ones."""
+    kinds = np.arange(ROWS) % 3
+    command = ["eval", *GIVEN, "--no-retrieval", "--no-probe", "--texts=a=texts.txt"]
+    found, pages = [], []
+    for name, numbers in (("small", [0, 1, 2]), ("large", [0, 5, large])):
+        np.save(f"{name}.npy", np.array(numbers, np.uint64)[kinds])
+        assert cli.main([*command, f"--labels={name}.npy", f"--out={name}"]) == 0
+        found.append(json.loads((here / name / "scores.json").read_text()))
+        pages.append((here / name / "report.html").read_text())
+    assert found[0] == found[1] and "jaccard" in found[0]["own"]
+    got, numbers = read_labels(here / "large.npy", ROWS)
+    assert got.shape == (ROWS, 3) and got.int().argmax(1).tolist() == kinds.tolist() and numbers == [0, 5, large]
+    named = {re.sub("<.*", "", title) for title in re.findall("<h3>(class [0-9]+)", pages[1])}
+    assert named and named <= {f"class {number}" for number in (0, 5, large)}
+
+
+def test_names_are_those_of_class_numbers(here):
+    (here / "names.txt").write_text("zero\none\ntwo\nthree\n")
+    assert read_names(Path("names.txt"), 2, [0, 2]) == ["zero", "two"]
+    with pytest.raises(ValueError, match=r"label names names.txt: expected 5 lines or more, one a class number, got 4"):
+        read_names(Path("names.txt"), 2, [0, 4])
+    with pytest.raises(ValueError, match=r"expected 3 lines, one a class, got 4"):
+        read_names(Path("names.txt"), 3, None)
+
+
+def test_more_labels_than_memory_holds_are_refused_by_name(here, monkeypatch):
+    monkeypatch.setattr(labels, "_MOST", 400)
+    np.save("n.npy", np.arange(ROWS))
+    sparse.save_npz("m.npz", sparse.csr_matrix((ROWS, 10**12)))
+    for name, count in (("n.npy", "40"), ("m.npz", "1,000,000,000,000")):
+        with pytest.raises(ValueError, match=f"labels {name}: expected at most 10 classes with 40 rows, got {count}$"):
+            read_labels(Path(name), ROWS)
+
+
+def test_labels_are_read_before_all_features_are_looked_at(here, capsys, monkeypatch):
+    monkeypatch.setattr(Features, "check", lambda self: pytest.fail("read before labels were"))
+    assert cli.main(["eval", *GIVEN, "--labels=texts.txt", "--out=o"]) == 2
+    assert "labels texts.txt: expected a NumPy .npy file" in capsys.readouterr().err
