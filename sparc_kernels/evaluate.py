@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import FEATURES, add_stream_argument, refusing
-from ._checks import check_device, is_marked, writing
+from ._checks import check_device, is_marked, plain, writing
 from ._progress import Watch, counted, watched
 from .checkpoint import (
     CHECKPOINTS,
@@ -26,7 +28,6 @@ from .checkpoint import (
     read_json,
     read_weights,
     write_atomically,
-    write_json,
 )
 from .decoder import decode
 from .feature_files import split_dataset
@@ -353,11 +354,21 @@ def run(args: argparse.Namespace) -> None:
         settings = {"model": str(args.model), "topk_type": model.topk_type, "n_latents": model.n_latents, "k": model.k}
         settings |= {"normalize": features.normalize, "trained": trained}
         record = settings | {"streams": {s: str(p) for s, p in args.stream.items()}} | scores
-        write_json(files[0], record)
+        text = json.dumps(finite(plain(record)), indent=2, allow_nan=False) + "\n"
+        write_atomically(files[0], lambda file: file.write(text.encode()))
         page = html(record, codes, labels, names, pictures)
         write_atomically(files[1], lambda file: file.write(page.encode()))
         print(summary(record))
         print(f"Wrote scores.json and report.html to {args.out} ({time.perf_counter() - started:.0f} s)")
+
+
+def finite(value):
+    """None for NaN and infinity, which JSON has not, in dicts and lists too."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def summary(record: dict) -> str:

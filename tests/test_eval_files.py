@@ -13,6 +13,7 @@ from scipy import sparse
 from sparc_kernels import AlignedSAE, cli, labels
 from sparc_kernels.checkpoint import load_model, save_weights
 from sparc_kernels.codes import write_codes
+from sparc_kernels.evaluate import finite
 from sparc_kernels.features import Features
 from sparc_kernels.labels import read_labels, read_names
 
@@ -215,3 +216,17 @@ def test_labels_are_read_before_all_features_are_looked_at(here, capsys, monkeyp
     monkeypatch.setattr(Features, "check", lambda self: pytest.fail("read before labels were"))
     assert cli.main(["eval", *GIVEN, "--labels=texts.txt", "--out=o"]) == 2
     assert "labels texts.txt: expected a NumPy .npy file" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------------------- scores
+
+
+def test_scores_without_a_value_are_null(here):
+    for s, d in WIDTHS.items():
+        np.save(f"{s}.npy", np.ones((1, d), np.float32))
+    np.save("labels.npy", np.ones((1, 3), int))
+    assert cli.main(["eval", *GIVEN, "--labels=labels.npy", "--out=o"]) == 0
+    scores = json.loads((here / "o" / "scores.json").read_text(), parse_constant=pytest.fail)
+    assert scores["own"]["explained_variance"] == {f"{t}<-{s}": None for t in WIDTHS for s in WIDTHS}
+    assert scores["own"]["explained_variance_self"] is None and scores["own"]["jaccard"] is not None
+    assert finite({"x": [float("inf"), 1.5, "NaN"]}) == {"x": [None, 1.5, "NaN"]}
