@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import FEATURES, add_stream_argument, refusing
-from ._checks import check_device, is_marked, plain, writing
+from ._checks import check_device, is_marked, plain, require, writing
 from ._progress import Watch, counted, watched
 from .checkpoint import (
     CHECKPOINTS,
@@ -267,6 +267,9 @@ def open_model(args) -> Opened:
         model, trained = select_locally(model), {"topk_type": "global"} | trained
     if next(model.parameters()).dtype != torch.float64:
         model = model.float()  # weights in half precision lose nothing, and rows are read in float32
+    some = set(args.stream) < set(model.d_streams) and model.topk_type == "global"
+    hint = f"the streams of the model {args.model}, or --alone, with which some of them are enough"
+    require(not some, "streams", f"{', '.join(model.d_streams)}, {hint}", ", ".join(args.stream))
     features = Features(args.stream, normalize, next(model.parameters()).dtype)
     features.require_widths(needed_widths(model, args.stream), f"the model {args.model}")
     return Opened(model.requires_grad_(False), features, trained)

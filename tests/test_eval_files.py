@@ -218,6 +218,16 @@ def test_labels_are_read_before_all_features_are_looked_at(here, capsys, monkeyp
     assert "labels texts.txt: expected a NumPy .npy file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [["encode", "--out=o"], ["eval", "--out=o"], ["show", "3"]])
+def test_alone_is_named_where_streams_are_missing(here, capsys, command):
+    only = [*command, "--model=run", "--stream=b=b.npy", "--device=cpu"]
+    assert cli.main(only) == 2
+    words = "expected a, b, the streams of the model run, or --alone, with which some of them are enough, got b\n"
+    assert capsys.readouterr().err.endswith(words)
+    assert cli.main([*only, "--stream=z=a.npy"]) == 2 and "--alone" not in capsys.readouterr().err
+    assert cli.main([*only, "--alone"]) == 0
+
+
 # --------------------------------------------------------------------------------------------------------------- scores
 
 
