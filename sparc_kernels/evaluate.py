@@ -335,7 +335,6 @@ def run(args: argparse.Namespace) -> None:
     files = [args.out / "scores.json", args.out / "report.html"]
     with writing("--out", files, inputs_of(args), _is_ours):  # tried before the work
         model, features, trained = open_model(args)
-        print(f"Scores and report go to {args.out}", file=sys.stderr)
         with features:
             labels, numbers = read_labels(args.labels, features.rows) if args.labels else (None, None)
             names = numbers and [f"class {number}" for number in numbers]
@@ -343,6 +342,7 @@ def run(args: argparse.Namespace) -> None:
                 names = read_names(args.label_names, None if labels is None else labels.shape[1], numbers)
             pictures = read_pictures(args.images, args.texts, features)
             check_rows(features)
+            print(f"Scores and report go to {args.out}", file=sys.stderr)
             scores, codes = evaluate(
                 model,
                 features,
