@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import numbers
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TORCH_NAMES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+MARK = "written by sparc_kernels"  # in the first or last bytes of files that a command may write over
 _SPELLINGS = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
 _SPELLINGS |= {"double": "fp64", "float": "fp32", "half": "fp16", "f64": "fp64", "f32": "fp32", "f16": "fp16"}
 
@@ -60,6 +64,71 @@ def reading(label: str, expected: str, got: str = "one that cannot be read"):
 
 def first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def is_marked(path: Path) -> bool:
+    """Whether a file begins or ends with MARK, as those do that sparc_kernels wrote."""
+    with open(path, "rb") as file:
+        head = file.read(256)
+        file.seek(max(0, file.seek(0, os.SEEK_END) - len(MARK)))
+        return MARK.encode() in head + file.read()
+
+
+def temporary_of(path: Path) -> Path:
+    """What a file is called while it is written."""
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+
+@contextlib.contextmanager
+def writing(argument: str, targets: Iterable[Path], inputs: Iterable[tuple[str, Path]], ours: Callable = is_marked):
+    """`check_targets`, then make the folder of the targets and try each of them; for the work that ends with them.
+
+    The folder goes again where the work fails and has left nothing in it.
+
+    Raises: ValueError.
+    """
+    targets = list(targets)
+    check_targets(argument, targets, inputs, ours)
+    made = [p for path in targets for p in path.parents if not os.path.lexists(p)]
+    try:
+        for path in targets:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                temporary_of(path).write_bytes(b"")
+                temporary_of(path).unlink()
+            except OSError as error:
+                known = {"a file": path.parent.is_file(), "a link to nothing": path.parent.is_symlink()}
+                reason = next((what for what in known if known[what]), error.strerror)
+                fail(argument, f"a folder in which {path.name} can be written", f"{path.parent}, {reason}")
+        yield
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def check_targets(
+    argument: str, targets: Iterable[Path], inputs: Iterable[tuple[str, Path]], ours: Callable = is_marked
+) -> None:
+    """Refuse files to write that are inputs, by this or another path, and what is there and is not `ours`.
+
+    Args:
+        inputs: what messages call a file, and the file, which may be missing.
+    """
+    read = {_identity(file): label for label, file in inputs if os.path.exists(file)}
+    for path in filter(os.path.exists, targets):
+        require(not path.is_dir(), argument, f"no folder {path.name} in {path.parent}", "one")
+        label = read.get(_identity(path))
+        require(label is None, argument, "a file that is not read", f"{path}, which is {label}")
+        mine, got = path.is_file() and ours(path), f"{path}: take another place, or move it"
+        require(mine, argument, "no file that sparc_kernels did not write", got)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """Of the file, whatever path leads to it."""
+    found = path.stat()
+    return found.st_dev, found.st_ino
 
 
 def check_int(argument: str, value, low: int, high: int | None = None, high_name: str = "") -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -19,15 +20,16 @@ import torch
 from torch import Tensor
 
 from ._arguments import refusing
-from ._checks import require
+from ._checks import MARK, require, temporary_of, writing
 from ._progress import Watch, watched
 from .checkpoint import write_atomically
-from .evaluate import add_model_arguments, codes_of, open_model
+from .evaluate import add_model_arguments, check_rows, codes_of, files_of, inputs_of, open_model
 from .features import Features
 from .metrics import Codes
 from .module import AlignedSAE
 
 FORMATS = ("npz", "safetensors")
+_NAME_MAX = 255  # bytes, of most file systems
 _COPY = 16 << 20  # bytes copied at a time
 
 
@@ -93,9 +95,10 @@ class CsrWriter:
                     header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_1_0(member, header)
                     self._copy(name, arrays, member)
+            archive.comment = MARK.encode()
 
     def _write_safetensors(self, file, parts: dict, arrays: dict) -> None:
-        header: dict = {"__metadata__": {"format": "csr"}}
+        header: dict = {"__metadata__": {"generator": MARK, "format": "csr"}}
         kinds, offset = {"int32": "I32", "int64": "I64", "float32": "F32", "float64": "F64"}, 0
         for name, (dtype, shape) in sorted(parts.items(), key=lambda part: -part[1][0].itemsize):  # keeps alignment
             size = dtype.itemsize * int(np.prod(shape))
@@ -110,12 +113,13 @@ class CsrWriter:
 
 
 def paths_of(streams: Iterable[str], out: Path, form: str) -> dict[str, Path]:
-    """The file that each stream's codes go to; ValueError for a name that can name none, or a folder of that name."""
+    """The file that each stream's codes go to; ValueError for a name that can name none."""
     paths = {}
     for s in streams:
         require(Path(s).name == s, "streams", "names that can name a file, without a slash", repr(s))
         paths[s] = out / f"{s}.{form}"
-        require(not paths[s].is_dir(), "out", f"no folder {paths[s].name} in {out}", "one")
+        most = _NAME_MAX - len(os.fsencode(temporary_of(paths[s]).name.removeprefix(s)))
+        require(len(os.fsencode(s)) <= most, "streams", f"names of at most {most} bytes", repr(s))
     return paths
 
 
@@ -132,14 +136,14 @@ def write_codes(
 
     Returns: {s: values in it}.
 
-    Raises: ValueError of `paths_of` and `Features.check`, before anything is written.
+    Raises: ValueError of `paths_of` and `Features.check`, for a folder that cannot be written in, and for files there
+    that are the features' or that sparc_kernels did not write. Nothing is left of it then.
     """
     out = Path(out)
     paths = paths_of(features.widths, out, form)
-    out.mkdir(parents=True, exist_ok=True)
     device = next(model.parameters()).device
     model.eval()
-    with ExitStack() as stack:
+    with writing("out", paths.values(), files_of(features.paths)), ExitStack() as stack:
         writers = {s: CsrWriter(path, model.n_latents, out) for s, path in paths.items()}
         for writer in writers.values():
             stack.callback(writer.close)
@@ -166,12 +170,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @refusing("encode")
 def run(args: argparse.Namespace) -> None:
-    paths = paths_of(args.stream, args.out, args.format)  # before everything is read
-    model, features, _ = open_model(args)
-    started = time.perf_counter()
-    with features:
-        watch = watched(features.rows, "encode")
-        values = write_codes(model, features, args.out, args.format, args.batch_size, watch)
+    paths = paths_of(args.stream, args.out, args.format)
+    with writing("--out", paths.values(), inputs_of(args)):  # before everything is read
+        model, features, _ = open_model(args)
+        with features:
+            check_rows(features)
+            started = time.perf_counter()
+            watch = watched(features.rows, "encode")
+            values = write_codes(model, features, args.out, args.format, args.batch_size, watch)
     for s, count in values.items():
         share = count / features.rows
         print(f"{paths[s]}: {features.rows:,} x {model.n_latents:,}, {share:.1f} values a row")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
@@ -14,14 +16,26 @@ import torch
 from torch import Tensor
 
 from ._arguments import FEATURES, add_stream_argument, refusing
-from ._checks import check_device
+from ._checks import check_device, is_marked, plain, require, writing
 from ._progress import Watch, counted, watched
-from .checkpoint import model_of, read_weights, write_atomically, write_json
+from .checkpoint import (
+    CHECKPOINTS,
+    OFFICIAL,
+    OFFICIAL_CONFIG,
+    WEIGHTS,
+    checkpoints,
+    model_of,
+    read_json,
+    read_weights,
+    write_atomically,
+)
 from .decoder import decode
+from .feature_files import split_dataset
 from .features import Features
 from .labels import read_labels, read_names, read_pictures
 from .metrics import Codes, Rows, activation_cosine, dead_fractions, explained_variance, jaccard, probe_1d, retrieval
 from .module import AlignedSAE
+from .shards import is_pattern, matching, stream_label
 
 BATCH = 1024  # rows encoded at a time
 
@@ -253,12 +267,51 @@ def open_model(args) -> Opened:
         model, trained = select_locally(model), {"topk_type": "global"} | trained
     if next(model.parameters()).dtype != torch.float64:
         model = model.float()  # weights in half precision lose nothing, and rows are read in float32
+    some = set(args.stream) < set(model.d_streams) and model.topk_type == "global"
+    hint = f"the streams of the model {args.model}, or --alone, with which some of them are enough"
+    require(not some, "streams", f"{', '.join(model.d_streams)}, {hint}", ", ".join(args.stream))
     features = Features(args.stream, normalize, next(model.parameters()).dtype)
     features.require_widths(needed_widths(model, args.stream), f"the model {args.model}")
+    return Opened(model.requires_grad_(False), features, trained)
+
+
+def check_rows(features: Features) -> None:
+    """Look at all rows, when all that is read in a moment has been, and note zero ones. Raises: ValueError."""
     for s, summary in features.check().items():
         if summary.n_zero_rows:
             print(f"Note: stream {s!r} has {summary.zeros(features.rows)}", file=sys.stderr)
-    return Opened(model.requires_grad_(False), features, trained)
+
+
+def files_of(streams: Mapping) -> list[tuple[str, Path]]:
+    """Every file of feature files as `Features` takes them, shards among them, with what messages call it."""
+    found = []
+    for s, value in streams.items():
+        label = stream_label(s, value)
+        if isinstance(value, Path) and is_pattern(value):
+            value = matching(label, value)
+        paths = value if isinstance(value, list) else [value] * (value is not None)  # None: a tensor
+        found += [(label, split_dataset(path)[0]) for path in paths]
+    return found
+
+
+def inputs_of(args) -> list[tuple[str, Path]]:
+    """Files that eval, encode or show reads, with what messages call them."""
+    model, given = args.model, vars(args)
+    beside = [model / name for name in (WEIGHTS, OFFICIAL, OFFICIAL_CONFIG)] + checkpoints(model / CHECKPOINTS)
+    files = beside if model.is_dir() else [model, model.with_name(OFFICIAL_CONFIG)]
+    found = files_of(args.stream) + [(f"of --model {model}", file) for file in files]
+    found += [(f"--{key.replace('_', '-')}", given[key]) for key in ("labels", "label_names") if given.get(key)]
+    return found + [(f"--{key} {s}", path) for key in ("images", "texts") for s, path in (given.get(key) or {}).items()]
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether `eval` wrote this report or these scores."""
+    if path.suffix == ".html":
+        return is_marked(path)
+    try:
+        return {"own", "local", "streams", "trained"} <= read_json(path).keys()
+    except ValueError:
+        return False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -279,32 +332,46 @@ def run(args: argparse.Namespace) -> None:
 
     import_matplotlib()  # before the work, so that a missing package is known at once
     started = time.perf_counter()
-    model, features, trained = open_model(args)
-    print(f"Scores and report go to {args.out}", file=sys.stderr)
-    with features:
-        labels = args.labels and read_labels(args.labels, features.rows)
-        names = args.label_names and read_names(args.label_names, None if labels is None else labels.shape[1])
-        pictures = read_pictures(args.images, args.texts, features)
-        args.out.mkdir(parents=True, exist_ok=True)
-        scores, codes = evaluate(
-            model,
-            features,
-            labels,
-            batch_size=args.batch_size,
-            probe=not args.no_probe,
-            retrieve=not args.no_retrieval,
-            tell=lambda text: print(text, file=sys.stderr, flush=True),
-            watch=watched(features.rows, "eval"),
-            count=counted,
-        )
-    settings = {"model": str(args.model), "topk_type": model.topk_type, "n_latents": model.n_latents, "k": model.k}
-    settings |= {"normalize": features.normalize, "trained": trained}
-    record = settings | {"streams": {s: str(p) for s, p in args.stream.items()}} | scores
-    write_json(args.out / "scores.json", record)
-    page = html(record, codes, labels, names, pictures)
-    write_atomically(args.out / "report.html", lambda file: file.write(page.encode()))
-    print(summary(record))
-    print(f"Wrote scores.json and report.html to {args.out} ({time.perf_counter() - started:.0f} s)")
+    files = [args.out / "scores.json", args.out / "report.html"]
+    with writing("--out", files, inputs_of(args), _is_ours):  # tried before the work
+        model, features, trained = open_model(args)
+        with features:
+            labels, numbers = read_labels(args.labels, features.rows) if args.labels else (None, None)
+            names = numbers and [f"class {number}" for number in numbers]
+            if args.label_names:
+                names = read_names(args.label_names, None if labels is None else labels.shape[1], numbers)
+            pictures = read_pictures(args.images, args.texts, features)
+            check_rows(features)
+            print(f"Scores and report go to {args.out}", file=sys.stderr)
+            scores, codes = evaluate(
+                model,
+                features,
+                labels,
+                batch_size=args.batch_size,
+                probe=not args.no_probe,
+                retrieve=not args.no_retrieval,
+                tell=lambda text: print(text, file=sys.stderr, flush=True),
+                watch=watched(features.rows, "eval"),
+                count=counted,
+            )
+        settings = {"model": str(args.model), "topk_type": model.topk_type, "n_latents": model.n_latents, "k": model.k}
+        settings |= {"normalize": features.normalize, "trained": trained}
+        record = settings | {"streams": {s: str(p) for s, p in args.stream.items()}} | scores
+        text = json.dumps(finite(plain(record)), indent=2, allow_nan=False) + "\n"
+        write_atomically(files[0], lambda file: file.write(text.encode()))
+        page = html(record, codes, labels, names, pictures)
+        write_atomically(files[1], lambda file: file.write(page.encode()))
+        print(summary(record))
+        print(f"Wrote scores.json and report.html to {args.out} ({time.perf_counter() - started:.0f} s)")
+
+
+def finite(value):
+    """None for NaN and infinity, which JSON has not, in dicts and lists too."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def summary(record: dict) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from ._checks import missing, reading, require
 from .features import Features
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+_MOST = 1 << 34  # labels, each a byte
 
 
-def read_labels(path: Path, rows: int) -> Tensor:
-    """Labels of all rows: bool [n, C].
+def read_labels(path: Path, rows: int) -> tuple[Tensor, list[int] | None]:
+    """Labels of all rows, bool [n, C], and the numbers of their classes where rows have numbers: those that occur.
 
     Args:
         path: .npy of 0 and 1 [n, C] or of class numbers [n]; .npz: a matrix of scipy.sparse.save_npz.
@@ -31,7 +33,10 @@ def read_labels(path: Path, rows: int) -> Tensor:
         except ImportError as error:
             raise missing(f"{label}, a sparse matrix,", "scipy") from error
         with reading(label, "a matrix of scipy.sparse.save_npz"):
-            values = load_npz(path).toarray() != 0
+            values = load_npz(path)
+        _check_size(label, values.shape)
+        with reading(label, "a matrix of scipy.sparse.save_npz"):
+            values = values.toarray() != 0
     else:
         with reading(label, "a NumPy .npy file"):
             values = np.load(path, allow_pickle=False)
@@ -40,15 +45,29 @@ def read_labels(path: Path, rows: int) -> Tensor:
     require(len(values) == rows, label, f"{rows:,} rows as the features", f"{len(values):,}")
     if values.ndim == 1:
         require(values.min() >= 0, label, "class numbers >= 0", str(values.min()))
-        return torch.nn.functional.one_hot(torch.from_numpy(values.astype(np.int64))).bool()
+        numbers, columns = np.unique(values, return_inverse=True)  # they may be large
+        _check_size(label, (rows, len(numbers)))
+        found = torch.zeros(rows, len(numbers), dtype=torch.bool, device="cpu")
+        found[torch.arange(rows, device="cpu"), torch.from_numpy(columns)] = True
+        return found, numbers.astype(object).tolist()
     ok = values.ndim == 2 and values.shape[1] > 0 and bool(((values == 0) | (values == 1)).all())
     require(ok, label, "0 and 1 of shape [n, C], or class numbers [n]", f"shape {list(values.shape)}")
-    return torch.from_numpy(values != 0)
+    return torch.from_numpy(values != 0), None
 
 
-def read_names(path: Path, count: int | None) -> list[str]:
-    """One name a line."""
+def _check_size(label: str, shape: tuple) -> None:
+    rows, classes = shape[0], shape[-1]
+    most = _MOST // max(rows, 1)
+    require(math.prod(shape) <= _MOST, label, f"at most {most:,} classes with {rows:,} rows", f"{classes:,}")
+
+
+def read_names(path: Path, count: int | None, numbers: list[int] | None) -> list[str]:
+    """Names of classes, one a line; of those with `numbers`, which count from 0, where there are some."""
     names = _lines(f"label names {path}", path)
+    if numbers is not None:
+        expected = f"{numbers[-1] + 1:,} lines or more, one a class number"
+        require(len(names) > numbers[-1], f"label names {path}", expected, str(len(names)))
+        return [names[number] for number in numbers]
     if count is not None:
         require(len(names) == count, f"label names {path}", f"{count} lines, one a class", str(len(names)))
     return names

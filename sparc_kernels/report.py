@@ -9,7 +9,7 @@ from html import escape
 import torch
 from torch import Tensor
 
-from ._checks import missing
+from ._checks import MARK, missing
 from .labels import Pictures
 from .metrics import Codes, activation_cosine, jaccard, top_rows
 
@@ -99,7 +99,8 @@ def html(
 
 def page(title: str, body: str) -> str:
     """A whole HTML document."""
-    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{_STYLE}</style>"
+    head = f'<!doctype html><html lang=en><meta charset=utf-8><meta name=generator content="{MARK}">'
+    head += f"<title>{escape(title)}</title><style>{_STYLE}</style>"
     return f"{head}\n<h1>{escape(title)}</h1>\n{body}\n</html>\n"
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from ._arguments import add_stream_argument, refusing
+from ._checks import require, writing
 from ._progress import Watch, watched
 from .checkpoint import write_atomically
-from .evaluate import add_model_arguments, codes_of, open_model
+from .evaluate import add_model_arguments, check_rows, codes_of, inputs_of, open_model
 from .features import Features
 from .labels import Pictures, read_pictures
 from .metrics import top_rows
@@ -58,18 +59,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.top < 1:
         raise ValueError(f"--top: expected an int >= 1, got {args.top}")
-    model, features, _ = open_model(args)
-    with features:
-        pictures = read_pictures(args.images, args.texts, features)
-        watch = watched(features.rows, "show")
-        best = top_activations(model, features, args.latent, args.top, args.batch_size, watch)
-    for s, (rows, values, fired) in best.items():
-        print(f"{s}: latent {args.latent} fires on {fired:,} of {features.rows:,} rows")
-        for row, value in zip(rows.tolist(), values.tolist(), strict=True):
-            print(f"  {value:8.4f}  row {row}{_caption(pictures.get(s), row)}")
     if args.html is not None:
-        write_atomically(args.html, lambda file: file.write(_page(args, best, pictures).encode()))
-        print(f"Wrote {args.html}")
+        is_page = args.html.suffix.lower() in (".html", ".htm")
+        require(is_page, "--html", "a file ending in .html or .htm", str(args.html))
+    with writing("--html", [args.html] * (args.html is not None), inputs_of(args)):  # tried before the work
+        model, features, _ = open_model(args)
+        with features:
+            pictures = read_pictures(args.images, args.texts, features)
+            check_rows(features)
+            watch = watched(features.rows, "show")
+            best = top_activations(model, features, args.latent, args.top, args.batch_size, watch)
+        for s, (rows, values, fired) in best.items():
+            print(f"{s}: latent {args.latent} fires on {fired:,} of {features.rows:,} rows")
+            for row, value in zip(rows.tolist(), values.tolist(), strict=True):
+                print(f"  {value:8.4f}  row {row}{_caption(pictures.get(s), row)}")
+        if args.html is not None:
+            write_atomically(args.html, lambda file: file.write(_page(args, best, pictures).encode()))
+            print(f"Wrote {args.html}")
 
 
 def _caption(shown, row: int) -> str:

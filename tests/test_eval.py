@@ -384,7 +384,7 @@ def refusals(folder):
         (["--texts=z=x.txt"], "--texts: expected a stream among a, b, c, got 'z'"),
         ([f"--images=a={folder / 'a.npy'}"], "expected uint8 [n, h, w] or [n, h, w, 3], got float32 [400, 20]"),
         (["--batch-size=0"], "--batch-size: expected an int >= 1, got 0"),
-        ([f"--out={other / 'text.txt'}"], "File exists"),
+        ([f"--out={other / 'text.txt'}"], f"which scores.json can be written, got {other / 'text.txt'}, a file"),
     ]  # fmt: skip
 
 
@@ -495,7 +495,7 @@ def test_damaged_labels_and_pictures_are_refused_by_name_or_read(tmp_path, seed)
         np.save(path, x if kind == "labels" else generator.integers(255, size=(40, 5, 5), dtype=np.uint8))
     path.write_bytes(damaged(path.read_bytes(), generator))
     try:
-        got = Pictures("--images a", path).array if kind == "pictures" else read_labels(path, 40)
+        got = Pictures("--images a", path).array if kind == "pictures" else read_labels(path, 40)[0]
     except ValueError as error:
         assert str(error).startswith(("--images a: expected ", f"labels {path}: expected ")), error
     else:
@@ -505,9 +505,9 @@ def test_damaged_labels_and_pictures_are_refused_by_name_or_read(tmp_path, seed)
 def test_sparse_labels_and_class_numbers(folder, tmp_path):
     labels = np.load(folder / "labels.npy")
     sparse.save_npz(tmp_path / "l.npz", sparse.csr_matrix(labels))
-    assert (read_labels(tmp_path / "l.npz", ROWS).numpy() == labels).all()
+    assert (read_labels(tmp_path / "l.npz", ROWS)[0].numpy() == labels).all()
     np.save(tmp_path / "n.npy", np.array([2, 0, 1]))
-    assert read_labels(tmp_path / "n.npy", 3).tolist() == [
+    assert read_labels(tmp_path / "n.npy", 3)[0].tolist() == [
         [False, False, True],
         [True, False, False],
         [False, True, False],
