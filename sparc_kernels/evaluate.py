@@ -288,7 +288,7 @@ def files_of(streams: Mapping) -> list[tuple[str, Path]]:
     for s, value in streams.items():
         label = stream_label(s, value)
         if isinstance(value, Path) and is_pattern(value):
-            value = matching(label, value)
+            value = matching(label, value)[0]
         paths = value if isinstance(value, list) else [value] * (value is not None)  # None: a tensor
         found += [(label, split_dataset(path)[0]) for path in paths]
     return found
