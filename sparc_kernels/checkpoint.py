@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from ._checks import check_bool, check_device, check_int, first_line, missing, plain, require
+from ._checks import check_bool, check_device, check_int, first_line, missing, plain, require, temporary_of
 from .module import AlignedSAE
 
 WEIGHTS = "model.safetensors"
@@ -43,7 +43,7 @@ SETTINGS = (*MODEL_KEYS, "normalize")  # what is saved beside weights, in every 
 
 def write_atomically(path: Path, write: Callable[[io.BufferedWriter], None]) -> None:
     """`write(file)` to a temporary file in the same folder, synced and renamed; nothing is left of it on failure."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_of(path)
     try:
         with open(temporary, "wb") as file:
             write(file)
