@@ -257,7 +257,7 @@ def test_encode_writes_the_codes(folder, dense, tmp_path, form):
             parts = load_file(path)
             got = sparse.csr_matrix((parts["data"], parts["indices"], parts["indptr"]), shape=parts["shape"])
         assert got.shape == (ROWS, 64) and got.has_canonical_format and (got.data > 0).all()
-        np.testing.assert_allclose(got.toarray(), want, atol=1e-5)
+        np.testing.assert_allclose(got.toarray(), want, atol=1e-6)
         assert ((got.toarray() > 0) != (want > 1e-6)).mean() < 1e-3
 
 

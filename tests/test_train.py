@@ -88,7 +88,7 @@ def test_the_trainer_is_the_official_loop(topk_type):
     assert reinitialised > 0
     np.testing.assert_allclose(losses, expected, rtol=1e-9)
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(run.model.state_dict()[name], value, rtol=1e-7, atol=1e-10)
+        torch.testing.assert_close(run.model.state_dict()[name], value, rtol=1e-9, atol=1e-12)
 
 
 def test_gradient_free_steps_are_the_same_steps(tmp_path):
@@ -99,7 +99,7 @@ def test_gradient_free_steps_are_the_same_steps(tmp_path):
         runs[free].train()
         assert all(p.grad is None for p in runs[True].model.parameters()) if free else True
     for name, value in runs[False].model.state_dict().items():
-        torch.testing.assert_close(runs[True].model.state_dict()[name], value, rtol=1e-7, atol=1e-10)
+        torch.testing.assert_close(runs[True].model.state_dict()[name], value, rtol=1e-9, atol=1e-12)
     logs = [rows_of_log(tmp_path / str(free))[-1] for free in (False, True)]
     assert float(logs[1]["loss"]) == pytest.approx(float(logs[0]["loss"])) and 0 < float(logs[1]["l0"]) <= 4
 
