@@ -18,6 +18,11 @@ from pathlib import Path
 
 from sparc_kernels._arguments import ends_with_its_pipe
 
+try:
+    from tqdm import tqdm
+except ImportError:  # an extra
+    tqdm = None
+
 
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -79,7 +84,7 @@ def main(argv=None) -> int:
 
     import torch
 
-    from . import environment, runner
+    from . import runner
 
     warnings.filterwarnings("ignore", module=r"torch\._inductor")  # its own deprecations
     device = args.device
@@ -92,36 +97,44 @@ def main(argv=None) -> int:
         device, args.quick, args.minutes, args.filter, args.official, args.threads or os.cpu_count() or 1, args.seed,
         args.tiny, tuple(args.sweep or ()), args.seconds, args.resume, args.patience, args.clock,
     )  # fmt: skip
-    out = args.out
-    if out is None:
-        name = torch.cuda.get_device_name(0) if device == "cuda" else "cpu"
-        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-        sha = (environment.commit()["commit"] or "nocommit")[:7]
-        out = environment.ROOT / "benchmarks" / "results" / f"{slug}_{environment.now()[:10]}_{sha}.json"
-    bar = _Bar()
-    run = runner.Run(options, out, bar.say)
-    groups = run.chosen()
+    run = runner.Run(options, args.out or _default_file(device), _say)
     if args.begin:
         run.save()
         return 0
+    groups = run.chosen()
     if args.list:
         for p in run.data["providers"]:
-            said = f"absent: {p['reason']}" if p["reason"] else p["what"]
-            print(f"{p['op']}: {p['name']}: {said}")
+            print(f"{p['op']}: {p['name']}: {'absent: ' + p['reason'] if p['reason'] else p['what']}")
         for group, providers in groups:
             print(f"{group}: {'; '.join(p.name for p in providers)}")
         return 0
     if not groups:
         print(f"benchmarks: error: --filter: nothing matches {args.filter!r}", file=sys.stderr)
         return 2
-    bar.start(len(groups))
-    data = run.go(bar.step)
-    bar.close()
+    if tqdm is None:
+        data = run.go()
+    else:
+        with tqdm(total=len(groups), unit="group", disable=None, dynamic_ncols=True) as bar:
+            data = run.go(bar.update)
     print("\n" + report.terminal(data))
-    print(f"{data['seconds']:.0f} s; {out}")
-    if old is None:
-        return 0
-    return _verdicts(args, old, data)
+    print(f"{data['seconds']:.0f} s; {run.out}")
+    return 0 if old is None else _verdicts(args, old, data)
+
+
+def _say(text: str) -> None:
+    """A line above the bar, where there is one."""
+    (tqdm.write if tqdm else print)(text.replace("\n", " "))
+    sys.stdout.flush()
+
+
+def _default_file(device: str) -> Path:
+    import torch
+
+    from . import environment, record
+
+    name = environment.slug(torch.cuda.get_device_name(0) if device == "cuda" else "cpu")
+    sha = (environment.commit()["commit"] or "nocommit")[:7]
+    return record.RESULTS / f"{name}_{environment.now()[:10]}_{sha}.json"
 
 
 def _verdicts(args, old: dict, new: dict) -> int:
@@ -129,48 +142,12 @@ def _verdicts(args, old: dict, new: dict) -> int:
 
     rows = compare.compare(old, new)
     print("\n" + compare.report(old, new, rows))
-    if args.fail_on_regression is None:
+    limit = args.fail_on_regression
+    bad = [] if limit is None else compare.regressions(rows, limit)
+    if limit is None or (not bad and any(r.change is not None for r in rows)):
         return 0
-    bad = compare.regressions(rows, args.fail_on_regression)
-    comparable = any(r.change is not None for r in rows)
-    if bad or not comparable:
-        what = f"{len(bad)} rows slower by more than {args.fail_on_regression:g} %" if bad else "nothing was comparable"
-        print(f"\nregression: {what}")
-        return 1
-    return 0
-
-
-class _Bar:
-    """A tqdm bar on a terminal, where tqdm is installed; lines elsewhere."""
-
-    def __init__(self):
-        self.bar = None
-
-    def start(self, total: int) -> None:
-        if not sys.stderr.isatty():
-            return
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            return
-        self.bar = tqdm(total=total, unit="group", dynamic_ncols=True)
-
-    def step(self, what: str) -> None:
-        if self.bar is not None:
-            if self.bar.postfix:
-                self.bar.update(1)
-            self.bar.set_postfix_str(what)
-
-    def say(self, text: str) -> None:
-        if self.bar is None:
-            print(text.replace("\n", " "), flush=True)
-        else:
-            self.bar.write(text.replace("\n", " "))
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.update(self.bar.total - self.bar.n)
-            self.bar.close()
+    print("\nregression: " + (f"{len(bad)} rows slower by more than {limit:g} %" if bad else "nothing was comparable"))
+    return 1
 
 
 if __name__ == "__main__":

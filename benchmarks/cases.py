@@ -5,6 +5,7 @@ A shape is a `sparc_kernels.cost.Shape`: bytes, FLOPs and modelled time come fro
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +16,8 @@ from . import data as data_
 
 Tensor = torch.Tensor
 DEAD_THRESHOLD = 1000
-GAP = 1e-5  # two pre-activations nearer than this may fall either way in float32
+GAP = 1e-5  # two pre-activations nearer than this may change places in float32
+CHUNK = {"cpu": 2**30, "cuda": 2**33}  # bytes of float64 [rows, N] tensors held at once
 
 # how a row computes: torch dtype of the parameters, float32 matmul precision, autocast's dtype, fields of Shape
 PRECISIONS = {
@@ -117,21 +119,19 @@ SWEEPS = {  # what varies around a base, on CUDA and on a CPU
 def sweep(device: str, axis: str) -> list[Case]:
     """The cases of one axis, the base among them, in ascending order."""
     base, axes = SWEEPS[device]
-    first = base.d_streams[0] if axis in ("S", "d") else None
-    if axis not in axes:
-        raise ValueError(f"sweep: expected one of {', '.join(axes)}, got {axis!r}")
-    found = []
-    for value in axes[axis]:
+    widths = base.d_streams
+
+    def shape(value: int) -> cost_model.Shape:
         if axis == "S":
-            shape = replace(base, d_streams=(first,) * value)
-        elif axis == "d":
-            shape = replace(base, d_streams=tuple(max(8, d * value // first) for d in base.d_streams))
-        else:
-            shape = replace(base, **{axis: value})
-        found.append(Case(f"{axis} {value}", shape, sweep=axis))
-    if axis != "S":  # the streams of the base have different widths
-        found.append(Case(f"{axis} {getattr(base, axis) if axis != 'd' else first}", base, sweep=axis))
-    return sorted(found, key=lambda case: int(case.name.split()[1]))
+            return replace(base, d_streams=widths[:1] * value)
+        if axis == "d":
+            return replace(base, d_streams=tuple(max(8, d * value // widths[0]) for d in widths))
+        return replace(base, **{axis: value})
+
+    values = list(axes[axis])
+    if axis != "S":  # the base is no member of that series: its streams have different widths
+        values.append(widths[0] if axis == "d" else getattr(base, axis))
+    return [Case(f"{axis} {value}", shape(value), sweep=axis) for value in sorted(values)]
 
 
 class Problem:
@@ -164,23 +164,27 @@ class Problem:
             unclear = self._unclear()
         return count, len(unclear)
 
+    def rows_at_once(self, tensors: int) -> int:
+        """Rows of which that many float64 [rows, N] tensors fit into CHUNK."""
+        return max(1, CHUNK[self.device.type] // (8 * self.case.shape.N * tensors))
+
+    def preactivations(self, dtype: torch.dtype) -> Iterator[tuple[slice, list[Tensor]]]:
+        """Chunks of rows, and their [rows, N] of every stream."""
+        t, rows = self.tensors, self.rows_at_once(self.case.shape.S + 1)
+        streams = list(zip(t.xs, t.w_encs, t.pre_biases, t.latent_biases, strict=True))
+        for start in range(0, self.case.shape.B, rows):
+            part = slice(start, start + rows)
+            yield part, [reference.preactivations(x[part].to(dtype), *(p.to(dtype) for p in ps)) for x, *ps in streams]
+
     @torch.no_grad()
     def _unclear(self) -> Tensor:
         """Rows whose k-th and next pre-activation (or AuxK's, in a stream) are within GAP of the row's spread."""
-        s, t, rows = self.case.shape, self.tensors, max(1, 2**27 // self.case.shape.N)
-        found = []
-        dead = data_.dead_ids(s)
-        for start in range(0, s.B, rows):
-            part, total, bad = slice(start, start + rows), None, None
-            for x, w, b, c in zip(t.xs, t.w_encs, t.pre_biases, t.latent_biases, strict=True):
-                h = reference.preactivations(x[part].double(), w.double(), b.double(), c.double())
-                total = h if total is None else total + h
-                if 0 < s.auxk < s.dead:
-                    near = _gap(h[:, dead].relu(), s.auxk)
-                    bad = near if bad is None else bad | near
-            near = _gap(total, s.k) if s.k < s.N else torch.zeros(total.shape[0], dtype=torch.bool, device=self.device)
-            found.append(near if bad is None else near | bad)
-        return torch.cat(found).nonzero()[:, 0]
+        s, near, dead = self.case.shape, [], data_.dead_ids(self.case.shape)
+        for _, hs in self.preactivations(torch.float64):
+            near.append(_near(sum(hs[1:], hs[0]), s.k))
+            for h in hs if 0 < s.auxk < s.dead else ():
+                near[-1] |= _near(h[:, dead].relu(), s.auxk)
+        return torch.cat(near).nonzero()[:, 0]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -238,7 +242,10 @@ class Problem:
             getattr(model, f"stats_last_nonzero_{s}").copy_(self.counters)
 
 
-def _gap(h: Tensor, k: int) -> Tensor:
+def _near(h: Tensor, k: int) -> Tensor:
+    """Rows whose k-th largest and the next may change places in float32: bool [rows]."""
+    if k == h.shape[1]:
+        return h.new_zeros(h.shape[0], dtype=torch.bool)
     top = h.topk(k + 1, dim=1).values
     return (top[:, k - 1] - top[:, k] < GAP * top[:, :1].abs()[:, 0]) & (top[:, k - 1] > 0)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .record import key
+from .record import commit_of, key
 
 FLOOR = {"cpu": 0.05, "cuda": 0.02}  # change below which nothing is said whatever the noise: clocks, placement, heat
 # providers whose change is this package's
@@ -156,11 +156,10 @@ def report(old: dict, new: dict, rows: list[Row]) -> str:
     head = []
     for word, data in (("then", old), ("now", new)):
         env = data["environment"]
-        commit = f"{str(env['commit'])[:7]}{' with changes' if env['dirty'] else ''}"
-        load = env.get("load_before")
         head.append(
-            f"{word}: {env['device_name']}, torch {env['versions'].get('torch')}, commit {commit}, {env['date'][:16]}, "
-            f"load {load} before" + ("" if data["complete"] else f", incomplete ({data['stopped']})")
+            f"{word}: {env['device_name']}, torch {env['versions'].get('torch')}, commit {commit_of(env)}, "
+            f"{env['date'][:16]}, load {env.get('load_before')} before"
+            + ("" if data["complete"] else f", incomplete ({data['stopped']})")
         )
     before, after = ({key(r): r for r in data["results"]} for data in (old, new))
     if moved := sorted(controls(before, after), key=lambda c: -c.change):

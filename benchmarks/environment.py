@@ -1,4 +1,6 @@
-"""Where a run takes place: versions, commit, processor, GPU, and what NVML says of clocks, power and throttling.
+"""Where a run takes place: versions, commit, processor, GPU, and NVML's clocks, power and throttle reasons.
+
+    python -m benchmarks.environment      # as JSON
 
 On a CPU there is no NVML; the record says so.
 """
@@ -8,15 +10,17 @@ from __future__ import annotations
 import contextlib
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-MIB = 2**20
+from .record import MIB, ROOT
+
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TRITON_", "PYTORCH_", "NVIDIA_TF32_OVERRIDE", "CUBLAS_")
 NO_NVML = "no NVIDIA GPU: NVML gives no energy, clocks or throttle reasons on a CPU"
 
@@ -25,14 +29,18 @@ def now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
 def commit() -> dict:
-    """The commit measured: git's word, else the variable SPARC_KERNELS_COMMIT (a copy without .git)."""
-    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 20}
+    """The commit measured, by git, else by the variable SPARC_KERNELS_COMMIT (a copy without .git)."""
+    git = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 20}
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        head = subprocess.run(["git", "rev-parse", "HEAD"], **options)
+        head = subprocess.run(["git", "rev-parse", "HEAD"], **git)
         if head.returncode == 0:
             # what is measured, not the records and texts beside it
-            status = subprocess.run(["git", "status", "--porcelain", "sparc_kernels", "benchmarks/*.py"], **options)
+            status = subprocess.run(["git", "status", "--porcelain", "sparc_kernels", "benchmarks/*.py"], **git)
             dirty = bool(status.stdout.strip()) if status.returncode == 0 else None
             return {"commit": head.stdout.strip(), "dirty": dirty, "commit_source": "git"}
     given = os.environ.get("SPARC_KERNELS_COMMIT")
@@ -45,22 +53,20 @@ def versions() -> dict:
 
     from sparc_kernels import __version__
 
-    found = {
+    known = {
         "sparc_kernels": __version__, "python": platform.python_version(), "torch": torch.__version__,
-        "numpy": numpy.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip, "cudnn": None,
+        "numpy": numpy.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip,
+        "cudnn": torch.backends.cudnn.version() if torch.version.cuda else None,
     }  # fmt: skip
-    if torch.version.cuda:
-        found["cudnn"] = torch.backends.cudnn.version()
     for name in ("triton", "eai-sparsify", "flashinfer-python", "nvidia-ml-py"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+        known[name] = None
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            known[name] = importlib.metadata.version(name)
+    return known
 
 
 def gpu() -> dict | None:
-    """What torch says of the first CUDA device."""
+    """The first CUDA device, by torch."""
     import torch
 
     if not torch.cuda.is_available():
@@ -77,10 +83,8 @@ def gpu() -> dict | None:
 def processor() -> str:
     """The CPU's name."""
     with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        if names:
-            return names[0]
+        if name := re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return name[1].strip()
     return platform.processor() or platform.machine()
 
 
@@ -98,16 +102,16 @@ def memory_mib() -> int | None:
 
 
 def environment(device: str, threads: int) -> dict:
-    found = gpu() if device == "cuda" else None
-    entry = {
-        "date": now(), "device": device, "device_name": found["name"] if found else processor(), **commit(),
-        "versions": versions(), "platform": platform.platform(), "cpu": processor(), "cores": os.cpu_count(),
-        "threads": threads, "memory_mib": memory_mib(), "load_before": load_average(), "gpu": found,
+    device_info = gpu() if device == "cuda" else None
+    return {
+        "date": now(), "device": device, "device_name": device_info["name"] if device_info else processor(),
+        **commit(), "versions": versions(), "platform": platform.platform(), "cpu": processor(),
+        "cores": os.cpu_count(), "threads": threads, "memory_mib": memory_mib(), "load_before": load_average(),
+        "gpu": device_info,
         "command": ["python", "-m", "benchmarks", *(Path(a).name if os.path.isabs(a) else a for a in sys.argv[1:])],
         "variables": {name: value for name, value in os.environ.items() if name.startswith(VARIABLES)},
+        "nvml": gpu_state(device_info["uuid"]) if device_info else {"source": None, "reason": NO_NVML},
     }  # fmt: skip
-    entry["nvml"] = gpu_state(found["uuid"]) if found else {"source": None, "reason": NO_NVML}
-    return entry
 
 
 # ----------------------------------------------------------------------------------------------------------------- NVML
@@ -117,76 +121,79 @@ REASONS = {
     0x1: "idle", 0x2: "application clocks", 0x4: "software power cap", 0x8: "hardware slowdown", 0x10: "sync boost",
     0x20: "software thermal", 0x40: "hardware thermal", 0x80: "hardware power brake", 0x100: "display clocks",
 }  # fmt: skip
+NOW = {  # field -> question to NVML about a device
+    "sm_mhz": lambda nv, h: nv.nvmlDeviceGetClockInfo(h, nv.NVML_CLOCK_SM),
+    "memory_mhz": lambda nv, h: nv.nvmlDeviceGetClockInfo(h, nv.NVML_CLOCK_MEM),
+    "power_w": lambda nv, h: nv.nvmlDeviceGetPowerUsage(h) / 1000,
+    "temperature_c": lambda nv, h: nv.nvmlDeviceGetTemperature(h, nv.NVML_TEMPERATURE_GPU),
+    "throttle": lambda nv, h: reasons(nv.nvmlDeviceGetCurrentClocksThrottleReasons(h)),
+}
+STATE = {
+    "name": lambda nv, h: nv.nvmlDeviceGetName(h),
+    "driver": lambda nv, h: nv.nvmlSystemGetDriverVersion(),
+    "sm_max_mhz": lambda nv, h: nv.nvmlDeviceGetMaxClockInfo(h, nv.NVML_CLOCK_SM),
+    "memory_max_mhz": lambda nv, h: nv.nvmlDeviceGetMaxClockInfo(h, nv.NVML_CLOCK_MEM),
+    "power_limit_w": lambda nv, h: nv.nvmlDeviceGetEnforcedPowerLimit(h) / 1000,
+    **NOW,
+    "memory_used_mib": lambda nv, h: nv.nvmlDeviceGetMemoryInfo(h).used // MIB,
+}
 
 
 def reasons(bits: int) -> list[str]:
     return [name for bit, name in REASONS.items() if bits & bit]
 
 
+def _answers(nv, handle, questions: dict) -> dict:
+    def ask(question):
+        try:
+            value = question(nv, handle)
+        except Exception as error:  # the driver does not answer this one
+            return f"unknown: {error}"
+        return value.decode() if isinstance(value, bytes) else value
+
+    return {name: ask(question) for name, question in questions.items()}
+
+
 class Monitor:
     """NVML of one GPU while a run lasts. `reason` says why where there is none; then every answer is None."""
 
     def __init__(self, uuid: str | None = None, absent: str | None = None):
-        self.nv = self.handle = None
-        self.reason = absent
+        self.nv, self.reason = None, absent
         if absent:
             return
         try:
             import pynvml as nv
 
             nv.nvmlInit()
-            self.nv, self.handle = nv, _handle(nv, uuid)
+            self.handle = nv.nvmlDeviceGetHandleByIndex(0)
+            if uuid:
+                with contextlib.suppress(Exception):
+                    full = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
+                    self.handle = nv.nvmlDeviceGetHandleByUUID(full.encode())
+            self.nv = nv
         except Exception as error:
             self.reason = f"pynvml: {type(error).__name__}: {error}"
 
     def energy_j(self) -> float | None:
         """Joules since the driver was loaded; the counter moves about every 20 to 100 ms."""
-        if self.nv is None:
-            return None
         try:
-            return self.nv.nvmlDeviceGetTotalEnergyConsumption(self.handle) / 1e3
+            return self.nv.nvmlDeviceGetTotalEnergyConsumption(self.handle) / 1e3 if self.nv else None
         except Exception as error:
             self.reason = f"energy: {error}"
             return None
 
     def clocks(self) -> dict | None:
-        if self.nv is None:
-            return None
-        nv, h = self.nv, self.handle
-        questions = {
-            "sm_mhz": lambda: nv.nvmlDeviceGetClockInfo(h, nv.NVML_CLOCK_SM),
-            "memory_mhz": lambda: nv.nvmlDeviceGetClockInfo(h, nv.NVML_CLOCK_MEM),
-            "power_w": lambda: nv.nvmlDeviceGetPowerUsage(h) / 1000,
-            "temperature_c": lambda: nv.nvmlDeviceGetTemperature(h, nv.NVML_TEMPERATURE_GPU),
-            "throttle": lambda: reasons(nv.nvmlDeviceGetCurrentClocksThrottleReasons(h)),
-        }
-        return {name: _ask(ask) for name, ask in questions.items()}
-
-
-def _handle(nv, uuid: str | None):
-    if uuid:
-        with contextlib.suppress(Exception):
-            return nv.nvmlDeviceGetHandleByUUID((uuid if uuid.startswith("GPU-") else f"GPU-{uuid}").encode())
-    return nv.nvmlDeviceGetHandleByIndex(0)
-
-
-def _ask(question):
-    try:
-        value = question()
-    except Exception as error:  # one question that the driver does not answer
-        return f"unknown: {error}"
-    return value.decode() if isinstance(value, bytes) else value
+        return _answers(self.nv, self.handle, NOW) if self.nv else None
 
 
 def gpu_state(uuid: str | None = None) -> dict:
     """Clocks, power, temperature, throttle reasons and driver, now: from NVML, else from nvidia-smi."""
-    try:
-        return _state_by_nvml(uuid)
-    except Exception as error:
-        first = f"pynvml: {type(error).__name__}: {error}"
+    monitor = Monitor(uuid)
+    if monitor.nv:
+        return {"source": "pynvml", **_answers(monitor.nv, monitor.handle, STATE)}
     smi = shutil.which("nvidia-smi")
     if smi is None:
-        return {"source": None, "reason": f"{first}; nvidia-smi: not found"}
+        return {"source": None, "reason": f"{monitor.reason}; nvidia-smi: not found"}
     fields = (
         "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,power.draw,temperature.gpu,"
         "clocks_throttle_reasons.active"
@@ -195,30 +202,18 @@ def gpu_state(uuid: str | None = None) -> dict:
         query = [smi, f"--query-gpu={fields}", "--format=csv,noheader"]
         text = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        return {"source": None, "reason": f"{first}; nvidia-smi: {error}"}
+        return {"source": None, "reason": f"{monitor.reason}; nvidia-smi: {error}"}
     values = [v.strip() for v in text.strip().splitlines()[0].split(",")]
     return {"source": "nvidia-smi", **dict(zip(fields.split(","), values, strict=False))}
 
 
-def _state_by_nvml(uuid: str | None) -> dict:
-    import pynvml as nv
+def main() -> int:
+    import torch
 
-    nv.nvmlInit()
-    try:
-        h = _handle(nv, uuid)
-        questions = {
-            "name": lambda: nv.nvmlDeviceGetName(h),
-            "driver": lambda: nv.nvmlSystemGetDriverVersion(),
-            "sm_mhz": lambda: nv.nvmlDeviceGetClockInfo(h, nv.NVML_CLOCK_SM),
-            "sm_max_mhz": lambda: nv.nvmlDeviceGetMaxClockInfo(h, nv.NVML_CLOCK_SM),
-            "memory_mhz": lambda: nv.nvmlDeviceGetClockInfo(h, nv.NVML_CLOCK_MEM),
-            "memory_max_mhz": lambda: nv.nvmlDeviceGetMaxClockInfo(h, nv.NVML_CLOCK_MEM),
-            "power_limit_w": lambda: nv.nvmlDeviceGetEnforcedPowerLimit(h) / 1000,
-            "power_w": lambda: nv.nvmlDeviceGetPowerUsage(h) / 1000,
-            "temperature_c": lambda: nv.nvmlDeviceGetTemperature(h, nv.NVML_TEMPERATURE_GPU),
-            "throttle": lambda: reasons(nv.nvmlDeviceGetCurrentClocksThrottleReasons(h)),
-            "memory_used_mib": lambda: nv.nvmlDeviceGetMemoryInfo(h).used // MIB,
-        }
-        return {"source": "pynvml", **{name: _ask(ask) for name, ask in questions.items()}}
-    finally:
-        nv.nvmlShutdown()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print("\n" + json.dumps(environment(device, torch.get_num_threads())))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,7 +1,7 @@
 """Other people's code as providers: the official SPARC class, OpenAI's kernels as it ships them, sparsify, FlashInfer.
 
-Each is loaded when first used, from what is installed or from the folder that was given; a peer that is not there is
-absent, with the reason. None of their code is copied.
+Each is loaded when first used, from what is installed or from the given clone; where that fails the peer is absent,
+with the reason. None of their code is copied.
 """
 
 from __future__ import annotations
@@ -13,30 +13,43 @@ import importlib.util
 import io
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from sparc_kernels import cost_dense, cost_model, reference
+from sparc_kernels import cost_dense, reference
 
 from .cases import DEAD_THRESHOLD, PRECISIONS, Case, Problem, groups
-from .providers import (
+from .provider import (
     Context,
     Provider,
-    _forward_only,
-    _training,
     check_selection,
     check_training,
+    forward_job,
     needs_cuda,
+    training_job,
     wide_gemm,
 )
 from .timing import Job
 
+
+def _error_of(load: Callable) -> str | None:
+    try:
+        load()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
 # ------------------------------------------------------------------------------------------------------ official SPARC
+
+FILES = {"sparc.kernels": "kernels.py", "sparc.loss": "loss.py", "sparc.model.utils": "model/utils.py",
+         "sparc.model.model_global": "model/model_global.py"}  # fmt: skip
 
 
 class _Ordered(dict):
-    """As much of `set` as the official classes use, in insertion order: theirs varies by process."""
+    """As much of `set` as the official classes use, in insertion order: a set's order varies by process."""
 
     def __init__(self, items):
         super().__init__(dict.fromkeys(items))
@@ -47,62 +60,51 @@ class _Ordered(dict):
 
 @functools.cache
 def load_official(root: Path, kernels: bool) -> types.ModuleType:
-    """The official model file alone (the package's own __init__ pulls in data and evaluation libraries), under a
-    private name; with `kernels` its Triton decoder too. Returns the module with the class and its helpers."""
-    prefix = "sparc"
-    names = [prefix, "sparc.model", "sparc.kernels", "sparc.loss", "sparc.model.utils", "sparc.model.model_global"]
-    before = {name: sys.modules.get(name) for name in names}
+    """The official model file without its package's __init__, which imports data and evaluation libraries.
 
-    def load(name: str, file: str) -> types.ModuleType:
-        path = root / "sparc" / file
-        if not path.exists():
-            raise FileNotFoundError(f"--official: expected a clone of the official repository, {path} is missing")
-        spec = importlib.util.spec_from_file_location(name, path)
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        if name == names[-1]:
-            module.set = _Ordered
-        spec.loader.exec_module(module)
-        return module
+    Args:
+        root: a clone of the official repository.
+        kernels: load its Triton decoder too.
 
+    Returns:
+        The module with the class; `helpers` is the module of its training loop's functions.
+    """
+    names = ["sparc", "sparc.model", *FILES]
+    before = {name: sys.modules.pop(name, None) for name in names}
     try:
-        for name in names[:3]:
-            sys.modules[name] = types.ModuleType(name)
-        if kernels:
-            load("sparc.kernels", "kernels.py")
-        else:
-            sys.modules["sparc.kernels"].TritonDecoderAutograd = None
-        load("sparc.loss", "loss.py")
-        load("sparc.model.utils", "model/utils.py")
-        found = load("sparc.model.model_global", "model/model_global.py")
-        found.helpers = sys.modules["sparc.model.utils"]
-        return found
+        sys.modules.update({name: types.ModuleType(name) for name in names[:3]})
+        sys.modules["sparc.kernels"].TritonDecoderAutograd = None
+        for name, file in FILES.items():
+            path = root / "sparc" / file
+            if name == "sparc.kernels" and not kernels:
+                continue
+            if not path.exists():
+                raise FileNotFoundError(f"--official: expected a clone of the official repository, {path} is missing")
+            spec = importlib.util.spec_from_file_location(name, path)
+            module = sys.modules[name] = importlib.util.module_from_spec(spec)
+            if file == "model/model_global.py":
+                module.set, module.helpers = _Ordered, sys.modules["sparc.model.utils"]
+            spec.loader.exec_module(module)
+        return module
     finally:
         for name, module in before.items():
-            if module is None:
-                sys.modules.pop(name, None)
-            else:
+            sys.modules.pop(name, None)
+            if module is not None:
                 sys.modules[name] = module
 
 
 def no_official(context: Context) -> str | None:
     if context.official is None:
         return "needs --official CLONE of github.com/AtlasAnalyticsLab/SPARC"
-    try:
-        load_official(context.official, kernels=False)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+    return _error_of(lambda: load_official(context.official, kernels=False))
 
 
 def no_openai(context: Context) -> str | None:
     reason = no_official(context) or needs_cuda(context)
     if reason:
         return reason
-    try:
-        load_official(context.official, kernels=True)
-    except Exception as error:
-        return f"sparc/kernels.py: {type(error).__name__}: {error}"
-    return None
+    reason = _error_of(lambda: load_official(context.official, kernels=True))
+    return f"sparc/kernels.py: {reason}" if reason else None
 
 
 def official(sparse: bool):
@@ -117,14 +119,14 @@ def official(sparse: bool):
                 use_sparse_decoder=sparse,
             ).to(kind)  # fmt: skip
         with torch.no_grad():
-            for name, values in zip(("w_enc", "w_dec", "pre_bias", "latent_bias"), t[1:5], strict=True):
-                for p, value in zip(groups(model)[name], values, strict=True):
+            for ps, values in zip(groups(model).values(), t[1:5], strict=True):
+                for p, value in zip(ps, values, strict=True):
                     p.copy_(value)
-            if sparse:  # its kernels want a latent's decoder row contiguous
+            if sparse:  # its kernels need a latent's decoder row contiguous
                 for decoder in model.decoders.values():
                     decoder.weight.data = decoder.weight.data.t().contiguous().t()
         inputs = problem.inputs(kind)
-        optimizers: list[torch.optim.Adam] = []
+        adam = functools.cache(lambda: torch.optim.Adam(model.parameters(), lr=0.0))
 
         def loss():
             return model.compute_loss(model(inputs), inputs)[0]
@@ -133,12 +135,10 @@ def official(sparse: bool):
             for s in model.streams:
                 module.helpers.unit_norm_decoder_(model.decoders[s])
                 module.helpers.unit_norm_decoder_grad_adjustment_(model.decoders[s])
-            if not optimizers:
-                optimizers.append(torch.optim.Adam(model.parameters(), lr=0.0))
-            optimizers[0].step()
+            adam().step()
 
         problem.reset(model, [])
-        return _training(problem, model, loss, dtype, groups(model), finish)
+        return training_job(problem, model, loss, dtype, groups(model), finish)
 
     return build
 
@@ -155,16 +155,9 @@ def _sparsify():
 
 
 def no_sparsify(context: Context) -> str | None:
-    reason = needs_cuda(context)
     if importlib.util.find_spec("sparsify") is None:
         return "eai-sparsify is not installed (pip install eai-sparsify)"
-    if reason:
-        return reason
-    try:
-        _sparsify()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+    return needs_cuda(context) or _error_of(_sparsify)
 
 
 def sparsify_fits(case: Case) -> str | None:
@@ -192,7 +185,7 @@ def _sparsify_step(context: Context, problem: Problem, dtype: str) -> Job:
         model.unit_norm_decoder_().project_decoder_grad_()
         problem.adam().step()
 
-    return _training(problem, model, loss, dtype, parameters, finish)
+    return training_job(problem, model, loss, dtype, parameters, finish)
 
 
 # ----------------------------------------------------------------------------------------------------------- FlashInfer
@@ -201,34 +194,23 @@ def _sparsify_step(context: Context, problem: Problem, dtype: str) -> Job:
 def no_flashinfer(context: Context) -> str | None:
     if importlib.util.find_spec("flashinfer") is None:
         return "flashinfer-python is not installed (pip install flashinfer-python)"
-    reason = needs_cuda(context)
-    if reason:
-        return reason
-    try:
-        found = importlib.import_module("flashinfer")
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return None if hasattr(found, "top_k") else f"flashinfer {getattr(found, '__version__', '?')} has no top_k"
+    return needs_cuda(context) or _error_of(lambda: importlib.import_module("flashinfer").top_k)
 
 
 def _flashinfer(context: Context, problem: Problem, dtype: str) -> Job:
     top_k = importlib.import_module("flashinfer").top_k
     gemm, k = wide_gemm(problem, dtype), problem.case.shape.k
-    return _forward_only(problem, dtype, lambda: top_k(gemm(), k)[1], lambda ids: ids.long())
+    return forward_job(problem, dtype, lambda: top_k(gemm(), k)[1], lambda ids: ids.long())
 
 
 # ------------------------------------------------------------------------------------------------------------------ all
-
-
-def _official_step(s: cost_model.Shape) -> cost_model.Op:
-    return cost_dense.official_step(s)
 
 
 def peers() -> list[Provider]:
     return [
         Provider("official SPARC", "training", "the official class and its training loop, as shipped; also with TF32 "
                  "and under autocast", official(False), check_training, ("float32", "tf32", "bfloat16 autocast"),
-                 absent=no_official, model=_official_step),
+                 absent=no_official, model=cost_dense.official_step),
         Provider("official SPARC, OpenAI's kernels", "training", "use_sparse_decoder=True", official(True),
                  check_training, ("float32",), absent=no_openai, setup_s=8),
         Provider("sparsify", "training", "eai-sparsify's fused encoder and Triton decoder under our loss",

@@ -1,13 +1,20 @@
-"""What a run is asked for, and which groups it consists of, in which order."""
+"""The options of a run, its providers, and the groups that it consists of, in their order."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from . import peers, providers
 from .cases import CASES, SMALL, TINY, Case, sweep
+from .provider import Provider
 
 AXES = ("N", "B", "k", "S", "d")
+MAIN_MODE = {"training": "full", "decode": "full"}  # of the row of a failure; else forward
+
+
+def everyone() -> list[Provider]:
+    return [*providers.own(), *peers.peers()]
 
 
 @dataclass(frozen=True)

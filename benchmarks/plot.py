@@ -14,7 +14,7 @@ from sparc_kernels._arguments import ends_with_its_pipe
 from sparc_kernels._checks import missing
 
 from . import record
-from .report import ROOT, load, ms, ok, where
+from .record import MIB, ROOT, load_of, ms, ok, where
 
 GREY = "#808890"
 # colours of middle lightness, told apart by colour-blind readers too; ours is the strongest
@@ -24,7 +24,6 @@ COLOURS = {
     "sparsify": "#6aa84f", "torch.topk": "#3b8fd6", "FlashInfer": "#6aa84f",
 }  # fmt: skip
 MARKS = "osD^vP*X<>"
-MIB = 2**20
 
 
 def _pyplot():
@@ -44,7 +43,7 @@ def _pyplot():
 
 
 def _caption(fig, data: dict) -> None:
-    fig.text(0.01, 0.005, f"{where(data)}\n{load(data)}", fontsize=7, color=GREY, ha="left", va="bottom")
+    fig.text(0.01, 0.005, f"{where(data)}\n{load_of(data)}", fontsize=7, color=GREY, ha="left", va="bottom")
 
 
 def _ticks(axis, values: list[int]) -> None:

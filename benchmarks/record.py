@@ -1,4 +1,7 @@
-"""The JSON of a run: its schema, written atomically, validated when it is read. docs/benchmarks.md describes it."""
+"""The JSON of a run: its schema, atomic writing, validation, and what reports and plots read off it.
+
+docs/benchmarks.md describes every field.
+"""
 
 from __future__ import annotations
 
@@ -7,44 +10,37 @@ import math
 import os
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+MIB = 2**20
 SCHEMA = "sparc_kernels.benchmark/2"  # 1 was gpu_report's and official_cpu's
 STATUS = ("ok", "wrong", "failed", "out of memory", "skipped", "running")
-NUMBER = (int, float)
+NUMBER, MAYBE = (int, float), (int, float, None)
 ROW = {  # name -> types, None where "absent" is an answer
-    "provider": (str,), "op": (str,), "case": (str,), "data": (str,), "sweep": (str,), "shape": (dict,), "mode": (str,),
+    **dict.fromkeys(("provider", "op", "case", "data", "sweep"), (str,)), "shape": (dict,), "mode": (str,),
     "dtype": (str,), "status": (str,), "reason": (str, None), "verified": (bool, None), "verification": (dict, None),
-    "median_ms": (*NUMBER, None), "p20_ms": (*NUMBER, None), "p80_ms": (*NUMBER, None), "noise": (*NUMBER, None),
-    "n": (int, None), "rounds": (int, None), "round_ms": (list, None), "peak_bytes": (int, None),
-    "gradient_bytes": (int, None), "bytes": (*NUMBER, None), "flops": (*NUMBER, None), "gb_s": (*NUMBER, None),
-    "tflop_s": (*NUMBER, None), "roofline_ms": (*NUMBER, None), "roofline_fraction": (*NUMBER, None),
-    "energy_j": (*NUMBER, None), "clocks": (dict, None), "interleaved": (bool, None),
-    "others_cpu": (*NUMBER, None),
+    **dict.fromkeys(("median_ms", "p20_ms", "p80_ms", "noise"), MAYBE), "n": (int, None), "rounds": (int, None),
+    "round_ms": (list, None), "peak_bytes": (int, None), "gradient_bytes": (int, None),
+    **dict.fromkeys(("bytes", "flops", "gb_s", "tflop_s", "roofline_ms", "roofline_fraction", "energy_j"), MAYBE),
+    "clocks": (dict, None), "interleaved": (bool, None), "others_cpu": MAYBE,
 }  # fmt: skip
-# fields that rows of this schema may lack: they came after it
-LATER = {"predicted_ms": (*NUMBER, None), "host_ms": (*NUMBER, None), "ours_ms": (*NUMBER, None)}
+LATER = dict.fromkeys(("predicted_ms", "host_ms", "ours_ms"), MAYBE)  # rows of this schema may lack them
 TOP = {
     "schema": (str,), "complete": (bool,), "stopped": (str, None), "started": (str,), "finished": (str, None),
-    "seconds": (*NUMBER, None), "settings": (dict,), "environment": (dict,), "providers": (list,), "results": (list,),
+    "seconds": MAYBE, "settings": (dict,), "environment": (dict,), "providers": (list,), "results": (list,),
     "profiles": (list,), "roofline": (dict, None),
 }  # fmt: skip
-SETTINGS = ("device", "threads", "seed", "method", "clock", "quick", "minutes", "filter")
-ENVIRONMENT = (
-    "device",
-    "device_name",
-    "date",
-    "commit",
-    "dirty",
-    "versions",
-    "cores",
-    "threads",
-    "load_before",
-    "nvml",
-)
+PARTS = {
+    "settings": ("device", "threads", "seed", "method", "clock", "quick", "minutes", "filter"),
+    "environment": (
+        "device", "device_name", "date", "commit", "dirty", "versions", "cores", "threads", "load_before", "nvml",
+    ),
+}  # fmt: skip
 KEY = ("op", "case", "data", "provider", "mode", "dtype")
 
 
 class SchemaError(ValueError):
-    """A record that is not what it should be: says where, what was expected and what came."""
+    """Not a record: says where, what was expected and what came."""
 
 
 def key(row: dict) -> tuple[str, ...]:
@@ -61,56 +57,61 @@ def empty_row(**known) -> dict:
     return {**dict.fromkeys((*ROW, *LATER)), "sweep": "", "status": "running", "reason": "the run ended in it", **known}
 
 
+# ------------------------------------------------------------------------------------------------------------- checking
+
+
 def _check(where: str, value, types) -> None:
-    if value is None and None in types:
-        return
     kinds = tuple(t for t in types if t is not None)
-    is_bool = isinstance(value, bool)
-    if value is None or not isinstance(value, kinds) or (is_bool and bool not in kinds):
+    fits = isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)
+    if not (fits or (value is None and None in types)):
         names = " or ".join("null" if t is None else t.__name__ for t in types)
         raise SchemaError(f"{where}: expected {names}, got {value!r}"[:300])
 
 
+def _check_fields(where: str, entry: dict, fields: dict) -> None:
+    for name, types in fields.items():
+        if name not in entry:
+            raise SchemaError(f"{where}.{name}: missing")
+        if types:
+            _check(f"{where}.{name}", entry[name], types)
+
+
 def validate(data, where: str = "record") -> dict:
     """The record itself; SchemaError names the field that is wrong."""
-    if not isinstance(data, dict):
-        raise SchemaError(f"{where}: expected an object, got {type(data).__name__}")
+    _check(where, data, (dict,))
     if data.get("schema") != SCHEMA:
         raise SchemaError(f"{where}.schema: expected {SCHEMA!r}, got {data.get('schema')!r}")
-    for name, types in TOP.items():
-        if name not in data:
-            raise SchemaError(f"{where}.{name}: missing")
-        _check(f"{where}.{name}", data[name], types)
-    for part, names in (("settings", SETTINGS), ("environment", ENVIRONMENT)):
-        for name in names:
-            if name not in data[part]:
-                raise SchemaError(f"{where}.{part}.{name}: missing")
+    _check_fields(where, data, TOP)
+    for part, names in PARTS.items():
+        _check_fields(f"{where}.{part}", data[part], dict.fromkeys(names))
     seen = set()
     for i, row in enumerate(data["results"]):
         at = f"{where}.results[{i}]"
         _check(at, row, (dict,))
-        for name, types in ROW.items():
-            if name not in row:
-                raise SchemaError(f"{at}.{name}: missing")
-            _check(f"{at}.{name}", row[name], types)
-        for name, types in LATER.items():
-            _check(f"{at}.{name}", row.get(name), types)
-        if row["status"] not in STATUS:
-            raise SchemaError(f"{at}.status: expected one of {', '.join(STATUS)}, got {row['status']!r}")
-        if row["status"] == "ok":
-            if row["verified"] is False:
-                raise SchemaError(f"{at}: status ok with verified false")
-            if row["median_ms"] is None or not 0 <= row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]:
-                raise SchemaError(f"{at}: expected p20_ms <= median_ms <= p80_ms, got {row['p20_ms']}, "
-                                  f"{row['median_ms']}, {row['p80_ms']}")  # fmt: skip
-        elif not row["reason"]:
-            raise SchemaError(f"{at}.reason: expected one with status {row['status']!r}, got {row['reason']!r}")
-        elif row["median_ms"] is not None:
-            raise SchemaError(f"{at}.median_ms: expected null with status {row['status']!r}, got {row['median_ms']}")
+        _check_fields(at, {**dict.fromkeys(LATER), **row}, ROW | LATER)
+        _check_row(at, row)
         if key(row) in seen:
             raise SchemaError(f"{at}: a second row for {' | '.join(key(row))}")
         seen.add(key(row))
     return data
+
+
+def _check_row(at: str, row: dict) -> None:
+    status, times = row["status"], (row["p20_ms"], row["median_ms"], row["p80_ms"])
+    if status not in STATUS:
+        raise SchemaError(f"{at}.status: expected one of {', '.join(STATUS)}, got {status!r}")
+    if status == "ok":
+        if row["verified"] is False:
+            raise SchemaError(f"{at}: status ok with verified false")
+        if None in times or not 0 <= times[0] <= times[1] <= times[2]:
+            raise SchemaError(f"{at}: expected p20_ms <= median_ms <= p80_ms, got {', '.join(map(str, times))}")
+    elif not row["reason"]:
+        raise SchemaError(f"{at}.reason: expected one with status {status!r}, got {row['reason']!r}")
+    elif row["median_ms"] is not None:
+        raise SchemaError(f"{at}.median_ms: expected null with status {status!r}, got {row['median_ms']}")
+
+
+# ------------------------------------------------------------------------------------------------- reading and writing
 
 
 def load(path: Path) -> dict:
@@ -152,3 +153,39 @@ def _plain(value):
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else str(value)
     return value
+
+
+# ------------------------------------------------------------------------------------------------ for reports and plots
+
+
+def ok(data: dict, /, **wanted) -> list[dict]:
+    """Measured rows with these values."""
+    return [r for r in data["results"] if r["status"] == "ok" and all(r[n] == value for n, value in wanted.items())]
+
+
+def ms(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def commit_of(env: dict) -> str:
+    return f"{str(env['commit'])[:7]}{' with changes' if env['dirty'] else ''}"
+
+
+def where(data: dict) -> str:
+    """Device, versions, commit and date in one line."""
+    env, s = data["environment"], data["settings"]
+    parts = [env["device_name"]]
+    if env["device"] == "cpu":
+        parts += [f"{env['cores']} cores", f"{s['threads']} thread{'s' if s['threads'] > 1 else ''}"]
+        parts += ["times are CPU time of the process"] if s["clock"] == "cpu" else []
+    return ", ".join([*parts, f"torch {env['versions'].get('torch')}", env["date"][:10], f"commit {commit_of(env)}"])
+
+
+def load_of(data: dict) -> str:
+    """Load averages, and the share of the cores that others had."""
+    before, after = (data["environment"].get(f"load_{when}") for when in ("before", "after"))
+    if before is None:
+        return "load not known"
+    others = [r["others_cpu"] for r in ok(data) if r["others_cpu"] is not None]
+    busy = f"; other processes had up to {100 * max(others):.0f} % of the cores while rows were timed" if others else ""
+    return f"load average {before} before" + ("" if after is None else f", {after} after (its own included)") + busy

@@ -17,77 +17,44 @@ from pathlib import Path
 from sparc_kernels._arguments import ends_with_its_pipe
 
 from . import record
+from .record import MIB, RESULTS, ROOT, load_of, ms, ok, where
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- made by `python -m benchmarks.report`: begin -->", "<!-- end -->"
-MIB = 2**20
+
+
+def case_of(row: dict, form: str = ", {}") -> str:
+    """The case's name, with its data where that is not Gaussian."""
+    return row["case"] + ("" if row["data"] == "gaussian" else form.format(row["data"]))
+
+
+def sizes_of(row: dict) -> str:
+    return f"B {row['shape']['B']:,}, N {row['shape']['N']:,}"
+
+
+def widths_of(row: dict) -> str:
+    return "/".join(map(str, row["shape"]["d_streams"]))
+
+
+def mib(size: int | None) -> str:
+    return f"{size / MIB:,.0f} MiB" if size else "-"
 
 
 # ------------------------------------------------------------------------------------------------------------- one run
 
 
-def ms(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def ok(data: dict, /, **wanted) -> list[dict]:
-    """Measured rows with these values."""
-    return [
-        r for r in data["results"] if r["status"] == "ok" and all(r[name] == value for name, value in wanted.items())
-    ]  # fmt: skip
-
-
-def sections(data: dict) -> list[tuple[tuple, list[dict]]]:
-    """Rows by (op, case, data, dtype), in the order of the run."""
-    found: dict[tuple, list[dict]] = {}
-    for row in data["results"]:
-        found.setdefault((row["op"], row["case"], row["data"], row["dtype"]), []).append(row)
-    return list(found.items())
-
-
-def where(data: dict) -> str:
-    """Device, versions, commit and date in one line."""
-    env, s = data["environment"], data["settings"]
-    commit = f"{str(env['commit'])[:7]}{' with changes' if env['dirty'] else ''}"
-    parts = [env["device_name"]]
-    if env["device"] == "cpu":
-        threads = f"{s['threads']} thread{'s' if s['threads'] > 1 else ''}"
-        parts += [
-            f"{env['cores']} cores",
-            threads,
-            *(["times are CPU time of the process"] if s["clock"] == "cpu" else []),
-        ]
-    parts += [f"torch {env['versions'].get('torch')}", env["date"][:10], f"commit {commit}"]
-    return ", ".join(parts)
-
-
-def load(data: dict) -> str:
-    env = data["environment"]
-    before, after = env.get("load_before"), env.get("load_after")
-    if before is None:
-        return "load not known"
-    others = [r["others_cpu"] for r in ok(data) if r["others_cpu"] is not None]
-    busy = f"; other processes had up to {100 * max(others):.0f} % of the cores while rows were timed" if others else ""
-    return f"load average {before} before" + ("" if after is None else f", {after} after (its own included)") + busy
-
-
 def terminal(data: dict, limit: int = 12000) -> str:
     """One table for each operation, case and precision: milliseconds by mode, memory, achieved rates."""
-    env = data["environment"]
-    lines = [f"{where(data)}; {load(data)}"]
-    if not data["complete"]:
-        lines.append(f"incomplete: {data['stopped']}")
-    lines.append(f"NVML: {env['nvml'].get('reason') or env['nvml'].get('source')}")
-    for p in data["providers"]:
-        if p["status"] == "absent":
-            lines.append(f"absent: {p['name']} ({p['op']}): {p['reason']}")
+    nvml, tables = data["environment"]["nvml"], {}
+    lines = [f"{where(data)}; {load_of(data)}", *([] if data["complete"] else [f"incomplete: {data['stopped']}"])]
+    lines.append(f"NVML: {nvml.get('reason') or nvml.get('source')}")
+    lines += [f"absent: {p['name']} ({p['op']}): {p['reason']}" for p in data["providers"] if p["status"] == "absent"]
     lines.append(
         "median ms [p20 p80]; x: times ours; host: ms to launch it; peak MiB of forward + backward; modelled: GB/s, "
         "TFLOP/s, roofline"
     )
-    blocks = ["\n".join(lines), *map(_profiled, data["profiles"][:2])]
-    blocks += [_block(key, rows) for key, rows in sections(data)]
+    for row in data["results"]:
+        tables.setdefault((row["op"], row["case"], row["data"], row["dtype"]), []).append(row)
+    blocks = ["\n".join(lines), *map(_profiled, data["profiles"][:2]), *map(_block, tables.values())]
     text = ""
     for i, block in enumerate(blocks):
         if len(text) + len(block) > limit:
@@ -98,68 +65,60 @@ def terminal(data: dict, limit: int = 12000) -> str:
 
 def _profiled(profile: dict) -> str:
     """Where a step's time goes: measured beside modelled where there is a model, then the longest kernels."""
-    name = f"{profile['case']}{'' if profile['data'] == 'gaussian' else ', real'}, {profile['dtype']}"
+    name, model = f"{case_of(profile)}, {profile['dtype']}", profile.get("modelled")
     lines = [f"-- profile of {profile['provider']} ({profile['mode']}), {name}: {profile['reason'] or 'ms'}"]
-    model = profile.get("modelled")
     if model:
         cells = [
             f"{row['name']} {'-' if row['measured_ms'] is None else ms(row['measured_ms'])} ({ms(row['modelled_ms'])})"
             for row in model["ops"]
         ]
         total = sum(part["ms"] for part in profile["parts"])
-        lines.append(f"  measured (modelled for {model['gpu']}): {'; '.join(cells)}; all {ms(total)} "
-                     f"({ms(model['modelled_ms'])})")  # fmt: skip
+        said = f"{'; '.join(cells)}; all {ms(total)} ({ms(model['modelled_ms'])})"
+        lines.append(f"  measured (modelled for {model['gpu']}): {said}")
     else:
         lines.append("  " + "; ".join(f"{part['name']} {ms(part['ms'])}" for part in profile["parts"]))
     longest = [f"{k['name'][:44]} {ms(k['ms'])} x{k['calls']:.0f}" for k in profile["kernels"][:10]]
     return "\n".join([*lines, *(["  " + "; ".join(longest)] if longest else [])])
 
 
-def _block(key: tuple, rows: list[dict]) -> str:
-    op, case, kind, dtype = key
-    s = rows[0]["shape"]
-    widths = "/".join(map(str, s["d_streams"]))
+def _block(rows: list[dict]) -> str:
+    first, s = rows[0], rows[0]["shape"]
     aux = f", auxk {s['auxk']}" if s["auxk"] else ""
-    title = f"-- {op}, {case}{'' if kind == 'gaussian' else f' ({kind})'}, {dtype}: B {s['B']:,}, N {s['N']:,}, "
-    lines = [title + f"k {s['k']}, d {widths}{aux}"]
-    by_provider: dict[str, dict[str, dict]] = {}
+    title = f"{first['op']}, {case_of(first, ' ({})')}, {first['dtype']}: {sizes_of(first)}, k {s['k']}"
+    lines = [f"-- {title}, d {widths_of(first)}{aux}"]
+    providers: dict[str, dict[str, dict]] = {}
     for r in rows:
-        by_provider.setdefault(r["provider"], {})[r["mode"]] = r
-    main = "full" if any("full" in modes for modes in by_provider.values()) else "forward"
-    ours = by_provider.get("ours", {})
-    for name, modes in by_provider.items():
+        providers.setdefault(r["provider"], {})[r["mode"]] = r
+    main = "full" if any("full" in modes for modes in providers.values()) else "forward"
+    for name, modes in providers.items():
         bad = next((r for r in modes.values() if r["status"] != "ok"), None)
         if bad:
             lines.append(f"  {name:30} {bad['status'].upper()}: {str(bad['reason']).splitlines()[-1][:160]}")
-            continue
-        cells = []
-        for mode in ("forward", "backward", "full", "step"):
-            if mode in modes:
-                r = modes[mode]
-                spread = f" [{ms(r['p20_ms'])} {ms(r['p80_ms'])}]" if mode == main else ""
-                cells.append(f"{mode} {ms(r['median_ms'])}{spread}")
-        r = modes.get(main) or next(iter(modes.values()))
-        beside = r.get("ours_ms") or ours.get(r["mode"], {}).get("median_ms")
-        if beside and name != "ours":
-            cells.append(f"x{r['median_ms'] / beside:.2f}")
-        if r.get("host_ms"):
-            cells.append(f"host {ms(r['host_ms'])}")
-        if r["peak_bytes"]:
-            cells.append(f"{r['peak_bytes'] / MIB:,.0f} MiB")
-        rates = [f"{r[name]:.3g} {unit}" for name, unit in (("gb_s", "GB/s"), ("tflop_s", "TFLOP/s")) if r[name]]
-        if r["roofline_fraction"]:
-            rates.append(f"roofline {100 * r['roofline_fraction']:.0f} %")
-        if r.get("predicted_ms"):
-            rates.append(f"over the model's time {r['median_ms'] / r['predicted_ms']:.2f}")
-        if rates:
-            cells.append(", ".join(rates))
-        if r["energy_j"]:
-            cells.append(f"{r['energy_j']:.3g} J")
-        lines.append(f"  {name:30} " + "  ".join(cells))
+        else:
+            lines.append(f"  {name:30} " + "  ".join(_cells(modes, main, providers.get("ours", {}))))
     return "\n".join(lines)
 
 
-# --------------------------------------------------------------------------------------------------- README and results
+def _cells(modes: dict[str, dict], main: str, ours: dict[str, dict]) -> list[str]:
+    """The line of one provider: its modes, and what else there is of its main one."""
+    cells = []
+    for mode in [mode for mode in ("forward", "backward", "full", "step") if mode in modes]:
+        r = modes[mode]
+        spread = f" [{ms(r['p20_ms'])} {ms(r['p80_ms'])}]" if mode == main else ""
+        cells.append(f"{mode} {ms(r['median_ms'])}{spread}")
+    r = modes.get(main) or next(iter(modes.values()))
+    beside = r.get("ours_ms") or ours.get(r["mode"], {}).get("median_ms")
+    cells += [f"x{r['median_ms'] / beside:.2f}"] if beside and r["provider"] != "ours" else []
+    cells += [f"host {ms(r['host_ms'])}"] if r.get("host_ms") else []
+    cells += [mib(r["peak_bytes"])] if r["peak_bytes"] else []
+    rates = [f"{r[name]:.3g} {unit}" for name, unit in (("gb_s", "GB/s"), ("tflop_s", "TFLOP/s")) if r[name]]
+    rates += [f"roofline {100 * r['roofline_fraction']:.0f} %"] if r["roofline_fraction"] else []
+    rates += [f"over the model's time {r['median_ms'] / r['predicted_ms']:.2f}"] if r.get("predicted_ms") else []
+    cells += [", ".join(rates)] if rates else []
+    return [*cells, *([f"{r['energy_j']:.3g} J"] if r["energy_j"] else [])]
+
+
+# ------------------------------------------------------------------------------------------------------------- records
 
 
 def records(folder: Path = RESULTS) -> list[tuple[str, dict]]:
@@ -179,127 +138,113 @@ def _tracked(folder: Path) -> set[str] | None:
     return set(filter(None, done.stdout.split("\0"))) or None
 
 
-def newest(found: list[tuple[str, dict]], device: str) -> tuple[str, dict] | None:
-    mine = [item for item in found if item[1]["environment"]["device"] == device]
-    return mine[-1] if mine else None
+def newest(known: list[tuple[str, dict]], device: str) -> tuple[str, dict] | None:
+    return next((item for item in reversed(known) if item[1]["environment"]["device"] == device), None)
 
 
-def _command(data: dict) -> str:
-    words, skip = [], False
-    for word in data["environment"]["command"]:
-        words.append("CLONE" if skip else word)
-        skip = word == "--official"
-    return shlex.join(words)
-
-
-def _times(r: dict) -> str:
-    return f"{ms(r['median_ms'])} ms ({ms(r['p20_ms'])} to {ms(r['p80_ms'])})"
-
-
-def _cell(data: dict, row: dict, provider: str) -> dict | None:
-    wanted = {name: row[name] for name in ("op", "case", "data", "dtype", "mode")}
-    return next(iter(ok(data, provider=provider, **wanted)), None)
-
+# -------------------------------------------------------------------------------------------------------------- tables
 
 PEERS = ("official SPARC", "reference, eager", "reference, compiled")
 
 
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    columns = sum(cell.count("|") + 1 for cell in head)
+    return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * columns,
+                      *("| " + " | ".join(cells) + " |" for cells in rows)])  # fmt: skip
+
+
+def _of_step(data: dict, sweep: bool = False) -> tuple[list[dict], list[str]]:
+    """Our rows of forward, loss and backward, and the peers beside them."""
+    rows = [r for r in ok(data, op="training", mode="full", provider="ours") if bool(r["sweep"]) == sweep]
+    return rows, [p for p in PEERS if any(_beside(data, r, p) for r in rows)]
+
+
+def _beside(data: dict, row: dict, provider: str) -> dict | None:
+    """The measured row of a provider with the same key else."""
+    wanted = {name: row[name] for name in ("op", "case", "data", "dtype", "mode")}
+    return next(iter(ok(data, provider=provider, **wanted)), None)
+
+
+def _times(r: dict | None) -> str:
+    return f"{ms(r['median_ms'])} ms ({ms(r['p20_ms'])} to {ms(r['p80_ms'])})" if r else "-"
+
+
+def _row_head(r: dict) -> list[str]:
+    name = r["case"] + ("" if r["data"] == "gaussian" else ", real statistics")
+    return [name, f"{r['shape']['B']:,}", f"{r['shape']['N']:,}", r["dtype"]]
+
+
 def step_table(data: dict, everything: bool) -> str:
     """Forward, loss and backward of the training step: ours, then each peer as a time and a ratio."""
-    rows = [r for r in ok(data, op="training", mode="full", provider="ours") if not r["sweep"]]
-    peers = [p for p in PEERS if any(_cell(data, r, p) for r in rows)]
-    if not everything:
-        rows = [r for r in rows if r["dtype"] == "float32" or data["environment"]["device"] == "cuda"]
-    head = ["case", "B", "N", "precision", "ours", *(f"{p} | ratio" for p in peers)]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * (5 + 2 * len(peers))]
+    rows, peers = _of_step(data)
+    lines = []
     for r in rows:
-        s = r["shape"]
-        name = r["case"] + ("" if r["data"] == "gaussian" else ", real statistics")
-        cells = [name, f"{s['B']:,}", f"{s['N']:,}", r["dtype"], _times(r)]
+        if not everything and r["dtype"] != "float32" and data["environment"]["device"] != "cuda":
+            continue
+        cells = [*_row_head(r), _times(r)]
         for p in peers:
-            other = _cell(data, r, p)
-            if other:
-                cells += [_times(other), f"{other['median_ms'] / r['median_ms']:.1f}"]
-            else:
-                cells += [_why(data, r, p), "-"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            other = _beside(data, r, p)
+            cells += [_times(other), f"{other['median_ms'] / r['median_ms']:.1f}"] if other else [_why(data, r, p), "-"]
+        lines.append(cells)
+    return markdown(["case", "B", "N", "precision", "ours", *(f"{p} | ratio" for p in peers)], lines)
 
 
 def _why(data: dict, row: dict, provider: str) -> str:
-    wanted = {name: row[name] for name in ("op", "case", "data", "dtype")}
-    for r in data["results"]:
-        if r["provider"] == provider and all(r[name] == value for name, value in wanted.items()):
-            return r["status"]
-    return "-"
+    """The status of a peer that was not measured."""
+    same = ("op", "case", "data", "dtype")
+    mine = (r for r in data["results"] if r["provider"] == provider and all(r[n] == row[n] for n in same))
+    return next((r["status"] for r in mine), "-")
 
 
 def memory_table(data: dict) -> str:
     """Peak of forward, loss and backward beyond parameters and inputs, and the gradients that are left of it."""
-    rows = [r for r in ok(data, op="training", mode="full", provider="ours") if not r["sweep"] and r["peak_bytes"]]
-    peers = [p for p in PEERS if any(_cell(data, r, p) for r in rows)]
+    rows, peers = _of_step(data)
+    rows = [r for r in rows if r["peak_bytes"]]
     lines = [
-        "| case | B | N | precision | gradients | ours | " + " | ".join(peers) + " |",
-        "|" + "---|" * (6 + len(peers)),
-    ]
-    for r in rows:
-        s = r["shape"]
-        name = r["case"] + ("" if r["data"] == "gaussian" else ", real statistics")
-        cells = [name, f"{s['B']:,}", f"{s['N']:,}", r["dtype"]]
-        cells += [f"{size / MIB:,.0f} MiB" for size in (r["gradient_bytes"], r["peak_bytes"])]
-        others = [_cell(data, r, p) for p in peers]
-        cells += [f"{o['peak_bytes'] / MIB:,.0f} MiB" if o and o["peak_bytes"] else "-" for o in others]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        [*_row_head(r), mib(r["gradient_bytes"]), mib(r["peak_bytes"]),
+         *(mib((_beside(data, r, p) or {}).get("peak_bytes")) for p in peers)]
+        for r in rows
+    ]  # fmt: skip
+    return markdown(["case", "B", "N", "precision", "gradients", "ours", *peers], lines)
 
 
 def parts_table(data: dict) -> str:
     """The other operations: every provider's forward, and forward with backward where there is one."""
-    lines = ["| operation | case | precision | provider | forward | with backward |", "|---|---|---|---|---|---|"]
-    names = ("op", "case", "data", "dtype", "provider")
-    found: dict[tuple, dict[str, dict]] = {}
+    parts: dict[tuple, dict[str, dict]] = {}
     for r in ok(data):
         if r["op"] != "training":
-            found.setdefault(tuple(r[name] for name in names), {})[r["mode"]] = r
-    for modes in found.values():
-        r = next(iter(modes.values()))
-        forward, full = modes.get("forward"), modes.get("full")
-        name = r["case"] + ("" if r["data"] == "gaussian" else ", real")
-        cells = [r["op"], name, r["dtype"], r["provider"]]
-        lines.append(
-            "| " + " | ".join([*cells, _times(forward) if forward else "-", _times(full) if full else "-"]) + " |"
-        )
-    return "\n".join(lines)
+            parts.setdefault((r["op"], case_of(r), r["dtype"], r["provider"]), {})[r["mode"]] = r
+    lines = [[*names, _times(modes.get("forward")), _times(modes.get("full"))] for names, modes in parts.items()]
+    return markdown(["operation", "case", "precision", "provider", "forward", "with backward"], lines)
 
 
 def sweep_table(data: dict) -> str:
-    rows = [r for r in ok(data, op="training", mode="full", provider="ours") if r["sweep"]]
-    if not rows:
-        return ""
-    names = [p for p in PEERS if any(_cell(data, r, p) for r in rows)]
-    lines = ["| varied | B | N | k | d | ours | " + " | ".join(names) + " |", "|" + "---|" * (6 + len(names))]
+    rows, peers = _of_step(data, sweep=True)
+    lines = []
     for r in rows:
-        s = r["shape"]
-        others = [_cell(data, r, p) for p in names]
-        cells = [r["sweep"], f"{s['B']:,}", f"{s['N']:,}", str(s["k"]), "/".join(map(str, s["d_streams"])),
-                 f"{ms(r['median_ms'])} ms"]  # fmt: skip
-        lines.append("| " + " | ".join([*cells, *(f"{ms(o['median_ms'])} ms" if o else "-" for o in others)]) + " |")
-    return "\n".join(lines)
+        s, times = r["shape"], [r, *(_beside(data, r, p) for p in peers)]
+        lines.append([r["sweep"], f"{s['B']:,}", f"{s['N']:,}", str(s["k"]), widths_of(r),
+                      *(f"{ms(t['median_ms'])} ms" if t else "-" for t in times)])  # fmt: skip
+    return markdown(["varied", "B", "N", "k", "d", "ours", *peers], lines) if lines else ""
 
 
 def refused(data: dict) -> list[str]:
-    lines = []
-    for r in data["results"]:
-        if r["status"] not in ("ok", "skipped"):
-            why = str(r["reason"]).splitlines()[-1][:200]
-            lines.append(f"- {r['provider']}, {r['op']}, {r['case']}, {r['dtype']}: {r['status']}: {why}")
-    return lines
+    return [
+        f"- {r['provider']}, {r['op']}, {r['case']}, {r['dtype']}: {r['status']}: "
+        f"{str(r['reason']).splitlines()[-1][:200]}"
+        for r in data["results"] if r["status"] not in ("ok", "skipped")
+    ]  # fmt: skip
 
+
+# --------------------------------------------------------------------------------------------------- README and results
 
 NO_GPU = (
     "**No GPU has run this package yet**, so there is no GPU figure here; modelled ones are printed by `sparc-kernels "
     "cost`."
 )
+PLOTS = {
+    "scaling": "Time and memory against N", "speedup": "Times ours", "breakdown": "Where our step's time goes",
+}  # fmt: skip
 
 
 def _wrapped(part: str) -> str:
@@ -309,57 +254,59 @@ def _wrapped(part: str) -> str:
     return textwrap.fill(part, 120, break_long_words=False, break_on_hyphens=False)
 
 
-def readme(found: list[tuple[str, dict]]) -> str:
-    parts = []
-    gpu = newest(found, "cuda")
-    if gpu is None:
-        parts.append(NO_GPU)
-    for device in ("cuda", "cpu"):
-        item = newest(found, device)
-        if item is None:
-            continue
-        name, data = item
+def readme(known: list[tuple[str, dict]]) -> str:
+    parts = [] if newest(known, "cuda") else [NO_GPU]
+    for name, data in filter(None, (newest(known, device) for device in ("cuda", "cpu"))):
         parts.append(
             f"{where(data)}; forward + loss + backward, median (p20 to p80), every provider verified against the "
-            f"float64 reference first; {load(data)}. Record: `benchmarks/results/{name}`; more, and how: "
+            f"float64 reference first; {load_of(data)}. Record: `benchmarks/results/{name}`; more, and how: "
             "[docs/results.md](docs/results.md)."
         )
         parts.append(step_table(data, everything=False))
     return "\n\n".join(map(_wrapped, parts))
 
 
-def results(found: list[tuple[str, dict]]) -> str:
-    parts = []
-    if newest(found, "cuda") is None:
-        parts.append(NO_GPU)
-    for name, data in reversed(found):
-        env = data["environment"]
-        parts.append(f"## {env['device_name']}, {env['date'][:10]}")
-        parts.append(f"```sh\n{_command(data)}\n```")
-        cut = "" if data["complete"] else f" The run is incomplete: {data['stopped']}."
-        said = env["nvml"].get("reason")
-        parts.append(
-            f"{where(data)}; {load(data)}; record `benchmarks/results/{name}`.{cut} Every row was verified against the "
-            f"float64 reference before it was timed; the times are medians (p20 to p80) of runs in turns{_apart(data)}."
-            + (f" NVML: {said}." if said else "")
-        )
-        parts.append("Forward, loss and backward of the training step:")
-        parts.append(step_table(data, everything=True))
-        parts.append("Most memory at one time beyond parameters and inputs, the gradients that it ends with included:")
-        parts.append(memory_table(data))
-        plots = _plots_of(name)
-        if plots:
-            parts += [f"![{what}](plots/{file})" for what, file in plots]
-        if any(r["op"] != "training" for r in ok(data)):
-            parts += ["Parts of it, and what the machine can do at most (`ceiling`):", parts_table(data)]
-        table = sweep_table(data)
-        if table:
-            parts += ["Sweeps, forward, loss and backward:", table]
-        absent = [f"{p['name']} ({p['op']}): {p['reason']}" for p in data["providers"] if p["status"] == "absent"]
-        parts += ["Absent:", "\n".join(f"- {line}" for line in absent)] if absent else []
-        bad = refused(data)
-        parts += ["Not timed:", "\n".join(bad)] if bad else []
+def results(known: list[tuple[str, dict]]) -> str:
+    parts = [] if newest(known, "cuda") else [NO_GPU]
+    for name, data in reversed(known):
+        parts += _result(name, data)
     return "\n\n".join(map(_wrapped, parts))
+
+
+def _result(name: str, data: dict) -> list[str]:
+    """Paragraphs on one record."""
+    env, nvml = data["environment"], data["environment"]["nvml"].get("reason")
+    cut = "" if data["complete"] else f" The run is incomplete: {data['stopped']}."
+    plots = [(title, f"{name.removesuffix('.json')}_{kind}.svg") for kind, title in PLOTS.items()]
+    parts = [
+        f"## {env['device_name']}, {env['date'][:10]}",
+        f"```sh\n{_command(env['command'])}\n```",
+        f"{where(data)}; {load_of(data)}; record `benchmarks/results/{name}`.{cut} Every row was verified against the "
+        f"float64 reference before it was timed; the times are medians (p20 to p80) of runs in turns{_apart(data)}."
+        + (f" NVML: {nvml}." if nvml else ""),
+        "Forward, loss and backward of the training step:",
+        step_table(data, everything=True),
+        "Most memory at one time beyond parameters and inputs, the gradients that it ends with included:",
+        memory_table(data),
+        *(f"![{title}](plots/{file})" for title, file in plots if (ROOT / "docs" / "plots" / file).exists()),
+    ]
+    absent = [f"- {p['name']} ({p['op']}): {p['reason']}" for p in data["providers"] if p["status"] == "absent"]
+    for title, text in (
+        ("Parts of it, and what the machine can do at most (`ceiling`):",
+         parts_table(data) if any(r["op"] != "training" for r in ok(data)) else ""),
+        ("Sweeps, forward, loss and backward:", sweep_table(data)),
+        ("Absent:", "\n".join(absent)),
+        ("Not timed:", "\n".join(refused(data))),
+    ):  # fmt: skip
+        parts += [title, text] if text else []
+    return parts
+
+
+def _command(words: list[str]) -> str:
+    """With CLONE for the path of the official repository."""
+    return shlex.join(
+        "CLONE" if before == "--official" else word for before, word in zip(["", *words], words, strict=False)
+    )
 
 
 def _apart(data: dict) -> str:
@@ -369,37 +316,27 @@ def _apart(data: dict) -> str:
     return f", of {', '.join(alone)} one provider after the other" if alone else ""
 
 
-def _plots_of(name: str) -> list[tuple[str, str]]:
-    stem = name.removesuffix(".json")
-    titles = {
-        "scaling": "Time and memory against N",
-        "speedup": "Times ours",
-        "breakdown": "Where our step's time goes",
-    }
-    folder = ROOT / "docs" / "plots"
-    return [
-        (title, f"{stem}_{kind}.svg") for kind, title in titles.items() if (folder / f"{stem}_{kind}.svg").exists()
-    ]  # fmt: skip
-
-
-def between(text: str, new: str, where: str) -> str:
+def between(text: str, new: str, name: str) -> str:
     """The text with what is between the markers replaced."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{where}: expected the markers {BEGIN} and {END} once each")
+        raise ValueError(f"{name}: expected the markers {BEGIN} and {END} once each")
     head, rest = text.split(BEGIN)
     return f"{head}{BEGIN}\n\n{new}\n\n{END}{rest.split(END)[1]}"
 
 
 def texts(root: Path = ROOT, of: str = "") -> dict[Path, str]:
-    """What README.md and docs/results.md should say. of: outside of a checkout, only of the records named in it."""
+    """What README.md and docs/results.md should say.
+
+    Args:
+        root: of the checkout.
+        of: outside of a checkout, only of the records named in this text.
+    """
     folder = root / "benchmarks" / "results"
-    found = records(folder)
+    known = records(folder)
     if of and _tracked(folder) is None:
-        found = [(name, data) for name, data in found if name in of]
-    made = {}
-    for path, new in ((root / "README.md", readme(found)), (root / "docs" / "results.md", results(found))):
-        made[path] = between(path.read_text(), new, path.name)
-    return made
+        known = [(name, data) for name, data in known if name in of]
+    made = {root / "README.md": readme(known), root / "docs" / "results.md": results(known)}
+    return {path: between(path.read_text(), new, path.name) for path, new in made.items()}
 
 
 def stale(root: Path = ROOT) -> list[str]:

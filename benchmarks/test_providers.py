@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from benchmarks.cases import CASES, SMALL, TINY, Problem
-from benchmarks.providers import Context, everyone
+from benchmarks.plan import everyone
+from benchmarks.provider import Context
 from benchmarks.timing import Timer
 from benchmarks.verification import Truth, judge, twin
 
@@ -60,7 +61,7 @@ def test_provider(benchmark, request, problems, case, provider, dtype):
         TIMER.once(job, ("optimizer",))
         if provider.check is not None:
             errors, plain = provider.check(truth, dtype, job.result())
-            verdict = judge(errors, plain, dtype, None)
+            verdict = judge(errors, plain, dtype)
             assert verdict.verified, verdict.reason
             benchmark.extra_info["verification"] = verdict.as_dict()
         benchmark.extra_info.update(provider=provider.what, shape=case.as_dict())

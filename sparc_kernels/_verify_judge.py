@@ -105,6 +105,11 @@ def allowance(check: Check) -> float:
     return slack
 
 
+def limit(own: float, slack: float) -> float:
+    """Largest error that passes: `MULTIPLE` times PyTorch's own, where that is finite, and `slack` beside it."""
+    return slack + MULTIPLE * own if math.isfinite(own) else slack
+
+
 def errors(value: Tensor, truth: Tensor) -> tuple[float, float]:
     """Largest error over the largest magnitude, RMS error over the RMS; inf where shapes or inf and NaN differ."""
     if value.shape != truth.shape:
@@ -160,9 +165,7 @@ class Check:
         max_error, rms_error = errors(ours, truth)
         torch_max, torch_rms = (x * self.own_scale for x in errors(own, truth))
         slack = allowance(self)
-        max_limit, rms_limit = slack, slack / 2
-        if math.isfinite(torch_max):
-            max_limit, rms_limit = max_limit + MULTIPLE * torch_max, rms_limit + MULTIPLE * torch_rms
+        max_limit, rms_limit = limit(torch_max, slack), limit(torch_rms, slack / 2)
         passed = max_error <= max_limit and rms_error <= rms_limit
         if not passed and math.isinf(max_error):
             note = f"{describe(ours)}, expected {describe(truth)}"

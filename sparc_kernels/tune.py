@@ -21,6 +21,7 @@ import torch
 
 from . import _tuned
 from ._compile import compile_all
+from ._gpu_timer import event_ms, flush_buffer, host_ms
 from ._launch import capability
 from ._trace import Launch, Shape, _as_on_gpu, _Tracer, parse_shape
 from .decoder import decode_nmse
@@ -306,10 +307,6 @@ def _triton_version() -> str:
     return triton.__version__
 
 
-FLUSH_BYTES = 256 * 2**20  # more than any L2 cache
-CYCLES = 2e9  # of a GPU in a second, at most
-
-
 class GraphTimer:
     """Median milliseconds of a call by events: replays of a CUDA graph of it, so that launching from Python costs
     nothing, with the L2 cache overwritten before each.
@@ -323,28 +320,17 @@ class GraphTimer:
 
     @functools.cached_property
     def flush(self) -> torch.Tensor:
-        return torch.empty(FLUSH_BYTES, dtype=torch.int8, device=self.device)
+        return flush_buffer(self.device)
 
     @functools.cached_property
     def stream(self) -> torch.cuda.Stream:
         return torch.cuda.Stream()
 
     def __call__(self, run: Callable) -> float:
-        graph, cover = self._capture(run) if self.captures else None, 0
-        if graph is None:
-            cover = self._cover(run)
-        call, events = graph.replay if graph else run, []
-        for _ in range(22):
-            self.flush.zero_()
-            if cover:
-                torch.cuda._sleep(cover)
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            events.append((start, end))
-        torch.cuda.synchronize()
-        return statistics.median(start.elapsed_time(end) for start, end in events[2:])
+        graph = self._capture(run) if self.captures else None
+        call = graph.replay if graph else run
+        (cover,) = [0.0] if graph else host_ms([call])
+        return statistics.median(ms for (ms,) in event_ms([call], 22, self.flush, cover)[2:])
 
     def _capture(self, run: Callable):
         """A graph of the call, after a call on the stream that captures; None where that fails."""
@@ -361,14 +347,6 @@ class GraphTimer:
             self.say(f"not captured in a CUDA graph, timed as launched from Python: {_why(error)}")
             return None
         return graph
-
-    def _cover(self, run: Callable) -> int:
-        """Cycles that take the GPU twice as long as the host takes to launch the call."""
-        run()
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        run()
-        return int(2 * CYCLES * (time.perf_counter() - began)) + 1
 
 
 # ------------------------------------------------------------------------------------------------------------- command
