@@ -10,6 +10,8 @@ What each field of the JSON means: docs/benchmarks.md.
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import os
 import re
 import sys
@@ -48,7 +50,8 @@ def parse(argv=None) -> argparse.Namespace:
     add("--list", action="store_true", help="print groups and providers, absent ones with the reason, and stop")
     add("--tiny", action="store_true", help=argparse.SUPPRESS)
     add("--seconds", type=float, help=argparse.SUPPRESS)
-    add("--begin", action="store_true", help=argparse.SUPPRESS)  # gpu_report: write the empty record and stop
+    # gpu_report: write the empty record and stop; on a CPU that of a tiny run
+    add("--begin", action="store_true", help=argparse.SUPPRESS)
     add("--resume", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     try:
@@ -93,6 +96,8 @@ def main(argv=None) -> int:
     if device == "cuda" and not torch.cuda.is_available():
         print("benchmarks: error: --device cuda: PyTorch sees no GPU here; use --device cpu", file=sys.stderr)
         return 2
+    if args.begin and device == "cpu":
+        args.tiny, args.threads = True, 1
     options = runner.Options(
         device, args.quick, args.minutes, args.filter, args.official, args.threads or os.cpu_count() or 1, args.seed,
         args.tiny, tuple(args.sweep or ()), args.seconds, args.resume, args.patience, args.clock,
@@ -111,6 +116,8 @@ def main(argv=None) -> int:
     if not groups:
         print(f"benchmarks: error: --filter: nothing matches {args.filter!r}", file=sys.stderr)
         return 2
+    gc.freeze()  # collecting between groups would look through everything imported
+    atexit.register(gc.unfreeze)  # or libraries call it leaked
     if tqdm is None:
         data = run.go()
     else:

@@ -1,4 +1,4 @@
-"""Everything a first look at a GPU should bring back, in two calls that fit ten minutes each and more than suffice.
+"""Everything that a first look at a GPU should bring back, in two calls of ten minutes at most.
 
     python benchmarks/gpu_report.py --call correctness [--out FOLDER] [--minutes 6]
     python benchmarks/gpu_report.py --call timing [--out FOLDER] [--minutes 5] [--official CLONE]
@@ -6,13 +6,13 @@
 correctness: kernels compiled on all cores; `sparc-kernels verify` and its adversarial sets, the exercise of every
 kernel and the tests that need a GPU, side by side; then compute-sanitizer over the exercise, alone. Writes
 correctness.json, verify.json, adversarial.json and correctness.txt. timing: the kernels compiled, then `python -m
-benchmarks` on an idle GPU, what says most first. Writes timing.json, the benchmarks' record (docs/benchmarks.md). Both
-have `sections`, replaced atomically as things end, so a call that is killed leaves what it had; whatever did not run
-says why. From a bare checkout: nothing need be installed. On a CPU the same code runs at tiny shapes: its numbers mean
-nothing and are marked `device: cpu`, `tiny: true`.
+benchmarks` on an idle GPU. Writes timing.json, the benchmarks' record (docs/benchmarks.md). Both have `sections`,
+replaced atomically as things end, so a call that is killed leaves what it had; a section that did not run says why.
+Nothing need be installed but PyTorch and Triton. On a CPU the same code runs at tiny shapes: its times mean nothing
+and are marked `device: cpu`, `tiny: true`.
 
-This process never touches the GPU: it starts the others with time limits and watches the worker that measures. When
-that crashes, hangs or loses its CUDA context, the provider in progress is marked and a new worker goes on behind it.
+This process never touches the GPU: it starts the others with time limits. When the worker that measures crashes, hangs
+or loses its CUDA context, a new one goes on behind the provider whose turn it was.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,14 +48,13 @@ CALLS = {  # minutes, sections in their order
     "correctness": (6.0, ("compile", "verify", "adversarial", "exercise", "contract", "memcheck", "racecheck")),
     "timing": (5.0, ("compile", "measurements")),
 }
+GOOD = ("ran", "absent", "skipped")
 MAX_WORKERS = 10
+START_SECONDS = 150  # of a process that imports torch and meets the GPU
 
 
 def last_lines(text: str, lines: int = 4, chars: int = 700) -> str:
     return "\n".join([line for line in text.strip().splitlines() if line.strip()][-lines:])[-chars:]
-
-
-# ------------------------------------------------------------------------------------------------------------- the file
 
 
 class Report:
@@ -61,14 +62,10 @@ class Report:
 
     def __init__(self, folder: Path, call: str, device: str, minutes: float, started: float):
         self.folder, self.call, self.device = folder, call, device
-        self.minutes, self.started = minutes, started
+        self.minutes, self.end = minutes, started + 60 * minutes
         self.path = folder / f"{call}.json"
         self.data: dict = {}
         self.sections = {name: {"status": "not run", "reason": "not reached"} for name in CALLS[call][1]}
-
-    def read(self) -> None:
-        """What the worker has written."""
-        self.data = record.load(self.path)
 
     def save(self) -> None:
         self.data["sections"] = self.sections
@@ -79,11 +76,10 @@ class Report:
 
     @property
     def left(self) -> float:
-        return self.started + 60 * self.minutes - time.time()
+        return self.end - time.time()
 
 
 # --------------------------------------------------------------------------------------------------------- subprocesses
-
 
 _LIBC = ctypes.CDLL(None)  # before any fork
 
@@ -94,21 +90,30 @@ def _die_with_parent():
         _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def start(command: list[str], **kwargs) -> subprocess.Popen:
-    return subprocess.Popen(command, cwd=ROOT, start_new_session=True, preexec_fn=_die_with_parent, **kwargs)
+def start(command: list[str], output=None, **env: str) -> subprocess.Popen:
+    """A child that leads its own process group, and imports this checkout."""
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.Popen(
+        command, cwd=ROOT, start_new_session=True, preexec_fn=_die_with_parent, stdout=output,
+        stderr=output and subprocess.STDOUT, env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": paths, **env},
+    )  # fmt: skip
 
 
 def stop(child: subprocess.Popen) -> None:
-    """Ends a child and what it started, which may outlive it; it leads its own process group."""
+    """Ends a child and its own children, which may outlive it."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid, signal.SIGKILL)
-    with contextlib.suppress(subprocess.TimeoutExpired):  # a process stuck in the driver must not hold us up
+    with contextlib.suppress(subprocess.TimeoutExpired):  # do not hang on a process stuck in the driver
         child.wait(timeout=5)
+
+
+def module(*words: str) -> list[str]:
+    return [sys.executable, "-W", "ignore", "-m", *words]
 
 
 @dataclass
 class Part:
-    """A section that is one process: what it is, how long it may take and how its output is read."""
+    """A section that is one process, to its end or its limit; `read` adds to its entry from its output."""
 
     name: str
     command: list[str]
@@ -116,64 +121,51 @@ class Part:
     read: Callable[[dict, int | None, str], None] = lambda entry, code, output: None
     env: dict[str, str] = field(default_factory=dict)
     after: str | None = None  # a part that must have ended before
+    child: subprocess.Popen | None = None
+    began: float = 0.0
 
 
 def run(report: Report, *parts: Part) -> None:
-    """Parts side by side, each to its end or its limit. Their output goes to files of their own while they run, and to
-    the call's text file afterwards."""
-    waiting = [part for part in parts if report[part.name]["status"] != "skipped"]
-    going: list[tuple[Part, subprocess.Popen, float]] = []
+    """Parts side by side. Their output goes to files of their own, then to the call's text file."""
+    waiting, going = [part for part in parts if report[part.name]["status"] != "skipped"], []
     try:
         while waiting or going:
-            busy = {part.name for part in waiting} | {part.name for part, _, _ in going}
+            busy = {part.name for part in (*waiting, *going)}
             for part in [part for part in waiting if part.after not in busy]:
                 waiting.remove(part)
-                child = _begun(report, part)
-                if child:
-                    going.append((part, child, time.time()))
+                going += [part] if _begin(report, part) else []
             time.sleep(0.1)
-            for one in [one for one in going if _over(report, *one)]:
-                going.remove(one)
-                _ended(report, *one)
+            for part in list(going):
+                over = time.time() > part.began + report[part.name]["limit_s"]
+                if over or part.child.poll() is not None:
+                    going.remove(part)
+                    _end(report, part)
     finally:
-        for _, child, _ in going:
-            stop(child)
+        for part in going:
+            stop(part.child)
 
 
-def _begun(report: Report, part: Part) -> subprocess.Popen | None:
-    """The process of a part, where there is time for it."""
+def _begin(report: Report, part: Part) -> bool:
+    """Starts a part, where there is time for it."""
     entry, seconds = report[part.name], min(part.seconds, report.left - 3)
     entry.update(command=" ".join(part.command), limit_s=round(seconds, 1))
-    child = None
+    entry.update(status="running", reason="killed while it ran")
     if seconds < 2:
         entry.update(status="not run", reason=f"{max(report.left, 0):.0f} s left of the time limit")
     else:
-        entry.update(status="running", reason="killed while it ran")
-        env = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": PATHS, **part.env}
-        with _output(report, part).open("w") as output:
-            child = start(part.command, stdout=output, stderr=subprocess.STDOUT, env=env)
+        with (report.folder / f"{part.name}.txt").open("w") as output:
+            part.child, part.began = start(part.command, output, **part.env), time.time()
     report.save()
-    return child
+    return seconds >= 2
 
 
-def _over(report: Report, part: Part, child: subprocess.Popen, began: float) -> bool:
-    return child.poll() is not None or time.time() > began + report[part.name]["limit_s"]
-
-
-PATHS = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-
-
-def _output(report: Report, part: Part) -> Path:
-    return report.folder / f"{part.name}.txt"
-
-
-def _ended(report: Report, part: Part, child: subprocess.Popen, began: float) -> None:
-    """What became of a part; its exit code is None when it was stopped at its limit."""
-    code = child.poll()
-    stop(child)
-    entry, file = report[part.name], _output(report, part)
+def _end(report: Report, part: Part) -> None:
+    """Records how a part ended; its exit code is None when it was stopped at its limit."""
+    code = part.child.poll()
+    stop(part.child)
+    entry, file = report[part.name], report.folder / f"{part.name}.txt"
     output = file.read_text(errors="replace")
-    entry.update(exit_code=code, seconds=round(time.time() - began, 1), output_tail=last_lines(output, 12, 2500))
+    entry.update(exit_code=code, seconds=round(time.time() - part.began, 1), output_tail=last_lines(output, 12, 2500))
     if code is None:
         entry.update(status="timed out", reason=f"stopped after {entry['limit_s']:.0f} s")
     elif code:
@@ -191,18 +183,15 @@ def _ended(report: Report, part: Part, child: subprocess.Popen, began: float) ->
     print(f"[{part.name}] {entry['status']}, {entry['seconds']} s {entry['reason'] or ''}", flush=True)
 
 
-def module(*words: str) -> list[str]:
-    return [sys.executable, "-W", "ignore", "-m", *words]
-
-
 def compiling(report: Report, seconds: float) -> Part:
     """Every kernel that the call launches, into Triton's cache."""
     tiny = [] if report.device == "cuda" else ["--tiny", "--arch", "90"]
 
     def read(entry: dict, code: int | None, output: str) -> None:
         if code == 0:
-            found = json.loads(output.strip().splitlines()[-1])
-            entry.update(kernels=found["kernels"], cpu_seconds=round(found["cpu_seconds"], 1), errors=found["errors"])
+            result = json.loads(output.strip().splitlines()[-1])
+            entry.update(kernels=result["kernels"], cpu_seconds=round(result["cpu_seconds"], 1))
+            entry["errors"] = result["errors"]
             if entry["errors"]:
                 entry.update(status="failed", reason=f"{len(entry['errors'])} kernels do not compile")
         elif "Triton is not installed" in output:
@@ -217,45 +206,32 @@ def compiling(report: Report, seconds: float) -> Part:
 
 def correctness(report: Report) -> None:
     """Its parts, each of which the others survive."""
-    cuda = report.device == "cuda"
-    whole = 60 * report.minutes
+    cuda, whole = report.device == "cuda", 60 * report.minutes
     verdicts, exact = report.folder / "verify.json", report.folder / "adversarial.json"
-    verdicts.unlink(missing_ok=True)
-    exact.unlink(missing_ok=True)
-
-    def read_verify(entry: dict, code: int | None, output: str) -> None:
-        entry["verified"] = False
-        if verdicts.exists():
-            read_verdicts(entry, json.loads(verdicts.read_text()))
-        if code == 0:
-            entry["verified"] = entry.get("rows", 0) > 0 and not entry["failed"]
-        elif code is not None:
-            reason = f"{len(entry['failed'])} of {entry['rows']} not passed" if entry.get("failed") else "no verdict"
-            entry.update(status="failed", reason=f"exit code {code}: {reason}")
-
+    for file in (verdicts, exact):
+        file.unlink(missing_ok=True)
     tests = needing_a_gpu()
     names = [name for some in tests.values() for name in some]
-    # by file and name: one that cannot be imported, where a library is missing, leaves the others
-    options = ("-q", "-p", "no:cacheprovider", "-rfE", "--continue-on-collection-errors", "-k", " or ".join(names))
-    pytest = module("pytest", *options, *tests)
-    quick = [] if cuda else ["--quick"]
 
     def read_contract(entry: dict, code: int | None, output: str) -> None:
         if "No module named pytest" in output:
             entry.update(status="absent", reason="pytest is not installed")
         entry.update(tests=names, summary=last_lines(output, 1))
 
-    verify = module("sparc_kernels", "verify", *quick, "--json", str(verdicts))
-    few = [] if cuda else ["--quick", "--filter", "ties|N = 3"]
-    adversarial = module("sparc_kernels", "verify", "--adversarial", *few, "--json", str(exact))
+    few, ties = ([], []) if cuda else (["--quick", "--filter", "select.*fp32"], ["--quick", "--filter", "ties|N = 3"])
+    verify = module("sparc_kernels", "verify", *few, "--json", str(verdicts))
+    adversarial = module("sparc_kernels", "verify", "--adversarial", *ties, "--json", str(exact))
+    # by file and name: a file that cannot be imported, where a library is missing, leaves the others
+    options = ("-q", "-p", "no:cacheprovider", "-rfE", "--continue-on-collection-errors", "-k", " or ".join(names))
     run(
         report,
         compiling(report, 0.35 * whole),
-        Part("verify", verify, 0.55 * whole, read_verify),
+        Part("verify", verify, 0.55 * whole, lambda *ended: read_verify(verdicts, *ended)),
         Part("adversarial", adversarial, 0.3 * whole, after="compile"),
-        Part("contract", pytest, 0.5 * whole, read_contract, {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}),
+        Part("contract", module("pytest", *options, *tests), 0.5 * whole, read_contract,
+             {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}),
         Part("exercise", module("benchmarks.exercise"), 0.3 * whole, read_exercise, after="compile"),
-    )
+    )  # fmt: skip
     tool, searched = find_sanitizer()
     for check in ("memcheck", "racecheck"):
         if not cuda:
@@ -271,25 +247,22 @@ def correctness(report: Report) -> None:
 def needing_a_gpu() -> dict[str, list[str]]:
     """The tests that are skipped without one: names by file."""
     mark = re.compile(r"@pytest\.mark\.skipif\(not CUDA,.*\n(?:@.*\n)*def (test_\w+)")
-    found = {f"tests/{f.name}": mark.findall(f.read_text()) for f in sorted((ROOT / "tests").glob("test_*.py"))}
-    return {file: names for file, names in found.items() if names}
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    tests = {str(file.relative_to(ROOT)): mark.findall(file.read_text()) for file in files}
+    return {file: names for file, names in tests.items() if names}
 
 
-def read_verdicts(entry: dict, found) -> None:
-    """Counts by verdict and the rows that are neither passed nor skipped."""
-    rows = found
-    if isinstance(found, dict):
-        rows = next((v for v in found.values() if isinstance(v, list) and v and isinstance(v[0], dict)), [])
-        entry["header"] = {k: v for k, v in found.items() if v is not rows}
-    counts: dict[str, int] = {}
-    failed = []
-    for row in rows:
-        word = next((row[name] for name in ("verdict", "status", "ok", "passed") if name in row), "unknown")
-        word = str(word).lower().split(":")[0]
-        counts[word] = counts.get(word, 0) + 1
-        if word not in ("pass", "passed", "ok", "true", "skip", "skipped"):
-            failed.append(row)
-    entry.update(rows=len(rows), counts=counts, failed=failed[:50])
+def read_verify(verdicts: Path, entry: dict, code: int | None, output: str) -> None:
+    """Counts by verdict and the rows that neither passed nor were skipped."""
+    known = json.loads(verdicts.read_text()) if verdicts.exists() else {"results": []}
+    rows = known.pop("results")
+    failed = [row for row in rows if row["verdict"] not in ("ok", "skip")]
+    counts = dict(Counter(row["verdict"].lower() for row in rows))
+    entry.update(header=known, rows=len(rows), counts=counts, failed=failed[:50])
+    entry["verified"] = code == 0 and bool(rows) and not failed
+    if code:
+        reason = f"{len(failed)} of {len(rows)} not passed" if failed else "no verdict"
+        entry.update(status="failed", reason=f"exit code {code}: {reason}")
 
 
 def read_exercise(entry: dict, code: int | None, output: str) -> None:
@@ -297,7 +270,7 @@ def read_exercise(entry: dict, code: int | None, output: str) -> None:
 
 
 def read_sanitizer(entry: dict, code: int | None, output: str) -> None:
-    """Clean when the tool says so; what was exercised up to a time limit counts for something."""
+    """Clean when the tool says so; what was exercised up to a time limit is kept."""
     read_exercise(entry, code, output)
     entry["summary"] = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", output)
     entry["clean"] = code == 0 and bool(entry["summary"])
@@ -308,130 +281,111 @@ def read_sanitizer(entry: dict, code: int | None, output: str) -> None:
 
 
 def find_sanitizer() -> tuple[str | None, list[str]]:
-    found = shutil.which("compute-sanitizer")
-    if found:
-        return found, ["PATH"]
+    """Its path, and where it was looked for."""
     patterns = ["/usr/local/cuda*/bin", "/opt/nvidia/*", "/opt/nvidia/*/*"]
     patterns += [f"{os.environ[name]}/bin" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     for base in {p for p in sys.path if p.endswith("-packages")}:
-        folders = ("triton/backends/nvidia/bin", "torch/bin", "nvidia/*/bin", "nvidia/*")
-        patterns += [f"{base}/{folder}" for folder in folders]
-    for pattern in patterns:
-        for folder in sorted(glob.glob(pattern), reverse=True):
-            for path in (f"{folder}/compute-sanitizer", f"{folder}/compute-sanitizer/compute-sanitizer"):
-                if os.path.isfile(path) and os.access(path, os.X_OK):
-                    return path, ["PATH", *patterns]
-    return None, ["PATH", *patterns]
+        patterns += [f"{base}/{f}" for f in ("triton/backends/nvidia/bin", "torch/bin", "nvidia/*/bin", "nvidia/*")]
+    folders = [folder for pattern in patterns for folder in sorted(glob.glob(pattern), reverse=True)]
+    search = os.pathsep.join([os.environ.get("PATH", ""), *(f"{f}{own}" for f in folders
+                              for own in ("", "/compute-sanitizer"))])  # fmt: skip
+    return shutil.which("compute-sanitizer", path=search), ["PATH", *patterns]
 
 
 # --------------------------------------------------------------------------------------------------------------- timing
 
 
-def suite(report: Report, options: list[str], *more: str) -> list[str]:
-    """`python -m benchmarks` on this report's file."""
-    tiny = [] if report.device == "cuda" else ["--tiny", "--threads", "1"]
-    command = [*module("benchmarks"), "--device", report.device, "--out", str(report.path), "--quick"]
-    return [*command, "--seconds", "0.4" if not tiny else "0.01", "--minutes", f"{report.minutes:g}", *tiny, *options,
-            *more]  # fmt: skip
+def begin(args: argparse.Namespace) -> dict:
+    """The benchmarks' record with its environment and providers, made by a process that may touch the GPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        file, output = Path(folder) / "record.json", Path(folder) / "output.txt"
+        with output.open("w") as said:
+            child = start(suite(args.device, file, args, "--begin"), said)
+        try:
+            code = child.wait(timeout=START_SECONDS)
+        except subprocess.TimeoutExpired:
+            code = 124
+        finally:
+            stop(child)
+        if code or not file.exists():
+            said = last_lines(output.read_text(), 8, 1500)
+            raise SystemExit(f"the benchmarks do not start: exit code {code}\n{said}")
+        return json.loads(file.read_text())
 
 
-def timing(report: Report, options: list[str]) -> None:
-    begin(report, options)
+def suite(device: str, file: Path, args: argparse.Namespace, *more: str) -> list[str]:
+    """`python -m benchmarks` into a file."""
+    command = [*module("benchmarks"), "--device", device, "--out", str(file), "--quick", "--minutes"]
+    command += [f"{args.minutes:g}", "--seconds", "0.01" if device == "cpu" else "0.4"]
+    command += ["--tiny", "--threads", "1"] if device == "cpu" else []
+    command += ["--official", str(args.official.resolve())] if args.official else []
+    return [*command, "--filter", args.filter, *more]
+
+
+def timing(report: Report, command: list[str]) -> None:
+    """The compiler, then the benchmarks by themselves; `command` goes on in the report's file."""
+    report.data["deadline"] = int(report.end - 8)  # for what is under way then, and the end
+    report.save()
     run(report, compiling(report, min(75.0, 15 * report.minutes)))
-    entry = report["measurements"]
+    entry, began = report["measurements"], time.time()
     if entry["status"] == "skipped":
         return
-    t0 = time.time()
     entry.update(status="running", reason="killed while it ran")
     try:
-        measure(report, entry, options)
+        measure(report, entry, command)
     except Exception:
         entry.update(status="failed", reason=last_lines(traceback.format_exc()))
     finally:
-        entry["seconds"] = round(time.time() - t0, 1)
+        entry["seconds"] = round(time.time() - began, 1)
         report.save()
     print(f"[measurements] {entry['status']}, {entry['seconds']} s", flush=True)
 
 
-def begin(report: Report, options: list[str]) -> None:
-    """The record with its environment and providers, made by a process that may touch the GPU."""
-    done = limited(suite(report, options, "--begin"), 150)
-    if done.returncode != 0 or not report.path.exists():
-        said = last_lines(done.stdout, 8, 1500)
-        raise SystemExit(f"the benchmarks do not start: exit code {done.returncode}\n{said}")
-    report.read()
-    report.data["deadline"] = int(report.started + 60 * report.minutes - 8)  # for what is under way then, and the end
-    report.save()
-
-
-def limited(command: list[str], seconds: float) -> subprocess.CompletedProcess:
-    """A short command to its end; exit code 124 at its limit."""
-    child = start(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={
-        **os.environ, "PYTHONPATH": PATHS})  # fmt: skip
-    try:
-        output, _ = child.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(command, 124, "")
-    finally:
-        stop(child)
-    return subprocess.CompletedProcess(command, child.returncode, output)
-
-
-def measure(report: Report, entry: dict, options: list[str]) -> None:
-    """Runs workers until one ends well, time is up, or too many have died."""
-    limit = report.data["deadline"] + 5
+def measure(report: Report, entry: dict, command: list[str]) -> None:
+    """Workers, until one ends well, time is up, too many have died, or two died before they began anything."""
     died: list[str] = []
-    idle = 0  # workers that died before they had begun anything
-    entry["workers"] = 0
-    while entry["workers"] < MAX_WORKERS and report.data["deadline"] - time.time() > 3:
+    idle = entry["workers"] = 0
+    while entry["workers"] < MAX_WORKERS and idle < 2 and report.data["deadline"] - time.time() > 3:
         entry["workers"] += 1
-        known = len(report.data["results"])
-        if report.data.get("active"):  # what the last one died in: the next marks it, and is given time to start
-            report.data["active"]["until"] = int(time.time() + 150)
+        rows = len(report.data["results"])
+        if report.data.get("active"):  # the turn in which the last one died: the next marks it, and needs time to start
+            report.data["active"]["until"] = int(time.time() + START_SECONDS)
         report.save()
-        child, began, reason = start(suite(report, options, "--resume")), time.time(), None
-        try:
-            while child.poll() is None and reason is None:
-                time.sleep(0.3)
-                if time.time() > limit:
-                    reason = "stopped at the time limit"
-                    break
-                active = json.loads(report.path.read_text()).get("active")
-                if time.time() > (active["until"] if active else began + 150):
-                    what = f"{active['group']}, {active['provider']}" if active else "its start"
-                    reason = f"no sign of life in {what}: taken for a hang and stopped"
-        finally:
-            stop(child)
-        report.read()
-        if reason is None and child.returncode == 0:
+        reason = watch(report, start(command))
+        report.data = record.load(report.path)
+        if reason is None:
             break
-        reason = reason or f"the worker ended with exit code {child.returncode}"
         died.append(reason)
         report.data["died"] = reason
-        brought = len(report.data["results"]) > known
-        idle = 0 if report.data.get("active") or brought else idle + 1
-        if idle == 2:
-            break
-        report.save()
+        idle = 0 if report.data.get("active") or len(report.data["results"]) > rows else idle + 1
         print(f"[worker {entry['workers']}] {reason}", flush=True)
-    bury(report)
-    killed = report.data.pop("died", None)
-    # a worker that was stopped had no time to say so
-    cut = None if report.data["complete"] else killed or report.data["stopped"]
-    ran = "ran" if report.data["results"] else "failed"
-    entry.update(status="ran in part" if cut and report.data["results"] else ran, reason=cut, died=died)
-    if not report.data["results"]:
-        entry["reason"] = died[-1] if died else "no time was left"
-
-
-def bury(report: Report) -> None:
-    """What the last worker died in has no row yet when no other came after it."""
-    active = report.data.get("active")
-    if active:
-        report.data.setdefault("groups", []).append(
-            {"name": active["group"], "status": "failed", "reason": f"{active['provider']}: {report.data.get('died')}"}
-        )
+    killed, active = report.data.pop("died", None), report.data.get("active")
+    if active:  # no worker came after the last that died
+        failed = {"name": active["group"], "status": "failed", "reason": f"{active['provider']}: {killed}"}
+        report.data.setdefault("groups", []).append(failed)
         report.data["active"] = None
+    cut = None if report.data["complete"] else killed or report.data["stopped"]
+    if report.data["results"]:
+        entry.update(status="ran in part" if cut else "ran", reason=cut, died=died)
+    else:
+        entry.update(status="failed", reason=died[-1] if died else "no time was left", died=died)
+
+
+def watch(report: Report, child: subprocess.Popen) -> str | None:
+    """Why a worker did not end well; one whose turn takes too long is taken for a hang and stopped."""
+    active = {"group": "its start", "provider": "", "until": time.time() + START_SECONDS}
+    try:
+        while child.poll() is None:
+            time.sleep(0.3)
+            active = json.loads(report.path.read_text()).get("active") or active
+            if time.time() > report.data["deadline"] + 5:
+                return "stopped at the time limit"
+            if time.time() > active["until"]:
+                turn = ", ".join(filter(None, (active["group"], active["provider"])))
+                return f"no sign of life in {turn}: taken for a hang and stopped"
+    finally:
+        stop(child)
+    return f"the worker ended with exit code {child.returncode}" if child.returncode else None
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
@@ -453,14 +407,14 @@ def summary(report: Report, limit: int = 11000) -> str:
 
 def summary_of(sections: dict) -> str:
     """What failed first, with the end of its output."""
-    lines, good = [], ("ran", "absent", "skipped")
-    for name, entry in sorted(sections.items(), key=lambda item: item[1]["status"] in good):
+    lines = []
+    for name, entry in sorted(sections.items(), key=lambda item: item[1]["status"] in GOOD):
         figures = [f"{word} {entry[word]}" for word in ("kernels", "cpu_seconds", "counts", "summary") if word in entry]
         said = [entry["status"], f"{entry['seconds']} s" if "seconds" in entry else "", entry["reason"] or "", *figures]
         lines.append(f"{name}: {' '.join(filter(None, said))}"[:400])
         lines += [f"  NOT PASSED {json.dumps(row)[:230]}" for row in entry.get("failed", [])[:20]]
         lines += [f"  {kernel}: {error}"[:230] for kernel, error in entry.get("errors", [])[:10]]
-        if entry["status"] not in good:
+        if entry["status"] not in GOOD:
             lines += [f"  | {line[:200]}" for line in entry.get("output_tail", "").splitlines()]
     return "\n".join(lines)
 
@@ -474,10 +428,7 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--official", type=Path, metavar="PATH", help="timing: a clone of the official repository")
     parser.add_argument("--filter", default="", metavar="REGEX", help="timing: as of python -m benchmarks")
     parser.add_argument("--skip", default="", help="sections to leave out, with commas between them")
-    parser.add_argument("--probe", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.probe:
-        return args
     if args.call is None:
         parser.error("--call: expected correctness or timing, each a call of its own, got none")
     args.minutes = CALLS[args.call][0] if args.minutes is None else args.minutes
@@ -490,33 +441,16 @@ def parse(argv=None) -> argparse.Namespace:
     return args
 
 
-def probe() -> None:
-    """The environment as JSON, from a process that may touch the GPU."""
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    print("\n" + json.dumps(environment.environment(device, torch.get_num_threads())))
-
-
 @ends_with_its_pipe
 def main(argv=None) -> int:
-    args = parse(argv)
-    if args.probe:
-        probe()
-        return 0
-    started = time.time()
+    args, started = parse(argv), time.time()
     # a polite stop, such as a scheduler's time limit, ends the children and the file
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))
-    done = limited([sys.executable, str(Path(__file__).resolve()), "--probe"], 150)
-    if done.returncode:
-        raise SystemExit(f"PyTorch does not start: exit code {done.returncode}\n{last_lines(done.stdout, 8, 1500)}")
-    about = json.loads(done.stdout.strip().splitlines()[-1])
-    device = about["device"] if args.device == "auto" else args.device
-    if device == "cuda" and about["device"] != "cuda":
-        raise SystemExit("--device cuda: PyTorch sees no GPU here; use --device cpu")
-    name = re.sub(r"[^a-z0-9]+", "-", about["device_name"].lower()).strip("-") if device == "cuda" else "cpu"
-    sha = (about["commit"] or "nocommit")[:7]
-    folder = (args.out or ROOT / "benchmarks" / "results" / f"{name}_{about['date'][:10]}_{sha}").resolve()
+    first = begin(args)
+    about, device = first["environment"], first["environment"]["device"]
+    name = f"{environment.slug(about['device_name'] if device == 'cuda' else 'cpu')}_{about['date'][:10]}"
+    folder = args.out or record.RESULTS / f"{name}_{(about['commit'] or 'nocommit')[:7]}"
+    folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     report = Report(folder, args.call, device, args.minutes, started)
     for old in (report.path, folder / f"{args.call}.txt"):
@@ -527,29 +461,24 @@ def main(argv=None) -> int:
     stopped = None
     try:
         if args.call == "correctness":
-            report.data = {
-                "schema": SCHEMA, "complete": False, "stopped": "still running, or killed",
-                "started": environment.now(), "finished": None, "seconds": None, "environment": about,
-                "settings": {"device": device, "tiny": device == "cpu", "minutes": args.minutes},
-            }  # fmt: skip
+            same = ("complete", "stopped", "started", "finished", "seconds", "environment")
+            settings = {"device": device, "tiny": device == "cpu", "minutes": args.minutes}
+            report.data = {"schema": SCHEMA, **{name: first[name] for name in same}, "settings": settings}
             report.save()
             correctness(report)
         else:
-            options = ["--filter", args.filter] if args.filter else []
-            timing(report, [*options, *(["--official", str(args.official.resolve())] if args.official else [])])
+            report.data = first
+            timing(report, suite(device, report.path, args, "--resume"))
     except (KeyboardInterrupt, SystemExit, BrokenPipeError) as error:
-        if not report.data:
-            raise
         with contextlib.suppress(OSError, ValueError):
             report.data = json.loads(report.path.read_text())
         gone = isinstance(error, BrokenPipeError)
         stopped = "the reader of the output has gone" if gone else str(error) or "interrupted"
-    missing = [part for part in report.sections if report[part]["status"] not in ("ran", "absent", "skipped")]
+    missing = [part for part in report.sections if report[part]["status"] not in GOOD]
     if missing and not stopped:
         stopped = "; ".join(f"{part}: {report[part]['reason']}" for part in missing)
-    report.data.update(
-        complete=stopped is None, stopped=stopped, finished=environment.now(), seconds=round(time.time() - started, 1)
-    )  # fmt: skip
+    seconds = round(time.time() - started, 1)
+    report.data.update(complete=stopped is None, stopped=stopped, finished=environment.now(), seconds=seconds)
     if device == "cuda":
         report.data["environment"]["nvml_after"] = environment.gpu_state((about["gpu"] or {}).get("uuid"))
     report.save()

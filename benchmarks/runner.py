@@ -85,16 +85,19 @@ class Run:
     def save(self) -> None:
         record.save(self.out, self.data)
 
-    def active(self, group: Group, p: Provider) -> None:
-        """Who has its turn, and until when at most: for gpu_report, and for the next process after a crash."""
-        until = int(time.time() + max(120, 60 + 4 * p.setup_s))
-        self.data["active"] = {"group": str(group), "provider": p.name, "until": until}
+    def active(self, group: Group, p: Provider | None, seconds: float) -> None:
+        """The provider that is set up, None in the rounds of its group, and until when at most: for gpu_report, and for
+        the next process after a crash."""
+        until = int(time.time() + max(120, seconds))
+        self.data["active"] = {"group": str(group), "provider": p.name if p else "rounds", "until": until}
         self.save()
 
     def _bury(self) -> None:
-        """After a crash: the provider whose turn it was is marked and not tried again."""
+        """After a crash: the provider that was set up, or its group in the rounds, is marked and not tried again."""
         reason = self.data.pop("died", None) or "the process ended in it"
         active, self.data["active"] = self.data.get("active"), None
+        if active and active["provider"] == "rounds":
+            self.data["groups"].append({"name": active["group"], "status": "failed", "reason": reason})
         for group in plan(self.options) if active else ():
             if str(group) == active["group"]:
                 for p in self._todo(group, [p for p in self.providers if p.name == active["provider"]]):
@@ -118,8 +121,10 @@ class Run:
         self.say(" | ".join([case, *(row[name] for name in ("op", "provider", "dtype", "mode")), outcome])[:220])
 
     def _todo(self, group: Group, providers: list[Provider]) -> list[Provider]:
-        """Those of the group's operation without a row in it."""
-        return [p for p in providers if p.op == group.op and not record.of_provider(self.data, group, p.name)]
+        """Those of the group's operation without a row in it; none where its rounds failed."""
+        failed = any(g["name"] == str(group) and g["status"] == "failed" for g in self.data["groups"])
+        rows = record.of_provider
+        return [p for p in providers if p.op == group.op and not failed and not rows(self.data, group, p.name)]
 
     def _wanted(self, group: Group, p: Provider, modes) -> list[str]:
         c, search = group.case, self.pattern.search
@@ -193,7 +198,7 @@ class Run:
 
     def group(self, group: Group, providers: list[Provider]) -> None:
         together, verdicts, failure = self.interleaved(group.case.shape), {}, None
-        self.active(group, providers[0])
+        self.active(group, providers[0], 120)
         try:
             small = twin(group.case.shape, self.context.device)
             if small != group.case.shape:
@@ -224,7 +229,7 @@ class Run:
     @contextlib.contextmanager
     def _guard(self, group: Group, p: Provider) -> Iterator[None]:
         """A turn of a provider: an exception becomes its row."""
-        self.active(group, p)
+        self.active(group, p, 60 + 4 * p.setup_s)
         try:
             yield
         except Exception as error:
@@ -298,10 +303,10 @@ class Run:
         turns += [beside] if turns and beside and self._warm(group, beside, peaks=False) else []
         beside = beside if beside in turns else None
         going = list(turns)
+        self.active(group, None, 60 + 2 * most * sum(max(burst, one.single) for one in turns))
         for i in range(1, most + 1):
             started = time.time()
             for one in going:
-                self.active(group, one.provider)
                 self.timer.round(one.job, one.samples, max(1, min(20, int(burst / max(one.single, 1e-6)))))
             last = i == most or self.left < 1.2 * (time.time() - started)
             for one in [one for one in going if last or (i >= least and one.samples.seconds >= each)]:
@@ -392,7 +397,7 @@ class Run:
         mode, c = "full" if "full" in one.job.of_modes() else "step", group.case
         parts, kernels, ops, reason = [], [], None, None
         try:
-            parts, kernels = profile(one.job, self.cuda, mode)
+            parts, kernels = profile(one.job, self.cuda, mode, calls=1 if self.options.tiny else 3)
             ops = modelled.profile_ops(one.provider.ops(c.cost_shape(group.dtype)), parts, self.gpu)
         except Exception as error:
             parts, kernels, reason = [], [], f"{type(error).__name__}: {error}"
