@@ -12,9 +12,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from sparc_kernels import cli, module
-from sparc_kernels._triton import TRITON_VERSION
-from sparc_kernels.audit import Compiled, Shape, _name, _summary, _table, launches, reference_peak_bytes, trace
+from sparc_kernels import cli
+from sparc_kernels.core._triton import TRITON_VERSION
+from sparc_kernels.nn import module
+from sparc_kernels.tools.audit import Compiled, Shape, _name, _summary, _table, launches, reference_peak_bytes, trace
 
 SMALL = Shape(256, 2048, 16, (64, 48), 2, "bfloat16")
 PAPER = Shape(4096, 65536, 64, (1024, 768, 768), 3, "bfloat16")

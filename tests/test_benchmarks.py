@@ -26,7 +26,7 @@ if str(ROOT) not in sys.path:
 from benchmarks import __main__ as cli  # noqa: E402
 from benchmarks import cases, compare, data, plan, plot, providers, record, report, runner, timing, verification  # noqa: E402
 from sparc_kernels import AlignedSAE, cost, cost_model, cost_optim, cost_report, reference  # noqa: E402
-from sparc_kernels._ops import OPERATORS  # noqa: E402
+from sparc_kernels.core.registry import OPERATORS  # noqa: E402
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 CONTEXT = providers.Context(torch.device("cpu"))

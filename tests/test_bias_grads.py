@@ -6,8 +6,9 @@ from common import assert_close, problem
 from conftest import DEVICE
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparc_kernels import AlignedSAE, _ops
-from sparc_kernels.bias_grads import TORCH_ROWS, column_sums, pre_bias_grads
+from sparc_kernels import AlignedSAE
+from sparc_kernels.core import registry
+from sparc_kernels.ops.bias_grads import TORCH_ROWS, column_sums, pre_bias_grads
 
 HALF = (torch.bfloat16, torch.float16)
 PRODUCTS = {"mv", "addmv", "mm", "addmm", "bmm", "baddbmm", "dot"}
@@ -47,8 +48,8 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.split("::")[1]
-        if func.namespace == _ops.NAMESPACE:
-            torch_impl, triton_impl, _ = _ops.OPERATORS[name]
+        if func.namespace == registry.NAMESPACE:
+            torch_impl, triton_impl, _ = registry.OPERATORS[name]
             *args, impl = args
             with self:
                 return (triton_impl if impl == "triton" else torch_impl)(*args)

@@ -12,12 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 
 pytest.importorskip("triton")
-from sparc_kernels import _compile, verify
-from sparc_kernels import _verify_checks as checks
-from sparc_kernels._ops import NAMESPACE, OPERATORS
-from sparc_kernels._trace import _as_on_gpu, parse_shape, trace
-from sparc_kernels._verify_judge import F32, Check
-from sparc_kernels._verify_launches import launches_of
+from sparc_kernels.core.registry import NAMESPACE, OPERATORS
+from sparc_kernels.tools import compiler
+from sparc_kernels.tools.trace import _as_on_gpu, parse_shape, trace
+from sparc_kernels.tools.verify import checks
+from sparc_kernels.tools.verify import run as verify
+from sparc_kernels.tools.verify.judge import F32, Check
+from sparc_kernels.tools.verify.launches import launches_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -86,7 +87,7 @@ def test_the_jit_looks_for_what_was_compiled():
 _CACHE = """
 import dataclasses, pathlib, os
 from sparc_kernels import _compile
-from sparc_kernels._trace import parse_shape, trace
+from sparc_kernels.tools.trace import parse_shape, trace
 
 def main():
     every = [l for l in trace(parse_shape("8,64,4,32,1"), 90).launches if "_centre" in l.kernel or "_means" in l.kernel]
@@ -120,7 +121,7 @@ def test_interpreted_process_compiles_too(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     launches = [x for x in trace(parse_shape("8,64,4,32,1"), 90).launches if x.kernel.endswith("_means_kernel")]
-    done = _compile.compile_all(launches, 90, 1)
+    done = compiler.compile_all(launches, 90, 1)
     assert done.kernels == 1 and not done.errors and list(tmp_path.rglob("*.cubin"))
     assert os.environ["TRITON_INTERPRET"] == "1"
 

@@ -23,7 +23,7 @@ if str(ROOT) not in sys.path:
 
 import sparc_kernels  # noqa: E402
 from benchmarks import ahead, cases, environment, exercise, gpu_report, plan, plot, record  # noqa: E402
-from sparc_kernels._triton import HAS_TRITON  # noqa: E402
+from sparc_kernels.core._triton import HAS_TRITON  # noqa: E402
 
 SCRIPT = ROOT / "benchmarks" / "gpu_report.py"
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}

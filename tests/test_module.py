@@ -11,7 +11,7 @@ from conftest import DEVICE, KERNEL_DTYPE
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparc_kernels import AlignedSAE, reference
-from sparc_kernels._ops import NAMESPACE, OPERATORS
+from sparc_kernels.core.registry import NAMESPACE, OPERATORS
 
 WIDTHS = {"image": 20, "text": 13, "sound": 7}
 
@@ -441,7 +441,8 @@ class Looks(TorchDispatchMode):
 @pytest.mark.parametrize("dead", [0, 3, 40])
 def test_the_torch_path_reads_no_value_where_that_would_wait(monkeypatch, topk_type, dead):
     """As on a GPU with impl="torch": the same results, and nothing looked at."""
-    from sparc_kernels import _checks, _ops, gather, latent_grads, loss, selection
+    from sparc_kernels.core import registry, validation
+    from sparc_kernels.ops import gather, latent_reduce, loss_terms, selection
 
     def step(model):
         for s in WIDTHS:
@@ -454,9 +455,9 @@ def test_the_torch_path_reads_no_value_where_that_would_wait(monkeypatch, topk_t
     model, inputs = make("torch", topk_type, dtype=torch.float64)
     want, plain = step(model), copy.deepcopy([p.grad for p in model.parameters()])
     model.zero_grad()
-    for where in (_ops, gather, latent_grads, loss, selection):
+    for where in (registry, gather, latent_reduce, loss_terms, selection):
         monkeypatch.setattr(where, "may_look", lambda tensor: False)
-    monkeypatch.setattr(_checks, "check_indices", lambda name, value, *rest: value)
+    monkeypatch.setattr(validation, "check_indices", lambda name, value, *rest: value)
     with Looks(), pytest.raises(AssertionError, match="reads a value"):
         want.item()
     with Looks():
@@ -467,11 +468,11 @@ def test_the_torch_path_reads_no_value_where_that_would_wait(monkeypatch, topk_t
 
 
 def test_a_loss_without_gradients_makes_none(monkeypatch):
-    from sparc_kernels import decoder
+    from sparc_kernels.ops import decode_grads
 
     model, inputs = make()
     want, _ = model.compute_loss(model(inputs), inputs)
-    monkeypatch.setattr(decoder, "decode_grads", lambda *args: pytest.fail("gradients were made"))
+    monkeypatch.setattr(decode_grads, "decode_grads", lambda *args: pytest.fail("gradients were made"))
     model.eval()
     with torch.no_grad():
         loss, _ = model.compute_loss(model(inputs), inputs)
@@ -509,7 +510,8 @@ def test_one_hot_latent_on_every_row_and_no_positive_value(impl):
 
 
 def test_autocast_lays_the_encoders_side_by_side_for_the_library(monkeypatch):
-    from sparc_kernels import encode, module, selection
+    from sparc_kernels.nn import module
+    from sparc_kernels.ops import encode, joint
 
     model, inputs = make(dtype=torch.float32)
 
@@ -526,7 +528,7 @@ def test_autocast_lays_the_encoders_side_by_side_for_the_library(monkeypatch):
     monkeypatch.setattr(
         module,
         "select_latents",
-        lambda xs, ws, *a: seen.extend(map(selection.joint, (xs, ws))) or encode.select_latents(xs, ws, *a),
+        lambda xs, ws, *a: seen.extend(map(joint.joint, (xs, ws))) or encode.select_latents(xs, ws, *a),
     )
     monkeypatch.setattr(encode, "wants_joint", lambda w: True)
     for s in WIDTHS:

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-from sparc_kernels._ops import OPERATORS
-from sparc_kernels._stand_in import stand_in
-from sparc_kernels._trace import Shape, launches, trace
-from sparc_kernels._triton import INTERPRETED
-from sparc_kernels.direct import training_step  # noqa: F401  the last operators are registered there
+from sparc_kernels.core._triton import INTERPRETED
+from sparc_kernels.core.registry import OPERATORS
+from sparc_kernels.nn.fused_step import training_step  # noqa: F401  the last operators are registered there
+from sparc_kernels.tools.stand_in import stand_in
+from sparc_kernels.tools.trace import Shape, launches, trace
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,12 +15,12 @@ import planted
 import pytest
 import torch
 
-from sparc_kernels import _triton, cli, verify
-from sparc_kernels import _verify_checks as checks
-from sparc_kernels import _verify_judge as judge
-from sparc_kernels import _verify_routes as routes
-from sparc_kernels import _verify_run as run
-from sparc_kernels._triton import INTERPRETED
+from sparc_kernels import cli
+from sparc_kernels.core import _triton
+from sparc_kernels.core._triton import INTERPRETED
+from sparc_kernels.tools.verify import checks, judge, routes
+from sparc_kernels.tools.verify import pool as run
+from sparc_kernels.tools.verify import run as verify
 
 NAMES = ("encode", "decoder", "loss", "dead", "module", "optim", "direct", "shadow")
 encode, decoder, loss, dead, module, optim, direct, shadow = (import_module(f"sparc_kernels.{n}") for n in NAMES)
