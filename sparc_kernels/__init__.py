@@ -22,17 +22,17 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not see what `__get
     from .ops.inverse_index import inverse_index as inverse_index
 
 _EXPORTS = {
-    "AlignedSAE": "module",
-    "AlignedOutputs": "outputs",
-    "encode_topk": "encode",
-    "values_at": "encode",
-    "decode": "decoder",
-    "decode_nmse": "decoder",
-    "auxk_topk": "dead",
-    "update_counters_": "dead",
-    "InverseIndex": "latent_grads",
-    "inverse_index": "latent_grads",
-    "SparcAdam": "optim",
+    "AlignedSAE": "nn.module",
+    "AlignedOutputs": "nn.outputs",
+    "encode_topk": "ops.encode",
+    "values_at": "ops.encode",
+    "decode": "ops.decode",
+    "decode_nmse": "ops.decode",
+    "auxk_topk": "ops.dead",
+    "update_counters_": "ops.dead",
+    "InverseIndex": "ops.inverse_index",
+    "inverse_index": "ops.inverse_index",
+    "SparcAdam": "nn.optimizer",
 }
 _MODULES = ("reference", "metrics", "data")
 

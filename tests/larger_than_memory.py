@@ -45,8 +45,9 @@ def write_features(folder: Path) -> None:
 def train(folder: Path, prefix: str, memory: int) -> dict:
     """One run, in this process."""
     import torch
-    from sparc_kernels.train.trainer.config import TrainConfig
-    from sparc_kernels.train.trainer.trainer import Trainer
+
+    from sparc_kernels.train.config import TrainConfig
+    from sparc_kernels.train.trainer import Trainer
 
     torch.set_num_threads(1)
     marks = []  # of every step: time, CPU time of this thread, time waited

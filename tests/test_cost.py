@@ -154,7 +154,8 @@ def test_h_route_by_hand():
 def test_the_routes_are_those_of_the_package(s, dtype, monkeypatch):
     from sparc_kernels.ops.decode_grads import _route
 
-    monkeypatch.setattr("sparc_kernels.launch.adam.INTERPRETED", False)
+    for settings in ("gather", "reduce"):
+        monkeypatch.setattr(f"sparc_kernels.launch.{settings}.INTERPRETED", False)
     s = replace(s, dtype=dtype)
     for d in s.d_streams:
         assert cost.route(s, d) == _route(s.S, s.M, s.B, s.k, d, getattr(torch, dtype), 90)

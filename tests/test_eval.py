@@ -17,8 +17,6 @@ from scipy.stats import rankdata
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, r2_score
 from sklearn.metrics.pairwise import cosine_similarity
-from sparc_kernels.train.trainer.config import TrainConfig
-from sparc_kernels.train.trainer.trainer import Trainer
 
 from sparc_kernels import AlignedSAE, cli, metrics
 from sparc_kernels.core import progress
@@ -29,6 +27,8 @@ from sparc_kernels.io.features import Features
 from sparc_kernels.io.labels import Pictures, read_labels
 from sparc_kernels.io.weights import export_official, load_model, save_weights
 from sparc_kernels.metrics import Codes, Rows, activation_cosine, retrieval, top_rows
+from sparc_kernels.train.config import TrainConfig
+from sparc_kernels.train.trainer import Trainer
 
 ROWS, WIDTHS, CLASSES = 400, {"a": 20, "b": 16, "c": 12}, 6
 

@@ -441,7 +441,7 @@ class Looks(TorchDispatchMode):
 @pytest.mark.parametrize("dead", [0, 3, 40])
 def test_the_torch_path_reads_no_value_where_that_would_wait(monkeypatch, topk_type, dead):
     """As on a GPU with impl="torch": the same results, and nothing looked at."""
-    from sparc_kernels.core import registry, validation
+    from sparc_kernels.core import numerics, validation
     from sparc_kernels.ops import gather, latent_reduce, loss_terms, selection
 
     def step(model):
@@ -455,7 +455,7 @@ def test_the_torch_path_reads_no_value_where_that_would_wait(monkeypatch, topk_t
     model, inputs = make("torch", topk_type, dtype=torch.float64)
     want, plain = step(model), copy.deepcopy([p.grad for p in model.parameters()])
     model.zero_grad()
-    for where in (registry, gather, latent_reduce, loss_terms, selection):
+    for where in (gather, latent_reduce, loss_terms, numerics, selection):
         monkeypatch.setattr(where, "may_look", lambda tensor: False)
     monkeypatch.setattr(validation, "check_indices", lambda name, value, *rest: value)
     with Looks(), pytest.raises(AssertionError, match="reads a value"):

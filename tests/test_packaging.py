@@ -107,7 +107,7 @@ def test_type_checkers_see_what_is_exported():
 
 def test_hints_hold_for_a_clone_and_for_an_index():
     """Extras do not: their spelling depends on where sparc_kernels came from."""
-    for path in Path(sparc_kernels.__file__).parent.glob("*.py"):
+    for path in Path(sparc_kernels.__file__).parent.rglob("*.py"):
         assert not re.search(r"pip install\W*\S*\[", path.read_text()), path.name
 
 

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 import torch
-from sparc_kernels.train.trainer.log import RunLog
 
 from sparc_kernels import AlignedSAE
 from sparc_kernels.core import progress
 from sparc_kernels.core.progress import counted
 from sparc_kernels.evaluation.evaluate import evaluate
 from sparc_kernels.io.features import Features
+from sparc_kernels.train.log import RunLog
 
 ROW = {"step": 1_234_567, "epoch": 12, "lr": 1e-4, "loss": 0.1234, "explained_variance": 0.812, "l0": 64.0,
        "dead": 1234, "explained_variance_cross": 0.694, "skipped": 7, "samples_per_s": 123456.0}  # fmt: skip

@@ -13,14 +13,14 @@ import pytest
 import torch
 from damage import damaged
 from safetensors.torch import save
-from sparc_kernels.train.trainer.config import TrainConfig
-from sparc_kernels.train.trainer.folder import read_manifest
-from sparc_kernels.train.trainer.trainer import Trainer
 
 from sparc_kernels import AlignedSAE, SparcAdam, cli
 from sparc_kernels.io.run_checkpoints import checkpoints, load_checkpoint, load_latest, save_checkpoint
 from sparc_kernels.io.weights import export_official, load_model, save_weights
 from sparc_kernels.train import trainer as train_trainer
+from sparc_kernels.train.config import TrainConfig
+from sparc_kernels.train.folder import read_manifest
+from sparc_kernels.train.trainer import Trainer
 
 ROWS, WIDTHS = 128, {"a": 12, "b": 8}
 SMALL = dict(n_latents=24, k=3, auxk=4, batch_size=32, epochs=3, lr=3e-3, dead_steps_threshold=5, reinit_every=5)

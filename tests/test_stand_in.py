@@ -35,8 +35,8 @@ def test_nothing_is_refused(seen):
 
 def test_every_operator_and_every_kernel_is_launched(seen):
     kernels = {
-        f"sparc_kernels.{path.stem}:{name}"
-        for path in (ROOT / "sparc_kernels").glob("*.py")
+        f"{'.'.join(path.relative_to(ROOT).with_suffix('').parts)}:{name}"
+        for path in (ROOT / "sparc_kernels").rglob("*.py")
         for name in re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.MULTILINE)
     }
     assert seen["operators"] == sorted(OPERATORS)

@@ -8,14 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import CUDA, DEVICE, KERNEL_DTYPE
-from sparc_kernels.train.trainer.step import Step, _Graph
-from sparc_kernels.train.trainer.trainer import TrainConfig, Trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparc_kernels import AlignedSAE, SparcAdam
 from sparc_kernels.core import registry
 from sparc_kernels.tools import trace
 from sparc_kernels.tools.trace import Shape
+from sparc_kernels.train.step import Step, _Graph
+from sparc_kernels.train.trainer import TrainConfig, Trainer
 
 WIDTHS = {"a": 6, "b": 5}
 

@@ -20,14 +20,14 @@ import torch
 from conftest import CUDA, DEVICE
 from kill_and_resume import COMMAND, ENVIRONMENT, arguments, kill_and_resume, make_features
 from sklearn.metrics import r2_score
-from sparc_kernels.train.trainer.config import TrainConfig
-from sparc_kernels.train.trainer.trainer import Interrupted, Trainer, TrainingStopped, split
 
 from sparc_kernels import AlignedSAE, cli
 from sparc_kernels.io import run_checkpoints
 from sparc_kernels.io.run_checkpoints import load_checkpoint, load_latest, save_checkpoint
 from sparc_kernels.io.weights import export_official, load_model
 from sparc_kernels.train import log as runlog
+from sparc_kernels.train.config import TrainConfig
+from sparc_kernels.train.trainer import Interrupted, Trainer, TrainingStopped, split
 
 ROWS, WIDTHS = 700, {"a": 20, "b": 12}
 SMALL = TrainConfig(

@@ -10,19 +10,28 @@ from importlib import import_module
 from .. import __version__
 from ..core.console import ends_with_its_pipe
 
-# name -> its module, with add_arguments(parser) and run(args) -> exit code, and its line of help
+# name -> its module in the package, with add_arguments(parser) and run(args) -> exit code, and its line of help
 SUBCOMMANDS = {
-    "demo": ("demo", "train on real data built on the spot, print the alignment table, write figures"),
-    "train": ("cli_train", "train on feature files, with checkpoints to resume from"),
-    "eval": ("evaluate", "score a trained model on feature files: alignment, retrieval, explained variance; a report"),
-    "encode": ("codes", "write the sparse codes of feature files as CSR matrices"),
-    "show": ("show", "the rows that activate a latent most, in every stream"),
-    "verify": ("verify", "check every operator and a training step against the float64 reference on this machine"),
+    "demo": ("cli.demo", "train on real data built on the spot, print the alignment table, write figures"),
+    "train": ("cli.train", "train on feature files, with checkpoints to resume from"),
+    "eval": (
+        "cli.evaluate",
+        "score a trained model on feature files: alignment, retrieval, explained variance; a report",
+    ),
+    "encode": ("cli.encode", "write the sparse codes of feature files as CSR matrices"),
+    "show": ("cli.show", "the rows that activate a latent most, in every stream"),
+    "verify": (
+        "tools.verify.run",
+        "check every operator and a training step against the float64 reference on this machine",
+    ),
     "audit": (
-        "audit",
+        "tools.audit",
         "compile every Triton kernel for GPUs that are not here: registers, spills, shared memory, instructions",
     ),
-    "tune": ("tune", "search launch settings for one shape on this machine's GPU and record them for later launches"),
+    "tune": (
+        "tools.tune",
+        "search launch settings for one shape on this machine's GPU and record them for later launches",
+    ),
     "cost": (
         "cost_report",
         "what a training step should take on a GPU, op by op, and against dense PyTorch: modelled, nothing runs",
@@ -47,7 +56,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name, (module, text) in SUBCOMMANDS.items():
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         if name in argv[:1]:  # the others need not be imported to print help
-            import_module(f".{module}", __package__).add_arguments(command)
+            import_module(f"..{module}", __package__).add_arguments(command)
     return parser.parse_args(argv)
 
 
@@ -56,6 +65,6 @@ def main(argv: list[str] | None = None) -> int:
     wait_asleep()
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
-        return import_module(f".{SUBCOMMANDS[args.command][0]}", __package__).run(args)
+        return import_module(f"..{SUBCOMMANDS[args.command][0]}", __package__).run(args)
     except KeyboardInterrupt:  # loading torch takes seconds
         return 130

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +13,8 @@ from ..core.validation import check_device, is_marked, require
 from ..evaluation.evaluate import BATCH, needed_widths, select_locally
 from ..io.atomic import read_json
 from ..io.features import Features
-from ..io.files import split_dataset
 from ..io.run_checkpoints import CHECKPOINTS, checkpoints
-from ..io.shards import is_pattern, matching, stream_label
+from ..io.shards import files_of
 from ..io.weights import OFFICIAL, OFFICIAL_CONFIG, WEIGHTS, model_of, read_weights
 from ..nn.module import AlignedSAE
 from .arguments import FEATURES, add_stream_argument
@@ -68,18 +66,6 @@ def open_model(args) -> Opened:
     features = Features(args.stream, normalize, next(model.parameters()).dtype)
     features.require_widths(needed_widths(model, args.stream), f"the model {args.model}")
     return Opened(model.requires_grad_(False), features, trained)
-
-
-def files_of(streams: Mapping) -> list[tuple[str, Path]]:
-    """Every file of feature files as `Features` takes them, shards among them, with what messages call it."""
-    found = []
-    for s, value in streams.items():
-        label = stream_label(s, value)
-        if isinstance(value, Path) and is_pattern(value):
-            value = matching(label, value)[0]
-        paths = value if isinstance(value, list) else [value] * (value is not None)  # None: a tensor
-        found += [(label, split_dataset(path)[0]) for path in paths]
-    return found
 
 
 def inputs_of(args) -> list[tuple[str, Path]]:

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..cli.inputs import files_of
 from ..core.progress import Watch
 from ..core.validation import MARK, require, temporary_of, writing
 from ..io.atomic import write_atomically
 from ..io.features import Features
+from ..io.shards import files_of
 from ..metrics import Codes
 from ..nn.module import AlignedSAE
 from .evaluate import codes_of

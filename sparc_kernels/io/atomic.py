@@ -10,7 +10,7 @@ from collections.abc import Callable
 from operator import methodcaller
 from pathlib import Path
 
-from ..core.validation import require, temporary_of
+from ..core.validation import first_line, require, temporary_of
 
 
 def write_atomically(path: Path, write: Callable[[io.BufferedWriter], None]) -> None:
@@ -52,3 +52,8 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"{path}: expected a JSON file, got one that cannot be read ({error})") from error
     require(isinstance(value, dict), str(path), "a JSON object", value)
     return value
+
+
+def reason_of(error: Exception) -> str:
+    """Without torch's advice to read the file unsafely."""
+    return first_line(error).partition(". ")[0]

@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 
 from ..core.validation import plain, require
-from .atomic import write_atomically
-from .weights import _reason
+from .atomic import reason_of, write_atomically
 
 CHECKPOINTS = "checkpoints"
 SPACE = ".space"
@@ -87,7 +86,7 @@ def load_checkpoint(path: Path) -> dict:
     try:
         state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
     except Exception as error:  # as _read_torch
-        raise ValueError(f"checkpoint {path}: expected a torch file of tensors ({_reason(error)})") from error
+        raise ValueError(f"checkpoint {path}: expected a torch file of tensors ({reason_of(error)})") from error
     ok = isinstance(state, dict) and state.get("kind") == KIND and isinstance(state.get("step"), int)
     require(ok, f"checkpoint {path}", "a training checkpoint of sparc_kernels", "something else")
     return state

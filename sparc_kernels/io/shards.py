@@ -6,7 +6,7 @@ import glob
 import os
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -227,3 +227,15 @@ class Shards:
     def close(self) -> None:
         for part in self._parts:
             part.close()
+
+
+def files_of(streams: Mapping) -> list[tuple[str, Path]]:
+    """Every file of feature files as `Features` takes them, shards among them, with what messages call it."""
+    found = []
+    for s, value in streams.items():
+        label = stream_label(s, value)
+        if isinstance(value, Path) and is_pattern(value):
+            value = matching(label, value)[0]
+        paths = value if isinstance(value, list) else [value] * (value is not None)  # None: a tensor
+        found += [(label, split_dataset(path)[0]) for path in paths]
+    return found

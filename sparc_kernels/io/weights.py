@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from ..core.validation import check_bool, check_device, check_int, first_line, missing, require
+from ..core.validation import check_bool, check_device, check_int, missing, require
 from ..nn.module import AlignedSAE
-from .atomic import read_json, write_atomically, write_json
+from .atomic import read_json, reason_of, write_atomically, write_json
 from .run_checkpoints import _MAGIC, _TRAILER, CHECKPOINTS, load_checkpoint, load_latest
 
 WEIGHTS = "model.safetensors"
@@ -217,18 +217,13 @@ def _read_torch(path: Path) -> tuple[dict, dict]:
         _check_checksums(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what pickle, zipfile and its own reader raise
-        raise ValueError(f"model {path}: expected a torch file of tensors ({_reason(error)})") from error
+        raise ValueError(f"model {path}: expected a torch file of tensors ({reason_of(error)})") from error
     beside = path.with_name(OFFICIAL_CONFIG)
     if not beside.exists():
         return state, {}
     args = read_json(beside).get("args", {})
     require(isinstance(args, dict), str(beside), "settings as a JSON object under 'args'", args)
     return state, args
-
-
-def _reason(error: Exception) -> str:
-    """Without torch's advice to read the file unsafely."""
-    return first_line(error).partition(". ")[0]
 
 
 def _check_checksums(path: Path) -> None:

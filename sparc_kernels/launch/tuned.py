@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-SHIPPED = Path(__file__).parent / "tuned"
+SHIPPED = Path(__file__).parent / "records"
 CACHE = "SPARC_KERNELS_CACHE"
 VERSION = 1
 

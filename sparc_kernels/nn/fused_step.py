@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from ..core.validation import check_number, fail, require
-from ..ops.adam import adam_stream_
+from ..ops.adam import MODES, adam_stream_, rows_of
 from ..ops.aligned_loss import residual
 from ..ops.bias_grads import column_sums
 from ..ops.decode_grads import decode_grads, grads_of_target, target_weights
@@ -18,7 +18,6 @@ from ..ops.gather import KEEP_ALL, KEEP_NONE, gather_error
 from ..ops.inverse_index import inverse_index_op, lists_of
 from ..ops.latent_adam import latent_adam_
 from ..ops.loss_terms import add_auxk, loss_terms
-from .optimizer import SparcAdam, mode_of, rows_of
 
 
 @torch.no_grad()
@@ -126,7 +125,7 @@ def _update(optimizer, c, targets, loss, shadow):
     group, streams = optimizer.param_groups[0], optimizer.streams()
     moments = optimizer.prepare([[True] * 4 for _ in streams])
     optimizer.count_step([True] * (4 * len(streams)), loss=loss)
-    mode, adam = mode_of(group), (*group["betas"], group["eps"])
+    mode, adam = MODES[group["normalize"]], (*group["betas"], group["eps"])
     aux_k = 0 if c.aux is None else c.aux_values.shape[2]
     for s, (main, aux, k) in enumerate(targets.decoder_lists()):
         stream, (ms, vs), impl = streams[s], moments[s], optimizer.impl_of(streams[s])
@@ -151,7 +150,6 @@ def _update(optimizer, c, targets, loss, shadow):
 
 
 def _check(model, optimizer):
-    require(isinstance(optimizer, SparcAdam), "optimizer", "a SparcAdam", optimizer)
     require(optimizer.model is model, "optimizer", "a SparcAdam of this model", "another model's")
     if optimizer.param_groups[0]["max_grad_norm"] is not None:
         fail(

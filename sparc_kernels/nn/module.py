@@ -245,9 +245,9 @@ class AlignedSAE(nn.Module):
             optimizer.step()
         but that hooks of gradients and of optimizer.step are not called.
         """
-        from .fused_step import training_step  # the optimizer's module imports this one
-
-        return training_step(self, inputs, optimizer, auxk_coef, cross_loss_coef)
+        step = getattr(optimizer, "_training_step", None)
+        require(step is not None, "optimizer", "a SparcAdam", optimizer)
+        return step(self, inputs, auxk_coef, cross_loss_coef)
 
     def _term_weights(self, values, cross_loss_coef):
         """Weights [target, source] of the terms of the loss."""

@@ -11,11 +11,11 @@ import torch
 from ..core.numerics import acc_dtype
 from ..core.registry import IMPLS, resolve_impl
 from ..core.validation import check_bool, check_number, fail, plain, require
-from ..ops.adam import AFTER, BEFORE, DECODER, PLAIN, SCALARS, adam_scalars_, adam_stream_, grad_square
+from ..ops.adam import MODES, SCALARS, adam_scalars_, adam_stream_, grad_square, rows_of
+from .fused_step import training_step
 from .half_weights import Shadow
 from .module import AlignedSAE
 
-_MODES = {"before": BEFORE, "after": AFTER, None: PLAIN}
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -80,7 +80,7 @@ class SparcAdam(torch.optim.Optimizer):
         ok = ok and all(isinstance(b, numbers.Real) and 0 <= b < 1 for b in betas)
         require(ok, "betas", "two numbers in [0, 1)", repr(betas))
         eps, weight_decay = float(check_number("eps", eps)), float(check_number("weight_decay", weight_decay))
-        require(normalize in _MODES, "normalize", "'before', 'after' or None", repr(normalize))
+        require(normalize in MODES, "normalize", "'before', 'after' or None", repr(normalize))
         if max_grad_norm is not None:
             max_grad_norm = float(check_number("max_grad_norm", max_grad_norm))
             require(max_grad_norm > 0, "max_grad_norm", "a number > 0 or None", repr(max_grad_norm))
@@ -128,7 +128,7 @@ class SparcAdam(torch.optim.Optimizer):
         group, streams = self.param_groups[0], self.streams()
         moments = self.prepare([[g is not None for g in some] for some in grads])
         params = [[rows_of(p, i) for i, p in enumerate(stream)] for stream in streams]
-        mode, impls = mode_of(group), [self.impl_of(stream) for stream in streams]
+        mode, impls = MODES[group["normalize"]], [self.impl_of(stream) for stream in streams]
         square = None
         if group["max_grad_norm"] is not None:
             every = zip(params, grads, impls, strict=True)
@@ -149,6 +149,10 @@ class SparcAdam(torch.optim.Optimizer):
         if len({id(p) for stream in found for p in stream}) < 4 * len(found):
             _refuse_shared(m, found)
         return found
+
+    def _training_step(self, model, inputs, auxk_coef, cross_loss_coef):
+        """`model.training_step`, which knows its optimizer only by this method."""
+        return training_step(model, inputs, self, auxk_coef, cross_loss_coef)
 
     def refresh_shadow(self, seen_only: bool = False) -> None:
         """Rounds the weights again; seen_only: those that autograd has seen change, except by `training_step`."""
@@ -318,16 +322,6 @@ def _refuse_shared(model, streams) -> None:
             own = "a parameter of its own (torch.optim.Adam steps shared ones; with compute_loss and backward)"
             require(id(p) not in seen, name, own, f"that of {seen.get(id(p))}")
             seen[id(p)] = name
-
-
-def mode_of(group: dict) -> int:
-    """A parameter group's `normalize` as the operators take it."""
-    return _MODES[group["normalize"]]
-
-
-def rows_of(tensor: torch.Tensor | None, place: int):
-    """The decoder's [d, N], or what belongs to it, as rows [N, d]; other tensors of a stream as they are."""
-    return tensor.t() if tensor is not None and place == DECODER else tensor
 
 
 def _like(p, tensor):

@@ -18,6 +18,7 @@ from ..launch.adam import ADAM_WIDTH, adam_config
 from ..launch.device import capability, next_power_of_2
 
 PLAIN, BEFORE, AFTER = 0, 1, 2  # what happens to decoder rows: nothing; unit norm before the step, or after it
+MODES = {"before": BEFORE, "after": AFTER, None: PLAIN}  # `normalize` of SparcAdam
 DECODER = 1  # place among a stream's parameters: w_enc, the decoder's rows, pre_bias, latent_bias
 SCALARS = 5  # numbers of each parameter, see `adam_scalars_`
 
@@ -419,3 +420,8 @@ Args: dec: the decoder's rows [N, d].  grads: of w_enc, the rows, pre_bias, late
 
 Returns: 0-d in the accumulator dtype.
 """
+
+
+def rows_of(tensor: torch.Tensor | None, place: int):
+    """The decoder's [d, N], or what belongs to it, as rows [N, d]; other tensors of a stream as they are."""
+    return tensor.t() if tensor is not None and place == DECODER else tensor

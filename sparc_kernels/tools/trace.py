@@ -15,6 +15,7 @@ import sys
 import weakref
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,7 +28,8 @@ from ..core.validation import TORCH_NAMES, precision_name
 from ..launch import budgets
 from ..launch import device as launch_device
 
-PACKAGE = __package__
+PACKAGE = "sparc_kernels"
+FOLDER = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -182,12 +184,12 @@ class _Tracer(TorchDispatchMode):
 
 def _place() -> str:
     """The innermost line of the package, of files that are not about tracing, on the stack."""
-    here = os.path.dirname(__file__)
+    package, tools = f"{FOLDER}{os.sep}", f"{FOLDER / 'tools'}{os.sep}"
     frame = sys._getframe(1)
     while frame:
         path = frame.f_code.co_filename
-        if os.path.dirname(path) == here and path != __file__:
-            return f"{os.path.basename(path)}:{frame.f_lineno}"
+        if path.startswith(package) and not path.startswith(tools):
+            return f"{path.removeprefix(package)}:{frame.f_lineno}"
         frame = frame.f_back
     return "-"
 

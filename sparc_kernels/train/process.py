@@ -29,12 +29,12 @@ def versions() -> dict:
 
 
 def _commit() -> str | None:
-    git = ["git", "-C", str(Path(__file__).parent)]
+    git = ["git", "-C", str(Path(__file__).resolve().parents[1])]
     try:
         ours = [
             "ls-files",
             "--error-unmatch",
-            Path(__file__).name,
+            "reference.py",
         ]  # fails where a checkout of something else is around
         subprocess.run([*git, *ours], capture_output=True, timeout=10, check=True)
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)

@@ -20,7 +20,6 @@ from ...ops.inverse_index import inverse_index
 from ...ops.latent_adam import latent_adam_
 from ...ops.latent_reduce import latent_reduce
 from .judge import F64, Case, Check, Problem, Tensor, as_leaves, gapped, generic, integers, logit_error, random_latents
-from .routes import ROUTES
 
 
 def judge_encode(check: Check, topk_type: str) -> None:
@@ -564,7 +563,7 @@ def _int64_offsets(check: Check) -> None:
 
 
 # name, the word that asks for it in Case.ops, what runs it
-CHECKS: list[tuple[str, str, Callable[[Check], None]]] = [
+OPERATOR_CHECKS: list[tuple[str, str, Callable[[Check], None]]] = [
     ("encode_topk global", "encode", partial(judge_encode, topk_type="global")),
     ("encode_topk local", "encode", partial(judge_encode, topk_type="local")),
     ("exact selection", "exact", _exact),
@@ -582,5 +581,4 @@ CHECKS: list[tuple[str, str, Callable[[Check], None]]] = [
     ("training global", "train", partial(_training_step, topk_type="global")),
     ("training local", "train", partial(_training_step, topk_type="local")),
     ("decode int64", "int64", _int64_offsets),
-    *ROUTES,
 ]

@@ -18,6 +18,7 @@ from ...nn import half_weights, module
 from ..trace import Launch, _as_on_gpu
 from ..verify import checks as verify_checks
 from .judge import Case, Check
+from .suite import CHECKS
 
 META = torch.device("meta")
 
@@ -34,7 +35,7 @@ def launches_of(case: Case, dtype: torch.dtype, arch: int, name: str | None = No
     found: list[Launch] = []
     problems: dict = {}
     with _as_on_gpu(arch, tf32, found), _unjudged(), _Answers():
-        for op, word, fn in verify_checks.CHECKS:
+        for op, word, fn in CHECKS:
             if word in case.ops.split() and name in (None, op):
                 fn(_Dry(op, case, dtype, META, "auto", problems))
     return list(dict.fromkeys(found))

@@ -13,8 +13,8 @@ from multiprocessing import connection, get_context
 
 import torch
 
-from .checks import CHECKS
 from .judge import SHORT, Case, Check, Result
+from .suite import CHECKS
 
 
 @dataclass(frozen=True)

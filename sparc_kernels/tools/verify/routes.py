@@ -14,6 +14,7 @@ from ...nn.module import AlignedSAE
 from ...nn.optimizer import SparcAdam
 from ...ops import selection
 from ...train.step import Step
+from .checks import encode_topk, generic, judge_encode, reference_step
 from .judge import BF16, F64, Check, Problem, Tensor, gapped
 
 LR, DECAY, BETAS, EPS = 1e-3, 0.01, (0.9, 0.999), 1e-8
@@ -81,8 +82,6 @@ class _Counted:
 
 def _beside(check: Check) -> None:
     """Two buffers of logits, the selector on a second stream beside the next rows' GEMM."""
-    from .checks import encode_topk, generic, judge_encode
-
     p, sound, buffers = check.problem(generic), selection.select_rows, []
 
     def noted(*args):
@@ -114,8 +113,6 @@ def _by_library(check: Check):
 
 
 def _library(check: Check) -> None:
-    from .checks import judge_encode
-
     with _by_library(check):
         judge_encode(check, topk_type="global")
 
@@ -217,8 +214,6 @@ def _scaled(check: Check) -> None:
 
 def _direct(check: Check, topk_type: str) -> None:
     """`training_step` with AuxK: moments are those of the reference's gradients, weights what Adam makes of them."""
-    from .checks import reference_step
-
     c, p = check.case, check.problem(gapped)
     model, inputs = _model(check, p, topk_type=topk_type)
     with torch.no_grad():

@@ -30,10 +30,10 @@ from ...core.validation import check_device
 from ...launch.device import AMD, SHARED_LIMIT, capability
 from ..compiler import Compilation, compile_all, cores
 from ..verify import adversarial
-from .checks import CHECKS
 from .judge import BF16, F16, F32, F64, MULTIPLE, SHORT, Case, Result
 from .launches import launches_of
 from .pool import Key, Pool, Task, checks_of, silence_numpy
+from .suite import CHECKS
 
 # --------------------------------------------------------------------------------------------------------------- cases
 
@@ -95,6 +95,9 @@ INTERPRET_CASES = [  # a launch takes milliseconds for every program here
     Case("k=N", 2, 19, 19, (9,), _INT, "encode exact values decode nmse"),
     Case("S=8", 2, 16, 3, (5, 9, 17, 4, 16, 3, 8, 11), (F32,), "encode nmse"),
 ]
+
+
+PACKAGE = Path(__file__).resolve().parents[2]
 
 
 def cases(device: torch.device, interpret: bool = False, quick: bool = False, arch: int | None = None) -> list[Case]:
@@ -247,11 +250,10 @@ def environment(device: torch.device) -> dict:
 
 def _commit() -> str | None:
     """The checkout's commit, with a + when files differ from it; None outside a checkout."""
-    folder = Path(__file__).resolve().parent
 
     def git(*words):
         run = subprocess.run(
-            ["git", "--no-optional-locks", "-C", str(folder), *words], capture_output=True, text=True, check=True
+            ["git", "--no-optional-locks", "-C", str(PACKAGE), *words], capture_output=True, text=True, check=True
         )
         return run.stdout.strip()
 
@@ -386,12 +388,12 @@ def _run_interpreted(args: argparse.Namespace) -> int:
     if args.device not in (None, "cpu") or args.impl == "torch":
         print("verify: --interpret runs the Triton kernels on the CPU; leave out --device and --impl", file=sys.stderr)
         return 2
-    command = [sys.executable, "-m", __package__, "verify", "--interpret"]
+    command = [sys.executable, "-m", "sparc_kernels", "verify", "--interpret"]
     command += [f"--{name}" for name in ("adversarial", "quick", "verbose") if getattr(args, name)]
     command += ["--filter", args.filter] if args.filter else []
     command += ["--jobs", str(args.jobs)] if args.jobs else []
     command += [] if args.json is None else ["--json"] if args.json == "-" else ["--json", args.json]
-    parent = str(Path(__file__).resolve().parent.parent)
+    parent = str(PACKAGE.parent)
     paths = os.pathsep.join([parent, *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
     return subprocess.run(command, env=env, check=False).returncode
