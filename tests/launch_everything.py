@@ -219,12 +219,12 @@ def both(recorder, grid):
     return launch
 
 
-def counted(name, impls, operators):
-    def run(*args):
+def counted(name, operator, operators):
+    def run(**named):
         operators.add(name)
-        return impls[1](*args)
+        return operator.triton_impl(**named)
 
-    return impls[0], run, impls[2]
+    return operator._replace(triton_impl=run)
 
 
 def refusals():
@@ -302,7 +302,7 @@ def main(everything):
         seen.add(kind)
         return "ttir"
 
-    counting = {name: counted(name, impls, operators) for name, impls in OPERATORS.items()}
+    counting = {name: counted(name, operator, operators) for name, operator in OPERATORS.items()}
     with mock.patch.dict(OPERATORS, counting), mock.patch.object(trace._Recorder, "__getitem__", both):
         for (arch, tf32), group in groupby(scenarios(), lambda scenario: scenario.gpu):
             found = []

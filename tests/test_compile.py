@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 
 pytest.importorskip("triton")
-from sparc_kernels.core.registry import NAMESPACE, OPERATORS
+from sparc_kernels.core.registry import NAMESPACE, operator_of
 from sparc_kernels.tools import compiler
 from sparc_kernels.tools.trace import _as_on_gpu, parse_shape, trace
 from sparc_kernels.tools.verify import checks
@@ -135,13 +135,13 @@ class _Both(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace != NAMESPACE:
             return func(*args, **(kwargs or {}))
-        torch_impl, triton_impl, _ = OPERATORS[func._schema.name.split("::")[1]]
+        operator = operator_of(func)
         *args, impl = args
         if impl == "triton":
             meta = tree_map_only(torch.Tensor, lambda x: laid(x, x, "meta"), args)
             with self:
-                made = triton_impl(*meta)
-        given = torch_impl(*args)
+                made = operator.run(*meta, "triton")
+        given = operator.run(*args, "torch")
         if impl != "triton" or given is None:
             return given
         return tree_map(lambda x, like: laid(x, like, x.device).copy_(x), given, made)

@@ -4,14 +4,13 @@ from common import assert_close, assert_grads_close, problem
 from conftest import CUDA, DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparc_kernels import AlignedSAE, encode_topk, reference, values_at
-from sparc_kernels.core import registry
 from sparc_kernels.core._triton import tl, triton
 from sparc_kernels.launch.select import select_config
 from sparc_kernels.ops.encode import centre_for, select_latents
 from sparc_kernels.ops.selection import _ordered_key, select
+from sparc_kernels.tools.trace import InsideOperators
 
 NAMES = [f"{what}[{s}]" for what in ("xs", "w_encs", "pre_biases", "latent_biases") for s in range(3)]
 
@@ -157,16 +156,14 @@ def test_rows_are_processed_in_chunks_with_the_same_result(impl, monkeypatch):
     assert torch.equal(chosen(p, p.w_encs, impl), whole)
 
 
-class LikeAMX(TorchDispatchMode):
+class LikeAMX(InsideOperators):
     """CPU products of half precision as oneDNN makes them on AMX: at a width that is no multiple of 32 a row with an
     inf becomes NaN. Inside the package's operators too."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == registry.NAMESPACE:
-            *args, _ = args
-            with self:
-                return registry.OPERATORS[func._schema.name.split("::")[1]][0](*args)
-        out = func(*args, **(kwargs or {}))
+    impl = "torch"
+
+    def dispatch(self, func, args, kwargs):
+        out = func(*args, **kwargs)
         if func._schema.name in ("aten::mm", "aten::addmm"):
             rows = args[-2]
             if rows.dtype.itemsize == 2 and rows.shape[1] % 32:
@@ -379,7 +376,7 @@ def test_scratch_of_the_selection_stays_within_its_limit(monkeypatch, N, dtype):
     x, w = (empty(n, 8, device="meta", dtype=dtype) for n in (65536, N))
     bias = empty(N, device="meta", dtype=torch.float32)
     monkeypatch.setattr(torch, "empty", noted)
-    out = selection._select_triton([x], [w], [bias], 32, None, None)
+    out = selection._select_triton(xs=[x], w_encs=[w], biases=[bias], k=32, ids=None, count=None)
     assert out.shape == (65536, 32)
     assert sum(sizes) - out.numel() * 8 <= 512 * 2**20
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 
@@ -12,7 +14,28 @@ from .numerics import no_autocast
 NAMESPACE = "sparc_kernels"
 IMPLS = ("auto", "triton", "torch")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OPERATORS: dict[str, tuple] = {}  # name -> (torch_impl, triton_impl, fake) of every registered operator
+
+
+class Operator(NamedTuple):
+    """One operator: its implementations, which take the schema's arguments by name, all but the last, `impl`."""
+
+    names: tuple[str, ...]
+    torch_impl: Callable
+    triton_impl: Callable
+    fake: Callable
+
+    def run(self, *args):
+        """Runs the implementation that the last argument names."""
+        *args, impl = args
+        return (self.triton_impl if impl == "triton" else self.torch_impl)(**dict(zip(self.names, args, strict=True)))
+
+
+OPERATORS: dict[str, Operator] = {}  # every registered operator
+
+
+def operator_of(func) -> Operator | None:
+    """The operator behind what a dispatch mode is given; None for torch's own. Its `run` stays inside the mode."""
+    return OPERATORS[func._schema.name.split("::")[1]] if func.namespace == NAMESPACE else None
 
 
 def register(name: str, schema: str, *, torch_impl, triton_impl, fake):
@@ -23,18 +46,17 @@ def register(name: str, schema: str, *, torch_impl, triton_impl, fake):
     already settled, and the tensors' GPU is the current one.
     """
     qualname = f"{NAMESPACE}::{name}"
-    OPERATORS[name] = torch_impl, triton_impl, fake
+    names = tuple(argument.name for argument in torch._C.parse_schema(f"{qualname}{schema}").arguments[:-1])
+    OPERATORS[name] = Operator(names, torch_impl, triton_impl, fake)
     torch.library.define(qualname, schema)
 
     def dispatch(*args):
-        *args, impl = args
-        fn = triton_impl if impl == "triton" else torch_impl
         device = next(_tensors(args)).device
         with no_autocast(device), on_device(device):
-            return fn(*args)
+            return OPERATORS[name].run(*args)
 
     torch.library.impl(qualname, "default")(dispatch)  # every device; Triton is chosen by `impl`
-    torch.library.register_fake(qualname)(lambda *args: fake(*args[:-1]))
+    torch.library.register_fake(qualname)(lambda *args: fake(**dict(zip(names, args, strict=False))))
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 

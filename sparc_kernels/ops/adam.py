@@ -70,7 +70,7 @@ def _log2(beta):
 
 
 def _adam_scalars_triton(
-    steps, out, lr, lr_value, decay, active, found_inf, grad_scale, loss, square, max_norm, norm, beta1, beta2
+    *, steps, out, lr, lr_value, decay, active, found_inf, grad_scale, loss, square, max_norm, norm, beta1, beta2
 ):  # fmt: skip
     high = float(np.float32(lr_value))  # Triton rounds numbers to float32
     _adam_scalars_kernel[(1,)](
@@ -81,7 +81,7 @@ def _adam_scalars_triton(
 
 
 def _adam_scalars_torch(
-    steps, out, lr, lr_value, decay, active, found_inf, grad_scale, loss, square, max_norm, norm, beta1, beta2
+    *, steps, out, lr, lr_value, decay, active, found_inf, grad_scale, loss, square, max_norm, norm, beta1, beta2
 ):  # fmt: skip
     wide = dict(dtype=torch.float64, device=steps.device)
     lr = torch.full((), lr_value, **wide) if lr is None else lr.double()
@@ -113,7 +113,7 @@ adam_scalars_ = register(
     " str impl) -> ()",
     torch_impl=_adam_scalars_torch,
     triton_impl=_adam_scalars_triton,
-    fake=lambda *args: None,
+    fake=lambda **_: None,
 )
 adam_scalars_.__doc__ = """Count one step, and compute what the updates of the parameters multiply by.
 
@@ -231,10 +231,13 @@ def _adam_stream_kernel(
                 _move(dec_ptr, ddec_ptr, dec_m_ptr, dec_v_ptr, at, mask, scalars, NORMALIZE, BETA1, BETA2, EPS, ACC)
 
 
-def _adam_stream_triton(params, grads, exp_avgs, exp_avg_sqs, scalars, normalize, beta1, beta2, eps):
+def _adam_stream_triton(*, params, grads, exp_avgs, exp_avg_sqs, scalars, normalize, beta1, beta2, eps):
     n, d = params[0].shape
     if d > ADAM_WIDTH or not all(t.is_contiguous() for t in (*params, *exp_avgs, *exp_avg_sqs)):
-        return _adam_stream_torch(params, grads, exp_avgs, exp_avg_sqs, scalars, normalize, beta1, beta2, eps)
+        return _adam_stream_torch(
+            params=params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, scalars=scalars,
+            normalize=normalize, beta1=beta1, beta2=beta2, eps=eps,
+        )  # fmt: skip
     config = adam_config(d)
     grads = [None if g is None else g.contiguous() for g in grads]
     if all(grads[i] is None for i in (0, DECODER, 3)):
@@ -250,7 +253,7 @@ def _adam_stream_triton(params, grads, exp_avgs, exp_avg_sqs, scalars, normalize
 CACHED = 2**15  # elements of a tensor that a thread of the torch path takes at a time on a CPU: they stay in cache
 
 
-def _adam_stream_torch(params, grads, exp_avgs, exp_avg_sqs, scalars, normalize, beta1, beta2, eps):
+def _adam_stream_torch(*, params, grads, exp_avgs, exp_avg_sqs, scalars, normalize, beta1, beta2, eps):
     for i, (w, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
         if g is not None:
             numbers, mode = numbers_of(scalars[i]), normalize if i == DECODER else PLAIN
@@ -323,7 +326,7 @@ adam_stream_ = register(
     " int normalize, float beta1, float beta2, float eps, str impl) -> ()",
     torch_impl=_adam_stream_torch,
     triton_impl=_adam_stream_triton,
-    fake=lambda *args: None,
+    fake=lambda **_: None,
 )
 adam_stream_.__doc__ = """One step of Adam for one stream.
 

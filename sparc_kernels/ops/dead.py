@@ -58,7 +58,7 @@ count_fired_ = register(
     "(Tensor(a!)[] counters, Tensor indices, Tensor values, float threshold, str impl) -> ()",
     torch_impl=count_fired_torch,
     triton_impl=_count_fired_triton,
-    fake=lambda *args: None,
+    fake=lambda **_: None,
 )
 count_fired_.__doc__ = """`update_counters_` for the S streams of values [S, B, k]; indices [B, k] or [S, B, k]."""
 

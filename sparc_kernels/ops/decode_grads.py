@@ -72,7 +72,7 @@ def _places_kernel(order_ptr, place_ptr, M, BLOCK: tl.constexpr):
 
 
 def _decode_grads_triton(
-    indices, values, w, bias, x, coef, order, offsets, ids, count, keep, dvalues, add_dvalues, dw, add_dw
+    *, indices, values, w, bias, x, coef, order, offsets, ids, count, keep, dvalues, add_dvalues, dw, add_dw
 ):  # fmt: skip
     (S, B, k), d, M, device = values.shape, w.shape[1], indices.numel(), w.device
     acc = acc_dtype(w.dtype)
@@ -111,7 +111,10 @@ def _decode_grads_triton(
             parts, added = [], True
         if dw is not None:
             weights, scale = (None, None) if spread else (values, coef)
-            launch_reduce(dw[:, cols], None, order, offsets, ids, weights, scale, None, scratch, k, add_dw)
+            launch_reduce(
+                out=dw[:, cols], sums=None, order=order, offsets=offsets, ids=ids, coef=weights, scale=scale, gate=None,
+                mat=scratch, k=k, add=add_dw,
+            )  # fmt: skip
     return sq, g, one
 
 
@@ -135,7 +138,7 @@ def _route(S, M, B, k, d, dtype, arch=80) -> tuple[bool, int]:
 
 
 def _decode_grads_torch(
-    indices, values, w, bias, x, coef, order, offsets, ids, count, keep, dvalues, add_dvalues, dw, add_dw
+    *, indices, values, w, bias, x, coef, order, offsets, ids, count, keep, dvalues, add_dvalues, dw, add_dw
 ):  # fmt: skip
     acc = acc_dtype(w.dtype)
     e = gather_sum_torch(indices, values, w, bias).sub_(x)
@@ -147,12 +150,15 @@ def _decode_grads_torch(
     e.masked_fill_(~asked, 0.0)
     g = torch.einsum("sb,sbd->bd", coef, e.to(acc))
     if dw is not None:
-        reduce_torch(dw, None, order, offsets, ids, values, coef, None, e, indices.shape[1], add_dw)
+        reduce_torch(
+            out=dw, sums=None, order=order, offsets=offsets, ids=ids, coef=values, scale=coef, gate=None, mat=e,
+            k=indices.shape[1], add=add_dw,
+        )  # fmt: skip
     return sq, g, e if keep == KEEP_ALL else one
 
 
 def _decode_grads_fake(
-    indices, values, w, bias, x, coef, order, offsets, ids, count, keep, dvalues, add_dvalues, dw, add_dw
+    *, indices, values, w, bias, x, coef, order, offsets, ids, count, keep, dvalues, add_dvalues, dw, add_dw
 ):  # fmt: skip
     acc = acc_dtype(w.dtype)
     return (

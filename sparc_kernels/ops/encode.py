@@ -109,7 +109,7 @@ def _finish_values_kernel(
             tl.store(values_ptr + (s * B + b) * K + offs_k, tl.where(exists, value, 0.0), mask=offs_k < K)
 
 
-def _gather_values_triton(indices, centred, w_encs, latent_biases, count, lists):
+def _gather_values_triton(*, indices, centred, w_encs, latent_biases, count, lists):
     S, (B, k), n = len(centred), indices.shape[-2:], w_encs[0].shape[0]
     # the lists depend on the ids alone: a dozen short kernels that hide behind the gathers
     beside, inverse = Beside(indices.device, enabled=lists), _no_lists(indices)
@@ -146,7 +146,7 @@ def _no_lists(indices):
     return tuple(indices.new_empty(0, dtype=torch.int32) for _ in range(3))
 
 
-def _gather_values_torch(indices, centred, w_encs, latent_biases, count, lists):
+def _gather_values_torch(*, indices, centred, w_encs, latent_biases, count, lists):
     values = []
     for s, (x, w, bias) in enumerate(zip(centred, w_encs, latent_biases, strict=True)):
         idx = indices if indices.dim() == 2 else indices[s]
@@ -159,7 +159,7 @@ def _gather_values_torch(indices, centred, w_encs, latent_biases, count, lists):
     return torch.stack(values), *inverse
 
 
-def _gather_values_fake(indices, centred, w_encs, latent_biases, count, lists):
+def _gather_values_fake(*, indices, centred, w_encs, latent_biases, count, lists):
     inverse = _lists(indices, w_encs[0].shape[0], count, "torch") if lists else _no_lists(indices)
     return indices.new_empty(len(centred), *indices.shape[-2:], dtype=acc_dtype(centred[0].dtype)), *inverse
 

@@ -315,7 +315,7 @@ gather_sum = register(
 KEEP_NONE, KEEP_ALL = -1, -2  # in place of the number of the source whose E is returned
 
 
-def _gather_error_triton(indices, values, w, bias, x, keep, count):
+def _gather_error_triton(*, indices, values, w, bias, x, keep, count):
     one = w.new_empty(x.shape if keep != KEEP_NONE else (0,))
     sq, _ = launch_gather(
         indices, values, w, bias, x, count=count, one=one if keep != KEEP_NONE else None, kept=max(keep, 0), sq=True
@@ -323,12 +323,12 @@ def _gather_error_triton(indices, values, w, bias, x, keep, count):
     return _sum_slabs(sq), one
 
 
-def _gather_error_torch(indices, values, w, bias, x, keep, count):
+def _gather_error_torch(*, indices, values, w, bias, x, keep, count):
     e = gather_sum_torch(indices, values, w, bias).sub_(x)
     return e.to(acc_dtype(w.dtype)).square().sum(2), w.new_empty(0) if keep == KEEP_NONE else e[keep].clone()
 
 
-def _gather_error_fake(indices, values, w, bias, x, keep, count):
+def _gather_error_fake(*, indices, values, w, bias, x, keep, count):
     sq = w.new_empty(values.shape[0], x.shape[0], dtype=acc_dtype(w.dtype))
     return sq, w.new_empty(x.shape if keep != KEEP_NONE else (0,))
 

@@ -168,13 +168,14 @@ _NO_LISTS = (None,) * 8 + (0,) * 5
 
 
 def _latent_adam_triton(
-    w, m, v, shadow, bias, scalars, bias_scalars, lists, k, aux, aux_k, normalize, beta1, beta2, eps
+    *, w, m, v, shadow, bias, scalars, bias_scalars, lists, k, aux, aux_k, normalize, beta1, beta2, eps
 ):  # fmt: skip
     (n, d), acc = w.shape, m.dtype
     if d > ADAM_WIDTH or not (w.is_contiguous() and m.is_contiguous() and v.is_contiguous()):
         return _latent_adam_torch(
-            w, m, v, shadow, bias, scalars, bias_scalars, lists, k, aux, aux_k, normalize, beta1, beta2, eps
-        )
+            w=w, m=m, v=v, shadow=shadow, bias=bias, scalars=scalars, bias_scalars=bias_scalars, lists=lists, k=k,
+            aux=aux, aux_k=aux_k, normalize=normalize, beta1=beta1, beta2=beta2, eps=eps,
+        )  # fmt: skip
     main, S, chunk = _parts(lists, k, n, d, acc)
     other, aux_S, aux_chunk = _parts(aux, aux_k, n, d, acc) if aux else (_NO_LISTS, 1, 1)
     latents = adam_rows(n) if bias else 1
@@ -194,7 +195,7 @@ LATENTS = 1024  # whose gradients exist at one time on the torch path
 
 
 def _latent_adam_torch(
-    w, m, v, shadow, bias, scalars, bias_scalars, lists, k, aux, aux_k, normalize, beta1, beta2, eps
+    *, w, m, v, shadow, bias, scalars, bias_scalars, lists, k, aux, aux_k, normalize, beta1, beta2, eps
 ):  # fmt: skip
     (n, d), acc = w.shape, m.dtype
     sets = []
@@ -242,7 +243,7 @@ latent_adam_ = register(
     " float eps, str impl) -> Tensor",
     torch_impl=_latent_adam_torch,
     triton_impl=_latent_adam_triton,
-    fake=lambda w, m, v, shadow, bias, *_: m.new_empty(w.shape[1] if bias else 0),
+    fake=lambda *, w, m, bias, **_: m.new_empty(w.shape[1] if bias else 0),
 )
 latent_adam_.__doc__ = """A step of Adam for the rows of a weight matrix, whose gradient the lists of its latents give.
 

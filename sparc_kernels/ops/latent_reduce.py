@@ -149,7 +149,7 @@ def _latent_finish_kernel(
                     tl.store(sums, total.to(sum_ptr.dtype.element_ty))
 
 
-def launch_reduce(out, sums, order, offsets, ids, coef, scale, gate, mat, k, add):
+def launch_reduce(*, out, sums, order, offsets, ids, coef, scale, gate, mat, k, add):
     """Runs the kernels; `out` [N, d] may be a slice of columns. coef None: mat [M, d] has its rows in list order."""
     M, n = order.numel(), offsets.numel() - 1
     S, (rows, d) = (1 if coef is None else mat.shape[0]), mat.shape[-2:]
@@ -210,7 +210,7 @@ def lists_torch(entries, weights, offsets, mat):
     return bags[:-1]
 
 
-def reduce_torch(out, sums, order, offsets, ids, coef, scale, gate, mat, k, add):
+def reduce_torch(*, out, sums, order, offsets, ids, coef, scale, gate, mat, k, add):
     """The same in torch."""
     S, _, d = mat.shape
     entries, weights, totals = listed_torch(order, offsets, coef, scale, gate, mat, k)
@@ -241,7 +241,7 @@ latent_reduce_ = register(
     " Tensor? gate, Tensor mat, int k, bool add, str impl) -> ()",
     torch_impl=reduce_torch,
     triton_impl=launch_reduce,
-    fake=lambda *args: None,
+    fake=lambda **_: None,
 )
 latent_reduce_.__doc__ = """Sum, for every latent, the rows that chose it.
 

@@ -249,7 +249,7 @@ def _select_kernel(
         tl.store(out_ptr + (row0 + row) * K + offs_k, rest, mask=mask_rest)
 
 
-def _select_triton(xs, w_encs, biases, k, ids, count):
+def _select_triton(*, xs, w_encs, biases, k, ids, count):
     B, n = xs[0].shape[0], w_encs[0].shape[0]
     device, dtype = xs[0].device, xs[0].dtype
     biases = [b.contiguous() for b in biases]
@@ -357,7 +357,7 @@ def _topk_exact(h, k):
     return indices
 
 
-def _select_torch(xs, w_encs, biases, k, ids, count):
+def _select_torch(*, xs, w_encs, biases, k, ids, count):
     bias = _sum(biases)
     acc = acc_dtype(xs[0].dtype)
     B, n = xs[0].shape[0], w_encs[0].shape[0]
@@ -396,7 +396,7 @@ def _select_torch(xs, w_encs, biases, k, ids, count):
     return out
 
 
-def _select_fake(xs, w_encs, biases, k, ids, count):
+def _select_fake(*, xs, w_encs, biases, k, ids, count):
     return xs[0].new_empty(xs[0].shape[0], k, dtype=torch.int64)
 
 

@@ -163,19 +163,11 @@ def launchers_on_meta():
     """Operators run their launchers on meta tensors, in place of what only gives the shapes of their results."""
     library = torch.library.Library(NAMESPACE, "IMPL", "Meta")
     try:
-        for name, impls in OPERATORS.items():
-            library.impl(name, _dispatch(*impls), allow_override=True)
+        for name, operator in OPERATORS.items():
+            library.impl(name, operator.run, allow_override=True)
         yield
     finally:
         library._destroy()
-
-
-def _dispatch(torch_impl, triton_impl, _):
-    def run(*args):
-        *args, impl = args
-        return (triton_impl if impl == "triton" else torch_impl)(*args)
-
-    return run
 
 
 @contextmanager

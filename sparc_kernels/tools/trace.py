@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from .. import reference
 from ..core._triton import HAS_TRITON
-from ..core.registry import NAMESPACE, OPERATORS
+from ..core.registry import operator_of
 from ..core.validation import TORCH_NAMES, precision_name
 from ..launch import budgets
 from ..launch import device as launch_device
@@ -107,7 +107,24 @@ class Trace:
 # -------------------------------------------------------------------------------------------------- memory and copies
 
 
-class _Tracer(TorchDispatchMode):
+class InsideOperators(TorchDispatchMode):
+    """A dispatch mode that stays on inside the package's operators, where torch leaves it."""
+
+    impl: str | None = None  # the implementation that runs; None: the one that the call names
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        operator = operator_of(func)
+        if operator is None:
+            return self.dispatch(func, args, kwargs or {})
+        with self:
+            return operator.run(*args[:-1], self.impl or args[-1])
+
+    def dispatch(self, func, args: tuple, kwargs: dict):
+        """One of torch's own operators."""
+        return func(*args, **kwargs)
+
+
+class _Tracer(InsideOperators):
     """Runs the package's operators by their launchers and keeps the account of storages."""
 
     def __init__(self, known):
@@ -117,13 +134,7 @@ class _Tracer(TorchDispatchMode):
         self.events = []  # +number: that allocation was made, -number - 1: it was freed
         self.made = []  # Allocation of each number
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func.namespace == NAMESPACE:
-            torch_impl, triton_impl, _ = OPERATORS[func._schema.name.split("::")[1]]
-            *args, impl = args
-            with self:
-                return (triton_impl if impl == "triton" else torch_impl)(*args)
+    def dispatch(self, func, args, kwargs):
         out = func(*args, **kwargs)
         made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]

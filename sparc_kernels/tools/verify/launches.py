@@ -10,12 +10,10 @@ from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from ...core.registry import NAMESPACE, OPERATORS
 from ...nn import half_weights, module
-from ..trace import Launch, _as_on_gpu
+from ..trace import InsideOperators, Launch, _as_on_gpu
 from ..verify import checks as verify_checks
 from .judge import Case, Check
 from .suite import CHECKS
@@ -70,16 +68,10 @@ def _unjudged():
         yield
 
 
-class _Answers(TorchDispatchMode):
+class _Answers(InsideOperators):
     """Runs the package's operators by their launchers, and answers what only data could."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func.namespace == NAMESPACE:
-            torch_impl, triton_impl, _ = OPERATORS[func._schema.name.split("::")[1]]
-            *args, impl = args
-            with self:
-                return (triton_impl if impl == "triton" else torch_impl)(*args)
+    def dispatch(self, func, args, kwargs):
         first = args[0] if args and isinstance(args[0], torch.Tensor) else None
         if first is not None and first.is_meta:
             name = func._schema.name
