@@ -18,7 +18,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from sparc_kernels._arguments import ends_with_its_pipe
+from sparc_kernels.core.console import ends_with_its_pipe
 
 try:
     from tqdm import tqdm

@@ -162,8 +162,8 @@ def _encode_dense(*operands) -> tuple[Tensor, Tensor]:
 
 
 def _select_ours(context: Context, problem: Problem, dtype: str) -> Job:
-    from sparc_kernels._ops import resolve_impl
-    from sparc_kernels.encode import centre_for, select_latents
+    from sparc_kernels.core.registry import resolve_impl
+    from sparc_kernels.ops.encode import centre_for, select_latents
 
     xs, w_encs, pre_biases, latent_biases = encode_operands(problem, dtype)
     impl, k = resolve_impl("auto", xs[0]), problem.case.shape.k

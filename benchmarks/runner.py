@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from sparc_kernels import cost_model
-from sparc_kernels._checks import precision_name
+from sparc_kernels.core.validation import precision_name
 
 from . import environment, modelled, record
 from .cases import Case, Problem

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity
 
-from sparc_kernels._gpu_timer import event_ms, flush_buffer, host_ms
+from sparc_kernels.core.gpu_timer import event_ms, flush_buffer, host_ms
 
 MIB = 2**20
 QUIET = 0.06  # share of the cores that others may have in a quiet round

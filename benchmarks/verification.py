@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from sparc_kernels import cost_model, reference
-from sparc_kernels._verify_judge import limit
+from sparc_kernels.tools.verify.judge import limit
 
 from .cases import DEAD_THRESHOLD, PRECISIONS, Problem
 

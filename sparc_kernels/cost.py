@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ._launch import (
+from .cost_model import GPU, NO_REUSE, Op, Part, Reuse, Shape, distinct, gathered, slabs_of, total
+from .launch.budgets import (
     MAX_K,
     PARTIAL_BYTES,
     SCRATCH_BYTES,
@@ -12,14 +13,10 @@ from ._launch import (
     SPREAD_PLACES,
     SPREAD_SOURCES,
     SPREAD_WIDE,
-    cdiv,
-    column_chunk,
-    encode_by_library,
-    next_power_of_2,
-    select_config,
-    select_rows,
 )
-from .cost_model import GPU, NO_REUSE, Op, Part, Reuse, Shape, distinct, gathered, slabs_of, total
+from .launch.device import cdiv, next_power_of_2
+from .launch.reduce import column_chunk
+from .launch.select import encode_by_library, select_config, select_rows
 
 # ------------------------------------------------------------------------------------------------------- encoder's ops
 

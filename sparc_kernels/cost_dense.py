@@ -5,11 +5,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ._launch import (
-    cdiv,
-)
 from .cost import gemm_part, topk_part
 from .cost_model import Op, Part, Reuse, Shape, distinct
+from .launch.device import cdiv
 
 # how the reference computes, and whether its step is replayed from a CUDA graph (torch.compile's "reduce-overhead")
 DENSE_VARIANTS = {

@@ -27,15 +27,9 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ._checks import check_int, fail, require
-from ._launch import (
-    L2_BYTES,
-    MAX_K,
-    MAX_STREAMS,
-    SLAB_BYTES,
-    cdiv,
-    next_power_of_2,
-)
+from .core.validation import check_int, fail, require
+from .launch.budgets import L2_BYTES, MAX_K, MAX_STREAMS, SLAB_BYTES
+from .launch.device import cdiv, next_power_of_2
 
 # ----------------------------------------------------------------------------------------------------------------- GPUs
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from . import cost, cost_dense
-from ._launch import adam_config, adam_rows, cdiv, next_power_of_2, reduce_chunk
 from .cost_model import GPU, Op, Part, Reuse, Shape, gathered, slabs_of, step_seconds, total
+from .launch.adam import adam_config, adam_rows
+from .launch.device import cdiv, next_power_of_2
+from .launch.reduce import reduce_chunk
 
 MOMENT = 4  # bytes of a moment, whatever the parameters are
 FOREACH_BLOCKS, FOREACH_CHUNK = 320, 65536  # torch's multi-tensor kernels: chunks of elements, blocks of a launch

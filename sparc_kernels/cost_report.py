@@ -195,7 +195,7 @@ def table(s: Shape, gpu: GPU) -> str:
 
 def parse_shape(text: str) -> Shape:
     """B,N,k,d,S[,PRECISION] as the audit reads it: S streams of width d, or their widths as 1024/768/768."""
-    from ._trace import parse_shape
+    from .tools.trace import parse_shape
 
     return of_trace(parse_shape(text))
 

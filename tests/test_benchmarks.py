@@ -42,8 +42,9 @@ from benchmarks import (  # noqa: E402
     verification,
 )
 from benchmarks.provider import Context, Provider, check_selection, check_training  # noqa: E402
-from sparc_kernels import AlignedSAE, _gpu_timer, cost, cost_model, cost_optim, cost_report, reference  # noqa: E402
-from sparc_kernels._ops import OPERATORS  # noqa: E402
+from sparc_kernels import AlignedSAE, cost, cost_model, cost_optim, cost_report, reference  # noqa: E402
+from sparc_kernels.core import gpu_timer  # noqa: E402
+from sparc_kernels.core.registry import OPERATORS  # noqa: E402
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 CONTEXT = Context(torch.device("cpu"))
@@ -673,8 +674,8 @@ class SimulatedGPU:
                 return end.at - self.at
 
         def spin(n):
-            self.spins.append(n / _gpu_timer.CYCLES)
-            self.work(n / _gpu_timer.CYCLES)
+            self.spins.append(n / gpu_timer.CYCLES)
+            self.work(n / gpu_timer.CYCLES)
 
         def synchronize():
             self.host = max(self.host, self.done)
@@ -684,7 +685,7 @@ class SimulatedGPU:
             "memory_allocated": lambda: 5 * timing.MIB, "max_memory_allocated": lambda: 8 * timing.MIB,
         }.items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, fake, raising=False)
-        monkeypatch.setattr(_gpu_timer, "time", SimpleNamespace(perf_counter=lambda: self.host / 1e3))
+        monkeypatch.setattr(gpu_timer, "time", SimpleNamespace(perf_counter=lambda: self.host / 1e3))
         self.timer = timing.Timer("cpu")
         self.timer.cuda = True
 
@@ -713,7 +714,7 @@ def test_launches_cost_nothing_in_gpu_time_and_the_hosts_time_is_kept(monkeypatc
     assert samples.phases["forward"][-1] > 2.5, "a step's launches are part of its time"
     waits = timing.Job({"forward": lambda: gpu.work(0.01, 1e4)}, queued=True)
     gpu.timer.round(waits, timing.Samples())
-    assert gpu.spins[-1] == pytest.approx(_gpu_timer.LONGEST_COVER)
+    assert gpu.spins[-1] == pytest.approx(gpu_timer.LONGEST_COVER)
 
 
 def test_cuda_peak_memory(monkeypatch):

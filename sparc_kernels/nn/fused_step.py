@@ -1,0 +1,121 @@
+"""`AlignedSAE.training_step`: a whole training step in which gradients of the weights never exist.
+
+The order is forced by what is still needed: values, gathers of AuxK and the loss read the weights as they were, and the
+loss says whether anything may move. So all of that comes first, with the errors E of every target kept, S x B x D
+numbers; then each stream's decoder and encoder are updated from their latents' lists, and last the pre-biases.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..core.validation import fail, require
+from ..ops.adam import adam_hyper, adam_stream_, rows_of
+from ..ops.aligned_loss import Gradients, LossResult, losses_and_gradients
+from ..ops.inverse_index import InverseIndex, inverse_index_op, lists_of
+from ..ops.latent_adam import LatentParams, update_rows_
+from ..ops.records import DecodeTarget, WeightedLists
+from .forward import ForwardState
+
+if TYPE_CHECKING:
+    from .module import AlignedSAE
+    from .optimizer import SparcAdam
+
+
+@torch.no_grad()
+def fused_step(
+    optimizer: SparcAdam,
+    state: ForwardState,
+    targets: list[DecodeTarget],
+    weights: torch.Tensor,
+    auxk_coef: float,
+) -> LossResult:
+    """The loss of a forward and one step of every parameter.
+
+    Args:
+        optimizer: of the model that made `state`, see `check`.
+        state: of a forward over all streams, with inverse indices.
+        targets: of every stream.
+        weights: [T, S] of the terms of the loss.
+        auxk_coef: >= 0.
+    """
+    gradients = Gradients([False] * len(targets), None, keep_errors=True)
+    result = losses_and_gradients(
+        state.codes, state.aux, targets, weights, auxk_coef, gradients=gradients, impl=state.impl
+    )
+    _update(optimizer, state, result)
+    return result
+
+
+def _update(optimizer: SparcAdam, state: ForwardState, result: LossResult) -> None:
+    streams, half = optimizer.streams(), optimizer.half_weights()
+    moments = optimizer.prepare([[True] * 4 for _ in streams])
+    optimizer.count_step([True] * (4 * len(streams)), loss=result.loss)
+    hyper = adam_hyper(optimizer.param_groups[0])
+    codes, lists = state.codes, None
+    if not codes.shared:  # every (source, row) has its own list entries: one source with S * B rows
+        n_latents = len(state.encoder.w_encs[0])
+        lists = lists_of(inverse_index_op(codes.indices.flatten(1), 1, n_latents, None, state.impl), 0)
+    for s, stream in enumerate(streams):
+        (ms, vs), scalars, impl = moments[s], optimizer.scalars(s), optimizer.impl_of(stream)
+        params = [rows_of(p, i) for i, p in enumerate(stream)]
+        w_enc, w_dec, _, latent_bias = params
+        enc_half, dec_half = half[s] if half else (None, None)
+        decoder = LatentParams(w_dec, ms[1], vs[1], dec_half, [], scalars[1], scalars[1])
+        update_rows_(decoder, *_decoder_lists(state, result, s, lists), hyper, impl)
+        encoder = LatentParams(w_enc, ms[0], vs[0], enc_half, [latent_bias, ms[3], vs[3]], scalars[0], scalars[3])
+        dpre_bias_sum = update_rows_(encoder, *_encoder_lists(state, result, s), hyper.plain(), impl)
+        grads = [None, None, result.dbiases[s] - dpre_bias_sum, None]
+        adam_stream_(params, grads, ms, vs, scalars, *hyper, impl)
+    torch.autograd.graph.increment_version([p for stream in streams for p in stream])
+    if half:
+        optimizer.half_weights_written()
+    optimizer._opt_called = True  # learning rate schedulers ask
+
+
+def _decoder_lists(
+    state: ForwardState, result: LossResult, t: int, lists: InverseIndex | None
+) -> tuple[WeightedLists, WeightedLists | None]:
+    """What the gradient of target t's decoder is the sum of: lists of the codes, and of AuxK's if there is one.
+
+    lists: of all sources' own indices, as if of one source; None where the sources share theirs.
+    """
+    codes, aux = state.codes, state.aux
+    coef, scale, error, k = codes.values, result.coef[t], result.errors[t], codes.values.shape[2]
+    if lists is None:
+        lists = codes.lists(0)
+    else:
+        coef, scale, error = coef.reshape(1, -1), scale.reshape(1, -1), error.reshape(1, -1, error.shape[-1])
+    main = WeightedLists(lists, coef, scale, None, error, k)
+    if aux is None:
+        return main, None
+    values = aux.values[t : t + 1]
+    return main, WeightedLists(aux.lists(t), values, result.aux_coef[t], None, result.aux_errors[t], values.shape[2])
+
+
+def _encoder_lists(state: ForwardState, result: LossResult, s: int) -> tuple[WeightedLists, WeightedLists | None]:
+    """The same for stream s's encoder; the gate is the value that relu left."""
+    one, mat = slice(s, s + 1), state.centred[s][None]
+
+    def lists(codes, dvalues):
+        return WeightedLists(codes.lists(s), dvalues[one], None, codes.values[one], mat, codes.values.shape[2])
+
+    return lists(state.codes, result.dvalues), None if state.aux is None else lists(state.aux, result.daux)
+
+
+def check(optimizer: SparcAdam, model: AlignedSAE) -> None:
+    """ValueError where the fused step of `model` is not possible with this optimizer."""
+    require(optimizer.model is model, "optimizer", "a SparcAdam of this model", "another model's")
+    if optimizer.param_groups[0]["max_grad_norm"] is not None:
+        fail(
+            "optimizer",
+            "max_grad_norm=None (the norm of all gradients is not known before the first weights move; "
+            "use compute_loss, backward and optimizer.step to clip)",
+            repr(optimizer.param_groups[0]["max_grad_norm"]),
+        )
+    for name, p in model.named_parameters():
+        require(p.requires_grad, name, "a parameter that is trained (requires_grad)", "one that is not")
+        ok = p.grad is None
+        require(ok, f"{name}.grad", "None: training_step adds to no gradient (optimizer.zero_grad())", p.grad)

@@ -1,0 +1,395 @@
+"""Values of the selected latents with their gradients, and the public `encode_topk` and `values_at`.
+
+What is selected carries no gradient (`selection.py`). Values are gathered afterwards in fp32, per stream, from the
+selected rows of W_enc alone; they are what carries gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ..core._triton import tl, triton
+from ..core.numerics import acc_dtype
+from ..core.registry import register, resolve_impl
+from ..core.side_stream import Beside
+from ..core.target import interpreted
+from ..core.validation import check_indices, check_int, check_inverse, check_same_length, check_tensor, require
+from ..launch.budgets import MAX_K, MAX_STREAMS, SCRATCH_BYTES
+from ..launch.device import cdiv, next_power_of_2
+from .bias_grads import pre_bias_grads
+from .gather import gather_dot_torch, gather_sum, launch_gather
+from .inverse_index import NO_INVERSE, InverseIndex, inverse_index_op, inverse_sizes
+from .joint import joint, wants_joint
+from .latent_reduce import latent_reduce_
+from .records import EncoderParams, SparseCodes, WeightedLists
+from .selection import select
+
+
+@triton.jit
+def _centre_kernel(
+    x_ptrs, bias_ptrs, out_ptrs, widths, strides_x, strides_out, B, S: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """x - bias of every stream; program (rows, columns, stream)."""
+    offs_b = (tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B))[:, None]
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    stream = tl.program_id(2)
+    for s in tl.static_range(S):
+        if stream == s:
+            mask = (offs_b < B) & (cols < widths[s])[None, :]
+            x = tl.load(x_ptrs[s] + offs_b * strides_x[s] + cols[None, :], mask=mask, other=0.0)
+            bias = tl.load(bias_ptrs[s] + cols, mask=cols < widths[s], other=0.0)
+            dtype = out_ptrs[s].dtype.element_ty
+            if dtype == tl.float64:
+                out = x.to(tl.float64) - bias.to(tl.float64)[None, :]
+            else:
+                out = x.to(tl.float32) - bias.to(tl.float32)[None, :]
+            tl.store(out_ptrs[s] + offs_b * strides_out[s] + cols[None, :], out.to(dtype), mask=mask)
+
+
+def _centre_triton(xs, biases, wide):
+    B, widths = xs[0].shape[0], tuple(x.shape[1] for x in xs)
+    xs = [x if x.stride(1) == 1 else x.contiguous() for x in xs]
+    biases = [b.contiguous() for b in biases]
+    out = _centre_fake(xs, biases, wide)
+    block_b, block_d = (2, 16) if interpreted() else (4, 1024)
+    _centre_kernel[(cdiv(B, block_b), cdiv(max(widths), block_d), len(xs))](
+        tuple(xs), tuple(biases), tuple(out), widths, tuple(x.stride(0) for x in xs), tuple(c.stride(0) for c in out),
+        B, S=len(xs), BLOCK_B=block_b, BLOCK_D=block_d, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def _centre_torch(xs, biases, wide):
+    out = _centre_fake(xs, biases, wide)
+    for x, bias, c in zip(xs, biases, out, strict=True):
+        torch.sub(x, bias, out=c)
+    return out
+
+
+def _centre_fake(xs, biases, wide):
+    if not wide:
+        return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs]
+    widths = [x.shape[1] for x in xs]
+    return list(xs[0].new_empty(xs[0].shape[0], sum(widths)).split(widths, 1))
+
+
+centre = register(
+    "centre",
+    "(Tensor[] xs, Tensor[] biases, bool wide, str impl) -> Tensor[]",
+    torch_impl=_centre_torch,
+    triton_impl=_centre_triton,
+    fake=_centre_fake,
+)
+centre.__doc__ = """xs[s] - biases[s], [B, d_s]; with `wide` as columns of one [B, D], side by side."""
+
+
+@triton.jit
+def _finish_values_kernel(
+    part_ptrs, bias_ptrs, idx_ptr, count_ptr, values_ptr, slabs, stride_idx, stride_c, B, K, N,
+    S: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """relu(sum over the slabs + bias) of one row of one stream."""
+    b = tl.program_id(0).to(tl.int64)
+    stream = tl.program_id(1)
+    offs_k = tl.arange(0, BLOCK_K)
+    exists = offs_k < K
+    if count_ptr is not None:
+        exists = exists & (offs_k < tl.load(count_ptr + stream * stride_c))
+    latent = tl.load(idx_ptr + stream.to(tl.int64) * stride_idx + b * K + offs_k, mask=exists, other=0)
+    inside = exists & (latent >= 0) & (latent < N)  # an id outside has made its sum NaN already
+    for s in tl.static_range(S):
+        if stream == s:
+            pre = tl.load(part_ptrs[s] + b * K + offs_k, mask=exists, other=0.0)
+            for slab in range(1, slabs[s]):
+                pre += tl.load(part_ptrs[s] + (slab * B + b) * K + offs_k, mask=exists, other=0.0)
+            pre += tl.load(bias_ptrs[s] + latent, mask=inside, other=0.0).to(pre.dtype)
+            value = tl.where(pre <= 0.0, 0.0, pre)  # NaN stays
+            tl.store(values_ptr + (s * B + b) * K + offs_k, tl.where(exists, value, 0.0), mask=offs_k < K)
+
+
+def _gather_values_triton(*, indices, centred, w_encs, latent_biases, count, lists):
+    S, (B, k), n = len(centred), indices.shape[-2:], w_encs[0].shape[0]
+    # the lists depend on the ids alone: a dozen short kernels that hide behind the gathers
+    beside, inverse = Beside(indices.device, enabled=lists), _no_lists(indices)
+    if lists:
+        inverse, _ = beside.run(lambda: _lists(indices, n, count, "triton"))
+    indices, shared = indices.contiguous(), indices.dim() == 2
+    values = torch.empty(S, B, k, device=indices.device, dtype=acc_dtype(centred[0].dtype))
+    latent_biases = [c.contiguous() for c in latent_biases]
+    parts, first = [], 0
+    for s in range(S):
+        idx = indices if shared else indices[s]
+        limit = None if count is None else count[s]
+        parts.append(launch_gather(idx, None, w_encs[s], None, centred[s][None], count=limit, dot=True)[1])
+        held = sum(part.numel() * part.element_size() for part in parts)
+        if s < S - 1 and held < SCRATCH_BYTES:
+            continue
+        _finish_values_kernel[(B, len(parts))](
+            tuple(parts), tuple(latent_biases[first : s + 1]), idx if shared else indices[first:],
+            None if count is None else count[first:],
+            values[first:], tuple(part.shape[0] for part in parts), 0 if shared else B * k,
+            0 if count is None else count.stride(0), B, k, n,
+            S=len(parts), BLOCK_K=next_power_of_2(k), num_warps=1,
+        )  # fmt: skip
+        parts, first = [], s + 1
+    beside.join()
+    return values, *inverse
+
+
+def _lists(indices, n, count, impl):
+    return inverse_index_op(indices, 1 if indices.dim() == 2 else len(indices), n, count, impl)
+
+
+def _no_lists(indices):
+    return tuple(indices.new_empty(0, dtype=torch.int32) for _ in range(3))
+
+
+def _gather_values_torch(*, indices, centred, w_encs, latent_biases, count, lists):
+    values = []
+    for s, (x, w, bias) in enumerate(zip(centred, w_encs, latent_biases, strict=True)):
+        idx = indices if indices.dim() == 2 else indices[s]
+        pre = gather_dot_torch(idx, w, x[None], None if count is None else count[s])[0]
+        value = torch.relu(pre + bias.to(pre.dtype)[idx])
+        if count is not None:
+            value = torch.where(torch.arange(value.shape[1], device=x.device) < count[s], value, 0.0)
+        values.append(value)
+    inverse = _lists(indices, w_encs[0].shape[0], count, "torch") if lists else _no_lists(indices)
+    return torch.stack(values), *inverse
+
+
+def _gather_values_fake(*, indices, centred, w_encs, latent_biases, count, lists):
+    inverse = _lists(indices, w_encs[0].shape[0], count, "torch") if lists else _no_lists(indices)
+    return indices.new_empty(len(centred), *indices.shape[-2:], dtype=acc_dtype(centred[0].dtype)), *inverse
+
+
+gather_values = register(
+    "gather_values",
+    "(Tensor indices, Tensor[] centred, Tensor[] w_encs, Tensor[] latent_biases, Tensor? count, bool lists, str impl)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    torch_impl=_gather_values_torch,
+    triton_impl=_gather_values_triton,
+    fake=_gather_values_fake,
+)
+gather_values.__doc__ = """relu(<w_encs[s][indices], centred[s]> + latent_biases[s][indices]) of every stream.
+
+Args:
+    indices: int64 [B, k] for all streams, or [S, B, k].
+    centred: x - pre_bias, [B, d_s] each.  w_encs: [N, d_s] each.  latent_biases: [N] each.
+    count: int32 [S], the columns of indices that exist for each stream (all when None); the others get 0.
+    lists: whether to make the inverse index too, at the same time.
+    impl: "triton" or "torch".
+
+Returns: values [S, B, k] in the accumulator dtype; order, offsets and ids of `inverse_index_op` for the columns that
+exist, empty without `lists`.
+"""
+
+
+def gather_codes(
+    chosen: SparseCodes, centred: list[torch.Tensor], encoder: EncoderParams, lists: bool, impl: str
+) -> SparseCodes:
+    """Codes with the values of the latents chosen; `lists`: with their inverse index, made at the same time.
+
+    Args:
+        chosen: indices and their count; no values are read from it.
+        centred: x - pre_bias, [B, d_s] each.
+        encoder: of the S streams.
+        lists: whether gradients will need the inverse index.
+        impl: "triton" or "torch".
+    """
+    args = list(encoder.w_encs), list(encoder.latent_biases), chosen.count, lists, impl
+    values, *inverse = gather_values(chosen.indices, centred, *args)
+    return chosen._replace(values=values, inverse=InverseIndex(*inverse) if lists else chosen.inverse)
+
+
+class Values(torch.autograd.Function):
+    """Gives the values [S, B, k] that `gather_values` made their gradients, to everything but the indices.
+
+    Takes impl, S, then flat: the values, AuxK's values [S, B, auxk] or None, what else belongs to the codes and, with
+    AuxK, to its codes (`_flat`), then for the S streams xs, w_encs, pre_biases, latent_biases and centred inputs. AuxK
+    shares the gradients' buffers: its sums are added in place to the few latents that it chose.
+    """
+
+    @staticmethod
+    def forward(ctx, impl, S, values, aux_values, *tensors):
+        ctx.set_materialize_grads(False)
+        ctx.impl, ctx.S = impl, S
+        ctx.save_for_backward(values, aux_values, *tensors)
+        return values, aux_values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dvalues, daux):
+        S, impl = ctx.S, ctx.impl
+        values, aux_values, *tensors = ctx.saved_tensors
+        n = _FLAT if aux_values is None else 2 * _FLAT
+        w_encs, pre_biases, latent_biases, centred = (tensors[i : i + S] for i in range(n + S, n + 5 * S, S))
+        uses = []
+        for i, (v, dv) in enumerate(((values, dvalues), (aux_values, daux))):
+            if dv is not None:
+                codes = _unflat(v, tensors[i * _FLAT : (i + 1) * _FLAT])
+                uses.append((codes.with_inverse(len(w_encs[0]), impl), dv))
+        needs = ctx.needs_input_grad[4 + n :]
+        dxs, dws, dbs, dcs, sums = ([None] * S for _ in range(5))
+        for s in range(S) if uses else ():
+            w, one = w_encs[s], slice(s, s + 1)
+            if needs[S + s] or needs[2 * S + s] or needs[3 * S + s]:
+                dw, dc = torch.empty_like(w, memory_format=torch.contiguous_format), latent_biases[s].new_empty(len(w))
+                for i, (codes, dv) in enumerate(uses):
+                    v, mat = codes.values, centred[s][None]
+                    lists = WeightedLists(codes.lists(s), dv[one], None, v[one], mat, v.shape[2])
+                    latent_reduce_(dw, dc, *lists.tensors, lists.k, i > 0, impl)
+                dws[s] = dw if needs[S + s] else None
+                dcs[s] = dc if needs[3 * S + s] else None
+                sums[s] = dc
+            if needs[s]:
+                for codes, dv in uses:
+                    dpre = torch.where(codes.values[one] <= 0, 0.0, dv[one])
+                    part = gather_sum(codes.indices_of(s), dpre, w, None, impl)[0]
+                    dxs[s] = part if dxs[s] is None else dxs[s] + part
+        wanted = [s for s in range(S) if uses and needs[2 * S + s]]
+        if wanted:
+            args = ([group[s] for s in wanted] for group in (w_encs, sums, pre_biases))
+            for s, db in zip(wanted, pre_bias_grads(*args, impl), strict=True):
+                dbs[s] = db
+        return *[None] * (4 + n), *dxs, *dws, *dbs, *dcs, *[None] * S
+
+
+_FLAT = 5  # tensors of codes beside their values
+
+
+def _flat(codes: SparseCodes) -> tuple[torch.Tensor | None, ...]:
+    return codes.indices, codes.count, *(codes.inverse or NO_INVERSE)
+
+
+def _unflat(values: torch.Tensor, tensors) -> SparseCodes:
+    indices, count, *inverse = tensors
+    return SparseCodes(indices, values, count, None if inverse[0] is None else InverseIndex(*inverse))
+
+
+def differentiable_values(
+    codes: SparseCodes,
+    aux: SparseCodes | None,
+    xs: list[torch.Tensor],
+    centred: list[torch.Tensor],
+    encoder: EncoderParams,
+    impl: str,
+) -> tuple[SparseCodes, SparseCodes | None]:
+    """The codes that `gather_codes` made, and AuxK's, with gradients."""
+    flat = [*_flat(codes), *(_flat(aux) if aux else ())]
+    for group in (xs, *encoder, centred):
+        flat += group
+    values, aux_values = Values.apply(impl, len(xs), codes.values, aux and aux.values, *flat)
+    return codes._replace(values=values), aux and aux._replace(values=aux_values)
+
+
+def values_of(x: torch.Tensor, encoder: EncoderParams, chosen: SparseCodes, impl: str) -> torch.Tensor:
+    """`values_at` of one stream's latents, on unchecked arguments."""
+    with torch.no_grad():
+        centred = centre([x], encoder.pre_biases, False, impl)
+        codes = gather_codes(chosen, centred, encoder, False, impl)
+    return differentiable_values(codes, None, [x], centred, encoder, impl)[0].values[0]
+
+
+def values_at(
+    x: torch.Tensor,
+    w_enc: torch.Tensor,
+    pre_bias: torch.Tensor,
+    latent_bias: torch.Tensor,
+    indices: torch.Tensor,
+    inverse: InverseIndex | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Activations of one stream at given latents; the differentiable half of `encode_topk`.
+
+    Args:
+        x: [B, d].  w_enc: [N, d].  pre_bias: [d].  latent_bias: [N]; all of one dtype, on one device.
+        indices: int64 [B, k], ids in 0..N-1. Checked on a CPU; on a GPU an id outside gives NaN with Triton and torch's
+            own device assert with impl="torch".
+        inverse: `inverse_index(indices, N)` when the caller already has it; made in the backward otherwise.
+        impl: "auto" (Triton on CUDA tensors, torch elsewhere), "triton" or "torch".
+
+    Returns: values [B, k], float32 (float64 for float64 inputs).
+
+    Equivalent to: `relu(F.linear(x - pre_bias, w_enc, latent_bias).gather(1, indices))`
+    """
+    check_tensor("x", x, ("B", "d"))
+    check_tensor("w_enc", w_enc, ("N", x.shape[1]), like=x)
+    check_tensor("pre_bias", pre_bias, (x.shape[1],), like=x)
+    check_tensor("latent_bias", latent_bias, (w_enc.shape[0],), like=x)
+    check_indices("indices", indices, (x.shape[0], "k"), w_enc.shape[0], x.device)
+    check_inverse("inverse", inverse, indices, inverse_sizes(indices.numel(), w_enc.shape[0]))
+    lists = inverse and InverseIndex(*(part[None] for part in inverse))
+    encoder = EncoderParams([w_enc], [pre_bias], [latent_bias])
+    return values_of(x, encoder, SparseCodes(indices, None, None, lists), resolve_impl(impl, x))
+
+
+def encode_topk(
+    xs: list[torch.Tensor],
+    w_encs: list[torch.Tensor],
+    pre_biases: list[torch.Tensor],
+    latent_biases: list[torch.Tensor],
+    k: int,
+    topk_type: str = "global",
+    impl: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k latents that each row selects and every stream's activations there.
+
+    Args:
+        xs: S tensors [B, d_s].  w_encs: S tensors [N, d_s].  pre_biases: S tensors [d_s].  latent_biases: S tensors
+            [N]. One floating dtype, one device; S <= 8. Any strides (rows that are not contiguous are copied).
+        k: 1..min(N, 512).
+        topk_type: "global", one selection on the streams' summed pre-activations, or "local", one for each stream.
+        impl: "auto" (Triton on CUDA tensors, torch elsewhere), "triton" or "torch".
+
+    Returns:
+        indices: int64 [B, k] (global) or [S, B, k] (local), in descending order of the pre-activation selected on, ties
+            to the lowest latent, NaN above +inf. It is summed in float32 and rounded to the inputs' dtype for half
+            precision (impl="torch" rounds each stream's product too); float32 products follow
+            torch.get_float32_matmul_precision: "highest" is tf32x3 in Triton, anything else tf32.
+        values: relu of each stream's own pre-activation there, [S, B, k], float32 (float64 for float64 inputs);
+            differentiable in xs, w_encs, pre_biases and latent_biases.
+
+    Raises: ValueError naming the argument.  Source: SPARC, arXiv 2507.06265, section 3.
+
+    Equivalent to (global):
+        h = [F.linear(x - b, w, c) for x, w, b, c in zip(xs, w_encs, pre_biases, latent_biases)]
+        indices = sum(h).topk(k).indices
+        values = stack([relu(h_s.gather(1, indices)) for h_s in h])
+    """
+    S = check_same_length("xs", xs=xs, w_encs=w_encs, pre_biases=pre_biases, latent_biases=latent_biases)
+    require(S <= MAX_STREAMS, "xs", f"at most {MAX_STREAMS} streams", str(S))
+    require(topk_type in ("global", "local"), "topk_type", "'global' or 'local'", repr(topk_type))
+    B, n = None, None
+    for s in range(S):
+        check_tensor(f"xs[{s}]", xs[s], (B if B is not None else "B", "d"), like=xs[0] if s else None)
+        B = xs[0].shape[0]
+        require(B > 0, f"xs[{s}]", "at least one row", xs[s])
+        check_tensor(f"w_encs[{s}]", w_encs[s], (n if n is not None else "N", xs[s].shape[1]), like=xs[0])
+        n = w_encs[0].shape[0]
+        check_tensor(f"pre_biases[{s}]", pre_biases[s], (xs[s].shape[1],), like=xs[0])
+        check_tensor(f"latent_biases[{s}]", latent_biases[s], (n,), like=xs[0])
+    check_int("k", k, 1, min(n, MAX_K), f"at most N and {MAX_K}")
+    impl, lists = resolve_impl(impl, xs[0]), torch.is_grad_enabled()
+    with torch.no_grad():
+        centred = centre_for(xs, w_encs, pre_biases, impl)
+        indices = select_latents(centred, w_encs, latent_biases, k, topk_type, impl)
+        encoder = EncoderParams(w_encs, pre_biases, latent_biases)
+        codes = gather_codes(SparseCodes(indices, None), centred, encoder, lists, impl)
+    return indices, differentiable_values(codes, None, xs, centred, encoder, impl)[0].values
+
+
+def centre_for(xs, w_encs, pre_biases, impl):
+    """xs less their biases; side by side where the weights are and the library may be chosen."""
+    wide = wants_joint(w_encs) and joint(w_encs) is not None
+    return centre(list(xs), list(pre_biases), wide, impl)
+
+
+def select_latents(centred, w_encs, latent_biases, k, topk_type, impl):
+    """`select` for "global", [B, k], or for every stream, [S, B, k]."""
+    w_encs, latent_biases = list(w_encs), list(latent_biases)
+    if topk_type == "global":
+        return select(centred, w_encs, latent_biases, k, None, None, impl)
+    streams = zip(centred, w_encs, latent_biases, strict=True)
+    return torch.stack([select([x], [w], [c], k, None, None, impl) for x, w, c in streams])

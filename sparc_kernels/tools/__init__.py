@@ -1,0 +1,1 @@
+"""Verifying, auditing, tuning and modelling the kernels. Nothing imports this."""
