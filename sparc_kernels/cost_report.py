@@ -223,7 +223,7 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"sparc-kernels cost: error: --{str(error).removeprefix('--')}", file=sys.stderr)
         return 2
-    from .cost_optim import table as optimizers  # which imports this module
+    from .cost_optim import table as optimizers
 
     print("\n\n".join(f"{table(s, gpu)}\n\n{optimizers(s, gpu)}" for s in shapes))
     goals = [] if args.shape else claims(gpu)
