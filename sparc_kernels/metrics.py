@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .core.validation import check_int, check_tensor, require
+from .core.validation import check_int, check_tensor, fail, require
 
 _BLOCK_ELEMENTS = 2**24  # of the largest temporary: 64 MiB in float32
 _TIE = 1e-6  # cosines this close are ties: a few roundings of a float32 dot product of unit vectors
@@ -145,17 +145,20 @@ def retrieval(
     Returns: `R@K` for every K, `median_rank` (the lower of the middle two, as torch.median), and `MRR`, the mean of
     1 / rank. Works in blocks: at most 2^24 cosines, and as many numbers of Rows, are in memory at a time.
     """
-    sparse = _check_features("query", query), _check_features("target", target)
-    require(sparse[0] == sparse[1], "target", "Codes as query is" if sparse[0] else "a tensor as query is", target)
+    query, target = _check_features("query", query), _check_features("target", target)
     for k in ks:
         check_int("ks", k, 1)
-    if sparse[0]:
-        query, target = Codes(*query), Codes(*target)
+    if isinstance(query, Codes):
+        if not isinstance(target, Codes):
+            fail("target", "Codes as query is", target)
         require(query.n_latents == target.n_latents, "target", f"n_latents {query.n_latents}", str(target.n_latents))
         rows, width = len(query.values), query.n_latents
         require(len(target.values) == rows, "target", f"{rows} rows as in query", target.values)
         block, step = max(1, _BLOCK_ELEMENTS // max(rows, width)), rows
+        cosines = _sparse_cosines(query, target)
     else:
+        if isinstance(target, Codes):
+            fail("target", "a tensor as query is", target)
         rows, width = query.shape
         ok = tuple(target.shape) == (rows, width)
         require(ok, "target", f"shape [{rows}, {width}]", f"shape {list(target.shape)}")
@@ -163,15 +166,15 @@ def retrieval(
         # few passes over targets that are read again for every block of queries
         block = max(1, _BLOCK_ELEMENTS // (2 * width if lazy else rows))
         step = max(1, _BLOCK_ELEMENTS // max(block, width)) if lazy else rows
-    cosines = _sparse_cosines(query, target) if sparse[0] else _dense_cosines(query, target)
-    ranks = []
+        cosines = _dense_cosines(query, target)
+    parts = []
     for start in watch(range(0, rows, block)):
         own, against = cosines(start, min(start + block, rows))
         rank = torch.zeros(len(own), dtype=torch.int64, device=own.device)
         for first in range(0, rows, step):
             rank += (against(first, min(first + step, rows)) >= own - _TIE).sum(1)  # its own is among them
-        ranks.append(rank)
-    ranks = torch.cat(ranks)
+        parts.append(rank)
+    ranks = torch.cat(parts)
     scores = {f"R@{k}": (ranks <= k).double().mean().item() for k in ks}
     return {**scores, "median_rank": float(ranks.median()), "MRR": ranks.double().reciprocal().mean().item()}
 
@@ -183,18 +186,19 @@ def activation_cosine(codes: Mapping[str, Codes], watch: Callable[[range], Itera
     Needs no labels. 0 in a pair where the latent is dead in one of the two. watch: takes the range of rows, whose step
     is a block, and gives it on: to show progress.
     """
-    codes = list(_check_streams(codes, at_least=2).values())
-    n, rows, device = codes[0].n_latents, len(codes[0].values), codes[0].values.device
-    products = torch.zeros(len(codes), len(codes), n, dtype=torch.float64, device=device)
-    block = max(1, _BLOCK_ELEMENTS // (n * len(codes)))
+    streams = list(_check_streams(codes, at_least=2).values())
+    S, n = len(streams), streams[0].n_latents
+    rows, device = len(streams[0].values), streams[0].values.device
+    products = torch.zeros(S, S, n, dtype=torch.float64, device=device)
+    block = max(1, _BLOCK_ELEMENTS // (n * S))
     for start in watch(range(0, rows, block)):
         part = slice(start, start + block)
-        dense = torch.stack([_block(c, part) for c in codes])  # [S, b, N]
-        for s, t in combinations(range(len(codes)), 2):
+        dense = torch.stack([_block(c, part) for c in streams])  # [S, b, N]
+        for s, t in combinations(range(S), 2):
             products[s, t] += (dense[s] * dense[t]).sum(0, dtype=torch.float64)
         products.diagonal(dim1=0, dim2=1).add_(dense.square().sum(1, dtype=torch.float64).T)
     norms = products.diagonal(dim1=0, dim2=1).T.sqrt()  # [S, N]
-    pairs = [products[s, t] / (norms[s] * norms[t]).clamp_min(1e-30) for s, t in combinations(range(len(codes)), 2)]
+    pairs = [products[s, t] / (norms[s] * norms[t]).clamp_min(1e-30) for s, t in combinations(range(S), 2)]
     return torch.stack(pairs).mean(0)
 
 
@@ -225,7 +229,9 @@ def explained_variance(
 
     Equivalent to, for one pair: sklearn.metrics.r2_score(x, recon, multioutput="variance_weighted").
     """
-    moments, errors, pairs = {}, {}, None
+    moments: dict[str, tuple[int, Tensor, Tensor]] = {}
+    errors: dict[tuple[str, str], Tensor] = {}
+    pairs = None
     for inputs, recons in batches:
         require(
             isinstance(recons, Mapping) and len(recons) > 0, "batches", "non-empty dicts of reconstructions", recons
@@ -237,7 +243,8 @@ def explained_variance(
             moments[t] = _merge_moments(moments.get(t), check_tensor(f"inputs[{t!r}]", inputs[t], ("b", "d")).double())
         for (t, s), recon in recons.items():
             recon = check_tensor(f"reconstructions[{t!r}, {s!r}]", recon, tuple(inputs[t].shape))
-            errors[t, s] = errors.get((t, s), 0) + (recon.double() - inputs[t].double()).square().sum()
+            error = (recon.double() - inputs[t].double()).square().sum()
+            errors[t, s] = errors[t, s] + error if (t, s) in errors else error
     require(pairs is not None, "batches", "at least one batch", "none")
     return {
         (t, s): (1 - error / moments[t][2]).item() if moments[t][2] > 0 else float("nan")
@@ -432,18 +439,18 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _check_features(name: str, value) -> bool:
-    """True for Codes, False for a dense tensor or Rows."""
+def _check_features(name: str, value) -> Codes | Tensor | Rows:
+    """Return what was given; any tuple of three is Codes."""
     if isinstance(value, Rows):
         require(value.shape[0] > 0, name, "at least one row", "none")
-        return False
+        return value
     if isinstance(value, Tensor):
         check_tensor(name, value, ("B", "d"))
         require(len(value) > 0, name, "at least one row", value)
         require(bool(value.isfinite().all()), name, "finite features", "NaN or infinity")
-        return False
+        return value
     _check_codes(name, value)
-    return True
+    return Codes(*value)
 
 
 def _check_codes(name: str, value) -> None:

@@ -61,9 +61,9 @@ def decode_one(indices: Tensor, values: Tensor, w_dec: Tensor, pre_bias: Tensor)
 
 
 def decode(
-    indices: Tensor, values: Tensor, w_decs: list[Tensor], pre_biases: list[Tensor]
+    indices: Tensor, values: Tensor | list[Tensor], w_decs: list[Tensor], pre_biases: list[Tensor]
 ) -> dict[tuple[int, int], Tensor]:
-    """Every reconstruction R[t<-s] of target t from source s: -> {(t, s): [B, d_t]}."""
+    """Every reconstruction R[t<-s] of target t from source s: values [S, B, k] -> {(t, s): [B, d_t]}."""
     return {
         (t, s): decode_one(of_stream(indices, s), values[s], w_decs[t], pre_biases[t])
         for t in range(len(w_decs))
@@ -140,6 +140,8 @@ def training_loss(
     matrix = torch.stack([torch.stack([nmse(recons[t, s], xs[t]) for s in range(S)]) for t in range(S)])
     aux = None
     if auxk_k is not None:
+        if dead is None:
+            raise ValueError("dead: expected a mask for each stream with auxk_k, got None")
         terms = []
         for s, h in enumerate(hs):
             if auxk_indices is None:
