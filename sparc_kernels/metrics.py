@@ -38,7 +38,7 @@ class Codes(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Dense features that are made or read when they are asked for.
+    """Dense features that are computed or read on demand.
 
     Attributes:
         shape: (B, d).
@@ -50,7 +50,7 @@ class Rows(NamedTuple):
 
 
 class Jaccard(NamedTuple):
-    """What `jaccard` returns.
+    """Result of `jaccard`.
 
     Attributes:
         mean: over all N latents.
@@ -66,7 +66,7 @@ class Jaccard(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """What `probe_1d` returns.
+    """Result of `probe_1d`.
 
     Attributes:
         mean: of per_class, over the classes probed.
@@ -91,10 +91,11 @@ def jaccard(codes: Mapping[str, Codes], labels: Tensor) -> Jaccard:
         codes: of two or more streams over the same B rows and N latents.
         labels: bool [B, C], multi-hot. Labels without a row and rows without a label are allowed; they count nothing.
 
-    Returns: Jaccard; `mean_alive` is 0 when no latent is alive. Memory: N x C floats for each stream.
+    Returns:
+        Jaccard; `mean_alive` is 0 when no latent is alive. Memory: N x C floats for each stream.
 
-    Equivalent to, with dense codes: counts = [(c > 0).T.float() @ labels.float() for c in codes], then the mean over
-    pairs of minimum(a, b).sum(1) / maximum(a, b).sum(1).
+    Equivalent to, with dense codes, the mean over pairs of `minimum(a, b).sum(1) / maximum(a, b).sum(1)` with
+    `counts = [(c > 0).T.float() @ labels.float() for c in codes]`.
     """
     codes = _check_streams(codes, at_least=2)
     first = next(iter(codes.values()))
@@ -137,13 +138,17 @@ def retrieval(
     behind whatever is similar at all: if all codes are zero every rank is B. Chance is R@K = K / B.
 
     Args:
-        query, target: both Codes over the same N latents, or both floating [B, d] (a cross-reconstruction and the raw
-            features, say), as tensors or as Rows. float16 and bfloat16 are computed in float32.
+        query: Codes, or floating [B, d] as a tensor or Rows. float16 and bfloat16 are computed in float32.
+        target: the same kind over the same N latents or of the same width (a cross-reconstruction against the raw
+            features, say).
         ks: the K of R@K.
-        watch: takes the range of queries, whose step is a block, and gives it on: to show progress.
+        watch: wraps the range of queries, whose step is a block, to show progress.
 
-    Returns: `R@K` for every K, `median_rank` (the lower of the middle two, as torch.median), and `MRR`, the mean of
-    1 / rank. Works in blocks: at most 2^24 cosines, and as many numbers of Rows, are in memory at a time.
+    Returns:
+        `R@K` for every K, `median_rank` (the lower of the middle two, as torch.median), and `MRR`, the mean of
+        1 / rank.
+
+    Works in blocks: at most 2^24 cosines, and as many numbers of Rows, are in memory at a time.
     """
     query, target = _check_features("query", query), _check_features("target", target)
     for k in ks:
@@ -183,8 +188,11 @@ def retrieval(
 def activation_cosine(codes: Mapping[str, Codes], watch: Callable[[range], Iterable[int]] = iter) -> Tensor:
     """Cosine between a latent's activations in two streams over all rows, averaged over the pairs: float64 [N].
 
-    Needs no labels. 0 in a pair where the latent is dead in one of the two. watch: takes the range of rows, whose step
-    is a block, and gives it on: to show progress.
+    Needs no labels. 0 in a pair where the latent is dead in one of the two.
+
+    Args:
+        codes: of two or more streams over the same B rows and N latents.
+        watch: wraps the range of rows, whose step is a block, to show progress.
     """
     streams = list(_check_streams(codes, at_least=2).values())
     S, n = len(streams), streams[0].n_latents
@@ -224,10 +232,11 @@ def explained_variance(
         batches: pairs (inputs, reconstructions): inputs {t: [b, d_t]}, reconstructions {(t, s): [b, d_t]} of target t
             from source s; every batch has the same pairs. One pass, a batch at a time; sums are float64.
 
-    Returns: {(t, s): explained variance}. At most 1; negative when the mean alone would do better; NaN for a target
-    without variance.
+    Returns:
+        {(t, s): explained variance}. At most 1; negative when the mean alone would do better; NaN for a target without
+        variance.
 
-    Equivalent to, for one pair: sklearn.metrics.r2_score(x, recon, multioutput="variance_weighted").
+    Equivalent to, for one pair: `sklearn.metrics.r2_score(x, recon, multioutput="variance_weighted")`.
     """
     moments: dict[str, tuple[int, Tensor, Tensor]] = {}
     errors: dict[tuple[str, str], Tensor] = {}
@@ -274,9 +283,10 @@ def probe_1d(
         labels: bool [B, C], multi-hot.
         min_count: classes need more positive and more negative rows than this, at least 6; others are left out (NaN).
         seed: of the sampling; a class's rows do not depend on the other classes.
-        watch: takes the range of classes and gives it on: to show progress.
+        watch: wraps the range of classes, to show progress.
 
-    Returns: Probe; its mean is NaN when no class has enough rows.
+    Returns:
+        Probe; its mean is NaN when no class has enough rows.
     """
     _check_codes("codes", codes)
     codes = Codes(*codes)
@@ -389,7 +399,7 @@ def _candidates(codes: Codes, positive: Tensor, train_rows: Tensor, n: int) -> T
 
 def _columns(codes: Codes, rows: Tensor, latents: Tensor) -> Tensor:
     """float64 [len(rows), len(latents)]: the codes at these rows and latents."""
-    column = torch.full((codes.n_latents,), len(latents), device=rows.device)  # the last column takes what is not asked
+    column = torch.full((codes.n_latents,), len(latents), device=rows.device)  # the last column takes the rest
     column[latents] = torch.arange(len(latents), device=rows.device)
     out = torch.zeros(len(rows), len(latents) + 1, dtype=torch.float64, device=rows.device)
     return out.scatter_add_(1, column[codes.indices[rows]], codes.values[rows].double())[:, :-1]

@@ -99,7 +99,7 @@ def auxk(h: Tensor, dead: Tensor, auxk: int) -> tuple[Tensor, Tensor]:
 
 
 def auxk_nmse(x: Tensor, recon: Tensor, indices: Tensor, values: Tensor, w_dec: Tensor, pre_bias: Tensor) -> Tensor:
-    """NMSE of what dead latents make of the residual; gradients reach the codes, w_dec and the decoder's own bias."""
+    """NMSE of the dead latents' reconstruction of the residual; gradients reach codes, w_dec and pre_bias."""
     target = x - recon.detach() + pre_bias.detach()
     return nmse(decode_one(indices, values, w_dec, pre_bias), target)
 

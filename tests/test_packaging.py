@@ -77,7 +77,8 @@ def test_the_metadata_is_fit_for_an_index(tmp_path):
     tracked = [p for folder in ("benchmarks", "docs", "sparc_kernels", "tests") for p in (ROOT / folder).rglob("*")]
     kinds = {".py", ".npz", ".md", ".png", ".svg", ".typed"}
     needed = {p.relative_to(ROOT).as_posix() for p in tracked if p.suffix in kinds}
-    needed |= {"README.md", "CHANGELOG.md", "LICENSE", "constraints.txt", "setup.py", ".ci/run"}
+    needed |= {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "constraints.txt", "setup.py", ".ci/run"}
+    needed |= {"mkdocs.yml", ".pre-commit-config.yaml"}
     assert "tests/conftest.py" in needed and needed <= sources, needed - sources
     assert not any("__pycache__" in path for path in sources)
 
