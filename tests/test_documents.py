@@ -14,6 +14,7 @@ import torch
 from names import Sources, prose, spans
 from torch.nn.parallel import DistributedDataParallel
 
+import sparc_kernels
 from benchmarks import __main__ as benchmark
 from benchmarks import gpu_report, plot, report
 from sparc_kernels import cli
@@ -283,6 +284,13 @@ def test_every_name_in_a_docstring_or_comment_exists(sources):
 )
 def test_a_planted_name_is_found(span, gone, sources):
     assert sources.unresolved(span) == gone
+
+
+def test_the_site_has_every_public_name(sources):
+    listed = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    public = {f"sparc_kernels.{name}" for name in sparc_kernels.__all__ if name != "__version__"}
+    assert public <= set(listed) and len(listed) == len(set(listed))
+    assert [name for name in listed if sources.unresolved(name)] == []
 
 
 def test_extras_that_are_named_exist():

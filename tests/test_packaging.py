@@ -98,6 +98,14 @@ def test_one_line_turns_the_links_on(tmp_path):
     assert len(below) == len(relative) >= 5 and "https://example.org/x/y/raw/HEAD/docs/demo_gallery.png" in below
 
 
+def test_hooks_lint_with_the_version_of_ci():
+    pinned = [
+        re.findall(r"ruff==([\d.]+)", (ROOT / name).read_text())
+        for name in ("pyproject.toml", ".pre-commit-config.yaml")
+    ]
+    assert len(pinned[0]) == 1 and set(pinned[1]) == set(pinned[0])
+
+
 def test_type_checkers_see_what_is_exported():
     tree = ast.parse(Path(sparc_kernels.__file__).read_text())
     block = next(n for n in tree.body if isinstance(n, ast.If) and n.test.id == "TYPE_CHECKING")
