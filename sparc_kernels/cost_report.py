@@ -201,7 +201,7 @@ def parse_shape(text: str) -> Shape:
 
 
 def of_trace(shape) -> Shape:
-    """The shape of a traced or audited step (`_trace.Shape`)."""
+    """The shape of a traced or audited step (`trace.Shape`)."""
     return Shape(shape.B, shape.N, shape.k, shape.widths, shape.dtype)
 
 

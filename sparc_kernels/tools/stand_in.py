@@ -2,7 +2,7 @@
 
 Inside `stand_in` the operators run their launchers on meta tensors, and `kernel[grid](...)` is Triton's: binding and
 specialisation of the arguments, parsing of the options, compiler, look-up of the next launch, driver. Only what would
-load a binary and hand a launch to CUDA is replaced, by checks of what CUDA would refuse. (`_trace.py` notes the same
+load a binary and hand a launch to CUDA is replaced, by checks of what CUDA would refuse. (`trace.py` notes the same
 launches without Triton; that both come to the same kernels is tested.)
 """
 
