@@ -289,7 +289,7 @@ def distinct(n: int, uses: float) -> float:
 
 
 def slabs_of(s: Shape, d: int, k: int) -> tuple[int, int]:
-    """Columns of one slab of a gather over d columns of W, and how many slabs, as `_launch.gather_config` cuts them."""
+    """Columns of one slab of a gather over d columns of W, and how many slabs, as `gather.gather_config` cuts them."""
     k_pad, tile = max(next_power_of_2(k), 16), 16384 if s.e == 2 else 8192
     block = min(max(tile // (k_pad * s.e), 16), 128, max(next_power_of_2(d), 16))
     least = max(4, 256 // block)

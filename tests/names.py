@@ -58,6 +58,7 @@ class Sources:
         self.files = {path.relative_to(root).as_posix() for path in (*tops, *deeper) if "__pycache__" not in path.parts}
         self.folders = {parent.as_posix() for file in self.files for parent in Path(file).parents}
         self.defined: dict[str, set[str]] = {}
+        self.members: set[str] = set()  # of classes and their instances
         self.names: set[str] = set()
         self.texts: set[str] = set()
         self.used: dict[str, tuple[set, set]] = {}  # names and texts of a file
@@ -81,11 +82,14 @@ class Sources:
                 inner = f"{within}{child.name}."
                 names.add(child.name)
                 self.defined[file].add(f"{within}{child.name}")
+                self.members |= {child.name} if within else set()
             elif isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
                 names.add(child.id)
                 self.defined[file].add(f"{within}{child.id}")
+                self.members |= {child.id} if within else set()
             elif isinstance(child, ast.Attribute) and isinstance(child.ctx, ast.Store):
                 names.add(child.attr)
+                self.members.add(child.attr)
             elif isinstance(child, (ast.arg, ast.keyword)):
                 names.add(child.arg or "")
             elif isinstance(child, ast.alias):
@@ -131,8 +135,11 @@ class Sources:
             head, rest = "sparc_kernels", name
         if head in ("sparc_kernels", "benchmarks", "safetensors", "sklearn"):
             return _reach(importlib.import_module(head), rest)
-        if any(name in members or (f"{head}.py" in file and rest in members) for file, members in self.defined.items()):
+        if any(name in members for members in self.defined.values()):
             return True
+        owners = [Path(file) for file, members in self.defined.items() if rest in members]
+        if owners:  # functions and constants of modules
+            return any(head in (file.stem, *file.parts) for file in owners) or rest in self.members
         if any(head in members for members in self.defined.values()) and head[:1].isupper():
             return any(part == f"{head}.{rest}" for members in self.defined.values() for part in members) or any(
                 hasattr(space, rest) for space in (torch.nn.Module, torch.optim.Optimizer)

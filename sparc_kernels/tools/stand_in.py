@@ -175,7 +175,7 @@ def stand_in(arch: int = 90, *, tf32: bool = False, stage: Callable[[object], st
     """The package's operators on meta tensors, with impl "auto" or "triton", as they would be on an NVIDIA GPU.
 
     Args:
-        arch: as `_launch.capability` gives it.
+        arch: as `device.capability` gives it.
         tf32: what torch's float32 matmul precision allows.
         stage: how far Triton compiles an ASTSource, one of STAGES; all the way by default, into Triton's cache. Asked
             once for each specialisation of each kernel.
