@@ -235,7 +235,7 @@ def decode_nmse(s: Shape) -> Op:
 
 
 def route(s: Shape, d: int) -> tuple[bool, int]:
-    """Whether a decoder of width d has its gradient made by H, and how many columns at a time, as `decode_grads._route`."""
+    """Whether a decoder of width d takes the route by H, and how many columns at a time, as `decode_grads._route`."""
     width = SCRATCH_BYTES * (2 if s.S > 3 else 1) // (s.M * s.e)
     chunk = MAX_K if s.e == 2 else 128
     few = s.e == 2 or s.k <= SPREAD_WIDE
