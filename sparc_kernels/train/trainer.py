@@ -1,7 +1,7 @@
-"""Training from feature files or tensors: the official loop with its settings as defaults, made to be left alone.
+"""Training from feature files or tensors: the official loop with its settings as defaults, designed to run unattended.
 
 `Trainer` draws batches, takes steps, logs, validates and saves; `Step` is one step of the official loop. The command
-line is in cli_train.py.
+line is in cli/train.py.
 """
 
 from __future__ import annotations
