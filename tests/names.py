@@ -41,12 +41,12 @@ def spans(text: str) -> Iterator[str]:
 
 def prose(source: str) -> Iterator[tuple[int, str]]:
     """Lines and texts of a module's docstrings and comments."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
-            yield node.body[0].lineno, node.body[0].value.value
+    first = True  # of a statement
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
+        if token.type == tokenize.COMMENT or (token.type == tokenize.STRING and first):
             yield token.start[0], token.string
+        elif token.type not in (tokenize.NL, tokenize.COMMENT):
+            first = token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
 
 
 class Sources:
@@ -61,7 +61,8 @@ class Sources:
         self.members: set[str] = set()  # of classes and their instances
         self.names: set[str] = set()
         self.texts: set[str] = set()
-        self.used: dict[str, tuple[set, set]] = {}  # names and texts of a file
+        self.used: dict[str, tuple[set[str], set[str]]] = {}  # names and texts of each file
+        self.own: tuple[set[str], set[str]] = set(), set()  # of the module whose docstring is read
         for file in self.files:
             text = (root / file).read_text("utf-8") if file.endswith((".py", ".toml", ".yml")) else ""
             self.used[file] = set(), set()
@@ -116,6 +117,9 @@ class Sources:
         made = stem in self.names and f"{{}}{dot}{suffix}" in self.texts  # f"{name}.json"
         return made or bool(self._ending(path)) or any(text.endswith(path) for text in self.texts)
 
+    def _is_text(self, text: str) -> bool:
+        return text in self.texts or text in self.own[1]
+
     def _is_member(self, file: str, name: str) -> bool:
         return any(name in self.defined[found] for found in self._ending(file))
 
@@ -126,7 +130,8 @@ class Sources:
         if not rest:
             if any(Path(folder).name == name for folder in self.folders):
                 return True
-            known = name in self.names or name in self.texts or any(hasattr(space, name) for space in NAMESPACES)
+            known = name in self.names or name in self.own[0] or self._is_text(name)
+            known = known or any(hasattr(space, name) for space in NAMESPACES)
             return known or any(name in members for members in self.defined.values())
         if head in LIBRARIES:
             library = LIBRARIES[head]
@@ -148,15 +153,9 @@ class Sources:
 
     def unresolved(self, span: str, file: str | None = None) -> list[str]:
         """Return those parts of a code span that name nothing. file: the module that has it."""
-        if file:
-            names, texts = self.names, self.texts
-            self.names, self.texts = names | self.used[file][0], texts | self.used[file][1]
-            try:
-                return self.unresolved(span)
-            finally:
-                self.names, self.texts = names, texts
+        self.own = self.used.get(file or "", (set(), set()))
         text = re.sub(r"\{\w*\}", "{}", span)
-        if text in self.texts or span.startswith("-") or span.split()[0] in PROGRAMS:
+        if self._is_text(text) or span.startswith("-") or span.split()[0] in PROGRAMS:
             return [path for path in re.findall(r"[\w./-]+\.py\b", span) if not self._is_path(path)]
         member = re.fullmatch(r"([\w./-]+\.py): (.+)", span)
         if member:
