@@ -22,7 +22,7 @@ from .launch.select import encode_by_library, select_config, select_rows
 
 # Compiled (sm_90, Triton 3.9): the epilogue adds about 46 / D of the main loop to a 128 x 256 tile.
 EPILOGUE = 46
-# Assumption: the share of the library's rate that the Triton GEMM reaches; the one behind `select.encode_by_library`.
+# Assumption: the share of the library's rate that the Triton GEMM reaches; the one behind `_launch.encode_by_library`.
 TRITON_GEMM = 0.93
 # Compiled (sm_90, Triton 3.9): a warp of the selector executes about 1,640 instructions outside its two bisections, and
 # 73 + 46 a step. Simulated (normal logits, tests/test_cost.py): steps of each bisection, 5 to 9 of 16 or 19 in half
@@ -143,7 +143,7 @@ def select_library(s: Shape) -> Op:
 
 def select(s: Shape) -> Op:
     """The variant that the package takes: the library where its GEMM pays and the weights lie side by side, which those
-    of one stream do, and those of several when autocast has just written them (`joint.JointCast`)."""
+    of one stream do, and those of several when autocast has just written them (`encode.JointCast`)."""
     joint = s.S == 1 or (s.autocast and all(d % 8 == 0 for d in s.d_streams))
     return select_library(s) if joint and encode_by_library(s.B, s.D, s.e, s.tf32) else select_fused(s)
 
@@ -235,7 +235,7 @@ def decode_nmse(s: Shape) -> Op:
 
 
 def route(s: Shape, d: int) -> tuple[bool, int]:
-    """Whether a decoder of width d takes the route by H, and how many columns at a time, as `decode_grads._route`."""
+    """Whether a decoder of width d has its gradient made by H, and how many columns at a time, as `decoder._route`."""
     width = SCRATCH_BYTES * (2 if s.S > 3 else 1) // (s.M * s.e)
     chunk = MAX_K if s.e == 2 else 128
     few = s.e == 2 or s.k <= SPREAD_WIDE
@@ -357,7 +357,7 @@ def bias_grad(s: Shape) -> Op:
 
 
 def takes_gradient_ahead(s: Shape) -> bool:
-    """Whether the loss makes its gradients in the forward (`aligned_loss.AlignedLoss`)."""
+    """Whether the loss makes its gradients in the forward (`loss.AlignedLoss`)."""
     return not s.compiled and s.dtype != "float16"
 
 

@@ -11,7 +11,7 @@ Everything here is **modelled**. Nothing was measured, and no number is more tha
 - Rates are the data sheet's times a fraction that is written beside it. The fractions are assumptions.
 - Outside a CUDA graph the host must issue every launch: a step lasts at least launches * `host_us`.
 
-- Launches and the bytes of torch's own kernels are those of the traced step (`trace.trace`), which the tests hold them
+- Launches and the bytes of torch's own kernels are those of the traced step (`_trace.trace`), which the tests hold them
   to; what torch launches inside one of its operators (sorts, `topk`, `index_put`) is an assumption beside each.
 
 Not modelled: wave quantisation, tails, the latency of dependent loads, programs that look at a number and exit, hot
@@ -289,7 +289,7 @@ def distinct(n: int, uses: float) -> float:
 
 
 def slabs_of(s: Shape, d: int, k: int) -> tuple[int, int]:
-    """Columns of one slab of a gather over d columns of W, and how many slabs, as `gather.gather_config` cuts them."""
+    """Columns of one slab of a gather over d columns of W, and how many slabs, as `_launch.gather_config` cuts them."""
     k_pad, tile = max(next_power_of_2(k), 16), 16384 if s.e == 2 else 8192
     block = min(max(tile // (k_pad * s.e), 16), 128, max(next_power_of_2(d), 16))
     least = max(4, 256 // block)

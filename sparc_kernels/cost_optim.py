@@ -1,4 +1,4 @@
-"""The cost model of the optimizer and of whole training steps. Everything here is **modelled**, see `cost_model.py`.
+"""The cost model of the optimizer and of whole training steps with it: everything here is **modelled**, see `py`.
 
 Bytes a parameter are those of the weight matrices' weights, gradients and moments: what a step must move whatever the
 batch is. Biases and what lists and gathers move are in the times, not in that figure.

@@ -201,7 +201,7 @@ def parse_shape(text: str) -> Shape:
 
 
 def of_trace(shape) -> Shape:
-    """The shape of a traced or audited step (`trace.Shape`)."""
+    """The shape of a traced or audited step (`_trace.Shape`)."""
     return Shape(shape.B, shape.N, shape.k, shape.widths, shape.dtype)
 
 
@@ -223,7 +223,7 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"sparc-kernels cost: error: --{str(error).removeprefix('--')}", file=sys.stderr)
         return 2
-    from .cost_optim import table as optimizers
+    from .cost_optim import table as optimizers  # which imports this module
 
     print("\n\n".join(f"{table(s, gpu)}\n\n{optimizers(s, gpu)}" for s in shapes))
     goals = [] if args.shape else claims(gpu)
