@@ -140,6 +140,8 @@ class Sources:
             head, rest = "sparc_kernels", name
         if head in ("sparc_kernels", "benchmarks", "safetensors", "sklearn"):
             return _reach(importlib.import_module(head), rest)
+        if "." in rest and any(Path(folder).name == head for folder in self.folders):  # a module by its room
+            return self._is_name(rest)
         if any(name in members for members in self.defined.values()):
             return True
         owners = [Path(file) for file, members in self.defined.items() if rest in members]
@@ -157,6 +159,8 @@ class Sources:
         text = re.sub(r"\{\w*\}", "{}", span)
         if self._is_text(text) or span.startswith("-") or span.split()[0] in PROGRAMS:
             return [path for path in re.findall(r"[\w./-]+\.py\b", span) if not self._is_path(path)]
+        if re.fullmatch(r"\*_\w+", span):
+            return [] if any(name.endswith(span[1:]) for name in self.names | self.own[0]) else [span]
         member = re.fullmatch(r"([\w./-]+\.py): (.+)", span)
         if member:
             return [name for name in member[2].split(", ") if not self._is_member(member[1], name)]

@@ -278,6 +278,8 @@ def test_every_name_in_a_docstring_or_comment_exists(sources):
         ("mse_los_{s}", ["mse_los_"]),
         ("SparcAdam(model, shadows=torch.bfloat16)", []),
         ("_select_kernels", ["_select_kernels"]),
+        ("*_no_such", ["*_no_such"]),
+        ("ops.aligned_loss.NoSuchLoss", ["ops.aligned_loss.NoSuchLoss"]),
         ("model.training_steps(x, optimizer)", ["model.training_steps"]),
         ("python tests/launch_something.py --all", ["tests/launch_something.py"]),
     ],
