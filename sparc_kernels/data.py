@@ -79,10 +79,12 @@ def unicode_streams(seed: int = 0, quick: bool = False) -> StreamData:
         seed: decides the held-out rows, the initial weights and the order of the mini-batches.
         quick: 1,600 characters with 300 held out, instead of all with 600 held out, and fewer epochs.
 
-    Returns: StreamData, its images of the kinds `sans` and `serif`. The same seed gives the same data on one machine.
+    Returns:
+        StreamData, its images of the kinds `sans` and `serif`. The same seed gives the same data on one machine.
 
-    Raises: ValueError for a negative seed; ImportError without matplotlib and scikit-learn
-    (the extra `demo`).
+    Raises:
+        ValueError: for a negative seed.
+        ImportError: without matplotlib and scikit-learn (the extra `demo`).
     """
     generator = _generator(seed)
     codepoints, images = _render()
@@ -117,7 +119,12 @@ def digits_streams(seed: int = 0) -> StreamData:
     Streams: `pixels` [64]; `classifier` [48] and `autoencoder` [32], hidden activations of two small networks fitted on
     the training rows. 297 rows are held out. Labels are the ten digits. `images` has the one kind `pixels`.
 
-    Raises: ValueError for a negative seed; ImportError without scikit-learn (the extra `demo`).
+    Args:
+        seed: decides the held-out rows, the initial weights and the order of the mini-batches.
+
+    Raises:
+        ValueError: for a negative seed.
+        ImportError: without scikit-learn (the extra `demo`).
     """
     generator = _generator(seed)
     try:

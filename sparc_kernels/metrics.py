@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .core.validation import check_int, check_tensor, require
+from .core.validation import check_int, check_tensor, fail, require
 
 _BLOCK_ELEMENTS = 2**24  # of the largest temporary: 64 MiB in float32
 _TIE = 1e-6  # cosines this close are ties: a few roundings of a float32 dot product of unit vectors
@@ -38,7 +38,7 @@ class Codes(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Dense features that are made or read when they are asked for.
+    """Dense features that are computed or read on demand.
 
     Attributes:
         shape: (B, d).
@@ -50,7 +50,7 @@ class Rows(NamedTuple):
 
 
 class Jaccard(NamedTuple):
-    """What `jaccard` returns.
+    """Result of `jaccard`.
 
     Attributes:
         mean: over all N latents.
@@ -66,7 +66,7 @@ class Jaccard(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """What `probe_1d` returns.
+    """Result of `probe_1d`.
 
     Attributes:
         mean: of per_class, over the classes probed.
@@ -91,10 +91,11 @@ def jaccard(codes: Mapping[str, Codes], labels: Tensor) -> Jaccard:
         codes: of two or more streams over the same B rows and N latents.
         labels: bool [B, C], multi-hot. Labels without a row and rows without a label are allowed; they count nothing.
 
-    Returns: Jaccard; `mean_alive` is 0 when no latent is alive. Memory: N x C floats for each stream.
+    Returns:
+        Jaccard; `mean_alive` is 0 when no latent is alive. Memory: N x C floats for each stream.
 
-    Equivalent to, with dense codes: counts = [(c > 0).T.float() @ labels.float() for c in codes], then the mean over
-    pairs of minimum(a, b).sum(1) / maximum(a, b).sum(1).
+    Equivalent to, with dense codes, the mean over pairs of `minimum(a, b).sum(1) / maximum(a, b).sum(1)` with
+    `counts = [(c > 0).T.float() @ labels.float() for c in codes]`.
     """
     codes = _check_streams(codes, at_least=2)
     first = next(iter(codes.values()))
@@ -137,25 +138,32 @@ def retrieval(
     behind whatever is similar at all: if all codes are zero every rank is B. Chance is R@K = K / B.
 
     Args:
-        query, target: both Codes over the same N latents, or both floating [B, d] (a cross-reconstruction and the raw
-            features, say), as tensors or as Rows. float16 and bfloat16 are computed in float32.
+        query: Codes, or floating [B, d] as a tensor or Rows. float16 and bfloat16 are computed in float32.
+        target: the same kind over the same N latents or of the same width (a cross-reconstruction against the raw
+            features, say).
         ks: the K of R@K.
-        watch: takes the range of queries, whose step is a block, and gives it on: to show progress.
+        watch: wraps the range of queries, whose step is a block, to show progress.
 
-    Returns: `R@K` for every K, `median_rank` (the lower of the middle two, as torch.median), and `MRR`, the mean of
-    1 / rank. Works in blocks: at most 2^24 cosines, and as many numbers of Rows, are in memory at a time.
+    Returns:
+        `R@K` for every K, `median_rank` (the lower of the middle two, as torch.median), and `MRR`, the mean of
+        1 / rank.
+
+    Works in blocks: at most 2^24 cosines, and as many numbers of Rows, are in memory at a time.
     """
-    sparse = _check_features("query", query), _check_features("target", target)
-    require(sparse[0] == sparse[1], "target", "Codes as query is" if sparse[0] else "a tensor as query is", target)
+    query, target = _check_features("query", query), _check_features("target", target)
     for k in ks:
         check_int("ks", k, 1)
-    if sparse[0]:
-        query, target = Codes(*query), Codes(*target)
+    if isinstance(query, Codes):
+        if not isinstance(target, Codes):
+            fail("target", "Codes as query is", target)
         require(query.n_latents == target.n_latents, "target", f"n_latents {query.n_latents}", str(target.n_latents))
         rows, width = len(query.values), query.n_latents
         require(len(target.values) == rows, "target", f"{rows} rows as in query", target.values)
         block, step = max(1, _BLOCK_ELEMENTS // max(rows, width)), rows
+        cosines = _sparse_cosines(query, target)
     else:
+        if isinstance(target, Codes):
+            fail("target", "a tensor as query is", target)
         rows, width = query.shape
         ok = tuple(target.shape) == (rows, width)
         require(ok, "target", f"shape [{rows}, {width}]", f"shape {list(target.shape)}")
@@ -163,15 +171,15 @@ def retrieval(
         # few passes over targets that are read again for every block of queries
         block = max(1, _BLOCK_ELEMENTS // (2 * width if lazy else rows))
         step = max(1, _BLOCK_ELEMENTS // max(block, width)) if lazy else rows
-    cosines = _sparse_cosines(query, target) if sparse[0] else _dense_cosines(query, target)
-    ranks = []
+        cosines = _dense_cosines(query, target)
+    parts = []
     for start in watch(range(0, rows, block)):
         own, against = cosines(start, min(start + block, rows))
         rank = torch.zeros(len(own), dtype=torch.int64, device=own.device)
         for first in range(0, rows, step):
             rank += (against(first, min(first + step, rows)) >= own - _TIE).sum(1)  # its own is among them
-        ranks.append(rank)
-    ranks = torch.cat(ranks)
+        parts.append(rank)
+    ranks = torch.cat(parts)
     scores = {f"R@{k}": (ranks <= k).double().mean().item() for k in ks}
     return {**scores, "median_rank": float(ranks.median()), "MRR": ranks.double().reciprocal().mean().item()}
 
@@ -180,21 +188,25 @@ def retrieval(
 def activation_cosine(codes: Mapping[str, Codes], watch: Callable[[range], Iterable[int]] = iter) -> Tensor:
     """Cosine between a latent's activations in two streams over all rows, averaged over the pairs: float64 [N].
 
-    Needs no labels. 0 in a pair where the latent is dead in one of the two. watch: takes the range of rows, whose step
-    is a block, and gives it on: to show progress.
+    Needs no labels. 0 in a pair where the latent is dead in one of the two.
+
+    Args:
+        codes: of two or more streams over the same B rows and N latents.
+        watch: wraps the range of rows, whose step is a block, to show progress.
     """
-    codes = list(_check_streams(codes, at_least=2).values())
-    n, rows, device = codes[0].n_latents, len(codes[0].values), codes[0].values.device
-    products = torch.zeros(len(codes), len(codes), n, dtype=torch.float64, device=device)
-    block = max(1, _BLOCK_ELEMENTS // (n * len(codes)))
+    streams = list(_check_streams(codes, at_least=2).values())
+    S, n = len(streams), streams[0].n_latents
+    rows, device = len(streams[0].values), streams[0].values.device
+    products = torch.zeros(S, S, n, dtype=torch.float64, device=device)
+    block = max(1, _BLOCK_ELEMENTS // (n * S))
     for start in watch(range(0, rows, block)):
         part = slice(start, start + block)
-        dense = torch.stack([_block(c, part) for c in codes])  # [S, b, N]
-        for s, t in combinations(range(len(codes)), 2):
+        dense = torch.stack([_block(c, part) for c in streams])  # [S, b, N]
+        for s, t in combinations(range(S), 2):
             products[s, t] += (dense[s] * dense[t]).sum(0, dtype=torch.float64)
         products.diagonal(dim1=0, dim2=1).add_(dense.square().sum(1, dtype=torch.float64).T)
     norms = products.diagonal(dim1=0, dim2=1).T.sqrt()  # [S, N]
-    pairs = [products[s, t] / (norms[s] * norms[t]).clamp_min(1e-30) for s, t in combinations(range(len(codes)), 2)]
+    pairs = [products[s, t] / (norms[s] * norms[t]).clamp_min(1e-30) for s, t in combinations(range(S), 2)]
     return torch.stack(pairs).mean(0)
 
 
@@ -220,12 +232,15 @@ def explained_variance(
         batches: pairs (inputs, reconstructions): inputs {t: [b, d_t]}, reconstructions {(t, s): [b, d_t]} of target t
             from source s; every batch has the same pairs. One pass, a batch at a time; sums are float64.
 
-    Returns: {(t, s): explained variance}. At most 1; negative when the mean alone would do better; NaN for a target
-    without variance.
+    Returns:
+        {(t, s): explained variance}. At most 1; negative when the mean alone would do better; NaN for a target without
+        variance.
 
-    Equivalent to, for one pair: sklearn.metrics.r2_score(x, recon, multioutput="variance_weighted").
+    Equivalent to, for one pair: `sklearn.metrics.r2_score(x, recon, multioutput="variance_weighted")`.
     """
-    moments, errors, pairs = {}, {}, None
+    moments: dict[str, tuple[int, Tensor, Tensor]] = {}
+    errors: dict[tuple[str, str], Tensor] = {}
+    pairs = None
     for inputs, recons in batches:
         require(
             isinstance(recons, Mapping) and len(recons) > 0, "batches", "non-empty dicts of reconstructions", recons
@@ -237,7 +252,8 @@ def explained_variance(
             moments[t] = _merge_moments(moments.get(t), check_tensor(f"inputs[{t!r}]", inputs[t], ("b", "d")).double())
         for (t, s), recon in recons.items():
             recon = check_tensor(f"reconstructions[{t!r}, {s!r}]", recon, tuple(inputs[t].shape))
-            errors[t, s] = errors.get((t, s), 0) + (recon.double() - inputs[t].double()).square().sum()
+            error = (recon.double() - inputs[t].double()).square().sum()
+            errors[t, s] = errors[t, s] + error if (t, s) in errors else error
     require(pairs is not None, "batches", "at least one batch", "none")
     return {
         (t, s): (1 - error / moments[t][2]).item() if moments[t][2] > 0 else float("nan")
@@ -267,9 +283,10 @@ def probe_1d(
         labels: bool [B, C], multi-hot.
         min_count: classes need more positive and more negative rows than this, at least 6; others are left out (NaN).
         seed: of the sampling; a class's rows do not depend on the other classes.
-        watch: takes the range of classes and gives it on: to show progress.
+        watch: wraps the range of classes, to show progress.
 
-    Returns: Probe; its mean is NaN when no class has enough rows.
+    Returns:
+        Probe; its mean is NaN when no class has enough rows.
     """
     _check_codes("codes", codes)
     codes = Codes(*codes)
@@ -382,7 +399,7 @@ def _candidates(codes: Codes, positive: Tensor, train_rows: Tensor, n: int) -> T
 
 def _columns(codes: Codes, rows: Tensor, latents: Tensor) -> Tensor:
     """float64 [len(rows), len(latents)]: the codes at these rows and latents."""
-    column = torch.full((codes.n_latents,), len(latents), device=rows.device)  # the last column takes what is not asked
+    column = torch.full((codes.n_latents,), len(latents), device=rows.device)  # the last column takes the rest
     column[latents] = torch.arange(len(latents), device=rows.device)
     out = torch.zeros(len(rows), len(latents) + 1, dtype=torch.float64, device=rows.device)
     return out.scatter_add_(1, column[codes.indices[rows]], codes.values[rows].double())[:, :-1]
@@ -432,18 +449,18 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _check_features(name: str, value) -> bool:
-    """True for Codes, False for a dense tensor or Rows."""
+def _check_features(name: str, value) -> Codes | Tensor | Rows:
+    """Return what was given; any tuple of three is Codes."""
     if isinstance(value, Rows):
         require(value.shape[0] > 0, name, "at least one row", "none")
-        return False
+        return value
     if isinstance(value, Tensor):
         check_tensor(name, value, ("B", "d"))
         require(len(value) > 0, name, "at least one row", value)
         require(bool(value.isfinite().all()), name, "finite features", "NaN or infinity")
-        return False
+        return value
     _check_codes(name, value)
-    return True
+    return Codes(*value)
 
 
 def _check_codes(name: str, value) -> None:

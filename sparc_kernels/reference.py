@@ -61,9 +61,9 @@ def decode_one(indices: Tensor, values: Tensor, w_dec: Tensor, pre_bias: Tensor)
 
 
 def decode(
-    indices: Tensor, values: Tensor, w_decs: list[Tensor], pre_biases: list[Tensor]
+    indices: Tensor, values: Tensor | list[Tensor], w_decs: list[Tensor], pre_biases: list[Tensor]
 ) -> dict[tuple[int, int], Tensor]:
-    """Every reconstruction R[t<-s] of target t from source s: -> {(t, s): [B, d_t]}."""
+    """Every reconstruction R[t<-s] of target t from source s: values [S, B, k] -> {(t, s): [B, d_t]}."""
     return {
         (t, s): decode_one(of_stream(indices, s), values[s], w_decs[t], pre_biases[t])
         for t in range(len(w_decs))
@@ -99,7 +99,7 @@ def auxk(h: Tensor, dead: Tensor, auxk: int) -> tuple[Tensor, Tensor]:
 
 
 def auxk_nmse(x: Tensor, recon: Tensor, indices: Tensor, values: Tensor, w_dec: Tensor, pre_bias: Tensor) -> Tensor:
-    """NMSE of what dead latents make of the residual; gradients reach the codes, w_dec and the decoder's own bias."""
+    """NMSE of the dead latents' reconstruction of the residual; gradients reach codes, w_dec and pre_bias."""
     target = x - recon.detach() + pre_bias.detach()
     return nmse(decode_one(indices, values, w_dec, pre_bias), target)
 
@@ -140,6 +140,8 @@ def training_loss(
     matrix = torch.stack([torch.stack([nmse(recons[t, s], xs[t]) for s in range(S)]) for t in range(S)])
     aux = None
     if auxk_k is not None:
+        if dead is None:
+            raise ValueError("dead: expected a mask for each stream with auxk_k, got None")
         terms = []
         for s, h in enumerate(hs):
             if auxk_indices is None:

@@ -35,14 +35,14 @@ def python(code, **more):
 _JIT = """
 import dataclasses, torch
 from triton.runtime import driver
-from sparc_kernels import _compile, _trace
+from sparc_kernels.tools import compiler, trace
 compiled = []
 
-class Driver(_compile._Driver):
+class Driver(compiler._Driver):
     def get_current_device(self):
         return 0  # the JIT keeps what it has compiled by device
 
-driver.set_active(Driver(_compile.target_of(90)))
+driver.set_active(Driver(compiler.target_of(90)))
 
 class Pointer:
     def __init__(self, tensor):
@@ -63,19 +63,19 @@ def launch(self, *args, **named):
     noted(self, *args, **named)
     self.kernel.run(*map(real, args), grid=(1,), warmup=True, **{k: real(v) for k, v in named.items()})
 
-noted, _trace._Recorder._launch = _trace._Recorder._launch, launch
+noted, trace._Recorder._launch = trace._Recorder._launch, launch
 found = []
 for text in ("6,70,5,20/13,2,float32", "256,2048,16,64,1,bfloat16"):
-    shape = _trace.parse_shape(text)
-    found += _trace.trace(shape, 90, auxk=True, update="dense", max_grad_norm=1.0).launches
-    found += _trace.trace(shape, 90, topk_type="local", update="direct").launches
+    shape = trace.parse_shape(text)
+    found += trace.trace(shape, 90, auxk=True, update="dense", max_grad_norm=1.0).launches
+    found += trace.trace(shape, 90, topk_type="local", update="direct").launches
 wanted, compiled = set(compiled), []
 for launch in dict.fromkeys(found):
-    _compile.ask_jit(launch, 90)
+    compiler.ask_jit(launch, 90)
 assert len(wanted) > 50
 assert set(compiled) == wanted, sorted({name for name, *_ in set(compiled) ^ wanted})
 other = dataclasses.replace(found[0], divisible=())
-_compile.ask_jit(other, 90)
+compiler.ask_jit(other, 90)
 assert compiled[-1] not in wanted
 """
 
@@ -86,14 +86,14 @@ def test_the_jit_looks_for_what_was_compiled():
 
 _CACHE = """
 import dataclasses, pathlib, os
-from sparc_kernels import _compile
+from sparc_kernels.tools import compiler
 from sparc_kernels.tools.trace import parse_shape, trace
 
 def main():
     every = [l for l in trace(parse_shape("8,64,4,32,1"), 90).launches if "_centre" in l.kernel or "_means" in l.kernel]
     broken = dataclasses.replace(every[0], num_warps=3)
     told = []
-    done = _compile.compile_all([*every, *every, broken], 90, 2, lambda *numbers: told.append(numbers))
+    done = compiler.compile_all([*every, *every, broken], 90, 2, lambda *numbers: told.append(numbers))
     assert (done.kernels, len(done.errors)) == (len(set(every)), 1), done
     assert done.errors[0][0] == "_centre_kernel" and "num_warps" in done.errors[0][1], done.errors
     assert done.failed == {broken: done.errors[0][1]}
@@ -103,7 +103,7 @@ def main():
     files = {p: p.stat().st_mtime_ns for p in cache.rglob("*.cubin")}
     assert len(files) == len(set(every))
     for launch in every:
-        _compile.ask_jit(launch, 90)
+        compiler.ask_jit(launch, 90)
     assert files == {p: p.stat().st_mtime_ns for p in cache.rglob("*.cubin")}
 
 if __name__ == "__main__":

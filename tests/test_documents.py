@@ -11,16 +11,24 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from names import Sources, prose, spans
 from torch.nn.parallel import DistributedDataParallel
 
+import sparc_kernels
 from benchmarks import __main__ as benchmark
 from benchmarks import gpu_report, plot, report
 from sparc_kernels import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ["README.md", "CHANGELOG.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+TOP = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+DOCUMENTS = [*TOP, *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 NOT_RUN = {"math": "equations", "text": "what a command printed, with machine and date before it"}
-SETUP = ("python3 -m venv ", "pip install ", ". .venv/bin/activate")  # the environment is this one
+SETUP = (
+    "python3 -m venv ",
+    "pip install ",
+    "pre-commit install ",
+    ". .venv/bin/activate",
+)  # the environment is this one
 PARSERS = {
     "sparc-kernels": cli.parse,
     "python -m benchmarks": benchmark.parse,
@@ -34,6 +42,7 @@ RECORDED = "docs/results.md"  # its commands made the records
 ELSEWHERE = {  # command -> what runs it, or a smaller one; here its arguments are read
     "sparc-kernels demo --out demo": "tests/test_demo.py::quick",
     "python -m pytest -q -n 2": ".ci/run",
+    "python -m pytest -q tests/ops/test_selection.py": ".ci/run",
     "sparc-kernels verify": "tests/test_verify.py::test_command_passes_and_writes_json",
     "sparc-kernels verify --interpret": "tests/test_verify.py::test_interpreted_kernels",
     "sparc-kernels verify --adversarial": "tests/test_adversarial.py::test_the_command_passes_and_writes_json",
@@ -161,6 +170,8 @@ def test_what_is_not_run_here_is_run_elsewhere():
     blocks = [block for document in DOCUMENTS for block in split(document)[0] if block.language == "sh"]
     printed = {shlex.join(words) for block in blocks for words in commands(block)}
     assert set(ELSEWHERE) <= printed, "ELSEWHERE names what no document has"
+    scripts = [word for command in printed for word in shlex.split(command) if word.endswith(".py")]
+    assert scripts and [script for script in scripts if not (ROOT / script).exists()] == []
     for where in ELSEWHERE.values():
         file, _, name = where.partition("::")
         text = (ROOT / file).read_text()
@@ -223,14 +234,71 @@ def test_commands_and_options_in_the_prose_exist(capsys):
     assert len(named) > 5 and named <= set(cli.SUBCOMMANDS), named
 
 
-def test_files_and_extras_that_are_named_exist():
+@pytest.fixture(scope="module")
+def sources() -> Sources:
+    return Sources(ROOT)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_name_in_a_document_exists(document, sources):
+    text = (ROOT / document).read_text("utf-8")
+    assert [(span, gone) for span in spans(text) if (gone := sources.unresolved(span))] == []
+
+
+def test_every_name_in_a_docstring_or_comment_exists(sources):
+    seen, gone = 0, []
+    for file in sorted(sources.files):
+        if not file.endswith(".py"):
+            continue
+        for line, text in prose((ROOT / file).read_text("utf-8")):
+            for span in spans(text):
+                seen += 1
+                gone += [f"{file}:{line}: {name}" for name in sources.unresolved(span, file)]
+            named = re.findall(r"(?<![\w./-])(?!sparc/)[\w./-]*[\w-]\.(?:md|py)\b", text)  # sparc/: the official ones
+            gone += [f"{file}:{line}: {name}" for name in named if sources.unresolved(name, file)]
+    assert seen > 400 and gone == []
+
+
+@pytest.mark.parametrize(
+    ("span", "gone"),
+    [
+        ("py", ["py"]),
+        ("AlignedSAE._aux_loss", ["AlignedSAE._aux_loss"]),
+        ("module.py: AlignedSAE._aux_loss", ["AlignedSAE._aux_loss"]),
+        ("module.py: forward", ["forward"]),
+        ("selections.py", ["selections.py"]),
+        ("ops/no_such.py: select", ["select"]),
+        ("tuned/*.json", ["tuned/*.json"]),
+        ("no_such_folder/", ["no_such_folder/"]),
+        ("no_such_record.json", ["no_such_record.json"]),
+        ("metrics.Row", ["metrics.Row"]),
+        ("sparc_kernels.decode_mse", ["sparc_kernels.decode_mse"]),
+        ("benchmarks.record.loads", ["benchmarks.record.loads"]),
+        ("torch.sparse.sampled_mm", ["torch.sparse.sampled_mm"]),
+        ("mse_los_{s}", ["mse_los_"]),
+        ("SparcAdam(model, shadows=torch.bfloat16)", []),
+        ("_select_kernels", ["_select_kernels"]),
+        ("*_no_such", ["*_no_such"]),
+        ("ops.aligned_loss.NoSuchLoss", ["ops.aligned_loss.NoSuchLoss"]),
+        ("model.training_steps(x, optimizer)", ["model.training_steps"]),
+        ("python tests/launch_something.py --all", ["tests/launch_something.py"]),
+    ],
+)
+def test_a_planted_name_is_found(span, gone, sources):
+    assert sources.unresolved(span) == gone
+
+
+def test_the_site_has_every_public_name(sources):
+    listed = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    public = {f"sparc_kernels.{name}" for name in sparc_kernels.__all__ if name != "__version__"}
+    assert public <= set(listed) and len(listed) == len(set(listed))
+    assert [name for name in listed if sources.unresolved(name)] == []
+
+
+def test_extras_that_are_named_exist():
     for document in DOCUMENTS:
         text = (ROOT / document).read_text("utf-8")
-        for name in re.findall(r"`([\w./-]+\.py)`", text):
-            places = (ROOT, ROOT / "sparc_kernels", ROOT / "benchmarks")
-            gone = name.endswith("decode.py")  # which docs/design.md says does not exist
-            assert gone or any((folder / name).exists() for folder in places), f"{document}: {name}"
         extras = re.search(r"optional-dependencies\]\n(.*?)\n\[", (ROOT / "pyproject.toml").read_text(), re.DOTALL)[1]
-        for wanted in re.findall(r'"\.\[([\w,]+)\]"', text):
+        for wanted in re.findall(r'"?\.\[([\w,]+)\]"', text):
             assert all(re.search(rf"^{extra} = ", extras, re.MULTILINE) for extra in wanted.split(",")), wanted
         assert "-c constraints.txt" not in text or (ROOT / "constraints.txt").exists()

@@ -77,7 +77,8 @@ def test_the_metadata_is_fit_for_an_index(tmp_path):
     tracked = [p for folder in ("benchmarks", "docs", "sparc_kernels", "tests") for p in (ROOT / folder).rglob("*")]
     kinds = {".py", ".npz", ".md", ".png", ".svg", ".typed"}
     needed = {p.relative_to(ROOT).as_posix() for p in tracked if p.suffix in kinds}
-    needed |= {"README.md", "CHANGELOG.md", "LICENSE", "constraints.txt", "setup.py", ".ci/run"}
+    needed |= {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "constraints.txt", "setup.py", ".ci/run"}
+    needed |= {"mkdocs.yml", ".pre-commit-config.yaml"}
     assert "tests/conftest.py" in needed and needed <= sources, needed - sources
     assert not any("__pycache__" in path for path in sources)
 
@@ -95,6 +96,14 @@ def test_one_line_turns_the_links_on(tmp_path):
     relative = [t for t in targets((ROOT / "README.md").read_text()) if not t.startswith("https:")]
     below = [t for t in found if t.startswith("https://example.org/x/y/")]
     assert len(below) == len(relative) >= 5 and "https://example.org/x/y/raw/HEAD/docs/demo_gallery.png" in below
+
+
+def test_hooks_lint_with_the_version_of_ci():
+    pinned = [
+        re.findall(r"ruff==([\d.]+)", (ROOT / name).read_text())
+        for name in ("pyproject.toml", ".pre-commit-config.yaml")
+    ]
+    assert len(pinned[0]) == 1 and set(pinned[1]) == set(pinned[0])
 
 
 def test_type_checkers_see_what_is_exported():

@@ -481,10 +481,10 @@ def test_without_a_gpu(capsys):
 def test_no_file_is_read_on_import(tmp_path):
     code = (
         "import builtins, io, pathlib, sparc_kernels, sparc_kernels.nn.module\n"
-        "from sparc_kernels import _tuned\n"
-        "assert _tuned.table.cache_info().misses == 0 and _tuned.recorded.cache_info().misses == 0\n"
+        "from sparc_kernels.launch import tuned\n"
+        "assert tuned.table.cache_info().misses == 0 and tuned.recorded.cache_info().misses == 0\n"
         "import torch; sparc_kernels.AlignedSAE({'a': 8}, 16, 2)({'a': torch.randn(4, 8)})\n"
-        "assert _tuned.table.cache_info().misses == 0"
+        "assert tuned.table.cache_info().misses == 0"
     )
     (tmp_path / "anything.json").write_text("{")
     env = os.environ | {"PYTHONPATH": str(ROOT), "SPARC_KERNELS_CACHE": str(tmp_path)}

@@ -43,7 +43,7 @@ def wait_asleep() -> None:
     """Let PyTorch's threads sleep while they wait, unless the user has said how.
 
     OpenMP, which is asked when torch is loaded, lets them spin for milliseconds at the end of every loop: beside other
-    work they take the core of the thread that they wait for (docs/design.md has figures).
+    work they take the core of the thread that they wait for (docs/decisions.md has figures).
     """
     if "torch" not in sys.modules and "GOMP_SPINCOUNT" not in os.environ:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

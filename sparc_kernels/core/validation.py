@@ -10,6 +10,7 @@ import numbers
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ def describe(value) -> str:
     return f"a {type(value).__name__}"
 
 
-def fail(argument: str, expected: str, got) -> None:
+def fail(argument: str, expected: str, got) -> NoReturn:
     raise ValueError(f"{argument}: expected {expected}, got {got if isinstance(got, str) else describe(got)}")
 
 

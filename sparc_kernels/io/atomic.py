@@ -13,7 +13,7 @@ from pathlib import Path
 from ..core.validation import first_line, require, temporary_of
 
 
-def write_atomically(path: Path, write: Callable[[io.BufferedWriter], None]) -> None:
+def write_atomically(path: Path, write: Callable[[io.BufferedWriter], object]) -> None:
     """`write(file)` to a temporary file in the same folder, synced and renamed; nothing is left of it on failure."""
     temporary = temporary_of(path)
     try:

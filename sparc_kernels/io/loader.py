@@ -6,7 +6,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -133,7 +133,7 @@ class Loader:
 
     # ---------------------------------------------------------------------------------------------------- the consumer
 
-    def epochs(self, first: int, last: int, skip: int = 0) -> Iterator[Batch]:
+    def epochs(self, first: int, last: int, skip: int = 0) -> Generator[Batch, None, None]:
         """Batches of the epochs first..last - 1, without the first `skip` ones.
 
         The generator must be in the state in which epoch `first` starts: its order is drawn here. The order of later
@@ -141,7 +141,7 @@ class Loader:
         """
         return self._consume(_Worker(self, first, last, skip))
 
-    def _consume(self, worker: _Worker) -> Iterator[Batch]:
+    def _consume(self, worker: _Worker) -> Generator[Batch, None, None]:
         try:
             while (item := self._next(worker)) is not None:
                 yield item

@@ -1,7 +1,7 @@
 """Launch settings that `sparc-kernels tune` recorded: where they lie, what is refused, how a launch finds them.
 
 One JSON file a GPU, named after it: the user's, in $SPARC_KERNELS_CACHE or ~/.cache/sparc_kernels, before the one
-shipped in sparc_kernels/tuned. Read when a kernel is first launched on a CUDA device, never on import; nothing is ever
+shipped in launch/records. Read when a kernel is first launched on a CUDA device, never on import; nothing is ever
 searched for here. SPARC_KERNELS_TUNED=0 leaves the defaults alone.
 """
 
@@ -36,7 +36,7 @@ class Bound(NamedTuple):
 
 @dataclass(frozen=True)
 class Tunable:
-    """A function of `_launch.py` some of whose settings may be replaced."""
+    """A function of `launch` some of whose settings may be replaced."""
 
     default: object  # arguments -> settings
     names: tuple[str, ...]  # of the arguments
@@ -51,7 +51,7 @@ _seen: dict[str, dict] = {}  # op -> arguments that launches asked for, while `o
 
 
 def tunable(op: str, *, shared=None, complete=None, **bounds: Bound):
-    """Decorator of a function of `_launch.py`: recorded settings, where they exist for its arguments, replace some."""
+    """Decorator of a function of `launch`: recorded settings, where they exist for its arguments, replace some."""
 
     def wrap(default):
         signature = inspect.signature(default)

@@ -1,7 +1,7 @@
 """One step of Adam over the parameters of a stream: unit norm of decoder rows, projection and update in one pass.
 
-`SparcAdam` (optim.py) calls these operators with gradients that exist in memory; `latent_adam.py` takes what is below
-the kernels, `step`, to update each latent from its list of rows instead.
+`SparcAdam` (optimizer.py) calls these operators with gradients that exist in memory; `latent_adam.py` takes what is
+below the kernels, `step`, to update each latent from its list of rows instead.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Adam fed by the lists of the rows that chose each latent: dense gradients of the weights never exist.
 
-A latent's gradient is a weighted sum over its list of rows (`latent_grads.py`), and a step of Adam needs nothing else
+A latent's gradient is a weighted sum over its list of rows (`latent_reduce.py`), and a step of Adam needs nothing else
 of other latents. So one program adds up a latent's list, in the order in which the dense form does, and goes on to the
 step with the sum in its registers: weights and moments are read and written once. Latents with empty lists take the
 same way with a gradient of 0: their moments decay, their weights move by what momentum they have.

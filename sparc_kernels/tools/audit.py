@@ -1,6 +1,6 @@
 """`sparc-kernels audit`: what the compiler makes of every kernel, for GPUs that are not here.
 
-What is compiled is what a training step would launch, traced on meta tensors of the real shapes (`_trace.py`): same
+What is compiled is what a training step would launch, traced on meta tensors of the real shapes (`trace.py`): same
 settings, same specialisation of every argument. Needs only the Triton wheel (ptxas, cuobjdump and AMD's LLVM travel
 inside it). Compiles in worker processes, where TRITON_INTERPRET is unset.
 """

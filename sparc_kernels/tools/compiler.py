@@ -49,8 +49,8 @@ def compile_all(
     """Compile each distinct launch for one architecture, so that Triton's cache has it.
 
     Args:
-        launches: as `_trace` records them, or functions that list some; those run in the processes too.
-        arch: as `_launch.capability` gives it.
+        launches: as `trace` records them, or functions that list some; those run in the processes too.
+        arch: as `device.capability` gives it.
         jobs: processes; None: one for each core. They are spawned: a script that calls this must guard its main module.
         on_done: called as each kernel ends, with how many have ended and how many there are.
         seconds: after which kernels that no process has taken are given up; None: all are compiled.

@@ -2,7 +2,7 @@
 
 Inside `stand_in` the operators run their launchers on meta tensors, and `kernel[grid](...)` is Triton's: binding and
 specialisation of the arguments, parsing of the options, compiler, look-up of the next launch, driver. Only what would
-load a binary and hand a launch to CUDA is replaced, by checks of what CUDA would refuse. (`_trace.py` notes the same
+load a binary and hand a launch to CUDA is replaced, by checks of what CUDA would refuse. (`trace.py` notes the same
 launches without Triton; that both come to the same kernels is tested.)
 """
 
@@ -175,7 +175,7 @@ def stand_in(arch: int = 90, *, tf32: bool = False, stage: Callable[[object], st
     """The package's operators on meta tensors, with impl "auto" or "triton", as they would be on an NVIDIA GPU.
 
     Args:
-        arch: as `_launch.capability` gives it.
+        arch: as `device.capability` gives it.
         tf32: what torch's float32 matmul precision allows.
         stage: how far Triton compiles an ASTSource, one of STAGES; all the way by default, into Triton's cache. Asked
             once for each specialisation of each kernel.

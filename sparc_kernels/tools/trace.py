@@ -340,7 +340,7 @@ def trace(
 
     Args:
         shape: sizes; B rows of each of the S streams.
-        arch: as `_launch.capability` gives it.
+        arch: as `device.capability` gives it.
         topk_type: as in AlignedSAE.  auxk: how many dead latents; True for min(k, N, 512), False for no such loss.
         tf32: what torch's float32 matmul precision allows.
         input_grads: whether the inputs ask for gradients too.

@@ -2,7 +2,7 @@
 
 The kernels that the candidates would launch are compiled side by side first. Every candidate's result is compared with
 that of the default settings before it is timed. What is at least 3 % faster in two rounds is written to the user's file
-(`_tuned.py`), where launches find it; no other command ever searches.
+(`tuned.py`), where launches find it; no other command ever searches.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def _selections_differ(reference, result, xs, w_encs, n, tolerance) -> str:
 
 
 def candidates(op: str, args: tuple) -> Iterator[dict]:
-    """Settings worth trying, all of them accepted by the rules of `_launch.py`; the default first."""
+    """Settings worth trying, all of them accepted by the rules of `launch`; the default first."""
     default = asdict(tuned.TUNABLE[op].default(*args))
     spaces = {
         "encode": dict(block_m=(64, 128, 256), block_n=(64, 128, 256), num_warps=(4, 8), num_stages=(2, 3, 4)),

@@ -68,7 +68,7 @@ class TrainConfig:
     def __post_init__(self):
         if isinstance(self.precision, str):
             object.__setattr__(self, "precision", precision_name(self.precision))
-        values = {}  # Python's numbers, whatever came: JSON files and checkpoints take no others
+        values: dict[str, object] = {}  # Python's numbers, whatever came: JSON files and checkpoints take no others
         for name in ("n_latents", "k", "batch_size", "epochs", "memory"):
             values[name] = check_int(name, getattr(self, name), 1)
         for name in ("auxk", "dead_steps_threshold", "max_steps", "warmup", "reinit_every", "max_skipped"):

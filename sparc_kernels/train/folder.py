@@ -28,7 +28,13 @@ MANIFEST = "manifest.json"
 TIME = "%Y-%m-%dT%H:%M:%S%z"
 EXTENSIBLE = ("epochs", "max_steps")  # settings that may be others when a run goes on
 _DIGEST = "sha256"  # of the rest of the manifest, which has one since runs have an id
-_STREAM = {"path": (str, list, type(None)), "rows": int, "width": int, "dtype": str, "fingerprint": str}
+_STREAM: dict[str, type | tuple[type, ...]] = {
+    "path": (str, list, type(None)),
+    "rows": int,
+    "width": int,
+    "dtype": str,
+    "fingerprint": str,
+}
 _OURS = "|".join(map(re.escape, (MANIFEST, LOG, WEIGHTS, OFFICIAL, OFFICIAL_CONFIG, SPACE)))
 _REMAINS = re.compile(rf"({_OURS}|step-\d{{9}}\.pt)\.\d+\.tmp")
 
@@ -60,7 +66,9 @@ class RunFolder:
             if (path / LOCK).exists():
                 with only_one_run(path):
                     pass
-        self._seen, self.manifest = self._contents(), None
+        self._seen = self._contents()
+        self.manifest: dict | None = None
+        self.run: str | None = None
         if (path / MANIFEST).exists():
             require(resume, "out", "a folder without a run, or resume", f"{path}, which holds one")
             self.manifest = read_manifest(path / MANIFEST)
@@ -111,9 +119,15 @@ class RunFolder:
 
     # -------------------------------------------------------------------------------------------- the run to go on with
 
+    @property
+    def _had(self) -> dict:
+        """The manifest of the run to go on with."""
+        assert self.manifest is not None, "a new run has none"
+        return self.manifest
+
     def check_settings(self, settings: dict) -> None:
         """Refuse other settings than the run's."""
-        before = asdict(TrainConfig()) | self.manifest["config"]  # settings that are newer than the run
+        before = asdict(TrainConfig()) | self._had["config"]  # settings that are newer than the run
         for field, value in settings.items():
             if field not in EXTENSIBLE:
                 had = before[field]
@@ -122,7 +136,7 @@ class RunFolder:
 
     def check_data(self, data: dict) -> None:
         """Refuse other data than the run's."""
-        before = self.manifest["data"]
+        before = self._had["data"]
         for part in sorted({*before, *data}):
             had, now = before.get(part, {}), data.get(part, {})
             require(list(had) == list(now), f"{part} streams", f"{', '.join(had) or 'none'} as when the run began",
@@ -173,11 +187,11 @@ class RunFolder:
         return found
 
     def _grown(self, config: dict) -> bool:
-        return any(self.manifest["config"].get(name) != config[name] for name in EXTENSIBLE)
+        return any(self._had["config"].get(name) != config[name] for name in EXTENSIBLE)
 
     def _check_steps(self, config: TrainConfig, per_epoch: int, tell) -> int:
         """Refuse fewer steps than the run had, and tell of more."""
-        had = {name: self.manifest["config"].get(name) for name in EXTENSIBLE}
+        had = {name: self._had["config"].get(name) for name in EXTENSIBLE}
         before, steps = replace(config, **had).steps(per_epoch), config.steps(per_epoch)
         require(steps >= before, ", ".join(EXTENSIBLE), f"at least the {before:,} steps that the run had", f"{steps:,}")
         if steps > before:
@@ -187,7 +201,7 @@ class RunFolder:
 
     def _tell_differences(self, tell) -> None:
         """Of threads, device and versions, which may change results by rounding."""
-        had, now = self.manifest, self._now
+        had, now = self._had, self._now
         pairs = [(key, had.get(key), now[key]) for key in ("device", "threads")]
         pairs += [(key, had["versions"].get(key), now["versions"][key]) for key in ("torch", "triton", "numpy")]
         changed = ", ".join(f"{key} {new} ({old} when the run began)" for key, old, new in pairs if new != old)
@@ -204,7 +218,8 @@ def _writing_to(path: Path):
 
 
 def _check_model(path: Path, had: dict | None, now: dict) -> None:
-    require(isinstance(had, dict), str(path), "the settings of a model", "none")
+    if not isinstance(had, dict):
+        fail(str(path), "the settings of a model", "none")
     for key, value in now.items():
         before = had.get(key, value)
         require(before == value, f"model's {key}", f"{before!r} as in {path}", repr(value))

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, TextIO
 
 from ..core.validation import missing, require
 from ..io.atomic import write_atomically
@@ -47,9 +48,12 @@ class RunLog:
         settings: dict | None = None,
         quiet: bool = False,
     ):
-        self.steps, self.quiet, self.bar, self.file = steps, quiet, None, None
+        self.steps, self.quiet = steps, quiet
+        self.bar: Any = None  # of tqdm, which has no types
+        self.file: TextIO | None = None
         self.columns = [*_FIRST, *(name for name in metrics if name not in _FIRST)]
-        self.tensorboard = self.wandb = None
+        self.tensorboard: Any = None
+        self.wandb: Any = None
         if out is not None:
             self._open_csv(out / LOG, start)
         if "tensorboard" in to:

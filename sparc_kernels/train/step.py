@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -87,7 +88,8 @@ class Step:
         autocast = torch.autocast("cuda" if self.cuda else "cpu", torch.bfloat16, cache_enabled=False)
         with autocast if self.bf16 else nullcontext():
             if self.gradient_free:
-                loss, metrics = model.training_step(x, self.optimizer, self.auxk_coef, self.cross_coef)
+                optimizer = cast(SparcAdam, self.optimizer)  # training_step refuses others
+                loss, metrics = model.training_step(x, optimizer, self.auxk_coef, self.cross_coef)
                 self._skipped += ~loss.isfinite()
                 return loss, metrics
             outputs = model(x)
@@ -99,7 +101,7 @@ class Step:
             return loss.detach(), metrics
         loss.backward()
         if not self.waits:
-            self.optimizer.found_inf = (~finite).float()  # moves nothing where it is 1
+            cast(Any, self.optimizer).found_inf = (~finite).float()  # moves nothing where it is 1
         self.optimizer.step()
         return loss.detach(), metrics
 
@@ -113,9 +115,14 @@ class _Graph:
     """Replays `Step.eager`, on the model's GPU. The first steps run eagerly on the capture's stream, as it wants."""
 
     def __init__(self, step: Step):
-        self.owner, self.graph, self.failed, self.seen = step, None, False, 0
+        self.owner, self.failed, self.seen = step, False, 0
+        self.graph: torch.cuda.CUDAGraph | None = None
         self.device = next(step.model.parameters()).device
-        self.shapes, self.stream = None, torch.cuda.Stream(self.device)
+        self.stream = torch.cuda.Stream(self.device)
+        self.shapes: dict[str, tuple[int, ...]] | None = None
+        self.x: dict[str, Tensor] = {}
+        self.loss: Tensor | None = None
+        self.metrics: dict[str, Tensor] = {}
 
     def step(self, x: dict[str, Tensor]):
         """(loss, metrics), or None where the caller has to take the step."""
@@ -131,8 +138,8 @@ class _Graph:
             if self.seen < _EAGER_FIRST:
                 self.seen += 1
                 return self._aside(x)
-            self._capture(x)
-            if self.failed:
+            self.graph = self._capture(x)
+            if self.graph is None:
                 return None
         for s, t in x.items():
             self.x[s].copy_(t)
@@ -149,8 +156,11 @@ class _Graph:
         current.wait_stream(self.stream)
         return result
 
-    def _capture(self, x) -> None:
-        """Record the step without taking it. Other threads may use CUDA meanwhile: the loader waits for its copies."""
+    def _capture(self, x) -> torch.cuda.CUDAGraph | None:
+        """Record the step without taking it; None where that fails.
+
+        Other threads may use CUDA meanwhile: the loader waits for its copies.
+        """
         self.x, graph = {s: t.clone() for s, t in x.items()}, torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream()
         try:
@@ -159,8 +169,8 @@ class _Graph:
         except Exception as error:
             self.failed = True
             torch.cuda.set_stream(current)  # a capture that does not end well leaves its own stream in place
-            self.x = self.loss = self.metrics = None
+            self.x, self.loss, self.metrics = {}, None, {}
             self.owner.optimizer.zero_grad(set_to_none=True)  # gradients in the graph's memory
             warnings.warn(f"the step could not be captured in a CUDA graph, steps run eagerly: {error}", stacklevel=5)
-            return
-        self.graph = graph
+            return None
+        return graph

@@ -1,7 +1,7 @@
-"""Training from feature files or tensors: the official loop with its settings as defaults, made to be left alone.
+"""Training from feature files or tensors: the official loop with its settings as defaults, designed to run unattended.
 
 `Trainer` draws batches, takes steps, logs, validates and saves; `Step` is one step of the official loop. The command
-line is in cli_train.py.
+line is in cli/train.py.
 """
 
 from __future__ import annotations
@@ -108,16 +108,20 @@ class Trainer:
         self.device = check_device("device", device) if model is None else next(model.parameters()).device
         self.out = None if out is None else Path(out)
         require(self.out is not None or not resume, "resume", "a folder to resume from (out)", "none")
-        self.log, self.log_to, self.loss = None, log_to, math.nan
+        self.log: RunLog | None = None
+        self.log_to, self.loss = log_to, math.nan
         for name in log_to:
             require(name in LOGGERS, "log_to", f"some of {', '.join(LOGGERS)}", repr(name))
             import_logger(name)
         if self.out is not None:
             import_save(self.out / WEIGHTS)
-        self.folder = self.out and RunFolder(self.out, check_bool("resume", resume), export)
-        manifest = self.folder and self.folder.manifest
+        self.folder: RunFolder | None = None
+        manifest = None
+        if self.out is not None:
+            self.folder = RunFolder(self.out, check_bool("resume", resume), export)
+            manifest = self.folder.manifest
         self.full_check = check_bool("full_check", full_check) if manifest is None else manifest["full_check"]
-        if manifest is not None:
+        if self.folder is not None and manifest is not None:
             self.folder.check_settings(asdict(config))
         self.init = init or ("a model" if model is not None else None)
         self._closing = ExitStack()
@@ -162,7 +166,8 @@ class Trainer:
         config = self.config
         self.features = Features(streams, config.normalize, config.dtype)
         self._closing.callback(self.features.close)
-        self.val_features, intervals, held_out = None, None, None
+        self.val_features: Features | None = None
+        intervals = held_out = None
         if val_streams:
             require(config.val_fraction == 0, "val_fraction", "0 where there are files to validate on", "both")
             self.val_features = Features(val_streams, config.normalize, config.dtype)
@@ -182,14 +187,16 @@ class Trainer:
             intervals=intervals,
             device=self.device,
         )
-        self.val_loader = self.val_features and Loader(
-            self.val_features,
-            config.batch_size,
-            self.order,
-            shuffle="official" if config.shuffle == "official" else "none",
-            intervals=held_out,
-            device=self.device,
-        )
+        self.val_loader: Loader | None = None
+        if self.val_features is not None:
+            self.val_loader = Loader(
+                self.val_features,
+                config.batch_size,
+                self.order,
+                shuffle="official" if config.shuffle == "official" else "none",
+                intervals=held_out,
+                device=self.device,
+            )
 
     def _check_data(self, full: bool, manifest: dict | None) -> None:
         """Refuse NaN and infinity, and other data than those of the run to resume; warn of zero rows."""
@@ -201,7 +208,7 @@ class Trainer:
             held_out = self.val_features.check(full)
             self.data["validation"] = self.val_features.describe(held_out)
             self.val_spread = {s: summary.spread for s, summary in held_out.items()}
-        if manifest is not None:
+        if self.folder is not None and manifest is not None:
             self.folder.check_data(self.data)
         self._check_zero_rows(summaries, self.loader)
         if self.val_loader is not None:
@@ -275,7 +282,8 @@ class Trainer:
         """Where to start: at the beginning, or where the newest checkpoint says."""
         self.steps = self.config.steps(len(self.loader))
         self.batches = self.epoch = self.index = self.saved = 0
-        self.epoch_state, self.order_state = self.order.get_state(), None
+        self.epoch_state = self.order.get_state()
+        self.order_state: Tensor | None = None
         self.names = _metric_names(list(self.model.d_streams), bool(self.config.auxk), not self.config.gradient_free)
         self.sums = torch.zeros(len(self.names) + 1, dtype=torch.float64, device=self.device)
         found = self.folder and self.folder.go_on(self._manifest(), len(self.loader), self._say)
@@ -318,6 +326,7 @@ class Trainer:
         written.
         """
         self.start()
+        assert self.log is not None, "start opens it"
         started = time.perf_counter()
         samples, first = 0, self.batches
         self._since, self._samples = started, 0
@@ -333,7 +342,7 @@ class Trainer:
                     self.on_step(self.batches, loss, metrics)
                 ends = batch.last or self.batches == self.steps
                 if self.batches % self.log_every == 0 or ends:
-                    self._report(batch, rate, ends)
+                    self.log.row(self._row(batch, rate, ends), important=self.batches == self.steps)
                 if self.checkpoint_every and self.batches % self.checkpoint_every == 0:
                     self.save()
                 if signals.received:
@@ -393,11 +402,11 @@ class Trainer:
             f"({self.config.lr:g}) and at zero rows in the data"
         )
 
-    def _report(self, batch: Batch, rate: float, ends: bool) -> None:
+    def _row(self, batch: Batch, rate: float, ends: bool) -> dict:
         """A row of the log: means over the steps since the last one."""
-        count, *means = self.sums.tolist()
+        count, *sums = self.sums.tolist()
         self._check_skipped()
-        means = dict(zip(self.names, (m / count if count else math.nan for m in means), strict=True))
+        means = dict(zip(self.names, (m / count if count else math.nan for m in sums), strict=True))
         self.sums.zero_()
         now = time.perf_counter()
         dead = torch.stack(list(self.model.get_dead_neurons().values()))
@@ -418,7 +427,7 @@ class Trainer:
         if ends and self.val_loader is not None:
             row |= self._validate(batch.epoch)
             self._since = time.perf_counter()
-        self.log.row(row, important=self.batches == self.steps)
+        return row
 
     def _explained(self, means: dict[str, float], spread: dict[str, float], prefix: str = "") -> dict:
         """Explained variance, from NMSEs: exact where rows have equal norms, as normalised ones do."""
@@ -445,7 +454,9 @@ class Trainer:
     @torch.no_grad()
     def _validate(self, epoch: int) -> dict:
         """Means over the rows that are not trained on; dead counters stay."""
-        config, rows = self.config, 0
+        assert self.val_loader is not None, "there are rows to validate on"
+        config = self.config
+        rows: int | Tensor = 0
         total = torch.zeros(len(self.names), dtype=torch.float64, device=self.device)
         self.model.eval()
         bf16 = torch.autocast(self.device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext()
@@ -467,7 +478,7 @@ class Trainer:
 
     def save(self) -> None:
         """A checkpoint of this moment."""
-        if self.out is None or self.saved == self.batches:
+        if self.out is None or self.folder is None or self.saved == self.batches:
             return
         state = {
             "run": self.folder.run,
@@ -497,7 +508,7 @@ class Trainer:
         self.batches, self.epoch, self.index = counts["batches"], counts["epoch"], counts["index"]
         self.step.updates, self.step.skipped = counts["updates"], counts["skipped"]
         self.epoch_state, self.order_state = state["epoch_state"], state["order_state"]
-        for drawn in (self.epoch_state, self.order_state):
+        for drawn in (state["epoch_state"], state["order_state"]):
             self.order.set_state(drawn)
         same_kind = state["fresh_state"].shape == self.fresh.get_state().shape  # a GPU's state is no CPU's
         if not self.shared and same_kind:
@@ -522,7 +533,7 @@ class Trainer:
             settings |= {"seed": config.seed, "auxk_coef": config.auxk_coef, "cross_loss_coef": config.cross_coef}
             export_official(self.model, self.out, settings, config.normalize)
         names = " and ".join([WEIGHTS, *([OFFICIAL] if self.export else [])])
-        self.log.say(f"Saved {names} in {self.out}, loss {self.loss:.4f} after {self.batches:,} steps")
+        self._say(f"Saved {names} in {self.out}, loss {self.loss:.4f} after {self.batches:,} steps")
 
     def _say(self, text: str) -> None:
         if self.log is not None:
@@ -540,7 +551,7 @@ def split(rows: int, fraction: float, seed: int) -> tuple[list[tuple[int, int]],
     chosen = torch.zeros(pieces, dtype=torch.bool, device="cpu")
     count = min(max(1, round(held_out / piece)), pieces - 1)
     chosen[torch.randperm(pieces, generator=torch.Generator().manual_seed(seed), device="cpu")[:count]] = True
-    parts = ([], [])
+    parts: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
     for i, out in enumerate(chosen.tolist()):
         intervals, start, stop = parts[out], i * piece, min((i + 1) * piece, rows)
         if intervals and intervals[-1][1] == start:

@@ -1,4 +1,4 @@
-"""The checks behind `sparc-kernels verify`: what is compared for each operator. `_verify_judge.py` says how."""
+"""The checks behind `sparc-kernels verify`: what is compared for each operator. `judge.py` says how."""
 
 from __future__ import annotations
 

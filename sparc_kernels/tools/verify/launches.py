@@ -26,7 +26,7 @@ def launches_of(case: Case, dtype: torch.dtype, arch: int, name: str | None = No
 
     Args:
         case, dtype: of `verify`'s cases.
-        arch: as `_launch.capability` gives it.
+        arch: as `device.capability` gives it.
         name: of one check; None: all that the case asks for.
         tf32: what torch's float32 matmul precision allows.
     """

@@ -1,7 +1,7 @@
 """`sparc-kernels verify`: every operator and a whole training step against the float64 reference, on this machine.
 
 Which shapes and dtypes, and in how many processes, stands here; what is compared and how it is judged in
-`_verify_checks.py` and `_verify_judge.py`.
+`checks.py` and `judge.py`.
 """
 
 from __future__ import annotations
@@ -352,7 +352,7 @@ def _run_compile(args: argparse.Namespace) -> int:
 
 
 def _run_adversarial(args: argparse.Namespace) -> int:
-    """Ours and, where installed, others on the sets of `_verify_adversarial.py`; 1 where ours is not exact."""
+    """Ours and, where installed, others on the sets of `adversarial.py`; 1 where ours is not exact."""
     started = time.perf_counter()
     try:
         device = _device(args.device, args.interpret)

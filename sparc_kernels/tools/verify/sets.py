@@ -1,6 +1,6 @@
 """The rows of `sparc-kernels verify --adversarial`: logits on which top-k kernels have been wrong, or would be.
 
-A set is ROWS rows of N logits, made for N, k and a dtype. `_verify_adversarial.py` says who is asked and how it is
+A set is ROWS rows of N logits, made for N, k and a dtype. `adversarial.py` says who is asked and how it is
 judged.
 """
 
