@@ -8,13 +8,14 @@ Each as PNG and SVG with a transparent ground and middle grey text, so that they
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from pathlib import Path
 
 from sparc_kernels.core.console import ends_with_its_pipe
 from sparc_kernels.core.validation import missing
 
 from . import record
-from .record import MIB, ROOT, load_of, ms, ok, where
+from .record import MIB, ROOT, case_of, load_of, ms, ok, where, widths_of
 
 GREY = "#808890"
 # colours of middle lightness, told apart by colour-blind readers too; ours is the strongest
@@ -42,16 +43,10 @@ def _pyplot():
     return plt
 
 
-def _caption(fig, data: dict) -> None:
+def _finish(fig, data: dict):
+    fig.tight_layout(rect=(0, 0.05, 1, 1))
     fig.text(0.01, 0.005, f"{where(data)}\n{load_of(data)}", fontsize=7, color=GREY, ha="left", va="bottom")
-
-
-def _ticks(axis, values: list[int]) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    axis.set_major_locator(FixedLocator(values))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / 1024:g}k" if v >= 1024 else f"{v:g}"))
+    return fig
 
 
 def scaling(data: dict):
@@ -62,9 +57,10 @@ def scaling(data: dict):
     if len(values) < 2:
         return None
     plt = _pyplot()
+    from matplotlib.ticker import FixedLocator, NullLocator
+
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4))
-    names = list(dict.fromkeys(r["provider"] for r in rows))
-    for i, name in enumerate(names):
+    for i, name in enumerate(dict.fromkeys(r["provider"] for r in rows)):
         mine = sorted((r for r in rows if r["provider"] == name), key=lambda r: r["shape"]["N"])
         n = [r["shape"]["N"] for r in mine]
         style = {
@@ -73,77 +69,70 @@ def scaling(data: dict):
         }  # fmt: skip
         left.plot(n, [r["median_ms"] for r in mine], **style)
         left.fill_between(n, [r["p20_ms"] for r in mine], [r["p80_ms"] for r in mine], color=style["color"], alpha=0.18)
-        held = [(r["shape"]["N"], r["peak_bytes"] / MIB) for r in mine if r["peak_bytes"]]
-        if held:
-            right.plot(*zip(*held, strict=True), **style)
-    line = sorted((r["shape"]["N"], r["roofline_ms"]) for r in rows if r["provider"] == "ours" and r["roofline_ms"])
-    if line:
-        left.plot(*zip(*line, strict=True), color=GREY, ls="--", lw=1.2, label="roofline of ours (modelled)")
-    grads = sorted({(r["shape"]["N"], r["gradient_bytes"] / MIB) for r in rows if r["gradient_bytes"]})
-    if grads:
-        right.plot(*zip(*grads, strict=True), color=GREY, ls=":", lw=1.4, label="the gradients alone")
+        _line(right, mine, "peak_bytes", MIB, **style)
+    ours = [r for r in rows if r["provider"] == "ours"]
+    _line(left, ours, "roofline_ms", 1, color=GREY, ls="--", lw=1.2, label="roofline of ours (modelled)")
+    _line(right, rows, "gradient_bytes", MIB, color=GREY, ls=":", lw=1.4, label="the gradients alone")
     for axis, title in ((left, "ms"), (right, "peak MiB beyond weights and inputs")):
         axis.set(xscale="log", yscale="log", xlabel="latents N")
         axis.set_title(title, loc="left", fontsize=10)
         axis.grid(True, which="major", color=GREY, alpha=0.25, lw=0.6)
-        _ticks(axis.xaxis, values)
+        axis.xaxis.set_major_locator(FixedLocator(values))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_formatter(lambda v, _: f"{v / 1024:g}k" if v >= 1024 else f"{v:g}")
         axis.legend(fontsize=8, loc="upper left")
     s = rows[0]["shape"]
     fig.suptitle(
-        f"Forward + loss + backward against N: B {s['B']:,}, k {s['k']}, d {'/'.join(map(str, s['d_streams']))}, "
-        f"{rows[0]['dtype']}", x=0.01, ha="left", fontsize=11,
+        f"Forward + loss + backward against N: B {s['B']:,}, k {s['k']}, d {widths_of(rows[0])}, {rows[0]['dtype']}",
+        x=0.01, ha="left", fontsize=11,
     )  # fmt: skip
-    fig.tight_layout(rect=(0, 0.05, 1, 1))
-    _caption(fig, data)
-    return fig
+    return _finish(fig, data)
+
+
+def _line(axis, rows: list[dict], field: str, unit: float, **style) -> None:
+    """A field against N, where rows have it."""
+    points = sorted({(r["shape"]["N"], r[field] / unit) for r in rows if r[field]})
+    if points:
+        axis.plot(*zip(*points, strict=True), **style)
 
 
 def speedup(data: dict):
     """Bars: each provider's forward + loss + backward over ours in the same precision; None without any."""
     bars = []
-    for r in ok(data, op="training", mode="full", provider="ours"):
-        if r["sweep"]:
-            continue
+    for r in ok(data, op="training", mode="full", provider="ours", sweep=""):
         same = {name: r[name] for name in ("op", "case", "data", "dtype", "mode")}
         others = [(x["provider"], x["median_ms"] / r["median_ms"]) for x in ok(data, **same) if x["provider"] != "ours"]
         if others:
-            kind = "" if r["data"] == "gaussian" else ", real"
-            label = f"{r['case']}{kind}\n{r['dtype']}, N {r['shape']['N']:,}, B {r['shape']['B']:,}"
-            bars.append((label, others))
+            bars.append((f"{case_of(r)}\n{r['dtype']}, N {r['shape']['N']:,}, B {r['shape']['B']:,}", others))
     if not bars:
         return None
     plt = _pyplot()
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     count = sum(len(others) for _, others in bars)
     fig, axis = plt.subplots(figsize=(8.5, 1.6 + 0.3 * count + 0.25 * len(bars)))
-    y, ticks, labels, seen = 0.0, [], [], set()
-    for label, others in bars:
-        start = y
+    y, ticks, seen = 0.0, [], set()
+    for _, others in bars:
+        ticks.append(y + (len(others) - 1) / 2)
         for name, ratio in others:
             axis.barh(y, ratio - 1, 0.8, left=1, color=COLOURS.get(name, GREY), label=None if name in seen else name)
-            axis.text(
-                ratio, y, f" {ratio:.1f}x" if ratio < 10 else f" {ratio:.0f}x", va="center", fontsize=8.5, color=GREY
-            )
+            text = f" {ratio:.1f}x" if ratio < 10 else f" {ratio:.0f}x"
+            axis.text(ratio, y, text, va="center", fontsize=8.5, color=GREY)
             seen.add(name)
             y += 1
-        ticks.append((start + y - 1) / 2)
-        labels.append(label)
         y += 0.8
     axis.axvline(1, color=COLOURS["ours"], lw=2)
-    axis.set_yticks(ticks, labels, fontsize=8.5)
+    axis.set_yticks(ticks, [label for label, _ in bars], fontsize=8.5)
     axis.invert_yaxis()
     axis.set_xscale("log")
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     axis.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}x"))
+    axis.xaxis.set_major_formatter(lambda v, _: f"{v:g}x")
     axis.xaxis.set_minor_formatter(NullFormatter())
     low, high = axis.get_xlim()
     axis.set_xlim(min(low, 0.9), high * 1.25)
     axis.set_title("Time over ours, forward + loss + backward (ours: the line at 1)", loc="left", fontsize=11)
     axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08 - 0.3 / max(count, 4)), ncols=3)
-    fig.tight_layout(rect=(0, 0.05, 1, 1))
-    _caption(fig, data)
-    return fig
+    return _finish(fig, data)
 
 
 PARTS = ("#d95f02", "#1f9e89", "#a06cc8", "#3b8fd6", "#6aa84f", "#e6ab02", "#d066a8", "#7f6a50", "#50a0a8")
@@ -156,39 +145,32 @@ def breakdown(data: dict):
         return None
     plt = _pyplot()
     fig, axis = plt.subplots(figsize=(9.5, 1.9 + 0.75 * len(profiles)))
-    total: dict[str, float] = {}
-    for p in profiles:
-        whole = sum(part["ms"] for part in p["parts"])
-        for part in p["parts"]:
-            total[part["name"]] = total.get(part["name"], 0) + part["ms"] / whole
-    names = sorted(total, key=lambda name: -total[name])
-    shown, rest = names[: len(PARTS)], names[len(PARTS) :]
-    colours = dict(zip(shown, PARTS, strict=False))
-    labels = []
-    for y, p in enumerate(profiles):
-        whole, left = sum(part["ms"] for part in p["parts"]), 0.0
-        parts = {part["name"]: part["ms"] for part in p["parts"]}
-        ordered = [(name, parts[name], colours[name]) for name in shown if name in parts]
-        other = sum(parts.get(name, 0) for name in rest)
-        for name, took, colour in [*ordered, *([("other", other, GREY)] if other else [])]:
-            share = 100 * took / whole
-            axis.barh(y, share, 0.62, left=left, color=colour, label=name)
-            if share >= 6:
-                axis.text(left + share / 2, y, f"{share:.0f} %", ha="center", va="center", fontsize=8.5, color="white")
-            left += share
-        kind = "" if p["data"] == "gaussian" else ", real"
-        labels.append(f"{p['case']}{kind}, {p['dtype']}\nN {p['shape']['N']:,}, {ms(whole)} ms")
+    wholes = [sum(part["ms"] for part in p["parts"]) for p in profiles]
+    shares = [{part["name"]: 100 * part["ms"] / whole for part in p["parts"]}
+              for p, whole in zip(profiles, wholes, strict=True)]  # fmt: skip
+    total = Counter()
+    for share in shares:
+        total.update(share)
+    colours = dict(zip((name for name, _ in total.most_common()), PARTS, strict=False))
+    for y, share in enumerate(shares):
+        known = [(name, share[name], colour) for name, colour in colours.items() if name in share]
+        other, left = sum(part for name, part in share.items() if name not in colours), 0.0
+        for name, part, colour in [*known, *([("other", other, GREY)] if other else [])]:
+            axis.barh(y, part, 0.62, left=left, color=colour, label=name)
+            if part >= 6:
+                axis.text(left + part / 2, y, f"{part:.0f} %", ha="center", va="center", fontsize=8.5, color="white")
+            left += part
     handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     axis.legend(handles.values(), handles, fontsize=8, loc="upper center", bbox_to_anchor=(0.45, -0.16), ncols=5)
+    labels = [f"{case_of(p)}, {p['dtype']}\nN {p['shape']['N']:,}, {ms(whole)} ms"
+              for p, whole in zip(profiles, wholes, strict=True)]  # fmt: skip
     axis.set_yticks(range(len(profiles)), labels, fontsize=8.5)
     axis.set(xlim=(0, 100))
     axis.xaxis.set_major_formatter("{x:.0f} %")
     axis.invert_yaxis()
     axis.set_title("Where the time of our step goes (torch: everything outside of the package's operators)", loc="left",
                    fontsize=11)  # fmt: skip
-    fig.tight_layout(rect=(0, 0.05, 1, 1))
-    _caption(fig, data)
-    return fig
+    return _finish(fig, data)
 
 
 KINDS = {"scaling": scaling, "speedup": speedup, "breakdown": breakdown}

@@ -167,6 +167,19 @@ def ms(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def mib(size: int | None) -> str:
+    return f"{size / MIB:,.0f} MiB" if size else "-"
+
+
+def case_of(row: dict, form: str = ", {}") -> str:
+    """The case's name, with its data where that is not Gaussian."""
+    return row["case"] + ("" if row["data"] == "gaussian" else form.format(row["data"]))
+
+
+def widths_of(row: dict) -> str:
+    return "/".join(map(str, row["shape"]["d_streams"]))
+
+
 def commit_of(env: dict) -> str:
     return f"{str(env['commit'])[:7]}{' with changes' if env['dirty'] else ''}"
 

@@ -17,26 +17,9 @@ from pathlib import Path
 from sparc_kernels.core.console import ends_with_its_pipe
 
 from . import record
-from .record import MIB, RESULTS, ROOT, load_of, ms, ok, where
+from .record import RESULTS, ROOT, case_of, load_of, mib, ms, ok, where, widths_of
 
 BEGIN, END = "<!-- made by `python -m benchmarks.report`: begin -->", "<!-- end -->"
-
-
-def case_of(row: dict, form: str = ", {}") -> str:
-    """The case's name, with its data where that is not Gaussian."""
-    return row["case"] + ("" if row["data"] == "gaussian" else form.format(row["data"]))
-
-
-def sizes_of(row: dict) -> str:
-    return f"B {row['shape']['B']:,}, N {row['shape']['N']:,}"
-
-
-def widths_of(row: dict) -> str:
-    return "/".join(map(str, row["shape"]["d_streams"]))
-
-
-def mib(size: int | None) -> str:
-    return f"{size / MIB:,.0f} MiB" if size else "-"
 
 
 # ------------------------------------------------------------------------------------------------------------- one run
@@ -84,8 +67,8 @@ def _profiled(profile: dict) -> str:
 def _block(rows: list[dict]) -> str:
     first, s = rows[0], rows[0]["shape"]
     aux = f", auxk {s['auxk']}" if s["auxk"] else ""
-    title = f"{first['op']}, {case_of(first, ' ({})')}, {first['dtype']}: {sizes_of(first)}, k {s['k']}"
-    lines = [f"-- {title}, d {widths_of(first)}{aux}"]
+    title = f"-- {first['op']}, {case_of(first, ' ({})')}, {first['dtype']}: B {s['B']:,}, N {s['N']:,}, k {s['k']}"
+    lines = [f"{title}, d {widths_of(first)}{aux}"]
     providers: dict[str, dict[str, dict]] = {}
     for r in rows:
         providers.setdefault(r["provider"], {})[r["mode"]] = r
@@ -170,8 +153,7 @@ def _times(r: dict | None) -> str:
 
 
 def _row_head(r: dict) -> list[str]:
-    name = r["case"] + ("" if r["data"] == "gaussian" else ", real statistics")
-    return [name, f"{r['shape']['B']:,}", f"{r['shape']['N']:,}", r["dtype"]]
+    return [case_of(r, ", {} statistics"), f"{r['shape']['B']:,}", f"{r['shape']['N']:,}", r["dtype"]]
 
 
 def step_table(data: dict, everything: bool) -> str:
