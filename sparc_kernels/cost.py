@@ -6,17 +6,17 @@ from dataclasses import replace
 
 from .cost_model import GPU, NO_REUSE, Op, Part, Reuse, Shape, distinct, gathered, slabs_of, total
 from .launch.budgets import (
+    H_MAX_K_FP32,
+    H_MIN_COLUMNS,
+    H_MIN_ENTRIES,
+    H_MIN_SOURCES,
     MAX_K,
     PARTIAL_BYTES,
     SCRATCH_BYTES,
-    SPREAD_COLUMNS,
-    SPREAD_PLACES,
-    SPREAD_SOURCES,
-    SPREAD_WIDE,
 )
 from .launch.device import cdiv, next_power_of_2
 from .launch.reduce import column_chunk
-from .launch.select import encode_by_library, select_config, select_rows
+from .launch.select import encode_by_library, rows_per_chunk, select_config
 
 # ------------------------------------------------------------------------------------------------------- encoder's ops
 
@@ -97,7 +97,7 @@ def _chunks(s: Shape, compact: bool = False) -> tuple[int, bool]:
     if s.e == 4:
         block_m, block_n = (128, 64) if s.B > 64 else (64, 128)
     tiles = cdiv(s.B, block_m) * cdiv(s.N, max(block_n, config.span)) if config.small and not compact else 0
-    rows, buffers = select_rows(s.B, columns * s.e + 16 * config.k_pad, block_m, tiles)
+    rows, buffers = rows_per_chunk(s.B, columns * s.e + 16 * config.k_pad, block_m, tiles)
     return cdiv(s.B, rows), buffers > 1
 
 
@@ -238,12 +238,12 @@ def route(s: Shape, d: int) -> tuple[bool, int]:
     """Whether a decoder of width d has its gradient made by H, and how many columns at a time, as `decoder._route`."""
     width = SCRATCH_BYTES * (2 if s.S > 3 else 1) // (s.M * s.e)
     chunk = MAX_K if s.e == 2 else 128
-    few = s.e == 2 or s.k <= SPREAD_WIDE
-    many = s.S > SPREAD_SOURCES or (s.S == SPREAD_SOURCES and s.M >= SPREAD_PLACES and few)
+    few = s.e == 2 or s.k <= H_MAX_K_FP32
+    many = s.S > H_MIN_SOURCES or (s.S == H_MIN_SOURCES and s.M >= H_MIN_ENTRIES and few)
     spread = many and s.dtype != "float16" and s.k <= chunk
-    if spread and width >= min(d, SPREAD_COLUMNS):
+    if spread and width >= min(d, H_MIN_COLUMNS):
         return True, min(d, max(width // 128 * 128, 16))
-    return False, min(d, max(SCRATCH_BYTES // (s.S * s.B * s.e) // 128 * 128, SPREAD_COLUMNS))
+    return False, min(d, max(SCRATCH_BYTES // (s.S * s.B * s.e) // 128 * 128, H_MIN_COLUMNS))
 
 
 def _pieces(d: int, width: int) -> list[int]:

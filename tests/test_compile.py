@@ -15,8 +15,8 @@ pytest.importorskip("triton")
 from sparc_kernels.core.registry import NAMESPACE, operator_of
 from sparc_kernels.tools import compiler
 from sparc_kernels.tools.trace import as_on_gpu, parse_shape, trace
-from sparc_kernels.tools.verify import checks
 from sparc_kernels.tools.verify import run as verify
+from sparc_kernels.tools.verify import suite
 from sparc_kernels.tools.verify.judge import F32, Check
 from sparc_kernels.tools.verify.launches import launches_of
 
@@ -159,7 +159,7 @@ def really_launched(case, dtype):
     """What the checks launch when they have values and judge them."""
     found, problems = [], {}
     with as_on_gpu(90, False, found), _Both():
-        for name, word, fn in checks.CHECKS:
+        for name, word, fn in suite.CHECKS:
             if word in case.ops.split():
                 fn(Check(name, case, dtype, torch.device("cpu"), "auto", problems))
     return set(found)
