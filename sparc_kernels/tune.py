@@ -22,11 +22,12 @@ import torch
 from . import _tuned
 from ._compile import compile_all
 from ._launch import capability
-from ._trace import Launch, Shape, _as_on_gpu, _Tracer, parse_shape
+from ._trace import Launch, _as_on_gpu, _Tracer
 from .decoder import decode_nmse
 from .encode import encode_topk
 from .latent_grads import inverse_index, latent_reduce
 from .selection import _allow_tf32
+from .tools.shape import Shape, parse_shape
 
 OPS = ("encode", "select", "gather", "reduce")
 WRONG = "wrong result"  # a reason that is not a matter of resources
@@ -82,11 +83,11 @@ def _data(shape: Shape, device):
     def normal(*size, scale=1.0):
         return torch.randn(*size, generator=generator, device=device, dtype=torch.float32).mul_(scale).to(dtype)
 
-    xs = [normal(shape.B, d) for d in shape.widths]
-    w_encs = [normal(shape.N, d, scale=d**-0.5) for d in shape.widths]
-    w_decs = [normal(shape.N, d, scale=d**-0.5).t() for d in shape.widths]
-    pre_biases = [torch.zeros(d, device=device, dtype=dtype) for d in shape.widths]
-    latent_biases = [torch.zeros(shape.N, device=device, dtype=dtype) for _ in shape.widths]
+    xs = [normal(shape.B, d) for d in shape.d_streams]
+    w_encs = [normal(shape.N, d, scale=d**-0.5) for d in shape.d_streams]
+    w_decs = [normal(shape.N, d, scale=d**-0.5).t() for d in shape.d_streams]
+    pre_biases = [torch.zeros(d, device=device, dtype=dtype) for d in shape.d_streams]
+    latent_biases = [torch.zeros(shape.N, device=device, dtype=dtype) for _ in shape.d_streams]
     return xs, w_encs, w_decs, pre_biases, latent_biases
 
 
@@ -290,7 +291,7 @@ def tune(
         tries = prepare(op, shape, capability(device), COMPILING * share, tell)
         found = search(op, problem(op, shape, device), timer, tries, tell, began + share, now)
         if found.settings is not None:
-            measured = {"ms": found.best_ms, "default_ms": found.default_ms, "shape": asdict(shape)}
+            measured = {"ms": found.best_ms, "default_ms": found.default_ms, "shape": shape.record()}
             _tuned.write(name, {key: {"settings": found.settings, **measured} for key in found.keys}, about)
         results.append(found)
     return results

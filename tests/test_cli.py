@@ -14,10 +14,10 @@ import torch
 
 from sparc_kernels import AlignedSAE, _arguments, cli, cli_train, runlog, train_config, verify
 from sparc_kernels._checks import check_device, precision_name
-from sparc_kernels._trace import parse_shape
 from sparc_kernels.checkpoint import load_model, save_weights
 from sparc_kernels.features import Features
 from sparc_kernels.loader import Loader
+from sparc_kernels.tools.shape import parse_shape
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--n-latents=16", "--k=3", "--auxk=0", "--epochs=1", "--device=cpu"]

@@ -15,9 +15,10 @@ pytest.importorskip("triton")
 from sparc_kernels import _compile, verify
 from sparc_kernels import _verify_checks as checks
 from sparc_kernels._ops import NAMESPACE, OPERATORS
-from sparc_kernels._trace import _as_on_gpu, parse_shape, trace
+from sparc_kernels._trace import _as_on_gpu, trace
 from sparc_kernels._verify_judge import F32, Check
 from sparc_kernels._verify_launches import launches_of
+from sparc_kernels.tools.shape import parse_shape
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,6 +36,7 @@ _JIT = """
 import dataclasses, torch
 from triton.runtime import driver
 from sparc_kernels import _compile, _trace
+from sparc_kernels.tools.shape import parse_shape
 compiled = []
 
 class Driver(_compile._Driver):
@@ -65,7 +67,7 @@ def launch(self, *args, **named):
 noted, _trace._Recorder._launch = _trace._Recorder._launch, launch
 found = []
 for text in ("6,70,5,20/13,2,float32", "256,2048,16,64,1,bfloat16"):
-    shape = _trace.parse_shape(text)
+    shape = parse_shape(text)
     found += _trace.trace(shape, 90, auxk=True, update="dense", max_grad_norm=1.0).launches
     found += _trace.trace(shape, 90, topk_type="local", update="direct").launches
 wanted, compiled = set(compiled), []
@@ -86,7 +88,8 @@ def test_the_jit_looks_for_what_was_compiled():
 _CACHE = """
 import dataclasses, pathlib, os
 from sparc_kernels import _compile
-from sparc_kernels._trace import parse_shape, trace
+from sparc_kernels._trace import trace
+from sparc_kernels.tools.shape import parse_shape
 
 def main():
     every = [l for l in trace(parse_shape("8,64,4,32,1"), 90).launches if "_centre" in l.kernel or "_means" in l.kernel]

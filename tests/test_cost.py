@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from sparc_kernels.cost_model import GPUS, Shape
+from sparc_kernels.cost_report import CASES
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparc_kernels import cost, cost_dense, cost_model, cost_report, reference
 from sparc_kernels.cli import main
-from sparc_kernels.cost_model import GPUS, Shape
-from sparc_kernels.cost_report import CASES
 
 ROOT = Path(__file__).resolve().parents[1]
 H200 = GPUS["H200"]

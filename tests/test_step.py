@@ -11,8 +11,8 @@ from conftest import CUDA, DEVICE, KERNEL_DTYPE
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparc_kernels import AlignedSAE, SparcAdam, _ops, _trace
-from sparc_kernels._trace import Shape
 from sparc_kernels.step import Step, _Graph
+from sparc_kernels.tools.shape import Shape
 from sparc_kernels.train import TrainConfig, Trainer
 
 WIDTHS = {"a": 6, "b": 5}
@@ -156,7 +156,7 @@ def test_the_kernels_optimizer_reads_no_value(lr):
 def test_no_output_is_copied_from_the_host_when_it_is_read():
     for topk_type in ("global", "local"):
         with _trace._as_on_gpu(90, False, []):
-            shape = Shape(256, 2048, 16, (64, 48), 2, "bfloat16")
+            shape = Shape(256, 2048, 16, (64, 48), "bfloat16")
             model, inputs = _trace._model(shape, topk_type, 8), _trace._inputs(shape)
             with _trace._Tracer([*model.parameters(), *model.buffers(), *inputs.values()]) as seen:
                 outputs = model(inputs)

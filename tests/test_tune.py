@@ -18,11 +18,12 @@ from conftest import DEVICE
 pytest.importorskip("triton")
 from sparc_kernels import _compile, _launch, _tuned, cli, selection, tune
 from sparc_kernels._compile import Compilation
-from sparc_kernels._trace import Launch, Shape, parse_shape
+from sparc_kernels._trace import Launch
+from sparc_kernels.tools.shape import Shape, parse_shape
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU = "Test GPU (40 GB)"
-TINY = Shape(8, 64, 4, 32, 2, "float32")
+TINY = Shape(8, 64, 4, (32, 32), "float32")
 DEVICE = torch.device(DEVICE)
 
 
@@ -484,7 +485,7 @@ def test_no_file_is_read_on_import(tmp_path):
 
 
 def test_shapes_are_parsed():
-    assert parse_shape("8,64,4,32/16,2,float16").widths == (32, 16)
+    assert parse_shape("8,64,4,32/16,2,float16").d_streams == (32, 16)
     with pytest.raises(ValueError, match="one width or S of them"):
         parse_shape("8,64,4,32/16,3")
 
