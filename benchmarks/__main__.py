@@ -16,7 +16,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from sparc_kernels._arguments import ends_with_its_pipe
+from sparc_kernels.core.console import ends_with_its_pipe
 
 
 def parse(argv=None) -> argparse.Namespace:

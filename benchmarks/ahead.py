@@ -15,12 +15,12 @@ from functools import partial
 
 import torch
 
-from sparc_kernels import _trace, decode_nmse
-from sparc_kernels._arguments import ends_with_its_pipe
-from sparc_kernels._compile import compile_all
-from sparc_kernels._launch import capability
-from sparc_kernels._trace import Launch
-from sparc_kernels.tools import cost
+from sparc_kernels import decode_nmse
+from sparc_kernels.core.console import ends_with_its_pipe
+from sparc_kernels.launch.device import capability
+from sparc_kernels.tools import cost, trace
+from sparc_kernels.tools.compiler import compile_all
+from sparc_kernels.tools.trace import Launch
 
 from .cases import PRECISIONS
 from .exercise import PARTS
@@ -37,7 +37,7 @@ def exercised(arch: int) -> list[Listing]:
 def recorded(work: Callable[[str], None], arch: int, tf32: bool = False) -> list[Launch]:
     """What work(device) launches, which makes its tensors there."""
     found: list[Launch] = []
-    with _trace._as_on_gpu(arch, tf32, found), _trace._Tracer([]):
+    with trace._as_on_gpu(arch, tf32, found), trace._Tracer([]):
         work("meta")
     return found
 
@@ -64,7 +64,7 @@ def timed(options: Options, arch: int) -> list[Listing]:
 
 
 def traced(*args, **named) -> list[Launch]:
-    return list(_trace.trace(*args, **named).launches)
+    return list(trace.trace(*args, **named).launches)
 
 
 def decoding(s: cost.Shape, dtype: torch.dtype, device: str) -> None:

@@ -146,8 +146,8 @@ def real(s: cost.Shape, device: torch.device, seed: int) -> Tensors:
 def build() -> None:
     """Trains the demo's global+cross configuration and keeps what `real` needs, in float16."""
     from sparc_kernels import AlignedSAE
+    from sparc_kernels.cli.demo import FULL, train_steps
     from sparc_kernels.data import one_thread, unicode_streams
-    from sparc_kernels.demo import FULL, train_steps
 
     with one_thread():
         data = unicode_streams(0)

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from sparc_kernels import AlignedSAE, SparcAdam, encode_topk
-from sparc_kernels._arguments import ends_with_its_pipe
+from sparc_kernels.core.console import ends_with_its_pipe
 
 WIDTHS = {"a": 40, "b": 33, "c": 65, "d": 48}
 

@@ -39,7 +39,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks import environment, record  # noqa: E402  torch is not imported here
-from sparc_kernels._arguments import ends_with_its_pipe  # noqa: E402  nor here
+from sparc_kernels.core.console import ends_with_its_pipe  # noqa: E402  nor here
 
 SCHEMA = "sparc_kernels.gpu_correctness/1"
 CALLS = {  # minutes, sections in their order

@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sparc_kernels._arguments import ends_with_its_pipe
-from sparc_kernels._checks import missing
+from sparc_kernels.core.console import ends_with_its_pipe
+from sparc_kernels.core.validation import missing
 
 from . import record
 from .report import ROOT, load, ms, ok, where

@@ -282,8 +282,8 @@ def wide_gemm(problem: Problem, dtype: str) -> Callable[[], torch.Tensor]:
 
 
 def _select_ours(context, problem, dtype) -> Job:
-    from sparc_kernels._ops import resolve_impl
-    from sparc_kernels.encode import centre_for, select_latents
+    from sparc_kernels.core.registry import resolve_impl
+    from sparc_kernels.ops.encode import centre_for, select_latents
 
     xs, w_encs, pre_biases, latent_biases = _operands(problem, dtype)
     impl = resolve_impl("auto", xs[0])

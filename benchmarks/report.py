@@ -14,7 +14,7 @@ import subprocess
 import textwrap
 from pathlib import Path
 
-from sparc_kernels._arguments import ends_with_its_pipe
+from sparc_kernels.core.console import ends_with_its_pipe
 
 from . import record
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from sparc_kernels._checks import precision_name
+from sparc_kernels.core.validation import precision_name
 from sparc_kernels.tools import cost
 
 from . import environment, record

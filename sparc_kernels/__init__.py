@@ -9,30 +9,30 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not see what `__get
     from . import data as data
     from . import metrics as metrics
     from . import reference as reference
-    from .dead import auxk_topk as auxk_topk
-    from .dead import update_counters_ as update_counters_
-    from .decoder import decode as decode
-    from .decoder import decode_nmse as decode_nmse
-    from .encode import encode_topk as encode_topk
-    from .encode import values_at as values_at
-    from .latent_grads import InverseIndex as InverseIndex
-    from .latent_grads import inverse_index as inverse_index
-    from .module import AlignedSAE as AlignedSAE
-    from .optim import SparcAdam as SparcAdam
-    from .outputs import AlignedOutputs as AlignedOutputs
+    from .nn.module import AlignedSAE as AlignedSAE
+    from .nn.optimizer import SparcAdam as SparcAdam
+    from .nn.outputs import AlignedOutputs as AlignedOutputs
+    from .ops.dead import auxk_topk as auxk_topk
+    from .ops.dead import update_counters_ as update_counters_
+    from .ops.decode import decode as decode
+    from .ops.decode import decode_nmse as decode_nmse
+    from .ops.encode import encode_topk as encode_topk
+    from .ops.encode import values_at as values_at
+    from .ops.inverse_index import InverseIndex as InverseIndex
+    from .ops.inverse_index import inverse_index as inverse_index
 
 _EXPORTS = {
-    "AlignedSAE": "module",
-    "AlignedOutputs": "outputs",
-    "encode_topk": "encode",
-    "values_at": "encode",
-    "decode": "decoder",
-    "decode_nmse": "decoder",
-    "auxk_topk": "dead",
-    "update_counters_": "dead",
-    "InverseIndex": "latent_grads",
-    "inverse_index": "latent_grads",
-    "SparcAdam": "optim",
+    "AlignedSAE": "nn.module",
+    "AlignedOutputs": "nn.outputs",
+    "encode_topk": "ops.encode",
+    "values_at": "ops.encode",
+    "decode": "ops.decode",
+    "decode_nmse": "ops.decode",
+    "auxk_topk": "ops.dead",
+    "update_counters_": "ops.dead",
+    "InverseIndex": "ops.inverse_index",
+    "inverse_index": "ops.inverse_index",
+    "SparcAdam": "nn.optimizer",
 }
 _MODULES = ("reference", "metrics", "data")
 

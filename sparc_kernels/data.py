@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._checks import check_int, missing
+from .core.validation import check_int, missing
 
 IMAGE_SIZE = 32  # pixels, both sides of a rendered character
 MIN_LABEL_COUNT = 15  # characters that must carry a word for it to be a label

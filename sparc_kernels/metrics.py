@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._checks import check_int, check_tensor, require
+from .core.validation import check_int, check_tensor, require
 
 _BLOCK_ELEMENTS = 2**24  # of the largest temporary: 64 MiB in float32
 _TIE = 1e-6  # cosines this close are ties: a few roundings of a float32 dot product of unit vectors

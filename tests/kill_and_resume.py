@@ -70,7 +70,7 @@ def kill_at(process: subprocess.Popen, out: Path, step: int, delay: float) -> in
 
 def check_checkpoints(out: Path) -> list[str]:
     """Checkpoints under a final name that do not load."""
-    from sparc_kernels.checkpoint import checkpoints, load_checkpoint
+    from sparc_kernels.io.run_checkpoints import checkpoints, load_checkpoint
 
     wrong = []
     for path in checkpoints(out / "checkpoints"):

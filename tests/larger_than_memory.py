@@ -46,8 +46,8 @@ def train(folder: Path, prefix: str, memory: int) -> dict:
     """One run, in this process."""
     import torch
 
-    from sparc_kernels.train import Trainer
-    from sparc_kernels.train_config import TrainConfig
+    from sparc_kernels.train.config import TrainConfig
+    from sparc_kernels.train.trainer import Trainer
 
     torch.set_num_threads(1)
     marks = []  # of every step: time, CPU time of this thread, time waited

@@ -21,23 +21,21 @@ from triton.runtime.jit import JITFunction
 from sparc_kernels import (
     AlignedSAE,
     SparcAdam,
-    _trace,
     auxk_topk,
-    dead,
     decode,
     decode_nmse,
     encode_topk,
     inverse_index,
-    loss,
-    selection,
     update_counters_,
     values_at,
 )
-from sparc_kernels._compile import ask_jit
-from sparc_kernels._launch import EncodeConfig
-from sparc_kernels._ops import OPERATORS
-from sparc_kernels._stand_in import Refused, cache_key, stand_in
-from sparc_kernels.direct import training_step  # noqa: F401  the last operators are registered there
+from sparc_kernels.core.registry import OPERATORS
+from sparc_kernels.launch.select import EncodeConfig
+from sparc_kernels.nn.fused_step import training_step  # noqa: F401  the last operators are registered there
+from sparc_kernels.ops import aligned_loss, dead, selection
+from sparc_kernels.tools import trace
+from sparc_kernels.tools.compiler import ask_jit
+from sparc_kernels.tools.stand_in import Refused, cache_key, stand_in
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 WIDTHS = (96, 64, 40)
@@ -221,12 +219,12 @@ def both(recorder, grid):
     return launch
 
 
-def counted(name, impls, operators):
-    def run(*args):
+def counted(name, operator, operators):
+    def run(**named):
         operators.add(name)
-        return impls[1](*args)
+        return operator.triton_impl(**named)
 
-    return impls[0], run, impls[2]
+    return operator._replace(triton_impl=run)
 
 
 def refusals():
@@ -271,7 +269,7 @@ BEFORE = triton.runtime.driver._active, JITFunction.run
 def left():
     """What a stand-in has changed and not put back."""
     x = empty(2, 2)
-    loss.column_sums([x], [], [x], "triton")  # would launch, without any driver
+    aligned_loss.column_sums([x], [], [x], "triton")  # would launch, without any driver
     kernels = [f for f in vars(dead).values() if isinstance(f, JITFunction) and f.device_caches]
     after = triton.runtime.driver._active, JITFunction.run
     return [repr(thing) for thing in (*kernels, *(b for a, b in zip(BEFORE, after, strict=True) if a is not b))]
@@ -304,11 +302,11 @@ def main(everything):
         seen.add(kind)
         return "ttir"
 
-    counting = {name: counted(name, impls, operators) for name, impls in OPERATORS.items()}
-    with mock.patch.dict(OPERATORS, counting), mock.patch.object(_trace._Recorder, "__getitem__", both):
+    counting = {name: counted(name, operator, operators) for name, operator in OPERATORS.items()}
+    with mock.patch.dict(OPERATORS, counting), mock.patch.object(trace._Recorder, "__getitem__", both):
         for (arch, tf32), group in groupby(scenarios(), lambda scenario: scenario.gpu):
             found = []
-            with stand_in(arch, tf32=tf32, stage=stage) as driver, _trace._as_on_gpu(arch, tf32, found):
+            with stand_in(arch, tf32=tf32, stage=stage) as driver, trace._as_on_gpu(arch, tf32, found):
                 for scenario in group:
                     try:
                         scenario.run()

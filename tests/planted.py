@@ -3,9 +3,9 @@
 import os
 import signal
 
-from sparc_kernels import _verify_run
+from sparc_kernels.tools.verify import pool as verify_pool
 
-work = _verify_run.work
+work = verify_pool.work
 
 
 def planted(pipe, *settings):
@@ -16,7 +16,7 @@ def planted(pipe, *settings):
     def surrounded(name, sound):
         def check_fn(check):
             nonlocal lost
-            how = wanted.get(f"{name} {_verify_run.SHORT[check.dtype]} {check.case.name}")
+            how = wanted.get(f"{name} {verify_pool.SHORT[check.dtype]} {check.case.name}")
             if how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             if how == "lost":
@@ -26,8 +26,8 @@ def planted(pipe, *settings):
 
         return check_fn
 
-    _verify_run.CHECKS[:] = [(op, word, surrounded(op, fn)) for op, word, fn in _verify_run.CHECKS]
-    _verify_run.device_lost = lambda device: lost
+    verify_pool.CHECKS[:] = [(op, word, surrounded(op, fn)) for op, word, fn in verify_pool.CHECKS]
+    verify_pool.device_lost = lambda device: lost
     if "start" in wanted and wanted["start"] == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     work(pipe, *settings)

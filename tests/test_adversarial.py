@@ -8,9 +8,11 @@ import pytest
 import torch
 from conftest import CUDA
 
-from sparc_kernels import _verify_adversarial as adversarial
-from sparc_kernels import cli, reference, selection, verify
-from sparc_kernels._triton import HAS_TRITON
+from sparc_kernels import cli, reference
+from sparc_kernels.core._triton import HAS_TRITON
+from sparc_kernels.ops import selection
+from sparc_kernels.tools.verify import adversarial
+from sparc_kernels.tools.verify import run as verify
 
 CPU = torch.device("cpu")
 QUICK = adversarial.plan_of("cpu", quick=True)

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from sparc_kernels import cli, module
-from sparc_kernels._triton import TRITON_VERSION
-from sparc_kernels.audit import Compiled, Shape, _name, _summary, _table, launches, reference_peak_bytes, trace
+from sparc_kernels import cli
+from sparc_kernels.core._triton import TRITON_VERSION
+from sparc_kernels.nn import module
+from sparc_kernels.tools.audit import Compiled, Shape, _name, _summary, _table, launches, reference_peak_bytes, trace
 
 SMALL = Shape(256, 2048, 16, (64, 48), "bfloat16")
 PAPER = Shape(4096, 65536, 64, (1024, 768, 768), "bfloat16")
@@ -57,7 +58,7 @@ def package_kernels():
     """Every kernel there is in the package's files, by its name."""
     return {
         name
-        for path in (ROOT / "sparc_kernels").glob("*.py")
+        for path in (ROOT / "sparc_kernels").rglob("*.py")
         for name in re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.MULTILINE)
     }
 
@@ -65,8 +66,8 @@ def package_kernels():
 def test_a_spilling_kernel_is_found(tmp_path):
     """The smallest fault there is: settings that need more registers than a thread has."""
     code = (
-        "import sys; from sparc_kernels import _launch, selection, cli\n"
-        "from sparc_kernels._launch import EncodeConfig\n"
+        "import sys; from sparc_kernels import cli; from sparc_kernels.ops import selection\n"
+        "from sparc_kernels.launch.select import EncodeConfig\n"
         "selection.encode_config = lambda *a: EncodeConfig(128, 256, 32, 8, 4, 3)\n"
         "sys.exit(cli.main('audit --shape 4096,8192,64,1024,3,float32 --arch 80 --workers 1 --kernel encode'.split()))"
     )

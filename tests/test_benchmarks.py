@@ -26,7 +26,7 @@ if str(ROOT) not in sys.path:
 from benchmarks import __main__ as cli  # noqa: E402
 from benchmarks import cases, compare, data, plan, plot, providers, record, report, runner, timing, verification  # noqa: E402
 from sparc_kernels import AlignedSAE, reference  # noqa: E402
-from sparc_kernels._ops import OPERATORS  # noqa: E402
+from sparc_kernels.core.registry import OPERATORS  # noqa: E402
 from sparc_kernels.tools import cost  # noqa: E402
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -4,10 +4,10 @@ import pytest
 import torch
 from common import assert_close, problem
 from conftest import DEVICE
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparc_kernels import AlignedSAE, _ops
-from sparc_kernels.bias_grads import TORCH_ROWS, column_sums, pre_bias_grads
+from sparc_kernels import AlignedSAE
+from sparc_kernels.ops.bias_grads import TORCH_ROWS, column_sums, pre_bias_grads
+from sparc_kernels.tools.trace import InsideOperators
 
 HALF = (torch.bfloat16, torch.float16)
 PRODUCTS = {"mv", "addmv", "mm", "addmm", "bmm", "baddbmm", "dot"}
@@ -38,25 +38,20 @@ def test_column_sums_of_rows_that_are_not_contiguous(impl):
         assert_close(got, 2 * x.sum(0))
 
 
-class Products(TorchDispatchMode):
+class Products(InsideOperators):
     """The lengths that matrix products of half precision tensors add up over, the package's operators included."""
 
     def __init__(self):
         super().__init__()
         self.lengths = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def dispatch(self, func, args, kwargs):
         name = func._schema.name.split("::")[1]
-        if func.namespace == _ops.NAMESPACE:
-            torch_impl, triton_impl, _ = _ops.OPERATORS[name]
-            *args, impl = args
-            with self:
-                return (triton_impl if impl == "triton" else torch_impl)(*args)
         if name in PRODUCTS:
             last = [a for a in args if isinstance(a, torch.Tensor)][-1]
             if last.dtype in HALF:
                 self.lengths.append(last.shape[-2] if last.dim() > 1 else last.shape[0])
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 @pytest.mark.parametrize("dtype", HALF)

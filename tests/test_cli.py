@@ -12,12 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from sparc_kernels import AlignedSAE, _arguments, cli, cli_train, runlog, train_config, verify
-from sparc_kernels._checks import check_device, precision_name
-from sparc_kernels.checkpoint import load_model, save_weights
-from sparc_kernels.features import Features
-from sparc_kernels.loader import Loader
+from sparc_kernels import AlignedSAE, cli
+from sparc_kernels.cli import train as cli_train
+from sparc_kernels.core import console
+from sparc_kernels.core.validation import check_device, precision_name
+from sparc_kernels.io.features import Features
+from sparc_kernels.io.loader import Loader
+from sparc_kernels.io.weights import load_model, save_weights
 from sparc_kernels.tools.shape import parse_shape
+from sparc_kernels.tools.verify import run as verify
+from sparc_kernels.train import config as train_config
+from sparc_kernels.train import log as runlog
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--n-latents=16", "--k=3", "--auxk=0", "--epochs=1", "--device=cpu"]
@@ -119,19 +124,19 @@ def test_commands_take_every_spelling(folder, tmp_path, capsys):
 
 
 def load(run):
-    from sparc_kernels.checkpoint import load_model
+    from sparc_kernels.io.weights import load_model
 
     return load_model(run)[0].encoders["x"].weight.dtype
 
 
 def test_sizes_are_said_as_they_are_read(folder, tmp_path, capsys):
     for text in ("4 GiB", "500 MiB", "3 KiB", "2 TiB"):
-        assert _arguments.size_text(_arguments.memory_size(text)) == text
+        assert console.size_text(console.memory_size(text)) == text
     for size in (1500, 2000 << 20, 1):
-        assert _arguments.memory_size(_arguments.size_text(size)) == size
-    assert _arguments.size_text(1500) == "1,500 bytes"
+        assert console.memory_size(console.size_text(size)) == size
+    assert console.size_text(1500) == "1,500 bytes"
     with pytest.raises(argparse.ArgumentTypeError, match="expected a size such as 500M or 4GiB, got '1e400'"):
-        _arguments.memory_size("1e400")
+        console.memory_size("1e400")
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     text = " ".join(capsys.readouterr().out.split())

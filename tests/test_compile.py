@@ -12,13 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 
 pytest.importorskip("triton")
-from sparc_kernels import _compile, verify
-from sparc_kernels import _verify_checks as checks
-from sparc_kernels._ops import NAMESPACE, OPERATORS
-from sparc_kernels._trace import _as_on_gpu, trace
-from sparc_kernels._verify_judge import F32, Check
-from sparc_kernels._verify_launches import launches_of
+from sparc_kernels.core.registry import NAMESPACE, operator_of
+from sparc_kernels.tools import compiler
 from sparc_kernels.tools.shape import parse_shape
+from sparc_kernels.tools.trace import _as_on_gpu, trace
+from sparc_kernels.tools.verify import checks
+from sparc_kernels.tools.verify import run as verify
+from sparc_kernels.tools.verify.judge import F32, Check
+from sparc_kernels.tools.verify.launches import launches_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -88,8 +89,8 @@ def test_the_jit_looks_for_what_was_compiled():
 _CACHE = """
 import dataclasses, pathlib, os
 from sparc_kernels import _compile
-from sparc_kernels._trace import trace
 from sparc_kernels.tools.shape import parse_shape
+from sparc_kernels.tools.trace import trace
 
 def main():
     every = [l for l in trace(parse_shape("8,64,4,32,1"), 90).launches if "_centre" in l.kernel or "_means" in l.kernel]
@@ -123,7 +124,7 @@ def test_interpreted_process_compiles_too(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     launches = [x for x in trace(parse_shape("8,64,4,32,1"), 90).launches if x.kernel.endswith("_means_kernel")]
-    done = _compile.compile_all(launches, 90, 1)
+    done = compiler.compile_all(launches, 90, 1)
     assert done.kernels == 1 and not done.errors and list(tmp_path.rglob("*.cubin"))
     assert os.environ["TRITON_INTERPRET"] == "1"
 
@@ -137,13 +138,13 @@ class _Both(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace != NAMESPACE:
             return func(*args, **(kwargs or {}))
-        torch_impl, triton_impl, _ = OPERATORS[func._schema.name.split("::")[1]]
+        operator = operator_of(func)
         *args, impl = args
         if impl == "triton":
             meta = tree_map_only(torch.Tensor, lambda x: laid(x, x, "meta"), args)
             with self:
-                made = triton_impl(*meta)
-        given = torch_impl(*args)
+                made = operator.run(*meta, "triton")
+        given = operator.run(*args, "torch")
         if impl != "triton" or given is None:
             return given
         return tree_map(lambda x, like: laid(x, like, x.device).copy_(x), given, made)

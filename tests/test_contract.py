@@ -12,7 +12,7 @@ from common import problem
 from conftest import CUDA, DEVICE
 
 import sparc_kernels
-import sparc_kernels.direct  # registers the optimizer's operators
+import sparc_kernels.nn.fused_step  # registers the optimizer's operators
 from sparc_kernels import AlignedSAE, auxk_topk, decode, decode_nmse, encode_topk, update_counters_, values_at
 
 D = {"image": 20, "text": 13}
@@ -168,7 +168,7 @@ def test_load_state_dict_names_what_is_wrong(what):
 @pytest.mark.parametrize("bad", [70, -1, 2**40])
 def test_kernels_never_read_out_of_bounds(bad):
     """Where the range is not checked first an index outside poisons its row, and only its row."""
-    from sparc_kernels.gather import gather_dot, gather_sum
+    from sparc_kernels.ops.gather import gather_dot, gather_sum
 
     p = problem(requires_grad=False)
     indices = torch.arange(30, device=DEVICE).reshape(6, 5)

@@ -152,9 +152,10 @@ def test_h_route_by_hand():
 @pytest.mark.parametrize("s", [*CASES.values(), replace(CASES["A"], B=1024), replace(CASES["A"], B=1023)], ids=str)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_the_routes_are_those_of_the_package(s, dtype, monkeypatch):
-    from sparc_kernels.decoder import _route
+    from sparc_kernels.ops.decode_grads import _route
 
-    monkeypatch.setattr("sparc_kernels._launch.INTERPRETED", False)
+    for settings in ("gather", "reduce"):
+        monkeypatch.setattr(f"sparc_kernels.launch.{settings}.INTERPRETED", False)
     s = replace(s, dtype=dtype)
     for d in s.d_streams:
         assert cost.route(s, d) == _route(s.S, s.M, s.B, s.k, d, getattr(torch, dtype), 90)
@@ -339,20 +340,20 @@ TRACED = [
 def test_launches_and_bytes_of_our_step_are_those_of_the_traced_step(s):
     """Every launch of Triton and of torch, and the bytes that torch's kernels move."""
     pytest.importorskip("triton")
-    from sparc_kernels import _trace
+    from sparc_kernels.tools import trace
 
     counted = Counted()
-    dispatch = _trace._Tracer.__torch_dispatch__
+    dispatch = trace._Tracer.__torch_dispatch__
 
-    class Tracer(_trace._Tracer):
+    class Tracer(trace._Tracer):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = dispatch(self, func, types, args, kwargs)
             counted.note(func, args, kwargs, out)
             return out
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_trace, "_Tracer", Tracer)
-        found = _trace.trace(_trace.Shape(s.B, s.N, s.k, s.d_streams, s.S, s.dtype), 90, auxk=s.auxk).launches
+        patch.setattr(trace, "_Tracer", Tracer)
+        found = trace.trace(trace.Shape(s.B, s.N, s.k, s.d_streams, s.S, s.dtype), 90, auxk=s.auxk).launches
     parts = cost.step(s).parts
     library = [p for p in parts if p.library]
     sorts = [p for p in library if p.name == "sort"]

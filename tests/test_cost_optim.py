@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 from sparc_kernels import cost_model, cost_optim, cost_report
-from sparc_kernels._launch import adam_rows
-from sparc_kernels._trace import Shape, trace
+from sparc_kernels.launch.adam import adam_rows
+from sparc_kernels.tools.trace import Shape, trace
 
 H200 = cost_model.GPUS["H200"]
 OFFICIAL = replace(cost_report.CASES["A"], auxk=64, dead=819)

@@ -161,15 +161,15 @@ def test_gradcheck(impl):
 @pytest.mark.parametrize("columns", [None, 16], ids=["whole", "by columns"])
 def test_both_routes_of_the_decoder_gradient(monkeypatch, spread, columns):
     """H = sum_s coef v E in list order, or the errors of every source; all columns at once, or a few at a time."""
-    from sparc_kernels import decoder
+    from sparc_kernels.ops import decode_grads
 
     p = problem(widths=(40, 13, 7))
     indices, values = sparse()
     indices[:, 2] = 11  # a hot latent on every row
-    monkeypatch.setattr(decoder, "SPREAD_SOURCES", spread)
+    monkeypatch.setattr(decode_grads, "SPREAD_SOURCES", spread)
     if columns:
-        monkeypatch.setattr(decoder, "SPREAD_COLUMNS", 8)
-        monkeypatch.setattr(decoder, "SCRATCH_BYTES", 16 * 6 * (5 if spread == 1 else 3) * values.element_size())
+        monkeypatch.setattr(decode_grads, "SPREAD_COLUMNS", 8)
+        monkeypatch.setattr(decode_grads, "SCRATCH_BYTES", 16 * 6 * (5 if spread == 1 else 3) * values.element_size())
     got = decode_nmse(indices, values, p.w_decs, p.pre_biases, p.xs, impl="triton")
     want = reference.decode_nmse(indices, values, p.w_decs, p.pre_biases, p.xs)
     weights = torch.randn_like(want)
@@ -179,8 +179,8 @@ def test_both_routes_of_the_decoder_gradient(monkeypatch, spread, columns):
 
 
 def test_the_route_keeps_its_scratch_within_the_limit():
-    from sparc_kernels._launch import SCRATCH_BYTES
-    from sparc_kernels.decoder import _route
+    from sparc_kernels.launch.budgets import SCRATCH_BYTES
+    from sparc_kernels.ops.decode_grads import _route
 
     assert _route(2, 4096 * 64, 4096, 64, 2560, torch.bfloat16) == (False, 2560)
     assert _route(3, 256 * 64, 256, 64, 1024, torch.bfloat16) == (False, 1024)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from sparc_kernels import AlignedSAE, cli, demo
+from sparc_kernels import AlignedSAE, cli
+from sparc_kernels.cli import demo
 from sparc_kernels.data import StreamData, one_thread
 
 ROOT = Path(__file__).parents[1]

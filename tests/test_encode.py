@@ -4,13 +4,13 @@ from common import assert_close, assert_grads_close, problem
 from conftest import CUDA, DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparc_kernels import AlignedSAE, _ops, encode_topk, reference, values_at
-from sparc_kernels._launch import select_config
-from sparc_kernels._triton import tl, triton
-from sparc_kernels.encode import centre_for, select_latents
-from sparc_kernels.selection import _ordered_key, select
+from sparc_kernels import AlignedSAE, encode_topk, reference, values_at
+from sparc_kernels.core._triton import tl, triton
+from sparc_kernels.launch.select import select_config
+from sparc_kernels.ops.encode import centre_for, select_latents
+from sparc_kernels.ops.selection import _ordered_key, select
+from sparc_kernels.tools.trace import InsideOperators
 
 NAMES = [f"{what}[{s}]" for what in ("xs", "w_encs", "pre_biases", "latent_biases") for s in range(3)]
 
@@ -133,10 +133,11 @@ def test_selection_among_given_columns_only(impl, dead):
 
 def test_selection_in_three_levels_is_exact(monkeypatch):
     """Large N with large k adds a level of coarse maxima; here at a tiny shape."""
-    from sparc_kernels import _launch, selection
+    from sparc_kernels.launch import select as select_settings
+    from sparc_kernels.ops import selection
 
     assert select_config(2**20, 512).span > select_config(2**20, 512).group
-    config = _launch.SelectConfig(group=4, span=16, k_pad=8, n_spans_pad=16, num_warps=4)
+    config = select_settings.SelectConfig(group=4, span=16, k_pad=8, n_spans_pad=16, num_warps=4)
     monkeypatch.setattr(selection, "select_config", lambda n, k, compact: config)
     for seed in range(3):
         h = torch.randint(-4, 5, (2, 150), generator=torch.Generator().manual_seed(seed)).float()
@@ -144,26 +145,25 @@ def test_selection_in_three_levels_is_exact(monkeypatch):
 
 
 def test_rows_are_processed_in_chunks_with_the_same_result(impl, monkeypatch):
-    from sparc_kernels import _launch, selection
+    from sparc_kernels.launch import select as select_settings
+    from sparc_kernels.ops import selection
 
     p = problem(B=40, requires_grad=False)
     whole = chosen(p, p.w_encs, impl)
-    for where in (selection, _launch):
+    for where in (selection, select_settings):
         monkeypatch.setattr(where, "SCRATCH_BYTES", 70 * 8 * 17)
-    monkeypatch.setattr(_launch, "SCRATCH_LEAST_ROWS", 1)
+    monkeypatch.setattr(select_settings, "SCRATCH_LEAST_ROWS", 1)
     assert torch.equal(chosen(p, p.w_encs, impl), whole)
 
 
-class LikeAMX(TorchDispatchMode):
+class LikeAMX(InsideOperators):
     """CPU products of half precision as oneDNN makes them on AMX: at a width that is no multiple of 32 a row with an
     inf becomes NaN. Inside the package's operators too."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == _ops.NAMESPACE:
-            *args, _ = args
-            with self:
-                return _ops.OPERATORS[func._schema.name.split("::")[1]][0](*args)
-        out = func(*args, **(kwargs or {}))
+    impl = "torch"
+
+    def dispatch(self, func, args, kwargs):
+        out = func(*args, **kwargs)
         if func._schema.name in ("aten::mm", "aten::addmm"):
             rows = args[-2]
             if rows.dtype.itemsize == 2 and rows.shape[1] % 32:
@@ -264,7 +264,7 @@ def test_keys_order_every_value_as_torch_does(dtype, shift):
 @pytest.fixture
 def library(monkeypatch):
     """The library's GEMM wherever the weights lie side by side."""
-    from sparc_kernels import encode, selection
+    from sparc_kernels.ops import encode, selection
 
     monkeypatch.setattr(selection, "encode_by_library", lambda *_: True)
     monkeypatch.setattr(encode, "wants_joint", lambda w: True)
@@ -283,7 +283,7 @@ def library(monkeypatch):
 
 @pytest.mark.parametrize("widths", [(20,), (20, 13, 7)], ids=["one stream", "three streams"])
 def test_library_gemm_and_row_maxima_select_the_same(library, widths, monkeypatch):
-    from sparc_kernels import _launch
+    from sparc_kernels.launch import select as select_settings
 
     p = problem(B=9, widths=widths, requires_grad=False)
     wide = torch.cat(p.w_encs, 1)
@@ -291,8 +291,8 @@ def test_library_gemm_and_row_maxima_select_the_same(library, widths, monkeypatc
     want = chosen(p, p.w_encs, "torch")
     assert torch.equal(chosen(p, joint, "triton"), want)
     assert len(library) == 1
-    monkeypatch.setattr(_launch, "SCRATCH_BYTES", 70 * 8 * 4)  # a few rows at a time
-    monkeypatch.setattr(_launch, "SCRATCH_LEAST_ROWS", 1)
+    monkeypatch.setattr(select_settings, "SCRATCH_BYTES", 70 * 8 * 4)  # a few rows at a time
+    monkeypatch.setattr(select_settings, "SCRATCH_LEAST_ROWS", 1)
     assert torch.equal(chosen(p, joint, "triton"), want)
     assert len(library) > 2
 
@@ -300,10 +300,14 @@ def test_library_gemm_and_row_maxima_select_the_same(library, widths, monkeypatc
 @pytest.mark.parametrize("k", [1, 5, 70])
 @pytest.mark.parametrize("levels", [2, 3])
 def test_library_selection_on_hard_rows(library, monkeypatch, k, levels):
-    from sparc_kernels import _launch, selection
+    from sparc_kernels.launch import device as launch_device
+    from sparc_kernels.launch import select as select_settings
+    from sparc_kernels.ops import selection
 
     if levels == 3:
-        config = _launch.SelectConfig(group=4, span=16, k_pad=_launch.next_power_of_2(k), n_spans_pad=16, num_warps=4)
+        config = select_settings.SelectConfig(
+            group=4, span=16, k_pad=launch_device.next_power_of_2(k), n_spans_pad=16, num_warps=4
+        )
         monkeypatch.setattr(selection, "select_config", lambda n, k, compact: config)
     rows = torch.stack(
         [
@@ -334,7 +338,7 @@ def test_library_selection_on_hard_rows(library, monkeypatch, k, levels):
 
 
 def test_what_lies_side_by_side_is_recognised():
-    from sparc_kernels.selection import JointCast, joint
+    from sparc_kernels.ops.joint import JointCast, joint
 
     wide = torch.arange(24.0).reshape(4, 6)
     a, b = wide.split([2, 4], 1)
@@ -353,7 +357,7 @@ def test_what_lies_side_by_side_is_recognised():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_scratch_of_the_selection_stays_within_its_limit(monkeypatch, N, dtype):
     """On meta tensors with the kernels left out: what is allocated for any B and N."""
-    from sparc_kernels import selection
+    from sparc_kernels.ops import selection
 
     class Nothing:
         def __getitem__(self, grid):
@@ -372,13 +376,15 @@ def test_scratch_of_the_selection_stays_within_its_limit(monkeypatch, N, dtype):
     x, w = (empty(n, 8, device="meta", dtype=dtype) for n in (65536, N))
     bias = empty(N, device="meta", dtype=torch.float32)
     monkeypatch.setattr(torch, "empty", noted)
-    out = selection._select_triton([x], [w], [bias], 32, None, None)
+    out = selection._select_triton(xs=[x], w_encs=[w], biases=[bias], k=32, ids=None, count=None)
     assert out.shape == (65536, 32)
     assert sum(sizes) - out.numel() * 8 <= 512 * 2**20
 
 
 def test_rows_kept_at_once_are_equal_parts_within_the_limit():
-    from sparc_kernels._launch import SCRATCH_BYTES, cdiv, select_rows
+    from sparc_kernels.launch.budgets import SCRATCH_BYTES
+    from sparc_kernels.launch.device import cdiv
+    from sparc_kernels.launch.select import select_rows
 
     for rows in (1, 100, 4096, 5000, 65536):
         for row_bytes in (2**14, 2**17, 2**20 + 999, 2**21, 2**22, 2**30):
@@ -428,18 +434,19 @@ class TooLate(Late):
 @pytest.mark.parametrize(("beside", "right"), [(Late, True), (TooLate, False)])
 def test_a_selector_that_runs_late_finds_its_logits(monkeypatch, beside, right):
     """The GEMM of later rows must not write where a selector still has to read, nor the result be used too early."""
-    from sparc_kernels import _launch, selection
+    from sparc_kernels.launch import select as select_settings
+    from sparc_kernels.ops import selection
 
     p, made = problem(B=64, requires_grad=False), []
     want = chosen(p, p.w_encs, "torch")
-    monkeypatch.setattr(_launch, "BESIDE_TILES", 3)
+    monkeypatch.setattr(select_settings, "BESIDE_TILES", 3)
     monkeypatch.setattr(selection, "Beside", lambda *args, **named: made.append(beside(*args, **named)) or made[-1])
     assert torch.equal(chosen(p, p.w_encs, "triton"), want) == right
     assert len(made[0].work) == made[0].ran == 4
 
 
 def test_values_of_many_streams_a_few_at_a_time(monkeypatch):
-    from sparc_kernels import encode
+    from sparc_kernels.ops import encode
 
     p = problem(widths=(20, 13, 7, 5))
     whole = [encode_topk(*p.encoder, 5, topk_type, impl="triton")[1] for topk_type in ("global", "local")]

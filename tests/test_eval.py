@@ -18,16 +18,17 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, r2_score
 from sklearn.metrics.pairwise import cosine_similarity
 
-from sparc_kernels import AlignedSAE, _progress, cli, metrics
-from sparc_kernels.checkpoint import export_official, load_model, save_weights
-from sparc_kernels.codes import CsrWriter, write_codes
-from sparc_kernels.evaluate import codes_of, encode, evaluate, guessing, select_locally
-from sparc_kernels.features import Features
-from sparc_kernels.labels import Pictures, read_labels
+from sparc_kernels import AlignedSAE, cli, metrics
+from sparc_kernels.core import progress
+from sparc_kernels.evaluation.csr import CsrWriter, write_codes
+from sparc_kernels.evaluation.evaluate import codes_of, encode, evaluate, guessing, select_locally
+from sparc_kernels.evaluation.top_activations import top_activations
+from sparc_kernels.io.features import Features
+from sparc_kernels.io.labels import Pictures, read_labels
+from sparc_kernels.io.weights import export_official, load_model, save_weights
 from sparc_kernels.metrics import Codes, Rows, activation_cosine, retrieval, top_rows
-from sparc_kernels.show import top_activations
-from sparc_kernels.train import Trainer
-from sparc_kernels.train_config import TrainConfig
+from sparc_kernels.train.config import TrainConfig
+from sparc_kernels.train.trainer import Trainer
 
 ROWS, WIDTHS, CLASSES = 400, {"a": 20, "b": 16, "c": 12}, 6
 
@@ -319,7 +320,7 @@ def test_alone_wants_only_the_streams_that_are_given(folder, tmp_path, capsys):
 
 
 def test_progress_and_where_scores_go_are_said_on_stderr(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(_progress, "_LINE_EVERY", 0)
+    monkeypatch.setattr(progress, "_LINE_EVERY", 0)
     monkeypatch.chdir(tmp_path)
     given = [f"--model={folder / 'run'}", *streams(folder), "--batch-size=300"]
     for command in (["eval", "--no-retrieval"], ["encode", "--out=codes"], ["show", "1"]):

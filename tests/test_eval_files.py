@@ -10,12 +10,13 @@ import pytest
 from safetensors.numpy import save_file
 from scipy import sparse
 
-from sparc_kernels import AlignedSAE, cli, labels
-from sparc_kernels.checkpoint import load_model, save_weights
-from sparc_kernels.codes import write_codes
-from sparc_kernels.evaluate import finite
-from sparc_kernels.features import Features
-from sparc_kernels.labels import read_labels, read_names
+from sparc_kernels import AlignedSAE, cli
+from sparc_kernels.cli.evaluate import finite
+from sparc_kernels.evaluation.csr import write_codes
+from sparc_kernels.io import labels
+from sparc_kernels.io.features import Features
+from sparc_kernels.io.labels import read_labels, read_names
+from sparc_kernels.io.weights import load_model, save_weights
 
 ROWS, WIDTHS = 40, {"a": 6, "b": 4}
 

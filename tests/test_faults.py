@@ -9,20 +9,10 @@ import torch
 from common import assert_close, problem
 from conftest import CUDA, DEVICE, KERNEL_DTYPE
 
-from sparc_kernels import (
-    AlignedSAE,
-    auxk_topk,
-    decode,
-    decode_nmse,
-    encode_topk,
-    inverse_index,
-    reference,
-    selection,
-    values_at,
-)
-from sparc_kernels import loss as loss_module
-from sparc_kernels._triton import tl, triton
-from sparc_kernels.selection import _take
+from sparc_kernels import AlignedSAE, auxk_topk, decode, decode_nmse, encode_topk, inverse_index, reference, values_at
+from sparc_kernels.core._triton import tl, triton
+from sparc_kernels.ops import aligned_loss, joint
+from sparc_kernels.ops.selection import _take
 
 D = {"a": 6, "b": 5}
 
@@ -259,7 +249,7 @@ def test_a_loss_without_gradients_takes_none(monkeypatch):
     """Evaluation under no_grad allocated and computed every decoder's gradient: a Function sees requires_grad alone."""
     m, x = model(auxk=4), batch()
     want, _ = m.eval().compute_loss(m(x), x)
-    monkeypatch.setattr(loss_module, "grads_of_target", lambda *args: pytest.fail("a gradient was taken"))
+    monkeypatch.setattr(aligned_loss, "grads_of_target", lambda *args: pytest.fail("a gradient was taken"))
     with torch.no_grad():
         got, _ = m.compute_loss(m(x), x)
     assert_close(got, want.detach())
@@ -268,7 +258,7 @@ def test_a_loss_without_gradients_takes_none(monkeypatch):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_wide_streams_compile(monkeypatch, autocast):
     """Where weights may lie side by side, torch.compile met questions about storages that it cannot answer."""
-    monkeypatch.setattr(selection, "LIBRARY_WIDTH", 16)
+    monkeypatch.setattr(joint, "LIBRARY_WIDTH", 16)
     torch.manual_seed(0)
     m = AlignedSAE({"a": 8, "b": 8}, 20, 3, device=DEVICE)
     x = {s: torch.randn(4, 8, device=DEVICE) for s in "ab"}

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from sparc_kernels import AlignedSAE
-from sparc_kernels.checkpoint import export_official, save_checkpoint
-from sparc_kernels.feature_files import MappedRows
-from sparc_kernels.features import Features
+from sparc_kernels.io.features import Features
+from sparc_kernels.io.files import MappedRows
+from sparc_kernels.io.run_checkpoints import save_checkpoint
+from sparc_kernels.io.weights import export_official
 
 PAD = np.full(77, 7.0)  # before the features, so that they lie at another offset in every file
 
@@ -311,7 +312,7 @@ def test_a_damaged_torch_file_is_never_read_as_other_values(tmp_path, seed):
 
 
 def test_checksums_are_compared_over_all_values(tmp_path, monkeypatch):
-    monkeypatch.setattr("sparc_kernels.feature_files._CHECK_BYTES", 100)
+    monkeypatch.setattr("sparc_kernels.io.files._CHECK_BYTES", 100)
     path = torch_file(tmp_path, torch.full((40, 6), 5.0), indices=torch.arange(40))
     whole, refused = path.read_bytes(), r"x\.pt\): expected values of the CRC-32 [0-9a-f]{8} in the file, got "
     values = whole.find(240 * struct.pack("<f", 5))
@@ -567,7 +568,7 @@ def test_shards_of_another_kind_are_named(tmp_path):
 
 @pytest.mark.parametrize("layout", [npy, torch_file, compressed, linked_outside])
 def test_many_shards_keep_few_files_open_and_must_not_change(tmp_path, monkeypatch, layout):
-    monkeypatch.setattr("sparc_kernels.shards.OPEN", 2)
+    monkeypatch.setattr("sparc_kernels.io.shards.OPEN", 2)
     x = np.arange(60, dtype="<f4").reshape(20, 3)
     folders = [tmp_path / f"s{i}" for i in range(10)]
     for i, folder in enumerate(folders):

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sparc_kernels import features as module
-from sparc_kernels._arguments import stream_features
-from sparc_kernels.feature_files import HDF5Rows, MappedRows
-from sparc_kernels.features import Features
-from sparc_kernels.loader import Loader
+from sparc_kernels.cli.arguments import stream_features
+from sparc_kernels.io import features as module
+from sparc_kernels.io.features import Features
+from sparc_kernels.io.files import HDF5Rows, MappedRows
+from sparc_kernels.io.loader import Loader
 
 ROWS, WIDTH = 300, 12
 

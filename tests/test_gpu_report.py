@@ -21,9 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-import sparc_kernels  # noqa: E402
 from benchmarks import ahead, cases, environment, exercise, gpu_report, plan, plot, record  # noqa: E402
-from sparc_kernels._triton import HAS_TRITON  # noqa: E402
+from sparc_kernels.core._triton import HAS_TRITON  # noqa: E402
 
 SCRIPT = ROOT / "benchmarks" / "gpu_report.py"
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -353,8 +352,10 @@ def test_a_memory_checker_that_is_not_there_is_absent(tmp_path, monkeypatch):
 def test_every_kernel_is_exercised():
     listings = pickle.loads(pickle.dumps(ahead.exercised(90)))  # other processes run them
     launched = {launch.kernel for listing in listings for launch in listing()}
-    names = [m.name for m in pkgutil.iter_modules(sparc_kernels.__path__) if m.name != "__main__"]
-    held = [item for name in names for item in vars(import_module(f"sparc_kernels.{name}")).items()]
+    ops = import_module("sparc_kernels.ops")
+    held = [
+        i for m in pkgutil.iter_modules(ops.__path__) for i in vars(import_module(f"{ops.__name__}.{m.name}")).items()
+    ]
     kernels = [value for name, value in held if name.endswith("_kernel") and hasattr(value, "arg_names")]
     assert launched == {f"{kernel.fn.__module__}:{kernel.fn.__name__}" for kernel in kernels} and len(launched) > 20
 

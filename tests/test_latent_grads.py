@@ -5,9 +5,11 @@ from conftest import DEVICE, KERNEL_DTYPE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparc_kernels import inverse_index, latent_grads, reference
-from sparc_kernels.dead import dead_first
-from sparc_kernels.latent_grads import inverse_index_op, latent_reduce, latent_reduce_
+from sparc_kernels import inverse_index, reference
+from sparc_kernels.ops import latent_reduce as ops_latent_reduce
+from sparc_kernels.ops.dead import dead_first
+from sparc_kernels.ops.inverse_index import inverse_index_op
+from sparc_kernels.ops.latent_reduce import latent_reduce, latent_reduce_
 
 
 @settings(max_examples=50, deadline=None)
@@ -54,12 +56,12 @@ def test_the_last_list_ends_where_it_ends(monkeypatch):
     def as_on_cuda(entries, mat, offsets, **options):
         return bags(entries, mat, torch.cat([offsets[:-1], offsets.new_full((1,), entries.numel())]), **options)
 
-    monkeypatch.setattr(latent_grads.F, "embedding_bag", as_on_cuda)
-    monkeypatch.setattr(latent_grads, "may_look", lambda tensor: False)
+    monkeypatch.setattr(ops_latent_reduce.F, "embedding_bag", as_on_cuda)
+    monkeypatch.setattr(ops_latent_reduce, "may_look", lambda tensor: False)
     indices = torch.tensor([[0, 3], [4, 99], [4, -1]])
     inverse = inverse_index(indices, 5, impl="torch")
     coef, mat = torch.rand(1, 3, 2), torch.randn(1, 3, 6).bfloat16()
-    rows, _ = latent_grads.latent_reduce(inverse, coef, mat, 2, torch.bfloat16, "torch")
+    rows, _ = ops_latent_reduce.latent_reduce(inverse, coef, mat, 2, torch.bfloat16, "torch")
     inside = (indices >= 0) & (indices < 5)
     want = (
         reference.codes(indices.where(inside, 0), coef[0].where(inside, 0.0).bfloat16().double(), 5).T @ mat[0].double()

@@ -7,7 +7,8 @@ import torch
 from common import assert_close
 from conftest import DEVICE, KERNEL_DTYPE
 
-from sparc_kernels.loss import Terms, add_auxk, column_sums, loss_terms, scale_
+from sparc_kernels.ops.aligned_loss import column_sums
+from sparc_kernels.ops.loss_terms import Terms, add_auxk, loss_terms, scale_
 
 
 def rand(*shape, seed=0):

@@ -8,10 +8,9 @@ import pytest
 import torch
 from common import assert_close
 from conftest import DEVICE, KERNEL_DTYPE
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparc_kernels import AlignedSAE, reference
-from sparc_kernels._ops import NAMESPACE, OPERATORS
+from sparc_kernels.tools.trace import InsideOperators
 
 WIDTHS = {"image": 20, "text": 13, "sound": 7}
 
@@ -423,25 +422,25 @@ def test_checkpointing_too_many_forwards_at_once_is_refused_by_name():
         losses[0].backward()
 
 
-class Looks(TorchDispatchMode):
+class Looks(InsideOperators):
     """What reads values of a tensor into Python, or shapes from values."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        space, name = func._schema.name.split("::")
-        if space == NAMESPACE:  # the mode is off inside an operator: step in by hand
-            with self:
-                return OPERATORS[name][0](*args[:-1])
+    impl = "torch"
+
+    def dispatch(self, func, args, kwargs):
+        name = func._schema.name.split("::")[1]
         bad = name in ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero")
         indexed = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
         assert not (bad or indexed), f"{name} reads a value"
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 @pytest.mark.parametrize("topk_type", ["global", "local"])
 @pytest.mark.parametrize("dead", [0, 3, 40])
 def test_the_torch_path_reads_no_value_where_that_would_wait(monkeypatch, topk_type, dead):
     """As on a GPU with impl="torch": the same results, and nothing looked at."""
-    from sparc_kernels import _checks, _ops, gather, latent_grads, loss, selection
+    from sparc_kernels.core import numerics, validation
+    from sparc_kernels.ops import gather, latent_reduce, loss_terms, selection
 
     def step(model):
         for s in WIDTHS:
@@ -454,9 +453,9 @@ def test_the_torch_path_reads_no_value_where_that_would_wait(monkeypatch, topk_t
     model, inputs = make("torch", topk_type, dtype=torch.float64)
     want, plain = step(model), copy.deepcopy([p.grad for p in model.parameters()])
     model.zero_grad()
-    for where in (_ops, gather, latent_grads, loss, selection):
+    for where in (gather, latent_reduce, loss_terms, numerics, selection):
         monkeypatch.setattr(where, "may_look", lambda tensor: False)
-    monkeypatch.setattr(_checks, "check_indices", lambda name, value, *rest: value)
+    monkeypatch.setattr(validation, "check_indices", lambda name, value, *rest: value)
     with Looks(), pytest.raises(AssertionError, match="reads a value"):
         want.item()
     with Looks():
@@ -467,11 +466,11 @@ def test_the_torch_path_reads_no_value_where_that_would_wait(monkeypatch, topk_t
 
 
 def test_a_loss_without_gradients_makes_none(monkeypatch):
-    from sparc_kernels import decoder
+    from sparc_kernels.ops import decode_grads
 
     model, inputs = make()
     want, _ = model.compute_loss(model(inputs), inputs)
-    monkeypatch.setattr(decoder, "decode_grads", lambda *args: pytest.fail("gradients were made"))
+    monkeypatch.setattr(decode_grads, "decode_grads", lambda *args: pytest.fail("gradients were made"))
     model.eval()
     with torch.no_grad():
         loss, _ = model.compute_loss(model(inputs), inputs)
@@ -509,7 +508,8 @@ def test_one_hot_latent_on_every_row_and_no_positive_value(impl):
 
 
 def test_autocast_lays_the_encoders_side_by_side_for_the_library(monkeypatch):
-    from sparc_kernels import encode, module, selection
+    from sparc_kernels.nn import module
+    from sparc_kernels.ops import encode, joint
 
     model, inputs = make(dtype=torch.float32)
 
@@ -526,7 +526,7 @@ def test_autocast_lays_the_encoders_side_by_side_for_the_library(monkeypatch):
     monkeypatch.setattr(
         module,
         "select_latents",
-        lambda xs, ws, *a: seen.extend(map(selection.joint, (xs, ws))) or encode.select_latents(xs, ws, *a),
+        lambda xs, ws, *a: seen.extend(map(joint.joint, (xs, ws))) or encode.select_latents(xs, ws, *a),
     )
     monkeypatch.setattr(encode, "wants_joint", lambda w: True)
     for s in WIDTHS:

@@ -13,11 +13,11 @@ import pytest
 import torch
 from sklearn.metrics.pairwise import cosine_similarity
 
-from sparc_kernels.evaluate import evaluate, guessing, select_locally
-from sparc_kernels.features import Features
+from sparc_kernels.evaluation.evaluate import evaluate, guessing, select_locally
+from sparc_kernels.io.features import Features
 from sparc_kernels.metrics import jaccard
-from sparc_kernels.train import Trainer
-from sparc_kernels.train_config import TrainConfig
+from sparc_kernels.train.config import TrainConfig
+from sparc_kernels.train.trainer import Trainer
 
 with np.load(Path(__file__).with_name("official_loop.npz")) as file:
     FILE = {key: file[key] for key in file.files}

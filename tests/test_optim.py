@@ -9,9 +9,11 @@ import torch
 from common import assert_close
 from conftest import DEVICE, KERNEL_DTYPE
 
-from sparc_kernels import AlignedSAE, SparcAdam, adam, latent_adam, selection
-from sparc_kernels._trace import trace
+from sparc_kernels import AlignedSAE, SparcAdam
+from sparc_kernels.ops import adam as ops_adam
+from sparc_kernels.ops import joint, latent_adam
 from sparc_kernels.tools.shape import Shape
+from sparc_kernels.tools.trace import trace
 
 WIDTHS = {"a": 20, "b": 13, "c": 7}
 NEVER = slice(20, 24)  # latents that no row selects
@@ -227,7 +229,7 @@ def test_training_step_under_autocast_keeps_float32_weights():
 def test_a_shadow_of_the_weights_changes_no_bit(impl, form, monkeypatch):
     """Through all that moves weights: steps of both kinds, new rows, a loaded state; and a batch that is skipped.
     With two widths the encoders lie side by side, for the library's GEMM."""
-    monkeypatch.setattr(selection, "LIBRARY_WIDTH", 24)
+    monkeypatch.setattr(joint, "LIBRARY_WIDTH", 24)
     # the interpreter truncates where fp32 becomes bfloat16
     half = torch.bfloat16 if impl == "torch" or DEVICE == "cuda" else torch.float16
     plain, shadowed = model(F32, impl=impl, never=False, **form), model(F32, impl=impl, never=False, **form)
@@ -505,7 +507,7 @@ def test_layouts_and_widths_that_the_kernels_do_not_take(impl, monkeypatch):
         if i == 1:
             ours.decoder_layout_("contiguous")  # the moments follow
         if i == 2:
-            monkeypatch.setattr(adam, "ADAM_WIDTH", 13)
+            monkeypatch.setattr(ops_adam, "ADAM_WIDTH", 13)
             monkeypatch.setattr(latent_adam, "ADAM_WIDTH", 13)
             ours.decoder_layout_("rows")
         backward(ours, x)

@@ -8,11 +8,12 @@ import sys
 import pytest
 import torch
 
-from sparc_kernels import AlignedSAE, _progress
-from sparc_kernels._progress import counted
-from sparc_kernels.evaluate import evaluate
-from sparc_kernels.features import Features
-from sparc_kernels.runlog import RunLog
+from sparc_kernels import AlignedSAE
+from sparc_kernels.core import progress
+from sparc_kernels.core.progress import counted
+from sparc_kernels.evaluation.evaluate import evaluate
+from sparc_kernels.io.features import Features
+from sparc_kernels.train.log import RunLog
 
 ROW = {"step": 1_234_567, "epoch": 12, "lr": 1e-4, "loss": 0.1234, "explained_variance": 0.812, "l0": 64.0,
        "dead": 1234, "explained_variance_cross": 0.694, "skipped": 7, "samples_per_s": 123456.0}  # fmt: skip
@@ -68,7 +69,7 @@ def test_counts_of_evaluation_are_whole_in_80_columns(terminal):
 
 def test_every_part_of_an_evaluation_says_how_far_it_is(monkeypatch, capsys):
     """Without a terminal; each part by its own measure."""
-    monkeypatch.setattr(_progress, "_LINE_EVERY", 0.0)
+    monkeypatch.setattr(progress, "_LINE_EVERY", 0.0)
     monkeypatch.setattr("sparc_kernels.metrics._BLOCK_ELEMENTS", 4096)
     torch.manual_seed(0)
     x = {"a": torch.randn(130, 6), "b": torch.randn(130, 5)}

@@ -14,19 +14,13 @@ import torch
 from damage import damaged
 from safetensors.torch import save
 
-from sparc_kernels import AlignedSAE, SparcAdam, cli, train
-from sparc_kernels.checkpoint import (
-    checkpoints,
-    export_official,
-    load_checkpoint,
-    load_latest,
-    load_model,
-    save_checkpoint,
-    save_weights,
-)
-from sparc_kernels.run_folder import read_manifest
-from sparc_kernels.train import Trainer
-from sparc_kernels.train_config import TrainConfig
+from sparc_kernels import AlignedSAE, SparcAdam, cli
+from sparc_kernels.io.run_checkpoints import checkpoints, load_checkpoint, load_latest, save_checkpoint
+from sparc_kernels.io.weights import export_official, load_model, save_weights
+from sparc_kernels.train import trainer as train_trainer
+from sparc_kernels.train.config import TrainConfig
+from sparc_kernels.train.folder import read_manifest
+from sparc_kernels.train.trainer import Trainer
 
 ROWS, WIDTHS = 128, {"a": 12, "b": 8}
 SMALL = dict(n_latents=24, k=3, auxk=4, batch_size=32, epochs=3, lr=3e-3, dead_steps_threshold=5, reinit_every=5)
@@ -433,7 +427,7 @@ def test_a_folder_loads_what_is_newest_in_it_and_whole(copy, capsys):
 
     run = trainer(copy, resume=True, epochs=9, keep=9, on_step=spoil)
     with pytest.raises(
-        train.TrainingStopped, match=r"no final weights \(model.safetensors is of an earlier step\): 20 "
+        train_trainer.TrainingStopped, match=r"no final weights \(model.safetensors is of an earlier step\): 20 "
     ):
         run.train()
     checkpoints(copy / "checkpoints")[-1].unlink()
@@ -487,8 +481,8 @@ def test_torchrun_is_refused(tmp_path, capsys, monkeypatch):
 
 
 def test_what_is_not_as_it_was_is_told(copy, capsys, monkeypatch):
-    now = train.versions()
-    monkeypatch.setattr(train, "versions", lambda: now | {"torch": "9.9"})
+    now = train_trainer.versions()
+    monkeypatch.setattr(train_trainer, "versions", lambda: now | {"torch": "9.9"})
     trainer(copy, resume=True, quiet=False)
     assert f"Note: torch 9.9 ({now['torch']} when the run began); results may differ" in capsys.readouterr().out
     forget_ids(copy)

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-from sparc_kernels._ops import OPERATORS
-from sparc_kernels._stand_in import stand_in
-from sparc_kernels._trace import launches, trace
-from sparc_kernels._triton import INTERPRETED
-from sparc_kernels.direct import training_step  # noqa: F401  the last operators are registered there
+from sparc_kernels.core._triton import INTERPRETED
+from sparc_kernels.core.registry import OPERATORS
+from sparc_kernels.nn.fused_step import training_step  # noqa: F401  the last operators are registered there
 from sparc_kernels.tools.shape import Shape
+from sparc_kernels.tools.stand_in import stand_in
+from sparc_kernels.tools.trace import launches, trace
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,8 +36,8 @@ def test_nothing_is_refused(seen):
 
 def test_every_operator_and_every_kernel_is_launched(seen):
     kernels = {
-        f"sparc_kernels.{path.stem}:{name}"
-        for path in (ROOT / "sparc_kernels").glob("*.py")
+        f"{'.'.join(path.relative_to(ROOT).with_suffix('').parts)}:{name}"
+        for path in (ROOT / "sparc_kernels").rglob("*.py")
         for name in re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.MULTILINE)
     }
     assert seen["operators"] == sorted(OPERATORS)

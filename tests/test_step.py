@@ -8,12 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import CUDA, DEVICE, KERNEL_DTYPE
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparc_kernels import AlignedSAE, SparcAdam, _ops, _trace
-from sparc_kernels.step import Step, _Graph
+from sparc_kernels import AlignedSAE, SparcAdam
+from sparc_kernels.core import registry
+from sparc_kernels.tools import trace
 from sparc_kernels.tools.shape import Shape
-from sparc_kernels.train import TrainConfig, Trainer
+from sparc_kernels.tools.trace import InsideOperators
+from sparc_kernels.train.step import Step, _Graph
+from sparc_kernels.train.trainer import TrainConfig, Trainer
 
 WIDTHS = {"a": 6, "b": 5}
 
@@ -104,7 +106,7 @@ def test_a_graph_belongs_to_the_gpu_of_its_model(monkeypatch):
         yield
 
     graphs, one = graphed(monkeypatch)
-    monkeypatch.setattr("sparc_kernels.step.on_device", on_device)
+    monkeypatch.setattr("sparc_kernels.train.step.on_device", on_device)
     device = next(one.model.parameters()).device
     one(batches(1)[0])
     assert graphs.streams == [(device,)] and entered[0] == device
@@ -118,28 +120,23 @@ def test_the_tensors_gpu_is_made_the_current_one(monkeypatch):
     )
     for name, expected in (("cuda:1", ["cuda:1"]), ("cuda:0", []), ("cuda", []), ("cpu", []), ("meta", [])):
         entered.clear()
-        with _ops.on_device(torch.device(name)):
+        with registry.on_device(torch.device(name)):
             assert entered == [torch.device(d) for d in expected], name
 
 
 def test_every_operator_is_launched_there(monkeypatch):
     entered = []
-    monkeypatch.setattr(_ops, "on_device", lambda device: entered.append(device) or nullcontext())
+    monkeypatch.setattr(registry, "on_device", lambda device: entered.append(device) or nullcontext())
     step()(batches(1)[0])
     assert len(entered) > 10 and {device.type for device in entered} == {DEVICE}
 
 
-class NoReading(TorchDispatchMode):
+class NoReading(InsideOperators):
     """Refuses what reads a value of a tensor, also inside the package's operators."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == _ops.NAMESPACE:
-            torch_impl, triton_impl, _ = _ops.OPERATORS[func._schema.name.split("::")[1]]
-            *args, impl = args
-            with self:
-                return (triton_impl if impl == "triton" else torch_impl)(*args)
+    def dispatch(self, func, args, kwargs):
         assert func._schema.name not in ("aten::item", "aten::_local_scalar_dense"), "a value is read"
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 @pytest.mark.parametrize("lr", [1e-3, torch.tensor(1e-3, dtype=torch.float64)], ids=["number", "tensor"])
@@ -155,10 +152,10 @@ def test_the_kernels_optimizer_reads_no_value(lr):
 
 def test_no_output_is_copied_from_the_host_when_it_is_read():
     for topk_type in ("global", "local"):
-        with _trace._as_on_gpu(90, False, []):
+        with trace._as_on_gpu(90, False, []):
             shape = Shape(256, 2048, 16, (64, 48), "bfloat16")
-            model, inputs = _trace._model(shape, topk_type, 8), _trace._inputs(shape)
-            with _trace._Tracer([*model.parameters(), *model.buffers(), *inputs.values()]) as seen:
+            model, inputs = trace._model(shape, topk_type, 8), trace._inputs(shape)
+            with trace._Tracer([*model.parameters(), *model.buffers(), *inputs.values()]) as seen:
                 outputs = model(inputs)
                 copied = [key for key in outputs if not seen.knows(outputs[key])]  # made by no operator
                 assert copied == []

@@ -21,10 +21,13 @@ from conftest import CUDA, DEVICE
 from kill_and_resume import COMMAND, ENVIRONMENT, arguments, kill_and_resume, make_features
 from sklearn.metrics import r2_score
 
-from sparc_kernels import AlignedSAE, checkpoint, cli, runlog
-from sparc_kernels.checkpoint import export_official, load_checkpoint, load_latest, load_model, save_checkpoint
-from sparc_kernels.train import Interrupted, Trainer, TrainingStopped, split
-from sparc_kernels.train_config import TrainConfig
+from sparc_kernels import AlignedSAE, cli
+from sparc_kernels.io import run_checkpoints
+from sparc_kernels.io.run_checkpoints import load_checkpoint, load_latest, save_checkpoint
+from sparc_kernels.io.weights import export_official, load_model
+from sparc_kernels.train import log as runlog
+from sparc_kernels.train.config import TrainConfig
+from sparc_kernels.train.trainer import Interrupted, Trainer, TrainingStopped, split
 
 ROWS, WIDTHS = 700, {"a": 20, "b": 12}
 SMALL = TrainConfig(
@@ -216,7 +219,7 @@ def test_resumed_anywhere_the_bits_are_the_same(finished, tmp_path, shuffle):
     settings, out = finished[shuffle]
     want = (out / "model.safetensors").read_bytes()
     log = [{k: v for k, v in row.items() if k not in ("samples_per_s", "seconds")} for row in rows_of_log(out)]
-    saved = checkpoint.checkpoints(out / "checkpoints")
+    saved = run_checkpoints.checkpoints(out / "checkpoints")
     assert len(saved) == 9
     for path in saved[1::3]:
         part = tmp_path / path.stem
@@ -243,7 +246,7 @@ def test_rounded_weights_that_are_kept_change_no_bit_and_survive_resuming(tmp_pa
         run.train()
     weights = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in runs}
     assert weights["shadow"] == weights["cast"]
-    saved = checkpoint.checkpoints(tmp_path / "shadow" / "checkpoints")
+    saved = run_checkpoints.checkpoints(tmp_path / "shadow" / "checkpoints")
     for later in saved[1:]:
         later.unlink()
     (tmp_path / "shadow" / "model.safetensors").unlink()
@@ -290,7 +293,7 @@ def test_no_damaged_checkpoint_loads(tmp_path):
 def test_resuming_passes_over_a_damaged_checkpoint(tmp_path, capsys):
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, step, {"x": step}, keep=2)
-    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step-000000002.pt", "step-000000003.pt"]
+    assert [p.name for p in run_checkpoints.checkpoints(tmp_path)] == ["step-000000002.pt", "step-000000003.pt"]
     (tmp_path / "step-000000003.pt").write_bytes(b"x" * 1000)
     path, state = load_latest(tmp_path)
     assert path.name == "step-000000002.pt" and state["x"] == 2
@@ -306,7 +309,7 @@ def test_a_full_disk_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypat
 
     def full(handle):
         if len(list((tmp_path / "checkpoints").glob("*.tmp"))) and len(
-            checkpoint.checkpoints(tmp_path / "checkpoints")
+            run_checkpoints.checkpoints(tmp_path / "checkpoints")
         ):
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(handle)
@@ -334,7 +337,7 @@ def test_signals_save_and_leave(tmp_path, signum):
         process.kill()
     assert process.returncode == 128 + signum
     assert f"{signal.Signals(signum).name} after step" in stderr and "saved, resume goes on from here" in stderr
-    assert len(checkpoint.checkpoints(tmp_path / "run" / "checkpoints")) == 1  # only the one made on leaving
+    assert len(run_checkpoints.checkpoints(tmp_path / "run" / "checkpoints")) == 1  # only the one made on leaving
 
 
 def test_a_second_signal_leaves_at_once(tmp_path, monkeypatch):
@@ -383,7 +386,7 @@ def test_manifest_and_weights_are_enough_to_go_on(finished):
     model, normalize = load_model(out)
     assert (model.d_streams, model.k, model.auxk, model.topk_type, normalize) == (WIDTHS, 4, 6, "global", True)
     assert not model.training and model.decoders["a"].weight.stride() == (1, 20)
-    older = checkpoint.checkpoints(out / "checkpoints")[-1]
+    older = run_checkpoints.checkpoints(out / "checkpoints")[-1]
     for again, _ in (load_model(out / "model.safetensors"), load_model(older)):
         assert same(again.state_dict(), model.state_dict())
 

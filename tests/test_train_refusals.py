@@ -16,9 +16,10 @@ from conftest import CUDA
 from kill_and_resume import COMMAND, ENVIRONMENT, arguments, make_features
 from safetensors.torch import save_file
 
-from sparc_kernels import cli, features
-from sparc_kernels.train import Trainer, split
-from sparc_kernels.train_config import TrainConfig
+from sparc_kernels import cli
+from sparc_kernels.io import features
+from sparc_kernels.train.config import TrainConfig
+from sparc_kernels.train.trainer import Trainer, split
 
 ROWS, WIDTHS = 700, {"a": 20, "b": 12}
 DAMAGED = "expected a complete training checkpoint, got a damaged, truncated or foreign file"

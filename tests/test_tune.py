@@ -16,10 +16,16 @@ import torch
 from conftest import DEVICE
 
 pytest.importorskip("triton")
-from sparc_kernels import _compile, _launch, _tuned, cli, selection, tune
-from sparc_kernels._compile import Compilation
-from sparc_kernels._trace import Launch
+from sparc_kernels import cli
+from sparc_kernels.launch import device as launch_device
+from sparc_kernels.launch import reduce as reduce_settings
+from sparc_kernels.launch import select as select_settings
+from sparc_kernels.launch import tuned
+from sparc_kernels.ops import selection
+from sparc_kernels.tools import compiler, tune
+from sparc_kernels.tools.compiler import Compilation
 from sparc_kernels.tools.shape import Shape, parse_shape
+from sparc_kernels.tools.trace import Launch
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU = "Test GPU (40 GB)"
@@ -32,10 +38,10 @@ def cache(tmp_path, monkeypatch):
     """An empty cache, on a machine with GPU."""
     monkeypatch.setenv("SPARC_KERNELS_CACHE", str(tmp_path))
     monkeypatch.delenv("SPARC_KERNELS_TUNED", raising=False)
-    monkeypatch.setattr(_tuned, "device_name", lambda: GPU)
-    _tuned.forget()
+    monkeypatch.setattr(tuned, "device_name", lambda: GPU)
+    tuned.forget()
     yield tmp_path
-    _tuned.forget()
+    tuned.forget()
 
 
 def file_of(cache):
@@ -45,7 +51,7 @@ def file_of(cache):
 def record(cache, entries, **others):
     content = {"version": 1, "entries": entries, **others}
     file_of(cache).write_text(content if isinstance(content, str) else json.dumps(content))
-    _tuned.forget()
+    tuned.forget()
 
 
 def preferring(**wanted):
@@ -53,7 +59,7 @@ def preferring(**wanted):
 
     def timer(run):
         run()
-        trying = [fields for fields in _tuned._trial.values() if wanted.items() <= fields.items()]
+        trying = [fields for fields in tuned._trial.values() if wanted.items() <= fields.items()]
         return 1.0 if trying else 2.0
 
     return timer
@@ -61,14 +67,14 @@ def preferring(**wanted):
 
 def test_winner_is_recorded_and_used_by_the_next_launch(cache, monkeypatch):
     task = tune.problem("encode", TINY, DEVICE)
-    args = rows, itemsize, arch, compact = TINY.B, 4, _launch.capability(DEVICE), False
-    default = _launch.encode_config(*args)
+    args = rows, itemsize, arch, compact = TINY.B, 4, launch_device.capability(DEVICE), False
+    default = select_settings.encode_config(*args)
     fields = dict(block_m=32, block_n=default.block_n, num_warps=default.num_warps)
     monkeypatch.setattr(tune, "candidates", lambda op, args: [fields])
     monkeypatch.setattr(tune, "compile_all", lambda *args: Compilation())
     (found,) = tune.tune(TINY, ["encode"], DEVICE, GPU, preferring(block_m=32))
     assert found.settings == fields and (found.best_ms, found.default_ms) == (1.0, 2.0) and not found.refused
-    assert _launch.encode_config(*args).block_m == 32
+    assert select_settings.encode_config(*args).block_m == 32
 
     seen = []
     kernel = selection._encode_kernel
@@ -80,23 +86,23 @@ def test_winner_is_recorded_and_used_by_the_next_launch(cache, monkeypatch):
     monkeypatch.setattr(selection, "_encode_kernel", Spy())
     assert task.differs(task.run(), task.run()) == "" and seen == [32, 32]
     # every shape of the same bucket, no other
-    assert _launch.encode_config(rows - 1, itemsize, arch, compact).block_m == 32
-    assert _launch.encode_config(2 * rows, itemsize, arch, compact) == default
-    assert _launch.encode_config(rows, itemsize, 90 if arch != 90 else 80, compact) == default
-    assert _launch.encode_config(compact=compact, arch=arch, itemsize=itemsize, rows=rows).block_m == 32
+    assert select_settings.encode_config(rows - 1, itemsize, arch, compact).block_m == 32
+    assert select_settings.encode_config(2 * rows, itemsize, arch, compact) == default
+    assert select_settings.encode_config(rows, itemsize, 90 if arch != 90 else 80, compact) == default
+    assert select_settings.encode_config(compact=compact, arch=arch, itemsize=itemsize, rows=rows).block_m == 32
     monkeypatch.undo()
-    assert _launch.encode_config(*args) == default  # no GPU in use: nothing recorded counts
+    assert select_settings.encode_config(*args) == default  # no GPU in use: nothing recorded counts
 
 
 @pytest.mark.parametrize("op", tune.OPS)
 def test_every_operator_can_be_searched(op, cache):
     task = tune.problem(op, TINY, DEVICE)
-    with _tuned.observed(op) as wanted:
+    with tuned.observed(op) as wanted:
         task.run()
     tries = [tune.Try(fields) for fields in tune.candidates(op, next(iter(wanted)))][:4]
     found = tune.search(op, task, lambda run: 2.0, tries)
     assert found.tried == len(tries) > 1 and not found.refused, found.refused
-    assert found.settings is None and set(found.keys) == {_tuned.key(op, args) for args in wanted}
+    assert found.settings is None and set(found.keys) == {tuned.key(op, args) for args in wanted}
 
 
 def test_wrong_candidate_is_refused(cache):
@@ -107,7 +113,7 @@ def test_wrong_candidate_is_refused(cache):
 
         def faulty(run=run, op=op):
             out = run()
-            if not _tuned._trial:
+            if not tuned._trial:
                 return out
             return (out[0].roll(1, 0), *out[1:]) if op == "encode" else (out[0] * 1.01, *out[1:])
 
@@ -138,15 +144,15 @@ class Clock:
         """Takes ten seconds; entries of 8 are faster."""
         run()
         self.seconds += 10
-        return 1.0 if {"block_e": 8} in _tuned._trial.values() else 2.0
+        return 1.0 if {"block_e": 8} in tuned._trial.values() else 2.0
 
 
 def quick(ran):
     """A problem that launches nothing; `ran` gets the settings of each run."""
 
     def run():
-        _launch.reduce_config(32)
-        ran.append(dict(_tuned._trial))
+        reduce_settings.reduce_config(32)
+        ran.append(dict(tuned._trial))
         return ()
 
     return tune.Problem(run, lambda reference, result: "")
@@ -192,7 +198,7 @@ def test_limit_is_told(cache, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: GPU)
-    monkeypatch.setattr("sparc_kernels._triton.INTERPRETED", False)
+    monkeypatch.setattr("sparc_kernels.core._triton.INTERPRETED", False)
     monkeypatch.setattr(tune, "tune", lambda *args: asked.append(args[-1]) or [found])
     assert cli.main(["tune", "--shape", "8,64,4,32,2", "--op", "encode", "--op", "reduce", "--minutes", "1.5"]) == 0
     said = capsys.readouterr().out
@@ -215,7 +221,7 @@ def constants_of(launch: Launch) -> dict:
 
 def test_kernels_of_the_candidates_are_compiled_first(cache, monkeypatch):
     """All of them; a candidate whose kernel does not compile is refused, the settings recorded before count."""
-    encode_key = _tuned.key("encode", (TINY.B, 4, 90, False))
+    encode_key = tuned.key("encode", (TINY.B, 4, 90, False))
     record(cache, {encode_key: {"settings": {"block_m": 32}}})
     given = []
 
@@ -239,12 +245,12 @@ def test_kernels_of_the_candidates_are_compiled_first(cache, monkeypatch):
     assert all((one.fields["block_e"], one.fields["num_warps"]) == (8, 2) for one in refused)
     (encode,) = [x for x in set(launches) if x.kernel.endswith(":_encode_kernel")]
     assert constants_of(encode)["BLOCK_M"] == 32
-    assert _tuned.device_name() == GPU and selection.capability is _launch.capability
+    assert tuned.device_name() == GPU and selection.capability is launch_device.capability
 
 
 def test_planned_kernels_are_those_of_training(cache):
     """What is compiled ahead is what the same operators launch elsewhere."""
-    from sparc_kernels.audit import launches
+    from sparc_kernels.tools.audit import launches
 
     elsewhere = set(launches(TINY, 90))
     for op, name in (("encode", "_encode"), ("select", "_select"), ("gather", "_gather"), ("reduce", "_latent_reduce")):
@@ -350,19 +356,19 @@ def test_compilation_gives_up_what_has_not_begun():
     ended, begun, waiting = (Future() for _ in range(3))
     ended.set_result(1)
     begun.set_running_or_notify_cancel()
-    found = _compile._ended([ended, begun, waiting], 0.0)
+    found = compiler._ended([ended, begun, waiting], 0.0)
     assert next(found) is ended
     threading.Timer(0.01, begun.set_result, [2]).start()
     assert list(found) == [begun] and waiting.cancelled()
 
 
 def test_kernel_beyond_the_shared_memory_is_an_error(monkeypatch):
-    shared = _launch.SHARED_LIMIT[90]
+    shared = launch_device.SHARED_LIMIT[90]
     kernel = SimpleNamespace(metadata=SimpleNamespace(shared=shared))
-    monkeypatch.setattr(_compile, "ask_jit", lambda launch, arch: kernel)
-    assert _compile._timed(_compile._compile, None, 90)[:2] == (True, "")
+    monkeypatch.setattr(compiler, "ask_jit", lambda launch, arch: kernel)
+    assert compiler._timed(compiler._compile, None, 90)[:2] == (True, "")
     kernel.metadata.shared += 1
-    assert _compile._timed(_compile._compile, None, 90)[1] == f"ValueError: shared memory {shared + 1} B > {shared} B"
+    assert compiler._timed(compiler._compile, None, 90)[1] == f"ValueError: shared memory {shared + 1} B > {shared} B"
 
 
 @pytest.mark.parametrize(
@@ -379,13 +385,13 @@ def test_kernel_beyond_the_shared_memory_is_an_error(monkeypatch):
 )
 def test_invalid_entries_are_refused_once_and_ignored(fields, reason, cache):
     args = (4096, 2, 86, False)
-    default = _launch.encode_config(*args)
-    record(cache, {_tuned.key("encode", args): {"settings": fields}})
+    default = select_settings.encode_config(*args)
+    record(cache, {tuned.key("encode", args): {"settings": fields}})
     with pytest.warns(RuntimeWarning, match=reason):
-        assert _launch.encode_config(*args) == default
+        assert select_settings.encode_config(*args) == default
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert _launch.encode_config(*args) == default
+        assert select_settings.encode_config(*args) == default
 
 
 @pytest.mark.parametrize(
@@ -399,48 +405,48 @@ def test_invalid_entries_are_refused_once_and_ignored(fields, reason, cache):
     ],
 )
 def test_corrupt_files_are_ignored_with_a_warning(text, reason, cache):
-    default = _launch.reduce_config(1024)
+    default = reduce_settings.reduce_config(1024)
     file_of(cache).write_text(text)
-    _tuned.forget()
+    tuned.forget()
     with pytest.warns(RuntimeWarning, match=f"test-gpu-40-gb.json.*{reason}"):
-        assert _launch.reduce_config(1024) == default
+        assert reduce_settings.reduce_config(1024) == default
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert _launch.reduce_config(1000) == _launch.reduce_config(1000)
+        assert reduce_settings.reduce_config(1000) == reduce_settings.reduce_config(1000)
 
 
 def test_users_entry_before_the_shipped_one_and_the_way_out(cache, monkeypatch, tmp_path):
     shipped = tmp_path / "shipped"
     shipped.mkdir()
-    monkeypatch.setattr(_tuned, "SHIPPED", shipped)
+    monkeypatch.setattr(tuned, "SHIPPED", shipped)
     entry = {
         "reduce(d=1024,arch=80,sources=1)": {"settings": {"block_e": 8}},
         "reduce(d=512,arch=80,sources=1)": {"settings": {"block_e": 8}},
     }
     (shipped / "test-gpu-40-gb.json").write_text(json.dumps({"version": 1, "entries": entry}))
     record(cache, {"reduce(d=1024,arch=80,sources=1)": {"settings": {"block_e": 2, "num_warps": 8}}})
-    assert (_launch.reduce_config(1024).block_e, _launch.reduce_config(512).block_e) == (2, 8)
+    assert (reduce_settings.reduce_config(1024).block_e, reduce_settings.reduce_config(512).block_e) == (2, 8)
     monkeypatch.undo()
     monkeypatch.setenv("SPARC_KERNELS_TUNED", "0")
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 97)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: GPU)
-    assert _tuned.device_name() is None
+    assert tuned.device_name() is None
     monkeypatch.setenv("SPARC_KERNELS_TUNED", "1")
-    assert _tuned.device_name() == GPU
+    assert tuned.device_name() == GPU
 
 
 def test_what_follows_from_a_setting_follows(cache):
     """Another group size changes how many maxima there are to read."""
-    record(cache, {_tuned.key("select", (32768, 64, False)): {"settings": {"group": 16, "num_warps": 8}}})
-    config = _launch.select_config(32768, 64)
+    record(cache, {tuned.key("select", (32768, 64, False)): {"settings": {"group": 16, "num_warps": 8}}})
+    config = select_settings.select_config(32768, 64)
     assert (config.group, config.span, config.n_spans_pad, config.num_warps) == (16, 16, 2048, 8)
-    assert _launch.select_config(30000, 33) == config
+    assert select_settings.select_config(30000, 33) == config
 
 
 def test_writing_keeps_what_was_recorded(cache):
-    _tuned.write(GPU, {"reduce(d=512,arch=80,sources=1)": {"settings": {"block_e": 8}}}, {})
-    _tuned.write(GPU, {"reduce(d=256,arch=80,sources=1)": {"settings": {"block_e": 8}}}, {"torch": "x"})
+    tuned.write(GPU, {"reduce(d=512,arch=80,sources=1)": {"settings": {"block_e": 8}}}, {})
+    tuned.write(GPU, {"reduce(d=256,arch=80,sources=1)": {"settings": {"block_e": 8}}}, {"torch": "x"})
     content = json.loads(file_of(cache).read_text())
     assert (
         list(content["entries"]) == ["reduce(d=512,arch=80,sources=1)", "reduce(d=256,arch=80,sources=1)"]
@@ -455,7 +461,7 @@ def test_cache_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SPARC_KERNELS_CACHE", str(in_the_way))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: GPU)
-    monkeypatch.setattr("sparc_kernels._triton.INTERPRETED", False)
+    monkeypatch.setattr("sparc_kernels.core._triton.INTERPRETED", False)
     monkeypatch.setattr(tune, "problem", lambda *args: pytest.fail("searched before the cache was tried"))
     with pytest.warns(RuntimeWarning, match="cannot be read"):
         assert cli.main(["tune", "--shape", "8,64,4,32,2"]) == 2
@@ -473,7 +479,7 @@ def test_without_a_gpu(capsys):
 
 def test_no_file_is_read_on_import(tmp_path):
     code = (
-        "import builtins, io, pathlib, sparc_kernels, sparc_kernels.module\n"
+        "import builtins, io, pathlib, sparc_kernels, sparc_kernels.nn.module\n"
         "from sparc_kernels import _tuned\n"
         "assert _tuned.table.cache_info().misses == 0 and _tuned.recorded.cache_info().misses == 0\n"
         "import torch; sparc_kernels.AlignedSAE({'a': 8}, 16, 2)({'a': torch.randn(4, 8)})\n"
@@ -491,8 +497,8 @@ def test_shapes_are_parsed():
 
 
 def test_trace_does_not_see_what_is_recorded_here(cache, monkeypatch):
-    from sparc_kernels.audit import launches
+    from sparc_kernels.tools.audit import launches
 
     before = launches(TINY, 90)
-    record(cache, {_tuned.key("reduce", (32, 90, 1)): {"settings": {"block_e": 8}}})
+    record(cache, {tuned.key("reduce", (32, 90, 1)): {"settings": {"block_e": 8}}})
     assert launches(TINY, 90) == before

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import threading
-from importlib import import_module
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,15 +14,14 @@ import planted
 import pytest
 import torch
 
-from sparc_kernels import _triton, cli, verify
-from sparc_kernels import _verify_checks as checks
-from sparc_kernels import _verify_judge as judge
-from sparc_kernels import _verify_routes as routes
-from sparc_kernels import _verify_run as run
-from sparc_kernels._triton import INTERPRETED
-
-NAMES = ("encode", "decoder", "loss", "dead", "module", "optim", "direct", "shadow")
-encode, decoder, loss, dead, module, optim, direct, shadow = (import_module(f"sparc_kernels.{n}") for n in NAMES)
+from sparc_kernels import cli
+from sparc_kernels.core import _triton
+from sparc_kernels.core._triton import INTERPRETED
+from sparc_kernels.nn import fused_step, half_weights, module, optimizer
+from sparc_kernels.ops import aligned_loss, dead, decode, decode_grads, encode
+from sparc_kernels.tools.verify import checks, judge, routes
+from sparc_kernels.tools.verify import pool as run
+from sparc_kernels.tools.verify import run as verify
 
 
 def command(*words: str) -> subprocess.CompletedProcess:
@@ -219,7 +217,7 @@ def gradient_of_wrong_row(patch):
 
 def patch_sums(patch, faulty):
     """Every sum over a latent's list, with other coefficients or rows."""
-    sound, inner, plain = encode.latent_reduce_, decoder.reduce_torch, decoder.latent_reduce
+    sound, inner, plain = encode.latent_reduce_, decode_grads.reduce_torch, decode.latent_reduce
 
     def latent_reduce(inverse, coef, mat, *rest):
         return plain(inverse, *faulty(coef, mat), *rest)
@@ -231,10 +229,10 @@ def patch_sums(patch, faulty):
 
         return latent_reduce_
 
-    for where in (decoder, checks):
+    for where in (decode, checks):
         patch(where, "latent_reduce", latent_reduce)
     patch(encode, "latent_reduce_", wrapped(sound))
-    patch(decoder, "reduce_torch", wrapped(inner))
+    patch(decode_grads, "reduce_torch", wrapped(inner))
 
 
 def patch_select(patch, faulty):
@@ -319,36 +317,36 @@ def latent_bias_missing_in_values(patch):
 
 
 def decoder_bias_lost(patch):
-    sound = decoder.gather_sum
-    patch(decoder, "gather_sum", lambda indices, values, w, bias, impl: sound(indices, values, w, None, impl))
+    sound = decode.gather_sum
+    patch(decode, "gather_sum", lambda indices, values, w, bias, impl: sound(indices, values, w, None, impl))
 
 
 def half_precision_sums(patch):
     """bf16-level error in the dot products of wider types."""
-    values, dots = encode.gather_values, decoder.gather_dot
+    values, dots = encode.gather_values, decode.gather_dot
     rounded = lambda x: x.bfloat16().to(x.dtype)  # noqa: E731
     patch(encode, "gather_values", lambda i, centred, *rest: values(i, [rounded(x) for x in centred], *rest))
-    patch(decoder, "gather_dot", lambda indices, w, x, *rest: dots(indices, w, rounded(x), *rest))
+    patch(decode, "gather_dot", lambda indices, w, x, *rest: dots(indices, w, rounded(x), *rest))
 
 
 def error_in_half_precision(patch):
-    sound = decoder.decode_grads
+    sound = decode_grads.decode_grads
 
-    def decode_grads(*args):
+    def faulty(*args):
         sq, g, error = sound(*args)
         return sq, g.bfloat16().to(g.dtype), error
 
-    patch(decoder, "decode_grads", decode_grads)
+    patch(decode_grads, "decode_grads", faulty)
 
 
 def norm_with_epsilon(patch):
-    sound = decoder.target_weights
+    sound = decode_grads.target_weights
 
     def target_weights(*args):
         norm, coef = sound(*args)
         return norm + 1e-2, coef
 
-    for where in (decoder, loss):
+    for where in (decode, aligned_loss):
         patch(where, "target_weights", target_weights)
 
 
@@ -390,13 +388,13 @@ def aux_weight_doubled(patch):
 
 
 def clipping_without_the_norm(patch):
-    sound = optim.grad_square
-    patch(optim, "grad_square", lambda *args: sound(*args) * 0)
+    sound = optimizer.grad_square
+    patch(optimizer, "grad_square", lambda *args: sound(*args) * 0)
 
 
 def _without_argument(patch, place):
-    sound = optim.adam_scalars_
-    patch(optim, "adam_scalars_", lambda *args: sound(*args[:place], None, *args[place + 1 :]))
+    sound = optimizer.adam_scalars_
+    patch(optimizer, "adam_scalars_", lambda *args: sound(*args[:place], None, *args[place + 1 :]))
 
 
 def scale_not_taken_back(patch):
@@ -408,21 +406,21 @@ def infinity_stepped_on(patch):
 
 
 def step_without_auxk(patch):
-    sound = direct._Targets.encoder_lists
-    patch(direct._Targets, "encoder_lists", lambda self, s: (sound(self, s)[0], []))
+    sound = fused_step._Targets.encoder_lists
+    patch(fused_step._Targets, "encoder_lists", lambda self, s: (sound(self, s)[0], []))
 
 
 def shadow_not_rounded_again(patch):
-    sound = shadow.Shadow.of
+    sound = half_weights.Shadow.of
 
     def of(self, weights):
         return [[w + 2**-9 for w in pair] for pair in sound(self, weights)]
 
-    patch(shadow.Shadow, "of", of)
+    patch(half_weights.Shadow, "of", of)
 
 
 def output_left_unwritten(patch):
-    sound = loss.column_sums
+    sound = aligned_loss.column_sums
 
     def column_sums(*args):
         made = sound(*args)
@@ -430,9 +428,7 @@ def output_left_unwritten(patch):
         made[0][:1] = torch.where(unwritten[:1].isnan(), unwritten[:1], made[0][:1])
         return made
 
-    for where in (decoder, loss):
-        if hasattr(where, "column_sums"):
-            patch(where, "column_sums", column_sums)
+    patch(aligned_loss, "column_sums", column_sums)
 
 
 def another_run_other_bits(patch):

@@ -11,9 +11,10 @@ from damage import damaged
 from safetensors.torch import load_file, save_file
 
 from sparc_kernels import AlignedSAE
-from sparc_kernels.checkpoint import OFFICIAL, SETTINGS, checkpoints, export_official, load_model, save_weights
-from sparc_kernels.train import Trainer
-from sparc_kernels.train_config import TrainConfig
+from sparc_kernels.io.run_checkpoints import checkpoints
+from sparc_kernels.io.weights import OFFICIAL, SETTINGS, export_official, load_model, save_weights
+from sparc_kernels.train.config import TrainConfig
+from sparc_kernels.train.trainer import Trainer
 
 WIDTHS = {"b": 6, "a": 8}
 # none is the default

@@ -1,1 +1,1 @@
-"""Tools beside the package: traces and compiles without a GPU, tuning, verification and the cost model."""
+"""Verifying, auditing, tuning and modelling the kernels. Nothing imports this."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .._checks import TORCH_NAMES, check_int, precision_name, require
-from .._launch import MAX_K, MAX_STREAMS
+from ..core.validation import TORCH_NAMES, check_int, precision_name, require
+from ..launch.budgets import MAX_K, MAX_STREAMS
 
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -25,7 +25,7 @@ class Shape:
         tf32: whether torch's float32 matmul precision allows tf32.
         autocast: float32 parameters, rounded to `dtype` in every step.
         compiled: under torch.compile, where gradients are not computed in the forward.
-        arch: whose launch settings the cost model takes, as `_launch.capability` gives it; traces are given their own.
+        arch: whose launch settings the cost model takes, as `launch.device.capability` gives it; traces have theirs.
 
     Raises:
         ValueError: a field out of its range.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..._launch import cdiv
+from ...launch.device import cdiv
 from ..shape import Shape
 from .ours import weights
 from .parts import Op, Part, Reuse, distinct, library_unit, of_torch, product, topk_part, total

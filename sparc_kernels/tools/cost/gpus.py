@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..._checks import require
+from ...core.validation import require
 
 MIB = 2**20
 
@@ -21,7 +21,7 @@ class GPU:
     tflop_s: dict[str, float]  # data sheet, dense, by unit; half precision accumulating in fp32
     sms: int
     clock_ghz: float
-    arch: int = 90  # as `_launch.capability` gives it: the launch settings that are modelled
+    arch: int = 90  # as `launch.device.capability` gives it: the launch settings that are modelled
     without: tuple[str, ...] = ()  # words that the name must not hold
     hbm_fraction: float = 0.9
     gemm_fraction: float = 0.8  # of a library GEMM of thousands of rows

@@ -11,31 +11,20 @@ from dataclasses import replace
 
 import torch
 
-from ..._launch import (
-    PARTIAL_BYTES,
-    SCRATCH_BYTES,
-    adam_rows,
-    cdiv,
-    column_chunk,
-    dot_precision,
-    encode_by_library,
-    encode_config,
-    gather_config,
-    latent_adam_config,
-    reduce_chunk,
-    reduce_config,
-    select_config,
-    select_rows,
-    with_span,
-)
-from ...decoder import _route
+from ...launch.adam import adam_rows, latent_adam_config
+from ...launch.budgets import PARTIAL_BYTES, SCRATCH_BYTES
+from ...launch.device import cdiv, dot_precision
+from ...launch.gather import gather_config
+from ...launch.reduce import column_chunk, reduce_chunk, reduce_config
+from ...launch.select import encode_by_library, encode_config, select_config, select_rows, with_span
+from ...ops.decode_grads import _route
 from ..shape import Shape
 from .gpus import GPU
 from .parts import NO_REUSE, Op, Part, Reuse, distinct, library_unit, of_gpu, of_torch, product, topk_part, total, when
 
 # Compiled (sm_90, Triton 3.9): the epilogue adds about 46 / D of the main loop to a 128 x 256 tile.
 EPILOGUE = 46
-# Assumption: the share of the library's rate that the Triton GEMM reaches, as in `_launch.encode_by_library`.
+# Assumption: the share of the library's rate that the Triton GEMM reaches, as in `launch.select.encode_by_library`.
 TRITON_GEMM = 0.93
 # Compiled (sm_90, Triton 3.9): a warp of the selector executes about 1,640 instructions outside its two bisections, and
 # 73 + 46 a step. Simulated on normal logits (tests/test_cost.py): steps of each bisection, by bytes of a logit.
@@ -67,7 +56,7 @@ def mm_topk(s: Shape) -> Op:
 
 def _chunks(s: Shape, k: int, compact: bool) -> tuple[int, bool]:
     """Launches of GEMM and selector, and whether selectors run beside the GEMM of the next rows, as
-    `selection._select_triton` launches them; `compact`: among the dead latents of one stream."""
+    `ops.selection._select_triton` launches them; `compact`: among the dead latents of one stream."""
     config = select_config(s.N, k, compact)
     encode = with_span(encode_config(s.B, s.e, s.arch, compact), config.span)
     columns = s.N + cdiv(s.N, config.group) + (cdiv(s.N, config.span) if config.span > config.group else 0)
@@ -122,7 +111,7 @@ def select_library(s: Shape) -> Op:
 
 def select(s: Shape) -> Op:
     """The variant that the package takes: the library's where its GEMM pays and the weights lie side by side, as those
-    of one stream do, and those of several when autocast has just written them (`encode.JointCast`)."""
+    of one stream do, and those of several when autocast has just written them (`ops.joint.JointCast`)."""
     joint = s.S == 1 or (s.autocast and all(d % 8 == 0 for d in s.d_streams))
     return select_library(s) if joint and encode_by_library(s.B, s.D, s.e, s.tf32) else select_fused(s)
 
@@ -191,7 +180,7 @@ def _lists(s: Shape, k: int, groups: int, beside: bool) -> Iterator[Part]:
 
 
 def computes_ahead(s: Shape) -> bool:
-    """Whether the loss computes its gradients in the forward (`loss.AlignedLoss`)."""
+    """Whether the loss computes its gradients in the forward (`ops.aligned_loss.AlignedLoss`)."""
     return not s.compiled and s.dtype != "float16"
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import NamedTuple
 
-from ... import _triton
+from ...core import _triton
 from ..shape import Shape
 from .gpus import GPU
 
@@ -102,7 +102,7 @@ def of_gpu(made):
     def on_gpu(s: Shape, *args, **named):
         if not _triton.INTERPRETED:
             return made(s, *args, **named)
-        from ..._trace import _as_on_gpu
+        from ..trace import _as_on_gpu
 
         with _as_on_gpu(s.arch, s.tf32):
             return made(s, *args, **named)

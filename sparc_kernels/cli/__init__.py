@@ -1,0 +1,70 @@
+"""`sparc-kernels SUBCOMMAND`, also `python -m sparc_kernels SUBCOMMAND`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from importlib import import_module
+
+from .. import __version__
+from ..core.console import ends_with_its_pipe
+
+# name -> its module in the package, with add_arguments(parser) and run(args) -> exit code, and its line of help
+SUBCOMMANDS = {
+    "demo": ("cli.demo", "train on real data built on the spot, print the alignment table, write figures"),
+    "train": ("cli.train", "train on feature files, with checkpoints to resume from"),
+    "eval": (
+        "cli.evaluate",
+        "score a trained model on feature files: alignment, retrieval, explained variance; a report",
+    ),
+    "encode": ("cli.encode", "write the sparse codes of feature files as CSR matrices"),
+    "show": ("cli.show", "the rows that activate a latent most, in every stream"),
+    "verify": (
+        "tools.verify.run",
+        "check every operator and a training step against the float64 reference on this machine",
+    ),
+    "audit": (
+        "tools.audit",
+        "compile every Triton kernel for GPUs that are not here: registers, spills, shared memory, instructions",
+    ),
+    "tune": (
+        "tools.tune",
+        "search launch settings for one shape on this machine's GPU and record them for later launches",
+    ),
+    "cost": (
+        "tools.cost.report",
+        "what a training step should take on a GPU, op by op, and against dense PyTorch: modelled, nothing runs",
+    ),
+}
+
+
+def wait_asleep() -> None:
+    """Let PyTorch's threads sleep while they wait, unless the user has said how.
+
+    OpenMP, which is asked when torch is loaded, lets them spin for milliseconds at the end of every loop: beside other
+    work they take the core of the thread that they wait for (docs/design.md has figures).
+    """
+    if "torch" not in sys.modules and "GOMP_SPINCOUNT" not in os.environ:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="sparc-kernels", description="Concept-aligned sparse autoencoders, fast.")
+    parser.add_argument("--version", action="version", version=f"sparc_kernels {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
+    for name, (module, text) in SUBCOMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if name in argv[:1]:  # the others need not be imported to print help
+            import_module(f"..{module}", __package__).add_arguments(command)
+    return parser.parse_args(argv)
+
+
+@ends_with_its_pipe
+def main(argv: list[str] | None = None) -> int:
+    wait_asleep()
+    try:
+        args = parse(sys.argv[1:] if argv is None else argv)
+        return import_module(f"..{SUBCOMMANDS[args.command][0]}", __package__).run(args)
+    except KeyboardInterrupt:  # loading torch takes seconds
+        return 130

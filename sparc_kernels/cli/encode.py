@@ -1,0 +1,36 @@
+"""`sparc-kernels encode`: sparse codes of feature files as CSR matrices, for use elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from ..core.console import refusing
+from ..core.progress import watched
+from ..core.validation import writing
+from ..evaluation.csr import FORMATS, paths_of, write_codes
+from ..evaluation.evaluate import check_rows
+from .inputs import add_model_arguments, inputs_of, open_model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--format", choices=FORMATS, default="npz", help="SciPy's .npz or safetensors (npz)")
+    parser.add_argument("--out", type=Path, required=True, help="folder; one file for each stream")
+
+
+@refusing("encode")
+def run(args: argparse.Namespace) -> None:
+    paths = paths_of(args.stream, args.out, args.format)
+    with writing("--out", paths.values(), inputs_of(args)):  # before everything is read
+        model, features, _ = open_model(args)
+        with features:
+            check_rows(features)
+            started = time.perf_counter()
+            watch = watched(features.rows, "encode")
+            values = write_codes(model, features, args.out, args.format, args.batch_size, watch)
+    for s, count in values.items():
+        share = count / features.rows
+        print(f"{paths[s]}: {features.rows:,} x {model.n_latents:,}, {share:.1f} values a row")
+    print(f"{features.rows / (time.perf_counter() - started):,.0f} rows/s")

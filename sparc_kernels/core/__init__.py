@@ -1,0 +1,1 @@
+"""Shared by every room and importing none of them: torch alone."""

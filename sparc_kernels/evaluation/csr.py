@@ -1,0 +1,157 @@
+"""Sparse codes of feature files as CSR matrices."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core.progress import Watch
+from ..core.validation import MARK, require, temporary_of, writing
+from ..io.atomic import write_atomically
+from ..io.features import Features
+from ..io.shards import files_of
+from ..metrics import Codes
+from ..nn.module import AlignedSAE
+from .evaluate import codes_of
+
+FORMATS = ("npz", "safetensors")
+_NAME_MAX = 255  # bytes, of most file systems
+_COPY = 16 << 20  # bytes copied at a time
+
+
+def csr_rows(codes: Codes) -> tuple[Tensor, Tensor, Tensor]:
+    """Values > 0 of some rows: counts int64 [b], latents int32 [nnz] ascending within a row, values [nnz]."""
+    order = codes.indices.argsort(1)
+    latents, values = codes.indices.gather(1, order), codes.values.gather(1, order)
+    fired = values > 0
+    return fired.sum(1), latents[fired].int(), values[fired]
+
+
+class CsrWriter:
+    """One CSR matrix [n, N], written as its rows come.
+
+    `npz` loads with scipy.sparse.load_npz; `safetensors` has the tensors `data`, `indices`, `indptr` and `shape`.
+    """
+
+    def __init__(self, path: Path, n_latents: int, folder: Path):
+        self.path, self.n_latents, self.counts = path, n_latents, []
+        self.files = {name: tempfile.TemporaryFile(dir=folder) for name in ("indices", "data")}  # noqa: SIM115
+
+    def add(self, codes: Codes) -> None:
+        counts, latents, values = csr_rows(codes)
+        self.counts.append(counts.cpu().numpy())
+        self.files["indices"].write(latents.cpu().numpy().data)
+        self.files["data"].write(values.cpu().numpy().data)
+        self.dtype = values.cpu().numpy().dtype
+
+    def finish(self) -> int:
+        """Write the file; returns the number of values in it."""
+        indptr = np.concatenate([[0], np.cumsum(np.concatenate(self.counts))])
+        small = indptr[-1] < 2**31  # SciPy wants both index arrays of one type
+        parts = {
+            "indices": (np.dtype(np.int32), (int(indptr[-1]),)),
+            "indptr": (np.dtype(np.int32 if small else np.int64), (len(indptr),)),
+            "data": (self.dtype, (int(indptr[-1]),)),
+            "shape": (np.dtype(np.int64), (2,)),
+        }
+        arrays = {"indptr": indptr.astype(parts["indptr"][0]), "shape": np.array([len(indptr) - 1, self.n_latents])}
+        write = self._write_npz if self.path.suffix == ".npz" else self._write_safetensors
+        write_atomically(self.path, lambda file: write(file, parts, arrays))
+        return int(indptr[-1])
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+
+    def _copy(self, name: str, arrays: dict, to) -> None:
+        if name in arrays:
+            to.write(np.ascontiguousarray(arrays[name]).data)
+        else:
+            self.files[name].seek(0)
+            shutil.copyfileobj(self.files[name], to, _COPY)
+
+    def _write_npz(self, file, parts: dict, arrays: dict) -> None:
+        import zipfile
+
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            with archive.open("format.npy", "w") as member:
+                np.lib.format.write_array(member, np.array(b"csr"))
+            for name, (dtype, shape) in parts.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(member, header)
+                    self._copy(name, arrays, member)
+            archive.comment = MARK.encode()
+
+    def _write_safetensors(self, file, parts: dict, arrays: dict) -> None:
+        header: dict = {"__metadata__": {"generator": MARK, "format": "csr"}}
+        kinds, offset = {"int32": "I32", "int64": "I64", "float32": "F32", "float64": "F64"}, 0
+        for name, (dtype, shape) in sorted(parts.items(), key=lambda part: -part[1][0].itemsize):  # keeps alignment
+            size = dtype.itemsize * int(np.prod(shape))
+            entry = {"dtype": kinds[dtype.name], "shape": list(shape), "data_offsets": [offset, offset + size]}
+            header[name], offset = entry, offset + size
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in header:
+            if name != "__metadata__":
+                self._copy(name, arrays, file)
+
+
+def paths_of(streams: Iterable[str], out: Path, form: str) -> dict[str, Path]:
+    """The file that each stream's codes go to; ValueError for a name that can name none."""
+    paths = {}
+    for s in streams:
+        require(Path(s).name == s, "streams", "names that can name a file, without a slash", repr(s))
+        paths[s] = out / f"{s}.{form}"
+        most = _NAME_MAX - len(os.fsencode(temporary_of(paths[s]).name.removeprefix(s)))
+        require(len(os.fsencode(s)) <= most, "streams", f"names of at most {most} bytes", repr(s))
+    return paths
+
+
+@torch.no_grad()
+def write_codes(
+    model: AlignedSAE,
+    features: Features,
+    out: str | Path,
+    form: str = "npz",
+    batch_size: int = 1024,
+    watch: Watch = iter,
+) -> dict:
+    """Codes of all rows in files out/NAME.npz or out/NAME.safetensors, one for each stream.
+
+    Returns: {s: values in it}.
+
+    Raises: ValueError of `paths_of` and `Features.check`, for a folder that cannot be written in, and for files there
+    that are the features' or that sparc_kernels did not write. Nothing is left of it then.
+    """
+    out = Path(out)
+    paths = paths_of(features.widths, out, form)
+    device = next(model.parameters()).device
+    model.eval()
+    with writing("out", paths.values(), files_of(features.paths)), ExitStack() as stack:
+        writers = {s: CsrWriter(path, model.n_latents, out) for s, path in paths.items()}
+        for writer in writers.values():
+            stack.callback(writer.close)
+        for _, x in watch(features.batches(batch_size)):
+            outputs = model({s: rows.to(device) for s, rows in x.items()})
+            for s, codes in codes_of(outputs, model.n_latents).items():
+                writers[s].add(codes)
+        values: dict[str, int] = {}
+        try:
+            for s, writer in writers.items():
+                values[s] = writer.finish()
+        except BaseException:  # a full disk: codes of some streams would be taken for those of all
+            for s in values:
+                paths[s].unlink()
+            raise
+        return values

@@ -1,0 +1,1 @@
+"""Files: features, weights, checkpoints, labels, and batches read ahead."""

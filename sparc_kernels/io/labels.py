@@ -1,0 +1,128 @@
+"""What belongs to rows beside their features: labels for scores, pictures and texts for people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core.validation import missing, reading, require
+from .features import Features
+
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+_MOST = 1 << 34  # labels, each a byte
+
+
+def read_labels(path: Path, rows: int) -> tuple[Tensor, list[int] | None]:
+    """Labels of all rows, bool [n, C], and the numbers of their classes where rows have numbers: those that occur.
+
+    Args:
+        path: .npy of 0 and 1 [n, C] or of class numbers [n]; .npz: a matrix of scipy.sparse.save_npz.
+
+    Raises: ValueError that names the file; ImportError for .npz without SciPy.
+    """
+    label = f"labels {path}"
+    require(path.is_file(), label, "a .npy or .npz file", "nothing there")
+    if path.suffix == ".npz":
+        try:
+            from scipy.sparse import load_npz
+        except ImportError as error:
+            raise missing(f"{label}, a sparse matrix,", "scipy") from error
+        with reading(label, "a matrix of scipy.sparse.save_npz"):
+            values = load_npz(path)
+        _check_size(label, values.shape)
+        with reading(label, "a matrix of scipy.sparse.save_npz"):
+            values = values.toarray() != 0
+    else:
+        with reading(label, "a NumPy .npy file"):
+            values = np.load(path, allow_pickle=False)
+    require(values.dtype.kind in "bui", label, "whole numbers or booleans", str(values.dtype))
+    require(values.ndim > 0, label, "0 and 1 of shape [n, C], or class numbers [n]", "shape []")
+    require(len(values) == rows, label, f"{rows:,} rows as the features", f"{len(values):,}")
+    if values.ndim == 1:
+        require(values.min() >= 0, label, "class numbers >= 0", str(values.min()))
+        numbers, columns = np.unique(values, return_inverse=True)  # they may be large
+        _check_size(label, (rows, len(numbers)))
+        found = torch.zeros(rows, len(numbers), dtype=torch.bool, device="cpu")
+        found[torch.arange(rows, device="cpu"), torch.from_numpy(columns)] = True
+        return found, numbers.astype(object).tolist()
+    ok = values.ndim == 2 and values.shape[1] > 0 and bool(((values == 0) | (values == 1)).all())
+    require(ok, label, "0 and 1 of shape [n, C], or class numbers [n]", f"shape {list(values.shape)}")
+    return torch.from_numpy(values != 0), None
+
+
+def _check_size(label: str, shape: tuple) -> None:
+    rows, classes = shape[0], shape[-1]
+    most = _MOST // max(rows, 1)
+    require(math.prod(shape) <= _MOST, label, f"at most {most:,} classes with {rows:,} rows", f"{classes:,}")
+
+
+def read_names(path: Path, count: int | None, numbers: list[int] | None) -> list[str]:
+    """Names of classes, one a line; of those with `numbers`, which count from 0, where there are some."""
+    names = _lines(f"label names {path}", path)
+    if numbers is not None:
+        expected = f"{numbers[-1] + 1:,} lines or more, one a class number"
+        require(len(names) > numbers[-1], f"label names {path}", expected, str(len(names)))
+        return [names[number] for number in numbers]
+    if count is not None:
+        require(len(names) == count, f"label names {path}", f"{count} lines, one a class", str(len(names)))
+    return names
+
+
+def read_pictures(images: Mapping | None, texts: Mapping | None, features: Features) -> dict[str, Pictures | list[str]]:
+    """What to show of each stream's rows: pictures, or a text a row.
+
+    Raises: ValueError for an unknown stream, another number of rows than the features have, or a file of another kind.
+    """
+    found: dict[str, Pictures | list[str]] = {}
+    for flag, given in (("--images", images or {}), ("--texts", texts or {})):
+        for s, path in given.items():
+            require(s in features.widths, flag, f"a stream among {', '.join(features.widths)}", repr(s))
+            label = f"{flag} {s}={path}"
+            found[s] = Pictures(label, path) if flag == "--images" else _lines(label, path)
+            require(
+                len(found[s]) == features.rows, label, f"{features.rows:,} rows as the features", str(len(found[s]))
+            )
+    return found
+
+
+def _lines(label: str, path: Path) -> list[str]:
+    require(path.is_file(), label, "a text file", "nothing there")
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{label}: expected UTF-8 text ({error})") from error
+
+
+class Pictures:
+    """Pictures of rows, opened when asked: a folder in the order of its file names, or uint8 [n, h, w(, 3)] in .npy."""
+
+    def __init__(self, label: str, path: Path):
+        self.files = self.array = None
+        if path.is_dir():
+            self.files = sorted(p for p in path.iterdir() if p.suffix.lower() in _PICTURES)
+            return
+        require(path.is_file(), label, "a folder of pictures or a .npy file", "nothing there")
+        with reading(label, "a folder of pictures or a NumPy .npy file"):
+            self.array = np.load(path, mmap_mode="r", allow_pickle=False)
+        shape = self.array.shape
+        ok = self.array.dtype == np.uint8 and (len(shape) == 3 or (len(shape) == 4 and shape[3] == 3))
+        require(ok, label, "uint8 [n, h, w] or [n, h, w, 3]", f"{self.array.dtype} {list(shape)}")
+
+    def __len__(self) -> int:
+        return len(self.files if self.array is None else self.array)
+
+    def picture(self, row: int):
+        """A PIL image of a row."""
+        try:
+            from PIL import Image
+        except ImportError as error:
+            raise missing("showing pictures", "Pillow") from error
+        if self.array is not None:
+            return Image.fromarray(np.array(self.array[row])).convert("RGB")
+        with Image.open(self.files[row]) as image:
+            return image.convert("RGB")

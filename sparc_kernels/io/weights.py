@@ -1,0 +1,252 @@
+"""Final weights as safetensors, the official format, and models read from either."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import os
+import sys
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from ..core.validation import check_bool, check_device, check_int, missing, require
+from ..nn.module import AlignedSAE
+from .atomic import read_json, reason_of, write_atomically, write_json
+from .run_checkpoints import _MAGIC, _TRAILER, CHECKPOINTS, load_checkpoint, load_latest
+
+WEIGHTS = "model.safetensors"
+OFFICIAL, OFFICIAL_CONFIG = "msae_checkpoint.pth", "run_config.json"
+MODEL_KEYS = (
+    "d_streams", "n_latents", "k", "auxk", "auxk_threshold", "dead_steps_threshold", "topk_type", "count_in_eval",
+)  # fmt: skip
+SETTINGS = (*MODEL_KEYS, "normalize")  # what is saved beside weights, in every format
+
+
+def model_config(model: AlignedSAE) -> dict:
+    """Arguments that build the model again."""
+    return {key: getattr(model, key) for key in MODEL_KEYS}
+
+
+def save_weights(model: AlignedSAE, path: str | Path, normalize: bool = True, step: int | None = None) -> None:
+    """Weights as safetensors, with the model's configuration in the metadata: `load_model` needs no other file.
+
+    Args:
+        path: ends in .safetensors.
+        normalize: whether the model was trained on rows divided by their norm.
+        step: of the run, which tells `load_model` of a run's folder whether a checkpoint is newer.
+    """
+    path = Path(path)
+    require(path.suffix.lower() == ".safetensors", "path", "a file ending in .safetensors", repr(path.name))
+    save, state = import_save(path), _cpu_state(model)
+    config = model_config(model) | {"normalize": check_bool("normalize", normalize)}
+    config |= {} if step is None else {"step": check_int("step", step, 0)}
+    # one entry: safetensors writes several in an order that changes
+    content = save(state, metadata={"sparc_kernels": json.dumps(config | {"sha256": _digest(config, state)})})
+    write_atomically(path, lambda file: file.write(content))
+
+
+def import_save(path: Path):
+    """What makes the content of a safetensors file. Raises: ImportError that says what `path` needs."""
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise missing(f"{path}, a safetensors file,", "safetensors") from error
+    return save
+
+
+def _cpu_state(model: AlignedSAE) -> dict[str, torch.Tensor]:
+    """state_dict on the CPU, contiguous; tensors that share memory as copies, which safetensors wants."""
+    state, seen = {}, set()
+    for name, value in model.state_dict().items():
+        value = value.detach().cpu().contiguous()
+        storage = value.untyped_storage().data_ptr()
+        state[name] = value.clone() if storage in seen else value
+        seen.add(storage)
+    return state
+
+
+def _digest(config: dict, state: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of settings and weights, in whatever order a file has these."""
+    digest = hashlib.sha256(json.dumps(config).encode())
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def export_official(
+    model: AlignedSAE, folder: str | Path, settings: Mapping[str, object] | None = None, normalize: bool = True
+) -> Path:
+    """`msae_checkpoint.pth` and the `run_config.json` that the official code reads beside it.
+
+    Args:
+        settings: further entries of run_config.json's "args", such as batch_size, lr and seed.
+        normalize: whether the model was trained on rows divided by their norm; an entry that the official code ignores.
+    """
+    path, state = Path(folder) / OFFICIAL, _cpu_state(model)
+    write_atomically(path, lambda file: torch.save(state, file))
+    config = model_config(model) | {"use_sparse_decoder": False, "normalize": check_bool("normalize", normalize)}
+    config |= dict(settings or {})
+    config["auxk"] = config["auxk"] or 0  # the official parser knows numbers only
+    write_json(path.with_name(OFFICIAL_CONFIG), {"args": config, "config_file_content": {}})
+    return path
+
+
+def load_model(
+    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, **known: object
+) -> tuple[AlignedSAE, bool]:
+    """A trained model, in eval mode, and whether it was trained on normalised rows (officially always).
+
+    Args:
+        path: a folder that `train` wrote (final weights, or the newest whole checkpoint where it is of a later step,
+            as in a run that goes on), model.safetensors, a checkpoint of ours, or an official `msae_checkpoint.pth`,
+            whose settings come from the run_config.json beside it.
+        dtype: of the parameters; None: the narrowest that holds all of the file's without rounding.
+        known: k, topk_type, auxk, normalize, ...: settings that the file does not say, or that replace what it says.
+
+    Raises: ValueError that names the file and what is missing or wrong: other tensors, damage (a digest in our files,
+    the checksums of torch's), settings that do not fit.
+    """
+    for name in known:
+        require(name in SETTINGS, name, f"a setting among {', '.join(SETTINGS)}", "an unknown name")
+    path, state, config = read_weights(path)
+    return model_of(path, state, config | {k: v for k, v in known.items() if v is not None}, device, dtype)
+
+
+def read_weights(path: str | Path) -> tuple[Path, dict, dict]:
+    """The file that `path` means, its state_dict on the CPU, and those of SETTINGS that it says."""
+    path = Path(path)
+    require(path.exists(), f"model {path}", "a folder of a training run or a file of weights", "nothing there")
+    path, state, config = _read_folder(path) if path.is_dir() else (path, *_read_file(path))
+    require(isinstance(config, dict), f"model {path}", "its settings as a JSON object", config)
+    return path, state, {key: config[key] for key in SETTINGS if key in config}
+
+
+def model_of(path: Path, state: dict, config: dict, device="cpu", dtype=None) -> tuple[AlignedSAE, bool]:
+    """`load_model` of what `read_weights` returned, with these settings."""
+    device = check_device("device", device)
+    shapes = _shapes(path, state)  # dicts compare equal in any order, and the configuration has the right one
+    lacking = [key for key in ("k", "topk_type") if key not in config]
+    hint = f"{' and '.join(lacking)}, which weights do not tell: give them, or put {OFFICIAL_CONFIG} beside the file"
+    require(not lacking, f"model {path}", hint, "neither")
+    for key, value in shapes.items():
+        got = config.get(key, value)
+        require(got == value, f"model {path}", f"{key} {got}", f"weights of {key} {value}")
+    normalize = config.get("normalize", True)
+    try:
+        check_bool("normalize", normalize)
+        for name, value in state.items():
+            floating = value.is_floating_point() or not _is_parameter(name)
+            require(floating, name, "a floating tensor", value)
+        if dtype is None:
+            dtype = functools.reduce(torch.promote_types, (v.dtype for n, v in state.items() if _is_parameter(n)))
+        settings = shapes | {key: config[key] for key in MODEL_KEYS if key in config}
+        model = AlignedSAE(**settings, device="meta", dtype=dtype).to_empty(device=device)
+        model.load_state_dict(state, strict=True)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"model {path}: {error}") from error
+    return model.decoder_layout_("rows").eval(), normalize
+
+
+def _is_parameter(name: str) -> bool:
+    return name.startswith(("encoders.", "decoders.", "pre_biases.", "latent_biases."))
+
+
+def _read_folder(folder: Path) -> tuple[Path, dict, dict]:
+    """The file to load a model from, with its content: final weights, unless a whole checkpoint is of a later step."""
+    file, after = next((folder / name for name in (WEIGHTS, OFFICIAL) if (folder / name).exists()), None), -1
+    if file is not None:
+        state, config = _read_file(file)
+        step = config.get("step") if isinstance(config, dict) else None
+        after = step if isinstance(step, int) else math.inf  # files that do not say it are taken as the last
+    try:
+        found = load_latest(folder / CHECKPOINTS, _tell, after)
+    except ValueError:
+        if file is None:
+            raise
+        found = None
+    if found is None:
+        expected = f"{WEIGHTS}, {CHECKPOINTS}/step-*.pt or {OFFICIAL} in it"
+        require(file is not None, f"model {folder}", expected, "none of them")
+        return file, state, config
+    path, saved = found
+    if file is not None:
+        _tell(f"Note: {path} is loaded, since {file} is older, of step {after:,}")
+    return path, saved.get("model"), saved.get("model_config")
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _read_file(path: Path) -> tuple[dict, dict]:
+    return (_read_safetensors if path.suffix.lower() == ".safetensors" else _read_torch)(path)
+
+
+def _read_safetensors(path: Path) -> tuple[dict, dict]:
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise missing(f"{path}, a safetensors file,", "safetensors") from error
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+            config = json.loads((file.metadata() or {}).get("sparc_kernels", "{}"))
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"model {path}: expected a complete safetensors file ({error})") from error
+    digest = config.pop("sha256", None) if isinstance(config, dict) else None
+    whole = digest is None or digest == _digest(config, state)
+    require(whole, f"model {path}", "settings and weights of the digest in it", "others: the file is damaged or edited")
+    return state, config
+
+
+def _read_torch(path: Path) -> tuple[dict, dict]:
+    """state_dict and settings from a checkpoint of ours or an official one."""
+    with open(path, "rb") as file:
+        ours = file.seek(0, os.SEEK_END) > _TRAILER and file.seek(-_TRAILER, os.SEEK_END) >= 0
+        ours = ours and file.read(len(_MAGIC)) == _MAGIC
+    if ours:
+        checkpoint = load_checkpoint(path)
+        return checkpoint.get("model"), checkpoint.get("model_config")
+    try:
+        _check_checksums(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises what pickle, zipfile and its own reader raise
+        raise ValueError(f"model {path}: expected a torch file of tensors ({reason_of(error)})") from error
+    beside = path.with_name(OFFICIAL_CONFIG)
+    if not beside.exists():
+        return state, {}
+    args = read_json(beside).get("args", {})
+    require(isinstance(args, dict), str(beside), "settings as a JSON object under 'args'", args)
+    return state, args
+
+
+def _check_checksums(path: Path) -> None:
+    """Raise zipfile's error where a record of a torch file is damaged; torch.load does not look."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for record in archive.infolist():
+                if record.CRC:  # 0: torch was told not to take them
+                    with archive.open(record) as file:
+                        while file.read(1 << 20):
+                            pass
+
+
+def _shapes(path: Path, state) -> dict:
+    """d_streams and n_latents, as the weights have them."""
+    ok = isinstance(state, dict) and all(isinstance(v, torch.Tensor) and isinstance(n, str) for n, v in state.items())
+    require(ok, f"model {path}", "a dict of tensors", "something else")
+    widths = {
+        name.removeprefix("encoders.").removesuffix(".weight"): tuple(value.shape)
+        for name, value in state.items()
+        if name.startswith("encoders.") and name.endswith(".weight") and value.dim() == 2
+    }
+    require(bool(widths), f"model {path}", "weights of a SPARC model (encoders.NAME.weight ...)", "other tensors")
+    latents = {n for n, _ in widths.values()}
+    require(len(latents) == 1, f"model {path}", "as many latents in every stream", str(sorted(latents)))
+    return {"d_streams": {s: d for s, (_, d) in widths.items()}, "n_latents": latents.pop()}

@@ -1,0 +1,1 @@
+"""Launch settings by kernel family, each with its reason."""

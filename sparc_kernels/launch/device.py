@@ -1,0 +1,61 @@
+"""What a GPU is to a launch: its capability, its shared memory, its dot precision; arithmetic of grids."""
+
+from __future__ import annotations
+
+import torch
+
+from ..core._triton import INTERPRETED
+from .tuned import Bound
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (max(n, 1) - 1).bit_length()
+
+
+AMD = 0x900  # architectures from here on are AMD's: gfx942 is 0x942, gfx1100 is 0x1100
+RDNA = 0x1000  # and from here on their warps have 32 threads instead of 64
+# Shared memory that one block may use, bytes: CUDA programming guide, technical specifications by compute capability;
+# AMD CDNA and RDNA instruction set references, local data share of a workgroup.
+SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376, 121: 101376}
+SHARED_LIMIT |= {0x90A: 65536, 0x942: 65536, 0x1100: 65536}
+
+
+def shared_limit(arch: int) -> int:
+    return SHARED_LIMIT.get(arch, min(SHARED_LIMIT.values()))
+
+
+def capability(device: torch.device) -> int:
+    """10 * major + minor of an NVIDIA GPU's compute capability, an AMD GPU's gfx number in hexadecimal, else 80."""
+    if device.type != "cuda":
+        return 80
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(device).gcnArchName  # "gfx942:sramecc+:xnack-"
+        return int(name.split(":")[0].removeprefix("gfx"), 16)
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def dot_precision(arch: int, tf32: bool) -> str:
+    """How tl.dot multiplies float32: tensor cores on NVIDIA GPUs; AMD's matrix cores take fp32 as it is."""
+    if arch >= AMD:
+        return "tf32" if tf32 and arch == 0x942 else "ieee"  # compiled: only gfx942 has the shorter product
+    return "tf32" if tf32 else "tf32x3"
+
+
+class Limited:
+    """Settings that may limit the registers of a thread. A limit above what a kernel needs is of use too: without one
+    ptxas spills 8 or 16 bytes here and there to fit one more block (compiled, sm_80), with one it does not."""
+
+    max_registers = 0
+
+    def registers(self, arch: int) -> dict:
+        """Option of the launch."""
+        limited = self.max_registers and arch < AMD and not INTERPRETED
+        return {"maxnreg": self.max_registers} if limited else {}
+
+
+WARPS, STAGES = Bound(1, 16), Bound(1, 8, power_of_2=False)

@@ -1,0 +1,1 @@
+"""The module, its outputs, the optimizer and the fused step."""

@@ -1,0 +1,460 @@
+"""AlignedSAE, a drop-in for the official SPARC class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import nn
+
+from ..core.numerics import autocast_enabled, memory_of
+from ..core.registry import IMPLS, resolve_impl
+from ..core.validation import check_bool, check_int, check_number, check_tensor, fail, require
+from ..launch.budgets import MAX_K, MAX_STREAMS
+from ..ops.dead import count_fired_, count_fired_torch, select_dead
+from ..ops.encode import Selection, centre_for, differentiable_values, select_latents, values_and_lists
+from ..ops.joint import JointCast, wants_joint
+from ..ops.loss_terms import Terms
+from .outputs import AlignedOutputs, version_of
+
+if TYPE_CHECKING:
+    from .optimizer import SparcAdam
+
+
+class AlignedSAE(nn.Module):
+    """Sparse autoencoder over several streams that share their latents (SPARC, arXiv 2507.06265).
+
+    Args:
+        d_streams: width of each stream by name, in the order used everywhere; 1 to 8 streams.
+        n_latents: N.
+        k: active latents of each row, 1..min(N, 512).
+        auxk: dead latents used by the auxiliary loss, at most min(N, 512); None or 0 leaves it out.
+        auxk_threshold: a value must be greater for its latent to count as fired.
+        dead_steps_threshold: a latent is dead when it has not fired for more forwards than this.
+        use_sparse_decoder: accepted for compatibility and ignored; the decoder is always sparse.
+        topk_type: "global" (one selection on the summed pre-activations) or "local" (one for each stream).
+        impl: "auto" (Triton kernels on CUDA tensors, torch elsewhere), "triton" or "torch".
+        count_in_eval: let the dead counters move in eval mode too, as the official class does.
+        device, dtype: of the parameters, as in torch.nn.
+
+    state_dict keys and shapes are the official ones and load both ways. `decoders[s].weight` is [d, N] with strides
+    (1, d), so that a latent's decoder row is contiguous; `decoder_layout_` switches that. With the same torch seed the
+    parameters start as the official class's do.
+    """
+
+    def __init__(
+        self,
+        d_streams: dict[str, int],
+        n_latents: int,
+        k: int,
+        auxk: int | None = None,
+        auxk_threshold: float = 1e-3,
+        dead_steps_threshold: int = 1000,
+        use_sparse_decoder: bool = False,
+        *,
+        topk_type: str = "global",
+        impl: str = "auto",
+        count_in_eval: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        _check_streams(d_streams)
+        self.d_streams = {str(s): int(d) for s, d in d_streams.items()}  # not NumPy's, which no JSON file takes
+        self.streams = list(self.d_streams)
+        self.n_latents = check_int("n_latents", n_latents, 1)
+        limit = f"at most n_latents and {MAX_K}"
+        self.k = check_int("k", k, 1, min(n_latents, MAX_K), limit)
+        self.auxk = None if auxk is None else check_int("auxk", auxk, 0, min(n_latents, MAX_K), limit) or None
+        self.auxk_threshold = float(check_number("auxk_threshold", auxk_threshold))
+        self.dead_steps_threshold = check_int("dead_steps_threshold", dead_steps_threshold, 0)
+        self.use_sparse_decoder = use_sparse_decoder
+        require(topk_type in ("global", "local"), "topk_type", "'global' or 'local'", repr(topk_type))
+        require(impl in IMPLS, "impl", f"one of {', '.join(map(repr, IMPLS))}", repr(impl))
+        require(dtype is None or dtype in _DTYPES, "dtype", "float64, float32, bfloat16 or float16", repr(dtype))
+        self.topk_type, self.impl = str(topk_type), impl
+        self.count_in_eval = check_bool("count_in_eval", count_in_eval)
+        self.decoder_layout = "rows"
+
+        self.encoders = nn.ModuleDict()
+        self.decoders = nn.ModuleDict()
+        self.pre_biases = nn.ParameterDict()
+        self.latent_biases = nn.ParameterDict()
+        factory = {"device": device, "dtype": dtype}
+        for s, d in self.d_streams.items():
+            self.encoders[s] = nn.Linear(d, n_latents, bias=False, **factory)
+            self.decoders[s] = nn.Linear(n_latents, d, bias=False, **factory)  # drawn too: keeps the official seeds
+            self.decoders[s].weight.data = self.encoders[s].weight.data.clone().t()
+            self.pre_biases[s] = nn.Parameter(torch.zeros(d, **factory))
+            self.latent_biases[s] = nn.Parameter(torch.zeros(n_latents, **factory))
+            self.register_buffer(f"stats_last_nonzero_{s}", torch.zeros(n_latents, dtype=torch.long, device=device))
+        self.unit_norm_decoder_()
+        self.register_load_state_dict_post_hook(_restore_layout)
+        self._dead_then = {}  # of the latest forwards, should activation checkpointing run one again
+
+    # ------------------------------------------------------------------------------------------------ forward and loss
+
+    def forward(self, inputs: dict[str, torch.Tensor]) -> AlignedOutputs:
+        """Select latents, compute their values, move the dead counters.
+
+        Args:
+            inputs: [B, d_s] of the parameters' dtype (any floating dtype under autocast) for any non-empty subset of
+                the streams. All rows b describe the same sample.
+
+        Returns: AlignedOutputs, a read-only mapping with every official key; dense tensors are made when read.
+
+        Activation checkpointing around forward and loss moves the counters once (docs/integration.md).
+        """
+        c = self._choose(inputs, torch.is_grad_enabled())
+        values, aux_values = differentiable_values(
+            c.xs, c.w_encs, c.pre_biases, c.latent_biases, c.centred, c.selection, c.values, c.aux, c.aux_values, c.impl
+        )
+        return AlignedOutputs(self, inputs, c.streams, c.selection, values, c.aux, aux_values)
+
+    def _choose(self, inputs, lists: bool, w_encs: list[torch.Tensor] | None = None) -> Choice:
+        """What a forward makes; only casts of parameters and inputs are differentiable. lists: with the inverse
+        indices that gradients need. w_encs: the encoders' weights as the operators take them, if they are there."""
+        streams = self._check_inputs(inputs)
+        w_encs, pre_biases, latent_biases = self._encoders(streams, w_encs)
+        xs = [inputs[s].to(w.dtype) for s, w in zip(streams, w_encs, strict=True)]
+        impl = resolve_impl(self.impl, xs[0])
+        with torch.no_grad():
+            centred = centre_for(xs, w_encs, pre_biases, impl)
+            chosen = select_latents(centred, w_encs, latent_biases, self.k, self.topk_type, impl)
+            # one inverse index serves every gradient; without gradients nothing needs it
+            values, selection = values_and_lists(Selection(chosen), centred, w_encs, latent_biases, lists, impl)
+            dead = self._move_counters(inputs, streams, chosen, values, impl)
+            aux = aux_values = None
+            if self.auxk:
+                aux = select_dead(centred, w_encs, latent_biases, [dead[s] for s in streams], self.auxk, impl)
+                aux_values, aux = values_and_lists(aux, centred, w_encs, latent_biases, lists, impl)
+        weights = xs, w_encs, pre_biases, latent_biases
+        return Choice(streams, impl, *weights, centred, selection, values, aux, aux_values)
+
+    def _move_counters(self, inputs, streams, indices, values, impl) -> dict[str, torch.Tensor] | None:
+        """One step of the dead counters. Returns the latents that AuxK may choose from: {s: bool [N]}.
+
+        A forward that runs inside a backward is activation checkpointing making an earlier one again: the counters have
+        moved by then, and its dead latents are those of the first time.
+        """
+        key, counting = None, self.training or self.count_in_eval
+        if self.auxk and not torch.compiler.is_compiling():
+            key = tuple((s, memory_of(x), *version_of(x)[1:], x.shape[0]) for s, x in inputs.items())
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            if not self.auxk or key in self._dead_then:
+                return self._dead_then[key] if self.auxk else None
+            if not counting:  # a look at the model from a hook
+                return self.get_dead_neurons()
+            raise RuntimeError(
+                f"inputs: expected those of one of the last {_REMEMBERED} forwards when activation checkpointing runs "
+                "one again, got others, whose dead latents are not known; make inputs outside of what is checkpointed, "
+                "run backward sooner or set auxk=None"
+            )
+        # local reads the counters for AuxK before it moves them, global after
+        dead = self.get_dead_neurons() if self.topk_type == "local" else None
+        if counting:
+            counters = [getattr(self, f"stats_last_nonzero_{s}") for s in streams]
+            if self.topk_type == "local" and torch.compiler.is_compiling():
+                # not the operator: inductor (torch 2.13) lets it overtake the reading of the counters above
+                count_fired_torch(counters, indices, values, self.auxk_threshold)
+            else:
+                count_fired_(counters, indices, values, self.auxk_threshold, impl)
+        if not self.auxk:
+            return None
+        dead = self.get_dead_neurons() if dead is None else dead
+        if key is not None:
+            self._dead_then.pop(key, None)
+            self._dead_then[key] = dead
+            while len(self._dead_then) > _REMEMBERED:
+                del self._dead_then[next(iter(self._dead_then))]
+        return dead
+
+    def __getstate__(self):
+        return {**self.__dict__, "_dead_then": {}}
+
+    def compute_loss(
+        self,
+        outputs: AlignedOutputs,
+        inputs: dict[str, torch.Tensor],
+        auxk_coef: float = 1 / 32,
+        cross_loss_coef: float = 1.0,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Total loss of one step, without making a reconstruction or a dense code.
+
+        total = mean_s NMSE(s <- s) + auxk_coef * mean_s Aux_s + cross_loss_coef * mean_{t != s} NMSE(t <- s)
+
+        Args:
+            outputs: what `forward` returned for all streams, before any parameter changed.
+            inputs: the targets, [B, d_s] for every stream.
+            auxk_coef, cross_loss_coef: >= 0.
+
+        Returns: the loss (float32, float64 for float64 parameters), and a dict of detached tensors under the official
+        metric names: mse_loss_{s}, auxk_loss_{s}, cross_loss_{t}_from_{s}, num_active_neurons_{s}, l1_sparsity_{s},
+        avg_mse_loss (the true mean; the official one aliases total_loss), avg_auxk_loss, avg_auxk_loss_scaled,
+        avg_cross_loss, avg_cross_loss_scaled, avg_l1_sparsity, avg_num_active_neurons, total_loss.
+        """
+        require(isinstance(outputs, AlignedOutputs), "outputs", "the AlignedOutputs that forward returned", outputs)
+        require(outputs._model is self, "outputs", "what this model's forward returned", "another model's outputs")
+        check_number("auxk_coef", auxk_coef)
+        check_number("cross_loss_coef", cross_loss_coef)
+        streams = self._check_inputs(inputs)
+        require(streams == self.streams, "inputs", f"all streams {self.streams} (the loss needs them)", repr(streams))
+        done = outputs._streams
+        require(done == self.streams, "outputs", f"a forward over all streams {self.streams}", repr(done))
+        rows, had = inputs[streams[0]].shape[0], outputs._values[streams[0]].shape[0]
+        if rows != had:
+            fail("inputs", f"{had} rows as in outputs", str(rows))
+        outputs._check_unchanged()
+        with torch.set_grad_enabled(outputs._grad and torch.is_grad_enabled()):
+            return self._loss(outputs, inputs, streams, auxk_coef, cross_loss_coef)
+
+    def _loss(self, outputs, inputs, streams, auxk_coef, cross_loss_coef):
+        """compute_loss on checked arguments, under the gradient mode of the forward."""
+        weights = self._term_weights(outputs._stacked, cross_loss_coef)
+        decoders = [self._decoder(s) for s in streams]
+        total, terms, aux = outputs._loss(weights, auxk_coef, decoders, inputs)
+        return total, self._metrics(total, terms, aux, cross_loss_coef)
+
+    def training_step(
+        self,
+        inputs: dict[str, torch.Tensor],
+        optimizer: SparcAdam,
+        auxk_coef: float = 1 / 32,
+        cross_loss_coef: float = 1.0,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Forward, loss, gradients and a step of the optimizer, without gradients of the weights in memory.
+
+        Each latent's list of rows feeds the update of its rows directly. Exact for latents that did not fire: their
+        moments decay and their weights move by momentum. A batch whose loss is NaN or infinite changes nothing but the
+        dead counters, decided on the device.
+
+        Args:
+            inputs, auxk_coef, cross_loss_coef: as in `forward` and `compute_loss`.
+            optimizer: a SparcAdam of this model without max_grad_norm. Its lr, betas and so on are read now.
+
+        Returns: what `compute_loss` does, the loss detached.
+
+        Raises: ValueError where there is something that this form cannot do: clipping by norm (all gradients would have
+            to be known before the first update), gradients that wait in `.grad`, parameters that are not trained.
+
+        Equivalent to:
+            optimizer.zero_grad()
+            loss, metrics = self.compute_loss(self(inputs), inputs, auxk_coef, cross_loss_coef)
+            loss.backward()
+            optimizer.step()
+        but that hooks of gradients and of optimizer.step are not called.
+        """
+        step = getattr(optimizer, "_training_step", None)
+        require(step is not None, "optimizer", "a SparcAdam", optimizer)
+        return step(self, inputs, auxk_coef, cross_loss_coef)
+
+    def _term_weights(self, values, cross_loss_coef):
+        """Weights [target, source] of the terms of the loss."""
+        S = len(self.streams)
+        cross = cross_loss_coef / (S * (S - 1)) if S > 1 else 0.0
+        # filled on the device: a tensor made of Python numbers would be copied there, and wait
+        weights = values.new_full((S, S), cross)
+        return weights.fill_diagonal_(1 / S)
+
+    def _metrics(self, total, terms, aux, cross_loss_coef):
+        """Metrics by their official names, of what `loss_terms` and `add_auxk` made."""
+        streams, S = self.streams, len(self.streams)
+        terms = Terms(terms, S)
+        metrics = {f"mse_loss_{s}": terms.nmse[i][i] for i, s in enumerate(streams)}
+        metrics["avg_mse_loss"] = terms.avg_self
+        metrics.update({f"num_active_neurons_{s}": terms.k for s in streams})
+        metrics.update({f"l1_sparsity_{s}": v for s, v in zip(streams, terms.l1, strict=True)})
+        metrics.update(avg_num_active_neurons=terms.k, avg_l1_sparsity=terms.avg_l1)
+        if self.auxk:
+            metrics["avg_auxk_loss"], metrics["avg_auxk_loss_scaled"], *own = aux.unbind()
+            metrics.update({f"auxk_loss_{s}": v for s, v in zip(streams, own, strict=True)})
+        for t, row in zip(streams, terms.nmse, strict=True):
+            metrics.update({f"cross_loss_{t}_from_{s}": v for s, v in zip(streams, row, strict=True) if s != t})
+        if cross_loss_coef > 0 and S > 1:
+            metrics.update(avg_cross_loss=terms.avg_cross, avg_cross_loss_scaled=terms.avg_cross_scaled)
+        metrics["total_loss"] = total
+        return {name: value.detach() for name, value in metrics.items()}
+
+    def _encoders(self, streams, w_encs=None):
+        """Lists of w_enc, pre_bias, latent_bias as the operators take them."""
+        weights = [self.encoders[s].weight for s in streams]
+        if w_encs is not None:
+            pass
+        elif wants_joint(weights) and autocast_enabled(weights[0].device):
+            # the cast has to be written anyway: side by side, so that one library GEMM can take all streams
+            w_encs = JointCast.apply(torch.get_autocast_dtype(weights[0].device.type), *weights)
+        else:
+            w_encs = [_autocast(w)[0] for w in weights]
+        return (
+            w_encs,
+            [self.pre_biases[s].to(w.dtype) for s, w in zip(streams, w_encs, strict=True)],
+            [self.latent_biases[s].to(w.dtype) for s, w in zip(streams, w_encs, strict=True)],
+        )
+
+    def _encoder(self, s):
+        """w_enc, pre_bias, latent_bias of a stream as the operators take them."""
+        return _autocast(self.encoders[s].weight, self.pre_biases[s], self.latent_biases[s])
+
+    def _decoder(self, s):
+        """w_dec, pre_bias of a stream as the operators take them."""
+        return _autocast(self.decoders[s].weight, self.pre_biases[s])
+
+    def _check_inputs(self, inputs) -> list[str]:
+        """The streams given, in the model's order."""
+        ok = isinstance(inputs, Mapping) and len(inputs) > 0
+        require(
+            ok, "inputs", "a non-empty dict of stream name to tensor", inputs if not isinstance(inputs, dict) else "{}"
+        )
+        for name in inputs:
+            require(name in self.d_streams, "inputs", f"streams among {self.streams}", repr(name))
+        streams = [s for s in self.streams if s in inputs]
+        first = streams[0]
+        for s in streams:
+            name, weight = f"inputs[{s!r}]", self.encoders[s].weight
+            self._check_parameters(s)
+            x = check_tensor(name, inputs[s], ("B", self.d_streams[s]))
+            require(x.device == weight.device, name, f"a tensor on {weight.device}", x)
+            ok = x.dtype == weight.dtype or (autocast_enabled(weight.device) and weight.dtype != torch.float64)
+            require(ok, name, f"dtype {str(weight.dtype).removeprefix('torch.')} as the parameters", x)
+            require(x.shape[0] > 0, name, "at least one row", x)
+            if x.shape[0] != inputs[first].shape[0]:
+                fail(name, f"{inputs[first].shape[0]} rows as inputs[{first!r}]", x)
+        return streams
+
+    def _check_parameters(self, s):
+        """One dtype and device for what belongs to a stream: the operators take no mixtures."""
+        like = self.encoders[s].weight
+        others = {
+            f"decoders.{s}.weight": self.decoders[s].weight,
+            f"pre_biases.{s}": self.pre_biases[s],
+            f"latent_biases.{s}": self.latent_biases[s],
+        }
+        for name, p in others.items():
+            if p.dtype != like.dtype or p.device != like.device:
+                fail(
+                    name,
+                    f"a {str(like.dtype).removeprefix('torch.')} tensor on {like.device} as encoders.{s}.weight",
+                    p,
+                )
+
+    # ------------------------------------------------------------------------------------------------ training helpers
+
+    def get_dead_neurons(self, threshold: int | None = None) -> dict[str, torch.Tensor]:
+        """Latents that did not fire for more than `threshold` forwards (None: dead_steps_threshold): {s: bool [N]}."""
+        threshold = self.dead_steps_threshold if threshold is None else check_int("threshold", threshold, 0)
+        return {s: getattr(self, f"stats_last_nonzero_{s}") > threshold for s in self.streams}
+
+    @torch.no_grad()
+    def unit_norm_decoder_(self) -> AlignedSAE:
+        """Divide every decoder column by (its norm + 1e-8)."""
+        for w in self._decoder_weights():
+            w.div_(w.norm(dim=0, keepdim=True) + 1e-8)
+        return self
+
+    @torch.no_grad()
+    def project_decoder_grad_(self) -> AlignedSAE:
+        """Remove from every decoder gradient its component along the column; no gradient, nothing to do."""
+        for w in self._decoder_weights():
+            if w.grad is not None:
+                w.grad.sub_((w * w.grad).sum(0, keepdim=True) * w)
+        return self
+
+    def _decoder_weights(self) -> list[nn.Parameter]:
+        """Each once, also where streams share one."""
+        return list({id(decoder.weight): decoder.weight for decoder in self.decoders.values()}.values())
+
+    @torch.no_grad()
+    def reinit_dead_(self, generator: torch.Generator | None = None) -> dict[str, int]:
+        """Give dead latents new encoder rows, 0.01 * randn, with bias and counter 0; decoder rows stay.
+
+        A row or bias that streams share is dead where it is dead in all of them. Returns the number of latents of each
+        stream. Reads the counters back, so it synchronises with the GPU.
+        """
+        counts, all_dead = {}, self.get_dead_neurons()
+        for s, dead in all_dead.items():
+            weight, bias = self.encoders[s].weight, self.latent_biases[s]
+            for t in self.streams:
+                if t != s and (self.encoders[t].weight is weight or self.latent_biases[t] is bias):
+                    dead = dead & all_dead[t]
+            counts[s] = int(dead.sum())
+            if counts[s]:
+                fresh = torch.randn(
+                    counts[s], weight.shape[1], device=weight.device, dtype=weight.dtype, generator=generator
+                )
+                weight[dead] = fresh * 0.01
+                bias[dead] = 0
+                getattr(self, f"stats_last_nonzero_{s}")[dead] = 0
+        return counts
+
+    @torch.no_grad()
+    def decoder_layout_(self, layout: str) -> AlignedSAE:
+        """Memory layout of decoders.{s}.weight: "rows", strides (1, d), or "contiguous", for tools that insist on it.
+
+        Contiguous decoders (FSDP2, safetensors.save_file) cost a copy of W_dec in every forward and backward.
+        """
+        require(layout in ("rows", "contiguous"), "layout", "'rows' or 'contiguous'", repr(layout))
+        self.decoder_layout = layout
+        for decoder in self.decoders.values():
+            w = decoder.weight
+            laid = w.t().contiguous().t() if layout == "rows" else w.contiguous()
+            if laid.stride() != w.stride():
+                w.data = laid
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"streams={self.d_streams}, n_latents={self.n_latents}, k={self.k}, auxk={self.auxk}, "
+            f"topk_type={self.topk_type!r}, impl={self.impl!r}"
+        )
+
+
+class Choice(NamedTuple):
+    """What a forward makes before its gradients are attached; lists hold one tensor for each stream."""
+
+    streams: list[str]
+    impl: str
+    xs: list[torch.Tensor]
+    w_encs: list[torch.Tensor]
+    pre_biases: list[torch.Tensor]
+    latent_biases: list[torch.Tensor]
+    centred: list[torch.Tensor]
+    selection: Selection
+    values: torch.Tensor  # [S, B, k]
+    aux: Selection | None
+    aux_values: torch.Tensor | None  # [S, B, auxk]
+
+
+_REMEMBERED = 8  # forwards whose dead latents are kept
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _restore_layout(module: AlignedSAE, _) -> None:
+    module.decoder_layout_(module.decoder_layout)  # load_state_dict(assign=True) brings its own strides
+
+
+def _autocast(*params: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The parameters, in autocast's dtype where it is on (float64 ones stay, as torch's do)."""
+    device = params[0].device
+    if autocast_enabled(device) and params[0].dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
+        params = tuple(p.to(dtype) for p in params)
+    return params
+
+
+def _check_streams(d_streams) -> None:
+    ok = isinstance(d_streams, Mapping) and len(d_streams) > 0
+    require(ok, "d_streams", "a non-empty dict of stream name to width", "{}" if d_streams == {} else d_streams)
+    require(len(d_streams) <= MAX_STREAMS, "d_streams", f"at most {MAX_STREAMS} streams", str(len(d_streams)))
+    for name, width in d_streams.items():
+        ok = isinstance(name, str) and name != "" and "." not in name
+        ok = ok and not any(hasattr(kind(), name) for kind in (nn.ModuleDict, nn.ParameterDict))
+        require(ok, "d_streams", "stream names that can name a module (no dot, no attribute of ModuleDict)", repr(name))
+        check_int(f"d_streams[{name!r}]", width, 1)
+    keys = [f"cross_recon_{t}_from_{s}" for t in d_streams for s in d_streams if s != t]
+    require(
+        len(set(keys)) == len(keys),
+        "d_streams",
+        "names whose cross_recon_{t}_from_{s} keys differ",
+        list(d_streams).__repr__(),
+    )

@@ -1,0 +1,342 @@
+"""SparcAdam: Adam for an AlignedSAE, with the decoders' unit norm and the projection of their gradients inside."""
+
+from __future__ import annotations
+
+import numbers
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from ..core.numerics import acc_dtype
+from ..core.registry import IMPLS, resolve_impl
+from ..core.validation import check_bool, check_number, fail, plain, require
+from ..ops.adam import MODES, SCALARS, adam_scalars_, adam_stream_, grad_square, rows_of
+from .fused_step import training_step
+from .half_weights import Shadow
+from .module import AlignedSAE
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class SparcAdam(torch.optim.Optimizer):
+    """Adam (AdamW with weight_decay) that also keeps decoder rows at unit norm, in one pass over each latent's rows.
+
+    Args:
+        model: an AlignedSAE, or what torch.compile or DistributedDataParallel made of one. All its parameters are
+            optimized, as one group.
+        lr: a number, or a 0-d tensor on the parameters' device, which learning rate schedulers then change in place.
+        betas, eps: Adam's.
+        weight_decay: decoupled, as in torch.optim.AdamW.
+        normalize: "before", the official order: divide every decoder column by (its norm + 1e-8), remove from its
+            gradient the component along it, then Adam; columns are near unit norm between steps. "after": remove the
+            component (of columns taken to have unit norm), Adam, then divide. None: Adam alone.
+        max_grad_norm: clip the gradients of all parameters together to this norm, taken after the projection (where the
+            official loop would call clip_grad_norm_), without waiting for the device; `grad_norm` then has the norm
+            of the latest step.
+        capturable: the step may be captured in a CUDA graph; a number for lr becomes a tensor.
+        shadow: torch.bfloat16 or torch.float16: `AlignedSAE.training_step` under autocast in that dtype keeps the
+            rounded weight matrices, 2 bytes a parameter, and writes them in the pass that moves the weights, instead
+            of rounding both in every step; the same bits. Call `refresh_shadow` after changing weights where autograd
+            does not see it (`p.data`), and after changing them in any way before the replay of a CUDA graph.
+        impl: "auto" (Triton on CUDA tensors, torch elsewhere), "triton" or "torch".
+
+    Moments and arithmetic are float32 (float64 for float64 parameters), also where parameters are bfloat16 or float16;
+    torch.optim.Adam keeps those moments in half precision. Such parameters are rounded after every step, in which an
+    update below half a unit of the last place is lost (bfloat16: 1/512 of a weight): a RuntimeWarning says so.
+    Gradients are read, never changed. A parameter without a gradient is left alone, decoders too, and its step is not
+    counted. Step counts are on the device, so the step never waits. The state has torch.optim.Adam's names and shapes,
+    and loads both ways. `grad_scale` and `found_inf`, which torch.amp.GradScaler sets, are honoured on the device.
+
+    Raises: ValueError for bad arguments, more parameter groups, a state of another shape or of an Adam with options
+    that this one has not; also by steps where one nn.Parameter serves two streams.
+
+    Equivalent to (normalize="before"):
+        model.unit_norm_decoder_().project_decoder_grad_()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)  # if given
+        torch.optim.AdamW(model.parameters(), lr, betas, eps, weight_decay).step()
+    """
+
+    def __init__(
+        self,
+        model: AlignedSAE,
+        lr: float | torch.Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        normalize: str | None = "before",
+        max_grad_norm: float | None = None,
+        capturable: bool = False,
+        shadow: torch.dtype | None = None,
+        impl: str = "auto",
+    ):
+        self.model = _unwrapped(model)
+        if not isinstance(lr, torch.Tensor):
+            lr = float(check_number("lr", lr))
+        elif lr.dim() != 0 or not lr.is_floating_point():
+            fail("lr", "a number or a floating tensor of shape []", lr)
+        ok = isinstance(betas, (tuple, list)) and len(betas) == 2
+        ok = ok and all(isinstance(b, numbers.Real) and 0 <= b < 1 for b in betas)
+        require(ok, "betas", "two numbers in [0, 1)", repr(betas))
+        eps, weight_decay = float(check_number("eps", eps)), float(check_number("weight_decay", weight_decay))
+        require(normalize in MODES, "normalize", "'before', 'after' or None", repr(normalize))
+        if max_grad_norm is not None:
+            max_grad_norm = float(check_number("max_grad_norm", max_grad_norm))
+            require(max_grad_norm > 0, "max_grad_norm", "a number > 0 or None", repr(max_grad_norm))
+        capturable = check_bool("capturable", capturable)
+        require(impl in IMPLS, "impl", f"one of {', '.join(map(repr, IMPLS))}", repr(impl))
+        halves = (None, torch.bfloat16, torch.float16)
+        require(shadow in halves, "shadow", "torch.bfloat16, torch.float16 or None", repr(shadow))
+        self.impl, self._shadow = impl, shadow and Shadow(shadow)
+        self.streams()
+        if isinstance(lr, torch.Tensor) or lr > 0:
+            _warn_of_half(self.model)
+        params = list(self.model.parameters())
+        if capturable and not isinstance(lr, torch.Tensor):
+            # float64: as exact as the number that a step outside of a graph takes
+            lr = torch.full((), lr, device=params[0].device, dtype=torch.float64)
+        self.grad_norm: torch.Tensor | None = None  # 0-d, of the latest step, with max_grad_norm
+        self._step_supports_amp_scaling = True
+        self.counts = self._scalars = None  # step counts [P], and [P, 5] for the updates, stream by stream
+        super().__init__(
+            params,
+            dict(
+                lr=lr, betas=tuple(map(float, betas)), eps=eps, weight_decay=weight_decay, normalize=plain(normalize),
+                max_grad_norm=max_grad_norm, capturable=capturable, decoupled_weight_decay=True,
+            ),
+        )  # fmt: skip
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Refused after construction: the parameters are the model's."""
+        require(not self.param_groups, "param_group", "none (SparcAdam has one group, its model's parameters)", "one")
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
+        """One step with the parameters' gradients. closure: evaluates the loss again, which is then returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grads = [[rows_of(p.grad, i) for i, p in enumerate(stream)] for stream in self.streams()]
+        if any(g is not None for some in grads for g in some):
+            self._update(grads)
+        return loss
+
+    def _update(self, grads):
+        group, streams = self.param_groups[0], self.streams()
+        moments = self.prepare([[g is not None for g in some] for some in grads])
+        params = [[rows_of(p, i) for i, p in enumerate(stream)] for stream in streams]
+        mode, impls = MODES[group["normalize"]], [self.impl_of(stream) for stream in streams]
+        square = None
+        if group["max_grad_norm"] is not None:
+            every = zip(params, grads, impls, strict=True)
+            square = torch.stack([grad_square(w[1], g, mode, impl).to(self._scalars) for w, g, impl in every]).sum()
+        self.count_step([g is not None for some in grads for g in some], square=square)
+        for s, impl in enumerate(impls):
+            args = params[s], grads[s], *moments[s], self.scalars(s), mode
+            adam_stream_(*args, *group["betas"], group["eps"], impl)
+        moved = [p for stream in streams for p in stream if p.grad is not None]
+        torch.autograd.graph.increment_version(moved)  # outputs read later notice the change
+
+    # ----------------------------------------------------------------- parts that the step without gradients has too
+
+    def streams(self) -> list[list[torch.nn.Parameter]]:
+        """w_enc [N, d], w_dec [d, N], pre_bias, latent_bias of every stream. ValueError where two are one."""
+        m = self.model
+        found = [[m.encoders[s].weight, m.decoders[s].weight, m.pre_biases[s], m.latent_biases[s]] for s in m.streams]
+        if len({id(p) for stream in found for p in stream}) < 4 * len(found):
+            _refuse_shared(m, found)
+        return found
+
+    def _training_step(self, model, inputs, auxk_coef, cross_loss_coef):
+        """`model.training_step`, which knows its optimizer only by this method."""
+        return training_step(model, inputs, self, auxk_coef, cross_loss_coef)
+
+    def refresh_shadow(self, seen_only: bool = False) -> None:
+        """Rounds the weights again; seen_only: those that autograd has seen change, except by `training_step`."""
+        if self._shadow:
+            self._shadow.refresh(self._matrices(), not seen_only)
+
+    def shadow_matrices(self) -> list[list[torch.Tensor]] | None:
+        """The rounded [W_enc, W_dec as rows] of every stream; None where autocast does not ask for them."""
+        weights = self._matrices()
+        wanted = self._shadow and all(self._shadow.serves(w) for pair in weights for w in pair)
+        return self._shadow.of(weights) if wanted else None
+
+    def shadow_written(self) -> None:
+        """`training_step` has moved the weights and their shadow."""
+        self._shadow.written(self._matrices())
+
+    def _matrices(self):
+        return [[w_enc, w_dec.t()] for w_enc, w_dec, *_ in self.streams()]
+
+    def impl_of(self, stream: list[torch.nn.Parameter]) -> str:
+        return resolve_impl(self.impl, stream[0])
+
+    def scalars(self, s: int | None = None) -> torch.Tensor:
+        """What `count_step` left for the four parameters of stream s, [4, 5], or for all of them."""
+        return self._scalars if s is None else self._scalars[4 * s : 4 * s + 4]
+
+    def prepare(self, moving: list[list[bool]]) -> list[tuple[list, list]]:
+        """Both moments of every parameter, stream by stream, decoders' as rows; empty tensors for what never moves."""
+        streams = self.streams()
+        flat = [p for stream in streams for p in stream]
+        device = flat[0].device
+        for p in flat:
+            require(p.device == device, "model", f"parameters on one device, {device}", p)
+        if self.counts is None or self.counts.device != device:
+            group = self.param_groups[0]
+            if group["capturable"]:  # read by the captured step: it goes where the parameters have gone
+                group["lr"] = torch.as_tensor(group["lr"], device=device)
+            zero = torch.zeros((), device=device)
+            counts = [self.state[p]["step"].to(zero) if self.state.get(p) else zero for p in flat]
+            self.counts = torch.stack(counts)
+            for p, count in zip(flat, self.counts, strict=True):
+                if self.state.get(p):
+                    self.state[p]["step"] = count
+            wide = torch.float64 if any(p.dtype == torch.float64 for p in flat) else torch.float32
+            self._scalars = torch.zeros(len(flat), SCALARS, device=device, dtype=wide)
+        found = []
+        for s, stream in enumerate(streams):
+            states = [self._state(p, 4 * s + i, moving[s][i]) for i, p in enumerate(stream)]
+            found.append(tuple([rows_of(state[name], i) for i, state in enumerate(states)] for name in _MOMENTS))
+        return found
+
+    def _state(self, p, place, moves):
+        if not moves and not self.state.get(p):
+            return dict.fromkeys(_MOMENTS, p.new_empty(0, 0))
+        state = self.state[p]
+        if not state:
+            state["step"] = self.counts[place]
+        for name in _MOMENTS:
+            state[name] = _like(p, state.get(name))
+        return state
+
+    def count_step(
+        self, moving: list[bool], square: torch.Tensor | None = None, loss: torch.Tensor | None = None
+    ) -> None:
+        """Counts a step of what moves and fills `scalars`; loss: nothing moves unless it is finite."""
+        group = self.param_groups[0]
+        lr, number, norm = group["lr"], 0.0, None
+        if self.counts.is_cuda and torch.cuda.is_current_stream_capturing():
+            if not group["capturable"]:
+                raise RuntimeError("capturable: expected True for a step that a CUDA graph captures, got False")
+            if not isinstance(lr, torch.Tensor) or lr.device != self.counts.device:
+                got = lr.device if isinstance(lr, torch.Tensor) else "a number"
+                raise RuntimeError(f"lr: expected a tensor on {self.counts.device} in a captured step, got {got}")
+        if not isinstance(lr, torch.Tensor) or lr.device != self.counts.device:
+            lr, number = None, float(lr)
+        if square is not None:
+            if self.grad_norm is None:
+                self.grad_norm = torch.zeros_like(square)
+            norm = self.grad_norm
+        adam_scalars_(
+            self.counts, self._scalars, lr, number, group["weight_decay"], sum(m << i for i, m in enumerate(moving)),
+            getattr(self, "found_inf", None), getattr(self, "grad_scale", None), loss, square,
+            group["max_grad_norm"] or 0.0, norm, *group["betas"], self.impl_of(self.streams()[0]),
+        )  # fmt: skip
+
+    # --------------------------------------------------------------------------------------------------- saved states
+
+    def state_dict(self) -> dict:
+        """As of torch.optim.Adam; numbers that a scheduler or the caller left as NumPy's are Python's."""
+        state = super().state_dict()
+        return {**state, "param_groups": plain(state["param_groups"])}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Takes what `state_dict` of a SparcAdam, torch.optim.Adam or AdamW of the same model gave, by copies into the
+        tensors that are there: a captured CUDA graph goes on with them."""
+        saved = _check_saved(state_dict)
+        ids = dict(zip(self.param_groups[0]["params"], saved["params"], strict=False))
+        lr, capturable, before = self.param_groups[0]["lr"], self.param_groups[0]["capturable"], dict(self.state)
+        for p, i in ids.items():
+            for name in _MOMENTS:
+                moment = state_dict["state"].get(i, {}).get(name)
+                if moment is not None and moment.shape != p.shape:
+                    fail(f"state_dict: {name} of parameter {i}", f"shape {tuple(p.shape)}", moment)
+        super().load_state_dict(state_dict)
+        group = self.param_groups[0]
+        for name in _TORCHS:
+            group.pop(name, None)
+        for name in ("normalize", "max_grad_norm"):
+            group.setdefault(name, self.defaults[name])
+        group.update(capturable=capturable, betas=tuple(map(float, group["betas"])), decoupled_weight_decay=True)
+        if isinstance(lr, torch.Tensor):
+            group["lr"] = lr.fill_(float(group["lr"]))
+        for p, i in ids.items():
+            state, own = self.state.get(p), before.get(p, {})
+            if not state:
+                continue
+            for name in _MOMENTS:  # torch rounds what it loads to the parameter's dtype
+                moment = state_dict["state"][i][name] if p.dtype != acc_dtype(p.dtype) else state[name]
+                state[name] = _like(p, own.get(name)).copy_(moment)
+        counts, self.counts = self.counts, None
+        if counts is not None:
+            counts.zero_()
+            for stream_place, p in enumerate(p for stream in self.streams() for p in stream):
+                if self.state.get(p):
+                    self.state[p]["step"] = counts[stream_place].copy_(self.state[p]["step"])
+            self.counts = counts
+
+    def __getstate__(self):
+        return {
+            **super().__getstate__(), "model": self.model, "impl": self.impl, "grad_norm": None, "counts": None,
+            "_scalars": None, "_step_supports_amp_scaling": True,
+            "_shadow": self._shadow and Shadow(self._shadow.dtype),
+        }  # fmt: skip
+
+
+_TORCHS = ("amsgrad", "maximize", "foreach", "fused", "differentiable")  # options that SparcAdam has not
+
+
+def _check_saved(state_dict):
+    """The one parameter group of a state that can be gone on from."""
+    ok = isinstance(state_dict, dict) and {"state", "param_groups"} <= set(state_dict)
+    require(ok, "state_dict", "what an optimizer's state_dict() gave", state_dict)
+    groups = state_dict["param_groups"]
+    require(len(groups) == 1, "state_dict", "one parameter group", f"{len(groups)}")
+    for name in ("amsgrad", "maximize"):
+        require(not groups[0].get(name), "state_dict", f"{name}=False", repr(groups[0].get(name)))
+    coupled = groups[0].get("weight_decay", 0) != 0 and not groups[0].get("decoupled_weight_decay", True)
+    require(not coupled, "state_dict", "decoupled weight decay (AdamW) or none", "Adam's, which goes into the gradient")
+    return groups[0]
+
+
+def _warn_of_half(model) -> None:
+    for name, p in model.named_parameters():
+        if p.dtype in (torch.bfloat16, torch.float16) and not p.is_meta:  # a step that is traced trains nothing
+            dtype = str(p.dtype).removeprefix("torch.")
+            text = f"{name}: {dtype} parameters lose updates below half a unit of their last place, and training stalls"
+            how = f"keep float32 parameters and use torch.autocast in {dtype} (docs/integration.md)"
+            warnings.warn(f"{text}; {how}", RuntimeWarning, stacklevel=3)
+            return
+
+
+def _refuse_shared(model, streams) -> None:
+    seen = {}
+    for s, params in zip(model.streams, streams, strict=True):
+        names = f"encoders.{s}.weight", f"decoders.{s}.weight", f"pre_biases.{s}", f"latent_biases.{s}"
+        for name, p in zip(names, params, strict=True):
+            own = "a parameter of its own (torch.optim.Adam steps shared ones; with compute_loss and backward)"
+            require(id(p) not in seen, name, own, f"that of {seen.get(id(p))}")
+            seen[id(p)] = name
+
+
+def _like(p, tensor):
+    """A moment of p: its layout and device, in the accumulator dtype; zeros where there is none yet."""
+    dtype = acc_dtype(p.dtype)
+    if tensor is None:
+        return torch.zeros_like(p, dtype=dtype)
+    if (tensor.dtype, tensor.device, tensor.stride()) == (dtype, p.device, p.stride()):
+        return tensor
+    return torch.zeros_like(p, dtype=dtype).copy_(tensor)
+
+
+def _unwrapped(model) -> AlignedSAE:
+    inner = model
+    while isinstance(inner, torch.nn.Module) and not isinstance(inner, AlignedSAE):
+        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+    require(isinstance(inner, AlignedSAE), "model", "an AlignedSAE", model)
+    return inner

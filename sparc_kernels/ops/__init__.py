@@ -1,0 +1,1 @@
+"""Operators: kernels, launchers, their torch twins, autograd; one operator a file."""

@@ -1,0 +1,430 @@
+"""One step of Adam over the parameters of a stream: unit norm of decoder rows, projection and update in one pass.
+
+`SparcAdam` (optim.py) calls these operators with gradients that exist in memory; `latent_adam.py` takes what is below
+the kernels, `step`, to update each latent from its list of rows instead.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from ..core._triton import tl, tl_dtype, triton
+from ..core.numerics import acc_dtype, may_look
+from ..core.registry import register
+from ..launch.adam import ADAM_WIDTH, adam_config
+from ..launch.device import capability, next_power_of_2
+
+PLAIN, BEFORE, AFTER = 0, 1, 2  # what happens to decoder rows: nothing; unit norm before the step, or after it
+MODES = {"before": BEFORE, "after": AFTER, None: PLAIN}  # `normalize` of SparcAdam
+DECODER = 1  # place among a stream's parameters: w_enc, the decoder's rows, pre_bias, latent_bias
+SCALARS = 5  # numbers of each parameter, see `adam_scalars_`
+
+# adam_scalars_: step counts, bias corrections, learning rate, clipping and skipping, all on the device
+
+
+@triton.jit
+def _adam_scalars_kernel(
+    steps_ptr, out_ptr, lr_ptr, lr_high, lr_low, decay, active, found_inf_ptr, grad_scale_ptr, loss_ptr, square_ptr,
+    max_norm, norm_ptr, P, LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, PAD: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    # float64: 1 - beta2 ** step in float32 is off by 1e-5 in the first steps
+    lr = tl.full((), lr_high, tl.float64) + tl.full((), lr_low, tl.float64)
+    if lr_ptr is not None:
+        lr = tl.load(lr_ptr).to(tl.float64)
+    scale = tl.full((), 1.0, tl.float64)
+    go = 1.0
+    if grad_scale_ptr is not None:
+        scale = scale / tl.load(grad_scale_ptr).to(tl.float64)
+    if found_inf_ptr is not None:
+        go = tl.where(tl.load(found_inf_ptr) == 0.0, go, 0.0)
+    if loss_ptr is not None:
+        loss = tl.load(loss_ptr)
+        go = tl.where(loss - loss == 0.0, go, 0.0)  # NaN and infinity less themselves are NaN
+    if square_ptr is not None:
+        norm = tl.sqrt(tl.load(square_ptr).to(tl.float64)) * scale
+        tl.store(norm_ptr, norm.to(norm_ptr.dtype.element_ty))
+        clip = max_norm / (norm + 1e-6)
+        scale = tl.where(clip > 1.0, scale, scale * clip)
+    p = tl.arange(0, PAD)
+    mask = p < P
+    moves = tl.where(((active >> p) & 1) != 0, go, 0.0)
+    step = tl.load(steps_ptr + p, mask=mask, other=0.0) + moves
+    tl.store(steps_ptr + p, step, mask=mask)
+    step = tl.maximum(step.to(tl.float64), 1.0)
+    correction1 = 1.0 - tl.exp2(step * tl.full((), LOG_BETA1, tl.float64))
+    correction2 = 1.0 - tl.exp2(step * tl.full((), LOG_BETA2, tl.float64))
+    out = out_ptr + p * 5
+    zero = tl.zeros((PAD,), ACC)
+    tl.store(out, (lr / correction1).to(ACC), mask=mask)
+    tl.store(out + 1, (1.0 / tl.sqrt(correction2)).to(ACC), mask=mask)
+    tl.store(out + 2, zero + (1.0 - lr * decay).to(ACC), mask=mask)
+    tl.store(out + 3, zero + scale.to(ACC), mask=mask)
+    tl.store(out + 4, moves.to(ACC), mask=mask)
+
+
+def _log2(beta):
+    return math.log2(beta) if beta > 0 else -1e4  # 2 ** -1e4 is 0
+
+
+def _adam_scalars_triton(
+    *, steps, out, lr, lr_value, decay, active, found_inf, grad_scale, loss, square, max_norm, norm, beta1, beta2
+):  # fmt: skip
+    high = float(np.float32(lr_value))  # Triton rounds numbers to float32
+    _adam_scalars_kernel[(1,)](
+        steps, out, lr, high, lr_value - high, decay, active, found_inf, grad_scale, loss, square, max_norm, norm,
+        len(steps), LOG_BETA1=_log2(beta1), LOG_BETA2=_log2(beta2), PAD=next_power_of_2(len(steps)),
+        ACC=tl_dtype(out.dtype), num_warps=1,
+    )  # fmt: skip
+
+
+def _adam_scalars_torch(
+    *, steps, out, lr, lr_value, decay, active, found_inf, grad_scale, loss, square, max_norm, norm, beta1, beta2
+):  # fmt: skip
+    wide = dict(dtype=torch.float64, device=steps.device)
+    lr = torch.full((), lr_value, **wide) if lr is None else lr.double()
+    scale, go = torch.ones((), **wide), torch.ones((), dtype=torch.bool, device=steps.device)
+    if grad_scale is not None:
+        scale = scale / grad_scale.double().squeeze()
+    if found_inf is not None:
+        go = go & (found_inf == 0).squeeze()
+    if loss is not None:
+        go = go & loss.isfinite()
+    if square is not None:
+        total = square.double().sqrt() * scale
+        norm.copy_(total)
+        scale = scale * (max_norm / (total + 1e-6)).clamp(max=1.0)
+    P = len(steps)
+    moves = go & ((torch.full_like(steps, active, dtype=torch.int64) >> torch.arange(P, device=steps.device)) & 1)
+    steps.add_(moves)
+    step = steps.double().clamp(min=1)
+    columns = [
+        lr / (1 - beta1**step), (1 - beta2**step).rsqrt(), (1 - lr * decay).expand(P), scale.expand(P), moves,
+    ]  # fmt: skip
+    out.copy_(torch.stack([c.double() for c in columns], 1))
+
+
+adam_scalars_ = register(
+    "adam_scalars_",
+    "(Tensor(a!) steps, Tensor(b!) out, Tensor? lr, float lr_value, float decay, int active, Tensor? found_inf,"
+    " Tensor? grad_scale, Tensor? loss, Tensor? square, float max_norm, Tensor(c!)? norm, float beta1, float beta2,"
+    " str impl) -> ()",
+    torch_impl=_adam_scalars_torch,
+    triton_impl=_adam_scalars_triton,
+    fake=lambda **_: None,
+)
+adam_scalars_.__doc__ = """Count one step, and compute what the updates of the parameters multiply by.
+
+Args:
+    steps: float32 [P], counted up where the parameter moves.
+    out: [P, 5] in the accumulator dtype: lr / (1 - beta1^step); 1 / sqrt(1 - beta2^step); 1 - lr * decay; what the
+        gradients are multiplied by; 1 if the parameter moves in this step, else 0.
+    lr: 0-d, or None for lr_value.
+    active: bit p says that parameter p has a gradient.
+    found_inf: nothing moves unless it is 0.  loss: nothing moves unless it is finite.
+    grad_scale: gradients are that many times too large.
+    square: 0-d, the sum of all squared gradients as they are; gradients are then clipped to max_norm and norm (0-d)
+        is written, as torch.nn.utils.clip_grad_norm_ would.
+"""
+
+
+# adam_stream_: the parameters of one stream, from gradients in memory
+
+
+@triton.jit
+def divide(x, y):
+    """x / y; where that would be approximate, rounded correctly."""
+    if x.dtype == tl.float32:
+        z = tl.div_rn(x, y)
+    else:
+        z = x / y
+    return z
+
+
+@triton.jit
+def root(x):
+    if x.dtype == tl.float32:
+        z = tl.sqrt_rn(x)
+    else:
+        z = tl.sqrt(x)
+    return z
+
+
+@triton.jit
+def unit(w, ACC: tl.constexpr):
+    """A row divided by (its norm + 1e-8)."""
+    norm = root(tl.sum(w * w, 0)) + tl.full((), 1e-8, ACC)
+    return divide(w, norm + tl.zeros_like(w))
+
+
+@triton.jit
+def step(
+    w, g, m, v, mask, scalars_ptr, NORMALIZE: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr,
+    EPS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """A row's weights and moments after the step; g is multiplied by its scale already."""
+    if NORMALIZE == 1:
+        w = unit(w, ACC)
+    if NORMALIZE != 0:
+        g -= tl.sum(w * g, 0) * w
+    m += (g - m) * tl.full((), 1 - BETA1, ACC)
+    v += (g * g - v) * tl.full((), 1 - BETA2, ACC)
+    deviation = root(v) * tl.load(scalars_ptr + 1).to(ACC) + tl.full((), EPS, ACC)
+    w = w * tl.load(scalars_ptr + 2).to(ACC) - tl.load(scalars_ptr).to(ACC) * divide(m, deviation)
+    if NORMALIZE == 2:
+        w = unit(tl.where(mask, w, 0.0), ACC)
+    return w, m, v
+
+
+@triton.jit
+def _move(
+    w_ptr, grad_ptr, m_ptr, v_ptr, at, mask, scalars_ptr, NORMALIZE: tl.constexpr, BETA1: tl.constexpr,
+    BETA2: tl.constexpr, EPS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    if tl.load(scalars_ptr + 4) != 0.0:
+        w = tl.load(w_ptr + at, mask=mask, other=0.0).to(ACC)
+        g = tl.load(grad_ptr + at, mask=mask, other=0.0).to(ACC) * tl.load(scalars_ptr + 3).to(ACC)
+        m = tl.load(m_ptr + at, mask=mask, other=0.0)
+        v = tl.load(v_ptr + at, mask=mask, other=0.0)
+        w, m, v = step(w, g, m, v, mask, scalars_ptr, NORMALIZE, BETA1, BETA2, EPS, ACC)
+        tl.store(w_ptr + at, w.to(w_ptr.dtype.element_ty), mask=mask)
+        tl.store(m_ptr + at, m, mask=mask)
+        tl.store(v_ptr + at, v, mask=mask)
+
+
+@triton.jit
+def _adam_stream_kernel(
+    enc_ptr, denc_ptr, enc_m_ptr, enc_v_ptr, dec_ptr, ddec_ptr, dec_m_ptr, dec_v_ptr,
+    pre_ptr, dpre_ptr, pre_m_ptr, pre_v_ptr, latent_ptr, dlatent_ptr, latent_m_ptr, latent_v_ptr,
+    scalars_ptr, N, D, NORMALIZE: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr,
+    BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Row n of the encoder with its latent bias, or of the decoder; the pre-bias is row N of the encoder.
+
+    A parameter whose gradient is None is left alone.
+    """
+    n = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK_D)
+    mask = cols < D
+    at = n * D + cols
+    if tl.program_id(1) == 0:
+        if n < N:
+            if denc_ptr is not None:
+                _move(enc_ptr, denc_ptr, enc_m_ptr, enc_v_ptr, at, mask, scalars_ptr, 0, BETA1, BETA2, EPS, ACC)
+            if dlatent_ptr is not None:
+                one = n + tl.arange(0, 1)
+                scalars = scalars_ptr + 15
+                _move(
+                    latent_ptr, dlatent_ptr, latent_m_ptr, latent_v_ptr, one, one >= 0, scalars, 0, BETA1, BETA2, EPS,
+                    ACC,
+                )  # fmt: skip
+        else:
+            if dpre_ptr is not None:
+                scalars = scalars_ptr + 10
+                _move(pre_ptr, dpre_ptr, pre_m_ptr, pre_v_ptr, cols, mask, scalars, 0, BETA1, BETA2, EPS, ACC)
+    else:
+        if ddec_ptr is not None:
+            if n < N:
+                scalars = scalars_ptr + 5
+                _move(dec_ptr, ddec_ptr, dec_m_ptr, dec_v_ptr, at, mask, scalars, NORMALIZE, BETA1, BETA2, EPS, ACC)
+
+
+def _adam_stream_triton(*, params, grads, exp_avgs, exp_avg_sqs, scalars, normalize, beta1, beta2, eps):
+    n, d = params[0].shape
+    if d > ADAM_WIDTH or not all(t.is_contiguous() for t in (*params, *exp_avgs, *exp_avg_sqs)):
+        return _adam_stream_torch(
+            params=params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, scalars=scalars,
+            normalize=normalize, beta1=beta1, beta2=beta2, eps=eps,
+        )  # fmt: skip
+    config = adam_config(d)
+    grads = [None if g is None else g.contiguous() for g in grads]
+    if all(grads[i] is None for i in (0, DECODER, 3)):
+        n = 0  # the pre-bias alone
+    _adam_stream_kernel[(n + 1, 1 if grads[DECODER] is None else 2)](
+        *(t for four in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True) for t in four), scalars, n, d,
+        NORMALIZE=normalize, BETA1=beta1, BETA2=beta2, EPS=eps, BLOCK_D=config.block_d, ACC=tl_dtype(exp_avgs[0].dtype),
+        num_warps=config.num_warps, **config.registers(capability(params[0].device)),
+    )  # fmt: skip
+    return None
+
+
+CACHED = 2**15  # elements of a tensor that a thread of the torch path takes at a time on a CPU: they stay in cache
+
+
+def _adam_stream_torch(*, params, grads, exp_avgs, exp_avg_sqs, scalars, normalize, beta1, beta2, eps):
+    for i, (w, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
+        if g is not None:
+            numbers, mode = numbers_of(scalars[i]), normalize if i == DECODER else PLAIN
+            one_pass = mode == PLAIN and w.dtype == m.dtype and w.is_contiguous()  # nothing is read twice
+            for rows in [slice(None)] if one_pass else row_blocks(w):
+                step_torch(w[rows], g[rows], m[rows], v[rows], numbers, mode, beta1, beta2, eps)
+
+
+def row_blocks(w):
+    """Slices of the first dimension."""
+    size = len(w)
+    if may_look(w):  # torch gives a thread no fewer elements than CACHED
+        size = max(1, torch.get_num_threads() * CACHED // max(w[0].numel(), 1))
+    return [slice(i, i + size) for i in range(0, len(w), size)]
+
+
+def numbers_of(scalars):
+    """A parameter's scalars, as numbers where they may be looked at."""
+    return scalars.tolist() if may_look(scalars) else scalars.unbind()
+
+
+_fused = getattr(torch, "_fused_adam_", None)  # the operator of torch.optim.Adam(fused=True), private
+
+
+def step_torch(w, g, m, v, numbers, normalize, beta1, beta2, eps):
+    """One step of some rows, in place; `numbers` are numbers or 0-d tensors, whose reading would be a wait."""
+    step_size, correction, keep, scale, go = numbers
+    looked = isinstance(go, float)
+    if looked and go == 0:
+        return
+    acc = m.dtype
+    out = w
+    if w.dtype != acc:
+        w, g = w.to(acc), g.to(acc)
+    if not looked:  # nothing moves: zero gradients, and nothing of them counts
+        g = torch.where(go != 0, g * scale, 0.0)
+        step_size, keep = step_size * go, torch.where(go != 0, keep, 1.0)
+    elif scale != 1:
+        g = g * scale
+    weight1, weight2 = (1 - beta1, 1 - beta2) if looked else ((1 - beta1) * go, (1 - beta2) * go)
+    if normalize == BEFORE:
+        norm = torch.linalg.vector_norm(w, dim=1, keepdim=True).add_(1e-8)
+        w = w.div_(norm if looked else torch.where(go != 0, norm, 1.0))
+    if normalize != PLAIN:
+        g = torch.addcmul(g, (w * g).sum(1, keepdim=True), w, value=-1)
+    if not looked or keep != 1:
+        w.mul_(keep)
+    dense = all(t.is_contiguous() for t in (w, m, v))
+    if looked and dense and w.device.type == "cpu" and _fused is not None:  # one pass; at this step it corrects by 1
+        done = torch.full((), 2.0**60, device=w.device)
+        _fused(
+            [w], [g.contiguous()], [m], [v], [], [done], lr=step_size / correction, beta1=beta1, beta2=beta2,
+            weight_decay=0.0, eps=eps / correction, amsgrad=False, maximize=False, grad_scale=None, found_inf=None,
+        )  # fmt: skip
+    else:
+        m.lerp_(g, weight1)
+        v.lerp_(g * g, weight2)
+        change = torch.div(m, torch.sqrt(v).mul_(correction).add_(eps))
+        w.sub_(change.mul_(step_size))
+    if normalize == AFTER:
+        norm = torch.linalg.vector_norm(w, dim=1, keepdim=True).add_(1e-8)
+        w.div_(norm if looked else torch.where(go != 0, norm, 1.0))
+    if out is not w:
+        out.copy_(w)
+
+
+adam_stream_ = register(
+    "adam_stream_",
+    "(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor scalars,"
+    " int normalize, float beta1, float beta2, float eps, str impl) -> ()",
+    torch_impl=_adam_stream_torch,
+    triton_impl=_adam_stream_triton,
+    fake=lambda **_: None,
+)
+adam_stream_.__doc__ = """One step of Adam for one stream.
+
+Args:
+    params: w_enc [N, d], the decoder's rows [N, d], pre_bias [d], latent_bias [N].
+    grads: theirs; a parameter whose gradient is None is left alone.
+    exp_avgs, exp_avg_sqs: moments, in the accumulator dtype.
+    scalars: [4, 5], rows of what `adam_scalars_` wrote.
+    normalize: PLAIN; BEFORE: divide decoder rows by (norm + 1e-8), remove from their gradient <w, g> w, step; AFTER:
+        remove, step, divide.
+    beta1, beta2, eps: Adam's.
+    impl: "triton" or "torch". Triton leaves rows wider than 8192, and tensors that are not contiguous, to torch.
+"""
+
+
+# grad_square: for clipping
+
+
+@triton.jit
+def _grad_square_kernel(
+    dec_ptr, denc_ptr, ddec_ptr, dpre_ptr, dlatent_ptr, out_ptr, N, D, NORMALIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Sums of squares over the rows of `_adam_stream_kernel`: encoder's [N + 1], decoder's [N + 1]."""
+    n = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK_D)
+    mask = cols < D
+    at = n * D + cols
+    total = tl.zeros((), ACC)
+    if tl.program_id(1) == 0:
+        if n < N:
+            if denc_ptr is not None:
+                g = tl.load(denc_ptr + at, mask=mask, other=0.0).to(ACC)
+                total += tl.sum(g * g, 0)
+            if dlatent_ptr is not None:
+                latent = tl.load(dlatent_ptr + n).to(ACC)
+                total += latent * latent
+        else:
+            if dpre_ptr is not None:
+                pre = tl.load(dpre_ptr + cols, mask=mask, other=0.0).to(ACC)
+                total += tl.sum(pre * pre, 0)
+    else:
+        if ddec_ptr is not None:
+            if n < N:
+                dec = tl.load(ddec_ptr + at, mask=mask, other=0.0).to(ACC)
+                if NORMALIZE != 0:
+                    w = tl.load(dec_ptr + at, mask=mask, other=0.0).to(ACC)
+                    if NORMALIZE == 1:
+                        w = unit(w, ACC)
+                    dec -= tl.sum(w * dec, 0) * w
+                total += tl.sum(dec * dec, 0)
+    tl.store(out_ptr + tl.program_id(1).to(tl.int64) * (N + 1) + n, total)
+
+
+def _grad_square_triton(dec, grads, normalize):
+    n, d = dec.shape
+    if d > ADAM_WIDTH or not dec.is_contiguous():
+        return _grad_square_torch(dec, grads, normalize)
+    config, acc = adam_config(d), acc_dtype(dec.dtype)
+    out = torch.empty(2, n + 1, device=dec.device, dtype=acc)
+    grads = [None if g is None else g.contiguous() for g in grads]
+    _grad_square_kernel[(n + 1, 2)](
+        dec, *grads, out, n, d, NORMALIZE=normalize, BLOCK_D=config.block_d, ACC=tl_dtype(acc),
+        num_warps=config.num_warps,
+    )  # fmt: skip
+    return out.sum()
+
+
+def _grad_square_torch(dec, grads, normalize):
+    acc = acc_dtype(dec.dtype)
+    total = torch.zeros((), device=dec.device, dtype=acc)
+    for i, g in enumerate(grads):
+        for rows in row_blocks(g) if g is not None else ():
+            part = g[rows].to(acc)
+            if i == DECODER and normalize != PLAIN:
+                w = dec[rows].to(acc)
+                if normalize == BEFORE:
+                    w = w / torch.linalg.vector_norm(w, dim=1, keepdim=True).add_(1e-8)
+                part = torch.addcmul(part, (w * part).sum(1, keepdim=True), w, value=-1)
+            total += part.square().sum()
+    return total
+
+
+grad_square = register(
+    "grad_square",
+    "(Tensor dec, Tensor?[] grads, int normalize, str impl) -> Tensor",
+    torch_impl=_grad_square_torch,
+    triton_impl=_grad_square_triton,
+    fake=lambda dec, grads, normalize: dec.new_empty((), dtype=acc_dtype(dec.dtype)),
+)
+grad_square.__doc__ = """The sum of squares of a stream's gradients, as `adam_stream_` takes them: after the projection.
+
+Args: dec: the decoder's rows [N, d].  grads: of w_enc, the rows, pre_bias, latent_bias, or None.  normalize, impl.
+
+Returns: 0-d in the accumulator dtype.
+"""
+
+
+def rows_of(tensor: torch.Tensor | None, place: int):
+    """The decoder's [d, N], or what belongs to it, as rows [N, d]; other tensors of a stream as they are."""
+    return tensor.t() if tensor is not None and place == DECODER else tensor

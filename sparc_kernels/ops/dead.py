@@ -1,0 +1,211 @@
+"""Dead latents: the counters, and AuxK's selection among the dead."""
+
+from __future__ import annotations
+
+import torch
+
+from ..core._triton import INTERPRETED, tl, triton
+from ..core.registry import register, resolve_impl
+from ..core.validation import check_indices, check_int, check_tensor, require
+from ..launch.budgets import MAX_K
+from ..launch.device import cdiv, next_power_of_2
+from .encode import Selection, centre, values_of
+from .selection import select
+
+
+@triton.jit
+def _fired_kernel(idx_ptr, values_ptr, fired_ptr, threshold, stride_idx, M, N, BLOCK: tl.constexpr):
+    """fired[s, n] = 1 where a value exceeds the threshold; whoever stores there stores the same."""
+    stream = tl.program_id(1).to(tl.int64)
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(values_ptr + stream * M + offs, mask=offs < M, other=float("-inf"))
+    hit = (offs < M) & (value > threshold)
+    latent = tl.load(idx_ptr + stream * stride_idx + offs, mask=hit, other=0)
+    tl.store(fired_ptr + stream * N + latent, tl.full((BLOCK,), 1, tl.int8), mask=hit & (latent >= 0) & (latent < N))
+
+
+@triton.jit
+def _count_kernel(counter_ptrs, fired_ptr, N, S: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < N
+    for s in tl.static_range(S):
+        fired = tl.load(fired_ptr + tl.full((), s, tl.int64) * N + offs, mask=mask, other=0)
+        steps = tl.load(counter_ptrs[s] + offs, mask=mask, other=0)
+        tl.store(counter_ptrs[s] + offs, tl.where(fired != 0, 1, steps + 1), mask=mask)
+
+
+def _count_fired_triton(counters, indices, values, threshold):
+    S, n, M = len(counters), counters[0].numel(), values[0].numel()
+    fired = torch.zeros(S, n, dtype=torch.int8, device=values.device)
+    stride, block = (0 if indices.dim() == 2 else M), 1024
+    _fired_kernel[(cdiv(M, block), S)](
+        indices.contiguous(), values.contiguous(), fired, threshold, stride, M, n, BLOCK=block, num_warps=4
+    )
+    _count_kernel[(cdiv(n, block),)](tuple(counters), fired, n, S=S, BLOCK=block, num_warps=4)
+
+
+def count_fired_torch(counters, indices, values, threshold):
+    for s, counter in enumerate(counters):
+        n, idx = counter.shape[0], indices if indices.dim() == 2 else indices[s]
+        # one bucket more than there are latents takes everything that did not fire: no data-dependent shape
+        target = torch.where(values[s] > threshold, idx, n).reshape(-1)
+        fired = torch.zeros(n + 1, dtype=torch.bool, device=counter.device).index_fill_(0, target, True)[:n]
+        counter.add_(1).masked_fill_(fired, 1)
+
+
+count_fired_ = register(
+    "count_fired_",
+    "(Tensor(a!)[] counters, Tensor indices, Tensor values, float threshold, str impl) -> ()",
+    torch_impl=count_fired_torch,
+    triton_impl=_count_fired_triton,
+    fake=lambda **_: None,
+)
+count_fired_.__doc__ = """`update_counters_` for the S streams of values [S, B, k]; indices [B, k] or [S, B, k]."""
+
+
+@torch.no_grad()
+def update_counters_(
+    counters: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, threshold: float = 1e-3, impl: str = "auto"
+) -> torch.Tensor:
+    """Steps since each latent last fired, updated in place from the sparse codes of one batch.
+
+    Args:
+        counters: int64 [N].  indices: int64 [B, k].  values: [B, k].
+        threshold: a latent fires in a batch when one of its values is greater.
+        impl: "auto" (Triton on CUDA tensors, torch elsewhere), "triton" or "torch".
+
+    Returns: counters.
+
+    Equivalent to: `fired = (dense_codes > threshold).any(0); counters.add_(1); counters[fired] = 1`
+    """
+    ok = isinstance(counters, torch.Tensor) and counters.dtype == torch.int64 and counters.dim() == 1
+    require(ok, "counters", "an int64 tensor of shape [N]", counters)
+    check_tensor("values", values, ("B", "k"))
+    n = counters.shape[0]
+    check_indices("indices", indices, tuple(values.shape), n, counters.device)
+    impl = resolve_impl(impl, values)
+    if impl == "triton" and not counters.is_contiguous():
+        counters.copy_(update_counters_(counters.contiguous(), indices, values, threshold, impl))
+        return counters
+    count_fired_([counters], indices, values[None], threshold, impl)
+    return counters
+
+
+def auxk_topk(
+    x: torch.Tensor,
+    w_enc: torch.Tensor,
+    pre_bias: torch.Tensor,
+    latent_bias: torch.Tensor,
+    dead: torch.Tensor,
+    auxk: int,
+    impl: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The auxk dead latents of one stream with the largest pre-activations, and their activations.
+
+    Only the dead columns are multiplied. Where they are fewer than auxk, live latents with value 0 fill the rows.
+
+    Args:
+        x: [B, d].  w_enc: [N, d].  pre_bias: [d].  latent_bias: [N].  dead: bool [N].  auxk: 1..min(N, 512).
+        impl: as in `encode_topk`.
+
+    Returns: indices int64 [B, auxk]; values [B, auxk], float32 (float64 for float64 inputs), differentiable in x,
+    w_enc, pre_bias and latent_bias.
+
+    Equivalent to, up to the latents behind zero values:
+        `h = F.linear(x - pre_bias, w_enc, latent_bias) * dead; i = h.topk(auxk).indices; v = relu(h.gather(1, i))`
+    """
+    check_tensor("x", x, ("B", "d"))
+    check_tensor("w_enc", w_enc, ("N", x.shape[1]), like=x)
+    check_tensor("pre_bias", pre_bias, (x.shape[1],), like=x)
+    n = w_enc.shape[0]
+    check_tensor("latent_bias", latent_bias, (n,), like=x)
+    ok = isinstance(dead, torch.Tensor) and dead.dtype == torch.bool and dead.shape == (n,) and dead.device == x.device
+    require(ok, "dead", f"a bool tensor of shape [{n}] on {x.device}", dead)
+    check_int("auxk", auxk, 1, min(n, MAX_K), f"at most N and {MAX_K}")
+    impl = resolve_impl(impl, x)
+    with torch.no_grad():
+        selection = select_dead(centre([x], [pre_bias], False, impl), [w_enc], [latent_bias], [dead], auxk, impl)
+    return selection.indices[0], values_of(x, w_enc, pre_bias, latent_bias, selection, impl)
+
+
+def select_dead(centred, w_encs, latent_biases, dead, auxk, impl) -> Selection:
+    """`auxk_topk`'s indices of S streams, [S, B, auxk], on unchecked, centred arguments.
+
+    The selection's `count` is the number of dead latents of each stream, on the device.
+    """
+    ids, count = dead_first(list(dead), impl)
+    streams = zip(centred, w_encs, latent_biases, ids, count, strict=True)
+    return Selection(torch.stack([select([x], [w], [c], auxk, i, n, impl) for x, w, c, i, n in streams]), count)
+
+
+@triton.jit
+def _count_dead_kernel(dead_ptrs, found_ptr, N, S: tl.constexpr, BLOCK: tl.constexpr):
+    block, stream = tl.program_id(0), tl.program_id(1)
+    offs = block * BLOCK + tl.arange(0, BLOCK)
+    for s in tl.static_range(S):
+        if stream == s:
+            dead = tl.load(dead_ptrs[s] + offs, mask=offs < N, other=0).to(tl.int32)
+            tl.store(found_ptr + s * tl.num_programs(0) + block, tl.sum(dead, 0))
+
+
+@triton.jit
+def _dead_first_kernel(
+    dead_ptrs, found_ptr, ids_ptr, count_ptr, N, stride_c, S: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr
+):
+    block, stream = tl.program_id(0), tl.program_id(1)
+    offs = block * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < N
+    blocks = tl.arange(0, BLOCKS)
+    found = tl.load(found_ptr + stream * tl.num_programs(0) + blocks, mask=blocks < tl.num_programs(0), other=0)
+    total = tl.sum(found, 0)
+    before = tl.sum(tl.where(blocks < block, found, 0), 0)
+    for s in tl.static_range(S):
+        if stream == s:
+            dead = tl.load(dead_ptrs[s] + offs, mask=mask, other=0).to(tl.int32)
+            rank = before + tl.cumsum(dead, 0) - 1  # among the dead, up to and with this one
+            place = tl.where(dead != 0, rank, total + offs - rank - 1)
+            tl.store(ids_ptr + tl.full((), s, tl.int64) * N + place, offs, mask=mask)
+            if block == 0:
+                tl.store(count_ptr + s * stride_c, total)
+
+
+def _dead_first_triton(dead):
+    S, n, device = len(dead), dead[0].numel(), dead[0].device
+    ids, count = _dead_first_fake(dead)
+    block = 16 if INTERPRETED else 4096
+    blocks = cdiv(n, block)
+    found = torch.empty(S, blocks, device=device, dtype=torch.int32)
+    masks = tuple(mask.contiguous().view(torch.uint8) for mask in dead)
+    _count_dead_kernel[(blocks, S)](masks, found, n, S=S, BLOCK=block, num_warps=4)
+    _dead_first_kernel[(blocks, S)](
+        masks, found, ids, count, n, count.stride(0), S=S, BLOCKS=next_power_of_2(blocks), BLOCK=block, num_warps=4
+    )
+    return ids, count
+
+
+def _dead_first_torch(dead):
+    ids, count = _dead_first_fake(dead)
+    ids.copy_(torch.stack(dead).byte().argsort(dim=1, descending=True, stable=True))
+    count.copy_(torch.stack(dead).sum(1))
+    return ids, count
+
+
+def _dead_first_fake(dead):
+    S, n = len(dead), dead[0].numel()
+    # every count at an address of its own 16 bytes: the kernels that read one are then compiled once
+    return dead[0].new_empty(S, n, dtype=torch.int32), dead[0].new_empty(S, 4, dtype=torch.int32)[:, 0]
+
+
+dead_first = register(
+    "dead_first",
+    "(Tensor[] dead, str impl) -> (Tensor, Tensor)",
+    torch_impl=_dead_first_torch,
+    triton_impl=_dead_first_triton,
+    fake=_dead_first_fake,
+)
+dead_first.__doc__ = """The latents of each stream with the dead ones first, and how many are dead.
+
+Args: dead: bool [N] for each stream.  impl: "triton" or "torch".
+
+Returns: ids int32 [S, N], dead and live each in ascending order; count int32 [S].
+"""

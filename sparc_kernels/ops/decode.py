@@ -1,0 +1,206 @@
+"""Public `decode` and `decode_nmse`: reconstructions across streams and their normalised errors."""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ..core.numerics import acc_dtype
+from ..core.registry import resolve_impl
+from ..core.validation import check_indices, check_inverse, check_same_length, check_tensor, fail, require
+from ..launch.budgets import (
+    MAX_K,
+    MAX_STREAMS,
+)
+from .decode_grads import _per_source, grads_of_errors, target_weights
+from .gather import (
+    KEEP_NONE,
+    gather_dot,
+    gather_error,
+    gather_sum,
+)
+from .inverse_index import NO_INVERSE, InverseIndex, inverse_index_op, inverse_sizes, lists_of
+from .latent_reduce import latent_reduce
+
+
+def errors_of(indices, values, rows, pre_bias, x, keep, count, impl):
+    """|E|^2 [S, B] and E [B, d] of source `keep`, for indices [B, k] or [S, B, k]."""
+    if indices.dim() == 2:
+        return gather_error(indices, values, rows, pre_bias, x, keep, count, impl)
+    parts = [
+        gather_error(idx, values[s : s + 1], rows, pre_bias, x, 0 if s == keep else KEEP_NONE, count, impl)
+        for s, idx in enumerate(indices)
+    ]
+    return torch.cat([p[0] for p in parts]), parts[max(keep, 0)][1]
+
+
+class Decode(torch.autograd.Function):
+    """Reconstructions of one target from S sources: [S, B, d]."""
+
+    @staticmethod
+    def forward(ctx, values, w_dec, pre_bias, indices, order, offsets, ids, impl):
+        rows = w_dec.t()
+        ctx.save_for_backward(values, w_dec, indices, order, offsets, ids)
+        ctx.impl = impl
+        return _per_source(lambda i, v: gather_sum(i, v, rows, pre_bias, impl), indices, values)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, drecon):
+        values, w_dec, indices, *inverse = ctx.saved_tensors
+        rows, impl = w_dec.t(), ctx.impl
+        dvalues = dw = db = None
+        if ctx.needs_input_grad[0]:
+            dvalues = _per_source(lambda i, x: gather_dot(i, rows, x, None, impl), indices, drecon).to(values.dtype)
+        if ctx.needs_input_grad[1]:
+            if inverse[0] is None:
+                inverse = lists_of(inverse_index_op(indices, 1, rows.shape[0], None, impl), 0)
+            coef, mat = values, drecon.contiguous()
+            if indices.dim() == 3:  # every (source, row) has its own list entries: one source with S * B rows
+                coef, mat = coef.reshape(1, -1), mat.reshape(1, -1, mat.shape[-1])
+            dw = latent_reduce(InverseIndex(*inverse), coef, mat, indices.shape[-1], w_dec.dtype, impl)[0].t()
+        if ctx.needs_input_grad[2]:
+            db = drecon.sum((0, 1), dtype=acc_dtype(drecon.dtype)).to(drecon.dtype)
+        return dvalues, dw, db, None, None, None, None, None
+
+
+class DecodeNMSE(torch.autograd.Function):
+    """Normalised errors [S] of one target from S sources, each with a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx, values, w_dec, pre_bias, x, indices, order, offsets, ids, impl):
+        ctx.save_for_backward(values, w_dec, pre_bias, x, indices, order, offsets, ids)
+        ctx.impl = impl
+        sq, _ = errors_of(indices, values, w_dec.t(), pre_bias, x, KEEP_NONE, None, impl)
+        norm, _ = target_weights([x], values.new_zeros(1, 1), impl)
+        return (sq / norm).mean(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dnmse):
+        values, w_dec, pre_bias, x, indices, *inverse = ctx.saved_tensors
+        # lists that the caller has are those of shared indices
+        given = indices.dim() == 2 and inverse[0] is not None
+        inverse = [part[None] for part in inverse] if given else NO_INVERSE
+        grads = grads_of_errors(
+            values, w_dec, pre_bias, x, indices, inverse, None, dnmse, ctx.needs_input_grad[:4], ctx.impl
+        )
+        return (*grads, None, None, None, None, None)
+
+
+def _check(indices, values, w_decs, pre_biases, pairs, inverse):
+    T = check_same_length("w_decs", w_decs=w_decs, pre_biases=pre_biases)
+    check_tensor("w_decs[0]", w_decs[0], ("d", "N"))
+    n, like = w_decs[0].shape[1], w_decs[0]
+    require(isinstance(values, torch.Tensor), "values", "a tensor of shape [S, B, k]", values)
+    require(values.dim() == 3 and values.is_floating_point(), "values", "a floating tensor of shape [S, B, k]", values)
+    require(values.device == like.device, "values", f"a tensor on {like.device}", values)
+    S, B, k = values.shape
+    require(1 <= S <= MAX_STREAMS, "values", f"1..{MAX_STREAMS} sources", values)
+    require(1 <= k <= MAX_K, "values", f"1..{MAX_K} values a row", values)
+    require(B > 0, "values", "at least one row", values)
+    for t in range(T):
+        w, bias = check_tensor(f"w_decs[{t}]", w_decs[t], ("d", n), like=like), pre_biases[t]
+        if isinstance(bias, torch.Tensor) and bias.shape == w.shape[1:] != w.shape[:1]:
+            fail(f"w_decs[{t}]", f"[d, N] with d {len(bias)} as in pre_biases[{t}] (transposed?)", w)
+        check_tensor(f"pre_biases[{t}]", bias, (w.shape[0],), like=like)
+    shape = (S, B, k) if getattr(indices, "ndim", 2) == 3 else (B, k)
+    check_indices("indices", indices, shape, n, like.device)
+    check_inverse("inverse", inverse, indices, inverse_sizes(indices.numel(), n))
+    if pairs is None:
+        return T, S, {t: list(range(S)) for t in range(T)}
+    require(isinstance(pairs, (list, tuple, set, dict)), "pairs", "a list of (target, source) tuples", pairs)
+    asked: dict[int, list[int]] = {}
+    for pair in pairs:
+        ok = isinstance(pair, tuple) and len(pair) == 2 and all(type(i) is int for i in pair)
+        ok = ok and 0 <= pair[0] < T and 0 <= pair[1] < S
+        require(ok, "pairs", f"(target, source) tuples with target in 0..{T - 1} and source in 0..{S - 1}", repr(pair))
+        sources = asked.setdefault(pair[0], [])
+        if pair[1] not in sources:
+            sources.append(pair[1])
+    return T, S, asked
+
+
+def pick(x: torch.Tensor, places: list[int]) -> torch.Tensor:
+    """x[places]; indexing a CUDA tensor with a list would copy the list to the device, a synchronisation."""
+    return torch.stack([x[i] for i in places])
+
+
+def _sources(indices, values, inverse, asked):
+    """What a target needs of the sources it asks for; the inverse index stays valid while all of them are asked for."""
+    if asked == list(range(values.shape[0])):
+        return indices, values, inverse
+    values = pick(values, asked)
+    return (indices, values, inverse) if indices.dim() == 2 else (pick(indices, asked), values, NO_INVERSE)
+
+
+def decode(
+    indices: torch.Tensor,
+    values: torch.Tensor,
+    w_decs: list[torch.Tensor],
+    pre_biases: list[torch.Tensor],
+    pairs: list[tuple[int, int]] | None = None,
+    inverse: InverseIndex | None = None,
+    impl: str = "auto",
+) -> dict[tuple[int, int], torch.Tensor]:
+    """Reconstructions of every target from every source, each selected decoder row fetched once per (row, target).
+
+    Args:
+        indices: int64 [B, k] shared by all sources, or [S, B, k]. Ids in 0..N-1 (checked on a CPU; on a GPU an id
+            outside gives NaN with Triton, torch's device assert with impl="torch"). An id twice in a row adds up.
+        values: [S, B, k], any floating dtype; used in float32 (float64 for float64 weights). Half precision weights:
+            impl="torch" rounds them to the weights' dtype; fp16 cannot hold values beyond 65504 in either.
+        w_decs: T tensors [d_t, N]. Best with strides (1, d_t), as `AlignedSAE` keeps them; others are copied.
+        pre_biases: T tensors [d_t].
+        pairs: which (target, source) to make; all T x S when None.
+        inverse: `inverse_index(indices, N)` when the caller already has it.
+        impl: "auto" (Triton on CUDA tensors, torch elsewhere), "triton" or "torch".
+
+    Returns: {(t, s): [B, d_t]} in the weights' dtype; differentiable in values, w_decs and pre_biases.
+
+    Equivalent to: `{(t, s): codes[s] @ w_decs[t].T + pre_biases[t]}` with
+    `codes[s] = zeros(B, N).scatter(1, indices, values[s])`
+    """
+    _, _, asked = _check(indices, values, w_decs, pre_biases, pairs, inverse)
+    impl = resolve_impl(impl, w_decs[0])
+    recons = {}
+    for t, sources in asked.items():
+        idx, val, inv = _sources(indices, values, inverse or NO_INVERSE, sources)
+        out = Decode.apply(val, w_decs[t], pre_biases[t], idx, *inv, impl)
+        recons.update({(t, s): out[i] for i, s in enumerate(sources)})
+    return recons
+
+
+def decode_nmse(
+    indices: torch.Tensor,
+    values: torch.Tensor,
+    w_decs: list[torch.Tensor],
+    pre_biases: list[torch.Tensor],
+    xs: list[torch.Tensor],
+    pairs: list[tuple[int, int]] | None = None,
+    inverse: InverseIndex | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Normalised mean squared error of every reconstruction, without keeping any.
+
+    Args:
+        xs: T targets [B, d_t], of the weights' dtype.
+        indices, values, w_decs, pre_biases, pairs, inverse, impl: as in `decode`.
+
+    Returns: [T, S] in float32 (float64 for float64), entry (t, s) for target t from source s; 0 where `pairs` does not
+        ask. Differentiable in values, w_decs, pre_biases and xs. A zero row in a target makes its entries inf or NaN.
+
+    Equivalent to: `((recon[t, s] - xs[t]).square().mean(1) / xs[t].square().mean(1)).mean()`
+    """
+    T, S, asked = _check(indices, values, w_decs, pre_biases, pairs, inverse)
+    check_same_length("w_decs", w_decs=w_decs, xs=xs)
+    for t in range(T):
+        check_tensor(f"xs[{t}]", xs[t], (values.shape[1], w_decs[t].shape[0]), like=w_decs[0])
+    impl = resolve_impl(impl, w_decs[0])
+    zero = torch.zeros((), device=values.device, dtype=acc_dtype(w_decs[0].dtype))
+    entries = {}
+    for t, sources in asked.items():
+        idx, val, inv = _sources(indices, values, inverse or NO_INVERSE, sources)
+        row = DecodeNMSE.apply(val, w_decs[t], pre_biases[t], xs[t], idx, *inv, impl)
+        entries.update({(t, s): row[i] for i, s in enumerate(sources)})
+    return torch.stack([torch.stack([entries.get((t, s), zero) for s in range(S)]) for t in range(T)])

@@ -1,0 +1,308 @@
+"""Losses and gradients of one target's reconstructions, none of which is kept."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..core._triton import INTERPRETED, tl, tl_dtype, triton
+from ..core.numerics import acc_dtype
+from ..core.registry import register
+from ..launch.budgets import (
+    PARTIAL_BYTES,
+    SCRATCH_BYTES,
+    SPREAD_COLUMNS,
+    SPREAD_PLACES,
+    SPREAD_SOURCES,
+    SPREAD_WIDE,
+)
+from ..launch.device import capability, cdiv, next_power_of_2
+from ..launch.gather import gather_chunk
+from .gather import (
+    KEEP_ALL,
+    KEEP_NONE,
+    gather_dot_torch,
+    gather_sum_torch,
+    launch_gather,
+)
+from .inverse_index import inverse_index_op, lists_of
+from .latent_reduce import launch_reduce, reduce_torch
+
+
+def _per_source(op, indices, sources):
+    """op(indices [B, k], sources [S, B, ...]), called once when the sources share indices, else source by source."""
+    if indices.dim() == 2:
+        return op(indices, sources)
+    return torch.cat([op(idx, sources[s : s + 1]) for s, idx in enumerate(indices)])
+
+
+# decode_grads: losses and gradients of one target in one pass over the gathered rows
+@triton.jit
+def _collect_kernel(
+    sq_ptrs, dot_ptrs, slabs, coef_ptr, sq_ptr, dv_ptr, rows, K,
+    P: tl.constexpr, ADD_SQ: tl.constexpr, ADD_DV: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One (source, row): adds up the slabs of P launches; dvalues = coef * <W[I], E>, 0 where coef is."""
+    row = tl.program_id(0).to(tl.int64)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_k = offs_k < K
+    coef = tl.load(coef_ptr + row).to(ACC)
+    dots = tl.zeros((BLOCK_K,), ACC)
+    sq = tl.zeros((), ACC)
+    for p in tl.static_range(P):
+        for slab in range(slabs[p]):
+            dots += tl.load(dot_ptrs[p] + (slab * rows + row) * K + offs_k, mask=mask_k, other=0.0)
+            sq += tl.load(sq_ptrs[p] + slab * rows + row)
+    dv = tl.where(coef != 0.0, coef * dots, 0.0)
+    if ADD_DV:
+        dv += tl.load(dv_ptr + row * K + offs_k, mask=mask_k, other=0.0)
+    tl.store(dv_ptr + row * K + offs_k, dv, mask=mask_k)
+    if ADD_SQ:
+        sq += tl.load(sq_ptr + row)
+    tl.store(sq_ptr + row, sq)
+
+
+@triton.jit
+def _places_kernel(order_ptr, place_ptr, M, BLOCK: tl.constexpr):
+    """Where in the lists each place stands."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.load(order_ptr + offs, mask=offs < M, other=0)
+    tl.store(place_ptr + place, offs.to(tl.int32), mask=offs < M)
+
+
+def _decode_grads_triton(
+    *, indices, values, w, bias, x, coef, order, offsets, ids, count, keep, dvalues, add_dvalues, dw, add_dw
+):  # fmt: skip
+    (S, B, k), d, M, device = values.shape, w.shape[1], indices.numel(), w.device
+    acc = acc_dtype(w.dtype)
+    one = w.new_empty(_kept_shape(keep, values, x))
+    g = torch.empty(B, d, device=device, dtype=acc)
+    sq = torch.empty(S, B, device=device, dtype=acc)
+    coef, values = coef.contiguous(), values.contiguous()
+    spread, width = _route(S, M, B, k, d, w.dtype, capability(device)) if dw is not None else (False, d)
+    place = None
+    if spread:
+        place = torch.empty_like(order)
+        _places_kernel[(cdiv(M, 1024),)](order, place, M, BLOCK=1024, num_warps=4)
+    if dw is not None:
+        pool = w.new_empty((M if spread else S * B) * width)
+    parts, added = [], False
+    for c0 in range(0, d, width):
+        cols = slice(c0, min(c0 + width, d))
+        part = w[:, cols]
+        scratch = one if keep == KEEP_ALL else None
+        if dw is not None:
+            shape = (M, part.shape[1]) if spread else (S, B, part.shape[1])
+            scratch = pool[: math.prod(shape)].view(shape)
+        parts.append(launch_gather(
+            indices, values, part, None if bias is None else bias[cols], x[:, cols], count=count, coef=coef,
+            place=place, e=None if spread else scratch, h=scratch if spread else None,
+            one=one[:, cols] if keep >= 0 else None, kept=max(keep, 0), g=g[:, cols], sq=True, dot=True,
+        ))  # fmt: skip
+        # kept until there are many: another pass over dvalues costs more than they take
+        held = sum(dots.numel() * dots.element_size() for _, dots in parts)
+        if cols.stop == d or held > PARTIAL_BYTES or len(parts) == 4:
+            sqs, dots = zip(*parts, strict=True)
+            _collect_kernel[(S * B,)](
+                sqs, dots, tuple(len(p) for p in sqs), coef, sq, dvalues, S * B, k, P=len(parts), ADD_SQ=added,
+                ADD_DV=add_dvalues or added, BLOCK_K=next_power_of_2(k), ACC=tl_dtype(acc), num_warps=1,
+            )  # fmt: skip
+            parts, added = [], True
+        if dw is not None:
+            weights, scale = (None, None) if spread else (values, coef)
+            launch_reduce(
+                out=dw[:, cols], sums=None, order=order, offsets=offsets, ids=ids, coef=weights, scale=scale, gate=None,
+                mat=scratch, k=k, add=add_dw,
+            )  # fmt: skip
+    return sq, g, one
+
+
+def _kept_shape(keep, values, x):
+    return (len(values), *x.shape) if keep == KEEP_ALL else x.shape if keep >= 0 else (0,)
+
+
+def _route(S, M, B, k, d, dtype, arch=80) -> tuple[bool, int]:
+    """Whether the gradient goes by way of H in list order, and how many columns are done at once within the scratch.
+
+    H carries the loss coefficients in the weights' dtype; float16 would lose them, so it keeps to the errors.
+    """
+    scratch = SCRATCH_BYTES * (2 if S > 3 else 1)  # many sources: fewer pieces are worth it (modelled: 4 % of the step)
+    width = scratch // (M * dtype.itemsize)
+    few = dtype.itemsize == 2 or k <= SPREAD_WIDE
+    many = S > SPREAD_SOURCES or (S == SPREAD_SOURCES and M >= SPREAD_PLACES and few)
+    spread = many and dtype != torch.float16 and k <= gather_chunk(dtype.itemsize, arch)
+    if spread and width >= min(d, SPREAD_COLUMNS):
+        return True, min(d, max(width // 128 * 128, 16))
+    return False, min(d, max(SCRATCH_BYTES // (S * B * dtype.itemsize) // 128 * 128, SPREAD_COLUMNS))
+
+
+def _decode_grads_torch(
+    *, indices, values, w, bias, x, coef, order, offsets, ids, count, keep, dvalues, add_dvalues, dw, add_dw
+):  # fmt: skip
+    acc = acc_dtype(w.dtype)
+    e = gather_sum_torch(indices, values, w, bias).sub_(x)
+    sq = e.to(acc).square().sum(2)
+    one = e[keep].clone() if keep >= 0 else w.new_empty(0)
+    asked = (coef != 0)[..., None]
+    dv = torch.where(asked, coef[..., None] * gather_dot_torch(indices, w, e, count), 0.0)
+    dvalues.copy_(dvalues + dv if add_dvalues else dv)
+    e.masked_fill_(~asked, 0.0)
+    g = torch.einsum("sb,sbd->bd", coef, e.to(acc))
+    if dw is not None:
+        reduce_torch(
+            out=dw, sums=None, order=order, offsets=offsets, ids=ids, coef=values, scale=coef, gate=None, mat=e,
+            k=indices.shape[1], add=add_dw,
+        )  # fmt: skip
+    return sq, g, e if keep == KEEP_ALL else one
+
+
+def _decode_grads_fake(
+    *, indices, values, w, bias, x, coef, order, offsets, ids, count, keep, dvalues, add_dvalues, dw, add_dw
+):  # fmt: skip
+    acc = acc_dtype(w.dtype)
+    return (
+        w.new_empty(values.shape[:2], dtype=acc),
+        w.new_empty(x.shape, dtype=acc),
+        w.new_empty(_kept_shape(keep, values, x)),
+    )
+
+
+decode_grads = register(
+    "decode_grads",
+    "(Tensor indices, Tensor values, Tensor w, Tensor? bias, Tensor x, Tensor coef, Tensor order, Tensor offsets,"
+    " Tensor ids, Tensor? count, int keep, Tensor(a!) dvalues, bool add_dvalues, Tensor(b!)? dw, bool add_dw, str impl)"
+    " -> (Tensor, Tensor, Tensor)",
+    torch_impl=_decode_grads_torch,
+    triton_impl=_decode_grads_triton,
+    fake=_decode_grads_fake,
+)
+decode_grads.__doc__ = """Losses and gradients of one target's reconstructions from every source.
+
+E[s, b] = sum_j values[s, b, j] w[indices[b, j]] + bias - x[b], and dloss/dE[s, b] = coef[s, b] E[s, b].
+
+Args:
+    indices: int64 [B, k].  values: [S, B, k].  w: [N, d].  bias: [d].  x: [B, d].
+    coef: [S, B]; where it is 0 the source takes no part in any gradient, whatever its error is.
+    order, offsets, ids: the InverseIndex of indices.
+    count: int32 [], the columns of indices that exist (all when None); the values beyond it are zero.
+    keep: the source whose E is returned, KEEP_NONE, or KEEP_ALL, which goes with dw None.
+    dvalues: [S, B, k] contiguous, where the gradient of values goes.  dw: [N, d], that of w; None: nobody asks for it.
+    add_dvalues, add_dw: add to what they hold; rows of dw whose latent is in no list are then not touched.
+    impl: "triton" or "torch".
+
+Returns: |E|^2 [S, B] and sum_s coef E [B, d], whose sum over b is the gradient of bias, in the accumulator dtype; E
+[B, d] of one source in w's dtype (empty for KEEP_NONE; for KEEP_ALL [S, B, d]).
+"""
+
+
+# target_weights: |x|^2 of every target's rows, and dloss/dE = coef * E for given weights of the terms
+@triton.jit
+def _target_weights_kernel(
+    x_ptrs, widths, strides, weights_ptr, norm_ptr, coef_ptr, B, T: tl.constexpr, S: tl.constexpr,
+    BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    target = tl.program_id(1)
+    for t in tl.static_range(T):
+        if target == t:
+            total = tl.zeros((BLOCK_D,), ACC)
+            for d0 in range(0, widths[t], BLOCK_D):
+                cols = d0 + tl.arange(0, BLOCK_D)
+                x = tl.load(x_ptrs[t] + b * strides[t] + cols, mask=cols < widths[t], other=0.0).to(ACC)
+                total += x * x
+            norm = tl.sum(total, 0)
+            tl.store(norm_ptr + t * B + b, norm)
+            for s in tl.static_range(S):
+                weight = tl.load(weights_ptr + t * S + s).to(ACC)
+                # an infinite norm: the gradient is no 0 but NaN
+                coef = tl.where(norm < float("inf"), weight * 2.0 / B / norm, float("nan"))
+                tl.store(coef_ptr + (t * S + s) * B + b, tl.where(weight != 0.0, coef, 0.0))
+
+
+def _target_weights_triton(xs, weights):
+    (T, S), B, acc = weights.shape, xs[0].shape[0], acc_dtype(xs[0].dtype)
+    xs = [x if x.stride(1) == 1 else x.contiguous() for x in xs]
+    norm = torch.empty(T, B, device=weights.device, dtype=acc)
+    coef = torch.empty(T, S, B, device=weights.device, dtype=acc)
+    _target_weights_kernel[(B, T)](
+        tuple(xs), tuple(x.shape[1] for x in xs), tuple(x.stride(0) for x in xs), weights.contiguous(), norm, coef, B,
+        T=T, S=S, BLOCK_D=16 if INTERPRETED else 1024, ACC=tl_dtype(acc), num_warps=4,
+    )  # fmt: skip
+    return norm, coef
+
+
+def _target_weights_torch(xs, weights):
+    norm = torch.stack([x.to(acc_dtype(x.dtype)).square().sum(1) for x in xs])
+    coef = weights[..., None] * (2 / norm.shape[1]) / norm[:, None]
+    coef = torch.where(norm[:, None] < float("inf"), coef, float("nan"))
+    return norm, torch.where((weights != 0)[..., None], coef, 0.0)
+
+
+def _target_weights_fake(xs, weights):
+    T, S = weights.shape
+    B, acc = xs[0].shape[0], acc_dtype(xs[0].dtype)
+    return weights.new_empty(T, B, dtype=acc), weights.new_empty(T, S, B, dtype=acc)
+
+
+target_weights = register(
+    "target_weights",
+    "(Tensor[] xs, Tensor weights, str impl) -> (Tensor, Tensor)",
+    torch_impl=_target_weights_torch,
+    triton_impl=_target_weights_triton,
+    fake=_target_weights_fake,
+)
+target_weights.__doc__ = """What sum_ts weights[t, s] NMSE(R[t, s], xs[t]) makes of each error: dloss/dE = coef * E.
+
+Args: xs: T targets [B, d_t].  weights: [T, S].  impl: "triton" or "torch".
+
+Returns: |x|^2 [T, B]; coef = 2 weights / (B |x|^2), [T, S, B], 0 where the weight is and NaN where |x|^2 is infinite or
+NaN; in the accumulator dtype.
+"""
+
+
+def grads_of_target(indices, values, rows, pre_bias, x, coef, inverse, count, keep, dvalues, add_dv, dw, add_dw, impl):
+    """`decode_grads` for indices [B, k], or [S, B, k]; `inverse` [1 or S, ...], or parts of None."""
+    if inverse[0] is None:
+        groups = 1 if indices.dim() == 2 else len(indices)
+        inverse = inverse_index_op(indices, groups, rows.shape[0], None, impl)
+    if indices.dim() == 2:
+        lists = lists_of(inverse, 0)
+        return decode_grads(
+            indices, values, rows, pre_bias, x, coef, *lists, count, keep, dvalues, add_dv, dw, add_dw, impl
+        )
+    parts = []
+    for s, idx in enumerate(indices):
+        kept = KEEP_ALL if keep == KEEP_ALL else 0 if s == keep else KEEP_NONE
+        one, lists = slice(s, s + 1), lists_of(inverse, s)
+        args = idx, values[one], rows, pre_bias, x, coef[one], *lists, count, kept, dvalues[one], add_dv
+        parts.append(decode_grads(*args, dw, add_dw or s > 0, impl))
+    sq, g, error = zip(*parts, strict=True)
+    return torch.cat(sq), torch.stack(g).sum(0), torch.cat(error) if keep == KEEP_ALL else error[max(keep, 0)]
+
+
+def grads_of_errors(values, w_dec, pre_bias, x, indices, inverse, count, dnmse, needs, impl, into=None):
+    """Gradients of sum_s dnmse[s] NMSE(R[s], x): dvalues [S, B, k], dw [d, N], d pre_bias, dx; None if not needed.
+
+    `into` [N, d] is a gradient to add dw to.
+    """
+    need_v, need_w, need_b, need_x = needs
+    rows = w_dec.t()
+    norm, coef = (part[0] for part in target_weights([x], dnmse[None], impl))
+    dvalues = torch.empty_like(values, dtype=norm.dtype, memory_format=torch.contiguous_format)
+    dw = into
+    if need_w and into is None:
+        dw = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    sq, g, _ = grads_of_target(
+        indices, values, rows, pre_bias, x, coef, inverse, count, KEEP_NONE, dvalues, False, dw, into is not None, impl
+    )
+    dx = None
+    if need_x:
+        through_norm = torch.where(coef != 0, coef * sq / norm, 0.0).sum(0)[:, None] * x.to(coef.dtype)
+        dx = -(g + through_norm).to(x.dtype)
+    return (
+        dvalues if need_v else None,
+        dw.t() if need_w else None,
+        g.sum(0).to(pre_bias.dtype) if need_b else None,
+        dx,
+    )

@@ -1,0 +1,355 @@
+"""Gather kernels: what a row's k selected weight rows make of it.
+
+One kernel serves every use. A program takes one row b, fetches the k selected rows of W tile by tile, and while a tile
+is on the chip uses it for every source s at once:
+
+    R[s] = sum_j v[s, j] W[I_j]              a reconstruction, or the gradient of an encoder's input
+    E[s] = R[s] + bias - x                   the error of that reconstruction
+    sq[s] = |E[s]|^2                         its square norm
+    dot[s, j] = <W[I_j], E[s]>               pre-activations, or the gradient of the values
+    g = sum_s coef[s] E[s]                   the gradient of the decoder's bias, and of its target
+    H[j] = sum_s coef[s] v[s, j] E[s]        what latent I_j's decoder row gets from this row of the batch
+
+Both contractions are matrix products with W as the first operand and the sources, padded to 16, as columns. For half
+precision weights, columns 0-7 carry the high half of v or E and columns 8-15 the low half, so that nothing is lost
+beside the rounding of W itself. Programs of one column slab run next to each other: the slab of W stays in L2.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ..core._triton import INTERPRETED, tl, tl_dtype, triton
+from ..core.numerics import acc_dtype, csr, may_look
+from ..core.registry import register
+from ..launch.device import capability, cdiv, dot_precision
+from ..launch.gather import gather_chunk, gather_config
+
+
+@triton.jit
+def _split_columns(x, DTYPE: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr):
+    """[ROWS, 8] -> [ROWS, 16] in DTYPE: the rounded values, then what rounding lost."""
+    high = x.to(DTYPE)
+    low = (x - high.to(ACC)).to(DTYPE)
+    return tl.reshape(tl.permute(tl.join(high, low), (0, 2, 1)), (ROWS, 16))
+
+
+@triton.jit(do_not_specialize=["kept", "tiles"])
+def _gather_kernel(
+    idx_ptr, v_ptr, w_ptr, bias_ptr, x_ptr, count_ptr, coef_ptr, place_ptr,
+    e_ptr, one_ptr, g_ptr, h_ptr, sq_ptr, dot_ptr,
+    B, K, D, N, stride_wn, stride_xs, stride_xb, stride_ob, kept, tiles,
+    S: tl.constexpr, K_PAD: tl.constexpr, BLOCK_D: tl.constexpr,
+    SPLIT: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Any pointer may be None, and what it stands for is left out: v (no R), bias, x, count (all K columns exist) and
+    every output: e [S, B, D]; one [B, D] = e[kept]; g [B, D] = sum_s coef_s e_s; h [B * K, D], whose row place[p] is
+    sum_s coef_s v_s e_s of place p; sq [slabs, S, B]; dot [slabs, S, B, K]. Sources whose coef is 0 are left out of g
+    and h, whatever their errors are."""
+    SUM: tl.constexpr = v_ptr is not None
+    DOT: tl.constexpr = dot_ptr is not None
+    pid = tl.program_id(0)
+    slab = pid // B  # slow axis
+    b = (pid % B).to(tl.int64)
+    COLS: tl.constexpr = 8 if SPLIT else 16
+    offs_k = tl.arange(0, K_PAD)
+    offs_s = tl.arange(0, COLS)
+    mask_k = offs_k < K
+    mask_s = offs_s < S
+    mask_in = mask_k
+    if count_ptr is not None:
+        mask_in = mask_k & (offs_k < tl.load(count_ptr))
+    rows = tl.load(idx_ptr + b * K + offs_k, mask=mask_k, other=0).to(tl.int64)
+    inside = (rows >= 0) & (rows < N)  # anything else reads nothing and poisons the result
+    mask_w = mask_in & inside
+    poison = tl.where(mask_in & (inside == 0), float("nan"), 0.0).to(ACC)
+    if SUM:
+        v = tl.load(
+            v_ptr + (offs_s[None, :] * B + b) * K + offs_k[:, None], mask=mask_s[None, :] & mask_in[:, None], other=0.0
+        ).to(ACC)  # [K_PAD, COLS]
+        if not DOT:
+            mask_w = mask_w & (tl.sum((v != 0.0).to(tl.int32), 1) > 0)  # rows that no source uses cost no traffic
+        v += poison[:, None]
+        if SPLIT:
+            v_op = _split_columns(v, DTYPE, K_PAD, ACC)
+        else:
+            v_op = v.to(DTYPE)
+    if coef_ptr is not None:
+        coef = tl.load(coef_ptr + offs_s * B + b, mask=mask_s, other=0.0).to(ACC)  # [COLS]
+        asked = (coef != 0.0)[None, :]
+    if h_ptr is not None:
+        weighted = tl.where(asked, v * coef[None, :], 0.0)
+        if SPLIT:
+            h_op = _split_columns(weighted, DTYPE, K_PAD, ACC)
+        else:
+            h_op = weighted.to(DTYPE)
+        place = tl.load(place_ptr + b * K + offs_k, mask=mask_k, other=0).to(tl.int64)
+    acc = tl.zeros((K_PAD, 16), ACC)
+    sq = tl.zeros((BLOCK_D, COLS), ACC)
+    for i in tl.range(0, tiles, num_stages=STAGES):
+        cols = (slab * tiles + i) * BLOCK_D + tl.arange(0, BLOCK_D)
+        mask_d = cols < D
+        w = tl.load(
+            w_ptr + rows[:, None] * stride_wn + cols[None, :], mask=mask_w[:, None] & mask_d[None, :], other=0.0
+        ).to(DTYPE)  # [K_PAD, BLOCK_D]
+        if SUM:
+            r = tl.dot(tl.trans(w), v_op, input_precision=PRECISION, out_dtype=ACC)  # [BLOCK_D, 16]
+            if SPLIT:
+                e = tl.sum(tl.reshape(r, (BLOCK_D, 2, 8)), 1)
+            else:
+                e = r
+            if bias_ptr is not None:
+                e += tl.load(bias_ptr + cols, mask=mask_d, other=0.0).to(ACC)[:, None]
+            if x_ptr is not None:
+                e -= tl.load(x_ptr + b * stride_xb + cols, mask=mask_d, other=0.0).to(ACC)[:, None]
+        else:
+            e = tl.load(
+                x_ptr + offs_s[None, :].to(tl.int64) * stride_xs + b * stride_xb + cols[:, None],
+                mask=mask_s[None, :] & mask_d[:, None], other=0.0,
+            ).to(ACC)  # fmt: skip  # [BLOCK_D, COLS]
+        if e_ptr is not None:
+            tl.store(
+                e_ptr + (offs_s[None, :] * B + b) * D + cols[:, None], e.to(e_ptr.dtype.element_ty),
+                mask=mask_s[None, :] & mask_d[:, None],
+            )  # fmt: skip
+        if one_ptr is not None:
+            one = tl.sum(tl.where(offs_s[None, :] == kept, e, 0.0), 1)
+            tl.store(one_ptr + b * stride_ob + cols, one.to(one_ptr.dtype.element_ty), mask=mask_d)
+        if g_ptr is not None:
+            g = tl.sum(tl.where(asked, coef[None, :] * e, 0.0), 1)
+            tl.store(g_ptr + b * stride_ob + cols, g, mask=mask_d)
+        if h_ptr is not None:
+            e_h = tl.where(asked, e, 0.0).to(DTYPE)
+            if SPLIT:  # both halves of the weights meet the same errors
+                e_h = tl.reshape(tl.permute(tl.join(e_h, e_h), (0, 2, 1)), (BLOCK_D, 16))
+            h = tl.dot(h_op, tl.trans(e_h), input_precision=PRECISION, out_dtype=ACC)  # [K_PAD, BLOCK_D]
+            tl.store(
+                h_ptr + place[:, None] * D + cols[None, :], h.to(h_ptr.dtype.element_ty),
+                mask=mask_k[:, None] & mask_d[None, :],
+            )  # fmt: skip
+        if sq_ptr is not None:
+            sq += e * e
+        if DOT:
+            if SPLIT:
+                e_op = _split_columns(e, DTYPE, BLOCK_D, ACC)
+            else:
+                e_op = e.to(DTYPE)
+            acc = tl.dot(w, e_op, acc, input_precision=PRECISION, out_dtype=ACC)
+    out = (slab * S + offs_s).to(tl.int64) * B + b
+    if sq_ptr is not None:
+        tl.store(sq_ptr + out, tl.sum(sq, 0), mask=mask_s)
+    if DOT:
+        if SPLIT:
+            dot = tl.sum(tl.reshape(acc, (K_PAD, 2, 8)), 1)
+        else:
+            dot = acc
+        dot += poison[:, None]
+        tl.store(dot_ptr + out[None, :] * K + offs_k[:, None], dot, mask=mask_s[None, :] & mask_k[:, None])
+
+
+def launch_gather(
+    indices, values, w, bias, x, *, count=None, coef=None, place=None, e=None, one=None, kept=0, g=None, h=None,
+    sq=False, dot=False,
+):  # fmt: skip
+    """Runs the kernel into the outputs given; returns sq [slabs, S, B] and dot [slabs, S, B, k], or None; sum them.
+
+    All tensors may be slices of columns (their last stride is 1); `e` and `h` are contiguous, `one` and `g` share their
+    row stride.
+    """
+    B, k = indices.shape
+    n, d = w.shape
+    acc = acc_dtype(w.dtype)
+    if k > gather_chunk(w.element_size(), capability(w.device)):
+        return _launch_gather_in_chunks(
+            indices, values, w, bias, x, count=count, coef=coef, e=e, one=one, kept=kept, g=g, sq=sq, dot=dot
+        )
+    device = w.device
+    S = values.shape[0] if values is not None else x.shape[0]
+    config = gather_config(k, d, n, w.element_size(), capability(device))
+    slabs = cdiv(d, config.block_d * config.tiles)
+    indices = indices.contiguous()
+    w = w if w.stride(1) == 1 else w.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
+    if values is not None:
+        values = values.to(acc).contiguous()
+    if coef is not None:
+        coef = coef.to(acc).contiguous()
+    if x is not None and x.stride(-1) != 1:
+        x = x.contiguous()
+    sq_part = torch.empty(slabs, S, B, device=device, dtype=acc) if sq else None
+    dot_part = torch.empty(slabs, S, B, k, device=device, dtype=acc) if dot else None
+    half = w.dtype in (torch.bfloat16, torch.float16)
+    # the interpreter multiplies bf16 wrongly: there the operands stay fp32, and the low half is zero
+    operand = tl.float32 if half and INTERPRETED else tl_dtype(w.dtype)
+    # bound by bandwidth: shorter products would not be faster, so float32 is never tf32 here
+    precision = "ieee" if w.dtype != torch.float32 else dot_precision(capability(device), False)
+    _gather_kernel[(slabs * B,)](
+        indices, values, w, bias, x, count, coef, place, e, one, g, h, sq_part, dot_part,
+        B, k, d, n, w.stride(0),
+        x.stride(0) if x is not None and x.dim() == 3 else 0, x.stride(-2) if x is not None else 0,
+        next((t.stride(0) for t in (one, g) if t is not None), 0), kept, config.tiles,
+        S=S, K_PAD=config.k_pad, BLOCK_D=config.block_d, SPLIT=half,
+        DTYPE=operand, ACC=tl_dtype(acc), PRECISION=precision,
+        STAGES=config.num_stages, num_warps=config.num_warps, **config.registers(capability(device)),
+    )  # fmt: skip
+    return sq_part, dot_part
+
+
+def _launch_gather_in_chunks(indices, values, w, bias, x, *, count, coef, e, one, kept, g, sq, dot):
+    """The same, a few of the k rows at a time, with E in memory between the launches."""
+    (B, k), chunk, acc = indices.shape, gather_chunk(w.element_size(), capability(w.device)), acc_dtype(w.dtype)
+    parts = [slice(j, min(j + chunk, k)) for j in range(0, k, chunk)]
+    counts = [None if count is None else (count - part.start).clamp(min=0) for part in parts]
+    error = x
+    if values is not None:
+        S, d = values.shape[0], w.shape[1]
+        error = torch.zeros(S, B, d, device=w.device, dtype=acc)
+        for part, left in zip(parts, counts, strict=True):
+            added = torch.empty_like(error)
+            launch_gather(indices[:, part], values[..., part], w, None, None, count=left, e=added)
+            error += added
+        if bias is not None:
+            error += bias
+        if x is not None:
+            error -= x
+    if e is not None:
+        e.copy_(error)
+    if one is not None:
+        one.copy_(error[kept])
+    if g is not None:
+        asked = (coef != 0)[..., None]
+        g.copy_(torch.where(asked, coef[..., None] * error, 0.0).sum(0))
+    dots = None
+    if dot:
+        dots = [
+            launch_gather(indices[:, part], None, w, None, error, count=left, dot=True)[1].sum(0)
+            for part, left in zip(parts, counts, strict=True)
+        ]
+    return error.square().sum(2)[None] if sq else None, torch.cat(dots, 2)[None] if dot else None
+
+
+def _sum_slabs(part):
+    return part[0] if part.shape[0] == 1 else part.sum(0)
+
+
+# gather_dot: out[s, b, j] = <W[indices[b, j]], x[s, b]>; 0 in the columns that `count` leaves out
+
+
+def _gather_dot_triton(indices, w, x, count):
+    return _sum_slabs(launch_gather(indices, None, w, None, x, count=count, dot=True)[1])
+
+
+def gather_dot_torch(indices, w, x, count):
+    S, B, d = x.shape
+    k = indices.shape[1]
+    acc = acc_dtype(w.dtype)
+    if count is not None:
+        if not may_look(count):
+            mask = torch.arange(k, device=w.device) < count
+            return torch.where(mask, gather_dot_torch(indices, w, x, None), 0.0)
+        found = min(k, int(count))
+        out = w.new_zeros(S, B, k, dtype=acc)
+        if found:
+            out[:, :, :found] = gather_dot_torch(indices[:, :found].contiguous(), w, x, None)
+        return out
+    if w.device.type == "cpu" and w.dtype in (torch.float32, torch.float64):
+        # a sampled product reads each selected row once, where bmm would first copy all B * k of them
+        offsets = torch.arange(0, B * k + 1, k, device=w.device)
+        pattern = csr(offsets, indices.reshape(-1), w.new_zeros(B * k), w.shape[0])
+        dots = [torch.sparse.sampled_addmm(pattern, x_s, w.T, beta=0.0).values().view(B, k) for x_s in x]
+        return torch.stack(dots)
+    out = torch.empty(S, B, k, device=w.device, dtype=acc)
+    rows = max(1, 2**24 // (k * d))
+    for b in range(0, B, rows):
+        part = slice(b, b + rows)
+        out[:, part] = torch.einsum("bkd,sbd->sbk", w[indices[part]].to(acc), x[:, part].to(acc))
+    return out
+
+
+def _gather_dot_fake(indices, w, x, count):
+    return w.new_empty(x.shape[0], *indices.shape, dtype=acc_dtype(w.dtype))
+
+
+gather_dot = register(
+    "gather_dot",
+    "(Tensor indices, Tensor w, Tensor x, Tensor? count, str impl) -> Tensor",
+    torch_impl=gather_dot_torch,
+    triton_impl=_gather_dot_triton,
+    fake=_gather_dot_fake,
+)
+
+
+# gather_sum: out[s, b] = sum_j values[s, b, j] W[indices[b, j]] + bias
+
+
+def _gather_sum_triton(indices, values, w, bias):
+    out = w.new_empty(values.shape[0], indices.shape[0], w.shape[1])
+    launch_gather(indices, values, w, bias, None, e=out)
+    return out
+
+
+def gather_sum_torch(indices, values, w, bias):
+    w = w.contiguous()
+    sums = torch.stack([F.embedding_bag(indices, w, mode="sum", per_sample_weights=v.to(w.dtype)) for v in values])
+    return sums if bias is None else sums.add_(bias)
+
+
+def _gather_sum_fake(indices, values, w, bias):
+    return w.new_empty(values.shape[0], indices.shape[0], w.shape[1])
+
+
+gather_sum = register(
+    "gather_sum",
+    "(Tensor indices, Tensor values, Tensor w, Tensor? bias, str impl) -> Tensor",
+    torch_impl=gather_sum_torch,
+    triton_impl=_gather_sum_triton,
+    fake=_gather_sum_fake,
+)
+
+
+# gather_error: |E|^2 of every source and E of one, where E[s, b] = gather_sum - x[b]
+
+
+KEEP_NONE, KEEP_ALL = -1, -2  # in place of the number of the source whose E is returned
+
+
+def _gather_error_triton(*, indices, values, w, bias, x, keep, count):
+    one = w.new_empty(x.shape if keep != KEEP_NONE else (0,))
+    sq, _ = launch_gather(
+        indices, values, w, bias, x, count=count, one=one if keep != KEEP_NONE else None, kept=max(keep, 0), sq=True
+    )
+    return _sum_slabs(sq), one
+
+
+def _gather_error_torch(*, indices, values, w, bias, x, keep, count):
+    e = gather_sum_torch(indices, values, w, bias).sub_(x)
+    return e.to(acc_dtype(w.dtype)).square().sum(2), w.new_empty(0) if keep == KEEP_NONE else e[keep].clone()
+
+
+def _gather_error_fake(*, indices, values, w, bias, x, keep, count):
+    sq = w.new_empty(values.shape[0], x.shape[0], dtype=acc_dtype(w.dtype))
+    return sq, w.new_empty(x.shape if keep != KEEP_NONE else (0,))
+
+
+gather_error = register(
+    "gather_error",
+    "(Tensor indices, Tensor values, Tensor w, Tensor bias, Tensor x, int keep, Tensor? count, str impl)"
+    " -> (Tensor, Tensor)",
+    torch_impl=_gather_error_torch,
+    triton_impl=_gather_error_triton,
+    fake=_gather_error_fake,
+)
+gather_error.__doc__ = """Errors of one target's reconstructions from every source.
+
+E[s, b] = sum_j values[s, b, j] W[indices[b, j]] + bias - x[b]
+
+Args:
+    indices: int64 [B, k].  values: [S, B, k].  w: [N, d].  bias: [d].  x: [B, d].
+    keep: the source whose E is returned, or KEEP_NONE.
+    count: int32 [], the columns of indices that exist (all when None); the values beyond it are zero.
+    impl: "triton" or "torch".
+
+Returns: |E|^2 [S, B] in the accumulator dtype, E [B, d] of one source in w's dtype (empty for KEEP_NONE).
+"""

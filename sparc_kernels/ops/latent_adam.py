@@ -1,0 +1,265 @@
+"""Adam fed by the lists of the rows that chose each latent: dense gradients of the weights never exist.
+
+A latent's gradient is a weighted sum over its list of rows (`latent_grads.py`), and a step of Adam needs nothing else
+of other latents. So one program adds up a latent's list, in the order in which the dense form does, and goes on to the
+step with the sum in its registers: weights and moments are read and written once. Latents with empty lists take the
+same way with a gradient of 0: their moments decay, their weights move by what momentum they have.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..core._triton import tl, tl_dtype, triton
+from ..core.numerics import csr, may_look
+from ..core.registry import register
+from ..launch.adam import ADAM_WIDTH, adam_rows, latent_adam_config
+from ..launch.device import capability, cdiv
+from ..launch.reduce import reduce_chunk, reduce_config
+from .adam import PLAIN, numbers_of, step, step_torch
+from .latent_reduce import by_product, listed_torch, lists_torch, sum_entries
+
+
+@triton.jit
+def _list_parts_kernel(
+    order_ptr, offsets_ptr, ids_ptr, coef_ptr, scale_ptr, gate_ptr, mat_ptr, part_ptr, part_sum_ptr,
+    M, ROWS, K, D, N, stride_ms, stride_mr,
+    S: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The sum of one chunk of a list longer than CHUNK.
+
+    In a block of CHUNK places at most one such list begins, which then owns the block's last place, and at most one
+    further chunk, whose list owns the block's first place. Program 2 q has the former of block q, 2 q + 1 the latter.
+    """
+    slot = tl.program_id(0).to(tl.int64)
+    first = (slot // 2).to(tl.int32) * CHUNK
+    later = slot % 2 == 1
+    n = tl.load(ids_ptr + tl.where(later, first, tl.minimum(first + CHUNK, M) - 1))
+    if (n >= 0) & (n < N):
+        begin = tl.load(offsets_ptr + n)
+        end = tl.load(offsets_ptr + n + 1)
+        low = tl.where(later, begin + tl.cdiv(first - begin, CHUNK) * CHUNK, begin)
+        here = tl.where(later, first > begin, begin >= first) & (low < tl.minimum(end, first + CHUNK))
+        if here & (end - begin > CHUNK):
+            cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+            mask_d = cols < D
+            acc, total = sum_entries(
+                order_ptr, coef_ptr, scale_ptr, gate_ptr, mat_ptr, low, tl.minimum(low + CHUNK, end), cols, mask_d,
+                M, ROWS, K, stride_ms, stride_mr, S, BLOCK_E, BLOCK_D, ACC,
+            )  # fmt: skip
+            tl.store(part_ptr + slot * D + cols, acc, mask=mask_d)
+            if tl.program_id(1) == 0:
+                tl.store(part_sum_ptr + slot, tl.sum(total, 0))
+
+
+@triton.jit
+def _add_list(
+    acc, total, n, order_ptr, offsets_ptr, coef_ptr, scale_ptr, gate_ptr, mat_ptr, part_ptr, part_sum_ptr, cols,
+    mask_d, M, ROWS, K, D, stride_ms, stride_mr,
+    S: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """acc [BLOCK_D] and total [] with the sums of latent n's list added."""
+    begin = tl.load(offsets_ptr + n)
+    end = tl.load(offsets_ptr + n + 1)
+    if end - begin <= CHUNK:
+        rows, weights = sum_entries(
+            order_ptr, coef_ptr, scale_ptr, gate_ptr, mat_ptr, begin, end, cols, mask_d,
+            M, ROWS, K, stride_ms, stride_mr, S, BLOCK_E, BLOCK_D, ACC,
+        )  # fmt: skip
+        acc += rows
+        total += tl.sum(weights, 0)
+    else:
+        for c in range(tl.cdiv(end - begin, CHUNK)):
+            slot = 2 * (begin // CHUNK + c).to(tl.int64)
+            if c > 0:
+                slot += 1
+            acc += tl.load(part_ptr + slot * D + cols, mask=mask_d, other=0.0)
+            total += tl.load(part_sum_ptr + slot)
+    return acc, total
+
+
+@triton.jit
+def _latent_adam_kernel(
+    w_ptr, m_ptr, v_ptr, shadow_ptr, bias_ptr, bias_m_ptr, bias_v_ptr, lean_ptr, scalars_ptr, bias_scalars_ptr,
+    order_ptr, offsets_ptr, coef_ptr, scale_ptr, gate_ptr, mat_ptr, part_ptr, part_sum_ptr,
+    M, ROWS, K, stride_ms, stride_mr,
+    aux_order_ptr, aux_offsets_ptr, aux_coef_ptr, aux_scale_ptr, aux_gate_ptr, aux_mat_ptr, aux_part_ptr,
+    aux_part_sum_ptr, AUX_M, AUX_ROWS, AUX_K, aux_stride_ms, aux_stride_mr,
+    N, D, stride_sn, LATENTS: tl.constexpr, S: tl.constexpr, AUX_S: tl.constexpr, CHUNK: tl.constexpr,
+    AUX_CHUNK: tl.constexpr, NORMALIZE: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr,
+    EARLY: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """LATENTS latents: sums of their lists, and the step of their rows, of their biases if there are any.
+
+    Of BLOCK_D columns, which are the whole row where it is normalised. lean [programs, D], if given, gets the sum of
+    (a latent's bias gradient) * (its row before the step).
+    """
+    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = cols < D
+    lean = tl.zeros((BLOCK_D,), ACC)
+    first = tl.program_id(0) * LATENTS
+    for n in range(first, tl.minimum(first + LATENTS, N)):
+        if tl.load(scalars_ptr + 4) != 0.0:
+            at = tl.full((), n, tl.int64) * D + cols
+            w = tl.load(w_ptr + at, mask=mask_d, other=0.0).to(ACC)
+            if EARLY:  # on their way while the list is added up
+                m = tl.load(m_ptr + at, mask=mask_d, other=0.0)
+                v = tl.load(v_ptr + at, mask=mask_d, other=0.0)
+            g, total = _add_list(
+                tl.zeros((BLOCK_D,), ACC), tl.zeros((), ACC), n, order_ptr, offsets_ptr, coef_ptr, scale_ptr, gate_ptr,
+                mat_ptr, part_ptr, part_sum_ptr, cols, mask_d, M, ROWS, K, D, stride_ms, stride_mr, S, CHUNK, BLOCK_E,
+                BLOCK_D, ACC,
+            )  # fmt: skip
+            if aux_order_ptr is not None:
+                g, total = _add_list(
+                    g, total, n, aux_order_ptr, aux_offsets_ptr, aux_coef_ptr, aux_scale_ptr, aux_gate_ptr, aux_mat_ptr,
+                    aux_part_ptr, aux_part_sum_ptr, cols, mask_d, AUX_M, AUX_ROWS, AUX_K, D, aux_stride_ms,
+                    aux_stride_mr, AUX_S, AUX_CHUNK, BLOCK_E, BLOCK_D, ACC,
+                )  # fmt: skip
+            if not EARLY:
+                m = tl.load(m_ptr + at, mask=mask_d, other=0.0)
+                v = tl.load(v_ptr + at, mask=mask_d, other=0.0)
+            if lean_ptr is not None:
+                lean += total * w
+            scale = tl.load(scalars_ptr + 3).to(ACC)
+            w, m, v = step(w, g * scale, m, v, mask_d, scalars_ptr, NORMALIZE, BETA1, BETA2, EPS, ACC)
+            tl.store(w_ptr + at, w.to(w_ptr.dtype.element_ty), mask=mask_d)
+            tl.store(m_ptr + at, m, mask=mask_d)
+            tl.store(v_ptr + at, v, mask=mask_d)
+            if shadow_ptr is not None:
+                out = shadow_ptr + tl.full((), n, tl.int64) * stride_sn + cols
+                tl.store(out, w.to(shadow_ptr.dtype.element_ty), mask=mask_d)
+            if bias_ptr is not None:
+                if tl.program_id(1) == 0:
+                    one = n + tl.arange(0, 1)
+                    b = tl.load(bias_ptr + one).to(ACC)
+                    g_bias = tl.zeros((1,), ACC) + total * tl.load(bias_scalars_ptr + 3).to(ACC)
+                    b, b_m, b_v = step(
+                        b, g_bias, tl.load(bias_m_ptr + one), tl.load(bias_v_ptr + one), one >= 0, bias_scalars_ptr, 0,
+                        BETA1, BETA2, EPS, ACC,
+                    )  # fmt: skip
+                    tl.store(bias_ptr + one, b.to(bias_ptr.dtype.element_ty))
+                    tl.store(bias_m_ptr + one, b_m)
+                    tl.store(bias_v_ptr + one, b_v)
+    if lean_ptr is not None:
+        tl.store(lean_ptr + tl.program_id(0).to(tl.int64) * D + cols, lean, mask=mask_d)
+
+
+def _parts(lists, k, n, d, acc):
+    """Sums of the chunks of long lists, and what the kernels take of one set of lists."""
+    order, offsets, ids, coef, scale, gate, mat = lists
+    coef, scale, gate = (None if t is None else t.contiguous() for t in (coef, scale, gate))
+    mat = mat if mat.stride(-1) == 1 else mat.contiguous()
+    M, S, rows = order.numel(), mat.shape[0], mat.shape[1]
+    config, chunk = reduce_config(d, 80, S), reduce_chunk(M, d)
+    slots = 2 * cdiv(M, chunk)
+    part = torch.empty(slots, d, device=mat.device, dtype=acc)
+    part_sum = torch.empty(slots, device=mat.device, dtype=acc)
+    sizes = M, rows, k, mat.stride(0), mat.stride(1)
+    _list_parts_kernel[(slots, cdiv(d, config.block_d))](
+        order, offsets, ids, coef, scale, gate, mat, part, part_sum, M, rows, k, d, n, *sizes[3:],
+        S=S, CHUNK=chunk, BLOCK_E=config.block_e, BLOCK_D=config.block_d, ACC=tl_dtype(acc),
+        num_warps=config.num_warps, num_stages=1,
+    )  # fmt: skip
+    return (order, offsets, coef, scale, gate, mat, part, part_sum, *sizes), S, chunk
+
+
+_NO_LISTS = (None,) * 8 + (0,) * 5
+
+
+def _latent_adam_triton(
+    *, w, m, v, shadow, bias, scalars, bias_scalars, lists, k, aux, aux_k, normalize, beta1, beta2, eps
+):  # fmt: skip
+    (n, d), acc = w.shape, m.dtype
+    if d > ADAM_WIDTH or not (w.is_contiguous() and m.is_contiguous() and v.is_contiguous()):
+        return _latent_adam_torch(
+            w=w, m=m, v=v, shadow=shadow, bias=bias, scalars=scalars, bias_scalars=bias_scalars, lists=lists, k=k,
+            aux=aux, aux_k=aux_k, normalize=normalize, beta1=beta1, beta2=beta2, eps=eps,
+        )  # fmt: skip
+    main, S, chunk = _parts(lists, k, n, d, acc)
+    other, aux_S, aux_chunk = _parts(aux, aux_k, n, d, acc) if aux else (_NO_LISTS, 1, 1)
+    latents = adam_rows(n) if bias else 1
+    config, programs = latent_adam_config(d, capability(w.device), normalize == PLAIN), cdiv(n, latents)
+    lean = torch.empty(programs, d, device=w.device, dtype=acc) if bias else None
+    _latent_adam_kernel[(programs, cdiv(d, config.block_d))](
+        w, m, v, shadow, *(bias or (None,) * 3), lean, scalars, bias_scalars, *main, *other, n, d,
+        0 if shadow is None else shadow.stride(0), LATENTS=latents, S=S, AUX_S=aux_S, CHUNK=chunk, AUX_CHUNK=aux_chunk,
+        NORMALIZE=normalize, BETA1=beta1, BETA2=beta2, EPS=eps, EARLY=config.early, BLOCK_E=config.block_e,
+        BLOCK_D=config.block_d, ACC=tl_dtype(acc), num_warps=config.num_warps, num_stages=1,
+        **config.registers(capability(w.device)),
+    )  # fmt: skip
+    return w.new_empty(0, dtype=acc) if lean is None else lean.sum(0)
+
+
+LATENTS = 1024  # whose gradients exist at one time on the torch path
+
+
+def _latent_adam_torch(
+    *, w, m, v, shadow, bias, scalars, bias_scalars, lists, k, aux, aux_k, normalize, beta1, beta2, eps
+):  # fmt: skip
+    (n, d), acc = w.shape, m.dtype
+    sets = []
+    for (order, offsets, _, coef, scale, gate, mat), places in ((lists, k), (aux, aux_k)) if aux else ((lists, k),):
+        entries, weights, totals = listed_torch(order, offsets, coef, scale, gate, mat, places)
+        sets.append((offsets, entries, weights, totals, mat.reshape(-1, d), mat.shape[0]))
+    numbers, bias_numbers = numbers_of(scalars), numbers_of(bias_scalars) if bias else None
+    lean = torch.zeros(d, device=w.device, dtype=acc) if bias else w.new_empty(0, dtype=acc)
+    size = LATENTS if may_look(w) else n  # where places in lists may be read
+    for first in range(0, n, size):
+        rows = slice(first, min(first + size, n))
+        parts = [_block(part, rows, n, acc) for part in sets]
+        g, total = parts[0] if len(parts) == 1 else (parts[0][0] + parts[1][0], parts[0][1] + parts[1][1])
+        if bias:
+            lean += total @ w[rows].to(acc)
+            b, b_m, b_v = (t[rows] for t in bias)
+            step_torch(b, total, b_m, b_v, bias_numbers, PLAIN, beta1, beta2, eps)
+        step_torch(w[rows], g, m[rows], v[rows], numbers, normalize, beta1, beta2, eps)
+    if shadow is not None:
+        shadow.copy_(w)
+    return lean
+
+
+def _block(part, rows, n, acc):
+    """Gradients [rows, d] of some latents, and the sums of their weights [rows]."""
+    offsets, entries, weights, totals, mat, S = part
+    offsets = offsets[rows.start : rows.stop + 1]
+    if rows.stop - rows.start < n:
+        low, high = int(offsets[0]), int(offsets[-1])
+        entries, weights, totals = entries[low * S : high * S], weights[low * S : high * S], totals[low:high]
+        offsets = offsets - low
+    total = torch.segment_reduce(totals, "sum", offsets=offsets.long(), axis=0)
+    offsets = offsets * S
+    if by_product(mat, mat):
+        made = csr(offsets, entries, weights, len(mat)) @ mat
+    else:
+        made = lists_torch(entries, weights, offsets, mat)
+    return made.to(acc), total
+
+
+latent_adam_ = register(
+    "latent_adam_",
+    "(Tensor(a!) w, Tensor(b!) m, Tensor(c!) v, Tensor(d!)? shadow, Tensor(e!)[] bias, Tensor scalars,"
+    " Tensor bias_scalars, Tensor?[] lists, int k, Tensor?[] aux, int aux_k, int normalize, float beta1, float beta2,"
+    " float eps, str impl) -> Tensor",
+    torch_impl=_latent_adam_torch,
+    triton_impl=_latent_adam_triton,
+    fake=lambda *, w, m, bias, **_: m.new_empty(w.shape[1] if bias else 0),
+)
+latent_adam_.__doc__ = """A step of Adam for the rows of a weight matrix, whose gradient the lists of its latents give.
+
+The gradient of row n is what `latent_reduce_` would write, of `lists` and of `aux` added up.
+
+Args:
+    w: [N, d].  m, v: its moments, in the accumulator dtype.
+    shadow: [N, d] of any floating dtype, which gets the new weights too, or None.
+    bias: a bias of the latents [N], whose gradient is the sums of the weights, and its moments; or empty.
+    scalars, bias_scalars: [5] each, rows of what `adam_scalars_` wrote.
+    lists: order, offsets and ids of an InverseIndex over rows * k places; coef, scale (or None), gate (or None) and mat
+        as in `latent_reduce_`.
+    aux, aux_k: as lists and k, or empty.
+    normalize, beta1, beta2, eps: as in `adam_stream_`.
+    impl: "triton" or "torch". torch makes the gradients of 1,024 latents at a time on a CPU, all at once elsewhere;
+        rows wider than 8192, or not contiguous, always go there.
+
+Returns: with a bias sum_n (gradient of bias[n]) * (row n before the step), [d] in the accumulator dtype, else empty.
+"""

@@ -1,0 +1,233 @@
+"""Terms and metrics of the training loss, and scaling on the device."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ..core._triton import INTERPRETED, tl, tl_dtype, triton
+from ..core.numerics import may_look
+from ..core.registry import register
+from ..launch.device import capability, cdiv, next_power_of_2
+from ..launch.reduce import MeansConfig
+
+
+# loss_terms: the loss, and every metric of it, out of the rows' squared errors
+@triton.jit
+def _means_kernel(
+    sq_ptrs, norm_ptr, values_ptr, mean_ptr, part_ptr, B, size, chunk, T: tl.constexpr, S: tl.constexpr,
+    BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One (target, source): the mean over rows of |E|^2 / |x|^2. Later programs: the sum of one chunk of one source's
+    `size` values."""
+    pid = tl.program_id(0)
+    offs = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), ACC)
+    for t in tl.static_range(T):
+        if pid // S == t:
+            for start in range(0, B, BLOCK):
+                mask = start + offs < B
+                sq = tl.load(sq_ptrs[t] + (pid % S) * B + start + offs, mask=mask, other=0.0)
+                total += sq / tl.load(norm_ptr + t * B + start + offs, mask=mask, other=1.0)
+            tl.store(mean_ptr + pid, tl.sum(total, 0) / B)
+    if values_ptr is not None:
+        if pid >= T * S:
+            chunks = tl.cdiv(size, chunk)
+            source, first = (pid - T * S) // chunks, ((pid - T * S) % chunks) * chunk
+            for start in range(first, first + chunk, BLOCK):
+                total += tl.load(values_ptr + source * size + start + offs, mask=start + offs < size, other=0.0)
+            tl.store(part_ptr + pid - T * S, tl.sum(total, 0))
+
+
+@triton.jit
+def _terms_kernel(
+    mean_ptr, part_ptr, weights_ptr, loss_ptr, terms_ptr, K, rows, chunks, T: tl.constexpr, S: tl.constexpr,
+    PAIRS: tl.constexpr, CHUNKS: tl.constexpr, SOURCES: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Layout of terms: see `Terms`."""
+    pair = tl.arange(0, PAIRS)
+    exists = pair < T * S
+    own = exists & (pair // S == pair % S)
+    nmse = tl.load(mean_ptr + pair, mask=exists, other=0.0)
+    weight = tl.load(weights_ptr + pair, mask=exists, other=0.0).to(ACC)
+    weighted = tl.where(weight != 0.0, weight * nmse, 0.0)
+    crossing = exists & (pair // S != pair % S)
+    tl.store(loss_ptr, tl.sum(weighted, 0))
+    tl.store(terms_ptr, tl.sum(tl.where(own, nmse, 0.0), 0) / T)
+    if T * S > T:
+        tl.store(terms_ptr + 1, tl.sum(tl.where(crossing, nmse, 0.0), 0) / (T * S - T))
+    else:
+        tl.store(terms_ptr + 1, tl.zeros((), ACC))
+    tl.store(terms_ptr + 2, tl.sum(tl.where(crossing, weighted, 0.0), 0))
+    source = tl.arange(0, SOURCES)
+    chunk = tl.arange(0, CHUNKS)
+    mask = (source[:, None] < S) & (chunk[None, :] < chunks)
+    parts = tl.load(part_ptr + source[:, None] * chunks + chunk[None, :], mask=mask, other=0.0)
+    sparsity = tl.sum(parts, 1) / (rows * (tl.full((), K, ACC) + 1e-8))
+    tl.store(terms_ptr + 3, tl.sum(sparsity, 0) / S)
+    tl.store(terms_ptr + 4, tl.full((), K, ACC))
+    tl.store(terms_ptr + 5 + source, sparsity, mask=source < S)
+    tl.store(terms_ptr + 5 + S + pair, nmse, mask=exists)
+
+
+def _means(sqs, norm, values):
+    """NMSE of every pair [T * S], and sums of each source's values in `chunks` parts [S * chunks] (none without)."""
+    T, (S, B) = len(sqs), sqs[0].shape
+    size = 0 if values is None else values[0].numel()
+    chunk = 16 if INTERPRETED else 16384
+    while cdiv(size, chunk) > 256:
+        chunk *= 2
+    chunks = cdiv(size, chunk)
+    nmse, parts = norm.new_empty(T * S), norm.new_empty(S * chunks)
+    _means_kernel[(T * S + S * chunks,)](
+        tuple(sq.contiguous() for sq in sqs), norm, values, nmse, parts, B, size, chunk,
+        T=T, S=S, BLOCK=16 if INTERPRETED else 1024, ACC=tl_dtype(norm.dtype), num_warps=4,
+        **MeansConfig().registers(capability(norm.device)),
+    )  # fmt: skip
+    return nmse, parts, chunks
+
+
+def _loss_terms_triton(sqs, norm, weights, values):
+    (T, S), (_, B, k) = weights.shape, values.shape
+    nmse, parts, chunks = _means(sqs, norm, values.contiguous())
+    loss, terms = _loss_terms_fake(sqs, norm, weights, values)
+    _terms_kernel[(1,)](
+        nmse, parts, weights.contiguous(), loss, terms, k, B, chunks, T=T, S=S, PAIRS=next_power_of_2(T * S),
+        CHUNKS=next_power_of_2(chunks), SOURCES=next_power_of_2(S), ACC=tl_dtype(norm.dtype), num_warps=1,
+    )  # fmt: skip
+    return loss, terms
+
+
+def _loss_terms_torch(sqs, norm, weights, values):
+    S, B, k = values.shape
+    nmse = (torch.stack(sqs) / norm[:, None]).mean(2)
+    weighted = torch.where(weights != 0, weights * nmse, 0.0)
+    loss, own = weighted.sum(), nmse.diagonal().mean()
+    cross, scaled = nmse.new_zeros(2)
+    if S > 1:  # off the diagonal: all but the first of S + 1 columns
+        cross, scaled = (m.flatten()[1:].view(S - 1, S + 1)[:, :-1] for m in (nmse, weighted))
+        cross, scaled = cross.mean(), scaled.sum()
+    sparsity = values.sum((1, 2), dtype=norm.dtype) / (B * (k + 1e-8))
+    few = torch.stack([own, cross, scaled, sparsity.mean(), own.new_full((), k)])
+    return loss, torch.cat([few, sparsity, nmse.flatten()])
+
+
+def _loss_terms_fake(sqs, norm, weights, values):
+    T, S = weights.shape
+    return norm.new_empty(()), norm.new_empty(5 + S + T * S)
+
+
+loss_terms = register(
+    "loss_terms",
+    "(Tensor[] sqs, Tensor norm, Tensor weights, Tensor values, str impl) -> (Tensor, Tensor)",
+    torch_impl=_loss_terms_torch,
+    triton_impl=_loss_terms_triton,
+    fake=_loss_terms_fake,
+)
+loss_terms.__doc__ = """sum_ts weights[t, s] NMSE[t, s], and what a training step reports of it.
+
+Args: sqs: |E|^2 [S, B] of each of T = S targets.  norm: |x|^2 [T, B].  weights: [T, S].  values: [S, B, k].  impl.
+
+Returns: the loss []; the metrics in one tensor [5 + S + T S], read through `Terms`.
+"""
+
+
+class Terms:
+    """Names for what `loss_terms` returns; each is a view."""
+
+    def __init__(self, terms: torch.Tensor, S: int):
+        self.avg_self, self.avg_cross, self.avg_cross_scaled, self.avg_l1, self.k = terms[:5].unbind()
+        self.l1 = terms[5 : 5 + S].unbind()  # mean_b sum_j values / (k + 1e-8), of each source
+        self.nmse = [row.unbind() for row in terms[5 + S :].view(-1, S).unbind()]  # [t][s]
+
+
+# add_auxk: AuxK's terms, its part of the loss, and the weight of its gradient
+@triton.jit
+def _auxk_kernel(mean_ptr, loss_ptr, total_ptr, terms_ptr, weight_ptr, high, low, T: tl.constexpr, PAD: tl.constexpr,
+                 ACC: tl.constexpr):  # fmt: skip
+    coef = tl.full((), high, ACC) + tl.full((), low, ACC)
+    target = tl.arange(0, PAD)
+    own = tl.load(mean_ptr + target, mask=target < T, other=0.0)
+    mean = tl.sum(own, 0) / T
+    counts = mean > 0.0  # not for NaN
+    mean = tl.where(counts, mean, 0.0)
+    tl.store(total_ptr, tl.load(loss_ptr) + coef * mean)
+    tl.store(terms_ptr, mean)
+    tl.store(terms_ptr + 1, coef * mean)
+    tl.store(terms_ptr + 2 + target, own, mask=target < T)
+    tl.store(weight_ptr + target, tl.zeros((PAD,), ACC) + tl.where(counts, coef / T, 0.0), mask=target < T)
+
+
+def _add_auxk_triton(sqs, norm, loss, coef):
+    T, single = len(sqs), float(np.float32(coef))
+    nmse, _, _ = _means(sqs, norm, None)
+    total, terms, weight = _add_auxk_fake(sqs, norm, loss, coef)
+    # Triton rounds numbers to float32; the rest of them matters in the float64 of the interpreter
+    _auxk_kernel[(1,)](
+        nmse, loss, total, terms, weight, single, coef - single, T=T, PAD=next_power_of_2(T),
+        ACC=tl_dtype(norm.dtype), num_warps=1,
+    )  # fmt: skip
+    return total, terms, weight
+
+
+def _add_auxk_torch(sqs, norm, loss, coef):
+    own = (torch.cat(list(sqs)) / norm).mean(1)
+    mean = own.mean()
+    mean = torch.where(mean > 0, mean, 0.0)
+    weight = ((mean > 0).to(norm.dtype) * (coef / len(sqs))).repeat(len(sqs), 1)
+    return loss + coef * mean, torch.cat([torch.stack([mean, coef * mean]), own]), weight
+
+
+def _add_auxk_fake(sqs, norm, loss, coef):
+    return norm.new_empty(()), norm.new_empty(2 + len(sqs)), norm.new_empty(len(sqs), 1)
+
+
+add_auxk = register(
+    "add_auxk",
+    "(Tensor[] sqs, Tensor norm, Tensor loss, float coef, str impl) -> (Tensor, Tensor, Tensor)",
+    torch_impl=_add_auxk_torch,
+    triton_impl=_add_auxk_triton,
+    fake=_add_auxk_fake,
+)
+add_auxk.__doc__ = """loss + coef * mean_t AuxK[t]; the mean counts as 0 unless it is > 0 (so also when it is NaN).
+
+Args: sqs: |E|^2 [1, B] of each of T streams' AuxK reconstructions.  norm: |residual|^2 [T, B].  loss: [].  coef, impl.
+
+Returns: the total []; mean, coef * mean and the T terms, [2 + T]; the weights [T, 1] of the terms in the total.
+"""
+
+
+# scale_
+@triton.jit
+def _scale_kernel(x_ptrs, sizes, factor_ptr, T: tl.constexpr, BLOCK: tl.constexpr):
+    factor = tl.load(factor_ptr)
+    if factor != 1.0:  # the usual backward() costs no pass over the gradients
+        first = tl.program_id(0).to(tl.int64) * BLOCK
+        step = tl.num_programs(0).to(tl.int64) * BLOCK
+        for t in tl.static_range(T):
+            for start in range(first, sizes[t], step):
+                offs = start + tl.arange(0, BLOCK)
+                x = tl.load(x_ptrs[t] + offs, mask=offs < sizes[t], other=0.0)
+                tl.store(x_ptrs[t] + offs, (x * factor).to(x_ptrs[t].dtype.element_ty), mask=offs < sizes[t])
+
+
+def _scale_triton(xs, factor):
+    block, sizes = 4096, tuple(x.numel() for x in xs)
+    # enough programs to fill a GPU: most steps they only look at the factor
+    _scale_kernel[(min(cdiv(max(sizes), block), 2048),)](tuple(xs), sizes, factor, T=len(xs), BLOCK=block, num_warps=8)
+
+
+def _scale_torch(xs, factor):
+    if not may_look(factor) or factor != 1:
+        for x in xs:
+            x.mul_(factor.to(x.dtype))
+
+
+scale_ = register(
+    "scale_",
+    "(Tensor(a!)[] xs, Tensor factor, str impl) -> ()",
+    torch_impl=_scale_torch,
+    triton_impl=_scale_triton,
+    fake=lambda xs, factor: None,
+)
+scale_.__doc__ = """Multiply contiguous tensors by a number that stays on the device, in place; 1 costs nothing."""

@@ -1,0 +1,420 @@
+"""Which latents a row selects: the encoder's GEMM with an exact TopK.
+
+One GEMM over the streams' concatenated widths, with the maximum of every g contiguous columns taken while the tile is
+still in registers, and a selector that reads those maxima and only the k best groups' logits. Why that is exact:
+docs/math.md. Where a library's GEMM is faster, it makes the logits and a pass over them the maxima.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..core._triton import INTERPRETED, tl, tl_dtype, triton
+from ..core.numerics import acc_dtype, may_look, pad_width
+from ..core.registry import register
+from ..core.side_stream import Beside
+from ..launch.budgets import SCRATCH_BYTES
+from ..launch.device import capability, cdiv, dot_precision
+from ..launch.select import (
+    LIMITED_GROUP,
+    MAXIMA_BLOCK,
+    encode_by_library,
+    encode_config,
+    select_config,
+    select_rows,
+    with_span,
+)
+from .joint import _allow_tf32, joint
+
+
+@triton.jit
+def _nan_max(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit(do_not_specialize=["row0", "M"])
+def _encode_kernel(
+    x_ptrs, w_ptrs, widths, strides_x, strides_w, bias_ptrs, ids_ptr, count_ptr, logits_ptr, maxima_ptr,
+    coarse_ptr, row0, M, N, NG, NC,
+    S: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr, COMPACT: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """logits[m, n] = sum_s <x_s[row0 + m], w_s[n]> + bias_s[n], and the maxima of each GROUP and each SPAN columns (no
+    spans when SPAN == GROUP). COMPACT: column n stands for latent ids[n], and only the first count[0] columns exist."""
+    pid = tl.program_id(0)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    per_band = GROUP_M * tl.cdiv(N, BLOCK_N)  # bands of GROUP_M row tiles: neighbours share w tiles in L2
+    first = (pid // per_band) * GROUP_M
+    band = tl.minimum(tiles_m - first, GROUP_M)
+    pid_m = first + (pid % per_band) % band
+    pid_n = (pid % per_band) // band
+    n_cols = N
+    if COMPACT:
+        n_cols = tl.load(count_ptr)
+    if pid_n * BLOCK_N < n_cols:
+        offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask_m = offs_m < M
+        mask_n = offs_n < n_cols
+        rows = (row0 + tl.where(mask_m, offs_m, 0)).to(tl.int64)
+        if COMPACT:
+            latents = tl.load(ids_ptr + offs_n, mask=mask_n, other=0).to(tl.int64)
+        else:
+            latents = tl.where(mask_n, offs_n, 0).to(tl.int64)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+        for s in tl.static_range(S):
+            x_rows = x_ptrs[s] + rows[:, None] * strides_x[s]
+            w_rows = w_ptrs[s] + latents[None, :] * strides_w[s]
+            width = widths[s]
+            for k0 in range(0, width, BLOCK_K):
+                offs_k = k0 + tl.arange(0, BLOCK_K)
+                mask_k = offs_k < width
+                x = tl.load(x_rows + offs_k[None, :], mask=mask_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+                w = tl.load(w_rows + offs_k[:, None], mask=mask_k[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
+                acc = tl.dot(x.to(DTYPE), w.to(DTYPE), acc, input_precision=PRECISION, out_dtype=ACC)
+        bias = tl.load(bias_ptrs[0] + latents, mask=mask_n, other=0.0).to(ACC)
+        for s in tl.static_range(1, S):
+            bias += tl.load(bias_ptrs[s] + latents, mask=mask_n, other=0.0).to(ACC)
+        acc += bias[None, :]
+        acc = tl.where(mask_n[None, :], acc, float("-inf"))  # after the sum: NaN rows must not leak into the tail
+        out_rows = offs_m.to(tl.int64)[:, None]
+        groups: tl.constexpr = BLOCK_N // GROUP
+        maxima = tl.reduce(tl.reshape(acc, (BLOCK_M, groups, GROUP)), 2, _nan_max)
+        offs_g = pid_n * groups + tl.arange(0, groups)
+        # rounding is monotone, so the rounded maximum is the maximum of the rounded logits
+        tl.store(
+            maxima_ptr + out_rows * NG + offs_g[None, :], maxima.to(maxima_ptr.dtype.element_ty),
+            mask=mask_m[:, None] & (offs_g[None, :] < NG),
+        )  # fmt: skip
+        if SPAN > GROUP:
+            spans: tl.constexpr = BLOCK_N // SPAN
+            coarse = tl.reduce(tl.reshape(maxima, (BLOCK_M, spans, SPAN // GROUP)), 2, _nan_max)
+            offs_c = pid_n * spans + tl.arange(0, spans)
+            tl.store(
+                coarse_ptr + out_rows * NC + offs_c[None, :], coarse.to(coarse_ptr.dtype.element_ty),
+                mask=mask_m[:, None] & (offs_c[None, :] < NC),
+            )  # fmt: skip
+        tl.store(
+            logits_ptr + out_rows * N + offs_n[None, :], acc.to(logits_ptr.dtype.element_ty),
+            mask=mask_m[:, None] & mask_n[None, :],
+        )  # fmt: skip
+
+
+@triton.jit
+def _row_maxima_kernel(
+    logits_ptr, maxima_ptr, coarse_ptr, N, NG, NC, GROUP: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr
+):
+    """What the epilogue of `_encode_kernel` stores beside the logits, for logits that a library has made."""
+    row = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    offs_n = tile * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(logits_ptr + row * N + offs_n, mask=offs_n < N, other=float("-inf")).to(tl.float32)
+    maxima = tl.reduce(tl.reshape(x, (BLOCK // GROUP, GROUP)), 1, _nan_max)
+    offs_g = tile * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
+    tl.store(maxima_ptr + row * NG + offs_g, maxima.to(maxima_ptr.dtype.element_ty), mask=offs_g < NG)
+    if SPAN > GROUP:
+        coarse = tl.reduce(tl.reshape(maxima, (BLOCK // SPAN, SPAN // GROUP)), 1, _nan_max)
+        offs_c = tile * (BLOCK // SPAN) + tl.arange(0, BLOCK // SPAN)
+        tl.store(coarse_ptr + row * NC + offs_c, coarse.to(coarse_ptr.dtype.element_ty), mask=offs_c < NC)
+
+
+@triton.jit
+def _ordered_key(x, SHIFT: tl.constexpr):
+    """fp32 -> int32 with the order of the values: -0 equals +0, every NaN ranks above +inf, none is INT_MIN.
+
+    SHIFT drops low bits that are the same for every value of a half precision type: fewer steps for the bisection.
+    """
+    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
+    return tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF) >> SHIFT
+
+
+@triton.jit
+def _kth_largest(key, low, high, k):
+    """A t in [low, high] with at least k keys >= t and at most k keys > t, given that low has at least k."""
+    count = k + 1
+    while (low < high) & (count != k):
+        middle = (low & high) + ((low ^ high) >> 1) + ((low ^ high) & 1)  # rounded up, cannot overflow
+        count = tl.sum((key >= middle).to(tl.int32), 0)
+        low = tl.where(count >= k, middle, low)
+        high = tl.where(count >= k, high, middle - 1)
+    return low
+
+
+@triton.jit
+def _take(key, t, k):
+    """Exactly k of the keys >= t: all that are larger, then ties by position. Returns the mask and each one's rank."""
+    larger, equal = key > t, key == t
+    if key.shape[0] < 32768:  # one scan counts both: the larger ones in the low half, ties in the high half
+        counts = tl.cumsum(tl.where(larger, 1, tl.where(equal, 65536, 0)), 0)
+        above, ties = counts & 0xFFFF, counts >> 16
+    else:  # ties might not fit (N beyond 4 million)
+        above, ties = tl.cumsum(larger.to(tl.int32), 0), tl.cumsum(equal.to(tl.int32), 0)
+    need = k - tl.sum(larger.to(tl.int32), 0)
+    return larger | (equal & (ties <= need)), above + tl.minimum(ties, need) - 1
+
+
+@triton.jit
+def _members(ids_ptr, k_ids, limit, WIDTH: tl.constexpr, K_PAD: tl.constexpr):
+    """Positions of the WIDTH members of each of the k_ids groups in ids, and which of them exist (are below limit)."""
+    offs = tl.arange(0, K_PAD * WIDTH)
+    slot = offs // WIDTH
+    exists = slot < k_ids
+    position = tl.load(ids_ptr + slot, mask=exists, other=0) * WIDTH + offs % WIDTH
+    return position, exists & (position < limit)
+
+
+@triton.jit
+def _narrow(
+    ids_ptr, values_ptr, keys_ptr, out_ptr, top, floor, k_ids, k, limit,
+    WIDTH: tl.constexpr, K_PAD: tl.constexpr, SHIFT: tl.constexpr, KEEP_KEYS: tl.constexpr,
+):  # fmt: skip
+    """From the k_ids groups in ids to their best k members, in ascending order. Returns the k-th largest key."""
+    position, exists = _members(ids_ptr, k_ids, limit, WIDTH, K_PAD)
+    value = tl.load(values_ptr + position, mask=exists, other=0.0).to(tl.float32)
+    key = tl.where(exists, _ordered_key(value, SHIFT), -2147483648)
+    # k groups were taken: their maxima bound the k-th from below. With fewer (few columns) that says nothing
+    low = tl.where(k_ids == k, floor, tl.min(tl.where(exists, key, top), 0))
+    kth = _kth_largest(key, low, top, k)
+    take, rank = _take(key, kth, k)
+    if KEEP_KEYS:
+        tl.store(keys_ptr + rank, key, mask=take)
+    tl.debug_barrier()
+    again, _ = _members(ids_ptr, k_ids, limit, WIDTH, K_PAD)  # cheaper to read again than to keep: registers
+    tl.store(out_ptr + rank, again, mask=take)
+    tl.debug_barrier()
+    return kth
+
+
+@triton.jit(do_not_specialize=["row0"])
+def _select_kernel(
+    coarse_ptr, maxima_ptr, logits_ptr, scratch_ptr, ids_ptr, count_ptr, out_ptr, row0, N, NG, NC, K,
+    NC_PAD: tl.constexpr, K_PAD: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, SHIFT: tl.constexpr,
+    COMPACT: tl.constexpr,
+):  # fmt: skip
+    """One row: the K groups with the largest maxima (ties to the lower) hold a valid top K; read only their logits."""
+    row = tl.program_id(0).to(tl.int64)
+    LOWEST: tl.constexpr = -2147483648
+    n_cols = N
+    k = K
+    if COMPACT:
+        n_cols = tl.load(count_ptr)
+        k = tl.minimum(K, n_cols)
+    offs_k = tl.arange(0, K_PAD)
+    if k > 0:
+        scratch_ptr += row * (4 * K_PAD)
+        n_spans = tl.cdiv(n_cols, SPAN)
+        offs_c = tl.arange(0, NC_PAD)
+        mask_c = offs_c < n_spans
+        coarse = tl.load(coarse_ptr + row * NC + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+        key = tl.where(mask_c, _ordered_key(coarse, SHIFT), LOWEST)
+        top = tl.max(key, 0)
+        found = tl.minimum(k, n_spans)
+        low = tl.min(tl.where(mask_c, key, top), 0)
+        if NC_PAD > K_PAD:  # K_PAD disjoint sets: the smallest of their maxima has K_PAD keys at or above it
+            low = tl.maximum(low, tl.min(tl.max(tl.reshape(key, (K_PAD, NC_PAD // K_PAD)), 1), 0))
+        floor = _kth_largest(key, low, top, found)
+        take, rank = _take(key, floor, found)
+        tl.store(scratch_ptr + rank, offs_c, mask=take)
+        tl.debug_barrier()
+
+        ids = scratch_ptr
+        if SPAN > GROUP:  # the same step once more, from spans to their groups
+            ids = scratch_ptr + K_PAD
+            n_groups = tl.cdiv(n_cols, GROUP)
+            wanted = tl.minimum(k, n_groups)
+            floor = _narrow(
+                scratch_ptr, maxima_ptr + row * NG, ids, ids, top, floor, found, wanted, n_groups,
+                SPAN // GROUP, K_PAD, SHIFT, False,
+            )  # fmt: skip
+            found = wanted
+        keys = scratch_ptr + 2 * K_PAD
+        cols = scratch_ptr + 3 * K_PAD
+        _narrow(
+            ids, logits_ptr + row * N, keys, cols, top, floor, found, k, n_cols, GROUP, K_PAD, SHIFT, True
+        )  # fmt: skip
+
+        mask_k = offs_k < k
+        best = tl.load(keys + offs_k, mask=mask_k, other=LOWEST).to(tl.int64)
+        # value, then position: selected columns are in ascending order, so lower slots win ties
+        ordered = tl.sort((best << 32) | (0x7FFFFFFF - offs_k).to(tl.int64), descending=True)
+        slot = 0x7FFFFFFF - (ordered & 0x7FFFFFFF).to(tl.int32)
+        latent = tl.load(cols + slot, mask=mask_k, other=0)
+        if COMPACT:
+            latent = tl.load(ids_ptr + latent, mask=mask_k, other=0)
+        tl.store(out_ptr + (row0 + row) * K + offs_k, latent.to(tl.int64), mask=mask_k)
+    if COMPACT:  # fewer columns than K: the latents that follow in ids fill the row
+        mask_rest = (offs_k >= k) & (offs_k < K)
+        rest = tl.load(ids_ptr + offs_k, mask=mask_rest, other=0).to(tl.int64)
+        tl.store(out_ptr + (row0 + row) * K + offs_k, rest, mask=mask_rest)
+
+
+def _select_triton(*, xs, w_encs, biases, k, ids, count):
+    B, n = xs[0].shape[0], w_encs[0].shape[0]
+    device, dtype = xs[0].device, xs[0].dtype
+    biases = [b.contiguous() for b in biases]
+    acc = acc_dtype(dtype)
+    # what is selected on is what is stored: logits keep the inputs' dtype (fp32 at most: keys have 32 bits)
+    stored = torch.float32 if dtype == torch.float64 else dtype
+    xs = [x if x.stride(1) == 1 else x.contiguous() for x in xs]
+    w_encs = [w if w.stride(1) == 1 else w.contiguous() for w in w_encs]
+    select = select_config(n, k, ids is not None)
+    encode = with_span(encode_config(B, xs[0].element_size(), capability(device), ids is not None), select.span)
+    block_n = encode.block_n
+    n_groups, n_spans = cdiv(n, select.group), cdiv(n, select.span)
+    two_levels = select.span == select.group
+    columns = n + n_groups + (0 if two_levels else n_spans)
+    # not beside a GEMM most of whose columns may not exist
+    tiles = cdiv(B, encode.block_m) * cdiv(n, block_n) if ids is None and select.small else 0
+    chunk, buffers = select_rows(B, columns * stored.itemsize + 16 * select.k_pad, encode.block_m, tiles)
+
+    def buffer():
+        maxima = torch.empty(chunk, n_groups, device=device, dtype=stored)
+        return (
+            torch.empty(chunk, n, device=device, dtype=stored), maxima,
+            maxima if two_levels else torch.empty(chunk, n_spans, device=device, dtype=stored),
+            torch.empty(chunk, 4 * select.k_pad, device=device, dtype=torch.int32),
+        )  # fmt: skip
+
+    scratch = [buffer() for _ in range(buffers)]
+    out = torch.empty(B, k, device=device, dtype=torch.int64)
+    half = dtype in (torch.bfloat16, torch.float16)
+    tf32 = dtype == torch.float32 and _allow_tf32()
+    precision = "ieee" if dtype != torch.float32 else dot_precision(capability(device), tf32)
+    wide_x = wide_w = None
+    if ids is None and encode_by_library(B, sum(x.shape[1] for x in xs), dtype.itemsize, tf32):
+        wide_x, wide_w = joint(xs), joint(w_encs)
+    library = wide_x is not None and wide_w is not None
+    beside, done = Beside(device, enabled=buffers > 1), []
+    limit = encode.registers(capability(device)) if buffers > 1 and select.group >= LIMITED_GROUP else {}
+    for i, row0 in enumerate(range(0, B, chunk)):
+        rows = min(chunk, B - row0)
+        logits, maxima, coarse, slots = scratch[i % buffers]
+        if i >= buffers:
+            beside.wait(done[i - buffers])  # the selector that reads this buffer
+        if library:
+            made = torch.addmm(
+                _sum(biases).to(dtype), wide_x[row0 : row0 + rows], wide_w.t(), **_out(logits[:rows], dtype)
+            )
+            if dtype != stored:
+                logits[:rows].copy_(made)
+            block = max(MAXIMA_BLOCK, select.span)
+            _row_maxima_kernel[(rows, cdiv(n, block))](
+                logits, maxima, coarse, n, n_groups, n_spans, GROUP=select.group, SPAN=select.span, BLOCK=block,
+                num_warps=4,
+            )  # fmt: skip
+        else:
+            _encode_kernel[(cdiv(rows, encode.block_m) * cdiv(n, block_n),)](
+                tuple(xs), tuple(w_encs), tuple(x.shape[1] for x in xs), tuple(x.stride(0) for x in xs),
+                tuple(w.stride(0) for w in w_encs), tuple(biases), ids, count, logits, maxima, coarse,
+                row0, rows, n, n_groups, n_spans, S=len(xs), GROUP=select.group, SPAN=select.span,
+                BLOCK_M=encode.block_m, BLOCK_N=block_n, BLOCK_K=encode.block_k,
+                GROUP_M=encode.group_m, COMPACT=ids is not None,
+                DTYPE=tl.float32 if half and INTERPRETED else tl_dtype(dtype), ACC=tl_dtype(acc), PRECISION=precision,
+                num_warps=encode.num_warps, num_stages=encode.num_stages, **limit,
+            )  # fmt: skip
+
+        def best(rows=rows, row0=row0, coarse=coarse, maxima=maxima, logits=logits, slots=slots):
+            _select_kernel[(rows,)](
+                coarse, maxima, logits, slots, ids, count, out, row0, n, n_groups, n_spans, k,
+                NC_PAD=select.n_spans_pad, K_PAD=select.k_pad, GROUP=select.group, SPAN=select.span,
+                SHIFT={torch.bfloat16: 16, torch.float16: 13}.get(stored, 0), COMPACT=ids is not None,
+                num_warps=select.num_warps, **select.registers(capability(device)),
+            )  # fmt: skip
+
+        done.append(beside.run(best)[1])
+    beside.join()
+    return out
+
+
+def _sum(biases):
+    """In the accumulator dtype, in the streams' order: [N]."""
+    total = biases[0].to(acc_dtype(biases[0].dtype))
+    for bias in biases[1:]:
+        total = total + bias
+    return total
+
+
+def _out(logits, dtype):
+    """Where the library may write, if it can: float64 has logits of 32 bits."""
+    return {"out": logits} if logits.dtype == dtype else {}
+
+
+def _topk_exact(h, k):
+    """Top k of each row, descending, ties to the lowest column, NaN first: a stable sort at topk's price."""
+    if not may_look(h):
+        return torch.sort(h, dim=1, descending=True, stable=True).indices[:, :k]
+    values, indices = h.topk(k, dim=1)
+    indices = indices.sort(dim=1).values
+    values = h.gather(1, indices)
+    indices = indices.gather(1, values.sort(dim=1, descending=True, stable=True).indices)
+    # rows where ties cross the border (or NaN hides the border): let the stable sort decide
+    kth = values.min(dim=1, keepdim=True).values
+    unsure = (h >= kth).sum(1) != k
+    if bool(unsure.any()):
+        rows = unsure.nonzero().squeeze(1)
+        indices[rows] = torch.sort(h[rows], dim=1, descending=True, stable=True).indices[:, :k]
+    return indices
+
+
+def _select_torch(*, xs, w_encs, biases, k, ids, count):
+    bias = _sum(biases)
+    acc = acc_dtype(xs[0].dtype)
+    B, n = xs[0].shape[0], w_encs[0].shape[0]
+    out = torch.empty(B, k, dtype=torch.int64, device=xs[0].device)
+    found, order = k, None
+    look = may_look(out)
+    if ids is not None and not look:  # all columns compete, those that do not exist behind all others
+        order = ids.long()
+        w_encs, bias = [w[order] for w in w_encs], bias[order]
+    elif ids is not None:
+        n = int(count)
+        found = min(k, n)
+        out[:, found:] = ids[found:k]
+        if found == 0:
+            return out
+        order = ids[:n].long()
+        w_encs, bias = [w[order] for w in w_encs], bias[order]
+    xs, w_encs = [pad_width(x) for x in xs], [pad_width(w) for w in w_encs]
+    chunk = max(1, SCRATCH_BYTES // (n * acc.itemsize))
+    for row0 in range(0, B, chunk):
+        part = slice(row0, row0 + chunk)
+        h = bias.to(acc).repeat(min(chunk, B - row0), 1)  # a copy even for one row: it is written to
+        for x, w in zip(xs, w_encs, strict=True):
+            if x.dtype == acc:
+                h.addmm_(x[part], w.T)
+            else:
+                h += x[part] @ w.T
+        h = h.to(xs[0].dtype)  # half precision is selected on as the kernels store it
+        if order is None or look:
+            best = _topk_exact(h, found)
+        else:  # two stable sorts: -inf in a column that exists still comes before any that does not
+            beyond = torch.arange(n, device=h.device) >= count
+            ranks = torch.sort(h, dim=1, descending=True, stable=True).indices
+            best = ranks.gather(1, torch.sort(beyond[ranks].int(), dim=1, stable=True).indices[:, :k])
+        out[part, :found] = best if order is None else order[best]
+    return out
+
+
+def _select_fake(*, xs, w_encs, biases, k, ids, count):
+    return xs[0].new_empty(xs[0].shape[0], k, dtype=torch.int64)
+
+
+select = register(
+    "select",
+    "(Tensor[] xs, Tensor[] w_encs, Tensor[] biases, int k, Tensor? ids, Tensor? count, str impl) -> Tensor",
+    torch_impl=_select_torch,
+    triton_impl=_select_triton,
+    fake=_select_fake,
+)
+select.__doc__ = """The k latents with the largest summed pre-activations of each row, int64 [B, k].
+
+Args:
+    xs: centred inputs, [B, d_s] each.  w_encs: [N, d_s] each.  biases: [N] each, the latent biases.
+    k: how many.
+    ids, count: int32 [N] and int32 []; when given only the latents ids[:count] compete, and where they are fewer
+        than k the rows end with ids[count:k]. `count` stays on the device.
+    impl: "triton" or "torch".
+
+Rows are in descending order of the pre-activation selected on, ties to the lowest latent, NaN above +inf.
+"""

@@ -1,0 +1,92 @@
+"""Which kernels `verify` launches, found without a GPU: its checks run on meta tensors, with recorders for kernels.
+
+The checks themselves run, so nothing can be forgotten here. What a check reads back to judge has no value on meta
+tensors; it gets an answer that lets the check go on, and judging is left out.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from ...nn import half_weights, module
+from ..trace import InsideOperators, Launch, _as_on_gpu
+from ..verify import checks as verify_checks
+from .judge import Case, Check
+from .suite import CHECKS
+
+META = torch.device("meta")
+
+
+def launches_of(case: Case, dtype: torch.dtype, arch: int, name: str | None = None, tf32: bool = False) -> list[Launch]:
+    """The distinct launches of the checks of one case in one dtype on a GPU of that architecture.
+
+    Args:
+        case, dtype: of `verify`'s cases.
+        arch: as `_launch.capability` gives it.
+        name: of one check; None: all that the case asks for.
+        tf32: what torch's float32 matmul precision allows.
+    """
+    found: list[Launch] = []
+    problems: dict = {}
+    with _as_on_gpu(arch, tf32, found), _unjudged(), _Answers():
+        for op, word, fn in CHECKS:
+            if word in case.ops.split() and name in (None, op):
+                fn(_Dry(op, case, dtype, META, "auto", problems))
+    return list(dict.fromkeys(found))
+
+
+class _Dry(Check):
+    """A check that judges nothing."""
+
+    def seeded(self, text):
+        return None
+
+    def compare(self, *args, **named):
+        return None
+
+    exact = add = compare
+
+
+@contextmanager
+def _unjudged():
+    """Selections are not judged; autocast, which meta tensors do not know, follows the CPU's."""
+    chosen = verify_checks._Selection
+    get = torch.get_autocast_dtype
+    with ExitStack() as patched:
+        for holder, name, value in (
+            (chosen, "judge", lambda *_, **__: None),
+            (chosen, "report", lambda *_, **__: None),
+            (module, "autocast_enabled", lambda device: torch.is_autocast_enabled("cpu")),
+            (half_weights, "autocast_enabled", lambda device: torch.is_autocast_enabled("cpu")),
+            (torch, "get_autocast_dtype", lambda kind: get("cpu" if kind == "meta" else kind)),
+        ):
+            patched.enter_context(mock.patch.object(holder, name, value))
+        yield
+
+
+class _Answers(InsideOperators):
+    """Runs the package's operators by their launchers, and answers what only data could."""
+
+    def dispatch(self, func, args, kwargs):
+        first = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        if first is not None and first.is_meta:
+            name = func._schema.name
+            if name == "aten::_local_scalar_dense":
+                return first.dtype == torch.bool if not first.is_floating_point() else 0.0
+            if name == "aten::equal":
+                return True
+            if name == "aten::nonzero":
+                return first.new_empty(first.shape[0] if first.dim() else 1, max(first.dim(), 1), dtype=torch.int64)
+            if name == "aten::_unique2":
+                return first.new_empty(first.numel()), torch.empty_like(first), first.new_empty(0)
+            if name == "aten::index":  # a mask leaves everything
+                args = tree_map_only(torch.Tensor, _as_places, args)
+        return func(*args, **kwargs)
+
+
+def _as_places(x):
+    return x.new_empty(x.numel(), dtype=torch.int64) if x.dtype == torch.bool else x

@@ -1,0 +1,346 @@
+"""Checks of the routes that an operator's own check does not take: which way a step went is asserted, not assumed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from unittest import mock
+
+import torch
+
+from ...nn.module import AlignedSAE
+from ...nn.optimizer import SparcAdam
+from ...ops import selection
+from ...train.step import Step
+from .checks import encode_topk, generic, judge_encode, reference_step
+from .judge import BF16, F64, Check, Problem, Tensor, gapped
+
+LR, DECAY, BETAS, EPS = 1e-3, 0.01, (0.9, 0.999), 1e-8
+DEAD_STEPS = 10
+
+
+def _model(check: Check, p: Problem, dtype=None, auxk: bool = True, topk_type: str = "global"):
+    """A model with the problem's weights, and its inputs."""
+    c = check.case
+    streams = {f"s{s}": d for s, d in enumerate(c.dims)}
+    with torch.random.fork_rng(devices=[check.device] if check.device.type == "cuda" else []):
+        model = AlignedSAE(
+            streams, c.N, c.k, auxk=c.auxk if auxk else None, dead_steps_threshold=DEAD_STEPS, topk_type=topk_type,
+            impl=check.impl, device=check.device, dtype=dtype or check.dtype,
+        )  # fmt: skip
+    groups = zip(p.w_encs, p.w_decs, p.pre_biases, p.latent_biases, strict=True)
+    with torch.no_grad():
+        for name, tensors in zip(streams, groups, strict=True):
+            for parameter, tensor in zip(_of_stream(model, name), tensors, strict=True):
+                parameter.copy_(tensor)
+    _reset(model, p)
+    return model, {name: x.to(dtype or check.dtype) for name, x in zip(streams, p.xs, strict=True)}
+
+
+def _of_stream(model, s: str) -> list[Tensor]:
+    return [model.encoders[s].weight, model.decoders[s].weight, model.pre_biases[s], model.latent_biases[s]]
+
+
+def _reset(model, p: Problem) -> None:
+    for s in model.streams:
+        getattr(model, f"stats_last_nonzero_{s}").copy_(torch.where(p.quiet, DEAD_STEPS + 5, 3))
+
+
+def _autocast(check: Check):
+    return torch.autocast("cuda" if check.device.type == "cuda" else "cpu", BF16, cache_enabled=False)
+
+
+def _gradients(model, p: Problem, inputs, scale: float = 1.0) -> list[Tensor]:
+    """Loss and gradients of one step, always from the same counters."""
+    model.zero_grad(set_to_none=True)
+    _reset(model, p)
+    loss, _ = model.compute_loss(model(inputs), inputs)
+    (loss * scale).backward()
+    return [loss.detach().clone(), *(q.grad.clone() for q in model.parameters())]
+
+
+def _same(check: Check, what: str, ours: list[Tensor], theirs: list[Tensor]) -> None:
+    same = all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    check.add(what, same, "exact" if same else "other bits")
+
+
+class _Counted:
+    """A kernel that counts its launches."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, 0
+
+    def __getitem__(self, grid):
+        self.launches += 1
+        return self.kernel[grid]
+
+
+# ------------------------------------------------------------------------------------------------------ the encoder's
+
+
+def _beside(check: Check) -> None:
+    """Two buffers of logits, the selector on a second stream beside the next rows' GEMM."""
+    p, sound, buffers = check.problem(generic), selection.select_rows, []
+
+    def noted(*args):
+        buffers.append(sound(*args)[1])
+        return sound(*args)
+
+    def indices():
+        with torch.no_grad():
+            return encode_topk(*p.encoder, check.case.k, "global", check.impl)[0]
+
+    with mock.patch.object(selection, "select_rows", noted):
+        judge_encode(check, topk_type="global")
+        first = indices()
+        _same(check, "10 runs", [first] * 10, [indices() for _ in range(10)])
+    check.add("two buffers", set(buffers) == {2}, f"buffers: {buffers}")
+    with mock.patch.object(selection, "select_rows", lambda rows, row_bytes, block_m, tiles=0: sound(
+        rows, row_bytes, block_m, 0
+    )):  # fmt: skip
+        _same(check, "one buffer", [first], [indices()])
+
+
+@contextmanager
+def _by_library(check: Check):
+    """Asserts that the library's GEMM was taken, where there are kernels for its maxima."""
+    counted = _Counted(selection._row_maxima_kernel)
+    with mock.patch.object(selection, "_row_maxima_kernel", counted):
+        yield
+    check.add("by library", counted.launches > 0, f"{counted.launches} passes over logits that a library made")
+
+
+def _library(check: Check) -> None:
+    with _by_library(check):
+        judge_encode(check, topk_type="global")
+
+
+def _autocast_step(check: Check) -> None:
+    """Loss and weights' gradients under autocast are those of a bfloat16 model, bit for bit; joint cast where wide."""
+    p = check.problem(gapped)
+    wide = check.device.type == "cuda" and selection.encode_by_library(check.case.B, sum(check.case.dims), 2, False)
+    (model, inputs), (half, half_inputs) = _model(check, p.to(BF16), check.dtype), _model(check, p.to(BF16), BF16)
+    with _by_library(check) if wide else nullcontext(), _autocast(check):
+        ours = _gradients(model, p, inputs)
+    theirs = _gradients(half, p, half_inputs)
+    kept = [0, *(i + 1 for i, (name, _) in enumerate(model.named_parameters()) if "pre_bias" not in name)]
+    # the pre-biases' two gradients are added up in float32 here, in bfloat16 there
+    _same(check, "as in bf16", [ours[i] for i in kept], [theirs[i].to(ours[i].dtype) for i in kept])
+
+
+# ----------------------------------------------------------------------------------------------------- the optimizer's
+
+
+def _adam_in(dtype, weights: list[Tensor], grads: list[list[Tensor]], max_norm: float | None):
+    """Steps of AdamW in plain PyTorch with the official order of clipping; weights of each stream, decoders as rows."""
+    weights, norms = [w.to(dtype) for w in weights], []
+    moments = [(torch.zeros_like(w), torch.zeros_like(w)) for w in weights]
+    for t, given in enumerate(grads, 1):
+        given = [g.to(dtype) for g in given]
+        for i in range(1, len(weights), 4):  # decoders
+            weights[i] = weights[i] / (weights[i].norm(dim=1, keepdim=True) + 1e-8)
+            given[i] = given[i] - (weights[i] * given[i]).sum(1, keepdim=True) * weights[i]
+        if max_norm is not None:
+            norms.append(torch.stack([g.square().sum() for g in given]).sum().sqrt())
+            given = [g * (max_norm / (norms[-1] + 1e-6)).clamp(max=1) for g in given]
+        for i, g in enumerate(given):
+            m, v = moments[i]
+            m, v = BETAS[0] * m + (1 - BETAS[0]) * g, BETAS[1] * v + (1 - BETAS[1]) * g * g
+            moments[i] = m, v
+            weights[i] = _moved(weights[i], m, v, t)
+    return [*norms, *weights, *(t for pair in moments for t in pair)]
+
+
+def _moved(w, m, v, t: int):
+    return w * (1 - LR * DECAY) - LR / (1 - BETAS[0] ** t) * m / ((v / (1 - BETAS[1] ** t)).sqrt() + EPS)
+
+
+def _rows(tensors: list[Tensor]) -> list[Tensor]:
+    """Of one stream: the decoder's as rows."""
+    return [t.t() if i == 1 else t for i, t in enumerate(tensors)]
+
+
+def _clipping(check: Check) -> None:
+    """Two steps of SparcAdam that clip all gradients together."""
+    p = check.problem(gapped)
+    model, _ = _model(check, p, auxk=False)
+    adam = SparcAdam(model, LR, BETAS, EPS, DECAY, max_grad_norm=0.25, impl=check.impl)
+    params = [q for s in model.streams for q in _rows(_of_stream(model, s))]
+    before, norms = [q.detach().clone() for q in params], []
+    grads = [
+        [torch.randn(q.shape, generator=check.generator, device=check.device).to(check.dtype) for q in params]
+        for _ in range(2)
+    ]
+    for some in grads:
+        for place, s in enumerate(model.streams):
+            for q, g in zip(_of_stream(model, s), _rows(some[4 * place : 4 * place + 4]), strict=True):
+                q.grad = g
+        adam.step()
+        norms.append(adam.grad_norm.clone())
+    states = [
+        [adam.state[q][n] for n in ("exp_avg", "exp_avg_sq")] for s in model.streams for q in _of_stream(model, s)
+    ]
+    moments = [m.t() if i // 2 % 4 == 1 else m for i, m in enumerate(m for pair in states for m in pair)]
+    names = [
+        f"{name}[{s}]" for s in range(len(model.streams)) for name in ("w_enc", "w_dec", "pre_bias", "latent_bias")
+    ]
+    names = ["norm 1", "norm 2", *names, *(f"{n} {m}" for n in names for m in ("exp_avg", "exp_avg_sq"))]
+    truth, own = (_adam_in(dtype, before, grads, 0.25) for dtype in (F64, check.own_dtype))
+    for name, *three in zip(names, [*norms, *params, *moments], truth, own, strict=True):
+        check.compare(name, *three)
+
+
+def _scaled(check: Check) -> None:
+    """Steps on what torch.amp.GradScaler leaves for an optimizer: the bits of steps without, for the scale is a power
+    of two, and none at all where it has found an infinity."""
+    p, ends, scale = check.problem(gapped), [], 2.0**8
+    found = torch.zeros((), device=check.device)
+    for factor in (1.0, scale):
+        model, inputs = _model(check, p)
+        adam = SparcAdam(model, LR, impl=check.impl)
+        if factor != 1:
+            adam.grad_scale, adam.found_inf = torch.full_like(found, factor), found
+        for _ in range(2):
+            _gradients(model, p, inputs, factor)
+            adam.step()
+        ends.append([q.detach().clone() for q in model.parameters()])
+    _same(check, "as unscaled", *ends)
+    found.fill_(1)
+    adam.step()
+    _same(check, "infinity", ends[1], [q.detach() for q in model.parameters()])
+
+
+def _direct(check: Check, topk_type: str) -> None:
+    """`training_step` with AuxK: moments are those of the reference's gradients, weights what Adam makes of them."""
+    c, p = check.case, check.problem(gapped)
+    model, inputs = _model(check, p, topk_type=topk_type)
+    with torch.no_grad():
+        before = [getattr(model, f"stats_last_nonzero_{s}") > DEAD_STEPS for s in model.streams]
+        outputs = model(inputs)
+    aux = [outputs[f"auxk_indices_{s}"] for s in model.streams]
+    dead = before if topk_type == "local" else list(model.get_dead_neurons().values())
+    _reset(model, p)
+    adam = SparcAdam(model, LR, BETAS, EPS, DECAY, normalize="before", impl=check.impl)
+    loss, _ = model.training_step(inputs, adam)
+    (truth, grads), (own, own_grads) = (
+        reference_step(q, c, outputs.indices, aux, dead, 1.0) for q in (p.to(F64), check.own(p))
+    )
+    check.compare("loss", loss, truth["averages"][-1], own["averages"][-1])
+    S = len(c.dims)
+    for s, name in enumerate(model.streams):
+        ours = _rows(_of_stream(model, name))
+        first = _rows([g[s] for g in (p.w_encs, p.w_decs, p.pre_biases, p.latent_biases)])
+        expected = [
+            _adam_in(dtype, first, [_rows(every[s::S])], None)[4:]
+            for dtype, every in ((F64, grads), (check.own_dtype, own_grads))
+        ]
+        for i, what in enumerate(("w_enc", "w_dec", "pre_bias", "latent_bias")):
+            state = adam.state[_of_stream(model, name)[i]]
+            m, v = (state[n].t() if i == 1 else state[n] for n in ("exp_avg", "exp_avg_sq"))
+            for j, (part, moment) in enumerate((("exp_avg", m), ("exp_avg_sq", v))):
+                check.compare(f"{what}[{s}] {part}", moment, expected[0][2 * i + j], expected[1][2 * i + j])
+            moved = []  # from our own moments: Adam's first step is the gradients' signs, which rounding decides near 0
+            for dtype in (F64, check.own_dtype):
+                w = first[i].to(dtype)
+                w = w / (w.norm(dim=1, keepdim=True) + 1e-8) if i == 1 else w
+                moved.append(_moved(w, m.to(dtype), v.to(dtype), 1))
+            check.compare(f"{what}[{s}]", ours[i], *moved)
+
+
+def _shadow(check: Check) -> None:
+    """Half precision weights that the step keeps under autocast: the bits of casting them in every step."""
+    p, ends = check.problem(gapped), []
+    for shadow in (None, BF16):
+        model, inputs = _model(check, p)
+        adam = SparcAdam(model, LR, shadow=shadow, impl=check.impl)
+        with _autocast(check):
+            for _ in range(3):
+                model.training_step(inputs, adam)
+            if shadow:
+                held = adam.shadow_matrices()
+                check.add("kept", held is not None, "exact" if held else "no shadow was kept")
+        ends.append([q.detach() for q in model.parameters()])
+    _same(check, "as cast", *ends)
+
+
+# ------------------------------------------------------------------------------------------------- bits, memory, waits
+
+
+def _again(check: Check, topk_type: str) -> None:
+    """The same bits in every run, also where memory is full of NaN before it is written."""
+    p = check.problem(gapped)
+    (model, inputs), scale = _model(check, p, topk_type=topk_type), 2.0**8
+    first = _gradients(model, p, inputs, scale)
+    finite = all(bool(t.isfinite().all()) for t in first)
+    check.add("finite", finite, "exact" if finite else "NaN or infinity without any in the data")
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty is filled then
+    try:
+        _same(check, "poisoned memory", first, _gradients(model, p, inputs, scale))
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    runs = 15 if check.device.type == "cuda" else 2
+    _same(check, f"{runs} runs", first * runs, [t for _ in range(runs) for t in _gradients(model, p, inputs, scale)])
+
+
+FORMS = {"fp32": {}, "autocast": {"bf16": True}, "without gradients": {"bf16": True, "gradient_free": True}}
+
+
+def _captured(check: Check, form: str) -> None:
+    """30 steps replayed from a CUDA graph against eager ones, with rows made new at step 20: bit for bit."""
+    p, how, ends = check.problem(gapped), FORMS[form], []
+    for graph in (False, True):
+        model, inputs = _model(check, p)
+        free = how.get("gradient_free", False)
+        adam = SparcAdam(model, LR, capturable=graph, shadow=BF16 if free else None, impl=check.impl)
+        fresh = torch.Generator(check.device).manual_seed(1) if check.device.type != "meta" else None
+        step = Step(model, adam, fresh, reinit_every=20, graph=graph, **how)
+        step.waits = step.waits and check.device.type == "cpu"
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for i in range(30 if check.device.type != "meta" else 1):
+                step({s: x.roll(i, 0) for s, x in inputs.items()})
+        ends.append(list(model.state_dict().values()))
+        if graph:
+            captured = step._graph is not None and step._graph.graph is not None
+            why = next((str(w.message)[:300] for w in said if "CUDA graph" in str(w.message)), "no graph was captured")
+            check.add("captured", captured, "exact" if captured else why)
+    _same(check, "as eager", *ends)
+
+
+def _no_waits(check: Check) -> None:
+    """After a warm-up torch raises at whatever waits for the device, and nothing does."""
+    p = check.problem(gapped)
+    model, inputs = _model(check, p)
+    adam = SparcAdam(model, LR, impl=check.impl)
+    cuda = check.device.type == "cuda"
+    for mode in ("default", "default", "error"):
+        torch.cuda.set_sync_debug_mode(mode) if cuda else None
+        try:
+            adam.zero_grad()
+            model.compute_loss(model(inputs), inputs)[0].backward()
+            adam.step()
+            adam.zero_grad()
+            model.training_step(inputs, adam)
+        finally:
+            torch.cuda.set_sync_debug_mode("default") if cuda else None
+    check.add("no waits", True, "exact")
+
+
+# name, the word that asks for it in Case.ops, what runs it
+ROUTES: list[tuple[str, str, Callable[[Check], None]]] = [
+    ("two buffers", "beside", _beside),
+    ("library GEMM", "library", _library),
+    ("autocast", "autocast", _autocast_step),
+    ("clipping", "clip", _clipping),
+    ("scaled gradients", "scaled", _scaled),
+    ("direct global", "direct", partial(_direct, topk_type="global")),
+    ("direct local", "direct", partial(_direct, topk_type="local")),
+    ("half weights", "shadow", _shadow),
+    ("again global", "again", partial(_again, topk_type="global")),
+    ("again local", "again", partial(_again, topk_type="local")),
+    *((f"graph {form}"[:18], "graph", partial(_captured, form=form)) for form in FORMS),
+    ("no waits", "waits", _no_waits),
+]

@@ -1,0 +1,6 @@
+"""All checks of `sparc-kernels verify`, in the order of its table."""
+
+from .checks import OPERATOR_CHECKS
+from .routes import ROUTES
+
+CHECKS = [*OPERATOR_CHECKS, *ROUTES]  # name, the word that asks for it in Case.ops, what runs it

@@ -1,0 +1,230 @@
+"""The folder of a training run: whose files are in it, what its manifest says, and what may go on from there."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import time
+import uuid
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from itertools import zip_longest
+from pathlib import Path
+
+from ..core.console import size_text
+from ..core.validation import fail, require
+from ..io.atomic import read_json, write_json
+from ..io.run_checkpoints import CHECKPOINTS, SPACE, checkpoints, load_latest, reserve
+from ..io.shards import stream_label
+from ..io.weights import OFFICIAL, OFFICIAL_CONFIG, WEIGHTS
+from .config import TrainConfig
+from .log import LOG
+from .process import LOCK, only_one_run
+
+MANIFEST = "manifest.json"
+TIME = "%Y-%m-%dT%H:%M:%S%z"
+EXTENSIBLE = ("epochs", "max_steps")  # settings that may be others when a run goes on
+_DIGEST = "sha256"  # of the rest of the manifest, which has one since runs have an id
+_STREAM = {"path": (str, list, type(None)), "rows": int, "width": int, "dtype": str, "fingerprint": str}
+_OURS = "|".join(map(re.escape, (MANIFEST, LOG, WEIGHTS, OFFICIAL, OFFICIAL_CONFIG, SPACE)))
+_REMAINS = re.compile(rf"({_OURS}|step-\d{{9}}\.pt)\.\d+\.tmp")
+
+
+class RunFolder:
+    """The folder of a run. Nothing is written there before `claim`.
+
+    Args:
+        path: the folder, which may be missing.
+        resume: go on with the run that is in it.
+        official: the official files will be written too.
+
+    Attributes: manifest: of the run to go on with; None: the run is new.  run: its id.
+
+    Raises: ValueError where another run is writing, where there is a run and not `resume`, where a new run would
+    write over files that no manifest says are a run's, or over official ones that the run has not written, and for a
+    manifest that is damaged.
+    """
+
+    def __init__(self, path: Path, resume: bool, official: bool):
+        self.path = path
+        with _writing_to(path):
+            require(path.is_dir() or not path.exists(), "out", "a folder", f"{path}, a file")
+            there = next(part for part in (path, *path.parents) if part.exists() or part.is_symlink())
+            if not there.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(there))
+            if not os.access(there, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, "no permission to write there", str(there))
+            if (path / LOCK).exists():
+                with only_one_run(path):
+                    pass
+        self._seen, self.manifest = self._contents(), None
+        if (path / MANIFEST).exists():
+            require(resume, "out", "a folder without a run, or resume", f"{path}, which holds one")
+            self.manifest = read_manifest(path / MANIFEST)
+            for name in (OFFICIAL, OFFICIAL_CONFIG) if official and not self.manifest.get("export", True) else ():
+                got = f"{path / name}, which this run has not written; move it away"
+                require(not (path / name).exists(), "export", f"a folder without {name}", got)
+            return
+        taken = [path / name for name in (LOG, WEIGHTS, *((OFFICIAL, OFFICIAL_CONFIG) if official else ()))]
+        taken += checkpoints(path / CHECKPOINTS) or [path / CHECKPOINTS] * (path / CHECKPOINTS).is_file()
+        for file in taken:
+            if file.exists():
+                fail("out", f"a new folder, or the {MANIFEST} of the run that wrote {file.name}", f"{file} without one")
+
+    def _contents(self):
+        path = self.path / MANIFEST
+        return path.exists() and path.read_bytes(), checkpoints(self.path / CHECKPOINTS)
+
+    def claim(self, closing: ExitStack, size: int, step: int) -> None:
+        """Make the folder, keep other runs out until `closing` ends, delete what a killed run was writing, make sure
+        that `size` bytes fit, and write the manifest, or that the run goes on from `step` to more steps than it had.
+
+        Raises: ValueError, OSError.
+        """
+        with _writing_to(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            closing.enter_context(only_one_run(self.path))
+        same = self._contents() == self._seen
+        require(same, "out", "the folder as the Trainer found it", f"{self.path}, where another run has been since")
+        for path in [*self.path.glob("*.tmp"), *(self.path / CHECKPOINTS).glob("*.tmp")]:
+            if _REMAINS.fullmatch(path.name):
+                path.unlink()
+        try:
+            reserve(self.path, size)
+        except OSError as error:
+            needed = f"space for a checkpoint and the weights ({size / 1e6:,.1f} MB)"
+            raise ValueError(f"out: expected {needed} in {self.path}, got: {error.strerror}") from error
+        manifest, config = self.manifest, self._now["config"]
+        if manifest is None:
+            manifest = {"run": self.run} | self._now
+        elif self._now["export"]:
+            manifest = manifest | {"export": True}
+        if self.manifest is not None and self._grown(config):
+            entry = {"after_step": step} | {name: config[name] for name in EXTENSIBLE} | {"at": time.strftime(TIME)}
+            extended = [*manifest.get("extended", []), entry]
+            manifest = manifest | {"config": manifest["config"] | config, "extended": extended}
+        if manifest != self.manifest:
+            write_json(self.path / MANIFEST, manifest | {_DIGEST: _digest(manifest)})
+
+    # -------------------------------------------------------------------------------------------- the run to go on with
+
+    def check_settings(self, settings: dict) -> None:
+        """Refuse other settings than the run's."""
+        before = asdict(TrainConfig()) | self.manifest["config"]  # settings that are newer than the run
+        for field, value in settings.items():
+            if field not in EXTENSIBLE:
+                had = before[field]
+                show = size_text if field == "memory" and isinstance(had, int) else repr
+                require(had == value, field, f"{show(had)} as in {self.path / MANIFEST}", show(value))
+
+    def check_data(self, data: dict) -> None:
+        """Refuse other data than the run's."""
+        before = self.manifest["data"]
+        for part in sorted({*before, *data}):
+            had, now = before.get(part, {}), data.get(part, {})
+            require(list(had) == list(now), f"{part} streams", f"{', '.join(had) or 'none'} as when the run began",
+                    ", ".join(now) or "none")  # fmt: skip
+            for s in had:
+                what = f"{part} {stream_label(s, now[s]['path'])}"
+                files = zip_longest(had[s].get("shards", ()), now[s].get("shards", ()))
+                for i, (old, new) in enumerate(files):
+                    require(old == new, what, f"{old or 'no file'} as shard {i} when the run began", new or "no file")
+                for key in [key for key in _STREAM if key != "path"]:  # files may move
+                    require(had[s][key] == now[s][key], what, f"{key} {had[s][key]} as when the run began",
+                            f"{key} {now[s][key]}")  # fmt: skip
+
+    def go_on(self, now: dict, per_epoch: int, tell) -> tuple[Path, dict] | None:
+        """The newest checkpoint that is whole, and its state; None: there is none yet.
+
+        Args:
+            now: what a new manifest would say.
+            per_epoch: batches of an epoch.
+            tell: told, as text, of damaged checkpoints and of what is not as it was.
+
+        Raises: ValueError where the model or its beginning is not the run's, for fewer steps than it had, and for a
+        checkpoint of another run.
+        """
+        self._now, had, self.run = now, self.manifest, uuid.uuid4().hex
+        if had is None:
+            return None
+        self.run = had.get("run")  # None: it began before runs had names
+        steps = self._check_steps(TrainConfig(**now["config"]), per_epoch, tell)
+        _check_model(self.path / MANIFEST, had["model"], now["model"])
+        optimizer, init = had.get("optimizer", now["optimizer"]), had.get("init", now["init"])
+        require(optimizer == now["optimizer"], "optimizer", f"{optimizer} as when the run began", now["optimizer"])
+        given = now["init"] is not None
+        require(now["init"] == init or not given, "init", f"{init or 'none'} as when the run began", str(now["init"]))
+        self._tell_differences(tell)
+        found = load_latest(self.path / CHECKPOINTS, tell)
+        if found is None:
+            weights = self.path / WEIGHTS
+            require(not weights.exists(), "resume", "a checkpoint to go on from", f"{weights} alone, of an ended run")
+            require(given or init is None, "init", f"{init} as when the run began, for it has no checkpoint", "none")
+            tell(f"Note: no checkpoint in {self.path}, the run starts again")
+            return None
+        path, state = found
+        ours, step = state.get("run") == self.run, state["step"]
+        require(ours, f"checkpoint {path}", f"one of the run that {MANIFEST} describes", "one of another run")
+        _check_model(path, state.get("model_config"), now["model"] | {"normalize": now["config"]["normalize"]})
+        require(step <= steps, f"checkpoint {path}", f"one of the run's {steps:,} steps", f"step {step:,}")
+        return found
+
+    def _grown(self, config: dict) -> bool:
+        return any(self.manifest["config"].get(name) != config[name] for name in EXTENSIBLE)
+
+    def _check_steps(self, config: TrainConfig, per_epoch: int, tell) -> int:
+        """Refuse fewer steps than the run had, and tell of more."""
+        had = {name: self.manifest["config"].get(name) for name in EXTENSIBLE}
+        before, steps = replace(config, **had).steps(per_epoch), config.steps(per_epoch)
+        require(steps >= before, ", ".join(EXTENSIBLE), f"at least the {before:,} steps that the run had", f"{steps:,}")
+        if steps > before:
+            falls = "" if config.decay == "none" else "; the learning rate falls over all of them"
+            tell(f"Note: the run had {before:,} steps and now has {steps:,}{falls}")
+        return steps
+
+    def _tell_differences(self, tell) -> None:
+        """Of threads, device and versions, which may change results by rounding."""
+        had, now = self.manifest, self._now
+        pairs = [(key, had.get(key), now[key]) for key in ("device", "threads")]
+        pairs += [(key, had["versions"].get(key), now["versions"][key]) for key in ("torch", "triton", "numpy")]
+        changed = ", ".join(f"{key} {new} ({old} when the run began)" for key, old, new in pairs if new != old)
+        if changed:
+            tell(f"Note: {changed}; results may differ by rounding")
+
+
+@contextmanager
+def _writing_to(path: Path):
+    try:
+        yield
+    except OSError as error:
+        fail("out", "a folder to write to", f"{path} ({error.filename}: {error.strerror})")
+
+
+def _check_model(path: Path, had: dict | None, now: dict) -> None:
+    require(isinstance(had, dict), str(path), "the settings of a model", "none")
+    for key, value in now.items():
+        before = had.get(key, value)
+        require(before == value, f"model's {key}", f"{before!r} as in {path}", repr(value))
+
+
+def read_manifest(path: Path) -> dict:
+    """What is in a run's manifest. Raises: ValueError when it is none, or not as it was written."""
+    manifest = read_json(path)
+    digest = manifest.pop(_DIGEST, None)
+    ok = digest == _digest(manifest) if digest is not None or "run" in manifest else True
+    require(ok, str(path), "the manifest as the run wrote it", "a damaged or changed one")
+    ok = all(isinstance(manifest.get(key), dict) for key in ("config", "model", "data", "versions"))
+    ok = ok and isinstance(manifest.get("full_check"), bool) and isinstance(manifest["data"].get("train"), dict)
+    ok = ok and all(isinstance(part, dict) for part in manifest["data"].values())
+    streams = [stream for part in manifest["data"].values() for stream in part.values()] if ok else []
+    ok = ok and all(isinstance(stream, dict) for stream in streams)
+    ok = ok and all(isinstance(stream.get(key), kind) for stream in streams for key, kind in _STREAM.items())
+    require(ok, str(path), "the manifest of a training run", "another JSON file")
+    return manifest
+
+
+def _digest(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

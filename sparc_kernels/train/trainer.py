@@ -1,0 +1,576 @@
+"""Training from feature files or tensors: the official loop with its settings as defaults, made to be left alone.
+
+`Trainer` draws batches, takes steps, logs, validates and saves; `Step` is one step of the official loop. The command
+line is in cli_train.py.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..core.validation import check_bool, check_device, check_int, fail, require
+from ..io.features import Features, Stream
+from ..io.loader import Batch, Loader
+from ..io.run_checkpoints import CHECKPOINTS, save_checkpoint
+from ..io.shards import stream_label
+from ..io.weights import OFFICIAL, WEIGHTS, export_official, import_save, model_config, save_weights
+from ..nn.module import AlignedSAE
+from ..nn.optimizer import SparcAdam
+from .config import TrainConfig as TrainConfig  # documented as this module's
+from .folder import TIME, RunFolder
+from .log import LOGGERS, RunLog, import_logger
+from .process import Signals, versions
+from .step import Step
+
+_HELD_OUT_PIECE = 256  # consecutive rows that go to validation together: neighbours are often alike
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; the last checkpoint is whole."""
+
+
+class Interrupted(Exception):
+    """A signal asked to stop, and everything is saved. `code`: the exit code by convention, 128 + the signal."""
+
+    def __init__(self, signum: int, step: int, saved: bool):
+        how = "saved, resume goes on from here" if saved else "nothing is saved"
+        super().__init__(f"{signal.Signals(signum).name} after step {step:,}; {how}")
+        self.code = 128 + signum
+
+
+class Trainer:
+    """Trains an `AlignedSAE` on feature files or tensors.
+
+    Args:
+        config: what to train.
+        streams: name -> feature file, its shards or tensor, as `Features` takes them.
+        out: folder of checkpoints, log.csv, manifest.json and the final model.safetensors; None: nothing is written.
+        val_streams: the same streams of other samples, to validate on after every epoch.
+        model: to train on, where it is, of the config's settings; None: a new one, made after
+            torch.manual_seed(config.seed).
+        optimizer: makes the optimizer of a model, None: SparcAdam with the settings; see `Step`.
+        device: of a new model: "auto" (CUDA where there is one), or a torch device.
+        resume: go on from the newest checkpoint in `out`, also to more `epochs` or `max_steps` than the run had; from
+            the start where there is none.
+        checkpoint_every: steps between checkpoints, 0: only at the end.  keep: how many of them stay.
+        log_every: steps between rows of the log.  log_to: of "tensorboard", "wandb".
+        full_check: read all features once before training; else a sample of them.
+        graph: the step in a CUDA graph, on CUDA.
+        export: write the official msae_checkpoint.pth too.
+        on_step: called after every step with its number, loss and metrics.
+        init: where the model's weights came from, for the manifest.
+        quiet: say nothing.
+
+    Everything is checked here, so that `train` starts only if it can go on: files, sizes, every feature for NaN and
+    infinity, the folder, packages that saving needs. Resuming refuses other data and other settings. `out` is made, and
+    tried for space, by `start`; before, nothing is written.
+
+    Raises: ValueError, OSError and ImportError that name what stands in the way.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        streams: Mapping[str, Stream],
+        out: str | Path | None = None,
+        *,
+        val_streams: Mapping[str, Stream] | None = None,
+        model: AlignedSAE | None = None,
+        optimizer: Callable[[AlignedSAE], torch.optim.Optimizer] | None = None,
+        device: str | torch.device = "auto",
+        resume: bool = False,
+        checkpoint_every: int = 1000,
+        keep: int = 2,
+        log_every: int = 50,
+        log_to: tuple[str, ...] = (),
+        full_check: bool = True,
+        graph: bool = True,
+        export: bool = False,
+        on_step: Callable[[int, Tensor, dict[str, Tensor]], None] | None = None,
+        init: str | None = None,
+        quiet: bool = False,
+    ):
+        self.config, self.quiet, self.on_step, self.export = config, quiet, on_step, check_bool("export", export)
+        self.checkpoint_every, self.keep = (
+            check_int("checkpoint_every", checkpoint_every, 0),
+            check_int("keep", keep, 1),
+        )
+        self.log_every = check_int("log_every", log_every, 1)
+        self.device = check_device("device", device) if model is None else next(model.parameters()).device
+        self.out = None if out is None else Path(out)
+        require(self.out is not None or not resume, "resume", "a folder to resume from (out)", "none")
+        self.log, self.log_to, self.loss = None, log_to, math.nan
+        for name in log_to:
+            require(name in LOGGERS, "log_to", f"some of {', '.join(LOGGERS)}", repr(name))
+            import_logger(name)
+        if self.out is not None:
+            import_save(self.out / WEIGHTS)
+        self.folder = self.out and RunFolder(self.out, check_bool("resume", resume), export)
+        manifest = self.folder and self.folder.manifest
+        self.full_check = check_bool("full_check", full_check) if manifest is None else manifest["full_check"]
+        if manifest is not None:
+            self.folder.check_settings(asdict(config))
+        self.init = init or ("a model" if model is not None else None)
+        self._closing = ExitStack()
+        try:
+            self._open_features(streams, val_streams)
+            self._check_data(self.full_check, manifest)
+            self._build(model, optimizer, graph)
+            self._plan()
+        except BaseException:
+            self.close()
+            raise
+
+    def start(self) -> None:
+        """Take `out` for this run and write what stands there before the first step; `train` does it first.
+
+        Raises: ValueError, OSError that say why the folder cannot be this run's.
+        """
+        if self.log is not None:
+            return
+        try:
+            if self.folder is not None:
+                size = sum(p.numel() * p.element_size() for p in self.model.parameters())
+                # weights and two moments in a checkpoint, and the final weights
+                self.folder.claim(self._closing, (5 if self.export else 4) * size, self.batches)
+            columns = list(self.names)
+            if self.val_loader is not None:
+                columns += ["val_loss", "val_explained_variance", "val_explained_variance_cross"]
+            settings = asdict(self.config)
+            self.log = RunLog(self.out, columns, self.steps, self.batches, self.log_to, settings, self.quiet)
+            self._closing.callback(self.log.close)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close files and give the folder free; `train` does it too."""
+        self._closing.close()
+
+    # ------------------------------------------------------------------------------------------------------ preparation
+
+    def _open_features(self, streams, val_streams) -> None:
+        config = self.config
+        self.features = Features(streams, config.normalize, config.dtype)
+        self._closing.callback(self.features.close)
+        self.val_features, intervals, held_out = None, None, None
+        if val_streams:
+            require(config.val_fraction == 0, "val_fraction", "0 where there are files to validate on", "both")
+            self.val_features = Features(val_streams, config.normalize, config.dtype)
+            self._closing.callback(self.val_features.close)
+            self.val_features.require_widths(self.features.widths, "the training data")
+        elif config.val_fraction:
+            self.val_features = self.features
+            intervals, held_out = split(self.features.rows, config.val_fraction, config.seed)
+        self.order = torch.Generator().manual_seed(config.seed)
+        self.loader = Loader(
+            self.features,
+            config.batch_size,
+            self.order,
+            shuffle=config.shuffle,
+            drop_last=config.drop_last,
+            memory=config.memory,
+            intervals=intervals,
+            device=self.device,
+        )
+        self.val_loader = self.val_features and Loader(
+            self.val_features,
+            config.batch_size,
+            self.order,
+            shuffle="official" if config.shuffle == "official" else "none",
+            intervals=held_out,
+            device=self.device,
+        )
+
+    def _check_data(self, full: bool, manifest: dict | None) -> None:
+        """Refuse NaN and infinity, and other data than those of the run to resume; warn of zero rows."""
+        summaries = self.features.check(full)
+        self.data = {"train": self.features.describe(summaries)}
+        self.spread = {s: summary.spread for s, summary in summaries.items()}
+        held_out, self.val_spread = summaries, self.spread
+        if self.val_features is not None and self.val_features is not self.features:
+            held_out = self.val_features.check(full)
+            self.data["validation"] = self.val_features.describe(held_out)
+            self.val_spread = {s: summary.spread for s, summary in held_out.items()}
+        if manifest is not None:
+            self.folder.check_data(self.data)
+        self._check_zero_rows(summaries, self.loader)
+        if self.val_loader is not None:
+            self._check_zero_rows(held_out, self.val_loader)
+
+    def _check_zero_rows(self, summaries, loader: Loader) -> None:
+        """A zero row makes its batch's loss infinite: tell, and refuse where too many batches would be left out."""
+        found = {s: summary.within(loader.intervals) for s, summary in summaries.items() if summary.n_zero_rows}
+        found = {s: summary for s, summary in found.items() if summary.n_zero_rows}
+        if not found:
+            return
+        who = " and ".join(stream_label(s, loader.features.paths[s]) for s in found)
+        text = " and ".join(summary.zeros(loader.rows) for summary in found.values())
+        rows = len(torch.cat([summary.zero for summary in found.values()]).unique())  # in any of the streams
+        part = min(1, rows / min(summary.n_read for summary in found.values()))
+        share = 1 - (1 - part) ** min(self.config.batch_size, loader.rows)
+        if loader is self.val_loader:
+            who, left_out = f"validation {who}", "left out of val_loss"
+            require(share <= 0.5, who, "few zero rows", f"{text}: most batches would have no finite loss")
+        else:
+            most = (share if self.config.shuffle == "window" else part) > 0.5  # in order they may be neighbours
+            steps, limit, left_out = self.config.steps(len(loader)), self.config.max_skipped, "skipped, as officially"
+            expected = share * steps
+            if expected > limit or most:
+                got = f"{text}: without a finite loss, about {expected:,.0f} of {steps:,} batches would be skipped"
+                fail(who, f"few zero rows (max_skipped {limit:,})", got)
+        self._say(f"Note: {who} {'have' if len(found) > 1 else 'has'} {text}; batches with one are {left_out}")
+
+    def _build(self, model: AlignedSAE | None, optimizer, graph: bool) -> None:
+        config, widths = self.config, self.features.widths
+        if model is None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                model = config.build(widths, self.device)
+                state = torch.get_rng_state()
+            if config.shuffle == "official":  # one random state for weights, order and new rows
+                self.order.set_state(state)
+        else:
+            self.features.require_widths(model.d_streams, "the model")
+            config.check_model(model)
+        self.model = model.train()
+        self.shared = config.shuffle == "official" and self.device.type == "cpu"
+        self.fresh = self.order if self.shared else torch.Generator(self.device).manual_seed(config.seed)
+        graph = graph and self.device.type == "cuda" and optimizer is None
+        self.optimizer = (
+            optimizer(model)
+            if optimizer
+            else SparcAdam(
+                model,
+                config.lr,
+                weight_decay=config.weight_decay,
+                normalize=config.unit_norm,
+                max_grad_norm=config.max_grad_norm or None,
+                capturable=graph,
+                shadow=torch.bfloat16 if config.precision == "bf16" and config.gradient_free else None,
+            )
+        )
+        self.step = Step(
+            model,
+            self.optimizer,
+            self.fresh,
+            auxk_coef=config.auxk_coef,
+            cross_coef=config.cross_coef,
+            reinit_every=config.reinit_every,
+            bf16=config.precision == "bf16",
+            gradient_free=config.gradient_free,
+            graph=graph,
+        )
+
+    def _plan(self) -> None:
+        """Where to start: at the beginning, or where the newest checkpoint says."""
+        self.steps = self.config.steps(len(self.loader))
+        self.batches = self.epoch = self.index = self.saved = 0
+        self.epoch_state, self.order_state = self.order.get_state(), None
+        self.names = _metric_names(list(self.model.d_streams), bool(self.config.auxk), not self.config.gradient_free)
+        self.sums = torch.zeros(len(self.names) + 1, dtype=torch.float64, device=self.device)
+        found = self.folder and self.folder.go_on(self._manifest(), len(self.loader), self._say)
+        if not found:
+            return
+        path, state = found
+        try:
+            self._restore(state)
+        except Exception as error:  # of torch and of the optimizer, of many types
+            text = f"expected the state of this run, got one that does not fit ({type(error).__name__}: {error})"
+            raise ValueError(f"checkpoint {path}: {text}") from error
+        self.saved = self.batches
+        self._say(f"Resuming after step {self.batches:,} of {self.steps:,} ({path})")
+
+    def _manifest(self) -> dict:
+        return {
+            "config": asdict(self.config),
+            "model": model_config(self.model),
+            "optimizer": type(self.optimizer).__name__,
+            "init": self.init,
+            "export": self.export,
+            "data": self.data,
+            "full_check": self.full_check,
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+            "started": time.strftime(TIME),
+        }
+
+    # --------------------------------------------------------------------------------------------------------- training
+
+    def train(self) -> dict[str, float]:
+        """Train to the end.
+
+        Returns: steps, skipped batches, the loss of the last row of the log, seconds, samples_per_s, and `waited`, the
+        part of the time in which the next batch was not there yet: near 0 computing is the bound, near 1 reading is.
+
+        Raises: what `start` raises; Interrupted after SIGINT or SIGTERM, with everything saved (a second signal ends
+        the process at once); TrainingStopped after too many non-finite losses; OSError when a checkpoint cannot be
+        written.
+        """
+        self.start()
+        started = time.perf_counter()
+        samples, first = 0, self.batches
+        self._since, self._samples = started, 0
+        with self._closing, Signals() as signals, _matmul_precision(self.config.precision):
+            for batch in self._draw():
+                rate = self.config.lr_at(self.step.updates, self.steps)
+                _set_lr(self.optimizer, rate)
+                loss, metrics = self.step(batch.x)
+                self._count(batch, loss, metrics)
+                samples += len(next(iter(batch.x.values())))
+                self.log.advance()
+                if self.on_step is not None:
+                    self.on_step(self.batches, loss, metrics)
+                ends = batch.last or self.batches == self.steps
+                if self.batches % self.log_every == 0 or ends:
+                    self._report(batch, rate, ends)
+                if self.checkpoint_every and self.batches % self.checkpoint_every == 0:
+                    self.save()
+                if signals.received:
+                    self.save()
+                    raise Interrupted(signals.received, self.batches, self.out is not None)
+                if self.batches == self.steps:
+                    break
+            self._finish()
+            seconds = time.perf_counter() - started
+            result = {
+                "steps": self.batches,
+                "skipped": self.step.skipped,
+                "loss": self.loss,
+                "seconds": seconds,
+                "samples_per_s": samples / seconds,
+                "waited": min(1.0, self.loader.waited / seconds),
+            }
+            if self.batches > first:
+                bound = "data (reading them)" if result["waited"] > 0.1 else "compute"
+                self.log.say(
+                    f"{self.batches - first:,} steps in {seconds:,.1f} s, {result['samples_per_s']:,.0f} samples/s; "
+                    f"bound: {bound}, waited for data {result['waited']:.1%} of the time"
+                )
+            return result
+
+    def _draw(self) -> Iterator[Batch]:
+        """The batches that are left."""
+        if self.batches >= self.steps:
+            return
+        self.order.set_state(self.epoch_state)
+        # where others draw from the same random state, an epoch's order may not be drawn before the epoch
+        spans = [(e, e + 1) for e in range(self.epoch, self.config.epochs)] if self.shared else None
+        for first, last in spans or [(self.epoch, self.config.epochs)]:
+            batches = self.loader.epochs(first, last, self.index if first == self.epoch else 0)
+            if self.order_state is not None and self.shared:
+                self.order.set_state(self.order_state)
+            self.order_state = None
+            with closing(batches):
+                yield from batches
+
+    def _count(self, batch: Batch, loss: Tensor, metrics: dict[str, Tensor]) -> None:
+        self.batches += 1
+        self.epoch, self.index, self.epoch_state = batch.epoch, batch.index + 1, batch.epoch_state
+        self._samples += len(next(iter(batch.x.values())))
+        values = torch.stack([loss.new_ones(()), *(metrics[name].to(loss.dtype) for name in self.names)])
+        self.sums += torch.where(loss.isfinite(), values, 0)
+        if self.step.waits and not loss.isfinite():
+            self._check_skipped()
+
+    def _check_skipped(self) -> None:
+        if self.step.skipped > self.config.max_skipped:
+            raise self._too_many(f"max_skipped: {self.step.skipped}")
+
+    def _too_many(self, skipped: str) -> TrainingStopped:
+        return TrainingStopped(
+            f"{skipped} batches had a loss that is not finite, the last by step {self.batches}; look at lr "
+            f"({self.config.lr:g}) and at zero rows in the data"
+        )
+
+    def _report(self, batch: Batch, rate: float, ends: bool) -> None:
+        """A row of the log: means over the steps since the last one."""
+        count, *means = self.sums.tolist()
+        self._check_skipped()
+        means = dict(zip(self.names, (m / count if count else math.nan for m in means), strict=True))
+        self.sums.zero_()
+        now = time.perf_counter()
+        dead = torch.stack(list(self.model.get_dead_neurons().values()))
+        row = {
+            "step": self.batches,
+            "epoch": batch.epoch + 1,
+            "lr": rate,
+            "loss": means["total_loss"],
+            **self._explained(means, self.spread),
+            "l0": means["l0"] if "l0" in means else self._l0(batch.x),
+            "dead": int(dead.all(0).sum()),
+            "skipped": self.step.skipped,
+            "samples_per_s": self._samples / (now - self._since),
+            "seconds": now - self._since,
+            **means,
+        }
+        self._since, self._samples, self.loss = now, 0, row["loss"]
+        if ends and self.val_loader is not None:
+            row |= self._validate(batch.epoch)
+            self._since = time.perf_counter()
+        self.log.row(row, important=self.batches == self.steps)
+
+    def _explained(self, means: dict[str, float], spread: dict[str, float], prefix: str = "") -> dict:
+        """Explained variance, from NMSEs: exact where rows have equal norms, as normalised ones do."""
+        streams = self.model.streams
+
+        def mean(pairs):
+            values = [1 - means[name] / spread[t] if spread[t] else math.nan for name, t in pairs]
+            return sum(values) / len(values) if values else None
+
+        return {
+            f"{prefix}explained_variance": mean((f"mse_loss_{s}", s) for s in streams),
+            f"{prefix}explained_variance_cross": mean(
+                (f"cross_loss_{t}_from_{s}", t) for t in streams for s in streams if s != t
+            ),
+        }
+
+    @torch.no_grad()
+    def _l0(self, x: dict[str, Tensor]) -> float:
+        """Of one batch, with the weights as they are now."""
+        found = self.step.l0(self.model.eval()(x)).item()
+        self.model.train()
+        return found
+
+    @torch.no_grad()
+    def _validate(self, epoch: int) -> dict:
+        """Means over the rows that are not trained on; dead counters stay."""
+        config, rows = self.config, 0
+        total = torch.zeros(len(self.names), dtype=torch.float64, device=self.device)
+        self.model.eval()
+        bf16 = torch.autocast(self.device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext()
+        for batch in self.val_loader.epochs(epoch, epoch + 1):
+            with bf16:
+                outputs = self.model(batch.x)
+                loss, metrics = self.model.compute_loss(outputs, batch.x, config.auxk_coef, config.cross_coef)
+            n = len(next(iter(batch.x.values()))) * loss.isfinite()  # a zero row makes it infinite
+            metrics["l0"] = self.step.l0(outputs)
+            total += torch.where(n > 0, n * torch.stack([metrics[name] for name in self.names]), 0)
+            rows += n
+        self.model.train()
+        if not rows:
+            self._say("Note: val_loss is nan, no batch to validate on had a finite loss; look at zero rows in the data")
+        means = dict(zip(self.names, (total / rows).tolist(), strict=True))
+        return {"val_loss": means["total_loss"], **self._explained(means, self.val_spread, "val_")}
+
+    # ----------------------------------------------------------------------------------------------------------- saving
+
+    def save(self) -> None:
+        """A checkpoint of this moment."""
+        if self.out is None or self.saved == self.batches:
+            return
+        state = {
+            "run": self.folder.run,
+            "model": self.model.state_dict(),
+            "model_config": model_config(self.model) | {"normalize": self.config.normalize},
+            "optimizer": self.optimizer.state_dict(),
+            "counts": {
+                "batches": self.batches,
+                "epoch": self.epoch,
+                "index": self.index,
+                "updates": self.step.updates,
+                "skipped": self.step.skipped,
+            },
+            "epoch_state": self.epoch_state,
+            "order_state": self.order.get_state(),
+            "fresh_state": self.fresh.get_state(),
+            "sums": self.sums,
+            "loss": self.loss,
+        }
+        save_checkpoint(self.out / CHECKPOINTS, self.batches, state, self.keep)
+        self.saved = self.batches
+
+    def _restore(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        counts = {name: check_int(name, count, 0) for name, count in state["counts"].items()}
+        self.batches, self.epoch, self.index = counts["batches"], counts["epoch"], counts["index"]
+        self.step.updates, self.step.skipped = counts["updates"], counts["skipped"]
+        self.epoch_state, self.order_state = state["epoch_state"], state["order_state"]
+        for drawn in (self.epoch_state, self.order_state):
+            self.order.set_state(drawn)
+        same_kind = state["fresh_state"].shape == self.fresh.get_state().shape  # a GPU's state is no CPU's
+        if not self.shared and same_kind:
+            self.fresh.set_state(state["fresh_state"])
+        self.sums.copy_(state["sums"])
+        self.loss = float(state.get("loss", math.nan))
+
+    def _finish(self) -> None:
+        """Final weights, unless most batches were skipped: they are not trained, or the learning rate broke them."""
+        skipped = self.step.skipped
+        if skipped < self.batches:
+            self.save()
+        if 2 * skipped > self.batches:
+            older = f" ({WEIGHTS} is of an earlier step)" if self.out and (self.out / WEIGHTS).exists() else ""
+            raise self._too_many(f"no final weights{older}: {skipped} of {self.batches}")
+        if self.out is None:
+            return
+        save_weights(self.model, self.out / WEIGHTS, self.config.normalize, self.batches)
+        if self.export:
+            config = self.config
+            settings = {"batch_size": config.batch_size, "num_epochs": config.epochs, "lr": config.lr}
+            settings |= {"seed": config.seed, "auxk_coef": config.auxk_coef, "cross_loss_coef": config.cross_coef}
+            export_official(self.model, self.out, settings, config.normalize)
+        names = " and ".join([WEIGHTS, *([OFFICIAL] if self.export else [])])
+        self.log.say(f"Saved {names} in {self.out}, loss {self.loss:.4f} after {self.batches:,} steps")
+
+    def _say(self, text: str) -> None:
+        if self.log is not None:
+            self.log.say(text)
+        elif not self.quiet:
+            print(text, flush=True)
+
+
+def split(rows: int, fraction: float, seed: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Intervals of rows to train on and to validate on: random pieces of up to 256 consecutive rows are held out."""
+    held_out = max(1, round(rows * fraction))
+    require(held_out < rows, "val_fraction", "rows left to train on", f"{held_out} of {rows} rows held out")
+    piece = max(1, min(_HELD_OUT_PIECE, held_out // 8))
+    pieces = -(-rows // piece)
+    chosen = torch.zeros(pieces, dtype=torch.bool, device="cpu")
+    count = min(max(1, round(held_out / piece)), pieces - 1)
+    chosen[torch.randperm(pieces, generator=torch.Generator().manual_seed(seed), device="cpu")[:count]] = True
+    parts = ([], [])
+    for i, out in enumerate(chosen.tolist()):
+        intervals, start, stop = parts[out], i * piece, min((i + 1) * piece, rows)
+        if intervals and intervals[-1][1] == start:
+            intervals[-1] = (intervals[-1][0], stop)
+        else:
+            intervals.append((start, stop))
+    return parts
+
+
+@contextmanager
+def _matmul_precision(precision: str):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _set_lr(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """In place where it is a tensor, which a captured step reads."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def _metric_names(streams: list[str], auxk: bool, l0: bool) -> list[str]:
+    """Columns of the log that are means over steps."""
+    kinds = ["mse_loss", "l1_sparsity", *(["auxk_loss"] if auxk else [])]
+    pairs = [f"cross_loss_{t}_from_{s}" for t in streams for s in streams if s != t]
+    return ["total_loss", *(["l0"] if l0 else []), *(f"{kind}_{s}" for kind in kinds for s in streams), *pairs]
