@@ -411,7 +411,7 @@ UNMET = set()
 
 
 def test_goals_as_modelled():
-    """A change detector: it holds the model to what the model said before, and proves nothing about a GPU."""
+    """A change detector: it holds the model to what the model message before, and proves nothing about a GPU."""
     claims = report.claims()
     assert {(c.what, c.case) for c in claims if c.holds is False} == UNMET
     goals = {(c.what.split(" over")[0], c.case): c.goal for c in claims if c.goal is not None}
@@ -476,7 +476,7 @@ def test_launch_settings_are_those_of_the_gpu():
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda: gpus.gpu_named("V100"), "gpu: expected one of A100, H100.*got 'V100'"),
         (lambda: parse_shape("1,2,3"), "shape: expected B,N,k,d,S.*got '1,2,3'"),
@@ -493,8 +493,8 @@ def test_launch_settings_are_those_of_the_gpu():
         (lambda: Shape(2, 8, 2, (4,), "float32", autocast=True), "autocast: expected a half precision dtype"),
     ],
 )
-def test_refusals(make, said):
-    with pytest.raises(ValueError, match=said):
+def test_refusals(make, message):
+    with pytest.raises(ValueError, match=message):
         make()
 
 

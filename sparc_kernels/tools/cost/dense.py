@@ -24,7 +24,7 @@ def _gemms(s: Shape, more: int = 0) -> list[Part]:
     """Per stream the encoder, its dW and, because the pre-bias has a gradient, its dx; per (target, source) pair the
     decoder, its dW and its dcodes: 2 B N D (3 + 3 S) FLOPs, each GEMM its operands and its product."""
     n = 3 + 3 * s.S + more
-    ones = [product(s, "GEMM", s.B, s.N, d, library_unit(s)) for d in s.d_streams]
+    ones = [product(s, "GEMM", s.B, s.N, d, unit=library_unit(s)) for d in s.d_streams]
     return [replace(one, streamed=n * one.streamed, flops=n * one.flops, launches=n) for one in ones]
 
 

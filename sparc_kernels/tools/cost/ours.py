@@ -46,7 +46,7 @@ def kernel_unit(s: Shape, tf32: bool) -> str:
 
 def gemm(s: Shape) -> Op:
     """The bare encoder GEMM of a library: x and W_enc read, the logits written."""
-    return Op("encoder GEMM", (product(s, "GEMM", s.B, s.N, s.D, library_unit(s)),))
+    return Op("encoder GEMM", (product(s, "GEMM", s.B, s.N, s.D, unit=library_unit(s)),))
 
 
 def mm_topk(s: Shape) -> Op:
@@ -65,7 +65,7 @@ def _chunks(s: Shape, k: int, compact: bool) -> tuple[int, bool]:
     return cdiv(s.B, rows), buffers > 1
 
 
-def _selection(s: Shape, k: int, n: int, d: int, library: bool = False, compact: bool = False) -> Iterator[Part]:
+def _selection(s: Shape, k: int, n: int, d: int, *, library: bool = False, compact: bool = False) -> Iterator[Part]:
     """Top k of n columns, chunk after chunk of rows, each of which reads W_enc [n, d].
 
     The Triton GEMM's epilogue writes the groups' maxima; `library`: a GEMM over joint storage, then one pass over its
@@ -80,12 +80,12 @@ def _selection(s: Shape, k: int, n: int, d: int, library: bool = False, compact:
     if library:
         casts = 2 if e == 2 else 0  # of the sum of biases, to fp32 and back
         biases = n * ((s.S - 1) * (8 + e) + 6 * casts)
-        yield product(s, "GEMM", B, n, d, library_unit(s), again, launches=chunks, library=True)
+        yield product(s, "GEMM", B, n, d, unit=library_unit(s), extra=again, launches=chunks, library=True)
         yield of_torch("sum of biases", chunks * biases, chunks * (s.S - 1 + casts))
         yield Part("row maxima", B * n * e + maxima, launches=chunks)
     else:
-        unit, padding = kernel_unit(s, s.tf32), (1 + EPILOGUE / d) / TRITON_GEMM
-        yield product(s, "GEMM + maxima", B, n, d, unit, again + maxima, padding=padding, launches=chunks)
+        how = {"unit": kernel_unit(s, s.tf32), "padding": (1 + EPILOGUE / d) / TRITON_GEMM, "launches": chunks}
+        yield product(s, "GEMM + maxima", B, n, d, extra=again + maxima, **how)
     read = groups if two_levels else spans + k * (config.span // config.group)
     moved = B * (read + min(k * config.group, n)) * e + 8 * B * k
     executed = SELECT_INSTRUCTIONS + BISECTION_STEPS[e] * BISECTION_INSTRUCTIONS
@@ -134,31 +134,33 @@ def _slabs(s: Shape, d: int, k: int) -> tuple[int, int]:
     return columns, cdiv(d, columns)
 
 
-def _gather(s: Shape, name: str, d: int, found: int, n: int, once: float, per_slab: float, flops: int, k=0) -> Part:
+def _gather(
+    s: Shape, name: str, d: int, n: int, present: int, *, once: float, per_slab: float, flops: int, k: int = 0
+) -> Part:
     """Rows of W [n, d] gathered, slab after slab, for S sources at once.
 
     Args:
-        found: how many of the k places of a row exist.
+        present: how many of the k places of a row hold one of the n latents.
         once: bytes moved besides, for all slabs.
         per_slab: bytes moved besides, for each of them.
         flops: for each number gathered.
         k: places of a row where they are not s.k; then for one source.
     """
-    (columns, n_slabs), uses, reuse = _slabs(s, d, k or s.k), s.B * found, NO_REUSE
-    if found:
+    (columns, n_slabs), uses, reuse = _slabs(s, d, k or s.k), s.B * present, NO_REUSE
+    if present:
         rows = distinct(n, uses)
         reuse = Reuse(uses * d * s.e, rows * d * s.e, rows * columns * s.e)
     padding = 16 / (1 if k else s.S)  # the product's columns
     return Part(name, once + n_slabs * per_slab, reuse, flops * uses * d, kernel_unit(s, False), padding)
 
 
-def _values(s: Shape, k: int, found: int, n: int) -> Iterator[Part]:
+def _values(s: Shape, k: int, n: int, present: int) -> Iterator[Part]:
     """Per stream k encoder rows gathered per row: x and ids read, the dots of every slab written; then one kernel for
     all streams (or as many as the scratch holds dots of) that adds the slabs and the bias, and writes fp32 values."""
     M, held, finishes = s.B * k, 0, 1
     sums = [4 * M * _slabs(s, d, k)[1] for d in s.d_streams]
     for d in s.d_streams:
-        yield _gather(s, "dots", d, found, n, s.B * d * s.e, 12 * M, 2, k)
+        yield _gather(s, "dots", d, n, present, once=s.B * d * s.e, per_slab=12 * M, flops=2, k=k)
     for size in sums[:-1]:
         held += size
         if held >= SCRATCH_BYTES:
@@ -168,8 +170,8 @@ def _values(s: Shape, k: int, found: int, n: int) -> Iterator[Part]:
 
 def _lists(s: Shape, k: int, groups: int, beside: bool) -> Iterator[Part]:
     """`inverse_index` of groups of B k places each: ids narrowed to keys of 2 or 4 bytes; keys sorted; both lists
-    narrowed, and the offsets found by bisection. Assumption for torch.sort: a radix pass for each byte of a key, which
-    reads and writes keys and int64 positions; positions, histogram, scan and a copy besides."""
+    narrowed, offsets by bisection. Assumption for torch.sort: a radix pass for each byte of a key, which reads and
+    writes keys and int64 positions; positions, histogram, scan and a copy besides."""
     M, offsets = s.B * k, groups * (s.N + 1)
     size, key = groups * M, 2 if offsets < 2**15 else 4
     bisection = OFFSETS_INSTRUCTIONS + LISTS_STEP * (M.bit_length() + 1)
@@ -184,10 +186,11 @@ def computes_ahead(s: Shape) -> bool:
     return not s.compiled and s.dtype != "float16"
 
 
-def _losses(s: Shape, name: str, d: int, found: int, n: int) -> Iterator[Part]:
+def _losses(s: Shape, name: str, d: int, n: int, present: int) -> Iterator[Part]:
     """k decoder rows gathered per row of one target, once for all S sources; x, ids and values read."""
-    rows = s.B * d * s.e * (2 if s.auxk else 1)  # AuxK needs the target's own error
-    yield _gather(s, name, d, found, n, rows, s.M * (8 + 4 * s.S) + 4 * s.S * s.B, 2 * s.S)
+    once = s.B * d * s.e * (2 if s.auxk else 1)  # AuxK needs the target's own error
+    per_slab = s.M * (8 + 4 * s.S) + 4 * s.S * s.B
+    yield _gather(s, name, d, n, present, once=once, per_slab=per_slab, flops=2 * s.S)
     slabs = _slabs(s, d, s.k)[1]
     yield from when(slabs > 1, of_torch("sum of slabs", 4 * s.S * s.B * (slabs + 1)))
 
@@ -201,7 +204,7 @@ def _pieces(d: int, width: int) -> list[int]:
     return [min(width, d - c) for c in range(0, d, width)]
 
 
-def _one_pass(s: Shape, d: int, first: bool, found: int, n: int, direct: bool = False) -> Iterator[Part]:
+def _one_pass(s: Shape, d: int, n: int, present: int, *, first: bool, direct: bool = False) -> Iterator[Part]:
     """Losses, dv, sum_s coef E in fp32, and E of all sources or H, of one target; then the kernel that adds up the
     slabs and scales dv, added to that of earlier targets unless `first`. With AuxK the target's own E is kept too.
     `direct`: E of all columns is kept, for the update without gradients."""
@@ -212,7 +215,8 @@ def _one_pass(s: Shape, d: int, first: bool, found: int, n: int, direct: bool = 
     for i, columns in enumerate(pieces):
         kept = (M if through_h else S * B) + (B if s.auxk and not direct else 0)
         once, per_slab = B * columns * (s.e + 4) + kept * columns * s.e, M * (12 if through_h else 8) + 2 * (dv + sq)
-        yield _gather(s, "gather", columns, found, n, once, per_slab, (6 if through_h else 4) * S)
+        flops = (6 if through_h else 4) * S
+        yield _gather(s, "gather", columns, n, present, once=once, per_slab=per_slab, flops=flops)
         pending.append(_slabs(s, columns, s.k)[1])
         slab_sums += pending[-1] * (dv + sq)
         if i == len(pieces) - 1 or sum(pending) * dv > PARTIAL_BYTES or len(pending) == 4:
@@ -220,7 +224,7 @@ def _one_pass(s: Shape, d: int, first: bool, found: int, n: int, direct: bool = 
             pending, slab_sums, added = [], 0, True
 
 
-def _reduce(s: Shape, d: int, sources: int, per_entry: int, written: float, entries: int) -> Iterator[Part]:
+def _reduce(s: Shape, d: int, sources: int, entries: int, *, per_entry: int, written: float) -> Iterator[Part]:
     """Per list entry the rows of `sources` out of L2, per tile of columns lists, offsets and `per_entry` bytes; then a
     look at every 64th place for lists that were split."""
     block = reduce_config(d, s.arch, sources).block_d
@@ -239,7 +243,7 @@ def _reduce_dec(s: Shape, d: int, through_h: bool, width: int) -> Iterator[Part]
             yield Part("segment sum", moved, flops=s.M * columns)
             yield Part("finish", s.M)
         else:
-            yield from _reduce(s, columns, s.S, 4 + 8 * s.S, s.N * columns * s.e, s.M)
+            yield from _reduce(s, columns, s.S, s.M, per_entry=4 + 8 * s.S, written=s.N * columns * s.e)
 
 
 def _bias_sums(s: Shape, launches: int = 2) -> Part:
@@ -260,8 +264,8 @@ def _auxk(s: Shape, direct: bool) -> Iterator[Part]:
     streams; the loss, and its gradients where the main loss computes its own, over min(auxk, dead) decoder rows; the
     sums added in place to the latents that have entries, unless the update takes them; torch's passes."""
     ahead, S, SB, BD = direct or computes_ahead(s), s.S, s.S * s.B, s.B * s.D
-    found, ids = min(s.auxk, s.dead), 8 * s.B * s.auxk
-    entries = s.B * found
+    present, ids = min(s.auxk, s.dead), 8 * s.B * s.auxk
+    entries = s.B * present
     touched = 2 * s.e * distinct(s.dead, entries) if entries else 0  # bytes of a column, read and written
     residuals = of_torch("residuals", (2 * BD + s.D) * s.e, S)
     norms = Part("target weights", BD * s.e + 8 * SB)
@@ -274,16 +278,17 @@ def _auxk(s: Shape, direct: bool) -> Iterator[Part]:
         else:  # programs look at the count; the rows get ids of the living
             yield Part("nothing dead", ids, launches=2 * _chunks(s, s.auxk, compact=True)[0])
     yield of_torch("stack", 2 * S * ids)
-    yield from _values(s, s.auxk, found, s.dead)
-    yield from _lists(s, s.auxk, S, beside=found == s.auxk)
+    yield from _values(s, s.auxk, s.dead, present)
+    yield from _lists(s, s.auxk, S, beside=present == s.auxk)
     for d in s.d_streams:
         one = replace(s, k=s.auxk, d_streams=(d,), auxk=0, dead=0)
-        yield from _losses(one, "loss", d, found, s.dead)
-        yield from _one_pass(one, d, True, found, s.dead)
+        yield from _losses(one, "loss", d, s.dead, present)
+        yield from _one_pass(one, d, s.dead, present, first=True)
         if not direct:
             for columns in _pieces(d, route(one, d)[1]):  # dW_dec: value and scale of an entry
-                yield from _reduce(one, columns, 1, 4 + 8, touched * columns, entries)
-            yield from _reduce(one, d, 1, 4 + 8, touched * (d + 1), entries)  # dW_enc and dc: gradient and gate
+                yield from _reduce(one, columns, 1, entries, per_entry=4 + 8, written=touched * columns)
+            # dW_enc and dc: gradient and gate
+            yield from _reduce(one, d, 1, entries, per_entry=4 + 8, written=touched * (d + 1))
     yield from (residuals, norms, Part("AuxK terms", 4 * (2 * SB + 3 * S), launches=2))
     yield from when(S > 1, of_torch("column of the weights", 8 * S))
     if ahead:  # the biases' sums: twice as many tensors in the launches of the main loss
@@ -319,17 +324,17 @@ def _update(s: Shape, d: int, decoder: bool) -> Iterator[Part]:
     """A matrix of one stream: sums of its lists and of AuxK's, projection and Adam; of the encoder also latent biases
     and the pre-bias."""
     sources, per_entry = (s.S, 4 + 8 * s.S) if decoder else (1, 12)
-    block, found = latent_adam_config(d, s.arch, not decoder).block_d, min(s.auxk, s.dead)
+    block, present = latent_adam_config(d, s.arch, not decoder).block_d, min(s.auxk, s.dead)
     for places, rows in ((s.M, sources), *([(s.B * s.auxk, 1)] if s.auxk else [])):
         programs = 2 * cdiv(places, reduce_chunk(places, d)) * cdiv(d, reduce_config(d, s.arch, rows).block_d)
         yield Part("list parts", 4 * programs)
-    entries, rows = sources * s.M + s.B * found, sources * s.B * d * s.e
+    entries, rows = sources * s.M + s.B * present, sources * s.B * d * s.e
     own = s.B * d * s.e if s.auxk and decoder else 0  # AuxK's errors; the encoder reads x again
     sums = 0 if decoder else 4 * cdiv(s.N, adam_rows(s.N)) * d  # of dc W_enc, one of each program
-    moved = s.M * per_entry + 4 * s.N + (s.B * found * 12 + 4 * s.N if s.auxk else 0) + sums
+    moved = s.M * per_entry + 4 * s.N + (s.B * present * 12 + 4 * s.N if s.auxk else 0) + sums
     moved += (2 * parameter_bytes(s) + 4 * MOMENT) * s.N * (d if decoder else d + 1)
     moved += s.e * s.N * d if s.autocast else 0  # the rounded weights, SparcAdam's `shadow`
-    used = Reuse(entries * d * s.e, rows + (own if found else 0), rows + own)
+    used = Reuse(entries * d * s.e, rows + (own if present else 0), rows + own)
     yield Part("weights and moments", moved, used, flops=2 * entries * cdiv(d, block) * block)
     if not decoder:
         yield of_torch("pre-bias gradient", sums + 16 * d, 2)
@@ -350,15 +355,17 @@ def ops_of(s: Shape, direct: bool = False) -> dict[str, Op]:
         # x - b of every stream, for the selection, the values and dW_enc
         "centre": [Part("centre", 2 * B * D * e)],
         selected.name: selected.parts,
-        "values": _values(s, k, k, N),
+        "values": _values(s, k, N, k),
         # a byte a latent and stream zeroed, set where a value fires, read with the int64 counters, which are written
         "counters": [of_torch("zeros", S * N), Part("fired", S * M * (4 + 8 + 1)), Part("count", S * N * (1 + 8 + 8))],
         # beside the gathers of the values
         "inverse index": _lists(s, k, 1, beside=True),
         # losses in the forward, everything again in the backward
-        "losses": [] if ahead else [p for d in widths for p in _losses(s, "gather", d, k, N)],
+        "losses": [] if ahead else [p for d in widths for p in _losses(s, "gather", d, N, k)],
         # one pass per target that makes losses, dv and E (or H); unless ahead every target has a dv of its own
-        "losses + dv": [p for t, d in enumerate(widths) for p in _one_pass(s, d, not ahead or t == 0, k, N, direct)],
+        "losses + dv": [
+            p for t, d in enumerate(widths) for p in _one_pass(s, d, N, k, first=not ahead or t == 0, direct=direct)
+        ],
         "dW_dec": [] if direct else [p for d in widths for p in _reduce_dec(s, d, *route(s, d))],
         "weights, terms": [
             of_torch("term weights", 4 * (S * S + S), 2),
@@ -373,7 +380,9 @@ def ops_of(s: Shape, direct: bool = False) -> dict[str, Op]:
             *when(not ahead, of_torch("scaled", (S - 1) * 12 * S * M, 2 * S - 1)),
         ],
         # per list entry one row of x - b, its dv and the value that gates it; dW_enc and dc written
-        "dW_enc": [] if direct else [p for d in widths for p in _reduce(s, d, 1, 12, N * (d + 1) * e, M)],
+        "dW_enc": [] if direct else [
+            p for d in widths for p in _reduce(s, d, 1, M, per_entry=4 + 4 + 4, written=N * (d + 1) * e)
+        ],
         # -W_enc^T dc: W_enc read once more, all streams in two launches
         "d pre_bias": when(not direct, Part(
             "weighted sums", e * (N * D + S * N + D) + 8 * D * cdiv(N, column_chunk(N)), flops=2 * N * D, launches=2,

@@ -137,9 +137,9 @@ def library_unit(s: Shape) -> str:
     return "tf32" if s.dtype == "float32" and s.tf32 else s.dtype
 
 
-def product(s: Shape, name: str, m: int, n: int, d: int, unit: str, extra: float = 0, **how) -> Part:
+def product(s: Shape, name: str, m: int, n: int, d: int, *, extra: float = 0, **how) -> Part:
     """[m, d] x [d, n]: operands read, product written, `extra` bytes besides."""
-    return Part(name, (m * d + n * d + m * n) * s.e + extra, flops=2 * m * n * d, unit=unit, **how)
+    return Part(name, (m * d + n * d + m * n) * s.e + extra, flops=2 * m * n * d, **how)
 
 
 # Assumption: torch.topk is a radix select of 2 bits a pass, then two collecting passes; instructions for 32 logits and
