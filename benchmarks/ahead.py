@@ -37,7 +37,7 @@ def exercised(arch: int) -> list[Listing]:
 def recorded(work: Callable[[str], None], arch: int, tf32: bool = False) -> list[Launch]:
     """What work(device) launches, which makes its tensors there."""
     found: list[Launch] = []
-    with trace._as_on_gpu(arch, tf32, found), trace._Tracer([]):
+    with trace.as_on_gpu(arch, tf32, found), trace._Tracer([]):
         work("meta")
     return found
 

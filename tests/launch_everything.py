@@ -31,7 +31,7 @@ from sparc_kernels import (
 )
 from sparc_kernels.core.registry import OPERATORS
 from sparc_kernels.launch.select import EncodeConfig
-from sparc_kernels.nn.fused_step import training_step  # noqa: F401  the last operators are registered there
+from sparc_kernels.nn.fused_step import fused_step  # noqa: F401  the last operators are registered there
 from sparc_kernels.ops import aligned_loss, dead, selection
 from sparc_kernels.tools import trace
 from sparc_kernels.tools.compiler import ask_jit
@@ -214,7 +214,7 @@ def both(recorder, grid):
 
     def launch(*args, **named):
         recorder._launch(*args, **named)
-        recorder.kernel[grid](*args, **named)
+        recorder.kernel.run(*args, grid=grid, warmup=False, **named)
 
     return launch
 
@@ -306,7 +306,7 @@ def main(everything):
     with mock.patch.dict(OPERATORS, counting), mock.patch.object(trace._Recorder, "__getitem__", both):
         for (arch, tf32), group in groupby(scenarios(), lambda scenario: scenario.gpu):
             found = []
-            with stand_in(arch, tf32=tf32, stage=stage) as driver, trace._as_on_gpu(arch, tf32, found):
+            with stand_in(arch, tf32=tf32, stage=stage) as driver, trace.as_on_gpu(arch, tf32, found):
                 for scenario in group:
                     try:
                         scenario.run()

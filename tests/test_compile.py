@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from sparc_kernels.core.registry import NAMESPACE, operator_of
 from sparc_kernels.tools import compiler
 from sparc_kernels.tools.shape import parse_shape
-from sparc_kernels.tools.trace import _as_on_gpu, trace
+from sparc_kernels.tools.trace import as_on_gpu, trace
 from sparc_kernels.tools.verify import checks
 from sparc_kernels.tools.verify import run as verify
 from sparc_kernels.tools.verify.judge import F32, Check
@@ -161,7 +161,7 @@ def laid(x, like, device):
 def really_launched(case, dtype):
     """What the checks launch when they have values and judge them."""
     found, problems = [], {}
-    with _as_on_gpu(90, False, found), _Both():
+    with as_on_gpu(90, False, found), _Both():
         for name, word, fn in checks.CHECKS:
             if word in case.ops.split():
                 fn(Check(name, case, dtype, torch.device("cpu"), "auto", problems))

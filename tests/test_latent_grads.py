@@ -10,6 +10,7 @@ from sparc_kernels.ops import latent_reduce as ops_latent_reduce
 from sparc_kernels.ops.dead import dead_first
 from sparc_kernels.ops.inverse_index import inverse_index_op
 from sparc_kernels.ops.latent_reduce import latent_reduce, latent_reduce_
+from sparc_kernels.ops.records import WeightedLists
 
 
 @settings(max_examples=50, deadline=None)
@@ -61,7 +62,7 @@ def test_the_last_list_ends_where_it_ends(monkeypatch):
     indices = torch.tensor([[0, 3], [4, 99], [4, -1]])
     inverse = inverse_index(indices, 5, impl="torch")
     coef, mat = torch.rand(1, 3, 2), torch.randn(1, 3, 6).bfloat16()
-    rows, _ = ops_latent_reduce.latent_reduce(inverse, coef, mat, 2, torch.bfloat16, "torch")
+    rows, _ = ops_latent_reduce.latent_reduce(WeightedLists(inverse, coef, None, None, mat, 2), torch.bfloat16, "torch")
     inside = (indices >= 0) & (indices < 5)
     want = (
         reference.codes(indices.where(inside, 0), coef[0].where(inside, 0.0).bfloat16().double(), 5).T @ mat[0].double()
@@ -139,13 +140,13 @@ def test_latent_reduce(impl, rows, k, n, d, S):
         want.index_add_(0, ids.flatten(), (coef[s][..., None] * mat[s][:, None]).reshape(-1, d))
     sums = torch.zeros(n, dtype=torch.float64).index_add_(0, ids.flatten(), coef.sum(0).flatten())
     inverse = inverse_index(ids.to(DEVICE), n)
-    args = inverse, coef.to(DEVICE, KERNEL_DTYPE), mat.to(DEVICE, KERNEL_DTYPE), k, KERNEL_DTYPE, impl
-    out, got_sums = latent_reduce(*args)
+    lists = WeightedLists(inverse, coef.to(DEVICE, KERNEL_DTYPE), None, None, mat.to(DEVICE, KERNEL_DTYPE), k)
+    out, got_sums = latent_reduce(lists, KERNEL_DTYPE, impl)
     assert_close(out.double().cpu(), want)
     assert_close(got_sums.double().cpu(), sums)
-    again, _ = latent_reduce(*args)
+    again, _ = latent_reduce(lists, KERNEL_DTYPE, impl)
     assert torch.equal(out, again)
-    latent_reduce_(out, got_sums, *inverse, args[1], None, None, args[2], k, True, impl)
+    latent_reduce_(out, got_sums, *lists.tensors, k, True, impl)
     assert_close(out.double().cpu(), 2 * want)
     assert_close(got_sums.double().cpu(), 2 * sums)
 

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton")
 from sparc_kernels.core._triton import INTERPRETED
 from sparc_kernels.core.registry import OPERATORS
-from sparc_kernels.nn.fused_step import training_step  # noqa: F401  the last operators are registered there
+from sparc_kernels.nn.fused_step import fused_step  # noqa: F401  the last operators are registered there
 from sparc_kernels.tools.shape import Shape
 from sparc_kernels.tools.stand_in import stand_in
 from sparc_kernels.tools.trace import launches, trace

@@ -152,7 +152,7 @@ def test_the_kernels_optimizer_reads_no_value(lr):
 
 def test_no_output_is_copied_from_the_host_when_it_is_read():
     for topk_type in ("global", "local"):
-        with trace._as_on_gpu(90, False, []):
+        with trace.as_on_gpu(90, False, []):
             shape = Shape(256, 2048, 16, (64, 48), "bfloat16")
             model, inputs = trace._model(shape, topk_type, 8), trace._inputs(shape)
             with trace._Tracer([*model.parameters(), *model.buffers(), *inputs.values()]) as seen:

@@ -219,20 +219,22 @@ def patch_sums(patch, faulty):
     """Every sum over a latent's list, with other coefficients or rows."""
     sound, inner, plain = encode.latent_reduce_, decode_grads.reduce_torch, decode.latent_reduce
 
-    def latent_reduce(inverse, coef, mat, *rest):
-        return plain(inverse, *faulty(coef, mat), *rest)
+    def latent_reduce(lists, *rest):
+        coef, mat = faulty(lists.coef, lists.mat)
+        return plain(lists._replace(coef=coef, mat=mat), *rest)
 
-    def wrapped(call):
-        def latent_reduce_(*args):
-            coef, mat = faulty(args[5], args[8])
-            return call(*args[:5], coef, *args[6:8], mat, *args[9:])
+    def latent_reduce_(*args):
+        coef, mat = faulty(args[5], args[8])
+        return sound(*args[:5], coef, *args[6:8], mat, *args[9:])
 
-        return latent_reduce_
+    def reduce_torch(**named):
+        coef, mat = faulty(named["coef"], named["mat"])
+        return inner(**{**named, "coef": coef, "mat": mat})
 
     for where in (decode, checks):
         patch(where, "latent_reduce", latent_reduce)
-    patch(encode, "latent_reduce_", wrapped(sound))
-    patch(decode_grads, "reduce_torch", wrapped(inner))
+    patch(encode, "latent_reduce_", latent_reduce_)
+    patch(decode_grads, "reduce_torch", reduce_torch)
 
 
 def patch_select(patch, faulty):
@@ -406,8 +408,8 @@ def infinity_stepped_on(patch):
 
 
 def step_without_auxk(patch):
-    sound = fused_step._Targets.encoder_lists
-    patch(fused_step._Targets, "encoder_lists", lambda self, s: (sound(self, s)[0], []))
+    sound = fused_step._encoder_lists
+    patch(fused_step, "_encoder_lists", lambda *args: (sound(*args)[0], None))
 
 
 def shadow_not_rounded_again(patch):

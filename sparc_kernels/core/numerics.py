@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .target import current
+
 
 def autocast_enabled(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
@@ -57,3 +59,14 @@ def pad_width(x: torch.Tensor) -> torch.Tensor:
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums and losses are kept in: float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def allow_tf32() -> bool:
+    """Whether float32 products may be tf32, by torch's newer setting where it exists.
+
+    Once a user has touched that one, torch refuses to read the old one.
+    """
+    if target := current():
+        return target.tf32
+    new = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    return new == "tf32" if new is not None else torch.get_float32_matmul_precision() != "highest"

@@ -10,6 +10,7 @@ import torch
 
 from ._triton import HAS_TRITON, INTERPRETED
 from .numerics import no_autocast
+from .target import current
 
 NAMESPACE = "sparc_kernels"
 IMPLS = ("auto", "triton", "torch")
@@ -80,6 +81,8 @@ def resolve_impl(impl: str, tensor: torch.Tensor, integers: bool = False) -> str
     dtypes = (torch.int64,) if integers else TRITON_DTYPES
     if impl not in IMPLS:
         raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLS))}, got {impl!r}")
+    if current() is not None:
+        return "torch" if impl == "torch" else "triton"
     if impl == "auto":
         return "triton" if tensor.is_cuda and HAS_TRITON and tensor.dtype in dtypes else "torch"
     if impl == "triton" and not INTERPRETED:

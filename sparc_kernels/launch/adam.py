@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core._triton import INTERPRETED, TRITON_VERSION
+from ..core._triton import TRITON_VERSION
+from ..core.target import interpreted
 from .device import Limited, next_power_of_2
 
 ADAM_WIDTH = 8192  # columns of a row that one program of the optimizer's kernels holds; wider rows are left to torch
@@ -44,7 +45,7 @@ def latent_adam_config(d: int, arch: int, parts: bool) -> LatentAdamConfig:
     8,192, sm_100 spills 24 to 40 bytes with the sum that W_enc needs). Compiled (sm_90): 108 registers in 4 warps with
     2 entries at a time, 142 with 4; in 16 warps, where a thread has 128, two entries spill 96 to 208 bytes at 16
     columns a thread, one with early moments 32; sm_100 spills 8 bytes with two in 4 warps."""
-    if INTERPRETED:
+    if interpreted():
         block_d = max(next_power_of_2(d), 16)
         return LatentAdamConfig(min(block_d, 16) if parts else block_d, 4, 2, True)
     config = adam_config(min(d, 4096) if parts else d)
@@ -55,4 +56,4 @@ def latent_adam_config(d: int, arch: int, parts: bool) -> LatentAdamConfig:
 
 def adam_rows(n: int) -> int:
     """Latents of one program that adds up dc * W_enc: their sum is written and read once more, 8 bytes a column."""
-    return 2 if INTERPRETED else 8 if n >= 16384 else 4
+    return 2 if interpreted() else 8 if n >= 16384 else 4

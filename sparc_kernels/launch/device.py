@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..core._triton import INTERPRETED
+from ..core.target import current, interpreted
 from .tuned import Bound
 
 
@@ -30,6 +30,8 @@ def shared_limit(arch: int) -> int:
 
 def capability(device: torch.device) -> int:
     """10 * major + minor of an NVIDIA GPU's compute capability, an AMD GPU's gfx number in hexadecimal, else 80."""
+    if target := current():
+        return target.arch
     if device.type != "cuda":
         return 80
     if torch.version.hip:
@@ -54,7 +56,7 @@ class Limited:
 
     def registers(self, arch: int) -> dict:
         """Option of the launch."""
-        limited = self.max_registers and arch < AMD and not INTERPRETED
+        limited = self.max_registers and arch < AMD and not interpreted()
         return {"maxnreg": self.max_registers} if limited else {}
 
 

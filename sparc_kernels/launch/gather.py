@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core._triton import INTERPRETED, TRITON_VERSION
+from ..core._triton import TRITON_VERSION
+from ..core.target import interpreted
 from .budgets import L2_BYTES, MAX_K, SLAB_BYTES
 from .device import AMD, RDNA, STAGES, WARPS, Limited, cdiv, next_power_of_2, shared_limit
 from .tuned import Bound, tunable
@@ -22,7 +23,7 @@ class GatherConfig(Limited):
 
 def gather_chunk(itemsize: int, arch: int = 80) -> int:
     """Selected rows that one launch of the gather kernel takes."""
-    if INTERPRETED:
+    if interpreted():
         return 16 if itemsize >= 4 else MAX_K  # small, so that tiny tests take the route in chunks
     if itemsize >= 4:  # compiled: the splits of tf32x3 keep a whole tile in registers; sm_120 spills 8 to 24 bytes with
         return 64 if 120 <= arch < AMD else 128  # 128 rows and 4 sources (16 warps: 176 to 2,168)
@@ -37,7 +38,7 @@ def gather_chunk(itemsize: int, arch: int = 80) -> int:
 )  # fmt: skip
 def gather_config(k: int, d: int, n: int, itemsize: int, arch: int) -> GatherConfig:
     k_pad = max(next_power_of_2(k), 16)  # tl.dot needs 16
-    if INTERPRETED:
+    if interpreted():
         block_d = 16
     else:
         # a [k_pad, block_d] tile, two or three in flight; 64 rows of 128 columns in bf16 is the form studied on sm_90.

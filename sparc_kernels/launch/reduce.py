@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core._triton import INTERPRETED, TRITON_VERSION
+from ..core._triton import TRITON_VERSION
+from ..core.target import interpreted
 from .budgets import PARTIAL_BYTES
 from .device import RDNA, WARPS, Limited, cdiv, next_power_of_2
 from .tuned import Bound, tunable
@@ -21,7 +22,7 @@ class ReduceConfig(Limited):
 def reduce_chunk(M: int, d: int) -> int:
     """Entries that one program adds up; longer lists are split, and each block of so many places has two rows of d for
     partial sums: more entries where that workspace would be large."""
-    chunk = 4 if INTERPRETED else 64  # small, so that tiny tests split hot latents
+    chunk = 4 if interpreted() else 64  # small, so that tiny tests split hot latents
     while chunk < 4096 and 8 * cdiv(M, chunk) * d > PARTIAL_BYTES:
         chunk *= 2
     return chunk
@@ -34,7 +35,7 @@ def column_chunk(rows: int) -> int:
 
 @tunable("reduce", block_e=Bound(1, 16), block_d=Bound(16, 2048), num_warps=WARPS)
 def reduce_config(d: int, arch: int = 80, sources: int = 1) -> ReduceConfig:
-    if INTERPRETED:
+    if interpreted():
         return ReduceConfig(2, 16, 4)
     block_d = min(max(next_power_of_2(d), 128), 1024)
     # 256 columns a warp: a thread owns whole columns, so the sum over entries never crosses threads

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..core._triton import INTERPRETED, TRITON_VERSION
+from ..core._triton import TRITON_VERSION
+from ..core.target import interpreted
 from .budgets import SCRATCH_BYTES, SCRATCH_LEAST_ROWS
 from .device import AMD, RDNA, STAGES, WARPS, Limited, cdiv, next_power_of_2, shared_limit
 from .tuned import Bound, tunable
@@ -65,7 +66,7 @@ _ROOM = 128, 256, 8  # tile and warps whose registers are limited
     ),
 )  # fmt: skip
 def encode_config(rows: int, itemsize: int, arch: int, compact: bool) -> EncodeConfig:
-    if INTERPRETED:
+    if interpreted():
         return EncodeConfig(16, 32, 16, 4, 4, 1)  # the interpreter's generic reduction walks every element
     block_k = 128 // itemsize  # one 128-byte line of either operand
     if (

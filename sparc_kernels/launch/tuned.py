@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..core.target import current
+
 SHIPPED = Path(__file__).parent / "records"
 CACHE = "SPARC_KERNELS_CACHE"
 VERSION = 1
@@ -76,6 +78,8 @@ def tunable(op: str, *, shared=None, complete=None, **bounds: Bound):
 
 def device_name() -> str | None:
     """The current GPU's name once one is in use and recorded settings are wanted."""
+    if target := current():
+        return target.gpu_name
     if not torch.cuda.is_initialized() or os.environ.get("SPARC_KERNELS_TUNED") == "0":
         return None
     return _name_of(torch.cuda.current_device())

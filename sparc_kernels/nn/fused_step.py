@@ -7,149 +7,106 @@ numbers; then each stream's decoder and encoder are updated from their latents' 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from ..core.validation import check_number, fail, require
-from ..ops.adam import MODES, adam_stream_, rows_of
-from ..ops.aligned_loss import residual
-from ..ops.bias_grads import column_sums
-from ..ops.decode_grads import decode_grads, grads_of_target, target_weights
-from ..ops.gather import KEEP_ALL, KEEP_NONE, gather_error
-from ..ops.inverse_index import inverse_index_op, lists_of
-from ..ops.latent_adam import latent_adam_
-from ..ops.loss_terms import add_auxk, loss_terms
+from ..core.validation import fail, require
+from ..ops.adam import adam_hyper, adam_stream_, rows_of
+from ..ops.aligned_loss import Gradients, LossResult, losses_and_gradients
+from ..ops.inverse_index import InverseIndex, inverse_index_op, lists_of
+from ..ops.latent_adam import LatentParams, update_rows_
+from ..ops.records import DecodeTarget, WeightedLists
+from .forward import ForwardState
+
+if TYPE_CHECKING:
+    from .module import AlignedSAE
+    from .optimizer import SparcAdam
 
 
 @torch.no_grad()
-def training_step(model, inputs, optimizer, auxk_coef, cross_loss_coef):
-    """See `AlignedSAE.training_step`."""
-    _check(model, optimizer)
-    check_number("auxk_coef", auxk_coef)
-    check_number("cross_loss_coef", cross_loss_coef)
-    given = model._check_inputs(inputs)
-    require(given == model.streams, "inputs", f"all streams {model.streams} (the loss needs them)", repr(given))
-    shadow = optimizer.shadow_matrices()
-    c = model._choose(inputs, lists=True, w_encs=shadow and [w_enc for w_enc, _ in shadow])
-    targets = _Targets(model, inputs, c, shadow and [w_dec for _, w_dec in shadow])
-    weights = model._term_weights(c.values, cross_loss_coef)
-    loss, terms, aux_terms = targets.losses_and_gradients(weights, auxk_coef)
-    _update(optimizer, c, targets, loss, shadow)
-    return loss, model._metrics(loss, terms, aux_terms, cross_loss_coef)
+def fused_step(
+    optimizer: SparcAdam,
+    state: ForwardState,
+    targets: list[DecodeTarget],
+    weights: torch.Tensor,
+    auxk_coef: float,
+) -> LossResult:
+    """The loss of a forward and one step of every parameter.
+
+    Args:
+        optimizer: of the model that made `state`, see `check`.
+        state: of a forward over all streams, with inverse indices.
+        targets: of every stream.
+        weights: [T, S] of the terms of the loss.
+        auxk_coef: >= 0.
+    """
+    gradients = Gradients([False] * len(targets), None, keep_errors=True)
+    result = losses_and_gradients(
+        state.codes, state.aux, targets, weights, auxk_coef, gradients=gradients, impl=state.impl
+    )
+    _update(optimizer, state, result)
+    return result
 
 
-class _Targets:
-    """Losses of every target, and of its decoder's gradient what the lists are multiplied with."""
-
-    def __init__(self, model, inputs, c, rows):
-        """rows: the decoders' weights [N, d] as the operators take them, if they are there."""
-        self.c, self.inputs = c, [inputs[s] for s in c.streams]
-        self.rows, self.biases = rows or [model._decoder(s)[0].t() for s in c.streams], c.pre_biases
-        self.errors, self.coef = [], None  # of each target [S, B, d]; [T, S, B]
-        self.aux_errors, self.aux_coef = [], None  # [1, B, d]; [T, 1, B]
-        self.dvalues = torch.empty_like(c.values, memory_format=torch.contiguous_format)
-        self.daux = None
-        self.dbiases = None  # [d] each, in the accumulator dtype
-
-    def losses_and_gradients(self, weights, auxk_coef):
-        """The loss, its terms, and AuxK's or None."""
-        c = self.c
-        norm, self.coef = target_weights(self.inputs, weights, c.impl)
-        sqs, gs, aux_gs, aux_terms = [], [], [], None
-        for t in range(len(self.rows)):
-            sq, g, error = self._target(t)
-            sqs.append(sq)
-            gs.append(g)
-            self.errors.append(error)
-        loss, terms = loss_terms(sqs, norm, weights, c.values, c.impl)
-        if c.aux is not None:
-            loss, aux_terms, aux_gs = self._auxk(loss, weights, auxk_coef)
-        self.dbiases = column_sums(gs, aux_gs, [norm] * len(gs), c.impl)
-        return loss, terms, aux_terms
-
-    def _target(self, t):
-        c = self.c
-        return grads_of_target(
-            c.selection.indices, c.values, self.rows[t], self.biases[t], self.inputs[t], self.coef[t], c.selection[2:],
-            None, KEEP_ALL, self.dvalues, t > 0, None, False, c.impl,
-        )  # fmt: skip
-
-    def _auxk(self, loss, weights, auxk_coef):
-        c, T = self.c, len(self.rows)
-        residuals = [residual(b, e[t]) for t, (b, e) in enumerate(zip(self.biases, self.errors, strict=True))]
-        norm, _ = target_weights(residuals, weights[:, :1], c.impl)
-        args = [
-            (c.aux.indices[t], c.aux_values[t : t + 1], self.rows[t], self.biases[t], residuals[t]) for t in range(T)
-        ]  # fmt: skip
-        sqs = [gather_error(*args[t], KEEP_NONE, c.aux.count[t], c.impl)[0] for t in range(T)]
-        loss, terms, aux_weights = add_auxk(sqs, norm, loss, auxk_coef, c.impl)
-        _, self.aux_coef = target_weights(residuals, aux_weights, c.impl)
-        self.daux, gs = torch.empty_like(c.aux_values, memory_format=torch.contiguous_format), []
-        for t in range(T):
-            _, g, error = decode_grads(
-                *args[t], self.aux_coef[t], *c.aux.lists(t), c.aux.count[t], KEEP_ALL, self.daux[t : t + 1], False,
-                None, False, c.impl,
-            )  # fmt: skip
-            gs.append(g)
-            self.aux_errors.append(error)
-        return loss, terms, gs
-
-    def decoder_lists(self):
-        """Lists of each target's decoder, of AuxK (empty without), places per row of both."""
-        c, n = self.c, self.rows[0].shape[0]
-        coef, k = c.values, c.values.shape[2]
-        if c.selection.indices.dim() == 2:
-            lists = c.selection.lists(0)
-        else:  # every (source, row) has its own list entries: one source with S * B rows
-            lists, coef = lists_of(inverse_index_op(c.selection.indices.flatten(1), 1, n, None, c.impl), 0), None
-        for t, error in enumerate(self.errors):
-            scale = self.coef[t]
-            if coef is None:
-                error, scale = error.reshape(1, -1, error.shape[-1]), scale.reshape(1, -1)
-            main = [*lists, c.values if coef is not None else c.values.reshape(1, -1), scale, None, error]
-            aux = []
-            if c.aux is not None:
-                aux = [*c.aux.lists(t), c.aux_values[t : t + 1], self.aux_coef[t], None, self.aux_errors[t]]
-            yield main, aux, k
-
-    def encoder_lists(self, s):
-        c, one = self.c, slice(s, s + 1)
-        mat = c.centred[s][None]
-        main = [*c.selection.lists(s), self.dvalues[one], None, c.values[one], mat]
-        aux = []
-        if c.aux is not None:
-            aux = [*c.aux.lists(s), self.daux[one], None, c.aux_values[one], mat]
-        return main, aux
-
-
-def _update(optimizer, c, targets, loss, shadow):
-    group, streams = optimizer.param_groups[0], optimizer.streams()
+def _update(optimizer: SparcAdam, state: ForwardState, result: LossResult) -> None:
+    streams, half = optimizer.streams(), optimizer.half_weights()
     moments = optimizer.prepare([[True] * 4 for _ in streams])
-    optimizer.count_step([True] * (4 * len(streams)), loss=loss)
-    mode, adam = MODES[group["normalize"]], (*group["betas"], group["eps"])
-    aux_k = 0 if c.aux is None else c.aux_values.shape[2]
-    for s, (main, aux, k) in enumerate(targets.decoder_lists()):
-        stream, (ms, vs), impl = streams[s], moments[s], optimizer.impl_of(streams[s])
-        w_enc, w_dec, pre_bias, latent_bias = (rows_of(p, i) for i, p in enumerate(stream))
-        scalars = optimizer.scalars(s)
-        enc_shadow, dec_shadow = shadow[s] if shadow else (None, None)
-        latent_adam_(
-            w_dec, ms[1], vs[1], dec_shadow, [], scalars[1], scalars[1], main, k, aux, aux_k, mode, *adam, impl,
-        )  # fmt: skip
-        main, aux = targets.encoder_lists(s)
-        bias = [latent_bias, ms[3], vs[3]]
-        lean = latent_adam_(
-            w_enc, ms[0], vs[0], enc_shadow, bias, scalars[0], scalars[3], main, k, aux, aux_k, 0, *adam, impl,
-        )  # fmt: skip
-        dpre = targets.dbiases[s] - lean
-        params, grads = [w_enc, w_dec, pre_bias, latent_bias], [None, None, dpre, None]
-        adam_stream_(params, grads, ms, vs, scalars, mode, *adam, impl)
+    optimizer.count_step([True] * (4 * len(streams)), loss=result.loss)
+    hyper = adam_hyper(optimizer.param_groups[0])
+    codes, lists = state.codes, None
+    if not codes.shared:  # every (source, row) has its own list entries: one source with S * B rows
+        n_latents = len(state.encoder.w_encs[0])
+        lists = lists_of(inverse_index_op(codes.indices.flatten(1), 1, n_latents, None, state.impl), 0)
+    for s, stream in enumerate(streams):
+        (ms, vs), scalars, impl = moments[s], optimizer.scalars(s), optimizer.impl_of(stream)
+        params = [rows_of(p, i) for i, p in enumerate(stream)]
+        w_enc, w_dec, _, latent_bias = params
+        enc_half, dec_half = half[s] if half else (None, None)
+        decoder = LatentParams(w_dec, ms[1], vs[1], dec_half, [], scalars[1], scalars[1])
+        update_rows_(decoder, *_decoder_lists(state, result, s, lists), hyper, impl)
+        encoder = LatentParams(w_enc, ms[0], vs[0], enc_half, [latent_bias, ms[3], vs[3]], scalars[0], scalars[3])
+        dpre_bias_sum = update_rows_(encoder, *_encoder_lists(state, result, s), hyper.plain(), impl)
+        grads = [None, None, result.dbiases[s] - dpre_bias_sum, None]
+        adam_stream_(params, grads, ms, vs, scalars, *hyper, impl)
     torch.autograd.graph.increment_version([p for stream in streams for p in stream])
-    if shadow:
-        optimizer.shadow_written()
+    if half:
+        optimizer.half_weights_written()
     optimizer._opt_called = True  # learning rate schedulers ask
 
 
-def _check(model, optimizer):
+def _decoder_lists(
+    state: ForwardState, result: LossResult, t: int, lists: InverseIndex | None
+) -> tuple[WeightedLists, WeightedLists | None]:
+    """What the gradient of target t's decoder is the sum of: lists of the codes, and of AuxK's if there is one.
+
+    lists: of all sources' own indices, as if of one source; None where the sources share theirs.
+    """
+    codes, aux = state.codes, state.aux
+    coef, scale, error, k = codes.values, result.coef[t], result.errors[t], codes.values.shape[2]
+    if lists is None:
+        lists = codes.lists(0)
+    else:
+        coef, scale, error = coef.reshape(1, -1), scale.reshape(1, -1), error.reshape(1, -1, error.shape[-1])
+    main = WeightedLists(lists, coef, scale, None, error, k)
+    if aux is None:
+        return main, None
+    values = aux.values[t : t + 1]
+    return main, WeightedLists(aux.lists(t), values, result.aux_coef[t], None, result.aux_errors[t], values.shape[2])
+
+
+def _encoder_lists(state: ForwardState, result: LossResult, s: int) -> tuple[WeightedLists, WeightedLists | None]:
+    """The same for stream s's encoder; the gate is the value that relu left."""
+    one, mat = slice(s, s + 1), state.centred[s][None]
+
+    def lists(codes, dvalues):
+        return WeightedLists(codes.lists(s), dvalues[one], None, codes.values[one], mat, codes.values.shape[2])
+
+    return lists(state.codes, result.dvalues), None if state.aux is None else lists(state.aux, result.daux)
+
+
+def check(optimizer: SparcAdam, model: AlignedSAE) -> None:
+    """ValueError where the fused step of `model` is not possible with this optimizer."""
     require(optimizer.model is model, "optimizer", "a SparcAdam of this model", "another model's")
     if optimizer.param_groups[0]["max_grad_norm"] is not None:
         fail(

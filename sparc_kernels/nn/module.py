@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,10 +13,12 @@ from ..core.registry import IMPLS, resolve_impl
 from ..core.validation import check_bool, check_int, check_number, check_tensor, fail, require
 from ..launch.budgets import MAX_K, MAX_STREAMS
 from ..ops.dead import count_fired_, count_fired_torch, select_dead
-from ..ops.encode import Selection, centre_for, differentiable_values, select_latents, values_and_lists
+from ..ops.encode import centre_for, differentiable_values, gather_codes, select_latents
 from ..ops.joint import JointCast, wants_joint
-from ..ops.loss_terms import Terms
-from .outputs import AlignedOutputs, version_of
+from ..ops.records import DecodeTarget, EncoderParams, SparseCodes
+from .forward import ForwardState, version_of
+from .loss import loss_of, metrics_of, term_weights
+from .outputs import AlignedOutputs
 
 if TYPE_CHECKING:
     from .optimizer import SparcAdam
@@ -106,31 +108,37 @@ class AlignedSAE(nn.Module):
 
         Activation checkpointing around forward and loss moves the counters once (docs/integration.md).
         """
-        c = self._choose(inputs, torch.is_grad_enabled())
-        values, aux_values = differentiable_values(
-            c.xs, c.w_encs, c.pre_biases, c.latent_biases, c.centred, c.selection, c.values, c.aux, c.aux_values, c.impl
-        )
-        return AlignedOutputs(self, inputs, c.streams, c.selection, values, c.aux, aux_values)
-
-    def _choose(self, inputs, lists: bool, w_encs: list[torch.Tensor] | None = None) -> Choice:
-        """What a forward makes; only casts of parameters and inputs are differentiable. lists: with the inverse
-        indices that gradients need. w_encs: the encoders' weights as the operators take them, if they are there."""
         streams = self._check_inputs(inputs)
-        w_encs, pre_biases, latent_biases = self._encoders(streams, w_encs)
-        xs = [inputs[s].to(w.dtype) for s, w in zip(streams, w_encs, strict=True)]
+        state = self._encode(inputs, streams, torch.is_grad_enabled())
+        parts = state.codes, state.aux, state.xs, state.centred, state.encoder, state.impl
+        state.codes, state.aux = differentiable_values(*parts)
+        return AlignedOutputs(state.record())
+
+    def _encode(
+        self, inputs, streams: list[str], lists: bool, w_encs: list[torch.Tensor] | None = None
+    ) -> ForwardState:
+        """Select, gather values, move the counters; only casts of parameters and inputs are differentiable.
+
+        Args:
+            inputs: checked.
+            streams: those of the inputs.
+            lists: make the inverse indices that gradients need.
+            w_encs: the encoders' weights in the operators' dtype, where they exist already.
+        """
+        encoder = self._encoders(streams, w_encs)
+        xs = [inputs[s].to(w.dtype) for s, w in zip(streams, encoder.w_encs, strict=True)]
         impl = resolve_impl(self.impl, xs[0])
         with torch.no_grad():
-            centred = centre_for(xs, w_encs, pre_biases, impl)
-            chosen = select_latents(centred, w_encs, latent_biases, self.k, self.topk_type, impl)
+            centred = centre_for(xs, encoder.w_encs, encoder.pre_biases, impl)
+            selected = select_latents(centred, encoder.w_encs, encoder.latent_biases, self.k, self.topk_type, impl)
             # one inverse index serves every gradient; without gradients nothing needs it
-            values, selection = values_and_lists(Selection(chosen), centred, w_encs, latent_biases, lists, impl)
-            dead = self._move_counters(inputs, streams, chosen, values, impl)
-            aux = aux_values = None
+            codes = gather_codes(SparseCodes(selected, None), centred, encoder, lists, impl)
+            dead = self._move_counters(inputs, streams, selected, codes.values, impl)
+            aux = None
             if self.auxk:
-                aux = select_dead(centred, w_encs, latent_biases, [dead[s] for s in streams], self.auxk, impl)
-                aux_values, aux = values_and_lists(aux, centred, w_encs, latent_biases, lists, impl)
-        weights = xs, w_encs, pre_biases, latent_biases
-        return Choice(streams, impl, *weights, centred, selection, values, aux, aux_values)
+                chosen = select_dead(centred, encoder, [dead[s] for s in streams], self.auxk, impl)
+                aux = gather_codes(chosen, centred, encoder, lists, impl)
+        return ForwardState(self, dict(inputs), streams, impl, xs, encoder, centred, codes, aux)
 
     def _move_counters(self, inputs, streams, indices, values, impl) -> dict[str, torch.Tensor] | None:
         """One step of the dead counters. Returns the latents that AuxK may choose from: {s: bool [N]}.
@@ -195,26 +203,24 @@ class AlignedSAE(nn.Module):
         avg_cross_loss, avg_cross_loss_scaled, avg_l1_sparsity, avg_num_active_neurons, total_loss.
         """
         require(isinstance(outputs, AlignedOutputs), "outputs", "the AlignedOutputs that forward returned", outputs)
-        require(outputs._model is self, "outputs", "what this model's forward returned", "another model's outputs")
+        state = outputs.state
+        require(state.model is self, "outputs", "what this model's forward returned", "another model's outputs")
         check_number("auxk_coef", auxk_coef)
         check_number("cross_loss_coef", cross_loss_coef)
         streams = self._check_inputs(inputs)
         require(streams == self.streams, "inputs", f"all streams {self.streams} (the loss needs them)", repr(streams))
-        done = outputs._streams
+        done = state.streams
         require(done == self.streams, "outputs", f"a forward over all streams {self.streams}", repr(done))
-        rows, had = inputs[streams[0]].shape[0], outputs._values[streams[0]].shape[0]
+        rows, had = inputs[streams[0]].shape[0], state.codes.values.shape[1]
         if rows != had:
             fail("inputs", f"{had} rows as in outputs", str(rows))
-        outputs._check_unchanged()
-        with torch.set_grad_enabled(outputs._grad and torch.is_grad_enabled()):
-            return self._loss(outputs, inputs, streams, auxk_coef, cross_loss_coef)
-
-    def _loss(self, outputs, inputs, streams, auxk_coef, cross_loss_coef):
-        """compute_loss on checked arguments, under the gradient mode of the forward."""
-        weights = self._term_weights(outputs._stacked, cross_loss_coef)
-        decoders = [self._decoder(s) for s in streams]
-        total, terms, aux = outputs._loss(weights, auxk_coef, decoders, inputs)
-        return total, self._metrics(total, terms, aux, cross_loss_coef)
+        state.check_unchanged()
+        with torch.set_grad_enabled(state.grad and torch.is_grad_enabled()):
+            weights = term_weights(state.codes.values, cross_loss_coef)
+            decoders, xs = [self.decoder_of(s) for s in streams], [inputs[s] for s in streams]
+            impl = resolve_impl(self.impl, decoders[0][0])
+            loss, terms, aux_terms = loss_of(state, decoders, xs, weights, auxk_coef, impl)
+            return loss, metrics_of(streams, loss, terms, aux_terms, cross_loss_coef)
 
     def training_step(
         self,
@@ -245,39 +251,27 @@ class AlignedSAE(nn.Module):
             optimizer.step()
         but that hooks of gradients and of optimizer.step are not called.
         """
-        step = getattr(optimizer, "_training_step", None)
-        require(step is not None, "optimizer", "a SparcAdam", optimizer)
-        return step(self, inputs, auxk_coef, cross_loss_coef)
+        ours = hasattr(optimizer, "fused_step")
+        require(ours, "optimizer", "a SparcAdam", optimizer)  # its module imports this one
+        optimizer.check_fused_step(self)
+        check_number("auxk_coef", auxk_coef)
+        check_number("cross_loss_coef", cross_loss_coef)
+        streams = self._check_inputs(inputs)
+        require(streams == self.streams, "inputs", f"all streams {self.streams} (the loss needs them)", repr(streams))
+        with torch.no_grad():
+            half = optimizer.half_weights()
+            state = self._encode(inputs, streams, True, half and [w_enc for w_enc, _ in half])
+            rows = [w_dec for _, w_dec in half] if half else [self.decoder_of(s)[0].t() for s in streams]
+            targets = [
+                DecodeTarget(w, bias, inputs[s])
+                for w, bias, s in zip(rows, state.encoder.pre_biases, streams, strict=True)
+            ]
+            weights = term_weights(state.codes.values, cross_loss_coef)
+            result = optimizer.fused_step(state, targets, weights, auxk_coef)
+            return result.loss, metrics_of(streams, result.loss, result.terms, result.aux_terms, cross_loss_coef)
 
-    def _term_weights(self, values, cross_loss_coef):
-        """Weights [target, source] of the terms of the loss."""
-        S = len(self.streams)
-        cross = cross_loss_coef / (S * (S - 1)) if S > 1 else 0.0
-        # filled on the device: a tensor made of Python numbers would be copied there, and wait
-        weights = values.new_full((S, S), cross)
-        return weights.fill_diagonal_(1 / S)
-
-    def _metrics(self, total, terms, aux, cross_loss_coef):
-        """Metrics by their official names, of what `loss_terms` and `add_auxk` made."""
-        streams, S = self.streams, len(self.streams)
-        terms = Terms(terms, S)
-        metrics = {f"mse_loss_{s}": terms.nmse[i][i] for i, s in enumerate(streams)}
-        metrics["avg_mse_loss"] = terms.avg_self
-        metrics.update({f"num_active_neurons_{s}": terms.k for s in streams})
-        metrics.update({f"l1_sparsity_{s}": v for s, v in zip(streams, terms.l1, strict=True)})
-        metrics.update(avg_num_active_neurons=terms.k, avg_l1_sparsity=terms.avg_l1)
-        if self.auxk:
-            metrics["avg_auxk_loss"], metrics["avg_auxk_loss_scaled"], *own = aux.unbind()
-            metrics.update({f"auxk_loss_{s}": v for s, v in zip(streams, own, strict=True)})
-        for t, row in zip(streams, terms.nmse, strict=True):
-            metrics.update({f"cross_loss_{t}_from_{s}": v for s, v in zip(streams, row, strict=True) if s != t})
-        if cross_loss_coef > 0 and S > 1:
-            metrics.update(avg_cross_loss=terms.avg_cross, avg_cross_loss_scaled=terms.avg_cross_scaled)
-        metrics["total_loss"] = total
-        return {name: value.detach() for name, value in metrics.items()}
-
-    def _encoders(self, streams, w_encs=None):
-        """Lists of w_enc, pre_bias, latent_bias as the operators take them."""
+    def _encoders(self, streams, w_encs=None) -> EncoderParams:
+        """The streams' encoders as the operators take them."""
         weights = [self.encoders[s].weight for s in streams]
         if w_encs is not None:
             pass
@@ -286,17 +280,17 @@ class AlignedSAE(nn.Module):
             w_encs = JointCast.apply(torch.get_autocast_dtype(weights[0].device.type), *weights)
         else:
             w_encs = [_autocast(w)[0] for w in weights]
-        return (
+        return EncoderParams(
             w_encs,
             [self.pre_biases[s].to(w.dtype) for s, w in zip(streams, w_encs, strict=True)],
             [self.latent_biases[s].to(w.dtype) for s, w in zip(streams, w_encs, strict=True)],
         )
 
-    def _encoder(self, s):
+    def encoder_of(self, s: str) -> tuple[torch.Tensor, ...]:
         """w_enc, pre_bias, latent_bias of a stream as the operators take them."""
         return _autocast(self.encoders[s].weight, self.pre_biases[s], self.latent_biases[s])
 
-    def _decoder(self, s):
+    def decoder_of(self, s: str) -> tuple[torch.Tensor, ...]:
         """w_dec, pre_bias of a stream as the operators take them."""
         return _autocast(self.decoders[s].weight, self.pre_biases[s])
 
@@ -407,22 +401,6 @@ class AlignedSAE(nn.Module):
             f"streams={self.d_streams}, n_latents={self.n_latents}, k={self.k}, auxk={self.auxk}, "
             f"topk_type={self.topk_type!r}, impl={self.impl!r}"
         )
-
-
-class Choice(NamedTuple):
-    """What a forward makes before its gradients are attached; lists hold one tensor for each stream."""
-
-    streams: list[str]
-    impl: str
-    xs: list[torch.Tensor]
-    w_encs: list[torch.Tensor]
-    pre_biases: list[torch.Tensor]
-    latent_biases: list[torch.Tensor]
-    centred: list[torch.Tensor]
-    selection: Selection
-    values: torch.Tensor  # [S, B, k]
-    aux: Selection | None
-    aux_values: torch.Tensor | None  # [S, B, auxk]
 
 
 _REMEMBERED = 8  # forwards whose dead latents are kept

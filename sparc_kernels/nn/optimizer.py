@@ -11,8 +11,11 @@ import torch
 from ..core.numerics import acc_dtype
 from ..core.registry import IMPLS, resolve_impl
 from ..core.validation import check_bool, check_number, fail, plain, require
-from ..ops.adam import MODES, SCALARS, adam_scalars_, adam_stream_, grad_square, rows_of
-from .fused_step import training_step
+from ..ops.adam import MODES, SCALARS, adam_hyper, adam_scalars_, adam_stream_, grad_square, rows_of
+from ..ops.aligned_loss import LossResult
+from ..ops.records import DecodeTarget
+from .forward import ForwardState
+from .fused_step import check, fused_step
 from .half_weights import Shadow
 from .module import AlignedSAE
 
@@ -128,15 +131,16 @@ class SparcAdam(torch.optim.Optimizer):
         group, streams = self.param_groups[0], self.streams()
         moments = self.prepare([[g is not None for g in some] for some in grads])
         params = [[rows_of(p, i) for i, p in enumerate(stream)] for stream in streams]
-        mode, impls = MODES[group["normalize"]], [self.impl_of(stream) for stream in streams]
+        hyper, impls = adam_hyper(group), [self.impl_of(stream) for stream in streams]
         square = None
         if group["max_grad_norm"] is not None:
             every = zip(params, grads, impls, strict=True)
-            square = torch.stack([grad_square(w[1], g, mode, impl).to(self._scalars) for w, g, impl in every]).sum()
+            square = torch.stack(
+                [grad_square(w[1], g, hyper.normalize, impl).to(self._scalars) for w, g, impl in every]
+            ).sum()
         self.count_step([g is not None for some in grads for g in some], square=square)
         for s, impl in enumerate(impls):
-            args = params[s], grads[s], *moments[s], self.scalars(s), mode
-            adam_stream_(*args, *group["betas"], group["eps"], impl)
+            adam_stream_(params[s], grads[s], *moments[s], self.scalars(s), *hyper, impl)
         moved = [p for stream in streams for p in stream if p.grad is not None]
         torch.autograd.graph.increment_version(moved)  # outputs read later notice the change
 
@@ -150,22 +154,28 @@ class SparcAdam(torch.optim.Optimizer):
             _refuse_shared(m, found)
         return found
 
-    def _training_step(self, model, inputs, auxk_coef, cross_loss_coef):
-        """`model.training_step`, which knows its optimizer only by this method."""
-        return training_step(model, inputs, self, auxk_coef, cross_loss_coef)
+    def check_fused_step(self, model: AlignedSAE) -> None:
+        """ValueError where `model.training_step` cannot be run with this optimizer."""
+        check(self, model)
+
+    def fused_step(
+        self, state: ForwardState, targets: list[DecodeTarget], weights: torch.Tensor, auxk_coef: float
+    ) -> LossResult:
+        """The loss of a forward and the step of every parameter, see `AlignedSAE.training_step`."""
+        return fused_step(self, state, targets, weights, auxk_coef)
 
     def refresh_shadow(self, seen_only: bool = False) -> None:
         """Rounds the weights again; seen_only: those that autograd has seen change, except by `training_step`."""
         if self._shadow:
             self._shadow.refresh(self._matrices(), not seen_only)
 
-    def shadow_matrices(self) -> list[list[torch.Tensor]] | None:
+    def half_weights(self) -> list[list[torch.Tensor]] | None:
         """The rounded [W_enc, W_dec as rows] of every stream; None where autocast does not ask for them."""
         weights = self._matrices()
         wanted = self._shadow and all(self._shadow.serves(w) for pair in weights for w in pair)
         return self._shadow.of(weights) if wanted else None
 
-    def shadow_written(self) -> None:
+    def half_weights_written(self) -> None:
         """`training_step` has moved the weights and their shadow."""
         self._shadow.written(self._matrices())
 

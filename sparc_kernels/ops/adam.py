@@ -7,6 +7,7 @@ the kernels, `step`, to update each latent from its list of rows instead.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,39 @@ from ..launch.device import capability, next_power_of_2
 
 PLAIN, BEFORE, AFTER = 0, 1, 2  # what happens to decoder rows: nothing; unit norm before the step, or after it
 MODES = {"before": BEFORE, "after": AFTER, None: PLAIN}  # `normalize` of SparcAdam
+
+
+class AdamHyper(NamedTuple):
+    """What the optimizer's operators take of a parameter group."""
+
+    normalize: int  # PLAIN, BEFORE or AFTER
+    beta1: float
+    beta2: float
+    eps: float
+
+    def plain(self) -> AdamHyper:
+        """The same for a matrix whose rows are not normalised."""
+        return self._replace(normalize=PLAIN)
+
+
+def adam_hyper(group: dict) -> AdamHyper:
+    return AdamHyper(MODES[group["normalize"]], *group["betas"], group["eps"])
+
+
+class StepScalars(NamedTuple):
+    """What `adam_scalars_` wrote for one parameter: numbers, or 0-d tensors where reading would synchronise."""
+
+    step_size: float | torch.Tensor  # lr / (1 - beta1^t)
+    correction: float | torch.Tensor  # 1 / sqrt(1 - beta2^t)
+    keep: float | torch.Tensor  # 1 - lr * weight decay
+    scale: float | torch.Tensor  # of the gradient
+    go: float | torch.Tensor  # 0: nothing moves
+
+    @classmethod
+    def of(cls, scalars: torch.Tensor) -> StepScalars:
+        return cls(*(scalars.tolist() if may_look(scalars) else scalars.unbind()))
+
+
 DECODER = 1  # place among a stream's parameters: w_enc, the decoder's rows, pre_bias, latent_bias
 SCALARS = 5  # numbers of each parameter, see `adam_scalars_`
 
@@ -256,10 +290,11 @@ CACHED = 2**15  # elements of a tensor that a thread of the torch path takes at 
 def _adam_stream_torch(*, params, grads, exp_avgs, exp_avg_sqs, scalars, normalize, beta1, beta2, eps):
     for i, (w, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
         if g is not None:
-            numbers, mode = numbers_of(scalars[i]), normalize if i == DECODER else PLAIN
+            numbers, mode = StepScalars.of(scalars[i]), normalize if i == DECODER else PLAIN
+            hyper = AdamHyper(mode, beta1, beta2, eps)
             one_pass = mode == PLAIN and w.dtype == m.dtype and w.is_contiguous()  # nothing is read twice
             for rows in [slice(None)] if one_pass else row_blocks(w):
-                step_torch(w[rows], g[rows], m[rows], v[rows], numbers, mode, beta1, beta2, eps)
+                step_torch([w[rows], m[rows], v[rows]], g[rows], numbers, hyper)
 
 
 def row_blocks(w):
@@ -270,17 +305,14 @@ def row_blocks(w):
     return [slice(i, i + size) for i in range(0, len(w), size)]
 
 
-def numbers_of(scalars):
-    """A parameter's scalars, as numbers where they may be looked at."""
-    return scalars.tolist() if may_look(scalars) else scalars.unbind()
-
-
 _fused = getattr(torch, "_fused_adam_", None)  # the operator of torch.optim.Adam(fused=True), private
 
 
-def step_torch(w, g, m, v, numbers, normalize, beta1, beta2, eps):
-    """One step of some rows, in place; `numbers` are numbers or 0-d tensors, whose reading would be a wait."""
-    step_size, correction, keep, scale, go = numbers
+def step_torch(row: list[torch.Tensor], g: torch.Tensor, scalars: StepScalars, hyper: AdamHyper) -> None:
+    """One step of some rows in place; row: their weights and both moments, g: their gradient."""
+    w, m, v = row
+    step_size, correction, keep, scale, go = scalars
+    normalize, beta1, beta2, eps = hyper
     looked = isinstance(go, float)
     if looked and go == 0:
         return

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from ..core._triton import INTERPRETED, tl, tl_dtype, triton
+from ..core._triton import tl, tl_dtype, triton
 from ..core.numerics import acc_dtype
 from ..core.registry import register
+from ..core.target import interpreted
 from ..launch.device import capability, cdiv, next_power_of_2
 from ..launch.reduce import ColumnSumsConfig, column_chunk
 
@@ -67,7 +68,7 @@ def _launch_column_sums(xs, weights, out, negate):
     """out[i] = +- sum of the rows of xs[i], and of xs[i + len(out)] where there are twice as many."""
     rows, widths, T = xs[0].shape[0], tuple(x.shape[1] for x in xs), len(out)
     acc, chunk, block_b, block_d = acc_dtype(xs[0].dtype), column_chunk(rows), 8, 128
-    if INTERPRETED:  # a launch takes milliseconds for every program there
+    if interpreted():  # a launch takes milliseconds for every program there
         chunk, block_b, block_d = max(16, next_power_of_2(cdiv(rows, 4))), 16, 32
     xs = [x if x.stride(1) == 1 else x.contiguous() for x in xs]
     chunks, tiles = cdiv(rows, chunk), cdiv(max(widths), block_d)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from ..core._triton import INTERPRETED, tl, triton
+from ..core._triton import tl, triton
 from ..core.registry import register, resolve_impl
+from ..core.target import interpreted
 from ..core.validation import check_indices, check_int, check_tensor, require
 from ..launch.budgets import MAX_K
 from ..launch.device import cdiv, next_power_of_2
-from .encode import Selection, centre, values_of
+from .encode import centre, values_of
+from .records import EncoderParams, SparseCodes
 from .selection import select
 
 
@@ -124,18 +126,22 @@ def auxk_topk(
     check_int("auxk", auxk, 1, min(n, MAX_K), f"at most N and {MAX_K}")
     impl = resolve_impl(impl, x)
     with torch.no_grad():
-        selection = select_dead(centre([x], [pre_bias], False, impl), [w_enc], [latent_bias], [dead], auxk, impl)
-    return selection.indices[0], values_of(x, w_enc, pre_bias, latent_bias, selection, impl)
+        encoder = EncoderParams([w_enc], [pre_bias], [latent_bias])
+        chosen = select_dead(centre([x], [pre_bias], False, impl), encoder, [dead], auxk, impl)
+    return chosen.indices[0], values_of(x, encoder, chosen, impl)
 
 
-def select_dead(centred, w_encs, latent_biases, dead, auxk, impl) -> Selection:
-    """`auxk_topk`'s indices of S streams, [S, B, auxk], on unchecked, centred arguments.
+def select_dead(
+    centred: list[torch.Tensor], encoder: EncoderParams, dead: list[torch.Tensor], auxk: int, impl: str
+) -> SparseCodes:
+    """`auxk_topk`'s indices of S streams, [S, B, auxk], on unchecked, centred arguments; no values yet.
 
-    The selection's `count` is the number of dead latents of each stream, on the device.
+    `count` of the result is the number of dead latents of each stream, on the device.
     """
     ids, count = dead_first(list(dead), impl)
-    streams = zip(centred, w_encs, latent_biases, ids, count, strict=True)
-    return Selection(torch.stack([select([x], [w], [c], auxk, i, n, impl) for x, w, c, i, n in streams]), count)
+    streams = zip(centred, encoder.w_encs, encoder.latent_biases, ids, count, strict=True)
+    chosen = [select([x], [w], [c], auxk, i, n, impl) for x, w, c, i, n in streams]
+    return SparseCodes(torch.stack(chosen), None, count)
 
 
 @triton.jit
@@ -172,7 +178,7 @@ def _dead_first_kernel(
 def _dead_first_triton(dead):
     S, n, device = len(dead), dead[0].numel(), dead[0].device
     ids, count = _dead_first_fake(dead)
-    block = 16 if INTERPRETED else 4096
+    block = 16 if interpreted() else 4096
     blocks = cdiv(n, block)
     found = torch.empty(S, blocks, device=device, dtype=torch.int32)
     masks = tuple(mask.contiguous().view(torch.uint8) for mask in dead)

@@ -12,7 +12,7 @@ from ..launch.budgets import (
     MAX_K,
     MAX_STREAMS,
 )
-from .decode_grads import _per_source, grads_of_errors, target_weights
+from .decode_grads import grads_of_errors, target_weights
 from .gather import (
     KEEP_NONE,
     gather_dot,
@@ -21,26 +21,42 @@ from .gather import (
 )
 from .inverse_index import NO_INVERSE, InverseIndex, inverse_index_op, inverse_sizes, lists_of
 from .latent_reduce import latent_reduce
+from .records import DecodeTarget, SparseCodes, WeightedLists
 
 
-def errors_of(indices, values, rows, pre_bias, x, keep, count, impl):
-    """|E|^2 [S, B] and E [B, d] of source `keep`, for indices [B, k] or [S, B, k]."""
+def _per_source(op, indices, sources):
+    """op(indices [B, k], sources [S, B, ...]), called once when the sources share indices, else source by source."""
     if indices.dim() == 2:
-        return gather_error(indices, values, rows, pre_bias, x, keep, count, impl)
-    parts = [
-        gather_error(idx, values[s : s + 1], rows, pre_bias, x, 0 if s == keep else KEEP_NONE, count, impl)
-        for s, idx in enumerate(indices)
-    ]
-    return torch.cat([p[0] for p in parts]), parts[max(keep, 0)][1]
+        return op(indices, sources)
+    return torch.cat([op(idx, sources[s : s + 1]) for s, idx in enumerate(indices)])
+
+
+def errors_of(
+    codes: SparseCodes, target: DecodeTarget, error_source: int | None, impl: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """|E|^2 [S, B] of every source's reconstruction, and E [B, d] of one source, empty for None."""
+
+    def run(codes, source):
+        keep = KEEP_NONE if source is None else source
+        return gather_error(codes.indices, codes.values, *target, keep, codes.count, impl)
+
+    if codes.shared:
+        return run(codes, error_source)
+    parts = [run(codes.source(s), 0 if s == error_source else None) for s in range(len(codes.values))]
+    return torch.cat([sq for sq, _ in parts]), parts[error_source or 0][1]
 
 
 class Decode(torch.autograd.Function):
-    """Reconstructions of one target from S sources: [S, B, d]."""
+    """Reconstructions of one target from S sources, [S, B, d].
+
+    Takes impl, then values, w_dec, pre_bias, indices and the InverseIndex of the indices, or three times None.
+    """
 
     @staticmethod
-    def forward(ctx, values, w_dec, pre_bias, indices, order, offsets, ids, impl):
+    def forward(ctx, impl, *tensors):
+        values, w_dec, pre_bias, indices, *inverse = tensors
         rows = w_dec.t()
-        ctx.save_for_backward(values, w_dec, indices, order, offsets, ids)
+        ctx.save_for_backward(values, w_dec, indices, *inverse)
         ctx.impl = impl
         return _per_source(lambda i, v: gather_sum(i, v, rows, pre_bias, impl), indices, values)
 
@@ -49,43 +65,48 @@ class Decode(torch.autograd.Function):
     def backward(ctx, drecon):
         values, w_dec, indices, *inverse = ctx.saved_tensors
         rows, impl = w_dec.t(), ctx.impl
+        _, need_v, need_w, need_b, *_ = ctx.needs_input_grad
         dvalues = dw = db = None
-        if ctx.needs_input_grad[0]:
+        if need_v:
             dvalues = _per_source(lambda i, x: gather_dot(i, rows, x, None, impl), indices, drecon).to(values.dtype)
-        if ctx.needs_input_grad[1]:
+        if need_w:
             if inverse[0] is None:
                 inverse = lists_of(inverse_index_op(indices, 1, rows.shape[0], None, impl), 0)
             coef, mat = values, drecon.contiguous()
             if indices.dim() == 3:  # every (source, row) has its own list entries: one source with S * B rows
                 coef, mat = coef.reshape(1, -1), mat.reshape(1, -1, mat.shape[-1])
-            dw = latent_reduce(InverseIndex(*inverse), coef, mat, indices.shape[-1], w_dec.dtype, impl)[0].t()
-        if ctx.needs_input_grad[2]:
+            lists = WeightedLists(InverseIndex(*inverse), coef, None, None, mat, indices.shape[-1])
+            dw = latent_reduce(lists, w_dec.dtype, impl)[0].t()
+        if need_b:
             db = drecon.sum((0, 1), dtype=acc_dtype(drecon.dtype)).to(drecon.dtype)
-        return dvalues, dw, db, None, None, None, None, None
+        return None, dvalues, dw, db, None, None, None, None
 
 
 class DecodeNMSE(torch.autograd.Function):
-    """Normalised errors [S] of one target from S sources, each with a gradient of its own."""
+    """Normalised errors [S] of one target from S sources, each with a gradient of its own.
+
+    Takes impl, then values, w_dec, pre_bias, x, indices and the InverseIndex of shared indices, or three times None.
+    """
 
     @staticmethod
-    def forward(ctx, values, w_dec, pre_bias, x, indices, order, offsets, ids, impl):
-        ctx.save_for_backward(values, w_dec, pre_bias, x, indices, order, offsets, ids)
+    def forward(ctx, impl, *tensors):
+        values, w_dec, pre_bias, x, indices, *_ = tensors
+        ctx.save_for_backward(*tensors)
         ctx.impl = impl
-        sq, _ = errors_of(indices, values, w_dec.t(), pre_bias, x, KEEP_NONE, None, impl)
+        sq, _ = errors_of(SparseCodes(indices, values), DecodeTarget(w_dec.t(), pre_bias, x), None, impl)
         norm, _ = target_weights([x], values.new_zeros(1, 1), impl)
         return (sq / norm).mean(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dnmse):
-        values, w_dec, pre_bias, x, indices, *inverse = ctx.saved_tensors
+        values, w_dec, pre_bias, x, indices, *lists = ctx.saved_tensors
         # lists that the caller has are those of shared indices
-        given = indices.dim() == 2 and inverse[0] is not None
-        inverse = [part[None] for part in inverse] if given else NO_INVERSE
-        grads = grads_of_errors(
-            values, w_dec, pre_bias, x, indices, inverse, None, dnmse, ctx.needs_input_grad[:4], ctx.impl
-        )
-        return (*grads, None, None, None, None, None)
+        given = indices.dim() == 2 and lists[0] is not None
+        codes = SparseCodes(indices, values, None, InverseIndex(*(part[None] for part in lists)) if given else None)
+        target = DecodeTarget(w_dec.t(), pre_bias, x)
+        grads = grads_of_errors(codes, target, dnmse, ctx.needs_input_grad[1:5], ctx.impl)
+        return (None, *grads, None, None, None, None)
 
 
 def _check(indices, values, w_decs, pre_biases, pairs, inverse):
@@ -166,7 +187,7 @@ def decode(
     recons = {}
     for t, sources in asked.items():
         idx, val, inv = _sources(indices, values, inverse or NO_INVERSE, sources)
-        out = Decode.apply(val, w_decs[t], pre_biases[t], idx, *inv, impl)
+        out = Decode.apply(impl, val, w_decs[t], pre_biases[t], idx, *inv)
         recons.update({(t, s): out[i] for i, s in enumerate(sources)})
     return recons
 
@@ -201,6 +222,6 @@ def decode_nmse(
     entries = {}
     for t, sources in asked.items():
         idx, val, inv = _sources(indices, values, inverse or NO_INVERSE, sources)
-        row = DecodeNMSE.apply(val, w_decs[t], pre_biases[t], xs[t], idx, *inv, impl)
+        row = DecodeNMSE.apply(impl, val, w_decs[t], pre_biases[t], xs[t], idx, *inv)
         entries.update({(t, s): row[i] for i, s in enumerate(sources)})
     return torch.stack([torch.stack([entries.get((t, s), zero) for s in range(S)]) for t in range(T)])

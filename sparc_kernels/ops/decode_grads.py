@@ -6,9 +6,10 @@ import math
 
 import torch
 
-from ..core._triton import INTERPRETED, tl, tl_dtype, triton
+from ..core._triton import tl, tl_dtype, triton
 from ..core.numerics import acc_dtype
 from ..core.registry import register
+from ..core.target import interpreted
 from ..launch.budgets import (
     PARTIAL_BYTES,
     SCRATCH_BYTES,
@@ -26,15 +27,8 @@ from .gather import (
     gather_sum_torch,
     launch_gather,
 )
-from .inverse_index import inverse_index_op, lists_of
 from .latent_reduce import launch_reduce, reduce_torch
-
-
-def _per_source(op, indices, sources):
-    """op(indices [B, k], sources [S, B, ...]), called once when the sources share indices, else source by source."""
-    if indices.dim() == 2:
-        return op(indices, sources)
-    return torch.cat([op(idx, sources[s : s + 1]) for s, idx in enumerate(indices)])
+from .records import DecodeTarget, GradOut, SparseCodes
 
 
 # decode_grads: losses and gradients of one target in one pass over the gathered rows
@@ -227,7 +221,7 @@ def _target_weights_triton(xs, weights):
     coef = torch.empty(T, S, B, device=weights.device, dtype=acc)
     _target_weights_kernel[(B, T)](
         tuple(xs), tuple(x.shape[1] for x in xs), tuple(x.stride(0) for x in xs), weights.contiguous(), norm, coef, B,
-        T=T, S=S, BLOCK_D=16 if INTERPRETED else 1024, ACC=tl_dtype(acc), num_warps=4,
+        T=T, S=S, BLOCK_D=16 if interpreted() else 1024, ACC=tl_dtype(acc), num_warps=4,
     )  # fmt: skip
     return norm, coef
 
@@ -261,41 +255,78 @@ NaN; in the accumulator dtype.
 """
 
 
-def grads_of_target(indices, values, rows, pre_bias, x, coef, inverse, count, keep, dvalues, add_dv, dw, add_dw, impl):
-    """`decode_grads` for indices [B, k], or [S, B, k]; `inverse` [1 or S, ...], or parts of None."""
-    if inverse[0] is None:
-        groups = 1 if indices.dim() == 2 else len(indices)
-        inverse = inverse_index_op(indices, groups, rows.shape[0], None, impl)
-    if indices.dim() == 2:
-        lists = lists_of(inverse, 0)
+def grads_of_target(
+    codes: SparseCodes,
+    target: DecodeTarget,
+    coef: torch.Tensor,
+    out: GradOut,
+    impl: str,
+    *,
+    error_source: int | None = None,
+    keep_all_errors: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`decode_grads` for codes of any kind; their inverse index is made where it is missing.
+
+    Args:
+        codes: of S sources.
+        target: what they are to reconstruct.
+        coef: [S, B], dloss/dE over E.
+        out: where the gradients go.
+        impl: "triton" or "torch".
+        error_source: the source whose error [B, d] is returned.
+        keep_all_errors: return all errors [S, B, d]; goes with out.dw None.
+
+    Returns: |E|^2 [S, B]; sum_s coef E [B, d]; the errors, empty where none is wanted.
+    """
+    if codes.inverse is None:
+        codes = codes.with_inverse(target.w.shape[0], impl)
+
+    def run(codes, coef, out, source):
+        keep = KEEP_ALL if keep_all_errors else KEEP_NONE if source is None else source
         return decode_grads(
-            indices, values, rows, pre_bias, x, coef, *lists, count, keep, dvalues, add_dv, dw, add_dw, impl
-        )
+            codes.indices, codes.values, *target, coef, *codes.lists(0), codes.count, keep, *out, impl
+        )  # fmt: skip
+
+    if codes.shared:
+        return run(codes, coef, out, error_source)
     parts = []
-    for s, idx in enumerate(indices):
-        kept = KEEP_ALL if keep == KEEP_ALL else 0 if s == keep else KEEP_NONE
-        one, lists = slice(s, s + 1), lists_of(inverse, s)
-        args = idx, values[one], rows, pre_bias, x, coef[one], *lists, count, kept, dvalues[one], add_dv
-        parts.append(decode_grads(*args, dw, add_dw or s > 0, impl))
-    sq, g, error = zip(*parts, strict=True)
-    return torch.cat(sq), torch.stack(g).sum(0), torch.cat(error) if keep == KEEP_ALL else error[max(keep, 0)]
+    for s in range(len(codes.values)):
+        one = slice(s, s + 1)
+        part = GradOut(out.dvalues[one], out.add_dvalues, out.dw, out.add_dw or s > 0)
+        parts.append(run(codes.source(s), coef[one], part, 0 if s == error_source else None))
+    sq, g, errors = zip(*parts, strict=True)
+    return torch.cat(sq), torch.stack(g).sum(0), torch.cat(errors) if keep_all_errors else errors[error_source or 0]
 
 
-def grads_of_errors(values, w_dec, pre_bias, x, indices, inverse, count, dnmse, needs, impl, into=None):
-    """Gradients of sum_s dnmse[s] NMSE(R[s], x): dvalues [S, B, k], dw [d, N], d pre_bias, dx; None if not needed.
+def grads_of_errors(
+    codes: SparseCodes,
+    target: DecodeTarget,
+    dnmse: torch.Tensor,
+    needs: tuple[bool, bool, bool, bool],
+    impl: str,
+    *,
+    into: torch.Tensor | None = None,
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of sum_s dnmse[s] NMSE(R[s], x).
 
-    `into` [N, d] is a gradient to add dw to.
+    Args:
+        codes: of S sources.
+        target: what they are to reconstruct.
+        dnmse: [S].
+        needs: whether values, w_dec, pre_bias and x need one.
+        impl: "triton" or "torch".
+        into: [N, d], a gradient that dw is added to.
+
+    Returns: dvalues [S, B, k], dw [d, N], d pre_bias [d] and dx [B, d], each None where it is not needed.
     """
     need_v, need_w, need_b, need_x = needs
-    rows = w_dec.t()
+    w, bias, x = target
     norm, coef = (part[0] for part in target_weights([x], dnmse[None], impl))
-    dvalues = torch.empty_like(values, dtype=norm.dtype, memory_format=torch.contiguous_format)
+    dvalues = torch.empty_like(codes.values, dtype=norm.dtype, memory_format=torch.contiguous_format)
     dw = into
     if need_w and into is None:
-        dw = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    sq, g, _ = grads_of_target(
-        indices, values, rows, pre_bias, x, coef, inverse, count, KEEP_NONE, dvalues, False, dw, into is not None, impl
-    )
+        dw = torch.empty_like(w, memory_format=torch.contiguous_format)
+    sq, g, _ = grads_of_target(codes, target, coef, GradOut(dvalues, False, dw, into is not None), impl)
     dx = None
     if need_x:
         through_norm = torch.where(coef != 0, coef * sq / norm, 0.0).sum(0)[:, None] * x.to(coef.dtype)
@@ -303,6 +334,6 @@ def grads_of_errors(values, w_dec, pre_bias, x, indices, inverse, count, dnmse, 
     return (
         dvalues if need_v else None,
         dw.t() if need_w else None,
-        g.sum(0).to(pre_bias.dtype) if need_b else None,
+        g.sum(0).to(bias.dtype) if need_b else None,
         dx,
     )

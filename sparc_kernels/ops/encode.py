@@ -6,23 +6,23 @@ selected rows of W_enc alone; they are what carries gradients.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..core._triton import INTERPRETED, tl, triton
+from ..core._triton import tl, triton
 from ..core.numerics import acc_dtype
 from ..core.registry import register, resolve_impl
 from ..core.side_stream import Beside
+from ..core.target import interpreted
 from ..core.validation import check_indices, check_int, check_inverse, check_same_length, check_tensor, require
 from ..launch.budgets import MAX_K, MAX_STREAMS, SCRATCH_BYTES
 from ..launch.device import cdiv, next_power_of_2
 from .bias_grads import pre_bias_grads
 from .gather import gather_dot_torch, gather_sum, launch_gather
-from .inverse_index import InverseIndex, inverse_index_op, inverse_sizes, lists_of
+from .inverse_index import NO_INVERSE, InverseIndex, inverse_index_op, inverse_sizes
 from .joint import joint, wants_joint
 from .latent_reduce import latent_reduce_
+from .records import EncoderParams, SparseCodes, WeightedLists
 from .selection import select
 
 
@@ -53,7 +53,7 @@ def _centre_triton(xs, biases, wide):
     xs = [x if x.stride(1) == 1 else x.contiguous() for x in xs]
     biases = [b.contiguous() for b in biases]
     out = _centre_fake(xs, biases, wide)
-    block_b, block_d = (2, 16) if INTERPRETED else (4, 1024)
+    block_b, block_d = (2, 16) if interpreted() else (4, 1024)
     _centre_kernel[(cdiv(B, block_b), cdiv(max(widths), block_d), len(xs))](
         tuple(xs), tuple(biases), tuple(out), widths, tuple(x.stride(0) for x in xs), tuple(c.stride(0) for c in out),
         B, S=len(xs), BLOCK_B=block_b, BLOCK_D=block_d, num_warps=8,
@@ -186,45 +186,33 @@ exist, empty without `lists`.
 """
 
 
-class Selection(NamedTuple):
-    """Latents chosen for every row of a batch, by all streams together or by each of S."""
+def gather_codes(
+    chosen: SparseCodes, centred: list[torch.Tensor], encoder: EncoderParams, lists: bool, impl: str
+) -> SparseCodes:
+    """Codes with the values of the latents chosen; `lists`: with their inverse index, made at the same time.
 
-    indices: torch.Tensor  # int64 [B, k], or [S, B, k]
-    count: torch.Tensor | None = None  # int32 [S]: only the first `count[s]` columns exist; None: all
-    order: torch.Tensor | None = None  # InverseIndex of the columns that exist, of each group: [1 or S, ...]
-    offsets: torch.Tensor | None = None
-    ids: torch.Tensor | None = None
-
-    def with_inverse(self, n_latents: int, impl: str) -> Selection:
-        if self.order is not None:
-            return self
-        return Selection(self.indices, self.count, *_lists(self.indices, n_latents, self.count, impl))
-
-    def of(self, s: int) -> torch.Tensor:
-        """The indices of one stream, [B, k]."""
-        return self.indices if self.indices.dim() == 2 else self.indices[s]
-
-    def lists(self, s: int) -> InverseIndex:
-        return lists_of(self[2:], s % len(self.order))
-
-
-def values_and_lists(selection, centred, w_encs, latent_biases, lists, impl) -> tuple[torch.Tensor, Selection]:
-    """`gather_values` of a Selection, which gets its inverse index if it is asked for."""
-    indices, count = selection[:2]
-    values, *inverse = gather_values(indices, centred, list(w_encs), list(latent_biases), count, lists, impl)
-    return values, Selection(indices, count, *inverse) if lists else selection
+    Args:
+        chosen: indices and their count; no values are read from it.
+        centred: x - pre_bias, [B, d_s] each.
+        encoder: of the S streams.
+        lists: whether gradients will need the inverse index.
+        impl: "triton" or "torch".
+    """
+    args = list(encoder.w_encs), list(encoder.latent_biases), chosen.count, lists, impl
+    values, *inverse = gather_values(chosen.indices, centred, *args)
+    return chosen._replace(values=values, inverse=InverseIndex(*inverse) if lists else chosen.inverse)
 
 
 class Values(torch.autograd.Function):
     """Gives the values [S, B, k] that `gather_values` made their gradients, to everything but the indices.
 
-    Takes them, AuxK's values [S, B, auxk] or None, and flat: the parts of the Selection, of AuxK's if there is one,
-    then for the S streams xs, w_encs, pre_biases, latent_biases and centred inputs. AuxK shares the gradients' buffers:
-    its sums are added in place to the few latents that it chose.
+    Takes impl, S, then flat: the values, AuxK's values [S, B, auxk] or None, what else belongs to the codes and, with
+    AuxK, to its codes (`_flat`), then for the S streams xs, w_encs, pre_biases, latent_biases and centred inputs. AuxK
+    shares the gradients' buffers: its sums are added in place to the few latents that it chose.
     """
 
     @staticmethod
-    def forward(ctx, values, aux_values, impl, S, *tensors):
+    def forward(ctx, impl, S, values, aux_values, *tensors):
         ctx.set_materialize_grads(False)
         ctx.impl, ctx.S = impl, S
         ctx.save_for_backward(values, aux_values, *tensors)
@@ -235,30 +223,30 @@ class Values(torch.autograd.Function):
     def backward(ctx, dvalues, daux):
         S, impl = ctx.S, ctx.impl
         values, aux_values, *tensors = ctx.saved_tensors
-        size = len(Selection._fields)
-        n = size if aux_values is None else 2 * size
+        n = _FLAT if aux_values is None else 2 * _FLAT
         w_encs, pre_biases, latent_biases, centred = (tensors[i : i + S] for i in range(n + S, n + 5 * S, S))
         uses = []
         for i, (v, dv) in enumerate(((values, dvalues), (aux_values, daux))):
             if dv is not None:
-                selection = Selection(*tensors[i * size : (i + 1) * size]).with_inverse(len(w_encs[0]), impl)
-                uses.append((selection, v, dv))
+                codes = _unflat(v, tensors[i * _FLAT : (i + 1) * _FLAT])
+                uses.append((codes.with_inverse(len(w_encs[0]), impl), dv))
         needs = ctx.needs_input_grad[4 + n :]
         dxs, dws, dbs, dcs, sums = ([None] * S for _ in range(5))
         for s in range(S) if uses else ():
             w, one = w_encs[s], slice(s, s + 1)
             if needs[S + s] or needs[2 * S + s] or needs[3 * S + s]:
                 dw, dc = torch.empty_like(w, memory_format=torch.contiguous_format), latent_biases[s].new_empty(len(w))
-                for i, (selection, v, dv) in enumerate(uses):
-                    mat, k = centred[s][None], v.shape[2]
-                    latent_reduce_(dw, dc, *selection.lists(s), dv[one], None, v[one], mat, k, i > 0, impl)
+                for i, (codes, dv) in enumerate(uses):
+                    v, mat = codes.values, centred[s][None]
+                    lists = WeightedLists(codes.lists(s), dv[one], None, v[one], mat, v.shape[2])
+                    latent_reduce_(dw, dc, *lists.tensors, lists.k, i > 0, impl)
                 dws[s] = dw if needs[S + s] else None
                 dcs[s] = dc if needs[3 * S + s] else None
                 sums[s] = dc
             if needs[s]:
-                for selection, v, dv in uses:
-                    dpre = torch.where(v[one] <= 0, 0.0, dv[one])
-                    part = gather_sum(selection.of(s), dpre, w, None, impl)[0]
+                for codes, dv in uses:
+                    dpre = torch.where(codes.values[one] <= 0, 0.0, dv[one])
+                    part = gather_sum(codes.indices_of(s), dpre, w, None, impl)[0]
                     dxs[s] = part if dxs[s] is None else dxs[s] + part
         wanted = [s for s in range(S) if uses and needs[2 * S + s]]
         if wanted:
@@ -268,19 +256,40 @@ class Values(torch.autograd.Function):
         return *[None] * (4 + n), *dxs, *dws, *dbs, *dcs, *[None] * S
 
 
-def differentiable_values(xs, w_encs, pre_biases, latent_biases, centred, selection, values, aux, aux_values, impl):
-    """values [S, B, k] of a Selection and AuxK's [S, B, auxk] or None, as `gather_values` made them, with gradients."""
-    flat = [*selection, *(aux or ()), *xs, *w_encs, *pre_biases, *latent_biases, *centred]
-    return Values.apply(values, aux_values, impl, len(xs), *flat)
+_FLAT = 5  # tensors of codes beside their values
 
 
-def values_of(x, w_enc, pre_bias, latent_bias, selection, impl):
-    """`values_at` of a Selection, on unchecked arguments."""
+def _flat(codes: SparseCodes) -> tuple[torch.Tensor | None, ...]:
+    return codes.indices, codes.count, *(codes.inverse or NO_INVERSE)
+
+
+def _unflat(values: torch.Tensor, tensors) -> SparseCodes:
+    indices, count, *inverse = tensors
+    return SparseCodes(indices, values, count, None if inverse[0] is None else InverseIndex(*inverse))
+
+
+def differentiable_values(
+    codes: SparseCodes,
+    aux: SparseCodes | None,
+    xs: list[torch.Tensor],
+    centred: list[torch.Tensor],
+    encoder: EncoderParams,
+    impl: str,
+) -> tuple[SparseCodes, SparseCodes | None]:
+    """The codes that `gather_codes` made, and AuxK's, with gradients."""
+    flat = [*_flat(codes), *(_flat(aux) if aux else ())]
+    for group in (xs, *encoder, centred):
+        flat += group
+    values, aux_values = Values.apply(impl, len(xs), codes.values, aux and aux.values, *flat)
+    return codes._replace(values=values), aux and aux._replace(values=aux_values)
+
+
+def values_of(x: torch.Tensor, encoder: EncoderParams, chosen: SparseCodes, impl: str) -> torch.Tensor:
+    """`values_at` of one stream's latents, on unchecked arguments."""
     with torch.no_grad():
-        centred = centre([x], [pre_bias], False, impl)
-        values, _ = values_and_lists(selection, centred, [w_enc], [latent_bias], False, impl)
-    args = [x], [w_enc], [pre_bias], [latent_bias], centred, selection, values, None, None, impl
-    return differentiable_values(*args)[0][0]
+        centred = centre([x], encoder.pre_biases, False, impl)
+        codes = gather_codes(chosen, centred, encoder, False, impl)
+    return differentiable_values(codes, None, [x], centred, encoder, impl)[0].values[0]
 
 
 def values_at(
@@ -311,8 +320,9 @@ def values_at(
     check_tensor("latent_bias", latent_bias, (w_enc.shape[0],), like=x)
     check_indices("indices", indices, (x.shape[0], "k"), w_enc.shape[0], x.device)
     check_inverse("inverse", inverse, indices, inverse_sizes(indices.numel(), w_enc.shape[0]))
-    selection = Selection(indices, None, *(part[None] for part in inverse or ()))
-    return values_of(x, w_enc, pre_bias, latent_bias, selection, resolve_impl(impl, x))
+    lists = inverse and InverseIndex(*(part[None] for part in inverse))
+    encoder = EncoderParams([w_enc], [pre_bias], [latent_bias])
+    return values_of(x, encoder, SparseCodes(indices, None, None, lists), resolve_impl(impl, x))
 
 
 def encode_topk(
@@ -365,9 +375,9 @@ def encode_topk(
     with torch.no_grad():
         centred = centre_for(xs, w_encs, pre_biases, impl)
         indices = select_latents(centred, w_encs, latent_biases, k, topk_type, impl)
-        values, selection = values_and_lists(Selection(indices), centred, w_encs, latent_biases, lists, impl)
-    args = xs, w_encs, pre_biases, latent_biases, centred, selection, values, None, None, impl
-    return indices, differentiable_values(*args)[0]
+        encoder = EncoderParams(w_encs, pre_biases, latent_biases)
+        codes = gather_codes(SparseCodes(indices, None), centred, encoder, lists, impl)
+    return indices, differentiable_values(codes, None, xs, centred, encoder, impl)[0].values
 
 
 def centre_for(xs, w_encs, pre_biases, impl):

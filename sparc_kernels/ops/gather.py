@@ -20,9 +20,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..core._triton import INTERPRETED, tl, tl_dtype, triton
+from ..core._triton import tl, tl_dtype, triton
 from ..core.numerics import acc_dtype, csr, may_look
 from ..core.registry import register
+from ..core.target import interpreted
 from ..launch.device import capability, cdiv, dot_precision
 from ..launch.gather import gather_chunk, gather_config
 
@@ -182,7 +183,7 @@ def launch_gather(
     dot_part = torch.empty(slabs, S, B, k, device=device, dtype=acc) if dot else None
     half = w.dtype in (torch.bfloat16, torch.float16)
     # the interpreter multiplies bf16 wrongly: there the operands stay fp32, and the low half is zero
-    operand = tl.float32 if half and INTERPRETED else tl_dtype(w.dtype)
+    operand = tl.float32 if half and interpreted() else tl_dtype(w.dtype)
     # bound by bandwidth: shorter products would not be faster, so float32 is never tf32 here
     precision = "ieee" if w.dtype != torch.float32 else dot_precision(capability(device), False)
     _gather_kernel[(slabs * B,)](

@@ -53,9 +53,3 @@ class JointCast(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         return None, *(g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True))
-
-
-def _allow_tf32() -> bool:
-    """Asked of torch's new setting where it exists: once a user has touched that, the old one must not be read."""
-    new = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
-    return new == "tf32" if new is not None else torch.get_float32_matmul_precision() != "highest"

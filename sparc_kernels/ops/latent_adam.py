@@ -8,6 +8,8 @@ same way with a gradient of 0: their moments decay, their weights move by what m
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from ..core._triton import tl, tl_dtype, triton
@@ -16,8 +18,9 @@ from ..core.registry import register
 from ..launch.adam import ADAM_WIDTH, adam_rows, latent_adam_config
 from ..launch.device import capability, cdiv
 from ..launch.reduce import reduce_chunk, reduce_config
-from .adam import PLAIN, numbers_of, step, step_torch
+from .adam import PLAIN, AdamHyper, StepScalars, step, step_torch
 from .latent_reduce import by_product, listed_torch, lists_torch, sum_entries
+from .records import WeightedLists
 
 
 @triton.jit
@@ -202,7 +205,8 @@ def _latent_adam_torch(
     for (order, offsets, _, coef, scale, gate, mat), places in ((lists, k), (aux, aux_k)) if aux else ((lists, k),):
         entries, weights, totals = listed_torch(order, offsets, coef, scale, gate, mat, places)
         sets.append((offsets, entries, weights, totals, mat.reshape(-1, d), mat.shape[0]))
-    numbers, bias_numbers = numbers_of(scalars), numbers_of(bias_scalars) if bias else None
+    numbers, bias_numbers = StepScalars.of(scalars), StepScalars.of(bias_scalars) if bias else None
+    hyper = AdamHyper(normalize, beta1, beta2, eps)
     lean = torch.zeros(d, device=w.device, dtype=acc) if bias else w.new_empty(0, dtype=acc)
     size = LATENTS if may_look(w) else n  # where places in lists may be read
     for first in range(0, n, size):
@@ -212,8 +216,8 @@ def _latent_adam_torch(
         if bias:
             lean += total @ w[rows].to(acc)
             b, b_m, b_v = (t[rows] for t in bias)
-            step_torch(b, total, b_m, b_v, bias_numbers, PLAIN, beta1, beta2, eps)
-        step_torch(w[rows], g, m[rows], v[rows], numbers, normalize, beta1, beta2, eps)
+            step_torch([b, b_m, b_v], total, bias_numbers, hyper.plain())
+        step_torch([w[rows], m[rows], v[rows]], g, numbers, hyper)
     if shadow is not None:
         shadow.copy_(w)
     return lean
@@ -263,3 +267,23 @@ Args:
 
 Returns: with a bias sum_n (gradient of bias[n]) * (row n before the step), [d] in the accumulator dtype, else empty.
 """
+
+
+class LatentParams(NamedTuple):
+    """A weight matrix with one row a latent, and what its step moves with it."""
+
+    w: torch.Tensor  # [N, d]
+    m: torch.Tensor  # [N, d]
+    v: torch.Tensor  # [N, d]
+    half: torch.Tensor | None  # [N, d], the new weights rounded
+    bias: list[torch.Tensor]  # a bias [N] and its moments, or empty
+    scalars: torch.Tensor  # [5]
+    bias_scalars: torch.Tensor  # [5]
+
+
+def update_rows_(
+    params: LatentParams, lists: WeightedLists, aux: WeightedLists | None, hyper: AdamHyper, impl: str
+) -> torch.Tensor:
+    """`latent_adam_` of records."""
+    more, aux_k = (list(aux.tensors), aux.k) if aux else ([], 0)
+    return latent_adam_(*params, list(lists.tensors), lists.k, more, aux_k, *hyper, impl)

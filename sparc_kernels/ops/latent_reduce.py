@@ -10,7 +10,7 @@ from ..core.numerics import acc_dtype, csr, may_look
 from ..core.registry import register
 from ..launch.device import capability, cdiv
 from ..launch.reduce import finish_warps, reduce_chunk, reduce_config
-from .inverse_index import InverseIndex
+from .records import WeightedLists
 
 
 @triton.jit
@@ -261,10 +261,10 @@ Args:
 """
 
 
-def latent_reduce(inverse: InverseIndex, coef, mat, k: int, dtype, impl: str):
+def latent_reduce(lists: WeightedLists, dtype: torch.dtype, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
     """`latent_reduce_` into new tensors: out [N, d] in `dtype`, sums [N] in the accumulator dtype."""
-    n = inverse.offsets.numel() - 1
+    n, mat = lists.inverse.offsets.numel() - 1, lists.mat
     out = mat.new_empty(n, mat.shape[-1], dtype=dtype)
     sums = mat.new_empty(n, dtype=acc_dtype(mat.dtype))
-    latent_reduce_(out, sums, *inverse, coef, None, None, mat, k, False, impl)
+    latent_reduce_(out, sums, *lists.tensors, lists.k, False, impl)
     return out, sums

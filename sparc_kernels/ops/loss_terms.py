@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..core._triton import INTERPRETED, tl, tl_dtype, triton
+from ..core._triton import tl, tl_dtype, triton
 from ..core.numerics import may_look
 from ..core.registry import register
+from ..core.target import interpreted
 from ..launch.device import capability, cdiv, next_power_of_2
 from ..launch.reduce import MeansConfig
 
@@ -74,14 +75,14 @@ def _means(sqs, norm, values):
     """NMSE of every pair [T * S], and sums of each source's values in `chunks` parts [S * chunks] (none without)."""
     T, (S, B) = len(sqs), sqs[0].shape
     size = 0 if values is None else values[0].numel()
-    chunk = 16 if INTERPRETED else 16384
+    chunk = 16 if interpreted() else 16384
     while cdiv(size, chunk) > 256:
         chunk *= 2
     chunks = cdiv(size, chunk)
     nmse, parts = norm.new_empty(T * S), norm.new_empty(S * chunks)
     _means_kernel[(T * S + S * chunks,)](
         tuple(sq.contiguous() for sq in sqs), norm, values, nmse, parts, B, size, chunk,
-        T=T, S=S, BLOCK=16 if INTERPRETED else 1024, ACC=tl_dtype(norm.dtype), num_warps=4,
+        T=T, S=S, BLOCK=16 if interpreted() else 1024, ACC=tl_dtype(norm.dtype), num_warps=4,
         **MeansConfig().registers(capability(norm.device)),
     )  # fmt: skip
     return nmse, parts, chunks

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import torch
 
-from ..core._triton import INTERPRETED, tl, tl_dtype, triton
-from ..core.numerics import acc_dtype, may_look, pad_width
+from ..core._triton import tl, tl_dtype, triton
+from ..core.numerics import acc_dtype, allow_tf32, may_look, pad_width
 from ..core.registry import register
 from ..core.side_stream import Beside
+from ..core.target import interpreted
 from ..launch.budgets import SCRATCH_BYTES
 from ..launch.device import capability, cdiv, dot_precision
 from ..launch.select import (
@@ -24,7 +25,7 @@ from ..launch.select import (
     select_rows,
     with_span,
 )
-from .joint import _allow_tf32, joint
+from .joint import joint
 
 
 @triton.jit
@@ -279,7 +280,7 @@ def _select_triton(*, xs, w_encs, biases, k, ids, count):
     scratch = [buffer() for _ in range(buffers)]
     out = torch.empty(B, k, device=device, dtype=torch.int64)
     half = dtype in (torch.bfloat16, torch.float16)
-    tf32 = dtype == torch.float32 and _allow_tf32()
+    tf32 = dtype == torch.float32 and allow_tf32()
     precision = "ieee" if dtype != torch.float32 else dot_precision(capability(device), tf32)
     wide_x = wide_w = None
     if ids is None and encode_by_library(B, sum(x.shape[1] for x in xs), dtype.itemsize, tf32):
@@ -310,7 +311,7 @@ def _select_triton(*, xs, w_encs, biases, k, ids, count):
                 row0, rows, n, n_groups, n_spans, S=len(xs), GROUP=select.group, SPAN=select.span,
                 BLOCK_M=encode.block_m, BLOCK_N=block_n, BLOCK_K=encode.block_k,
                 GROUP_M=encode.group_m, COMPACT=ids is not None,
-                DTYPE=tl.float32 if half and INTERPRETED else tl_dtype(dtype), ACC=tl_dtype(acc), PRECISION=precision,
+                DTYPE=tl.float32 if half and interpreted() else tl_dtype(dtype), ACC=tl_dtype(acc), PRECISION=precision,
                 num_warps=encode.num_warps, num_stages=encode.num_stages, **limit,
             )  # fmt: skip
 

@@ -189,7 +189,7 @@ def stand_in(arch: int = 90, *, tf32: bool = False, stage: Callable[[object], st
     """
     if INTERPRETED:
         raise RuntimeError("Triton interprets kernels here: expected TRITON_INTERPRET unset, got 1")
-    with trace._as_on_gpu(arch, tf32), launchers_on_meta():
+    with trace.as_on_gpu(arch, tf32), launchers_on_meta():
         import triton
         from triton.runtime.jit import JITFunction
 

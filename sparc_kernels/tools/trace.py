@@ -13,7 +13,7 @@ import inspect
 import os
 import sys
 import weakref
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +24,11 @@ from torch.utils._pytree import tree_leaves
 from .. import reference
 from ..core._triton import HAS_TRITON
 from ..core.registry import operator_of
-from ..launch import budgets
-from ..launch import device as launch_device
+from ..core.target import Target, as_target
+from ..launch.budgets import MAX_K
+from ..launch.device import AMD
 from .shape import Shape
 
-PACKAGE = "sparc_kernels"
 FOLDER = Path(__file__).resolve().parents[1]
 
 
@@ -176,7 +176,7 @@ def _place() -> str:
 
 
 class _Recorder:
-    """Stands in for a kernel in the modules that hold it and notes what it is launched with."""
+    """Stands in for a kernel and notes what it is launched with."""
 
     def __init__(self, name, kernel, small, found):
         self.name, self.kernel, self.small, self.found = name, kernel, small, found
@@ -236,40 +236,34 @@ def _specialise(arg, path, constants, divisible, small):
 
 
 @contextmanager
-def _as_on_gpu(arch: int, tf32: bool, found: list[Launch] | None = None):
-    """The package's modules as they would be on a GPU of that architecture, with recorders in place of kernels where
-    their launches are to be found."""
+def as_on_gpu(arch: int, tf32: bool, found: list[Launch] | None = None, gpu_name: str | None = None):
+    """Launchers as they would work for a GPU of that architecture.
+
+    Args:
+        arch: as `launch.device.capability` gives it.
+        tf32: what torch's float32 matmul precision allows.
+        found: where launches are noted instead of being made; None: they are made.
+        gpu_name: whose recorded settings count.
+    """
     if not HAS_TRITON:
         raise RuntimeError("Triton is not installed here: its launchers cannot be traced")
-    from ..nn import fused_step  # noqa: F401  the modules that hold operators and kernels are in sys.modules after this
+    from triton.runtime.jit import KernelInterface
 
-    # what is replaced by name, where a module holds it; kernels are recognised by their type
-    stand_ins = {
-        "capability": lambda device: arch,
-        "device_name": lambda: None,  # recorded settings are this machine's
-        "resolve_impl": lambda impl, *_, **__: "torch" if impl == "torch" else "triton",
-        "_allow_tf32": lambda: tf32,
-        "INTERPRETED": False,
-    }
-    recorders = {}
-    with ExitStack() as restored:
-        for name, held in list(sys.modules.items()):
-            if not name.startswith(f"{PACKAGE}.") or name == __name__:
-                continue
-            for attribute, value in list(vars(held).items()):
-                stand_in = None
-                if attribute in stand_ins:
-                    stand_in = stand_ins[attribute]
-                elif found is not None and attribute.endswith("_kernel") and hasattr(value, "arg_names"):
-                    if value not in recorders:
-                        recorders[value] = _Recorder(
-                            f"{value.fn.__module__}:{value.fn.__name__}", value, arch >= launch_device.AMD, found
-                        )
-                    stand_in = recorders[value]
-                if stand_in is not None:
-                    restored.callback(setattr, held, attribute, value)
-                    setattr(held, attribute, stand_in)
-        yield
+    launched, recorders = KernelInterface.__getitem__, {}
+
+    def recorder(kernel, grid):
+        if kernel not in recorders:
+            name = f"{kernel.fn.__module__}:{kernel.fn.__name__}"
+            recorders[kernel] = _Recorder(name, kernel, arch >= AMD, found)
+        return recorders[kernel][grid]
+
+    with as_target(Target(arch, tf32, gpu_name=gpu_name)):
+        if found is not None:
+            KernelInterface.__getitem__ = recorder
+        try:
+            yield
+        finally:
+            KernelInterface.__getitem__ = launched
 
 
 # ---------------------------------------------------------------------------------------------------------------- steps
@@ -294,7 +288,7 @@ def _inputs(shape: Shape, requires_grad: bool = False) -> dict[str, torch.Tensor
 
 
 def _auxk(shape: Shape, auxk: bool | int) -> int | None:
-    return min(shape.k, shape.N, budgets.MAX_K) if auxk is True else auxk or None
+    return min(shape.k, shape.N, MAX_K) if auxk is True else auxk or None
 
 
 def _summary(tracer, found, before_backward, leaves) -> Trace:
@@ -331,14 +325,14 @@ def trace(
     from ..nn.optimizer import SparcAdam
 
     found: list[Launch] = []
-    with _as_on_gpu(arch, tf32, found):
+    with as_on_gpu(arch, tf32, found):
         model, inputs = _model(shape, topk_type, _auxk(shape, auxk)), _inputs(shape, input_grads)
         leaves, known = [*model.parameters(), *inputs.values()], []
         if update:
             adam = SparcAdam(model, **optimizer)
             known = [t for both in adam.prepare([[True] * 4] * shape.S) for some in both for t in some]
             known += [adam.counts, adam.scalars()]
-            known += [w for pair in adam.shadow_matrices() or () for w in pair]
+            known += [w for pair in adam.half_weights() or () for w in pair]
         with _Tracer([*leaves, *model.buffers(), *known]) as tracer:
             before_backward = None
             if update == "direct":
@@ -375,7 +369,7 @@ def launches(shape: Shape, arch: int) -> list[Launch]:
     found += trace(shape, arch, topk_type="local", update="direct", normalize="after").launches
     if shape.dtype == "float32":  # under autocast
         found += trace(shape, arch, update="direct", shadow=torch.bfloat16).launches
-    with _as_on_gpu(arch, False, found):
+    with as_on_gpu(arch, False, found):
         model, inputs = _model(shape, "global", None), _inputs(shape)
         first, *rest = model.streams
         with _Tracer([*model.parameters(), *model.buffers(), *inputs.values()]):

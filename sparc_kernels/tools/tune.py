@@ -19,16 +19,17 @@ from itertools import product
 
 import torch
 
+from ..core.numerics import allow_tf32
 from ..launch import tuned
 from ..launch.device import capability
 from ..ops.decode import decode_nmse
 from ..ops.encode import encode_topk
 from ..ops.inverse_index import inverse_index
-from ..ops.joint import _allow_tf32
 from ..ops.latent_reduce import latent_reduce
+from ..ops.records import WeightedLists
 from .compiler import compile_all
 from .shape import Shape, parse_shape
-from .trace import Launch, _as_on_gpu, _Tracer
+from .trace import Launch, _Tracer, as_on_gpu
 
 OPS = ("encode", "select", "gather", "reduce")
 WRONG = "wrong result"  # a reason that is not a matter of resources
@@ -122,7 +123,8 @@ def problem(op: str, shape: Shape, device: torch.device) -> Problem:
     upstream = [torch.stack([x.roll(s, 0) for s in range(len(xs))]) for x in xs]
 
     def reduce():
-        return tuple(latent_reduce(inverse, values, g, shape.k, g.dtype, "triton")[0] for g in upstream)
+        lists = [WeightedLists(inverse, values, None, None, g, shape.k) for g in upstream]
+        return tuple(latent_reduce(some, some.mat.dtype, "triton")[0] for some in lists)
 
     return Problem(reduce, lambda *two: _tensors_differ(*two, tolerance))
 
@@ -190,8 +192,7 @@ def plan(op: str, shape: Shape, arch: int) -> tuple[list[Launch], list[Try]]:
     """
     found: list[Launch] = []
     tries, name = [], tuned.device_name()
-    with _as_on_gpu(arch, _allow_tf32(), found), _Tracer([]):
-        tuned.device_name = lambda: name  # until `_as_on_gpu` ends: recorded settings of other operators count
+    with as_on_gpu(arch, allow_tf32(), found, name), _Tracer([]):  # recorded settings of other operators count
         task = problem(op, shape, torch.device("meta"))
         with tuned.observed(op) as wanted:
             task.run()

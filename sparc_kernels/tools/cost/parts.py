@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import NamedTuple
 
-from ...core import _triton
+from ...core.target import Target, as_target
 from ..shape import Shape
 from .gpus import GPU
 
@@ -95,16 +95,12 @@ class Op:
 
 
 def of_gpu(made):
-    """Decorator of a function of a shape: launch settings are the GPU's where this process runs Triton's interpreter,
-    which has its own."""
+    """Decorator of a function of a shape: launch settings are the defaults of its architecture, whether this process
+    runs Triton's interpreter or has settings recorded."""
 
     @wraps(made)
     def on_gpu(s: Shape, *args, **named):
-        if not _triton.INTERPRETED:
-            return made(s, *args, **named)
-        from ..trace import _as_on_gpu
-
-        with _as_on_gpu(s.arch, s.tf32):
+        with as_target(Target(s.arch, s.tf32)):
             return made(s, *args, **named)
 
     return on_gpu

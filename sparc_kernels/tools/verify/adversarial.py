@@ -30,7 +30,7 @@ from ...core.registry import resolve_impl
 from ...launch import select as select_settings
 from ...ops import selection
 from ...ops.encode import encode_topk, values_at
-from ..trace import Launch, _as_on_gpu
+from ..trace import Launch, as_on_gpu
 from .judge import BF16, F16, F32, SHORT, Tensor
 from .launches import META, _Answers
 from .pool import device_lost
@@ -431,7 +431,7 @@ def launches_of(
 ) -> list[Launch]:
     """The distinct launches of one way at one shape on a GPU of that architecture, found as `verify`'s are."""
     found: list[Launch] = []
-    with _as_on_gpu(arch, tf32, found), _Answers():
+    with as_on_gpu(arch, tf32, found), _Answers():
         (provider,) = [provider for provider in ours("auto", META) if provider.way == way]
         for size in sizes:
             logits = torch.empty(ROWS, n, dtype=dtype, device=META)

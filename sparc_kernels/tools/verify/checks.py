@@ -19,6 +19,7 @@ from ...ops.encode import encode_topk, values_at
 from ...ops.inverse_index import inverse_index
 from ...ops.latent_adam import latent_adam_
 from ...ops.latent_reduce import latent_reduce
+from ...ops.records import WeightedLists
 from .judge import F64, Case, Check, Problem, Tensor, as_leaves, gapped, generic, integers, logit_error, random_latents
 
 
@@ -275,7 +276,7 @@ def _latent_reduce(check: Check) -> None:
     coef = torch.where(coef.abs() < 0.4, 0.0, coef)  # as relu leaves them
     mat = torch.randn(S, c.B, d, generator=check.generator, device=check.device).to(check.dtype)
     inverse = inverse_index(indices, c.N)
-    ours = latent_reduce(inverse, coef, mat, c.k, check.dtype, check.resolved)
+    ours = latent_reduce(WeightedLists(inverse, coef, None, None, mat, c.k), check.dtype, check.resolved)
 
     def dense(coef, mat):
         codes = [reference.codes(indices, v, c.N) for v in coef]

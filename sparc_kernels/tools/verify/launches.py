@@ -13,7 +13,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from ...nn import half_weights, module
-from ..trace import InsideOperators, Launch, _as_on_gpu
+from ..trace import InsideOperators, Launch, as_on_gpu
 from ..verify import checks as verify_checks
 from .judge import Case, Check
 from .suite import CHECKS
@@ -32,7 +32,7 @@ def launches_of(case: Case, dtype: torch.dtype, arch: int, name: str | None = No
     """
     found: list[Launch] = []
     problems: dict = {}
-    with _as_on_gpu(arch, tf32, found), _unjudged(), _Answers():
+    with as_on_gpu(arch, tf32, found), _unjudged(), _Answers():
         for op, word, fn in CHECKS:
             if word in case.ops.split() and name in (None, op):
                 fn(_Dry(op, case, dtype, META, "auto", problems))

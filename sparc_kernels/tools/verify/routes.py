@@ -259,7 +259,7 @@ def _shadow(check: Check) -> None:
             for _ in range(3):
                 model.training_step(inputs, adam)
             if shadow:
-                held = adam.shadow_matrices()
+                held = adam.half_weights()
                 check.add("kept", held is not None, "exact" if held else "no shadow was kept")
         ends.append([q.detach() for q in model.parameters()])
     _same(check, "as cast", *ends)

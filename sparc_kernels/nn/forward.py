@@ -1,0 +1,71 @@
+"""What a forward of AlignedSAE makes, for outputs, the loss and the fused step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ..core.numerics import autocast_enabled
+from ..ops.records import EncoderParams, SparseCodes
+
+
+@dataclass
+class ForwardState:
+    """One forward: what went in, what was selected, and under which modes of torch. S streams."""
+
+    model: torch.nn.Module  # the AlignedSAE
+    inputs: dict[str, torch.Tensor]
+    streams: list[str]  # those given, in the model's order
+    impl: str
+    xs: list[torch.Tensor]  # inputs in the operators' dtype
+    encoder: EncoderParams
+    centred: list[torch.Tensor]  # xs - pre_biases
+    codes: SparseCodes
+    aux: SparseCodes | None  # AuxK's, one source for each stream
+    values: dict[str, torch.Tensor] = field(default_factory=dict)  # [B, k] of each stream
+    grad: bool = True
+    inference: bool = False
+    autocast: dict = field(default_factory=dict)  # arguments of torch.autocast
+    parameter_versions: list[tuple[int, int]] | None = None  # None under torch.compile, whose tracer knows none
+    input_versions: list[tuple[int, int]] = field(default_factory=list)
+
+    def record(self) -> ForwardState:
+        """Note under which modes, and on which versions of tensors, what is read later must be made."""
+        self.values = dict(zip(self.streams, self.codes.values.unbind(), strict=True))
+        self.grad = torch.is_grad_enabled()
+        self.autocast = autocast_state(self.codes.indices.device)
+        if not torch.compiler.is_compiling():
+            self.inference = torch.is_inference_mode_enabled()
+            self.parameter_versions = [version_of(p) for p in self.model.parameters()]
+            self.input_versions = [version_of(x) for x in self.inputs.values()]
+        return self
+
+    def check_unchanged(self) -> None:
+        """RuntimeError where a parameter or an input has been changed in place since."""
+        if self.parameter_versions is None:
+            return
+        for (name, p), then in zip(self.model.named_parameters(), self.parameter_versions, strict=True):
+            if version_of(p) != then:
+                raise RuntimeError(
+                    f"outputs: parameter {name} was changed in place or replaced after this forward (an optimizer "
+                    "step, unit_norm_decoder_?); read outputs and compute the loss before that, or run forward again"
+                )
+        for (name, x), then in zip(self.inputs.items(), self.input_versions, strict=True):
+            if version_of(x) != then:
+                raise RuntimeError(
+                    f"outputs: inputs[{name!r}] was changed in place after this forward (a reused buffer?); read "
+                    "outputs and compute the loss before refilling it"
+                )
+
+
+def autocast_state(device: torch.device) -> dict:
+    """Arguments of torch.autocast that restore what is on now."""
+    if not autocast_enabled(device):
+        return {"device_type": "cpu" if device.type == "meta" else device.type, "enabled": False}
+    return {"device_type": device.type, "enabled": True, "dtype": torch.get_autocast_dtype(device.type)}
+
+
+def version_of(x: torch.Tensor) -> tuple[int, int]:
+    """Identity and in-place version of a tensor; inference tensors have no version."""
+    return id(x), -1 if x.is_inference() else x._version

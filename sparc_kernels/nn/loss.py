@@ -1,0 +1,66 @@
+"""The training loss of a forward, and its metrics by their official names."""
+
+from __future__ import annotations
+
+import torch
+
+from ..ops.aligned_loss import AlignedLoss, LossInputs
+from ..ops.loss_terms import Terms
+from .forward import ForwardState
+
+
+def loss_of(
+    state: ForwardState,
+    decoders: list[tuple[torch.Tensor, torch.Tensor]],
+    xs: list[torch.Tensor],
+    weights: torch.Tensor,
+    auxk_coef: float,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The loss with gradients, the `Terms` of it, and those of AuxK or None.
+
+    Args:
+        state: of a forward over all streams.
+        decoders: w_dec [d, N] and pre_bias [d] of each stream.
+        xs: targets [B, d] of each stream.
+        weights: [T, S], see `term_weights`.
+        auxk_coef: >= 0.
+        impl: "triton" or "torch".
+    """
+    w_decs, pre_biases = zip(*decoders, strict=True)
+    tensors = LossInputs(state.codes, state.aux, w_decs, pre_biases, xs).flatten()
+    return AlignedLoss.apply(weights, auxk_coef, torch.is_grad_enabled(), impl, len(w_decs), *tensors)
+
+
+def term_weights(values: torch.Tensor, cross_loss_coef: float) -> torch.Tensor:
+    """Weights [target, source] of the terms of the loss, for values [S, B, k]."""
+    S = len(values)
+    cross = cross_loss_coef / (S * (S - 1)) if S > 1 else 0.0
+    # filled on the device: a tensor made of Python numbers would be copied there and synchronise
+    return values.new_full((S, S), cross).fill_diagonal_(1 / S)
+
+
+def metrics_of(
+    streams: list[str],
+    loss: torch.Tensor,
+    terms: torch.Tensor,
+    aux_terms: torch.Tensor | None,
+    cross_loss_coef: float,
+) -> dict[str, torch.Tensor]:
+    """Detached metrics by their official names, from what `loss_terms` and `add_auxk` made."""
+    S = len(streams)
+    parts = Terms(terms, S)
+    metrics = {f"mse_loss_{s}": parts.nmse[i][i] for i, s in enumerate(streams)}
+    metrics["avg_mse_loss"] = parts.avg_self
+    metrics.update({f"num_active_neurons_{s}": parts.k for s in streams})
+    metrics.update({f"l1_sparsity_{s}": v for s, v in zip(streams, parts.l1, strict=True)})
+    metrics.update(avg_num_active_neurons=parts.k, avg_l1_sparsity=parts.avg_l1)
+    if aux_terms is not None:
+        metrics["avg_auxk_loss"], metrics["avg_auxk_loss_scaled"], *own = aux_terms.unbind()
+        metrics.update({f"auxk_loss_{s}": v for s, v in zip(streams, own, strict=True)})
+    for t, row in zip(streams, parts.nmse, strict=True):
+        metrics.update({f"cross_loss_{t}_from_{s}": v for s, v in zip(streams, row, strict=True) if s != t})
+    if cross_loss_coef > 0 and S > 1:
+        metrics.update(avg_cross_loss=parts.avg_cross, avg_cross_loss_scaled=parts.avg_cross_scaled)
+    metrics["total_loss"] = loss
+    return {name: value.detach() for name, value in metrics.items()}
