@@ -294,7 +294,12 @@ def _auxk(s: Shape, direct: bool) -> Iterator[Part]:
     if ahead:  # the biases' sums: twice as many tensors in the launches of the main loss
         yield from (norms, _bias_sums(s, launches=0))
     else:
-        yield from (residuals, replace(norms, launches=S), of_torch("scaled", 12 * S, S), _late_bias_sums(s, True))
+        yield from (
+            residuals,
+            replace(norms, launches=S),
+            of_torch("scaled", 4 * (2 * S + 1)),
+            _late_bias_sums(s, True),
+        )
         yield of_torch("values' gradients", 8 * SB * s.auxk)
 
 
@@ -377,7 +382,7 @@ def ops_of(s: Shape, direct: bool = False) -> dict[str, Op]:
             *when(ahead and not direct, Part("scale by 1", 4)),  # reads the upstream gradient and exits
             # weights times the upstream gradient; dv of the targets added up
             *when(not ahead, _late_bias_sums(s, False), replace(norms, launches=S)),
-            *when(not ahead, of_torch("scaled", (S - 1) * 12 * S * M, 2 * S - 1)),
+            *when(not ahead, of_torch("scaled", 4 * (2 * S * S + 1) + (S - 1) * 12 * S * M, S)),
         ],
         # per list entry one row of x - b, its dv and the value that gates it; dW_enc and dc written
         "dW_enc": [] if direct else [
