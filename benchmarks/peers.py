@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from sparc_kernels import cost_dense, cost_model, reference
+from sparc_kernels import reference
+from sparc_kernels.tools import cost
 
 from .cases import DEAD_THRESHOLD, PRECISIONS, Case, Problem, groups
 from .providers import (
@@ -220,8 +221,8 @@ def _flashinfer(context: Context, problem: Problem, dtype: str) -> Job:
 # ------------------------------------------------------------------------------------------------------------------ all
 
 
-def _official_step(s: cost_model.Shape) -> cost_model.Op:
-    return cost_dense.official_step(s)
+def _official_step(s: cost.Shape) -> cost.Op:
+    return cost.official_step(s)
 
 
 def peers() -> list[Provider]:

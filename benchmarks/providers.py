@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from sparc_kernels import SparcAdam, cost, cost_dense, cost_model, cost_optim, decode_nmse, encode_topk, reference
+from sparc_kernels import SparcAdam, decode_nmse, encode_topk, reference
+from sparc_kernels.tools import cost
 
 from .cases import PRECISIONS, Case, Problem, groups
 from .timing import Job
@@ -51,10 +52,10 @@ class Provider:
     absent: Callable[[Context], str | None] = always  # the reason, when it is not to be had
     fits: Callable[[Case], str | None] = lambda case: None  # the reason, when it cannot do this shape
     # bytes and FLOPs of what it does, with the optimizer apart, and of what follows the backward in a step
-    model: Callable[[cost_model.Shape], cost_model.Op] | None = None
-    after: Callable[[cost_model.Shape], list[cost_model.Op]] = lambda s: [cost_dense.unit_norm(s), cost_dense.adam(s)]
-    ops: Callable[[cost_model.Shape], list[cost_model.Op]] | None = None  # of its profile, which this one has
-    how: dict = field(default_factory=dict)  # of cost_model.Shape
+    model: Callable[[cost.Shape], cost.Op] | None = None
+    after: Callable[[cost.Shape], list[cost.Op]] = lambda s: [cost.unit_norm(s), cost.adam(s)]
+    ops: Callable[[cost.Shape], list[cost.Op]] | None = None  # of its profile, which this one has
+    how: dict = field(default_factory=dict)  # of cost.Shape
     graph: bool = False
     setup_s: float = 1.0  # what it takes before it can be timed, compilation included: on a GPU, at a large shape
 
@@ -427,8 +428,8 @@ def _ceiling(kind: str):
     return build
 
 
-def _dense_step(s: cost_model.Shape) -> cost_model.Op | None:
-    return None if s.auxk else cost_dense.dense_step(s)  # the model of the dense step knows no AuxK
+def _dense_step(s: cost.Shape) -> cost.Op | None:
+    return None if s.auxk else cost.dense_step(s)  # the model of the dense step knows no AuxK
 
 
 PLAIN = ("float32", "tf32", "bfloat16", "bfloat16 autocast")
@@ -438,14 +439,14 @@ NO_AUTOCAST = ("float32", "tf32", "bfloat16", "float16")
 def own() -> list[Provider]:
     """Ours, and what torch alone can do."""
     compiled = {"how": {"compiled": True}, "dtypes": PLAIN}
-    one_pass = {"after": lambda s: [cost_dense.adam(s)]}  # SparcAdam does it all in Adam's pass over the parameters
+    one_pass = {"after": lambda s: [cost.adam(s)]}  # SparcAdam does it all in Adam's pass over the parameters
     return [
         Provider("ours", "training", "AlignedSAE and SparcAdam: Triton on CUDA, torch elsewhere", _ours,
                  check_training, model=cost.step, ops=cost.step_ops, setup_s=20, **one_pass),
         Provider("ours, CUDA graph", "training", "the same, replayed from a CUDA graph", _ours_graph, check_training,
                  absent=needs_cuda, model=cost.step, graph=True, setup_s=6, **one_pass),
         Provider("ours, training_step", "training", "AlignedSAE.training_step: no gradients in memory", _ours_direct,
-                 check_direct, model=cost_optim.direct_step, after=lambda s: [], ops=cost_optim.direct_ops, setup_s=6),
+                 check_direct, model=cost.direct_step, after=lambda s: [], ops=cost.direct_ops, setup_s=6),
         Provider("reference, eager", "training", "the reference with torch.topk, torch's fused Adam", _reference(),
                  check_training, PLAIN, model=_dense_step),
         Provider("reference, compiled", "training", "the same under torch.compile", _reference("default"),
@@ -466,17 +467,17 @@ def own() -> list[Provider]:
         Provider("embedding_bag", "decode", "torch's embedding_bag for every pair", _decode_bags, check_decode,
                  NO_AUTOCAST),
         Provider("unit norm, projection", "optimizer", "AlignedSAE's", _optimizer("norm"), None, ("float32",),
-                 model=cost_dense.unit_norm),
+                 model=cost.unit_norm),
         Provider("SparcAdam", "optimizer", "all of it in one pass", _optimizer("ours"), None, ("float32",)),
-        Provider("Adam, fused", "optimizer", "torch's", _optimizer("fused"), None, ("float32",), model=cost_dense.adam),
+        Provider("Adam, fused", "optimizer", "torch's", _optimizer("fused"), None, ("float32",), model=cost.adam),
         Provider("Adam, foreach", "optimizer", "torch's default", _optimizer("foreach"), None, ("float32",),
-                 model=cost_dense.adam),
+                 model=cost.adam),
         Provider("GEMM", "ceiling", "the encoder's product by the library (cuBLAS, MKL)", _ceiling("gemm"), None,
                  NO_AUTOCAST, model=cost.gemm),
         Provider("copy", "ceiling", "a buffer of the weights' size", _ceiling("copy"), None, NO_AUTOCAST,
-                 model=cost_dense.copy),
+                 model=cost.copy),
         Provider("gather", "ceiling", "index_select of B k random rows", _ceiling("gather"), None, NO_AUTOCAST,
-                 model=cost_dense.gather),
+                 model=cost.gather),
     ]  # fmt: skip
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from sparc_kernels import cost_model
 from sparc_kernels.core.validation import precision_name
+from sparc_kernels.tools import cost
 
 from . import environment, record
 from .cases import Case, Problem
@@ -211,7 +211,7 @@ class Run:
         if self.cuda:
             torch.cuda.empty_cache()
 
-    def interleaved(self, s: cost_model.Shape) -> bool:
+    def interleaved(self, s: cost.Shape) -> bool:
         """Whether the jobs of a group may all be alive: weights, gradients and two moments, several times."""
         total = torch.cuda.mem_get_info()[1] if self.cuda else 2**20 * (environment.memory_mib() or 2**14)
         return total / 2 > 6 * 4 * 4 * 2 * s.N * s.D
@@ -426,19 +426,19 @@ class Run:
         whole = MAIN_MODE.get(group.op, "forward")
         if p.model is None or mode not in (whole, "step"):
             return {}
-        s = group.case.cost_shape(group.dtype, **p.how)
+        s = self._shape(group, **p.how)
         try:
             op = p.model(s)
             if op is None:
                 return {}
             if mode == "step":
-                op = cost_model.total("step", [op, *p.after(s)])
+                op = cost.total("step", [op, *p.after(s)])
             gpu = self.gpu
             bound = 1e3 * roofline_seconds(op, gpu) if gpu else None
             predicted = None
-            if gpu and gpu.name in cost_model.GPUS:  # launches and padding included; there is no such model of a CPU
+            if gpu and gpu.name in cost.GPUS:  # launches and padding included; there is no such model of a CPU
                 training = group.op == "training"
-                predicted = 1e3 * (cost_model.step_seconds(op, gpu, p.graph) if training else op.seconds(gpu))
+                predicted = 1e3 * (cost.step_seconds(op, gpu, p.graph) if training else op.seconds(gpu))
         except Exception as error:  # a fault of the model is no reason to lose what was measured
             self.data["model_failed"] = f"{p.op}, {p.name}: {type(error).__name__}: {error}"
             return {}
@@ -448,10 +448,15 @@ class Run:
             "roofline_fraction": bound / median if bound else None, "predicted_ms": predicted,
         }  # fmt: skip
 
+    def _shape(self, group: Group, **how) -> cost.Shape:
+        """The shape of a group's rows with the launch settings of this GPU."""
+        gpu = self.gpu
+        return group.case.cost_shape(group.dtype, **how, **({"arch": gpu.arch} if gpu else {}))
+
     @property
-    def gpu(self) -> cost_model.GPU | None:
+    def gpu(self) -> cost.GPU | None:
         """The device's rates: the data sheet's where the cost model knows the GPU, else the ceilings of this run."""
-        known = cost_model.gpu_of_device(self.data["environment"]["device_name"]) if self.cuda else None
+        known = cost.gpu_of_device(self.data["environment"]["device_name"]) if self.cuda else None
         if known:
             self.data["roofline"] = {
                 "modelled": True, "source": f"data sheet of {known.name}, fractions of sparc_kernels.cost"
@@ -473,7 +478,7 @@ class Run:
             }  # fmt: skip
             self.save()
 
-    def _measured_gpu(self) -> cost_model.GPU | None:
+    def _measured_gpu(self) -> cost.GPU | None:
         rates = self.data["roofline"].get("rates")
         if not rates:
             return None
@@ -483,7 +488,7 @@ class Run:
         copy = max(rate for name, rate in rates.items() if name.startswith("copy"))
         gather = max([rate for name, rate in rates.items() if name.startswith("gather")], default=copy)
         units = {"float32": full, "tf32": gemm.get("tf32") or full, "bfloat16": half, "float16": half}
-        return cost_model.GPU(
+        return cost.GPU(
             self.data["environment"]["device_name"], (), copy, max(copy, gather), 32 * 2**20, units, 1, 1.0,
             hbm_fraction=1, gemm_fraction=1,
         )  # fmt: skip
@@ -493,7 +498,7 @@ class Run:
         mode, c = "full" if "full" in one.job.of_modes() else "step", group.case
         try:
             parts, kernels = profile(one.job, self.cuda, mode)
-            modelled = self._modelled_parts(one.provider.ops(c.cost_shape(group.dtype)), parts)
+            modelled = self._modelled_parts(one.provider.ops(self._shape(group)), parts)
         except Exception as error:
             parts, kernels, modelled, reason = [], [], None, f"{type(error).__name__}: {error}"
         else:
@@ -504,11 +509,11 @@ class Run:
         )  # fmt: skip
         self.save()
 
-    def _modelled_parts(self, ops: list[cost_model.Op], parts: list[dict]) -> dict | None:
+    def _modelled_parts(self, ops: list[cost.Op], parts: list[dict]) -> dict | None:
         """The cost model's operations, with the measured time of the operators that do them; None for a device that the
         model does not know."""
         gpu = self.gpu
-        if gpu is None or gpu.name not in cost_model.GPUS:
+        if gpu is None or gpu.name not in cost.GPUS:
             return None
         measured, shared = {part["name"]: part["ms"] for part in parts}, {}
         for op in ops:
@@ -521,12 +526,12 @@ class Run:
                 "name": ", ".join(op.name for op in some), "operators": list(doing),
                 "measured_ms": sum(found) if found else None,
                 "modelled_ms": 1e3 * sum(op.seconds(gpu) for op in some), "launches": sum(op.launches for op in some),
-                "bound": cost_model.total("", some).bound(gpu),
+                "bound": cost.total("", some).bound(gpu),
             })  # fmt: skip
         return {"gpu": gpu.name, "modelled_ms": sum(row["modelled_ms"] for row in rows), "ops": rows}
 
 
-def roofline_seconds(op: cost_model.Op, gpu: cost_model.GPU) -> float:
+def roofline_seconds(op: cost.Op, gpu: cost.GPU) -> float:
     """The least time of its parts one after the other: bytes through memory and cache, FLOPs; no launches, no padding,
     no instructions."""
     return sum(

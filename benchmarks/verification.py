@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from sparc_kernels import cost_model, reference
+from sparc_kernels import reference
+from sparc_kernels.tools import cost
 
 from .cases import DEAD_THRESHOLD, PRECISIONS, Problem
 
@@ -53,12 +54,12 @@ def judge(errors: dict[str, float], torch_errors: dict[str, float], dtype: str, 
     return Verdict(all(e <= allowed[name] for name, e in errors.items()), errors, allowed, torch_errors, at)
 
 
-def twin(s: cost_model.Shape, device: torch.device) -> cost_model.Shape:
+def twin(s: cost.Shape, device: torch.device) -> cost.Shape:
     """The shape itself, or the largest smaller one whose float64 truth fits; latents go first."""
     limit = FLOPS[device.type]
     memory = torch.cuda.mem_get_info(device)[1] / 4 if device.type == "cuda" else 4e9
 
-    def fits(s: cost_model.Shape) -> bool:
+    def fits(s: cost.Shape) -> bool:
         return limit >= 2 * s.B * s.N * s.D * (3 + 3 * s.S) and memory >= 2 * 8 * s.N * s.D
 
     least = max(8 * s.k, 4096)

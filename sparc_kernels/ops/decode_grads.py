@@ -181,13 +181,13 @@ Args:
     coef: [S, B]; where it is 0 the source takes no part in any gradient, whatever its error is.
     order, offsets, ids: the InverseIndex of indices.
     count: int32 [], the columns of indices that exist (all when None); the values beyond it are zero.
-    keep: the source whose E is returned, NO_ERROR, or KEEP_ALL, which goes with dw None.
+    keep: the source whose E is returned, NO_ERROR, or ALL_ERRORS, which goes with dw None.
     dvalues: [S, B, k] contiguous, where the gradient of values goes.  dw: [N, d], that of w; None: nobody asks for it.
     add_dvalues, add_dw: add to what they hold; rows of dw whose latent is in no list are then not touched.
     impl: "triton" or "torch".
 
 Returns: |E|^2 [S, B] and sum_s coef E [B, d], whose sum over b is the gradient of bias, in the accumulator dtype; E
-[B, d] of one source in w's dtype (empty for NO_ERROR; for KEEP_ALL [S, B, d]).
+[B, d] of one source in w's dtype (empty for NO_ERROR; for ALL_ERRORS [S, B, d]).
 """
 
 
