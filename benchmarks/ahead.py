@@ -15,12 +15,12 @@ from functools import partial
 
 import torch
 
-from sparc_kernels import cost_model, decode_nmse
+from sparc_kernels import decode_nmse
 from sparc_kernels.core.console import ends_with_its_pipe
 from sparc_kernels.launch.device import capability
-from sparc_kernels.tools import trace
+from sparc_kernels.tools import cost, trace
 from sparc_kernels.tools.compiler import compile_all
-from sparc_kernels.tools.trace import Launch, Shape
+from sparc_kernels.tools.trace import Launch
 
 from .cases import PRECISIONS
 from .exercise import PARTS
@@ -54,7 +54,7 @@ def timed(options: Options, arch: int) -> list[Listing]:
         if group.op not in ("training", "select", "encode"):
             continue
         for dtype in (kind, autocast or kind):
-            shape = Shape(s.B, s.N, s.k, s.d_streams, s.S, str(dtype).removeprefix("torch."))
+            shape = cost.Shape(s.B, s.N, s.k, s.d_streams, str(dtype).removeprefix("torch."))
             for update, shadow in (("dense", None), ("direct", None if dtype == autocast else autocast)):
                 more = {"shadow": shadow} if shadow else {}
                 found[shape, tf32, update, shadow] = partial(
@@ -67,7 +67,7 @@ def traced(*args, **named) -> list[Launch]:
     return list(trace.trace(*args, **named).launches)
 
 
-def decoding(s: cost_model.Shape, dtype: torch.dtype, device: str) -> None:
+def decoding(s: cost.Shape, dtype: torch.dtype, device: str) -> None:
     """The decode operation of benchmarks.providers, on numbers that mean nothing."""
 
     def made(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """What the benchmarks run: named shapes, sweeps, and the tensors of one problem. Nothing is measured in this file.
 
-A shape is a `sparc_kernels.cost.Shape`: bytes, FLOPs and modelled time come from there.
+A shape is a `sparc_kernels.tools.shape.Shape`: bytes, FLOPs and modelled time come from there.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from sparc_kernels import AlignedSAE, SparcAdam, cost_model, cost_report, reference
+from sparc_kernels import AlignedSAE, SparcAdam, reference
+from sparc_kernels.tools import cost
 
 from . import data as data_
 
@@ -34,7 +35,7 @@ class Case:
     """One shape with a name; `sweep` names the size that varies where it is one of a series."""
 
     name: str
-    shape: cost_model.Shape
+    shape: cost.Shape
     what: str = ""
     data: str = "gaussian"  # or "real": `benchmarks.data`
     sweep: str = ""
@@ -43,7 +44,7 @@ class Case:
     def streams(self) -> dict[str, int]:
         return {f"s{i}": d for i, d in enumerate(self.shape.d_streams)}
 
-    def cost_shape(self, dtype: str, **how) -> cost_model.Shape:
+    def cost_shape(self, dtype: str, **how) -> cost.Shape:
         """What the cost model needs to know of a row in one of PRECISIONS."""
         plain = {"tf32": False, "autocast": False, "compiled": False}
         return replace(self.shape, **{**plain, **PRECISIONS[dtype][3], **how})
@@ -58,8 +59,8 @@ class Case:
         return f"{self.name}: B {s.B:,}, N {s.N:,}, k {s.k}, d {'/'.join(map(str, s.d_streams))}{aux}"
 
 
-def _shape(B: int, N: int, k: int, *widths: int, auxk: int = 0) -> cost_model.Shape:
-    return cost_model.Shape(B, N, k, widths, auxk=auxk, dead=N // 10 if auxk else 0)
+def _shape(B: int, N: int, k: int, *widths: int, auxk: int = 0) -> cost.Shape:
+    return cost.Shape(B, N, k, widths, auxk=auxk, dead=N // 10 if auxk else 0)
 
 
 # auxk 64 with a tenth of the latents dead is the official configuration in mid-training
@@ -71,16 +72,16 @@ CASES = {
         Case("coco", _shape(256, 8192, 64, 768, 512, 512, auxk=64), "official COCO: DINOv2 B, CLIP-B image and text"),
         Case("open-images-32k", _shape(256, 32768, 64, 1024, 768, 768, auxk=64), "the same, four times the latents"),
         Case("open-images-32k-B1024", _shape(1024, 32768, 64, 1024, 768, 768, auxk=64), "and four times the rows"),
-        Case("batch", cost_report.CASES["B"], "a batch that fills a GPU"),
-        Case("giant", cost_report.CASES["C"], "DINOv2 giant with both SigLIP so400m towers"),
+        Case("batch", cost.CASES["B"], "a batch that fills a GPU"),
+        Case("giant", cost.CASES["C"], "DINOv2 giant with both SigLIP so400m towers"),
         Case("openai", _shape(16384, 32768, 32, 768), "OpenAI's GPT-2 autoencoder"),
         Case("sparsify", _shape(16384, 131072, 192, 4096), "sparsify's command for Llama"),
         Case("crosscoder", _shape(4096, 65536, 100, *[2304] * 2), "a crosscoder of two layers"),
-        Case("crosscoder-8", cost_report.CASES["D"], "a crosscoder over eight layers"),
+        Case("crosscoder-8", cost.CASES["D"], "a crosscoder over eight layers"),
         Case("bionemo-21k", _shape(4096, 21504, 32, 2688), "BioNeMo's smallest published shape"),
         Case("bionemo-86k", _shape(4096, 86016, 32, 2688), "its next"),
         Case("stress", _shape(4096, 344064, 32, 2688), "its large one"),
-        Case("stress-1M", cost_report.CASES["E"], "its largest"),
+        Case("stress-1M", cost.CASES["E"], "its largest"),
         Case("flexsae", _shape(2048, 65536, 64, 2304), "FlexSAE's published shape; rows as in its example"),
         Case("flash-sae", _shape(1024, 65536, 64, 4096), "flash-sae's published shape"),
         Case("FlashSAE", _shape(4096, 131072, 128, 4096), "FlashSAE's published shape"),
@@ -121,7 +122,7 @@ def sweep(device: str, axis: str) -> list[Case]:
     base, axes = SWEEPS[device]
     widths = base.d_streams
 
-    def shape(value: int) -> cost_model.Shape:
+    def shape(value: int) -> cost.Shape:
         if axis == "S":
             return replace(base, d_streams=widths[:1] * value)
         if axis == "d":

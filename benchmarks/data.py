@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from sparc_kernels import cost_model
+from sparc_kernels.tools import cost
 
 Tensor = torch.Tensor
 FILE = Path(__file__).with_name("real_statistics.npz")
@@ -45,12 +45,12 @@ def rounded(x: Tensor) -> Tensor:
     return x.bfloat16().float()
 
 
-def dead_ids(s: cost_model.Shape) -> slice:
+def dead_ids(s: cost.Shape) -> slice:
     """The dead latents: evenly spaced, `s.dead` of them."""
     return slice(0, s.N // s.dead * s.dead, s.N // s.dead) if s.dead else slice(0, 0)
 
 
-def gaussian(s: cost_model.Shape, device: torch.device, seed: int) -> Tensors:
+def gaussian(s: cost.Shape, device: torch.device, seed: int) -> Tensors:
     """Normal rows of unit norm; weights as AlignedSAE starts. Dead latents have a bias that keeps them out of the
     selection while some of their pre-activations stay positive."""
     g = torch.Generator(device).manual_seed(seed)
@@ -72,7 +72,7 @@ def gaussian(s: cost_model.Shape, device: torch.device, seed: int) -> Tensors:
     return Tensors(draw(s.B, seed + 1), w_encs, w_decs, pre_biases, latent_biases, draw)
 
 
-def why_not_real(s: cost_model.Shape) -> str | None:
+def why_not_real(s: cost.Shape) -> str | None:
     """Why the real statistics do not fit this shape; None when they do."""
     if not FILE.exists():
         return f"{FILE.name} is missing: python -m benchmarks.data writes it"
@@ -88,7 +88,7 @@ def _widths() -> list[int]:
         return [file[f"x{i}"].shape[1] for i in range(3)]
 
 
-def real(s: cost_model.Shape, device: torch.device, seed: int) -> Tensors:
+def real(s: cost.Shape, device: torch.device, seed: int) -> Tensors:
     """See the head of this file. Raises ValueError where `why_not_real` has a reason."""
     reason = why_not_real(s)
     if reason:

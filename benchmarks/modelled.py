@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from sparc_kernels import cost_model
+from sparc_kernels.tools import cost
 
 from .plan import MAIN_MODE, Group
 from .provider import Provider
@@ -20,7 +20,7 @@ DOING = {
 }  # fmt: skip
 
 
-def roofline_seconds(op: cost_model.Op, gpu: cost_model.GPU) -> float:
+def roofline_seconds(op: cost.Op, gpu: cost.GPU) -> float:
     """The least time of its parts one after the other: bytes through memory and cache, FLOPs; no launches, no padding,
     no instructions."""
     return sum(
@@ -32,20 +32,25 @@ def roofline_seconds(op: cost_model.Op, gpu: cost_model.GPU) -> float:
     )  # fmt: skip
 
 
-def row_fields(group: Group, p: Provider, mode: str, median: float, gpu: cost_model.GPU | None) -> dict:
+def shape_of(group: Group, gpu: cost.GPU | None, **how) -> cost.Shape:
+    """The shape of a group's rows with the launch settings of this GPU."""
+    return group.case.cost_shape(group.dtype, **how, **({"arch": gpu.arch} if gpu else {}))
+
+
+def row_fields(group: Group, p: Provider, mode: str, median: float, gpu: cost.GPU | None) -> dict:
     """Fields of a row by the cost model; none for a mode or a provider that it does not know."""
     if p.model is None or mode not in (MAIN_MODE.get(group.op, "forward"), "step"):
         return {}
-    op = p.model(s := group.case.cost_shape(group.dtype, **p.how))
+    op = p.model(s := shape_of(group, gpu, **p.how))
     if op is None:
         return {}
     if mode == "step":
-        op = cost_model.total("step", [op, *p.after(s)])
+        op = cost.total("step", [op, *p.after(s)])
     bound = 1e3 * roofline_seconds(op, gpu) if gpu else None
     predicted = None
-    if gpu and gpu.name in cost_model.GPUS:  # launches and padding included; there is no such model of a CPU
+    if gpu and gpu.name in cost.GPUS:  # launches and padding included; there is no such model of a CPU
         training = group.op == "training"
-        predicted = 1e3 * (cost_model.step_seconds(op, gpu, p.graph) if training else op.seconds(gpu))
+        predicted = 1e3 * (cost.step_seconds(op, gpu, p.graph) if training else op.seconds(gpu))
     return {
         "bytes": op.l2, "flops": op.flops, "gb_s": op.l2 / median / 1e6,
         "tflop_s": op.flops / median / 1e9 or None, "roofline_ms": bound,
@@ -53,9 +58,9 @@ def row_fields(group: Group, p: Provider, mode: str, median: float, gpu: cost_mo
     }  # fmt: skip
 
 
-def profile_ops(ops: list[cost_model.Op], parts: list[dict], gpu: cost_model.GPU | None) -> dict | None:
+def profile_ops(ops: list[cost.Op], parts: list[dict], gpu: cost.GPU | None) -> dict | None:
     """The model's operations with the measured time of the operators that do them; None for an unknown device."""
-    if gpu is None or gpu.name not in cost_model.GPUS:
+    if gpu is None or gpu.name not in cost.GPUS:
         return None
     measured, shared = {part["name"]: part["ms"] for part in parts}, defaultdict(list)
     for op in ops:
@@ -67,7 +72,7 @@ def profile_ops(ops: list[cost_model.Op], parts: list[dict], gpu: cost_model.GPU
             "name": ", ".join(op.name for op in some), "operators": list(doing),
             "measured_ms": sum(times) if times else None,
             "modelled_ms": 1e3 * sum(op.seconds(gpu) for op in some), "launches": sum(op.launches for op in some),
-            "bound": cost_model.total("", some).bound(gpu),
+            "bound": cost.total("", some).bound(gpu),
         })  # fmt: skip
     return {"gpu": gpu.name, "modelled_ms": sum(row["modelled_ms"] for row in rows), "ops": rows}
 
@@ -88,11 +93,11 @@ def roofline_of(data: dict) -> dict | None:
     return {"modelled": True, "rates": rates, "source": source}
 
 
-def sheet_of(gpu: cost_model.GPU) -> dict:
+def sheet_of(gpu: cost.GPU) -> dict:
     return {"modelled": True, "source": f"data sheet of {gpu.name}, fractions of sparc_kernels.cost"}
 
 
-def measured_gpu(name: str, rates: dict[str, float]) -> cost_model.GPU:
+def measured_gpu(name: str, rates: dict[str, float]) -> cost.GPU:
     """A device with measured rates, for the roofline alone."""
     gemm, copy, gather = (
         {n.split(" ", 1)[1]: rate for n, rate in rates.items() if n.startswith(ceiling)}
@@ -103,4 +108,4 @@ def measured_gpu(name: str, rates: dict[str, float]) -> cost_model.GPU:
     hbm = max(copy.values())
     units = {"float32": full, "tf32": gemm.get("tf32") or full, "bfloat16": half, "float16": half}
     cache = max(hbm, *gather.values()) if gather else hbm
-    return cost_model.GPU(name, (), hbm, cache, 32 * 2**20, units, 1, 1.0, hbm_fraction=1, gemm_fraction=1)
+    return cost.GPU(name, (), hbm, cache, 32 * 2**20, units, 1, 1.0, hbm_fraction=1, gemm_fraction=1)

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from sparc_kernels import cost_dense, reference
+from sparc_kernels import reference
+from sparc_kernels.tools import cost
 
 from .cases import DEAD_THRESHOLD, PRECISIONS, Case, Problem, groups
 from .provider import (
@@ -210,7 +211,7 @@ def peers() -> list[Provider]:
     return [
         Provider("official SPARC", "training", "the official class and its training loop, as shipped; also with TF32 "
                  "and under autocast", official(False), check_training, ("float32", "tf32", "bfloat16 autocast"),
-                 absent=no_official, model=cost_dense.official_step),
+                 absent=no_official, model=cost.official_step),
         Provider("official SPARC, OpenAI's kernels", "training", "use_sparse_decoder=True", official(True),
                  check_training, ("float32",), absent=no_openai, setup_s=8),
         Provider("sparsify", "training", "eai-sparsify's fused encoder and Triton decoder under our loss",

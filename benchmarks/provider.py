@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from sparc_kernels import cost_dense, cost_model, reference
+from sparc_kernels import reference
+from sparc_kernels.tools import cost
 
 from .cases import PRECISIONS, Case, Problem
 from .timing import Job
@@ -48,10 +49,10 @@ class Provider:
     absent: Callable[[Context], str | None] = lambda context: None  # the reason why it cannot run here
     fits: Callable[[Case], str | None] = lambda case: None  # the reason why it cannot compute this shape
     # bytes and FLOPs without the optimizer, and of what follows the backward in a step
-    model: Callable[[cost_model.Shape], cost_model.Op | None] | None = None
-    after: Callable[[cost_model.Shape], list[cost_model.Op]] = lambda s: [cost_dense.unit_norm(s), cost_dense.adam(s)]
-    ops: Callable[[cost_model.Shape], list[cost_model.Op]] | None = None  # of its profile; None: not profiled
-    how: dict = field(default_factory=dict)  # fields of cost_model.Shape
+    model: Callable[[cost.Shape], cost.Op | None] | None = None
+    after: Callable[[cost.Shape], list[cost.Op]] = lambda s: [cost.unit_norm(s), cost.adam(s)]
+    ops: Callable[[cost.Shape], list[cost.Op]] | None = None  # of its profile; None: not profiled
+    how: dict = field(default_factory=dict)  # fields of cost.Shape
     graph: bool = False
     setup_s: float = 1.0  # before it can be timed, compilation included: on a GPU, at a large shape
 

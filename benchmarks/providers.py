@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from sparc_kernels import SparcAdam, cost, cost_dense, cost_model, cost_optim, decode_nmse, encode_topk, reference
+from sparc_kernels import SparcAdam, decode_nmse, encode_topk, reference
+from sparc_kernels.tools import cost
 
 from .cases import PRECISIONS, Problem, groups
 from .provider import (
@@ -228,8 +229,8 @@ def _gather(context: Context, problem: Problem, dtype: str) -> Job:
 # ----------------------------------------------------------------------------------------------------------------- all
 
 
-def _dense_step(s: cost_model.Shape) -> cost_model.Op | None:
-    return None if s.auxk else cost_dense.dense_step(s)  # the model of the dense step knows no AuxK
+def _dense_step(s: cost.Shape) -> cost.Op | None:
+    return None if s.auxk else cost.dense_step(s)  # the model of the dense step knows no AuxK
 
 
 PLAIN = ("float32", "tf32", "bfloat16", "bfloat16 autocast")
@@ -239,14 +240,14 @@ MAX_AUTOTUNE = "max-autotune-no-cudagraphs"
 
 def own() -> list[Provider]:
     compiled = {"how": {"compiled": True}, "dtypes": PLAIN, "model": _dense_step}
-    one_pass = {"after": lambda s: [cost_dense.adam(s)]}  # SparcAdam: all of it in Adam's pass over the parameters
+    one_pass = {"after": lambda s: [cost.adam(s)]}  # SparcAdam: all of it in Adam's pass over the parameters
     training = [
         Provider("ours", "training", "AlignedSAE and SparcAdam: Triton on CUDA, torch elsewhere", _ours,
                  check_training, model=cost.step, ops=cost.step_ops, setup_s=20, **one_pass),
         Provider("ours, CUDA graph", "training", "the same, replayed from a CUDA graph", _ours_graph, check_training,
                  absent=needs_cuda, model=cost.step, graph=True, setup_s=6, **one_pass),
         Provider("ours, training_step", "training", "AlignedSAE.training_step: no gradients in memory", _ours_direct,
-                 check_direct, model=cost_optim.direct_step, after=lambda s: [], ops=cost_optim.direct_ops, setup_s=6),
+                 check_direct, model=cost.direct_step, after=lambda s: [], ops=cost.direct_ops, setup_s=6),
         Provider("reference, eager", "training", "the reference with torch.topk, torch's fused Adam", _reference(),
                  check_training, PLAIN, model=_dense_step),
         Provider("reference, compiled", "training", "the same under torch.compile", _reference("default"),
@@ -269,8 +270,8 @@ def own() -> list[Provider]:
             ("decode", check_decode, "embedding_bag", "torch's embedding_bag for every pair", _decode(_bag_losses),
              None, 1),
             ("ceiling", None, "GEMM", "the encoder's product by the library (cuBLAS, MKL)", _gemm, cost.gemm, 1),
-            ("ceiling", None, "copy", "a buffer of the weights' size", _copy, cost_dense.copy, 1),
-            ("ceiling", None, "gather", "index_select of B k random rows", _gather, cost_dense.gather, 1),
+            ("ceiling", None, "copy", "a buffer of the weights' size", _copy, cost.copy, 1),
+            ("ceiling", None, "gather", "index_select of B k random rows", _gather, cost.gather, 1),
         )
     ]  # fmt: skip
     optimizers = [
@@ -278,11 +279,11 @@ def own() -> list[Provider]:
         for name, what, step, model in (
             ("unit norm, projection", "AlignedSAE's",
              lambda problem, model, ps: lambda: model.unit_norm_decoder_().project_decoder_grad_(),
-             cost_dense.unit_norm),
+             cost.unit_norm),
             ("SparcAdam", "all of it in one pass", lambda problem, model, ps: problem.adam(ours=True).step, None),
-            ("Adam, fused", "torch's", lambda problem, model, ps: problem.adam().step, cost_dense.adam),
+            ("Adam, fused", "torch's", lambda problem, model, ps: problem.adam().step, cost.adam),
             ("Adam, foreach", "torch's default",
-             lambda problem, model, ps: torch.optim.Adam(ps, lr=0.0, eps=1e-8, foreach=True).step, cost_dense.adam),
+             lambda problem, model, ps: torch.optim.Adam(ps, lr=0.0, eps=1e-8, foreach=True).step, cost.adam),
         )
     ]  # fmt: skip
     return [*training, *parts[:7], *optimizers, *parts[7:]]

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from sparc_kernels import cost_model
 from sparc_kernels.core.validation import precision_name
+from sparc_kernels.tools import cost
 
 from . import environment, modelled, record
 from .cases import Case, Problem
@@ -191,7 +191,7 @@ class Run:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
 
-    def interleaved(self, s: cost_model.Shape) -> bool:
+    def interleaved(self, s: cost.Shape) -> bool:
         """Whether the jobs of a group may all be alive: weights, gradients and two moments, several times."""
         total = torch.cuda.mem_get_info()[1] if self.cuda else 2**20 * (environment.memory_mib() or 2**14)
         return total / 2 > 6 * 4 * 4 * 2 * s.N * s.D
@@ -382,10 +382,10 @@ class Run:
             return {}
 
     @property
-    def gpu(self) -> cost_model.GPU | None:
+    def gpu(self) -> cost.GPU | None:
         """The device's rates: the data sheet's where the cost model knows the GPU, else the ceilings of this run."""
         name = self.data["environment"]["device_name"]
-        known = cost_model.gpu_of_device(name) if self.cuda else None
+        known = cost.gpu_of_device(name) if self.cuda else None
         if known:
             self.data["roofline"] = modelled.sheet_of(known)
             return known
@@ -398,7 +398,7 @@ class Run:
         parts, kernels, ops, reason = [], [], None, None
         try:
             parts, kernels = profile(one.job, self.cuda, mode, calls=1 if self.options.tiny else 3)
-            ops = modelled.profile_ops(one.provider.ops(c.cost_shape(group.dtype)), parts, self.gpu)
+            ops = modelled.profile_ops(one.provider.ops(modelled.shape_of(group, self.gpu)), parts, self.gpu)
         except Exception as error:
             parts, kernels, reason = [], [], f"{type(error).__name__}: {error}"
         self.data["profiles"].append(

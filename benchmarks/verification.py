@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from sparc_kernels import cost_model, reference
+from sparc_kernels import reference
+from sparc_kernels.tools import cost
 from sparc_kernels.tools.verify.judge import limit
 
 from .cases import DEAD_THRESHOLD, PRECISIONS, Problem
@@ -53,11 +54,11 @@ def judge(errors: dict[str, float], torch_errors: dict[str, float], dtype: str, 
     return Verdict(errors, {name: limit(torch_errors[name], FLOOR[dtype]) for name in errors}, torch_errors, at)
 
 
-def twin(s: cost_model.Shape, device: torch.device) -> cost_model.Shape:
+def twin(s: cost.Shape, device: torch.device) -> cost.Shape:
     """The shape itself, or the largest smaller one whose float64 truth fits; latents go first."""
     memory = torch.cuda.mem_get_info(device)[1] / 4 if device.type == "cuda" else 4e9
 
-    def fits(s: cost_model.Shape) -> bool:
+    def fits(s: cost.Shape) -> bool:
         return FLOPS[device.type] >= 2 * s.B * s.N * s.D * (3 + 3 * s.S) and memory >= 2 * 8 * s.N * s.D
 
     while not fits(s):

@@ -17,8 +17,8 @@ from sparc_kernels.core._triton import TRITON_VERSION
 from sparc_kernels.nn import module
 from sparc_kernels.tools.audit import Compiled, Shape, _name, _summary, _table, launches, reference_peak_bytes, trace
 
-SMALL = Shape(256, 2048, 16, (64, 48), 2, "bfloat16")
-PAPER = Shape(4096, 65536, 64, (1024, 768, 768), 3, "bfloat16")
+SMALL = Shape(256, 2048, 16, (64, 48), "bfloat16")
+PAPER = Shape(4096, 65536, 64, (1024, 768, 768), "bfloat16")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -98,7 +98,7 @@ def test_kernels_are_picked_by_name(tmp_path):
 @pytest.mark.parametrize("auxk", [False, True])
 def test_a_step_never_waits_for_the_device(dtype, topk_type, auxk):
     """On meta tensors any reading of a value raises; what is returned has run to the end."""
-    step = trace(Shape(256, 2048, 16, (64, 48), 2, dtype), topk_type=topk_type, auxk=auxk, input_grads=True)
+    step = trace(Shape(256, 2048, 16, (64, 48), dtype), topk_type=topk_type, auxk=auxk, input_grads=True)
     assert {launch.kernel.split(":")[1] for launch in step.launches} >= {"_encode_kernel", "_select_kernel"}
     # nothing outlives the step but AuxK's masks of dead latents, which the module remembers for checkpointing
     assert step.live_bytes_at_end == (2 * 2048 if auxk else 0), step.largest

@@ -42,9 +42,10 @@ from benchmarks import (  # noqa: E402
     verification,
 )
 from benchmarks.provider import Context, Provider, check_selection, check_training  # noqa: E402
-from sparc_kernels import AlignedSAE, cost, cost_model, cost_optim, cost_report, reference  # noqa: E402
+from sparc_kernels import AlignedSAE, reference  # noqa: E402
 from sparc_kernels.core import gpu_timer  # noqa: E402
 from sparc_kernels.core.registry import OPERATORS  # noqa: E402
+from sparc_kernels.tools import cost  # noqa: E402
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 CONTEXT = Context(torch.device("cpu"))
@@ -319,7 +320,7 @@ def test_tolerance_follows_what_torch_is_off_in_that_precision():
 
 
 def test_a_step_that_is_too_large_for_float64_is_verified_at_a_twin(tmp_path, monkeypatch):
-    small = cost_model.Shape(16, 64, 8, (24, 16, 16), auxk=8, dead=6)
+    small = cost.Shape(16, 64, 8, (24, 16, 16), auxk=8, dead=6)
     monkeypatch.setattr(runner, "twin", lambda s, device: small if s.N == 128 else s)
     found = run(tmp_path, monkeypatch, [provider("ours"), spoiled("loss")], "open-images.*float32")
     rows = {r["provider"]: r for r in found["results"] if r["mode"] == "full"}
@@ -340,19 +341,19 @@ def test_the_truth_does_not_depend_on_how_many_rows_it_takes_at_once(monkeypatch
 
 def test_a_known_gpu_is_given_the_time_of_its_model(tmp_path, monkeypatch):
     """Rows and profiles of a GPU, on a stand-in for its name."""
-    gpu = cost_model.GPUS["H200"]
+    gpu = cost.GPUS["H200"]
     monkeypatch.setattr(runner.Run, "gpu", gpu)
     found = run(tmp_path, monkeypatch, [provider("ours"), provider("ours, training_step")], "^open-images.*float32")
     case = cases.TINY["open-images"].cost_shape("float32")
     row = next(r for r in found["results"] if r["mode"] == "full")
-    seconds = cost_model.step_seconds(cost.step(case), gpu, False)
+    seconds = cost.step_seconds(cost.step(case), gpu, False)
     assert row["predicted_ms"] == pytest.approx(1e3 * seconds, rel=1e-4)
     said = report.terminal(found)
     assert 0 < row["roofline_ms"] < row["predicted_ms"] and "over the model's time" in said
     assert [(p["provider"], p["mode"]) for p in found["profiles"]] == [
         ("ours", "full"), ("ours, training_step", "step")
     ]  # fmt: skip
-    for p, op in zip(found["profiles"], (cost.step(case), cost_optim.direct_step(case)), strict=True):
+    for p, op in zip(found["profiles"], (cost.step(case), cost.direct_step(case)), strict=True):
         model = p["modelled"]
         assert p["reason"] is None
         assert model["gpu"] == "H200" and model["modelled_ms"] == pytest.approx(1e3 * op.seconds(gpu), rel=1e-4)
@@ -364,7 +365,7 @@ def test_a_known_gpu_is_given_the_time_of_its_model(tmp_path, monkeypatch):
 
 def test_every_operation_of_the_model_is_set_beside_an_operator():
     shapes = [c.cost_shape(t) for c in cases.CASES.values() for t in ("float32", "bfloat16 autocast")]
-    names = {op.name.split(" (")[0] for s in shapes for op in (*cost.step_ops(s), *cost_optim.direct_ops(s))}
+    names = {op.name.split(" (")[0] for s in shapes for op in (*cost.step_ops(s), *cost.direct_ops(s))}
     assert names == set(modelled.DOING)
     assert {name for some in modelled.DOING.values() for name in some} <= {*OPERATORS, "torch"}
 
@@ -731,7 +732,7 @@ def test_cases_are_the_shapes_that_people_run():
     assert shapes["openai"] == (16384, 32768, 32, 768, 1) and shapes["sparsify"] == (16384, 131072, 192, 4096, 1)
     assert shapes["stress"] == (4096, 344064, 32, 2688, 1) and shapes["stress-1M"] == (4096, 2**20, 32, 2688, 1)
     assert {cases.CASES[name].shape for name in ("batch", "giant", "crosscoder-8", "stress-1M")} == {
-        cost_report.CASES[name] for name in "BCDE"
+        cost.CASES[name] for name in "BCDE"
     }
     for device in ("cpu", "cuda"):
         for axis in plan.AXES:
@@ -765,13 +766,13 @@ def test_models_of_what_is_timed_exist_for_every_case():
                 p.model(c.cost_shape("bfloat16" if "bfloat16" in p.dtypes else "float32", **p.how)) if p.model else None
             )
             if op is not None:
-                assert modelled.roofline_seconds(op, cost_model.GPUS["H200"]) > 0
+                assert modelled.roofline_seconds(op, cost.GPUS["H200"]) > 0
             assert op is not None or p.name not in ("ours", "GEMM", "copy") or p.op in ("encode", "decode")
 
 
 @pytest.mark.parametrize("kind", data.KINDS)
 def test_tensors_are_seeded_unit_norm_and_exact_in_bfloat16(kind):
-    case = cases.Case("x", cost_model.Shape(48, 512, 16, (160, 128, 192), auxk=8, dead=50), data=kind)
+    case = cases.Case("x", cost.Shape(48, 512, 16, (160, 128, 192), auxk=8, dead=50), data=kind)
     one, two = (cases.Problem(case, "cpu", seed=3) for _ in range(2))
     for a, b in zip(one.tensors[:5], two.tensors[:5], strict=True):
         for x, y in zip(a, b, strict=True):
@@ -802,9 +803,7 @@ def test_real_statistics_are_those_of_the_trained_model():
         kept = {name: torch.from_numpy(file[name]).double() for name in file.files}
     widths = [kept[f"x{i}"].shape[1] for i in range(3)]
     n = kept["w_enc0"].shape[0]
-    s = cost_model.Shape(
-        64, n, 16, tuple(widths)
-    )  # one place, no mixtures: the model itself, its latents in another order
+    s = cost.Shape(64, n, 16, tuple(widths))  # one place, no mixtures: the model itself, its latents in another order
     t = data.real(s, torch.device("cpu"), seed=0)
     for i in range(3):
         h = reference.preactivations(t.xs[i], t.w_encs[i], t.pre_biases[i], t.latent_biases[i]).double()
@@ -812,7 +811,7 @@ def test_real_statistics_are_those_of_the_trained_model():
         want = all_h.sort(1).values
         nearest = torch.cdist(h.sort(1).values, want).min(1).values / want.norm(dim=1).mean()
         assert nearest.max() < 0.02, "a row's pre-activations are not those of any row of the data"
-    wide = data.real(cost_model.Shape(64, 4 * n, 32, tuple(2 * w for w in widths)), torch.device("cpu"), seed=0)
+    wide = data.real(cost.Shape(64, 4 * n, 32, tuple(2 * w for w in widths)), torch.device("cpu"), seed=0)
     top = sum(
         reference.preactivations(*args)
         for args in zip(wide.xs, wide.w_encs, wide.pre_biases, wide.latent_biases, strict=True)
@@ -825,7 +824,7 @@ def test_real_statistics_are_those_of_the_trained_model():
 
 
 def test_shapes_narrower_than_the_real_rows_are_refused():
-    s = cost_model.Shape(4, 64, 4, (32,))
+    s = cost.Shape(4, 64, 4, (32,))
     assert "have width" in data.why_not_real(s)
     with pytest.raises(ValueError, match="real statistics: real rows of stream 0"):
         data.real(s, torch.device("cpu"), 0)

@@ -19,7 +19,7 @@ from sparc_kernels.core.validation import check_device, precision_name
 from sparc_kernels.io.features import Features
 from sparc_kernels.io.loader import Loader
 from sparc_kernels.io.weights import load_model, save_weights
-from sparc_kernels.tools.trace import parse_shape
+from sparc_kernels.tools.shape import parse_shape
 from sparc_kernels.tools.verify import run as verify
 from sparc_kernels.train import config as train_config
 from sparc_kernels.train import log as runlog

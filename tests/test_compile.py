@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_map, tree_map_only
 pytest.importorskip("triton")
 from sparc_kernels.core.registry import NAMESPACE, operator_of
 from sparc_kernels.tools import compiler
-from sparc_kernels.tools.trace import as_on_gpu, parse_shape, trace
-from sparc_kernels.tools.verify import checks
+from sparc_kernels.tools.shape import parse_shape
+from sparc_kernels.tools.trace import as_on_gpu, trace
 from sparc_kernels.tools.verify import run as verify
+from sparc_kernels.tools.verify import suite
 from sparc_kernels.tools.verify.judge import F32, Check
 from sparc_kernels.tools.verify.launches import launches_of
 
@@ -36,6 +37,7 @@ _JIT = """
 import dataclasses, torch
 from triton.runtime import driver
 from sparc_kernels.tools import compiler, trace
+from sparc_kernels.tools.shape import parse_shape
 compiled = []
 
 class Driver(compiler._Driver):
@@ -66,7 +68,7 @@ def launch(self, *args, **named):
 noted, trace._Recorder._launch = trace._Recorder._launch, launch
 found = []
 for text in ("6,70,5,20/13,2,float32", "256,2048,16,64,1,bfloat16"):
-    shape = trace.parse_shape(text)
+    shape = parse_shape(text)
     found += trace.trace(shape, 90, auxk=True, update="dense", max_grad_norm=1.0).launches
     found += trace.trace(shape, 90, topk_type="local", update="direct").launches
 wanted, compiled = set(compiled), []
@@ -87,7 +89,8 @@ def test_the_jit_looks_for_what_was_compiled():
 _CACHE = """
 import dataclasses, pathlib, os
 from sparc_kernels.tools import compiler
-from sparc_kernels.tools.trace import parse_shape, trace
+from sparc_kernels.tools.shape import parse_shape
+from sparc_kernels.tools.trace import trace
 
 def main():
     every = [l for l in trace(parse_shape("8,64,4,32,1"), 90).launches if "_centre" in l.kernel or "_means" in l.kernel]
@@ -159,7 +162,7 @@ def really_launched(case, dtype):
     """What the checks launch when they have values and judge them."""
     found, problems = [], {}
     with as_on_gpu(90, False, found), _Both():
-        for name, word, fn in checks.CHECKS:
+        for name, word, fn in suite.CHECKS:
             if word in case.ops.split():
                 fn(Check(name, case, dtype, torch.device("cpu"), "auto", problems))
     return set(found)

@@ -166,9 +166,9 @@ def test_both_routes_of_the_decoder_gradient(monkeypatch, spread, columns):
     p = problem(widths=(40, 13, 7))
     indices, values = sparse()
     indices[:, 2] = 11  # a hot latent on every row
-    monkeypatch.setattr(decode_grads, "SPREAD_SOURCES", spread)
+    monkeypatch.setattr(decode_grads, "H_MIN_SOURCES", spread)
     if columns:
-        monkeypatch.setattr(decode_grads, "SPREAD_COLUMNS", 8)
+        monkeypatch.setattr(decode_grads, "H_MIN_COLUMNS", 8)
         monkeypatch.setattr(decode_grads, "SCRATCH_BYTES", 16 * 6 * (5 if spread == 1 else 3) * values.element_size())
     got = decode_nmse(indices, values, p.w_decs, p.pre_biases, p.xs, impl="triton")
     want = reference.decode_nmse(indices, values, p.w_decs, p.pre_biases, p.xs)

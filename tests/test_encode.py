@@ -384,26 +384,29 @@ def test_scratch_of_the_selection_stays_within_its_limit(monkeypatch, N, dtype):
 def test_rows_kept_at_once_are_equal_parts_within_the_limit():
     from sparc_kernels.launch.budgets import SCRATCH_BYTES
     from sparc_kernels.launch.device import cdiv
-    from sparc_kernels.launch.select import select_rows
+    from sparc_kernels.launch.select import rows_per_chunk
 
     for rows in (1, 100, 4096, 5000, 65536):
         for row_bytes in (2**14, 2**17, 2**20 + 999, 2**21, 2**22, 2**30):
             for tiles in (0, 100, cdiv(rows, 128) * row_bytes // 512):
-                part, buffers = select_rows(rows, row_bytes, 128, tiles)
+                part, buffers = rows_per_chunk(rows, row_bytes, 128, tiles)
                 assert 1 <= part <= rows and (buffers * part * row_bytes <= 2 * SCRATCH_BYTES or part == 1)
                 if part > 128 and part < rows and 1024 * row_bytes <= SCRATCH_BYTES:
                     assert buffers * part * row_bytes <= SCRATCH_BYTES
                 assert buffers == 1 if tiles < 1024 or part == rows else buffers <= 2
-    assert select_rows(4096, 2**16, 128) == (4096, 1) and select_rows(4096, 2**17, 128) == (2048, 1)
-    assert select_rows(4096, 2**16, 128, 4096) == (768, 2)  # six parts, in whole tiles of rows
-    assert select_rows(4096, 2**14, 128, 1024) == (2048, 2)  # two of 512
+    assert rows_per_chunk(4096, 2**16, 128) == (4096, 1) and rows_per_chunk(4096, 2**17, 128) == (2048, 1)
+    assert rows_per_chunk(4096, 2**16, 128, 4096) == (768, 2)  # six parts, in whole tiles of rows
+    assert rows_per_chunk(4096, 2**14, 128, 1024) == (2048, 2)  # two of 512
     # two buffers of the whole scratch: shorter parts would cost more
-    assert select_rows(4096, 2**18 + 2**15, 128, 2**14) == (768, 2)
-    assert select_rows(4096, 2**21, 128, 2**17) == (256, 1)  # one, where two would make the GEMM read W_enc too often
+    assert rows_per_chunk(4096, 2**18 + 2**15, 128, 2**14) == (768, 2)
+    assert rows_per_chunk(4096, 2**21, 128, 2**17) == (
+        256,
+        1,
+    )  # one, where two would make the GEMM read W_enc too often
 
 
 class Late:
-    """`Beside`, as late as it may be: work is done when something waits for it, and not before."""
+    """`SideStream`, as late as it may be: work is done when something waits for it, and not before."""
 
     def __init__(self, device, enabled=True):
         self.enabled, self.work, self.ran = enabled, [], 0
@@ -440,7 +443,7 @@ def test_a_selector_that_runs_late_finds_its_logits(monkeypatch, beside, right):
     p, made = problem(B=64, requires_grad=False), []
     want = chosen(p, p.w_encs, "torch")
     monkeypatch.setattr(select_settings, "BESIDE_TILES", 3)
-    monkeypatch.setattr(selection, "Beside", lambda *args, **named: made.append(beside(*args, **named)) or made[-1])
+    monkeypatch.setattr(selection, "SideStream", lambda *args, **named: made.append(beside(*args, **named)) or made[-1])
     assert torch.equal(chosen(p, p.w_encs, "triton"), want) == right
     assert len(made[0].work) == made[0].ran == 4
 

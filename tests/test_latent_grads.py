@@ -58,7 +58,7 @@ def test_the_last_list_ends_where_it_ends(monkeypatch):
         return bags(entries, mat, torch.cat([offsets[:-1], offsets.new_full((1,), entries.numel())]), **options)
 
     monkeypatch.setattr(ops_latent_reduce.F, "embedding_bag", as_on_cuda)
-    monkeypatch.setattr(ops_latent_reduce, "may_look", lambda tensor: False)
+    monkeypatch.setattr(ops_latent_reduce, "is_host_readable", lambda tensor: False)
     indices = torch.tensor([[0, 3], [4, 99], [4, -1]])
     inverse = inverse_index(indices, 5, impl="torch")
     coef, mat = torch.rand(1, 3, 2), torch.randn(1, 3, 6).bfloat16()

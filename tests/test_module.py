@@ -408,7 +408,7 @@ def test_activation_checkpointing_moves_the_counters_once(impl, topk_type, reent
         assert torch.equal(p.grad, q.grad), name
     for s in WIDTHS:
         assert torch.equal(getattr(kept, f"stats_last_nonzero_{s}"), getattr(plain, f"stats_last_nonzero_{s}"))
-    assert not copy.deepcopy(kept)._dead_then
+    assert not copy.deepcopy(kept)._recent_dead_masks
 
 
 def test_checkpointing_too_many_forwards_at_once_is_refused_by_name():
@@ -454,7 +454,7 @@ def test_the_torch_path_reads_no_value_where_that_would_wait(monkeypatch, topk_t
     want, plain = step(model), copy.deepcopy([p.grad for p in model.parameters()])
     model.zero_grad()
     for where in (gather, latent_reduce, loss_terms, numerics, selection):
-        monkeypatch.setattr(where, "may_look", lambda tensor: False)
+        monkeypatch.setattr(where, "is_host_readable", lambda tensor: False)
     monkeypatch.setattr(validation, "check_indices", lambda name, value, *rest: value)
     with Looks(), pytest.raises(AssertionError, match="reads a value"):
         want.item()

@@ -12,7 +12,8 @@ from conftest import DEVICE, KERNEL_DTYPE
 from sparc_kernels import AlignedSAE, SparcAdam
 from sparc_kernels.ops import adam as ops_adam
 from sparc_kernels.ops import joint, latent_adam
-from sparc_kernels.tools.trace import Shape, trace
+from sparc_kernels.tools.shape import Shape
+from sparc_kernels.tools.trace import trace
 
 WIDTHS = {"a": 20, "b": 13, "c": 7}
 NEVER = slice(20, 24)  # latents that no row selects
@@ -646,7 +647,7 @@ def test_nothing_has_moved_where_a_step_is_refused():
 
 # what a GPU would launch
 
-SMALL = Shape(256, 2048, 16, (64, 48), 2, "bfloat16")
+SMALL = Shape(256, 2048, 16, (64, 48), "bfloat16")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -674,7 +675,7 @@ def test_launches_of_the_optimizer():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_gradient_of_a_weight_exists(dtype):
-    shape = Shape(4096, 65536, 64, (1024, 768, 768), 3, dtype)
+    shape = Shape(4096, 65536, 64, (1024, 768, 768), dtype)
     direct, dense = trace(shape, auxk=True, update="direct"), trace(shape, auxk=True, update="dense")
     size = 2 if dtype == "bfloat16" else 4
     assert direct.gradient_bytes == 0 and dense.gradient_bytes >= 2 * 65536 * 2560 * size

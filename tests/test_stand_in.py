@@ -13,8 +13,9 @@ pytest.importorskip("triton")
 from sparc_kernels.core._triton import INTERPRETED
 from sparc_kernels.core.registry import OPERATORS
 from sparc_kernels.nn.fused_step import fused_step  # noqa: F401  the last operators are registered there
+from sparc_kernels.tools.shape import Shape
 from sparc_kernels.tools.stand_in import stand_in
-from sparc_kernels.tools.trace import Shape, launches, trace
+from sparc_kernels.tools.trace import launches, trace
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -84,7 +85,7 @@ def test_it_leaves_nothing_behind(seen):
 
 
 def test_the_audit_has_the_kernels_of_a_usual_step():
-    shape = Shape(256, 2048, 16, (96, 64, 40), 3, "bfloat16")
+    shape = Shape(256, 2048, 16, (96, 64, 40), "bfloat16")
     audited = set(launches(shape, 90))
     for step in (
         {}, {"auxk": True}, {"topk_type": "local"}, {"auxk": True, "topk_type": "local"}, {"update": "dense"},

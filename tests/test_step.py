@@ -12,7 +12,8 @@ from conftest import CUDA, DEVICE, KERNEL_DTYPE
 from sparc_kernels import AlignedSAE, SparcAdam
 from sparc_kernels.core import registry
 from sparc_kernels.tools import trace
-from sparc_kernels.tools.trace import InsideOperators, Shape
+from sparc_kernels.tools.shape import Shape
+from sparc_kernels.tools.trace import InsideOperators
 from sparc_kernels.train.step import Step, _Graph
 from sparc_kernels.train.trainer import TrainConfig, Trainer
 
@@ -152,7 +153,7 @@ def test_the_kernels_optimizer_reads_no_value(lr):
 def test_no_output_is_copied_from_the_host_when_it_is_read():
     for topk_type in ("global", "local"):
         with trace.as_on_gpu(90, False, []):
-            shape = Shape(256, 2048, 16, (64, 48), 2, "bfloat16")
+            shape = Shape(256, 2048, 16, (64, 48), "bfloat16")
             model, inputs = trace._model(shape, topk_type, 8), trace._inputs(shape)
             with trace._Tracer([*model.parameters(), *model.buffers(), *inputs.values()]) as seen:
                 outputs = model(inputs)

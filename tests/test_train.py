@@ -74,7 +74,7 @@ def test_the_trainer_is_the_official_loop(topk_type):
     torch.manual_seed(3)
     model = AlignedSAE(WIDTHS, 48, 4, 6, dead_steps_threshold=9, topk_type=topk_type, dtype=torch.float64)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    order, fresh = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    order, reinit_rng = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
     data = {s: x.double() / (x.double().norm(dim=1, keepdim=True) + 1e-8) for s, x in streams().items()}
     expected, reinitialised = [], 0
     for _ in range(6):
@@ -86,7 +86,7 @@ def test_the_trainer_is_the_official_loop(topk_type):
             model.unit_norm_decoder_().project_decoder_grad_()
             optimizer.step()
             if len(expected) % 20 == 0:
-                reinitialised += sum(model.reinit_dead_(generator=fresh).values())
+                reinitialised += sum(model.reinit_dead_(generator=reinit_rng).values())
             expected.append(loss.item())
     assert reinitialised > 0
     np.testing.assert_allclose(losses, expected, rtol=1e-9)

@@ -25,11 +25,12 @@ from sparc_kernels.launch import tuned
 from sparc_kernels.ops import selection
 from sparc_kernels.tools import compiler, tune
 from sparc_kernels.tools.compiler import Compilation
-from sparc_kernels.tools.trace import Launch, Shape, parse_shape
+from sparc_kernels.tools.shape import Shape, parse_shape
+from sparc_kernels.tools.trace import Launch
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU = "Test GPU (40 GB)"
-TINY = Shape(8, 64, 4, 32, 2, "float32")
+TINY = Shape(8, 64, 4, (32, 32), "float32")
 DEVICE = torch.device(DEVICE)
 
 
@@ -492,7 +493,7 @@ def test_no_file_is_read_on_import(tmp_path):
 
 
 def test_shapes_are_parsed():
-    assert parse_shape("8,64,4,32/16,2,float16").widths == (32, 16)
+    assert parse_shape("8,64,4,32/16,2,float16").d_streams == (32, 16)
     with pytest.raises(ValueError, match="one width or S of them"):
         parse_shape("8,64,4,32/16,3")
 

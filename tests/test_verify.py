@@ -19,7 +19,7 @@ from sparc_kernels.core import _triton
 from sparc_kernels.core._triton import INTERPRETED
 from sparc_kernels.nn import fused_step, half_weights, module, optimizer
 from sparc_kernels.ops import aligned_loss, dead, decode, decode_grads, encode
-from sparc_kernels.tools.verify import checks, judge, routes
+from sparc_kernels.tools.verify import checks, judge, routes, suite
 from sparc_kernels.tools.verify import pool as run
 from sparc_kernels.tools.verify import run as verify
 
@@ -42,7 +42,7 @@ def test_command_passes_and_writes_json(tmp_path):
     assert found["passed"] is True
     assert {"torch", "triton", "device", "gpu", "commit", "python"} <= set(found["environment"])
     assert all(r["verdict"] == "ok" for r in found["results"])
-    for op, word, _ in checks.CHECKS:
+    for op, word, _ in suite.CHECKS:
         if word in ("autocast", "shadow"):
             assert {r["dtype"] for r in found["results"] if r["op"] == op} == {"fp32"}, op
         elif word not in ("int64", "beside", "library", "graph", "waits"):  # need a GPU
@@ -142,7 +142,7 @@ def test_little_is_left_out_at_the_border_of_relu(sound):
 def test_gapped_data_keep_away_from_zero(dtype):
     case = verify.CPU_CASES[0]
     check = judge.Check("training global", case, dtype, torch.device("cpu"), "torch", {})
-    p = judge.gapped(check)
+    p = judge.margin_problem(check)
     exact = p.to(torch.float64).logits()
     for rounded, h in zip(p.logits(), exact, strict=True):
         indices = judge.reference.topk_indices(h, case.k)
@@ -413,12 +413,12 @@ def step_without_auxk(patch):
 
 
 def shadow_not_rounded_again(patch):
-    sound = half_weights.Shadow.of
+    sound = half_weights.HalfWeights.of
 
     def of(self, weights):
         return [[w + 2**-9 for w in pair] for pair in sound(self, weights)]
 
-    patch(half_weights.Shadow, "of", of)
+    patch(half_weights.HalfWeights, "of", of)
 
 
 def output_left_unwritten(patch):

@@ -33,7 +33,7 @@ SUBCOMMANDS = {
         "search launch settings for one shape on this machine's GPU and record them for later launches",
     ),
     "cost": (
-        "cost_report",
+        "tools.cost.report",
         "what a training step should take on a GPU, op by op, and against dense PyTorch: modelled, nothing runs",
     ),
 }

@@ -27,7 +27,7 @@ def memory_of(x: torch.Tensor) -> tuple[StorageWeakRef, int]:
     return StorageWeakRef(x.untyped_storage()), x.storage_offset()
 
 
-def may_look(tensor: torch.Tensor) -> bool:
+def is_host_readable(tensor: torch.Tensor) -> bool:
     """Whether Python may read values of the tensor: everywhere but on a CPU that is a wait for the device."""
     return tensor.device.type == "cpu"
 

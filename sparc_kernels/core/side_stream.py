@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 
-class Beside:
+class SideStream:
     """Runs work on a second stream of a GPU, beside what is launched on the current one; elsewhere at once.
 
     The second stream waits for everything launched before, so memory that was made on the current stream may be used,

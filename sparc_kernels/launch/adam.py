@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from ..core._triton import TRITON_VERSION
 from ..core.target import interpreted
-from .device import Limited, next_power_of_2
+from .device import RegisterCapped, next_power_of_2
 
 ADAM_WIDTH = 8192  # columns of a row that one program of the optimizer's kernels holds; wider rows are left to torch
 
 
 @dataclass(frozen=True)
-class AdamConfig(Limited):
+class AdamConfig(RegisterCapped):
     block_d: int
     num_warps: int
 

@@ -12,7 +12,7 @@ MAX_STREAMS = 8
 # Sources from which a decoder's gradient goes by way of H = sum_s coef_s v_s E_s in list order, written and read once
 # (2 B k d through HBM), instead of every list entry reading S errors (S B k d through L2). Modelled: at 3 sources H
 # saves 5 % of the step at B 4096, N 32,768, and costs launches where there are few selected places.
-SPREAD_SOURCES = 3
-SPREAD_PLACES = 65536
-SPREAD_WIDE = 64  # with 3 sources, rows in fp32 beyond which H is not made; compiled (sm_90): 128 spill 64 bytes
-SPREAD_COLUMNS = 128  # fewer columns of H within SCRATCH_BYTES are not worth a pass
+H_MIN_SOURCES = 3
+H_MIN_ENTRIES = 65536
+H_MAX_K_FP32 = 64  # with 3 sources, rows in fp32 beyond which H is not made; compiled (sm_90): 128 spill 64 bytes
+H_MIN_COLUMNS = 128  # fewer columns of H within SCRATCH_BYTES are not worth a pass

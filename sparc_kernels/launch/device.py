@@ -48,7 +48,7 @@ def dot_precision(arch: int, tf32: bool) -> str:
     return "tf32" if tf32 else "tf32x3"
 
 
-class Limited:
+class RegisterCapped:
     """Settings that may limit the registers of a thread. A limit above what a kernel needs is of use too: without one
     ptxas spills 8 or 16 bytes here and there to fit one more block (compiled, sm_80), with one it does not."""
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from ..core._triton import TRITON_VERSION
 from ..core.target import interpreted
 from .budgets import L2_BYTES, MAX_K, SLAB_BYTES
-from .device import AMD, RDNA, STAGES, WARPS, Limited, cdiv, next_power_of_2, shared_limit
+from .device import AMD, RDNA, STAGES, WARPS, RegisterCapped, cdiv, next_power_of_2, shared_limit
 from .tuned import Bound, tunable
 
 
 @dataclass(frozen=True)
-class GatherConfig(Limited):
+class GatherConfig(RegisterCapped):
     k_pad: int
     block_d: int
     tiles: int  # tiles of block_d columns that one program walks

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from ..core._triton import TRITON_VERSION
 from ..core.target import interpreted
 from .budgets import PARTIAL_BYTES
-from .device import RDNA, WARPS, Limited, cdiv, next_power_of_2
+from .device import RDNA, WARPS, RegisterCapped, cdiv, next_power_of_2
 from .tuned import Bound, tunable
 
 
 @dataclass(frozen=True)
-class ReduceConfig(Limited):
+class ReduceConfig(RegisterCapped):
     block_e: int
     block_d: int
     num_warps: int
@@ -55,14 +55,14 @@ def finish_warps(block_d: int) -> int:
 
 
 @dataclass(frozen=True)
-class ColumnSumsConfig(Limited):
+class ColumnSumsConfig(RegisterCapped):
     """Compiled: under Triton 3.8 the weighted sums of three fp32 sources spill 8 bytes without a limit."""
 
     max_registers: int = 128 if TRITON_VERSION == (3, 8) else 0
 
 
 @dataclass(frozen=True)
-class MeansConfig(Limited):
+class MeansConfig(RegisterCapped):
     """Compiled: under Triton 3.6 the means of two sources spill 8 bytes without a limit, for 32 registers."""
 
     max_registers: int = 128 if TRITON_VERSION < (3, 7) else 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from ..core._triton import TRITON_VERSION
 from ..core.target import interpreted
 from .budgets import SCRATCH_BYTES, SCRATCH_LEAST_ROWS
-from .device import AMD, RDNA, STAGES, WARPS, Limited, cdiv, next_power_of_2, shared_limit
+from .device import AMD, RDNA, STAGES, WARPS, RegisterCapped, cdiv, next_power_of_2, shared_limit
 from .tuned import Bound, tunable
 
 # The selector of one chunk of rows runs beside the GEMM of the next. Modelled: in six parts a sixth of it is left over,
@@ -16,7 +16,7 @@ BESIDE_PARTS = 6
 BESIDE_TILES = 512
 
 
-def select_rows(rows: int, row_bytes: int, block_m: int, tiles: int = 0) -> tuple[int, int]:
+def rows_per_chunk(rows: int, row_bytes: int, block_m: int, tiles: int = 0) -> tuple[int, int]:
     """Rows of logits that are kept at once, and how many such buffers there are: two where the selector runs beside the
     GEMM of the next rows. Equal parts, whole tiles where the scratch allows.
 
@@ -37,7 +37,7 @@ def select_rows(rows: int, row_bytes: int, block_m: int, tiles: int = 0) -> tupl
 
 
 @dataclass(frozen=True)
-class EncodeConfig(Limited):
+class EncodeConfig(RegisterCapped):
     block_m: int
     block_n: int
     block_k: int
@@ -54,15 +54,16 @@ def _encode_shared(config, rows, itemsize, arch, compact):
 
 # Compiled (sm_90): with maxima of fewer columns the limit on registers spills 8 bytes, and a block of the selector then
 # needs 8,192 or less, which fit without it.
-LIMITED_GROUP = 16
-_ROOM = 128, 256, 8  # tile and warps whose registers are limited
+CAP_MIN_GROUP = 16
+_CAPPED_TILE = 128, 256, 8  # tile and warps whose registers are limited
 
 
 @tunable(
     "encode", block_m=Bound(16, 256), block_n=Bound(16, 512), block_k=Bound(16, 256),
     group_m=Bound(1, 64, power_of_2=False), num_warps=WARPS, num_stages=STAGES, shared=_encode_shared,
-    complete=lambda config, *_: config if (config.block_m, config.block_n, config.num_warps) == _ROOM else replace(
-        config, max_registers=0
+    complete=lambda config, *_: (
+        config if (config.block_m, config.block_n, config.num_warps) == _CAPPED_TILE
+        else replace(config, max_registers=0)
     ),
 )  # fmt: skip
 def encode_config(rows: int, itemsize: int, arch: int, compact: bool) -> EncodeConfig:
@@ -116,7 +117,7 @@ def encode_by_library(rows: int, width: int, itemsize: int, tf32: bool) -> bool:
 
 
 @dataclass(frozen=True)
-class SelectConfig(Limited):
+class SelectConfig(RegisterCapped):
     group: int  # contiguous columns behind one maximum
     span: int  # contiguous columns behind one coarse maximum; equal to group when two levels are enough
     k_pad: int
@@ -131,12 +132,14 @@ class SelectConfig(Limited):
         return self.n_spans_pad <= 2048 and self.k_pad * self.group <= 1024
 
 
-WIDEST = 8192  # candidates of one step of the selection: 32 keys a thread in 8 warps (compiled: twice that spills)
+MAX_CANDIDATES = (
+    8192  # candidates of one step of the selection: 32 keys a thread in 8 warps (compiled: twice that spills)
+)
 
 
 def _select_with(n: int, k: int, compact: bool, group: int) -> SelectConfig:
     k_pad, span = next_power_of_2(k), group
-    if max(next_power_of_2(cdiv(n, group)), k_pad * group) > WIDEST:
+    if max(next_power_of_2(cdiv(n, group)), k_pad * group) > MAX_CANDIDATES:
         group, span = 16, 128  # N / 128 spans, then 8 groups each of k, then 16 logits each of k
     n_spans_pad = max(next_power_of_2(cdiv(n, span)), 16)
     widest = max(n_spans_pad, k_pad * group)
@@ -145,7 +148,7 @@ def _select_with(n: int, k: int, compact: bool, group: int) -> SelectConfig:
     num_warps = min(max(widest // keys, 1), 8)
     limit = 0
     if TRITON_VERSION < (3, 7):  # compiled (sm_90, half precision): 3.6 needs more registers than its successors
-        if k_pad * group == WIDEST:
+        if k_pad * group == MAX_CANDIDATES:
             num_warps = 16  # with 8 it spills 48 to 96 bytes, with 16 none, 8 to 24 where there are spans of groups
         elif compact and widest == 4096:
             num_warps = 8  # with 4 it spills 48 to 56 bytes

@@ -8,7 +8,7 @@ from ..core.numerics import autocast_enabled, memory_of
 from ..ops.joint import wants_joint
 
 
-class Shadow:
+class HalfWeights:
     """The weight matrices of an AlignedSAE in half precision, for `training_step` under autocast.
 
     `latent_adam_` writes them together with the float32 weights. A matrix that anything else has changed since (a

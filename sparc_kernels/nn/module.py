@@ -93,7 +93,7 @@ class AlignedSAE(nn.Module):
             self.register_buffer(f"stats_last_nonzero_{s}", torch.zeros(n_latents, dtype=torch.long, device=device))
         self.unit_norm_decoder_()
         self.register_load_state_dict_post_hook(_restore_layout)
-        self._dead_then = {}  # of the latest forwards, should activation checkpointing run one again
+        self._recent_dead_masks = {}  # of the latest forwards, should activation checkpointing run one again
 
     # ------------------------------------------------------------------------------------------------ forward and loss
 
@@ -150,8 +150,8 @@ class AlignedSAE(nn.Module):
         if self.auxk and not torch.compiler.is_compiling():
             key = tuple((s, memory_of(x), *version_of(x)[1:], x.shape[0]) for s, x in inputs.items())
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            if not self.auxk or key in self._dead_then:
-                return self._dead_then[key] if self.auxk else None
+            if not self.auxk or key in self._recent_dead_masks:
+                return self._recent_dead_masks[key] if self.auxk else None
             if not counting:  # a look at the model from a hook
                 return self.get_dead_neurons()
             raise RuntimeError(
@@ -172,14 +172,14 @@ class AlignedSAE(nn.Module):
             return None
         dead = self.get_dead_neurons() if dead is None else dead
         if key is not None:
-            self._dead_then.pop(key, None)
-            self._dead_then[key] = dead
-            while len(self._dead_then) > _REMEMBERED:
-                del self._dead_then[next(iter(self._dead_then))]
+            self._recent_dead_masks.pop(key, None)
+            self._recent_dead_masks[key] = dead
+            while len(self._recent_dead_masks) > _REMEMBERED:
+                del self._recent_dead_masks[next(iter(self._recent_dead_masks))]
         return dead
 
     def __getstate__(self):
-        return {**self.__dict__, "_dead_then": {}}
+        return {**self.__dict__, "_recent_dead_masks": {}}
 
     def compute_loss(
         self,

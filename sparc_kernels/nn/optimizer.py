@@ -16,7 +16,7 @@ from ..ops.aligned_loss import LossResult
 from ..ops.records import DecodeTarget
 from .forward import ForwardState
 from .fused_step import check, fused_step
-from .half_weights import Shadow
+from .half_weights import HalfWeights
 from .module import AlignedSAE
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -91,7 +91,7 @@ class SparcAdam(torch.optim.Optimizer):
         require(impl in IMPLS, "impl", f"one of {', '.join(map(repr, IMPLS))}", repr(impl))
         halves = (None, torch.bfloat16, torch.float16)
         require(shadow in halves, "shadow", "torch.bfloat16, torch.float16 or None", repr(shadow))
-        self.impl, self._shadow = impl, shadow and Shadow(shadow)
+        self.impl, self._shadow = impl, shadow and HalfWeights(shadow)
         self.streams()
         if isinstance(lr, torch.Tensor) or lr > 0:
             _warn_of_half(self.model)
@@ -294,7 +294,7 @@ class SparcAdam(torch.optim.Optimizer):
         return {
             **super().__getstate__(), "model": self.model, "impl": self.impl, "grad_norm": None, "counts": None,
             "_scalars": None, "_step_supports_amp_scaling": True,
-            "_shadow": self._shadow and Shadow(self._shadow.dtype),
+            "_shadow": self._shadow and HalfWeights(self._shadow.dtype),
         }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..core._triton import tl, tl_dtype, triton
-from ..core.numerics import acc_dtype, may_look
+from ..core.numerics import acc_dtype, is_host_readable
 from ..core.registry import register
 from ..launch.adam import ADAM_WIDTH, adam_config
 from ..launch.device import capability, next_power_of_2
@@ -50,7 +50,7 @@ class StepScalars(NamedTuple):
 
     @classmethod
     def of(cls, scalars: torch.Tensor) -> StepScalars:
-        return cls(*(scalars.tolist() if may_look(scalars) else scalars.unbind()))
+        return cls(*(scalars.tolist() if is_host_readable(scalars) else scalars.unbind()))
 
 
 DECODER = 1  # place among a stream's parameters: w_enc, the decoder's rows, pre_bias, latent_bias
@@ -284,7 +284,9 @@ def _adam_stream_triton(*, params, grads, exp_avgs, exp_avg_sqs, scalars, normal
     return None
 
 
-CACHED = 2**15  # elements of a tensor that a thread of the torch path takes at a time on a CPU: they stay in cache
+CACHE_BLOCK_ELEMENTS = (
+    2**15
+)  # elements of a tensor that a thread of the torch path takes at a time on a CPU: they stay in cache
 
 
 def _adam_stream_torch(*, params, grads, exp_avgs, exp_avg_sqs, scalars, normalize, beta1, beta2, eps):
@@ -300,8 +302,8 @@ def _adam_stream_torch(*, params, grads, exp_avgs, exp_avg_sqs, scalars, normali
 def row_blocks(w):
     """Slices of the first dimension."""
     size = len(w)
-    if may_look(w):  # torch gives a thread no fewer elements than CACHED
-        size = max(1, torch.get_num_threads() * CACHED // max(w[0].numel(), 1))
+    if is_host_readable(w):  # torch gives a thread no fewer elements than CACHED
+        size = max(1, torch.get_num_threads() * CACHE_BLOCK_ELEMENTS // max(w[0].numel(), 1))
     return [slice(i, i + size) for i in range(0, len(w), size)]
 
 

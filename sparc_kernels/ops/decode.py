@@ -14,7 +14,7 @@ from ..launch.budgets import (
 )
 from .decode_grads import grads_of_errors, target_weights
 from .gather import (
-    KEEP_NONE,
+    NO_ERROR,
     gather_dot,
     gather_error,
     gather_sum,
@@ -37,7 +37,7 @@ def errors_of(
     """|E|^2 [S, B] of every source's reconstruction, and E [B, d] of one source, empty for None."""
 
     def run(codes, source):
-        keep = KEEP_NONE if source is None else source
+        keep = NO_ERROR if source is None else source
         return gather_error(codes.indices, codes.values, *target, keep, codes.count, impl)
 
     if codes.shared:

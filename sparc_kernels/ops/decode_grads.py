@@ -11,18 +11,18 @@ from ..core.numerics import acc_dtype
 from ..core.registry import register
 from ..core.target import interpreted
 from ..launch.budgets import (
+    H_MAX_K_FP32,
+    H_MIN_COLUMNS,
+    H_MIN_ENTRIES,
+    H_MIN_SOURCES,
     PARTIAL_BYTES,
     SCRATCH_BYTES,
-    SPREAD_COLUMNS,
-    SPREAD_PLACES,
-    SPREAD_SOURCES,
-    SPREAD_WIDE,
 )
 from ..launch.device import capability, cdiv, next_power_of_2
 from ..launch.gather import gather_chunk
 from .gather import (
-    KEEP_ALL,
-    KEEP_NONE,
+    ALL_ERRORS,
+    NO_ERROR,
     gather_dot_torch,
     gather_sum_torch,
     launch_gather,
@@ -58,11 +58,11 @@ def _collect_kernel(
 
 
 @triton.jit
-def _places_kernel(order_ptr, place_ptr, M, BLOCK: tl.constexpr):
+def _positions_kernel(order_ptr, list_position_ptr, M, BLOCK: tl.constexpr):
     """Where in the lists each place stands."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    place = tl.load(order_ptr + offs, mask=offs < M, other=0)
-    tl.store(place_ptr + place, offs.to(tl.int32), mask=offs < M)
+    list_position = tl.load(order_ptr + offs, mask=offs < M, other=0)
+    tl.store(list_position_ptr + list_position, offs.to(tl.int32), mask=offs < M)
 
 
 def _decode_grads_triton(
@@ -74,25 +74,26 @@ def _decode_grads_triton(
     g = torch.empty(B, d, device=device, dtype=acc)
     sq = torch.empty(S, B, device=device, dtype=acc)
     coef, values = coef.contiguous(), values.contiguous()
-    spread, width = _route(S, M, B, k, d, w.dtype, capability(device)) if dw is not None else (False, d)
-    place = None
-    if spread:
-        place = torch.empty_like(order)
-        _places_kernel[(cdiv(M, 1024),)](order, place, M, BLOCK=1024, num_warps=4)
+    use_h_route, width = _route(S, M, B, k, d, w.dtype, capability(device)) if dw is not None else (False, d)
+    list_position = None
+    if use_h_route:
+        list_position = torch.empty_like(order)
+        _positions_kernel[(cdiv(M, 1024),)](order, list_position, M, BLOCK=1024, num_warps=4)
     if dw is not None:
-        pool = w.new_empty((M if spread else S * B) * width)
+        pool = w.new_empty((M if use_h_route else S * B) * width)
     parts, added = [], False
     for c0 in range(0, d, width):
         cols = slice(c0, min(c0 + width, d))
         part = w[:, cols]
-        scratch = one if keep == KEEP_ALL else None
+        scratch = one if keep == ALL_ERRORS else None
         if dw is not None:
-            shape = (M, part.shape[1]) if spread else (S, B, part.shape[1])
+            shape = (M, part.shape[1]) if use_h_route else (S, B, part.shape[1])
             scratch = pool[: math.prod(shape)].view(shape)
         parts.append(launch_gather(
             indices, values, part, None if bias is None else bias[cols], x[:, cols], count=count, coef=coef,
-            place=place, e=None if spread else scratch, h=scratch if spread else None,
-            one=one[:, cols] if keep >= 0 else None, kept=max(keep, 0), g=g[:, cols], sq=True, dot=True,
+            list_position=list_position, err_out=None if use_h_route else scratch,
+            h_out=scratch if use_h_route else None, error_out=one[:, cols] if keep >= 0 else None,
+            error_source=max(keep, 0), dbias_rows=g[:, cols], sq_err=True, dot=True,
         ))  # fmt: skip
         # kept until there are many: another pass over dvalues costs more than they take
         held = sum(dots.numel() * dots.element_size() for _, dots in parts)
@@ -104,7 +105,7 @@ def _decode_grads_triton(
             )  # fmt: skip
             parts, added = [], True
         if dw is not None:
-            weights, scale = (None, None) if spread else (values, coef)
+            weights, scale = (None, None) if use_h_route else (values, coef)
             launch_reduce(
                 out=dw[:, cols], sums=None, order=order, offsets=offsets, ids=ids, coef=weights, scale=scale, gate=None,
                 mat=scratch, k=k, add=add_dw,
@@ -113,7 +114,7 @@ def _decode_grads_triton(
 
 
 def _kept_shape(keep, values, x):
-    return (len(values), *x.shape) if keep == KEEP_ALL else x.shape if keep >= 0 else (0,)
+    return (len(values), *x.shape) if keep == ALL_ERRORS else x.shape if keep >= 0 else (0,)
 
 
 def _route(S, M, B, k, d, dtype, arch=80) -> tuple[bool, int]:
@@ -123,12 +124,12 @@ def _route(S, M, B, k, d, dtype, arch=80) -> tuple[bool, int]:
     """
     scratch = SCRATCH_BYTES * (2 if S > 3 else 1)  # many sources: fewer pieces are worth it (modelled: 4 % of the step)
     width = scratch // (M * dtype.itemsize)
-    few = dtype.itemsize == 2 or k <= SPREAD_WIDE
-    many = S > SPREAD_SOURCES or (S == SPREAD_SOURCES and M >= SPREAD_PLACES and few)
-    spread = many and dtype != torch.float16 and k <= gather_chunk(dtype.itemsize, arch)
-    if spread and width >= min(d, SPREAD_COLUMNS):
+    few = dtype.itemsize == 2 or k <= H_MAX_K_FP32
+    many = S > H_MIN_SOURCES or (S == H_MIN_SOURCES and M >= H_MIN_ENTRIES and few)
+    use_h_route = many and dtype != torch.float16 and k <= gather_chunk(dtype.itemsize, arch)
+    if use_h_route and width >= min(d, H_MIN_COLUMNS):
         return True, min(d, max(width // 128 * 128, 16))
-    return False, min(d, max(SCRATCH_BYTES // (S * B * dtype.itemsize) // 128 * 128, SPREAD_COLUMNS))
+    return False, min(d, max(SCRATCH_BYTES // (S * B * dtype.itemsize) // 128 * 128, H_MIN_COLUMNS))
 
 
 def _decode_grads_torch(
@@ -148,7 +149,7 @@ def _decode_grads_torch(
             out=dw, sums=None, order=order, offsets=offsets, ids=ids, coef=values, scale=coef, gate=None, mat=e,
             k=indices.shape[1], add=add_dw,
         )  # fmt: skip
-    return sq, g, e if keep == KEEP_ALL else one
+    return sq, g, e if keep == ALL_ERRORS else one
 
 
 def _decode_grads_fake(
@@ -180,13 +181,13 @@ Args:
     coef: [S, B]; where it is 0 the source takes no part in any gradient, whatever its error is.
     order, offsets, ids: the InverseIndex of indices.
     count: int32 [], the columns of indices that exist (all when None); the values beyond it are zero.
-    keep: the source whose E is returned, KEEP_NONE, or KEEP_ALL, which goes with dw None.
+    keep: the source whose E is returned, NO_ERROR, or ALL_ERRORS, which goes with dw None.
     dvalues: [S, B, k] contiguous, where the gradient of values goes.  dw: [N, d], that of w; None: nobody asks for it.
     add_dvalues, add_dw: add to what they hold; rows of dw whose latent is in no list are then not touched.
     impl: "triton" or "torch".
 
 Returns: |E|^2 [S, B] and sum_s coef E [B, d], whose sum over b is the gradient of bias, in the accumulator dtype; E
-[B, d] of one source in w's dtype (empty for KEEP_NONE; for KEEP_ALL [S, B, d]).
+[B, d] of one source in w's dtype (empty for NO_ERROR; for ALL_ERRORS [S, B, d]).
 """
 
 
@@ -282,7 +283,7 @@ def grads_of_target(
         codes = codes.with_inverse(target.w.shape[0], impl)
 
     def run(codes, coef, out, source):
-        keep = KEEP_ALL if keep_all_errors else KEEP_NONE if source is None else source
+        keep = ALL_ERRORS if keep_all_errors else NO_ERROR if source is None else source
         return decode_grads(
             codes.indices, codes.values, *target, coef, *codes.lists(0), codes.count, keep, *out, impl
         )  # fmt: skip

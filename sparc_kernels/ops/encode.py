@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from ..core._triton import tl, triton
 from ..core.numerics import acc_dtype
 from ..core.registry import register, resolve_impl
-from ..core.side_stream import Beside
+from ..core.side_stream import SideStream
 from ..core.target import interpreted
 from ..core.validation import check_indices, check_int, check_inverse, check_same_length, check_tensor, require
 from ..launch.budgets import MAX_K, MAX_STREAMS, SCRATCH_BYTES
@@ -112,9 +112,9 @@ def _finish_values_kernel(
 def _gather_values_triton(*, indices, centred, w_encs, latent_biases, count, lists):
     S, (B, k), n = len(centred), indices.shape[-2:], w_encs[0].shape[0]
     # the lists depend on the ids alone: a dozen short kernels that hide behind the gathers
-    beside, inverse = Beside(indices.device, enabled=lists), _no_lists(indices)
+    side, inverse = SideStream(indices.device, enabled=lists), _no_lists(indices)
     if lists:
-        inverse, _ = beside.run(lambda: _lists(indices, n, count, "triton"))
+        inverse, _ = side.run(lambda: _lists(indices, n, count, "triton"))
     indices, shared = indices.contiguous(), indices.dim() == 2
     values = torch.empty(S, B, k, device=indices.device, dtype=acc_dtype(centred[0].dtype))
     latent_biases = [c.contiguous() for c in latent_biases]
@@ -134,7 +134,7 @@ def _gather_values_triton(*, indices, centred, w_encs, latent_biases, count, lis
             S=len(parts), BLOCK_K=next_power_of_2(k), num_warps=1,
         )  # fmt: skip
         parts, first = [], s + 1
-    beside.join()
+    side.join()
     return values, *inverse
 
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core._triton import tl, tl_dtype, triton
-from ..core.numerics import acc_dtype, csr, may_look
+from ..core.numerics import acc_dtype, csr, is_host_readable
 from ..core.registry import register
 from ..core.target import interpreted
 from ..launch.device import capability, cdiv, dot_precision
@@ -36,11 +36,11 @@ def _split_columns(x, DTYPE: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr
     return tl.reshape(tl.permute(tl.join(high, low), (0, 2, 1)), (ROWS, 16))
 
 
-@triton.jit(do_not_specialize=["kept", "tiles"])
+@triton.jit(do_not_specialize=["error_source", "tiles"])
 def _gather_kernel(
-    idx_ptr, v_ptr, w_ptr, bias_ptr, x_ptr, count_ptr, coef_ptr, place_ptr,
-    e_ptr, one_ptr, g_ptr, h_ptr, sq_ptr, dot_ptr,
-    B, K, D, N, stride_wn, stride_xs, stride_xb, stride_ob, kept, tiles,
+    idx_ptr, v_ptr, w_ptr, bias_ptr, x_ptr, count_ptr, coef_ptr, list_position_ptr,
+    e_ptr, error_ptr, g_ptr, h_ptr, sq_ptr, dot_ptr,
+    B, K, D, N, stride_wn, stride_xs, stride_xb, stride_ob, error_source, tiles,
     S: tl.constexpr, K_PAD: tl.constexpr, BLOCK_D: tl.constexpr,
     SPLIT: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -85,7 +85,7 @@ def _gather_kernel(
             h_op = _split_columns(weighted, DTYPE, K_PAD, ACC)
         else:
             h_op = weighted.to(DTYPE)
-        place = tl.load(place_ptr + b * K + offs_k, mask=mask_k, other=0).to(tl.int64)
+        list_position = tl.load(list_position_ptr + b * K + offs_k, mask=mask_k, other=0).to(tl.int64)
     acc = tl.zeros((K_PAD, 16), ACC)
     sq = tl.zeros((BLOCK_D, COLS), ACC)
     for i in tl.range(0, tiles, num_stages=STAGES):
@@ -114,9 +114,9 @@ def _gather_kernel(
                 e_ptr + (offs_s[None, :] * B + b) * D + cols[:, None], e.to(e_ptr.dtype.element_ty),
                 mask=mask_s[None, :] & mask_d[:, None],
             )  # fmt: skip
-        if one_ptr is not None:
-            one = tl.sum(tl.where(offs_s[None, :] == kept, e, 0.0), 1)
-            tl.store(one_ptr + b * stride_ob + cols, one.to(one_ptr.dtype.element_ty), mask=mask_d)
+        if error_ptr is not None:
+            one = tl.sum(tl.where(offs_s[None, :] == error_source, e, 0.0), 1)
+            tl.store(error_ptr + b * stride_ob + cols, one.to(error_ptr.dtype.element_ty), mask=mask_d)
         if g_ptr is not None:
             g = tl.sum(tl.where(asked, coef[None, :] * e, 0.0), 1)
             tl.store(g_ptr + b * stride_ob + cols, g, mask=mask_d)
@@ -126,7 +126,7 @@ def _gather_kernel(
                 e_h = tl.reshape(tl.permute(tl.join(e_h, e_h), (0, 2, 1)), (BLOCK_D, 16))
             h = tl.dot(h_op, tl.trans(e_h), input_precision=PRECISION, out_dtype=ACC)  # [K_PAD, BLOCK_D]
             tl.store(
-                h_ptr + place[:, None] * D + cols[None, :], h.to(h_ptr.dtype.element_ty),
+                h_ptr + list_position[:, None] * D + cols[None, :], h.to(h_ptr.dtype.element_ty),
                 mask=mask_k[:, None] & mask_d[None, :],
             )  # fmt: skip
         if sq_ptr is not None:
@@ -150,21 +150,22 @@ def _gather_kernel(
 
 
 def launch_gather(
-    indices, values, w, bias, x, *, count=None, coef=None, place=None, e=None, one=None, kept=0, g=None, h=None,
-    sq=False, dot=False,
+    indices, values, w, bias, x, *, count=None, coef=None, list_position=None, err_out=None, error_out=None,
+    error_source=0, dbias_rows=None, h_out=None, sq_err=False, dot=False,
 ):  # fmt: skip
     """Runs the kernel into the outputs given; returns sq [slabs, S, B] and dot [slabs, S, B, k], or None; sum them.
 
-    All tensors may be slices of columns (their last stride is 1); `e` and `h` are contiguous, `one` and `g` share their
-    row stride.
+    All tensors may be slices of columns (their last stride is 1); `err_out` and `h_out` are contiguous, `error_out`
+    and `dbias_rows` share their row stride.
     """
     B, k = indices.shape
     n, d = w.shape
     acc = acc_dtype(w.dtype)
     if k > gather_chunk(w.element_size(), capability(w.device)):
         return _launch_gather_in_chunks(
-            indices, values, w, bias, x, count=count, coef=coef, e=e, one=one, kept=kept, g=g, sq=sq, dot=dot
-        )
+            indices, values, w, bias, x, count=count, coef=coef, err_out=err_out, error_out=error_out,
+            error_source=error_source, dbias_rows=dbias_rows, sq_err=sq_err, dot=dot,
+        )  # fmt: skip
     device = w.device
     S = values.shape[0] if values is not None else x.shape[0]
     config = gather_config(k, d, n, w.element_size(), capability(device))
@@ -179,7 +180,7 @@ def launch_gather(
         coef = coef.to(acc).contiguous()
     if x is not None and x.stride(-1) != 1:
         x = x.contiguous()
-    sq_part = torch.empty(slabs, S, B, device=device, dtype=acc) if sq else None
+    sq_part = torch.empty(slabs, S, B, device=device, dtype=acc) if sq_err else None
     dot_part = torch.empty(slabs, S, B, k, device=device, dtype=acc) if dot else None
     half = w.dtype in (torch.bfloat16, torch.float16)
     # the interpreter multiplies bf16 wrongly: there the operands stay fp32, and the low half is zero
@@ -187,10 +188,11 @@ def launch_gather(
     # bound by bandwidth: shorter products would not be faster, so float32 is never tf32 here
     precision = "ieee" if w.dtype != torch.float32 else dot_precision(capability(device), False)
     _gather_kernel[(slabs * B,)](
-        indices, values, w, bias, x, count, coef, place, e, one, g, h, sq_part, dot_part,
+        indices, values, w, bias, x, count, coef, list_position, err_out, error_out, dbias_rows, h_out,
+        sq_part, dot_part,
         B, k, d, n, w.stride(0),
         x.stride(0) if x is not None and x.dim() == 3 else 0, x.stride(-2) if x is not None else 0,
-        next((t.stride(0) for t in (one, g) if t is not None), 0), kept, config.tiles,
+        next((t.stride(0) for t in (error_out, dbias_rows) if t is not None), 0), error_source, config.tiles,
         S=S, K_PAD=config.k_pad, BLOCK_D=config.block_d, SPLIT=half,
         DTYPE=operand, ACC=tl_dtype(acc), PRECISION=precision,
         STAGES=config.num_stages, num_warps=config.num_warps, **config.registers(capability(device)),
@@ -198,7 +200,9 @@ def launch_gather(
     return sq_part, dot_part
 
 
-def _launch_gather_in_chunks(indices, values, w, bias, x, *, count, coef, e, one, kept, g, sq, dot):
+def _launch_gather_in_chunks(
+    indices, values, w, bias, x, *, count, coef, err_out, error_out, error_source, dbias_rows, sq_err, dot
+):  # fmt: skip
     """The same, a few of the k rows at a time, with E in memory between the launches."""
     (B, k), chunk, acc = indices.shape, gather_chunk(w.element_size(), capability(w.device)), acc_dtype(w.dtype)
     parts = [slice(j, min(j + chunk, k)) for j in range(0, k, chunk)]
@@ -209,26 +213,26 @@ def _launch_gather_in_chunks(indices, values, w, bias, x, *, count, coef, e, one
         error = torch.zeros(S, B, d, device=w.device, dtype=acc)
         for part, left in zip(parts, counts, strict=True):
             added = torch.empty_like(error)
-            launch_gather(indices[:, part], values[..., part], w, None, None, count=left, e=added)
+            launch_gather(indices[:, part], values[..., part], w, None, None, count=left, err_out=added)
             error += added
         if bias is not None:
             error += bias
         if x is not None:
             error -= x
-    if e is not None:
-        e.copy_(error)
-    if one is not None:
-        one.copy_(error[kept])
-    if g is not None:
+    if err_out is not None:
+        err_out.copy_(error)
+    if error_out is not None:
+        error_out.copy_(error[error_source])
+    if dbias_rows is not None:
         asked = (coef != 0)[..., None]
-        g.copy_(torch.where(asked, coef[..., None] * error, 0.0).sum(0))
+        dbias_rows.copy_(torch.where(asked, coef[..., None] * error, 0.0).sum(0))
     dots = None
     if dot:
         dots = [
             launch_gather(indices[:, part], None, w, None, error, count=left, dot=True)[1].sum(0)
             for part, left in zip(parts, counts, strict=True)
         ]
-    return error.square().sum(2)[None] if sq else None, torch.cat(dots, 2)[None] if dot else None
+    return error.square().sum(2)[None] if sq_err else None, torch.cat(dots, 2)[None] if dot else None
 
 
 def _sum_slabs(part):
@@ -247,7 +251,7 @@ def gather_dot_torch(indices, w, x, count):
     k = indices.shape[1]
     acc = acc_dtype(w.dtype)
     if count is not None:
-        if not may_look(count):
+        if not is_host_readable(count):
             mask = torch.arange(k, device=w.device) < count
             return torch.where(mask, gather_dot_torch(indices, w, x, None), 0.0)
         found = min(k, int(count))
@@ -287,7 +291,7 @@ gather_dot = register(
 
 def _gather_sum_triton(indices, values, w, bias):
     out = w.new_empty(values.shape[0], indices.shape[0], w.shape[1])
-    launch_gather(indices, values, w, bias, None, e=out)
+    launch_gather(indices, values, w, bias, None, err_out=out)
     return out
 
 
@@ -313,25 +317,26 @@ gather_sum = register(
 # gather_error: |E|^2 of every source and E of one, where E[s, b] = gather_sum - x[b]
 
 
-KEEP_NONE, KEEP_ALL = -1, -2  # in place of the number of the source whose E is returned
+NO_ERROR, ALL_ERRORS = -1, -2  # in place of the number of the source whose E is returned
 
 
 def _gather_error_triton(*, indices, values, w, bias, x, keep, count):
-    one = w.new_empty(x.shape if keep != KEEP_NONE else (0,))
+    one = w.new_empty(x.shape if keep != NO_ERROR else (0,))
     sq, _ = launch_gather(
-        indices, values, w, bias, x, count=count, one=one if keep != KEEP_NONE else None, kept=max(keep, 0), sq=True
-    )
+        indices, values, w, bias, x, count=count, error_out=one if keep != NO_ERROR else None,
+        error_source=max(keep, 0), sq_err=True,
+    )  # fmt: skip
     return _sum_slabs(sq), one
 
 
 def _gather_error_torch(*, indices, values, w, bias, x, keep, count):
     e = gather_sum_torch(indices, values, w, bias).sub_(x)
-    return e.to(acc_dtype(w.dtype)).square().sum(2), w.new_empty(0) if keep == KEEP_NONE else e[keep].clone()
+    return e.to(acc_dtype(w.dtype)).square().sum(2), w.new_empty(0) if keep == NO_ERROR else e[keep].clone()
 
 
 def _gather_error_fake(*, indices, values, w, bias, x, keep, count):
     sq = w.new_empty(values.shape[0], x.shape[0], dtype=acc_dtype(w.dtype))
-    return sq, w.new_empty(x.shape if keep != KEEP_NONE else (0,))
+    return sq, w.new_empty(x.shape if keep != NO_ERROR else (0,))
 
 
 gather_error = register(
@@ -348,9 +353,9 @@ E[s, b] = sum_j values[s, b, j] W[indices[b, j]] + bias - x[b]
 
 Args:
     indices: int64 [B, k].  values: [S, B, k].  w: [N, d].  bias: [d].  x: [B, d].
-    keep: the source whose E is returned, or KEEP_NONE.
+    keep: the source whose E is returned, or NO_ERROR.
     count: int32 [], the columns of indices that exist (all when None); the values beyond it are zero.
     impl: "triton" or "torch".
 
-Returns: |E|^2 [S, B] in the accumulator dtype, E [B, d] of one source in w's dtype (empty for KEEP_NONE).
+Returns: |E|^2 [S, B] in the accumulator dtype, E [B, d] of one source in w's dtype (empty for NO_ERROR).
 """

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ..core._triton import tl, tl_dtype, triton
-from ..core.numerics import csr, may_look
+from ..core.numerics import csr, is_host_readable
 from ..core.registry import register
 from ..launch.adam import ADAM_WIDTH, adam_rows, latent_adam_config
 from ..launch.device import capability, cdiv
@@ -83,7 +83,7 @@ def _add_list(
 
 @triton.jit
 def _latent_adam_kernel(
-    w_ptr, m_ptr, v_ptr, shadow_ptr, bias_ptr, bias_m_ptr, bias_v_ptr, lean_ptr, scalars_ptr, bias_scalars_ptr,
+    w_ptr, m_ptr, v_ptr, shadow_ptr, bias_ptr, bias_m_ptr, bias_v_ptr, dpre_bias_ptr, scalars_ptr, bias_scalars_ptr,
     order_ptr, offsets_ptr, coef_ptr, scale_ptr, gate_ptr, mat_ptr, part_ptr, part_sum_ptr,
     M, ROWS, K, stride_ms, stride_mr,
     aux_order_ptr, aux_offsets_ptr, aux_coef_ptr, aux_scale_ptr, aux_gate_ptr, aux_mat_ptr, aux_part_ptr,
@@ -99,7 +99,7 @@ def _latent_adam_kernel(
     """
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = cols < D
-    lean = tl.zeros((BLOCK_D,), ACC)
+    dpre_bias_sum = tl.zeros((BLOCK_D,), ACC)
     first = tl.program_id(0) * LATENTS
     for n in range(first, tl.minimum(first + LATENTS, N)):
         if tl.load(scalars_ptr + 4) != 0.0:
@@ -122,8 +122,8 @@ def _latent_adam_kernel(
             if not EARLY:
                 m = tl.load(m_ptr + at, mask=mask_d, other=0.0)
                 v = tl.load(v_ptr + at, mask=mask_d, other=0.0)
-            if lean_ptr is not None:
-                lean += total * w
+            if dpre_bias_ptr is not None:
+                dpre_bias_sum += total * w
             scale = tl.load(scalars_ptr + 3).to(ACC)
             w, m, v = step(w, g * scale, m, v, mask_d, scalars_ptr, NORMALIZE, BETA1, BETA2, EPS, ACC)
             tl.store(w_ptr + at, w.to(w_ptr.dtype.element_ty), mask=mask_d)
@@ -144,8 +144,8 @@ def _latent_adam_kernel(
                     tl.store(bias_ptr + one, b.to(bias_ptr.dtype.element_ty))
                     tl.store(bias_m_ptr + one, b_m)
                     tl.store(bias_v_ptr + one, b_v)
-    if lean_ptr is not None:
-        tl.store(lean_ptr + tl.program_id(0).to(tl.int64) * D + cols, lean, mask=mask_d)
+    if dpre_bias_ptr is not None:
+        tl.store(dpre_bias_ptr + tl.program_id(0).to(tl.int64) * D + cols, dpre_bias_sum, mask=mask_d)
 
 
 def _parts(lists, k, n, d, acc):
@@ -183,18 +183,18 @@ def _latent_adam_triton(
     other, aux_S, aux_chunk = _parts(aux, aux_k, n, d, acc) if aux else (_NO_LISTS, 1, 1)
     latents = adam_rows(n) if bias else 1
     config, programs = latent_adam_config(d, capability(w.device), normalize == PLAIN), cdiv(n, latents)
-    lean = torch.empty(programs, d, device=w.device, dtype=acc) if bias else None
+    dpre_bias_sum = torch.empty(programs, d, device=w.device, dtype=acc) if bias else None
     _latent_adam_kernel[(programs, cdiv(d, config.block_d))](
-        w, m, v, shadow, *(bias or (None,) * 3), lean, scalars, bias_scalars, *main, *other, n, d,
+        w, m, v, shadow, *(bias or (None,) * 3), dpre_bias_sum, scalars, bias_scalars, *main, *other, n, d,
         0 if shadow is None else shadow.stride(0), LATENTS=latents, S=S, AUX_S=aux_S, CHUNK=chunk, AUX_CHUNK=aux_chunk,
         NORMALIZE=normalize, BETA1=beta1, BETA2=beta2, EPS=eps, EARLY=config.early, BLOCK_E=config.block_e,
         BLOCK_D=config.block_d, ACC=tl_dtype(acc), num_warps=config.num_warps, num_stages=1,
         **config.registers(capability(w.device)),
     )  # fmt: skip
-    return w.new_empty(0, dtype=acc) if lean is None else lean.sum(0)
+    return w.new_empty(0, dtype=acc) if dpre_bias_sum is None else dpre_bias_sum.sum(0)
 
 
-LATENTS = 1024  # whose gradients exist at one time on the torch path
+TORCH_BLOCK_ROWS = 1024  # whose gradients exist at one time on the torch path
 
 
 def _latent_adam_torch(
@@ -207,20 +207,20 @@ def _latent_adam_torch(
         sets.append((offsets, entries, weights, totals, mat.reshape(-1, d), mat.shape[0]))
     numbers, bias_numbers = StepScalars.of(scalars), StepScalars.of(bias_scalars) if bias else None
     hyper = AdamHyper(normalize, beta1, beta2, eps)
-    lean = torch.zeros(d, device=w.device, dtype=acc) if bias else w.new_empty(0, dtype=acc)
-    size = LATENTS if may_look(w) else n  # where places in lists may be read
+    dpre_bias_sum = torch.zeros(d, device=w.device, dtype=acc) if bias else w.new_empty(0, dtype=acc)
+    size = TORCH_BLOCK_ROWS if is_host_readable(w) else n  # where places in lists may be read
     for first in range(0, n, size):
         rows = slice(first, min(first + size, n))
         parts = [_block(part, rows, n, acc) for part in sets]
         g, total = parts[0] if len(parts) == 1 else (parts[0][0] + parts[1][0], parts[0][1] + parts[1][1])
         if bias:
-            lean += total @ w[rows].to(acc)
+            dpre_bias_sum += total @ w[rows].to(acc)
             b, b_m, b_v = (t[rows] for t in bias)
             step_torch([b, b_m, b_v], total, bias_numbers, hyper.plain())
         step_torch([w[rows], m[rows], v[rows]], g, numbers, hyper)
     if shadow is not None:
         shadow.copy_(w)
-    return lean
+    return dpre_bias_sum
 
 
 def _block(part, rows, n, acc):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core._triton import tl, tl_dtype, triton
-from ..core.numerics import acc_dtype, csr, may_look
+from ..core.numerics import acc_dtype, csr, is_host_readable
 from ..core.registry import register
 from ..launch.device import capability, cdiv
 from ..launch.reduce import finish_warps, reduce_chunk, reduce_config
@@ -183,7 +183,7 @@ def listed_torch(order, offsets, coef, scale, gate, mat, k):
     if scale is not None:
         scale = scale[..., None].to(acc)
         coef = torch.where(scale != 0, coef * scale, 0.0)
-    if may_look(offsets):
+    if is_host_readable(offsets):
         order = order[: int(offsets[-1])]  # what is in no list stands at the end
     coef = coef.reshape(S, -1)[:, order.long()]  # [S, M], in list order
     # the sources of one place side by side
@@ -219,7 +219,7 @@ def reduce_torch(*, out, sums, order, offsets, ids, coef, scale, gate, mat, k, a
         sums.copy_(sums + totals if add else totals)
     offsets, mat = offsets * S, mat.reshape(-1, d)
     latents = None
-    if add and may_look(offsets):  # few lists have anything: the others need not be looked at
+    if add and is_host_readable(offsets):  # few lists have anything: the others need not be looked at
         latents = (offsets[1:] > offsets[:-1]).nonzero().squeeze(1)
         offsets = torch.cat([offsets[latents], offsets[-1:]])
     into = None

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ..core._triton import tl, tl_dtype, triton
-from ..core.numerics import may_look
+from ..core.numerics import is_host_readable
 from ..core.registry import register
 from ..core.target import interpreted
 from ..launch.device import capability, cdiv, next_power_of_2
@@ -219,7 +219,7 @@ def _scale_triton(xs, factor):
 
 
 def _scale_torch(xs, factor):
-    if not may_look(factor) or factor != 1:
+    if not is_host_readable(factor) or factor != 1:
         for x in xs:
             x.mul_(factor.to(x.dtype))
 

@@ -10,19 +10,19 @@ from __future__ import annotations
 import torch
 
 from ..core._triton import tl, tl_dtype, triton
-from ..core.numerics import acc_dtype, allow_tf32, may_look, pad_width
+from ..core.numerics import acc_dtype, allow_tf32, is_host_readable, pad_width
 from ..core.registry import register
-from ..core.side_stream import Beside
+from ..core.side_stream import SideStream
 from ..core.target import interpreted
 from ..launch.budgets import SCRATCH_BYTES
 from ..launch.device import capability, cdiv, dot_precision
 from ..launch.select import (
-    LIMITED_GROUP,
+    CAP_MIN_GROUP,
     MAXIMA_BLOCK,
     encode_by_library,
     encode_config,
+    rows_per_chunk,
     select_config,
-    select_rows,
     with_span,
 )
 from .joint import joint
@@ -267,7 +267,7 @@ def _select_triton(*, xs, w_encs, biases, k, ids, count):
     columns = n + n_groups + (0 if two_levels else n_spans)
     # not beside a GEMM most of whose columns may not exist
     tiles = cdiv(B, encode.block_m) * cdiv(n, block_n) if ids is None and select.small else 0
-    chunk, buffers = select_rows(B, columns * stored.itemsize + 16 * select.k_pad, encode.block_m, tiles)
+    chunk, buffers = rows_per_chunk(B, columns * stored.itemsize + 16 * select.k_pad, encode.block_m, tiles)
 
     def buffer():
         maxima = torch.empty(chunk, n_groups, device=device, dtype=stored)
@@ -286,13 +286,13 @@ def _select_triton(*, xs, w_encs, biases, k, ids, count):
     if ids is None and encode_by_library(B, sum(x.shape[1] for x in xs), dtype.itemsize, tf32):
         wide_x, wide_w = joint(xs), joint(w_encs)
     library = wide_x is not None and wide_w is not None
-    beside, done = Beside(device, enabled=buffers > 1), []
-    limit = encode.registers(capability(device)) if buffers > 1 and select.group >= LIMITED_GROUP else {}
+    side, done = SideStream(device, enabled=buffers > 1), []
+    limit = encode.registers(capability(device)) if buffers > 1 and select.group >= CAP_MIN_GROUP else {}
     for i, row0 in enumerate(range(0, B, chunk)):
         rows = min(chunk, B - row0)
         logits, maxima, coarse, slots = scratch[i % buffers]
         if i >= buffers:
-            beside.wait(done[i - buffers])  # the selector that reads this buffer
+            side.wait(done[i - buffers])  # the selector that reads this buffer
         if library:
             made = torch.addmm(
                 _sum(biases).to(dtype), wide_x[row0 : row0 + rows], wide_w.t(), **_out(logits[:rows], dtype)
@@ -323,8 +323,8 @@ def _select_triton(*, xs, w_encs, biases, k, ids, count):
                 num_warps=select.num_warps, **select.registers(capability(device)),
             )  # fmt: skip
 
-        done.append(beside.run(best)[1])
-    beside.join()
+        done.append(side.run(best)[1])
+    side.join()
     return out
 
 
@@ -343,7 +343,7 @@ def _out(logits, dtype):
 
 def _topk_exact(h, k):
     """Top k of each row, descending, ties to the lowest column, NaN first: a stable sort at topk's price."""
-    if not may_look(h):
+    if not is_host_readable(h):
         return torch.sort(h, dim=1, descending=True, stable=True).indices[:, :k]
     values, indices = h.topk(k, dim=1)
     indices = indices.sort(dim=1).values
@@ -364,7 +364,7 @@ def _select_torch(*, xs, w_encs, biases, k, ids, count):
     B, n = xs[0].shape[0], w_encs[0].shape[0]
     out = torch.empty(B, k, dtype=torch.int64, device=xs[0].device)
     found, order = k, None
-    look = may_look(out)
+    look = is_host_readable(out)
     if ids is not None and not look:  # all columns compete, those that do not exist behind all others
         order = ids.long()
         w_encs, bias = [w[order] for w in w_encs], bias[order]

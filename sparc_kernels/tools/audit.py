@@ -19,11 +19,11 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import product
 
-from .. import cost_report
-from ..cost_model import DEFAULT_GPU, GPU, GPUS, gpu_named
 from ..launch.device import AMD, SHARED_LIMIT
 from .compiler import ask_jit, reason
-from .trace import Launch, Shape, Trace, launches, parse_shape, reference_peak_bytes, trace
+from .cost import DEFAULT_GPU, GPU, GPUS, gpu_named, table
+from .shape import Shape, parse_shape
+from .trace import Launch, Trace, launches, reference_peak_bytes, trace
 
 __all__ = [
     "Compiled",
@@ -73,21 +73,21 @@ class Compiled:
 _NS, _KS, _DS = (8192, 32768, 65536, 131072, 1048576), (32, 64, 100, 128, 256, 512), (512, 1024, 2304, 4096, 8192)
 _DTYPES = ("bfloat16", "float16", "float32")
 GRID = [
-    *(Shape(4096, N, k, 1024, S, dtype) for N, k, (S, dtype) in product(_NS, _KS, product((1, 3), _DTYPES))),
-    *(Shape(4096, 32768, k, d, S, dtype) for k, d, S, dtype in product((64, 512), _DS, (1, 2, 3, 4, 8), _DTYPES)),
-    *(Shape(4096, 131072, k, 1024, S, dtype) for k, S, dtype in product(_KS, (2, 4, 8), _DTYPES)),
-    *(Shape(B, N, 64, 768, 3, dtype) for B, N, dtype in product((1, 256, 65536), (8192, 131072), _DTYPES)),
-    *(Shape(65536, 1048576, k, 8192, 8, dtype) for k, dtype in product((32, 512), _DTYPES)),
+    *(Shape(4096, N, k, (1024,) * S, dtype) for N, k, (S, dtype) in product(_NS, _KS, product((1, 3), _DTYPES))),
+    *(Shape(4096, 32768, k, (d,) * S, dtype) for k, d, S, dtype in product((64, 512), _DS, (1, 2, 3, 4, 8), _DTYPES)),
+    *(Shape(4096, 131072, k, (1024,) * S, dtype) for k, S, dtype in product(_KS, (2, 4, 8), _DTYPES)),
+    *(Shape(B, N, 64, (768,) * 3, dtype) for B, N, dtype in product((1, 256, 65536), (8192, 131072), _DTYPES)),
+    *(Shape(65536, 1048576, k, (8192,) * 8, dtype) for k, dtype in product((32, 512), _DTYPES)),
 ]
 # Each shape for some architectures, so that it takes less than three minutes on two cores.
 QUICK = {
-    Shape(4096, 32768, 64, 1024, 3, "bfloat16"): (90, 100, 120, 0x942),
-    Shape(256, 8192, 64, 768, 3, "float32"): (90,),
-    Shape(4096, 32768, 64, 768, 2, "float16"): (90,),
-    Shape(256, 2048, 16, 33, 1, "bfloat16"): (90,),  # a width that no wide load fits
-    Shape(1, 8192, 1, 64, 1, "float32"): (90,),  # sizes of 1 are constants to the JIT
-    Shape(4096, 1048576, 512, 4096, 8, "bfloat16"): (90,),
-    Shape(4096, 1048576, 512, 4096, 3, "float32"): (80,),
+    Shape(4096, 32768, 64, (1024,) * 3, "bfloat16"): (90, 100, 120, 0x942),
+    Shape(256, 8192, 64, (768,) * 3, "float32"): (90,),
+    Shape(4096, 32768, 64, (768,) * 2, "float16"): (90,),
+    Shape(256, 2048, 16, (33,), "bfloat16"): (90,),  # a width that no wide load fits
+    Shape(1, 8192, 1, (64,), "float32"): (90,),  # sizes of 1 are constants to the JIT
+    Shape(4096, 1048576, 512, (4096,) * 8, "bfloat16"): (90,),
+    Shape(4096, 1048576, 512, (4096,) * 3, "float32"): (80,),
 }
 
 
@@ -311,9 +311,9 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.shape:
         for shape in shapes:
-            print(f"\n{cost_report.table(cost_report.of_trace(shape), gpu)}")
+            print(f"\n{table(shape, gpu)}")
     if args.json:
-        rows = [{**asdict(r), "fault": r.fault} for r in results]
+        rows = [{**asdict(r), "shape": r.shape.record(), "fault": r.fault} for r in results]
         with open(args.json, "w") as file:
             json.dump({"rows": rows}, file, indent=1, default=str)
     return 1 if faults else 0

@@ -25,43 +25,11 @@ from .. import reference
 from ..core._triton import HAS_TRITON
 from ..core.registry import operator_of
 from ..core.target import Target, as_target
-from ..core.validation import TORCH_NAMES, precision_name
-from ..launch.budgets import MAX_K, MAX_STREAMS
+from ..launch.budgets import MAX_K
 from ..launch.device import AMD
+from .shape import Shape
 
 FOLDER = Path(__file__).resolve().parents[1]
-
-
-@dataclass(frozen=True)
-class Shape:
-    B: int
-    N: int
-    k: int
-    d: int | tuple[int, ...]  # one width for all streams, or one for each
-    S: int
-    dtype: str  # a torch dtype's name
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        return (self.d,) * self.S if isinstance(self.d, int) else self.d
-
-
-def parse_shape(text: str) -> Shape:
-    """ "4096,32768,64,1024,3" or with a precision at the end; a width for each stream as 1024/768/768."""
-    parts = text.split(",")
-    widths = parts[3].split("/") if len(parts) > 3 else []
-    numbers = [*parts[:3], *widths, *parts[4:5]]
-    if len(parts) not in (5, 6) or not all(p.isascii() and p.isdigit() and int(p) > 0 for p in numbers):
-        raise ValueError(f"--shape: expected B,N,k,d,S[,PRECISION] with positive integers, got {text!r}")
-    precision = precision_name(parts[5]) if len(parts) == 6 else "bf16"
-    if precision not in ("bf16", "fp16", "fp32"):
-        raise ValueError(f"--shape: expected PRECISION bf16, fp16 or fp32, got {parts[5]!r}")
-    B, N, k, S = (int(parts[i]) for i in (0, 1, 2, 4))
-    if k > min(N, MAX_K) or MAX_STREAMS < S or len(widths) not in (1, S):
-        raise ValueError(
-            f"--shape: expected k <= min(N, {MAX_K}), S <= {MAX_STREAMS} and one width or S of them, got {text!r}"
-        )
-    return Shape(B, N, k, int(widths[0]) if len(widths) == 1 else tuple(map(int, widths)), S, TORCH_NAMES[precision])
 
 
 @dataclass(frozen=True)
@@ -304,7 +272,7 @@ def as_on_gpu(arch: int, tf32: bool, found: list[Launch] | None = None, gpu_name
 def _model(shape: Shape, topk_type: str, auxk: int | None):
     from ..nn.module import AlignedSAE
 
-    widths = {f"s{i}": d for i, d in enumerate(shape.widths)}
+    widths = {f"s{i}": d for i, d in enumerate(shape.d_streams)}
     return AlignedSAE(
         widths, shape.N, shape.k, auxk, topk_type=topk_type, impl="triton", device="meta",
         dtype=getattr(torch, shape.dtype),
@@ -315,7 +283,7 @@ def _inputs(shape: Shape, requires_grad: bool = False) -> dict[str, torch.Tensor
     dtype = getattr(torch, shape.dtype)
     return {
         f"s{i}": torch.empty(shape.B, d, dtype=dtype, device="meta", requires_grad=requires_grad)
-        for i, d in enumerate(shape.widths)
+        for i, d in enumerate(shape.d_streams)
     }
 
 

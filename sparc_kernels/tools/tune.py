@@ -29,7 +29,8 @@ from ..ops.inverse_index import inverse_index
 from ..ops.latent_reduce import latent_reduce
 from ..ops.records import WeightedLists
 from .compiler import compile_all
-from .trace import Launch, Shape, _Tracer, as_on_gpu, parse_shape
+from .shape import Shape, parse_shape
+from .trace import Launch, _Tracer, as_on_gpu
 
 OPS = ("encode", "select", "gather", "reduce")
 WRONG = "wrong result"  # a reason that is not a matter of resources
@@ -85,11 +86,11 @@ def _data(shape: Shape, device):
     def normal(*size, scale=1.0):
         return torch.randn(*size, generator=generator, device=device, dtype=torch.float32).mul_(scale).to(dtype)
 
-    xs = [normal(shape.B, d) for d in shape.widths]
-    w_encs = [normal(shape.N, d, scale=d**-0.5) for d in shape.widths]
-    w_decs = [normal(shape.N, d, scale=d**-0.5).t() for d in shape.widths]
-    pre_biases = [torch.zeros(d, device=device, dtype=dtype) for d in shape.widths]
-    latent_biases = [torch.zeros(shape.N, device=device, dtype=dtype) for _ in shape.widths]
+    xs = [normal(shape.B, d) for d in shape.d_streams]
+    w_encs = [normal(shape.N, d, scale=d**-0.5) for d in shape.d_streams]
+    w_decs = [normal(shape.N, d, scale=d**-0.5).t() for d in shape.d_streams]
+    pre_biases = [torch.zeros(d, device=device, dtype=dtype) for d in shape.d_streams]
+    latent_biases = [torch.zeros(shape.N, device=device, dtype=dtype) for _ in shape.d_streams]
     return xs, w_encs, w_decs, pre_biases, latent_biases
 
 
@@ -293,7 +294,7 @@ def tune(
         tries = prepare(op, shape, capability(device), COMPILING * share, tell)
         found = search(op, problem(op, shape, device), timer, tries, tell, began + share, now)
         if found.settings is not None:
-            measured = {"ms": found.best_ms, "default_ms": found.default_ms, "shape": asdict(shape)}
+            measured = {"ms": found.best_ms, "default_ms": found.default_ms, "shape": shape.record()}
             tuned.write(name, {key: {"settings": found.settings, **measured} for key in found.keys}, about)
         results.append(found)
     return results

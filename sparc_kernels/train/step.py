@@ -38,7 +38,7 @@ class Step:
         self,
         model: AlignedSAE,
         optimizer: torch.optim.Optimizer,
-        fresh: torch.Generator,
+        reinit_rng: torch.Generator,
         *,
         auxk_coef: float = 1 / 32,
         cross_coef: float = 1.0,
@@ -47,11 +47,11 @@ class Step:
         gradient_free: bool = False,
         graph: bool = False,
     ):
-        self.model, self.optimizer, self.fresh = model, optimizer, fresh
+        self.model, self.optimizer, self.reinit_rng = model, optimizer, reinit_rng
         self.auxk_coef, self.cross_coef, self.reinit_every, self.bf16 = auxk_coef, cross_coef, reinit_every, bf16
         self.gradient_free = gradient_free
         self.cuda = next(model.parameters()).is_cuda
-        self.waits = not (self.cuda and isinstance(optimizer, SparcAdam))  # the host reads every loss
+        self.reads_loss = not (self.cuda and isinstance(optimizer, SparcAdam))  # the host reads every loss
         self.updates = 0  # steps taken, as the official loop counts them
         self._skipped = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
         self._graph = _Graph(self) if graph and self.cuda else None
@@ -73,10 +73,10 @@ class Step:
         """
         result = self._graph.step(x) if self._graph else None
         loss, metrics = result or self.eager(x)
-        if self.waits and not loss.isfinite():
+        if self.reads_loss and not loss.isfinite():
             return loss, metrics
         if self.reinit_every and self.updates % self.reinit_every == 0:
-            self.model.reinit_dead_(generator=self.fresh)
+            self.model.reinit_dead_(generator=self.reinit_rng)
         self.updates += 1
         return loss, metrics
 
@@ -97,10 +97,10 @@ class Step:
         metrics["l0"] = self.l0(outputs)
         finite = loss.detach().isfinite()
         self._skipped += ~finite
-        if self.waits and not finite:
+        if self.reads_loss and not finite:
             return loss.detach(), metrics
         loss.backward()
-        if not self.waits:
+        if not self.reads_loss:
             cast(Any, self.optimizer).found_inf = (~finite).float()  # moves nothing where it is 1
         self.optimizer.step()
         return loss.detach(), metrics

@@ -176,11 +176,11 @@ class Trainer:
         elif config.val_fraction:
             self.val_features = self.features
             intervals, held_out = split(self.features.rows, config.val_fraction, config.seed)
-        self.order = torch.Generator().manual_seed(config.seed)
+        self.data_rng = torch.Generator().manual_seed(config.seed)
         self.loader = Loader(
             self.features,
             config.batch_size,
-            self.order,
+            self.data_rng,
             shuffle=config.shuffle,
             drop_last=config.drop_last,
             memory=config.memory,
@@ -192,7 +192,7 @@ class Trainer:
             self.val_loader = Loader(
                 self.val_features,
                 config.batch_size,
-                self.order,
+                self.data_rng,
                 shuffle="official" if config.shuffle == "official" else "none",
                 intervals=held_out,
                 device=self.device,
@@ -245,13 +245,13 @@ class Trainer:
                 model = config.build(widths, self.device)
                 state = torch.get_rng_state()
             if config.shuffle == "official":  # one random state for weights, order and new rows
-                self.order.set_state(state)
+                self.data_rng.set_state(state)
         else:
             self.features.require_widths(model.d_streams, "the model")
             config.check_model(model)
         self.model = model.train()
         self.shared = config.shuffle == "official" and self.device.type == "cpu"
-        self.fresh = self.order if self.shared else torch.Generator(self.device).manual_seed(config.seed)
+        self.reinit_rng = self.data_rng if self.shared else torch.Generator(self.device).manual_seed(config.seed)
         graph = graph and self.device.type == "cuda" and optimizer is None
         self.optimizer = (
             optimizer(model)
@@ -269,7 +269,7 @@ class Trainer:
         self.step = Step(
             model,
             self.optimizer,
-            self.fresh,
+            self.reinit_rng,
             auxk_coef=config.auxk_coef,
             cross_coef=config.cross_coef,
             reinit_every=config.reinit_every,
@@ -282,7 +282,7 @@ class Trainer:
         """Where to start: at the beginning, or where the newest checkpoint says."""
         self.steps = self.config.steps(len(self.loader))
         self.batches = self.epoch = self.index = self.saved = 0
-        self.epoch_state = self.order.get_state()
+        self.epoch_state = self.data_rng.get_state()
         self.order_state: Tensor | None = None
         self.names = _metric_names(list(self.model.d_streams), bool(self.config.auxk), not self.config.gradient_free)
         self.sums = torch.zeros(len(self.names) + 1, dtype=torch.float64, device=self.device)
@@ -372,13 +372,13 @@ class Trainer:
         """The batches that are left."""
         if self.batches >= self.steps:
             return
-        self.order.set_state(self.epoch_state)
+        self.data_rng.set_state(self.epoch_state)
         # where others draw from the same random state, an epoch's order may not be drawn before the epoch
         spans = [(e, e + 1) for e in range(self.epoch, self.config.epochs)] if self.shared else None
         for first, last in spans or [(self.epoch, self.config.epochs)]:
             batches = self.loader.epochs(first, last, self.index if first == self.epoch else 0)
             if self.order_state is not None and self.shared:
-                self.order.set_state(self.order_state)
+                self.data_rng.set_state(self.order_state)
             self.order_state = None
             with closing(batches):
                 yield from batches
@@ -389,7 +389,7 @@ class Trainer:
         self._samples += len(next(iter(batch.x.values())))
         values = torch.stack([loss.new_ones(()), *(metrics[name].to(loss.dtype) for name in self.names)])
         self.sums += torch.where(loss.isfinite(), values, 0)
-        if self.step.waits and not loss.isfinite():
+        if self.step.reads_loss and not loss.isfinite():
             self._check_skipped()
 
     def _check_skipped(self) -> None:
@@ -493,8 +493,8 @@ class Trainer:
                 "skipped": self.step.skipped,
             },
             "epoch_state": self.epoch_state,
-            "order_state": self.order.get_state(),
-            "fresh_state": self.fresh.get_state(),
+            "order_state": self.data_rng.get_state(),
+            "fresh_state": self.reinit_rng.get_state(),
             "sums": self.sums,
             "loss": self.loss,
         }
@@ -509,10 +509,10 @@ class Trainer:
         self.step.updates, self.step.skipped = counts["updates"], counts["skipped"]
         self.epoch_state, self.order_state = state["epoch_state"], state["order_state"]
         for drawn in (state["epoch_state"], state["order_state"]):
-            self.order.set_state(drawn)
-        same_kind = state["fresh_state"].shape == self.fresh.get_state().shape  # a GPU's state is no CPU's
+            self.data_rng.set_state(drawn)
+        same_kind = state["fresh_state"].shape == self.reinit_rng.get_state().shape  # a GPU's state is no CPU's
         if not self.shared and same_kind:
-            self.fresh.set_state(state["fresh_state"])
+            self.reinit_rng.set_state(state["fresh_state"])
         self.sums.copy_(state["sums"])
         self.loss = float(state.get("loss", math.nan))
 

@@ -120,7 +120,7 @@ def _local(x, w, bias, k, impl):
 def _chunks(x, w, bias, k, impl):
     """Two rows of logits in memory (one without kernels), and a buffer beside."""
     with (
-        mock.patch.object(selection, "select_rows", lambda rows, *_: (min(rows, 2), 1 + (rows > 2))),
+        mock.patch.object(selection, "rows_per_chunk", lambda rows, *_: (min(rows, 2), 1 + (rows > 2))),
         mock.patch.object(selection, "SCRATCH_BYTES", 1),
     ):
         return _one_stream(x, w, bias, k, impl)
@@ -137,7 +137,7 @@ def _library(x, w, bias, k, impl):
 
 def _spans(x, w, bias, k, impl):
     """Three levels, as large N has them."""
-    with mock.patch.object(select_settings, "WIDEST", 1):
+    with mock.patch.object(select_settings, "MAX_CANDIDATES", 1):
         return _one_stream(x, w, bias, k, impl)
 
 

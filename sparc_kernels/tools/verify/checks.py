@@ -20,7 +20,19 @@ from ...ops.inverse_index import inverse_index
 from ...ops.latent_adam import latent_adam_
 from ...ops.latent_reduce import latent_reduce
 from ...ops.records import WeightedLists
-from .judge import F64, Case, Check, Problem, Tensor, as_leaves, gapped, generic, integers, logit_error, random_latents
+from .judge import (
+    F64,
+    Case,
+    Check,
+    Problem,
+    Tensor,
+    as_leaves,
+    generic,
+    integers,
+    logit_error,
+    margin_problem,
+    random_latents,
+)
 
 
 def judge_encode(check: Check, topk_type: str) -> None:
@@ -416,7 +428,7 @@ DEAD_STEPS = 10
 
 def _training_step(check: Check, topk_type: str) -> None:
     """Loss, metrics, counters and every parameter's gradient, AuxK included; and the same bits when done again."""
-    c, p = check.case, check.problem(gapped)
+    c, p = check.case, check.problem(margin_problem)
     S = len(c.dims)
     streams = [f"s{s}" for s in range(S)]
     scale = _scale(check)

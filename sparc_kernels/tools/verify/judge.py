@@ -7,7 +7,7 @@
   be truly larger than one that was taken by more than both logits' rounding (`logit_error`).
 - Integer-valued problems leave no rounding: there the selection must be the stable sort's, index for index.
 - Gradients are compared with the selection held fixed. The derivative of relu jumps at 0, where rounding may decide
-  the side, so the data keep away from it: see `gapped`, and the cotangents of `_values_at`.
+  the side, so the data keep away from it: see `margin_problem`, and the cotangents of `_values_at`.
 """
 
 from __future__ import annotations
@@ -300,7 +300,7 @@ def integers(check: Check) -> Problem:
     return p
 
 
-def gapped(check: Check) -> Problem:
+def margin_problem(check: Check) -> Problem:
     """Data on which rounding cannot move a selected pre-activation across 0 (nor across AuxK's threshold).
 
     float32 and float64: of four times as many Gaussian rows those with a margin of 8 times the logits' rounding.

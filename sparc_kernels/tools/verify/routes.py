@@ -15,7 +15,7 @@ from ...nn.optimizer import SparcAdam
 from ...ops import selection
 from ...train.step import Step
 from .checks import encode_topk, generic, judge_encode, reference_step
-from .judge import BF16, F64, Check, Problem, Tensor, gapped
+from .judge import BF16, F64, Check, Problem, Tensor, margin_problem
 
 LR, DECAY, BETAS, EPS = 1e-3, 0.01, (0.9, 0.999), 1e-8
 DEAD_STEPS = 10
@@ -82,7 +82,7 @@ class _Counted:
 
 def _beside(check: Check) -> None:
     """Two buffers of logits, the selector on a second stream beside the next rows' GEMM."""
-    p, sound, buffers = check.problem(generic), selection.select_rows, []
+    p, sound, buffers = check.problem(generic), selection.rows_per_chunk, []
 
     def noted(*args):
         buffers.append(sound(*args)[1])
@@ -92,12 +92,12 @@ def _beside(check: Check) -> None:
         with torch.no_grad():
             return encode_topk(*p.encoder, check.case.k, "global", check.impl)[0]
 
-    with mock.patch.object(selection, "select_rows", noted):
+    with mock.patch.object(selection, "rows_per_chunk", noted):
         judge_encode(check, topk_type="global")
         first = indices()
         _same(check, "10 runs", [first] * 10, [indices() for _ in range(10)])
     check.add("two buffers", set(buffers) == {2}, f"buffers: {buffers}")
-    with mock.patch.object(selection, "select_rows", lambda rows, row_bytes, block_m, tiles=0: sound(
+    with mock.patch.object(selection, "rows_per_chunk", lambda rows, row_bytes, block_m, tiles=0: sound(
         rows, row_bytes, block_m, 0
     )):  # fmt: skip
         _same(check, "one buffer", [first], [indices()])
@@ -119,7 +119,7 @@ def _library(check: Check) -> None:
 
 def _autocast_step(check: Check) -> None:
     """Loss and weights' gradients under autocast are those of a bfloat16 model, bit for bit; joint cast where wide."""
-    p = check.problem(gapped)
+    p = check.problem(margin_problem)
     wide = check.device.type == "cuda" and selection.encode_by_library(check.case.B, sum(check.case.dims), 2, False)
     (model, inputs), (half, half_inputs) = _model(check, p.to(BF16), check.dtype), _model(check, p.to(BF16), BF16)
     with _by_library(check) if wide else nullcontext(), _autocast(check):
@@ -164,7 +164,7 @@ def _rows(tensors: list[Tensor]) -> list[Tensor]:
 
 def _clipping(check: Check) -> None:
     """Two steps of SparcAdam that clip all gradients together."""
-    p = check.problem(gapped)
+    p = check.problem(margin_problem)
     model, _ = _model(check, p, auxk=False)
     adam = SparcAdam(model, LR, BETAS, EPS, DECAY, max_grad_norm=0.25, impl=check.impl)
     params = [q for s in model.streams for q in _rows(_of_stream(model, s))]
@@ -195,7 +195,7 @@ def _clipping(check: Check) -> None:
 def _scaled(check: Check) -> None:
     """Steps on what torch.amp.GradScaler leaves for an optimizer: the bits of steps without, for the scale is a power
     of two, and none at all where it has found an infinity."""
-    p, ends, scale = check.problem(gapped), [], 2.0**8
+    p, ends, scale = check.problem(margin_problem), [], 2.0**8
     found = torch.zeros((), device=check.device)
     for factor in (1.0, scale):
         model, inputs = _model(check, p)
@@ -214,7 +214,7 @@ def _scaled(check: Check) -> None:
 
 def _direct(check: Check, topk_type: str) -> None:
     """`training_step` with AuxK: moments are those of the reference's gradients, weights what Adam makes of them."""
-    c, p = check.case, check.problem(gapped)
+    c, p = check.case, check.problem(margin_problem)
     model, inputs = _model(check, p, topk_type=topk_type)
     with torch.no_grad():
         before = [getattr(model, f"stats_last_nonzero_{s}") > DEAD_STEPS for s in model.streams]
@@ -251,7 +251,7 @@ def _direct(check: Check, topk_type: str) -> None:
 
 def _shadow(check: Check) -> None:
     """Half precision weights that the step keeps under autocast: the bits of casting them in every step."""
-    p, ends = check.problem(gapped), []
+    p, ends = check.problem(margin_problem), []
     for shadow in (None, BF16):
         model, inputs = _model(check, p)
         adam = SparcAdam(model, LR, shadow=shadow, impl=check.impl)
@@ -270,7 +270,7 @@ def _shadow(check: Check) -> None:
 
 def _again(check: Check, topk_type: str) -> None:
     """The same bits in every run, also where memory is full of NaN before it is written."""
-    p = check.problem(gapped)
+    p = check.problem(margin_problem)
     (model, inputs), scale = _model(check, p, topk_type=topk_type), 2.0**8
     first = _gradients(model, p, inputs, scale)
     finite = all(bool(t.isfinite().all()) for t in first)
@@ -290,14 +290,14 @@ FORMS = {"fp32": {}, "autocast": {"bf16": True}, "without gradients": {"bf16": T
 
 def _captured(check: Check, form: str) -> None:
     """30 steps replayed from a CUDA graph against eager ones, with rows made new at step 20: bit for bit."""
-    p, how, ends = check.problem(gapped), FORMS[form], []
+    p, how, ends = check.problem(margin_problem), FORMS[form], []
     for graph in (False, True):
         model, inputs = _model(check, p)
         free = how.get("gradient_free", False)
         adam = SparcAdam(model, LR, capturable=graph, shadow=BF16 if free else None, impl=check.impl)
-        fresh = torch.Generator(check.device).manual_seed(1) if check.device.type != "meta" else None
-        step = Step(model, adam, fresh, reinit_every=20, graph=graph, **how)
-        step.waits = step.waits and check.device.type == "cpu"
+        reinit_rng = torch.Generator(check.device).manual_seed(1) if check.device.type != "meta" else None
+        step = Step(model, adam, reinit_rng, reinit_every=20, graph=graph, **how)
+        step.reads_loss = step.reads_loss and check.device.type == "cpu"
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             for i in range(30 if check.device.type != "meta" else 1):
@@ -312,7 +312,7 @@ def _captured(check: Check, form: str) -> None:
 
 def _no_waits(check: Check) -> None:
     """After a warm-up torch raises at whatever waits for the device, and nothing does."""
-    p = check.problem(gapped)
+    p = check.problem(margin_problem)
     model, inputs = _model(check, p)
     adam = SparcAdam(model, LR, impl=check.impl)
     cuda = check.device.type == "cuda"

@@ -1,13 +1,13 @@
-"""The cost model of what ours is compared with: dense PyTorch, the official class, library kernels. **Modelled**, see
-`cost_model.py`."""
+"""What ours is compared with: dense PyTorch, the official class and its optimizer, what a library's kernels move."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from .cost import gemm_part, topk_part
-from .cost_model import Op, Part, Reuse, Shape, distinct
-from .launch.device import cdiv
+from ...launch.device import cdiv
+from ..shape import Shape
+from .ours import weights
+from .parts import Op, Part, Reuse, distinct, library_unit, of_torch, product, topk_part, total
 
 # how the reference computes, and whether its step is replayed from a CUDA graph (torch.compile's "reduce-overhead")
 DENSE_VARIANTS = {
@@ -17,14 +17,19 @@ DENSE_VARIANTS = {
     "torch.compile bf16 autocast": ({"dtype": "bfloat16", "autocast": True, "compiled": True}, True),
     "torch.compile bf16": ({"dtype": "bfloat16", "compiled": True}, True),
 }
+FOREACH_BLOCKS, FOREACH_CHUNK = 320, 65536  # torch's multi-tensor kernels: blocks of a launch, elements of a block
+
+
+def _gemms(s: Shape, more: int = 0) -> list[Part]:
+    """Per stream the encoder, its dW and, because the pre-bias has a gradient, its dx; per (target, source) pair the
+    decoder, its dW and its dcodes: 2 B N D (3 + 3 S) FLOPs, each GEMM its operands and its product."""
+    n = 3 + 3 * s.S + more
+    ones = [product(s, "GEMM", s.B, s.N, d, unit=library_unit(s)) for d in s.d_streams]
+    return [replace(one, streamed=n * one.streamed, flops=n * one.flops, launches=n) for one in ones]
 
 
 def dense_step(s: Shape) -> Op:
-    """`reference.training_loss` and its backward with torch.topk, without AuxK; dtype, tf32, autocast and compiled as
-    in s. The official code does more than this: see `official_step`.
-
-    GEMMs: per stream the encoder, its dW and, because the pre-bias has a gradient, its dx; per (target, source) pair
-    the decoder, its dW and its dcodes. So 2 B N D (3 + 3 S) FLOPs, each GEMM its operands and its product.
+    """`reference.training_loss` and its backward with torch.topk, without AuxK. `official_step` does more than this.
 
     Eager, passes over [B, N] beside the GEMMs: summing the streams 3 (S - 1); topk (see `topk_part`); per pair zeros
     and an out-of-place scatter_add 3; per stream zeros for the gather's backward 1, and the sum for dc 1.
@@ -38,37 +43,28 @@ def dense_step(s: Shape) -> Op:
 
     Autocast: both weight matrices read in fp32 and written rounded, gradients widened (in eager mode apart).
     """
-    B, N, D, S, e = s.B, s.N, s.D, s.S, s.e
-    BN, ND, BD = B * N, N * D, B * D
-    unit, wide = s.library_unit, 4 + e
-    gemms = []
-    for d in s.d_streams:
-        one = gemm_part(s, "GEMM", B, N, d, unit)
-        n = 3 + 3 * S
-        gemms.append(replace(one, streamed=n * one.streamed, flops=n * one.flops, launches=n))
-    topk = topk_part(s, s.k)
-    n_gemms = sum(p.launches for p in gemms)
+    S, e, gemms = s.S, s.e, _gemms(s)
+    BN, ND, BD, wide = s.B * s.N, s.N * s.D, s.B * s.D, 4 + s.e
     if s.compiled:
-        passes = BN * e * ((S + 1 if S > 1 else 0) + S + 2 * S) + 4 * 4 * S * BD
-        weights = ND * (S * e + (4 if s.autocast else e) if S > 1 else 0)
-        if s.autocast:
-            weights += 2 * ND * wide + ND * wide + (0 if S > 1 else ND * wide)
+        passes = BN * e * ((S + 1) * (S > 1) + 3 * S) + 16 * S * BD
+        matrices = (S > 1) * ND * (S * e + (4 if s.autocast else e)) + s.autocast * ND * wide * (3 if S > 1 else 4)
         others = 2 * S * S + 9 * S + 10
     else:
         passes = BN * e * (3 * (S - 1) + 3 * S * S + 2 * S) + 4 * BD * (21 * S + 5)
-        weights = 3 * (S - 1) * ND * e + (4 * ND * wide if s.autocast else 0)
-        others = 25 * S * S + 12 * S + 13 - n_gemms + (4 * S if s.autocast else 0)
+        matrices = 3 * (S - 1) * ND * e + s.autocast * 4 * ND * wide
+        others = 25 * S * S + 12 * S + 13 - sum(p.launches for p in gemms) + s.autocast * 4 * S
     return Op(
-        "dense step", (*gemms, topk, Part("passes", passes, launches=others), Part("weights", weights, launches=0))
+        "dense step",
+        (*gemms, topk_part(s, s.k), Part("passes", passes, launches=others), Part("weights", matrices, launches=0)),
     )
 
 
-def _index_put(s: Shape, k: int, launches: int = 12) -> Part:
+def _index_put(s: Shape, k: int) -> Part:
     """The backward of x[rows, ids] for B k places of [B, N]: index_put_ with accumulation. Assumption: both int64 ids
     made one linear index, which is sorted with its positions, a radix pass for each byte it needs, then added up in
     order; about 12 launches beside the passes."""
     passes = cdiv((s.B * s.N - 1).bit_length(), 8)
-    return Part("index_put", s.B * k * (8 * 8 + 2 * 16 * passes + 24), launches=launches + passes, library=True)
+    return of_torch("index_put", s.B * k * (8 * 8 + 2 * 16 * passes + 24), 12 + passes)
 
 
 def official_step(s: Shape) -> Op:
@@ -78,7 +74,6 @@ def official_step(s: Shape) -> Op:
     Counted from its source, launches and bytes then checked against torch's dispatcher (tests/test_cost.py). Of e bytes
     an element unless said:
 
-    - GEMMs as the reference's: encoder, its dW and dx per stream; decoder, its dW and its dcodes per pair.
     - Over [B, N]: the streams stacked and summed 3 S + 1; torch.topk; a bool mask of the selection, once and again per
       stream. Per stream dense codes zeroed; the mask widened and summed, in the forward and again in the loss; codes
       against the threshold, and any over the rows; codes' absolute values and their sum; zeros for the backward of the
@@ -90,57 +85,60 @@ def official_step(s: Shape) -> Op:
       dense codes; in the backward zeros, the product's and the sum with the other gradient: 11 and 1 of one byte; three
       GEMMs; 25 over [B, d]; 3 over [d, N]; 48 operators, with boolean indexing, each a nonzero.
 
-    Not counted: the waits for the GPU, none of them without AuxK; 4 S + 1 with it, for the sizes of boolean indexing
-    and a comparison of the loss; and the training loop's own, which tests the loss for NaN and reads every metric back
-    (more than S^2 + 3 S a step).
+    Not counted: synchronisations, none of them without AuxK; 4 S + 1 with it, for the sizes of boolean indexing and a
+    comparison of the loss; and the training loop's own, which tests the loss for NaN and reads every metric back (more
+    than S^2 + 3 S a step).
     """
-    B, N, D, S, M, e = s.B, s.N, s.D, s.S, s.M, s.e
-    BN, ND, BD = B * N, N * D, B * D
-    gemms = []
-    for d in s.d_streams:
-        one, n = gemm_part(s, "GEMM", B, N, d, s.library_unit), 3 + 3 * S + (3 if s.auxk else 0)
-        gemms.append(replace(one, streamed=n * one.streamed, flops=n * one.flops, launches=n))
+    S, M, e = s.S, s.M, s.e
+    BN, ND, BD = s.B * s.N, s.N * s.D, s.B * s.D
     passes = BN * (e * (3 * S + 1 + 11 * S + 3 * S * (S - 1)) + 1 + 5 * S)
-    passes += e * (3 * (S - 1) * ND + BD * (20 * S + 5)) + S * (66 * N + 77 * M) + 9 * M
+    passes += e * (3 * (S - 1) * ND + BD * (20 * S + 5)) + S * (66 * s.N + 77 * M) + 9 * M
     operators = 22 * S * S + 36 * S + 15 if S > 1 else 68
-    launches = operators - 3 * S * S - 3 * S - 1 - S  # without GEMMs, topk and index_put, which are apart
-    parts = [
-        *gemms,
-        topk_part(s, s.k),
-        *[_index_put(s, s.k)] * S,
-        Part("passes", passes, launches=launches, library=True),
-    ]
+    apart = 3 * S * S + 3 * S + 1 + S  # GEMMs, topk and index_put
+    parts = [*_gemms(s, 3 if s.auxk else 0), topk_part(s, s.k), *[_index_put(s, s.k)] * S]
+    parts.append(of_torch("passes", passes, operators - apart))
     if s.auxk:
-        found = B * s.auxk
-        passes = S * (BN * (11 * e + 1) + found * (3 * 50 + 120)) + e * (25 * BD + 3 * ND)
+        passes = S * (BN * (11 * e + 1) + s.B * s.auxk * (3 * 50 + 120)) + e * (25 * BD + 3 * ND)
         # 3 GEMMs, a topk and 2 index_put of the 48 apart; about 4 launches more for each of 4 nonzeros
-        parts.append(Part("AuxK passes", passes, launches=(48 - 6 + 16) * S + 7, library=True))
+        parts.append(of_torch("AuxK passes", passes, (48 - 6 + 16) * S + 7))
         parts += [*[topk_part(s, s.auxk)] * S, *[_index_put(s, s.auxk)] * (2 * S)]
     return Op("official step", tuple(parts))
 
 
-# ----------------------------------------------------------------------------------- what benchmarks compare and follow
+def as_shipped(s: Shape) -> Shape:
+    return replace(s, dtype="float32", tf32=False, autocast=False)
 
 
-def dense_dec(s: Shape) -> Op:
-    """dW_dec as a GEMM: the codes [S B, N] read for each target, the errors read, dW_dec written."""
-    parts = [gemm_part(s, "GEMM", s.N, d, s.S * s.B, s.library_unit) for d in s.d_streams]
-    return Op("dW_dec (dense)", tuple(parts))
+def official_loop(s: Shape) -> Op:
+    """The official class and its loop's optimizer, as shipped."""
+    return total("official loop", [official_step(as_shipped(s)), official_optimizer(s)])
 
 
-def dense_enc(s: Shape) -> Op:
-    """dW_enc as a GEMM: every stream's codes and inputs read, dW_enc written."""
-    return Op("dW_enc (dense)", tuple(gemm_part(s, "GEMM", s.N, d, s.B, s.library_unit) for d in s.d_streams))
+# ------------------------------------------------------------------------------------------ optimizers, copy and gather
 
 
 def adam(s: Shape) -> Op:
     """Weight, gradient and two moments read, weight and two moments written, for both weight matrices, in fp32."""
-    return Op("Adam", (Part("Adam", 7 * 2 * s.N * s.D * 4),))
+    return Op("Adam", (Part("Adam", 7 * weights(s) * 4),))
 
 
 def unit_norm(s: Shape) -> Op:
     """Normalising reads W_dec twice and writes it; the projection reads W_dec and its gradient twice and writes it."""
     return Op("unit norm + projection", (Part("passes", 8 * s.N * s.D * 4, launches=8 * s.S),))
+
+
+def fused_adam(s: Shape) -> Op:
+    """The helpers, then torch's fused Adam: 7 numbers a parameter."""
+    return total("unit norm, fused Adam", [unit_norm(s), adam(s)])
+
+
+def official_optimizer(s: Shape) -> Op:
+    """The official loop's: unit norm, projection, and torch.optim.Adam as shipped, foreach: numbers a parameter that
+    each of its operators moves (addcmul reads g twice). (Three helpers' host work is in the launches.)"""
+    n, launches = weights(s), cdiv(weights(s), FOREACH_BLOCKS * FOREACH_CHUNK)
+    steps = {"lerp": 3, "mul": 2, "addcmul": 4, "sqrt": 2, "div": 2, "add": 2, "addcdiv": 4}
+    foreach = Op("Adam, foreach", tuple(of_torch(name, 4 * moved * n, launches) for name, moved in steps.items()))
+    return total("official optimizer", [unit_norm(s), foreach])
 
 
 def copy(s: Shape) -> Op:

@@ -1,0 +1,32 @@
+"""The cost model: bytes and FLOPs of every op from its shape, what a GPU could do at best, and which limit binds.
+
+Everything here is **modelled**. Nothing was measured, and no number is more than its assumptions:
+
+- A kernel takes as long as the slowest of four: bytes through HBM, bytes through L2 (all it moves, HBM's included),
+  FLOPs, instructions (the selector's, torch.topk's and the lists'). Kernels of a step run one after the other, and each
+  adds `launch_us`. Outside a CUDA graph a step lasts at least launches * `host_us`.
+- Tensors are read or written once per kernel, and cross HBM each time: small ones that stay in L2 are not credited.
+- Gathered rows cross L2 at every use. HBM delivers each of the distinct rows once while the slab that a kernel works on
+  fits in L2; beyond that a repeated use misses with probability 1 - (L2 / slab). Ids are taken as uniform, the worst
+  case: real latents are skewed.
+- Rates are the data sheet's times a fraction that stands beside it. The fractions are assumptions.
+- Launches and the bytes of torch's own kernels are those of the traced step, which the tests hold them to; launches
+  inside one of torch's operators (sorts, `topk`, `index_put`) are an assumption beside each.
+
+Not modelled: wave quantisation, tails, the latency of dependent loads, programs that exit after reading a count, hot
+latents split over programs, local selection, more places than one launch of the gather takes (fp32 with k > 128, 64 on
+sm_120), clocks.
+"""
+
+from ..shape import Shape
+from .dense import adam, copy, dense_step, gather, official_step, unit_norm
+from .gpus import DEFAULT_GPU, GPU, GPUS, gpu_named, gpu_of_device
+from .ours import direct_ops, direct_step, gemm, mm_topk, select, step, step_ops
+from .parts import Op, step_seconds, total
+from .report import CASES, table
+
+__all__ = [
+    "CASES", "DEFAULT_GPU", "GPU", "GPUS", "Op", "Shape", "adam", "copy", "dense_step", "direct_ops", "direct_step",
+    "gather", "gemm", "gpu_named", "gpu_of_device", "mm_topk", "official_step", "select", "step", "step_ops",
+    "step_seconds", "table", "total", "unit_norm",
+]  # fmt: skip

@@ -1,0 +1,441 @@
+"""Our operators: bytes, FLOPs and launches from the shape, with launch settings from the launchers' own functions.
+
+Symbols as in docs/math.md: B rows, N latents, k active, S streams, D the sum of their widths, M = B k, e bytes of a
+weight. `ops_of` is the table of a step; what its rows share stands before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from ...launch.adam import adam_rows, latent_adam_config
+from ...launch.budgets import PARTIAL_BYTES, SCRATCH_BYTES
+from ...launch.device import cdiv, dot_precision
+from ...launch.gather import gather_config
+from ...launch.reduce import column_chunk, reduce_chunk, reduce_config
+from ...launch.select import encode_by_library, encode_config, rows_per_chunk, select_config, with_span
+from ...ops.decode_grads import _route
+from ..shape import Shape
+from .gpus import GPU
+from .parts import NO_REUSE, Op, Part, Reuse, distinct, library_unit, of_gpu, of_torch, product, topk_part, total, when
+
+# Compiled (sm_90, Triton 3.9): the epilogue adds about 46 / D of the main loop to a 128 x 256 tile.
+EPILOGUE = 46
+# Assumption: the share of the library's rate that the Triton GEMM reaches, as in `launch.select.encode_by_library`.
+TRITON_GEMM = 0.93
+# Compiled (sm_90, Triton 3.9): a warp of the selector executes about 1,640 instructions outside its two bisections, and
+# 73 + 46 a step. Simulated on normal logits (tests/test_cost.py): steps of each bisection, by bytes of a logit.
+SELECT_INSTRUCTIONS, BISECTION_INSTRUCTIONS, BISECTION_STEPS = 1640, 119, {2: 7, 4: 9}
+# Compiled (sm_90, Triton 3.9): a warp of `_lists_kernel` executes about 20 instructions for 32 places; for 32 offsets
+# 105, most of them a 64-bit division, and 22 for each step of their bisection.
+LISTS_INSTRUCTIONS, OFFSETS_INSTRUCTIONS, LISTS_STEP = 20, 105, 22
+MOMENT = 4  # bytes of a moment of Adam
+
+
+def kernel_unit(s: Shape, tf32: bool) -> str:
+    """What `tl.dot` computes on."""
+    precision = dot_precision(s.arch, tf32)
+    return s.dtype if s.dtype != "float32" else "float32" if precision == "ieee" else precision
+
+
+# ----------------------------------------------------------------------------------------------------------- selection
+
+
+def gemm(s: Shape) -> Op:
+    """The bare encoder GEMM of a library: x and W_enc read, the logits written."""
+    return Op("encoder GEMM", (product(s, "GEMM", s.B, s.N, s.D, unit=library_unit(s)),))
+
+
+def mm_topk(s: Shape) -> Op:
+    """The GEMM, then torch.topk."""
+    return Op("mm + topk", (*gemm(s).parts, topk_part(s, s.k)))
+
+
+def _chunks(s: Shape, k: int, compact: bool) -> tuple[int, bool]:
+    """Launches of GEMM and selector, and whether selectors run beside the GEMM of the next rows, as
+    `ops.selection._select_triton` launches them; `compact`: among the dead latents of one stream."""
+    config = select_config(s.N, k, compact)
+    encode = with_span(encode_config(s.B, s.e, s.arch, compact), config.span)
+    columns = s.N + cdiv(s.N, config.group) + (cdiv(s.N, config.span) if config.span > config.group else 0)
+    tiles = cdiv(s.B, encode.block_m) * cdiv(s.N, encode.block_n) if config.small and not compact else 0
+    rows, buffers = rows_per_chunk(s.B, columns * s.e + 16 * config.k_pad, encode.block_m, tiles)
+    return cdiv(s.B, rows), buffers > 1
+
+
+def _selection(s: Shape, k: int, n: int, d: int, *, library: bool = False, compact: bool = False) -> Iterator[Part]:
+    """Top k of n columns, chunk after chunk of rows, each of which reads W_enc [n, d].
+
+    The Triton GEMM's epilogue writes the groups' maxima; `library`: a GEMM over joint storage, then one pass over its
+    logits. The selector reads maxima and the logits of k groups, and writes int64 ids. Beside a GEMM its block fits on
+    a multiprocessor with one of the GEMM's (compiled, sm_90: 216 of the GEMM's registers times 256 threads leave
+    10,240, the selector needs 80 times 128); that the GEMM is not slowed down is an assumption.
+    """
+    (chunks, beside), config, B, e = _chunks(s, k, compact), select_config(s.N, k), s.B, s.e
+    two_levels, again = config.group == config.span, (chunks - 1) * n * d * e
+    groups, spans = cdiv(n, config.group), 0 if two_levels else cdiv(n, config.span)
+    maxima = B * (groups + spans) * e
+    if library:
+        casts = 2 if e == 2 else 0  # of the sum of biases, to fp32 and back
+        biases = n * ((s.S - 1) * (8 + e) + 6 * casts)
+        yield product(s, "GEMM", B, n, d, unit=library_unit(s), extra=again, launches=chunks, library=True)
+        yield of_torch("sum of biases", chunks * biases, chunks * (s.S - 1 + casts))
+        yield Part("row maxima", B * n * e + maxima, launches=chunks)
+    else:
+        how = {"unit": kernel_unit(s, s.tf32), "padding": (1 + EPILOGUE / d) / TRITON_GEMM, "launches": chunks}
+        yield product(s, "GEMM + maxima", B, n, d, extra=again + maxima, **how)
+    read = groups if two_levels else spans + k * (config.span // config.group)
+    moved = B * (read + min(k * config.group, n)) * e + 8 * B * k
+    executed = SELECT_INSTRUCTIONS + BISECTION_STEPS[e] * BISECTION_INSTRUCTIONS
+    executed *= (1 if two_levels else 1.5) * config.num_warps * B
+    alone = 1 / chunks if beside else 1
+    if beside:
+        share, count = 1 - alone, chunks - 1
+        yield Part("selector, beside", share * moved, instructions=share * executed, launches=count, beside=True)
+    yield Part("selector", alone * moved, instructions=alone * executed, launches=1 if beside else chunks)
+
+
+@of_gpu
+def select_fused(s: Shape) -> Op:
+    """Centred inputs to ids by the package's own GEMM."""
+    return Op("select (fused)", tuple(_selection(s, s.k, s.N, s.D)))
+
+
+@of_gpu
+def select_library(s: Shape) -> Op:
+    """The same by a library's GEMM."""
+    return Op("select (library)", tuple(_selection(s, s.k, s.N, s.D, library=True)))
+
+
+def select(s: Shape) -> Op:
+    """The variant that the package takes: the library's where its GEMM pays and the weights lie side by side, as those
+    of one stream do, and those of several when autocast has just written them (`ops.joint.JointCast`)."""
+    joint = s.S == 1 or (s.autocast and all(d % 8 == 0 for d in s.d_streams))
+    return select_library(s) if joint and encode_by_library(s.B, s.D, s.e, s.tf32) else select_fused(s)
+
+
+def even_gemm_share(s: Shape, gpu: GPU) -> float:
+    """The share of the library's GEMM rate from which the fused variant is the faster one."""
+    main, *selectors = select_fused(s).parts
+    spare = select_library(s).seconds(gpu) - sum(p.seconds(gpu) for p in selectors)
+    spare -= 1e-6 * gpu.launch_us * main.launches
+    return main.flops * (1 + EPILOGUE / s.D) / gpu.flop_per_s(main.unit) / spare
+
+
+# --------------------------------------------------------------------------------------------- gathers, lists and sums
+
+
+def _slabs(s: Shape, d: int, k: int) -> tuple[int, int]:
+    """Columns of one slab of a gather of k places over d columns of W, and how many slabs."""
+    config = gather_config(k, d, s.N, s.e, s.arch)
+    columns = min(config.tiles * config.block_d, d)
+    return columns, cdiv(d, columns)
+
+
+def _gather(
+    s: Shape, name: str, d: int, n: int, present: int, *, once: float, per_slab: float, flops: int, k: int = 0
+) -> Part:
+    """Rows of W [n, d] gathered, slab after slab, for S sources at once.
+
+    Args:
+        present: how many of the k places of a row hold one of the n latents.
+        once: bytes moved besides, for all slabs.
+        per_slab: bytes moved besides, for each of them.
+        flops: for each number gathered.
+        k: places of a row where they are not s.k; then for one source.
+    """
+    (columns, n_slabs), uses, reuse = _slabs(s, d, k or s.k), s.B * present, NO_REUSE
+    if present:
+        rows = distinct(n, uses)
+        reuse = Reuse(uses * d * s.e, rows * d * s.e, rows * columns * s.e)
+    padding = 16 / (1 if k else s.S)  # the product's columns
+    return Part(name, once + n_slabs * per_slab, reuse, flops * uses * d, kernel_unit(s, False), padding)
+
+
+def _values(s: Shape, k: int, n: int, present: int) -> Iterator[Part]:
+    """Per stream k encoder rows gathered per row: x and ids read, the dots of every slab written; then one kernel for
+    all streams (or as many as the scratch holds dots of) that adds the slabs and the bias, and writes fp32 values."""
+    M, held, finishes = s.B * k, 0, 1
+    sums = [4 * M * _slabs(s, d, k)[1] for d in s.d_streams]
+    for d in s.d_streams:
+        yield _gather(s, "dots", d, n, present, once=s.B * d * s.e, per_slab=12 * M, flops=2, k=k)
+    for size in sums[:-1]:
+        held += size
+        if held >= SCRATCH_BYTES:
+            held, finishes = 0, finishes + 1
+    yield Part("finish", sum(sums) + s.S * M * (8 + s.e + 4), launches=finishes)
+
+
+def _lists(s: Shape, k: int, groups: int, beside: bool) -> Iterator[Part]:
+    """`inverse_index` of groups of B k places each: ids narrowed to keys of 2 or 4 bytes; keys sorted; both lists
+    narrowed, offsets by bisection. Assumption for torch.sort: a radix pass for each byte of a key, which reads and
+    writes keys and int64 positions; positions, histogram, scan and a copy besides."""
+    M, offsets = s.B * k, groups * (s.N + 1)
+    size, key = groups * M, 2 if offsets < 2**15 else 4
+    bisection = OFFSETS_INSTRUCTIONS + LISTS_STEP * (M.bit_length() + 1)
+    executed = (LISTS_INSTRUCTIONS * max(size, offsets) + bisection * offsets) / 32
+    yield Part("keys", size * (8 + key), beside=beside)
+    yield of_torch("sort", 2 * key * size * (key + 8) + 8 * size, key + 4, beside=beside)
+    yield Part("lists", size * (8 + key + 4 + 4) + 4 * offsets, instructions=executed, beside=beside)
+
+
+def computes_ahead(s: Shape) -> bool:
+    """Whether the loss computes its gradients in the forward (`ops.aligned_loss.AlignedLoss`)."""
+    return not s.compiled and s.dtype != "float16"
+
+
+def _losses(s: Shape, name: str, d: int, n: int, present: int) -> Iterator[Part]:
+    """k decoder rows gathered per row of one target, once for all S sources; x, ids and values read."""
+    once = s.B * d * s.e * (2 if s.auxk else 1)  # AuxK needs the target's own error
+    per_slab = s.M * (8 + 4 * s.S) + 4 * s.S * s.B
+    yield _gather(s, name, d, n, present, once=once, per_slab=per_slab, flops=2 * s.S)
+    slabs = _slabs(s, d, s.k)[1]
+    yield from when(slabs > 1, of_torch("sum of slabs", 4 * s.S * s.B * (slabs + 1)))
+
+
+def route(s: Shape, d: int) -> tuple[bool, int]:
+    """Whether a decoder of width d has its gradient computed through H, and how many columns at a time."""
+    return _route(s.S, s.M, s.B, s.k, d, getattr(torch, s.dtype), s.arch)
+
+
+def _pieces(d: int, width: int) -> list[int]:
+    return [min(width, d - c) for c in range(0, d, width)]
+
+
+def _one_pass(s: Shape, d: int, n: int, present: int, *, first: bool, direct: bool = False) -> Iterator[Part]:
+    """Losses, dv, sum_s coef E in fp32, and E of all sources or H, of one target; then the kernel that adds up the
+    slabs and scales dv, added to that of earlier targets unless `first`. With AuxK the target's own E is kept too.
+    `direct`: E of all columns is kept, for the update without gradients."""
+    through_h, width = (False, d) if direct else route(s, d)
+    S, B, M, pieces = s.S, s.B, s.M, _pieces(d, width)
+    dv, sq, pending, slab_sums, added = 4 * S * M, 4 * S * B, [], 0, False
+    yield from when(through_h, Part("places", 8 * M))  # inverse permutation of the lists' order
+    for i, columns in enumerate(pieces):
+        kept = (M if through_h else S * B) + (B if s.auxk and not direct else 0)
+        once, per_slab = B * columns * (s.e + 4) + kept * columns * s.e, M * (12 if through_h else 8) + 2 * (dv + sq)
+        flops = (6 if through_h else 4) * S
+        yield _gather(s, "gather", columns, n, present, once=once, per_slab=per_slab, flops=flops)
+        pending.append(_slabs(s, columns, s.k)[1])
+        slab_sums += pending[-1] * (dv + sq)
+        if i == len(pieces) - 1 or sum(pending) * dv > PARTIAL_BYTES or len(pending) == 4:
+            yield Part("collect", slab_sums + dv + 2 * sq + dv * (added or not first) + sq * added)
+            pending, slab_sums, added = [], 0, True
+
+
+def _reduce(s: Shape, d: int, sources: int, entries: int, *, per_entry: int, written: float) -> Iterator[Part]:
+    """Per list entry the rows of `sources` out of L2, per tile of columns lists, offsets and `per_entry` bytes; then a
+    look at every 64th place for lists that were split."""
+    block = reduce_config(d, s.arch, sources).block_d
+    rows, lists = sources * s.B * d * s.e, cdiv(d, block) * (entries * per_entry + 4 * s.N)
+    used = Reuse(sources * entries * d * s.e, rows, rows * min(1, block / d)) if entries else NO_REUSE
+    yield Part("reduce", lists + written, used, flops=2 * sources * entries * d)
+    yield Part("finish", s.M)
+
+
+def _reduce_dec(s: Shape, d: int, through_h: bool, width: int) -> Iterator[Part]:
+    """dW_dec of one target: H, in list order, read once and summed in segments; or per list entry the errors of S
+    sources, with their weights and scales."""
+    for columns in _pieces(d, width):
+        if through_h:
+            moved = s.M * columns * s.e + s.N * (columns * s.e + 4)
+            yield Part("segment sum", moved, flops=s.M * columns)
+            yield Part("finish", s.M)
+        else:
+            yield from _reduce(s, columns, s.S, s.M, per_entry=4 + 8 * s.S, written=s.N * columns * s.e)
+
+
+def _bias_sums(s: Shape, launches: int = 2) -> Part:
+    """Sums over the rows of fp32 [B, d_s] of each stream: partial ones, then those of the chunks."""
+    moved = 4 * s.B * s.D + 8 * s.D * cdiv(s.B, column_chunk(s.B)) + s.D * s.e
+    return Part("bias sums", moved, launches=launches)
+
+
+def _late_bias_sums(s: Shape, added: bool) -> Part:
+    """The same in the backward, by torch and stream by stream: summed, rounded, and perhaps added to another."""
+    half = s.e == 2
+    moved = 4 * s.B * s.D + 4 * s.D + (s.D * (4 + s.e) if half else 0) + (3 * s.D * s.e if added else 0)
+    return of_torch("biases", moved, s.S * (1 + half + added))
+
+
+def _auxk(s: Shape, direct: bool) -> Iterator[Part]:
+    """The dead of all streams first; per stream `select` over their columns alone; values; one inverse index for all
+    streams; the loss, and its gradients where the main loss computes its own, over min(auxk, dead) decoder rows; the
+    sums added in place to the latents that have entries, unless the update takes them; torch's passes."""
+    ahead, S, SB, BD = direct or computes_ahead(s), s.S, s.S * s.B, s.B * s.D
+    present, ids = min(s.auxk, s.dead), 8 * s.B * s.auxk
+    entries = s.B * present
+    touched = 2 * s.e * distinct(s.dead, entries) if entries else 0  # bytes of a column, read and written
+    residuals = of_torch("residuals", (2 * BD + s.D) * s.e, S)
+    norms = Part("target weights", BD * s.e + 8 * SB)
+    yield of_torch("dead", 9 * S * s.N, S)  # int64 counters against the threshold
+    yield Part("count dead", S * s.N)
+    yield Part("dead first", S * s.N * (1 + 4))
+    for d in s.d_streams:
+        if s.dead:
+            yield from _selection(s, s.auxk, s.dead, d, compact=True)
+        else:  # programs look at the count; the rows get ids of the living
+            yield Part("nothing dead", ids, launches=2 * _chunks(s, s.auxk, compact=True)[0])
+    yield of_torch("stack", 2 * S * ids)
+    yield from _values(s, s.auxk, s.dead, present)
+    yield from _lists(s, s.auxk, S, beside=present == s.auxk)
+    for d in s.d_streams:
+        one = replace(s, k=s.auxk, d_streams=(d,), auxk=0, dead=0)
+        yield from _losses(one, "loss", d, s.dead, present)
+        yield from _one_pass(one, d, s.dead, present, first=True)
+        if not direct:
+            for columns in _pieces(d, route(one, d)[1]):  # dW_dec: value and scale of an entry
+                yield from _reduce(one, columns, 1, entries, per_entry=4 + 8, written=touched * columns)
+            # dW_enc and dc: gradient and gate
+            yield from _reduce(one, d, 1, entries, per_entry=4 + 8, written=touched * (d + 1))
+    yield from (residuals, norms, Part("AuxK terms", 4 * (2 * SB + 3 * S), launches=2))
+    yield from when(S > 1, of_torch("column of the weights", 8 * S))
+    if ahead:  # the biases' sums: twice as many tensors in the launches of the main loss
+        yield from (norms, _bias_sums(s, launches=0))
+    else:
+        yield from (
+            residuals,
+            replace(norms, launches=S),
+            of_torch("scaled", 4 * (2 * S + 1)),
+            _late_bias_sums(s, True),
+        )
+        yield of_torch("values' gradients", 8 * SB * s.auxk)
+
+
+# ----------------------------------------------------------------------------------------------------------- optimizer
+
+
+def parameter_bytes(s: Shape) -> int:
+    return 4 if s.autocast else s.e
+
+
+def weights(s: Shape) -> int:
+    """Numbers in the weight matrices."""
+    return 2 * s.N * s.D
+
+
+def _scalars(s: Shape) -> Part:
+    return Part("scalars", 4 * s.S * (8 + 20))
+
+
+def sparc_adam(s: Shape) -> Op:
+    """SparcAdam from gradients in memory: weight, gradient and moments read, weight and moments written, once."""
+    moved = 3 * parameter_bytes(s) + 4 * MOMENT
+    return Op("SparcAdam", (_scalars(s), *(Part("stream", moved * (2 * s.N * d + s.N + d)) for d in s.d_streams)))
+
+
+def _update(s: Shape, d: int, decoder: bool) -> Iterator[Part]:
+    """A matrix of one stream: sums of its lists and of AuxK's, projection and Adam; of the encoder also latent biases
+    and the pre-bias."""
+    sources, per_entry = (s.S, 4 + 8 * s.S) if decoder else (1, 12)
+    block, present = latent_adam_config(d, s.arch, not decoder).block_d, min(s.auxk, s.dead)
+    for places, rows in ((s.M, sources), *([(s.B * s.auxk, 1)] if s.auxk else [])):
+        programs = 2 * cdiv(places, reduce_chunk(places, d)) * cdiv(d, reduce_config(d, s.arch, rows).block_d)
+        yield Part("list parts", 4 * programs)
+    entries, rows = sources * s.M + s.B * present, sources * s.B * d * s.e
+    own = s.B * d * s.e if s.auxk and decoder else 0  # AuxK's errors; the encoder reads x again
+    sums = 0 if decoder else 4 * cdiv(s.N, adam_rows(s.N)) * d  # of dc W_enc, one of each program
+    moved = s.M * per_entry + 4 * s.N + (s.B * present * 12 + 4 * s.N if s.auxk else 0) + sums
+    moved += (2 * parameter_bytes(s) + 4 * MOMENT) * s.N * (d if decoder else d + 1)
+    moved += s.e * s.N * d if s.autocast else 0  # the rounded weights, SparcAdam's `shadow`
+    used = Reuse(entries * d * s.e, rows + (own if present else 0), rows + own)
+    yield Part("weights and moments", moved, used, flops=2 * entries * cdiv(d, block) * block)
+    if not decoder:
+        yield of_torch("pre-bias gradient", sums + 16 * d, 2)
+        yield Part("pre-bias", (2 * parameter_bytes(s) + 4 + 4 * MOMENT) * d)
+
+
+# ------------------------------------------------------------------------------------------------- the table of a step
+
+
+@of_gpu
+def ops_of(s: Shape, direct: bool = False) -> dict[str, Op]:
+    """Forward, losses and backward, op by op; `direct`: `AlignedSAE.training_step`, its update included."""
+    B, N, k, S, D, M, e, widths = s.B, s.N, s.k, s.S, s.D, s.M, s.e, s.d_streams
+    ahead, selected = direct or computes_ahead(s), select(s)
+    norms = Part("target weights", B * D * e + 4 * S * B * (1 + S))
+    matrices = 0 if direct else 4 * N * D  # which the update writes rounded
+    table = {
+        # x - b of every stream, for the selection, the values and dW_enc
+        "centre": [Part("centre", 2 * B * D * e)],
+        selected.name: selected.parts,
+        "values": _values(s, k, N, k),
+        # a byte a latent and stream zeroed, set where a value fires, read with the int64 counters, which are written
+        "counters": [of_torch("zeros", S * N), Part("fired", S * M * (4 + 8 + 1)), Part("count", S * N * (1 + 8 + 8))],
+        # beside the gathers of the values
+        "inverse index": _lists(s, k, 1, beside=True),
+        # losses in the forward, everything again in the backward
+        "losses": [] if ahead else [p for d in widths for p in _losses(s, "gather", d, N, k)],
+        # one pass per target that makes losses, dv and E (or H); unless ahead every target has a dv of its own
+        "losses + dv": [
+            p for t, d in enumerate(widths) for p in _one_pass(s, d, N, k, first=not ahead or t == 0, direct=direct)
+        ],
+        "dW_dec": [] if direct else [p for d in widths for p in _reduce_dec(s, d, *route(s, d))],
+        "weights, terms": [
+            of_torch("term weights", 4 * (S * S + S), 2),
+            norms,
+            Part("terms and metrics", 4 * (2 * S * S * B + S * M), launches=2),
+            # the 1 that backward starts from, and the decoder's bias gradients added to the encoder's
+            *when(not direct, of_torch("upstream", 4), of_torch("biases added", 3 * D * e, S)),
+            *when(ahead, _bias_sums(s)),
+            *when(ahead and not direct, Part("scale by 1", 4)),  # reads the upstream gradient and exits
+            # weights times the upstream gradient; dv of the targets added up
+            *when(not ahead, _late_bias_sums(s, False), replace(norms, launches=S)),
+            *when(not ahead, of_torch("scaled", 4 * (2 * S * S + 1) + (S - 1) * 12 * S * M, S)),
+        ],
+        # per list entry one row of x - b, its dv and the value that gates it; dW_enc and dc written
+        "dW_enc": [] if direct else [
+            p for d in widths for p in _reduce(s, d, 1, M, per_entry=4 + 4 + 4, written=N * (d + 1) * e)
+        ],
+        # -W_enc^T dc: W_enc read once more, all streams in two launches
+        "d pre_bias": when(not direct, Part(
+            "weighted sums", e * (N * D + S * N + D) + 8 * D * cdiv(N, column_chunk(N)), flops=2 * N * D, launches=2,
+        )),
+        "AuxK": _auxk(s, direct) if s.auxk else [],
+        # autocast: inputs, biases and matrices rounded, gradients widened; not traced
+        "casts": when(s.autocast, of_torch("casts", (matrices + B * D) * (4 + e), (3 if direct else 11) * S)),
+        "update without gradients": [] if not direct else [
+            _scalars(s), *(p for d in widths for decoder in (True, False) for p in _update(s, d, decoder)),
+        ],
+    }  # fmt: skip
+    ops = [Op(name, tuple(parts)) for name, parts in table.items()]
+    return {op.name: op for op in ops if op.parts}
+
+
+def step_ops(s: Shape) -> list[Op]:
+    return list(ops_of(s).values())
+
+
+def direct_ops(s: Shape) -> list[Op]:
+    return list(ops_of(s, direct=True).values())
+
+
+def step(s: Shape) -> Op:
+    """Forward, losses and backward; the optimizer is apart."""
+    return total("step", step_ops(s))
+
+
+def direct_step(s: Shape) -> Op:
+    """The step that takes its lists to the optimizer and never writes gradients."""
+    return total("training_step", direct_ops(s))
+
+
+def direct_update(s: Shape) -> Op:
+    """Sums of lists, projection and Adam of both matrices of every stream, then the pre-biases."""
+    return ops_of(s, direct=True)["update without gradients"]
+
+
+def dense_gradient_step(s: Shape) -> Op:
+    """Forward, loss, backward, and SparcAdam from their gradients."""
+    return total("step + SparcAdam", [step(s), sparc_adam(s)])
+
+
+def roofline_seconds(s: Shape, gpu: GPU) -> float:
+    """The least that a step could take on the GPU: the encoder's GEMM at the library's rate; every weight and moment
+    and the inputs through HBM once; through L2 for each selected place a row of W_enc for its value, one of W_dec for
+    the losses, and one for each of the gradients. AuxK adds the same for its dead columns and places."""
+    flops = 2 * s.B * s.D * (s.N + (s.dead if s.auxk else 0))
+    hbm = (2 * parameter_bytes(s) + 4 * MOMENT) * weights(s) + s.B * s.D * s.e
+    rows = 4 * s.B * (s.k + min(s.auxk, s.dead)) * s.D * s.e
+    return flops / gpu.flop_per_s(library_unit(s)) + hbm / gpu.bytes_per_s("HBM") + rows / gpu.bytes_per_s("L2")
