@@ -37,10 +37,14 @@ def modules(folder: Path) -> dict[str, Path]:
 
 
 def imports(name: str, path: Path, named: dict[str, Path]) -> set[str]:
-    """Modules of the package that a module imports, at its top or in a function."""
+    """Modules of the package that a module imports, at its top or in a function; not those for type checkers alone."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and name != "sparc_kernels":
+            node.body = [ast.Pass()]
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     targets = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             targets |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
