@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import warm_process
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
@@ -61,9 +62,8 @@ def run(tmp_path, monkeypatch, made=None, filter="", **options):
 def made(tmp_path_factory):
     """One record of the command line, with every provider that runs on a CPU but the compiled one; and its path."""
     out = tmp_path_factory.mktemp("run") / "run.json"
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks", "--device", "cpu", "--tiny", "--threads", "1"]
-    command += ["--seconds", "0.01", "--filter", "^(?!.*compiled)(open-images|batch)", "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300)
+    words = ["--device", "cpu", "--tiny", "--threads", "1", "--seconds", "0.01", "--out", out]
+    done = warm_process.run("-m", "benchmarks", *words, "--filter", "^(?!.*compiled)(open-images|batch)")
     assert done.returncode == 0, done.stderr[-2000:]
     return out, done.stdout
 
@@ -71,6 +71,8 @@ def made(tmp_path_factory):
 # ------------------------------------------------------------------------------------------------------------- a record
 
 
+@pytest.mark.subprocess
+@pytest.mark.slow
 def test_a_run_has_every_mode_verified_and_every_field(made):
     path, said = made
     found = record.load(path)
@@ -163,6 +165,7 @@ def test_what_is_not_json_is_said_to_be_so(tmp_path):
         record.load(tmp_path / "half.json")
 
 
+@pytest.mark.subprocess
 def test_a_killed_run_leaves_a_readable_file_marked_incomplete(tmp_path):
     out = tmp_path / "run.json"
     command = [sys.executable, "-m", "benchmarks", "--device", "cpu", "--tiny", "--threads", "1", "--out", str(out)]
@@ -906,6 +909,7 @@ def test_a_record_that_was_just_made_makes_no_text_stale(tmp_path, checkout):
         assert report.stale(tmp_path) == ["README.md", "results.md"]
 
 
+@pytest.mark.subprocess
 def test_pytest_benchmark_runs_the_same_cases(tmp_path):
     pytest.importorskip("pytest_benchmark")
     out = tmp_path / "pytest.json"

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks import __main__ as benchmark
 from benchmarks import gpu_report, plot, report
 from sparc_kernels import cli
+from sparc_kernels.cli import demo
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ["README.md", "CHANGELOG.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -124,8 +125,12 @@ def as_on_a_gpu(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_every_block_runs(document, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_every_block_runs(document, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
+    if document == "README.md":  # its demo --only-data --quick
+        streams = request.getfixturevalue("quick_streams")
+        monkeypatch.setattr(demo, "unicode_streams", lambda seed, quick: {(0, True): streams}[seed, quick])
     if not torch.cuda.is_available():
         as_on_a_gpu(monkeypatch)
     for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("MASTER_ADDR", "127.0.0.1")):
