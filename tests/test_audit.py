@@ -2,14 +2,12 @@
 
 import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm_process
 
 pytest.importorskip("triton")
 from sparc_kernels import cli
@@ -24,13 +22,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def audit(*arguments, tmp_path):
     """In a process of its own: there TRITON_INTERPRET is unset."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
     out = tmp_path / "audit.json"
-    command = [sys.executable, "-m", "sparc_kernels", "audit", *arguments, "--json", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, check=False)
+    done = warm_process.run("-m", "sparc_kernels", "audit", *arguments, "--json", out)
     return done, json.loads(out.read_text())["rows"] if out.exists() else []
 
 
+@pytest.mark.compile
+@pytest.mark.subprocess
+@pytest.mark.slow
 def test_nothing_spills_and_everything_fits(tmp_path):
     done, rows = audit("--quick", tmp_path=tmp_path)
     known = [("_select_kernel", 90, 8), ("_select_kernel", 90, 24)] if TRITON_VERSION < (3, 7) else []
@@ -63,6 +62,8 @@ def package_kernels():
     }
 
 
+@pytest.mark.compile
+@pytest.mark.subprocess
 def test_a_spilling_kernel_is_found(tmp_path):
     """The smallest fault there is: settings that need more registers than a thread has."""
     code = (
@@ -71,8 +72,7 @@ def test_a_spilling_kernel_is_found(tmp_path):
         "selection.encode_config = lambda *a: EncodeConfig(128, 256, 32, 8, 4, 3)\n"
         "sys.exit(cli.main('audit --shape 4096,8192,64,1024,3,float32 --arch 80 --workers 1 --kernel encode'.split()))"
     )
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+    done = warm_process.run("-c", code)
     assert done.returncode == 1 and "FAULT: spills" in done.stdout, done.stdout + done.stderr
 
 
@@ -83,6 +83,8 @@ def test_bad_shapes_are_refused(shape, capsys):
     assert left.value.code == 2 and "--shape: expected" in capsys.readouterr().err
 
 
+@pytest.mark.compile
+@pytest.mark.subprocess
 def test_kernels_are_picked_by_name(tmp_path):
     done, rows = audit("--shape", "8,8,4,8,1", "--arch", "sm_90", "--kernel", "^_centre", tmp_path=tmp_path)
     assert done.returncode == 0 and {r["launch"]["kernel"].split(":")[1] for r in rows} == {"_centre_kernel"}

@@ -89,6 +89,8 @@ def made(tmp_path_factory):
 # ------------------------------------------------------------------------------------------------------------- a record
 
 
+@pytest.mark.subprocess
+@pytest.mark.slow
 def test_a_run_has_every_mode_verified_and_every_field(made):
     path, said = made
     rec = record.load(path)
@@ -179,6 +181,7 @@ def test_what_is_not_json_is_said_to_be_so(tmp_path):
         record.load(tmp_path / "half.json")
 
 
+@pytest.mark.subprocess
 def test_a_killed_run_leaves_a_readable_file_marked_incomplete(tmp_path):
     out = tmp_path / "run.json"
     filter = "open-images .*(select|ceiling|encode|decode|optimizer)"
@@ -910,6 +913,7 @@ def test_a_record_that_was_just_made_makes_no_text_stale(tmp_path, checkout):
         assert report.stale(tmp_path) == ["README.md", "results.md"]
 
 
+@pytest.mark.subprocess
 def test_pytest_benchmark_runs_the_same_cases(tmp_path):
     pytest.importorskip("pytest_benchmark")
     out = tmp_path / "pytest.json"

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm_process
 
 from sparc_kernels import AlignedSAE, cli
 from sparc_kernels.cli import train as cli_train
@@ -40,26 +41,23 @@ RECORD = next((ROOT / "benchmarks" / "results").glob("epyc*.json"))
 
 
 @pytest.mark.parametrize("command", ["cost", "show", "show 2>&1", "train", "demo", "report"])
+@pytest.mark.subprocess
 def test_a_pipe_that_is_closed_ends_a_command_quietly(folder, tmp_path, command):
     command, *both = command.split()
     program = ["benchmarks.report", f"--show={RECORD}"] if command == "report" else ["sparc_kernels", command]
     streams = [f"--stream=x={folder / 'x.npy'}"]
     given = {"show": ["1", f"--model={folder / 'm.safetensors'}", *streams], "demo": ["--only-data", "--out", "d"],
              "train": [*TINY, *streams, "--out=run"]}  # fmt: skip
-    reader, writer = os.pipe()
-    os.close(reader)  # as `| head` when it has seen enough
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", *program, *given.get(command, [])], cwd=tmp_path, env=env, check=False,
-        stdout=writer, stderr=writer if both else subprocess.PIPE, text=True,
-    )  # fmt: skip
-    os.close(writer)
+    closed = warm_process.CLOSED  # as `| head` when it has seen enough
+    words = ["-m", *program, *given.get(command, [])]
+    done = warm_process.run(*words, cwd=tmp_path, stdout=closed, stderr=closed if both else None)
     assert done.returncode == 141, done.stderr
     assert both or not re.search("Traceback|Broken|Error", done.stderr), done.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP says how it waits")
 @pytest.mark.parametrize(("said", "spins"), [({}, "0"), ({"GOMP_SPINCOUNT": "500"}, "500")], ids=str)
+@pytest.mark.subprocess
 def test_threads_sleep_while_they_wait(said, spins):
     """They spun, which beside other work made two threads slower than one; what the user says holds."""
     env = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}

@@ -1,13 +1,12 @@
 """Kernels compiled ahead of time are those that the JIT looks for later."""
 
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import warm_process
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 
@@ -26,8 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def python(code, **more):
     """In a process of its own, where kernels are not interpreted."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT), **more}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+    done = warm_process.run("-c", code, env=more)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -82,6 +80,8 @@ assert compiled[-1] not in wanted
 """
 
 
+@pytest.mark.compile
+@pytest.mark.subprocess
 def test_the_jit_looks_for_what_was_compiled():
     python(_JIT)
 
@@ -114,12 +114,16 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.compile
+@pytest.mark.subprocess
 def test_compiled_once_side_by_side_into_the_cache(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(_CACHE)
     python(f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')", TRITON_CACHE_DIR=str(tmp_path / "c"))
 
 
+@pytest.mark.compile
+@pytest.mark.subprocess
 def test_interpreted_process_compiles_too(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm_process
 from common import problem
 from conftest import CUDA, DEVICE
 
@@ -180,6 +181,9 @@ def test_kernels_never_read_out_of_bounds(bad):
     assert dots[2, 3].isnan() and dots.isnan().sum() == 1
 
 
+B, N, K = 3, 12, 2  # an operator runs some ten times under opcheck, which looks at schemas and not at numbers
+
+
 def optimizer_operators(p, indices, inverse, values, coef, impl):
     ops, acc = torch.ops.sparc_kernels, p.xs[0].dtype
 
@@ -217,39 +221,39 @@ def optimizer_operators(p, indices, inverse, values, coef, impl):
         "grad_square": (ops.grad_square, (params[1], [None, *grads[1:]], 1, impl)),
         "latent_adam_": (
             ops.latent_adam_,
-            (params[1], ms[1], vs[1], None, [], scalars[1], scalars[1], main, 5, [], 0, 1, *adam, impl),
+            (params[1], ms[1], vs[1], None, [], scalars[1], scalars[1], main, K, [], 0, 1, *adam, impl),
         ),
         "latent_adam_ with bias": (
             ops.latent_adam_,
-            (params[0], ms[0], vs[0], like(params[0]), bias, scalars[0], scalars[3], aux, 5, aux, 5, 0, *adam, impl),
+            (params[0], ms[0], vs[0], like(params[0]), bias, scalars[0], scalars[3], aux, K, aux, K, 0, *adam, impl),
         ),
     }
 
 
 def ops_and_arguments(impl):
-    p = problem(requires_grad=False)
-    indices = torch.arange(30, device=DEVICE).reshape(6, 5)
-    values = torch.rand(3, 6, 5, device=DEVICE, dtype=p.xs[0].dtype)
+    p = problem(B, N, (6, 4, 3), requires_grad=False)
+    indices = torch.arange(B * K, device=DEVICE).reshape(B, K)
+    values = torch.rand(3, B, K, device=DEVICE, dtype=p.xs[0].dtype)
     ops = torch.ops.sparc_kernels
-    inverse = [part[0] for part in ops.inverse_index(indices, 1, 70, None, impl)]
+    inverse = [part[0] for part in ops.inverse_index(indices, 1, N, None, impl)]
     out, sums = torch.zeros_like(p.w_encs[0]), torch.zeros_like(p.latent_biases[0])
     stacked = torch.stack([p.xs[0]] * 3)
-    coef = torch.ones(3, 6, device=DEVICE, dtype=out.dtype)
+    coef = torch.ones(3, B, device=DEVICE, dtype=out.dtype)
     rows = p.w_decs[0].t()
     grads_of = indices, values, rows, p.pre_biases[0], p.xs[0]
-    ids = torch.arange(70, device=DEVICE, dtype=torch.int32)
-    count = torch.tensor(3, dtype=torch.int32, device=DEVICE)
+    ids = torch.arange(N, device=DEVICE, dtype=torch.int32)
+    count = torch.tensor(1, dtype=torch.int32, device=DEVICE)
     return {
-        "inverse_index": (ops.inverse_index, (indices, 1, 70, None, impl)),
+        "inverse_index": (ops.inverse_index, (indices, 1, N, None, impl)),
         "inverse_index of groups": (
             ops.inverse_index,
-            (torch.stack([indices, indices]), 2, 70, torch.tensor([3, 0], dtype=torch.int32, device=DEVICE), impl),
+            (torch.stack([indices, indices]), 2, N, torch.tensor([1, 0], dtype=torch.int32, device=DEVICE), impl),
         ),
-        "dead_first": (ops.dead_first, ([torch.arange(70, device=DEVICE) % 3 == i for i in range(2)], impl)),
-        "latent_reduce_": (ops.latent_reduce_, (out, sums, *inverse, values, None, values, stacked, 5, False, impl)),
-        "latent_reduce_ added": (ops.latent_reduce_, (out, None, *inverse, values, coef, None, stacked, 5, True, impl)),
-        "select": (ops.select, (p.xs, p.w_encs, p.latent_biases, 5, None, None, impl)),
-        "select dead": (ops.select, (p.xs[:1], p.w_encs[:1], p.latent_biases[:1], 5, ids, count, impl)),
+        "dead_first": (ops.dead_first, ([torch.arange(N, device=DEVICE) % 3 == i for i in range(2)], impl)),
+        "latent_reduce_": (ops.latent_reduce_, (out, sums, *inverse, values, None, values, stacked, K, False, impl)),
+        "latent_reduce_ added": (ops.latent_reduce_, (out, None, *inverse, values, coef, None, stacked, K, True, impl)),
+        "select": (ops.select, (p.xs, p.w_encs, p.latent_biases, K, None, None, impl)),
+        "select dead": (ops.select, (p.xs[:1], p.w_encs[:1], p.latent_biases[:1], K, ids, count, impl)),
         "gather_dot": (ops.gather_dot, (indices, p.w_encs[0], p.xs[0][None], None, impl)),
         "gather_dot some": (ops.gather_dot, (indices, p.w_encs[0], p.xs[0][None], count, impl)),
         "gather_sum": (ops.gather_sum, (indices, values, rows, p.pre_biases[0], impl)),
@@ -275,7 +279,7 @@ def ops_and_arguments(impl):
             ops.gather_values,
             (indices, p.xs[:1], p.w_encs[:1], p.latent_biases[:1], count[None], False, impl),
         ),
-        "count_fired_": (ops.count_fired_, ([torch.arange(70, device=DEVICE)] * 1, indices, values[:1], 0.5, impl)),
+        "count_fired_": (ops.count_fired_, ([torch.arange(N, device=DEVICE)] * 1, indices, values[:1], 0.5, impl)),
         "loss_terms": (ops.loss_terms, ([coef] * 3, coef + 1, torch.rand_like(coef[:, :3]), values, impl)),
         "add_auxk": (ops.add_auxk, ([coef[:1]] * 3, coef + 1, sums[0], 0.1, impl)),
         "column_sums": (ops.column_sums, (p.xs, p.xs, p.pre_biases, impl)),
@@ -303,6 +307,7 @@ def run_python(code, **env):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
 
 
+@pytest.mark.subprocess
 def test_import_is_light_and_does_not_need_triton():
     done = run_python(
         "import sys, time; t = time.perf_counter(); import sparc_kernels; t = time.perf_counter() - t\n"
@@ -311,24 +316,27 @@ def test_import_is_light_and_does_not_need_triton():
         "assert t < t2 / 5, (t, t2)"
     )
     assert done.returncode == 0, done.stderr
-    done = run_python(
+    done = warm_process.run(
+        "-c",
         "import sys; sys.modules['triton'] = None\n"
         "import torch, sparc_kernels\n"
         "m = sparc_kernels.AlignedSAE({'a': 4, 'b': 3}, 9, 2, auxk=2)\n"
         "x = {'a': torch.randn(5, 4), 'b': torch.randn(5, 3)}\n"
         "loss, _ = m.compute_loss(m(x), x); loss.backward(); print(float(loss))\n"
         "try: sparc_kernels.AlignedSAE({'a': 4}, 9, 2, impl='triton')({'a': torch.randn(5, 4)})\n"
-        "except ValueError as e: print(e)"
+        "except ValueError as e: print(e)",
     )
     assert done.returncode == 0, done.stderr
     assert "impl: expected 'torch' or 'auto' because Triton is not installed" in done.stdout
 
 
+@pytest.mark.subprocess
 def test_triton_on_cpu_tensors_is_refused_by_name_without_the_interpreter():
-    done = run_python(
+    done = warm_process.run(
+        "-c",
         "import torch, sparc_kernels\n"
         "try: sparc_kernels.AlignedSAE({'a': 4}, 9, 2, impl='triton')({'a': torch.randn(5, 4)})\n"
-        "except ValueError as e: print(e)"
+        "except ValueError as e: print(e)",
     )
     assert "impl: expected 'torch' or 'auto' for tensors on cpu" in done.stdout, done.stderr
 

@@ -48,8 +48,8 @@ def test_decode_nmse_and_all_gradients(impl, local, B, N, k, S):
 @pytest.mark.parametrize("S", [1, 8])
 def test_one_and_eight_streams(impl, S):
     widths = tuple(range(3, 3 + S))
-    p = problem(widths=widths)
-    indices, values = sparse(S=S)
+    p = problem(B=2, widths=widths)
+    indices, values = sparse(B=2, S=S)
     got = decode_nmse(indices, values, p.w_decs, p.pre_biases, p.xs, impl=impl)
     want = reference.decode_nmse(indices, values, p.w_decs, p.pre_biases, p.xs)
     assert_close(got, want)
@@ -115,8 +115,8 @@ def test_contiguous_decoders_give_the_same(impl):
 
 
 def test_given_inverse_index_is_used(impl):
-    p = problem()
-    indices, values = sparse()
+    p = problem(B=3)
+    indices, values = sparse(B=3)
     inverse = inverse_index(indices, 70)
     got = decode_nmse(indices, values, p.w_decs, p.pre_biases, p.xs, inverse=inverse, impl=impl)
     want = decode_nmse(indices, values, p.w_decs, p.pre_biases, p.xs, impl=impl)
@@ -147,9 +147,9 @@ def test_terms_without_upstream_gradient_do_not_poison_the_others(impl):
 
 @pytest.mark.skipif(CUDA, reason="float64 kernels run in the interpreter only")
 def test_gradcheck(impl):
-    p = problem(B=2, N=9, widths=(4, 3))
-    indices = torch.tensor([[1, 5, 2], [5, 0, 8]])
-    values = torch.rand(2, 2, 3, dtype=torch.float64).requires_grad_()
+    p = problem(B=2, N=5, widths=(3, 2))
+    indices = torch.tensor([[1, 4], [4, 0]])
+    values = torch.rand(2, 2, 2, dtype=torch.float64).requires_grad_()
 
     def errors(values, w0, w1, b0, b1, x0, x1):
         return decode_nmse(indices, values, [w0, w1], [b0, b1], [x0, x1], impl=impl)

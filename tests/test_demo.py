@@ -1,13 +1,16 @@
-"""The demo as a user starts it, in a process of its own, and its parts."""
+"""The demo as a user starts it, and its parts."""
 
 import argparse
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,14 +27,19 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
+def quick(tmp_path_factory, quick_streams):
     out = tmp_path_factory.mktemp("demo") / "not" / "there"
-    command = [*COMMAND, "--quick", "--device", "cpu", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
-    assert done.returncode == 0, done.stderr
+    done, given = SimpleNamespace(stdout=io.StringIO(), stderr=io.StringIO()), []
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(done.stdout), redirect_stderr(done.stderr):
+        patch.setattr(demo, "unicode_streams", lambda *args, **named: given.append((args, named)) or quick_streams)
+        code = cli.main(["demo", "--quick", "--device", "cpu", "--out", str(out)])
+    done.stdout, done.stderr = done.stdout.getvalue(), done.stderr.getvalue()
+    assert code == 0, done.stderr
+    assert given == [((0,), {"quick": True})] or given == [((0, True), {})]  # the data that the fixture has
     return out, done, json.loads((out / "alignment.json").read_text())
 
 
+@pytest.mark.slow
 def test_global_cross_comes_first(quick):
     _, done, record = quick
     scores = record["scores"]
@@ -78,6 +86,7 @@ def test_files_and_text(quick):
     assert done.stderr == ""  # no bar where there is no terminal, no warning
 
 
+@pytest.mark.subprocess
 def test_ctrl_c_leaves_cleanly(tmp_path):
     process = subprocess.Popen(
         [*COMMAND, "--out", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT

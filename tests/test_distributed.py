@@ -78,9 +78,15 @@ def fsdp(model):
     return loss_of, optimizer, step
 
 
-def work(rank: int, kind: str, address: str) -> None:
+def work(rank: int, address: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    for kind in ("ddp", "fsdp"):
+        compare(kind, rank)
+    dist.destroy_process_group()
+
+
+def compare(kind: str, rank: int) -> None:
     model = build()
     loss_of, optimizer, step_of = {"ddp": ddp, "fsdp": fsdp}[kind](model)
     for step in range(STEPS):
@@ -92,11 +98,11 @@ def work(rank: int, kind: str, address: str) -> None:
         share_counters(model)
     state = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in model.state_dict().items()}
     for name, want in alone().items():
-        torch.testing.assert_close(state[name], want, rtol=1e-9, atol=1e-12, msg=name)
-    dist.destroy_process_group()
+        torch.testing.assert_close(state[name], want, rtol=1e-9, atol=1e-12, msg=f"{kind}: {name}")
 
 
 @pytest.mark.skipif(not dist.is_available() or os.name != "posix", reason="torch without gloo")
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_train_as_one(kind, tmp_path):
-    mp.spawn(work, (kind, f"file://{tmp_path / 'meeting'}"), nprocs=2)
+@pytest.mark.subprocess
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path):
+    mp.spawn(work, (f"file://{tmp_path / 'meeting'}",), nprocs=2)

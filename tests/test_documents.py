@@ -18,6 +18,7 @@ import sparc_kernels
 from benchmarks import __main__ as benchmark
 from benchmarks import gpu_report, plot, report
 from sparc_kernels import cli
+from sparc_kernels.cli import demo
 
 ROOT = Path(__file__).resolve().parents[1]
 TOP = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
@@ -133,8 +134,12 @@ def as_on_a_gpu(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_every_block_runs(document, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_every_block_runs(document, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
+    if document == "README.md":  # its demo --only-data --quick
+        streams = request.getfixturevalue("quick_streams")
+        monkeypatch.setattr(demo, "unicode_streams", lambda seed, quick: {(0, True): streams}[seed, quick])
     if not torch.cuda.is_available():
         as_on_a_gpu(monkeypatch)
     for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("MASTER_ADDR", "127.0.0.1")):

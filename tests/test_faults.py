@@ -65,10 +65,15 @@ def test_the_new_precision_setting_of_torch_can_be_used():
     if not hasattr(setting, "fp32_precision"):
         pytest.skip("this torch has only the legacy setting")
     before = setting.fp32_precision
+    p = problem(requires_grad=False, dtype=torch.float32)
+    want = encode_topk(*p.encoder, 5, impl="torch")
     try:
-        setting.fp32_precision = "tf32"
-        p = problem(requires_grad=False, dtype=torch.float32)
-        encode_topk(*p.encoder, 5, impl="triton")
+        for precision in ("tf32", "ieee"):
+            setting.fp32_precision = precision
+            assert joint._allow_tf32() == (precision == "tf32")
+            indices, values = encode_topk(*p.encoder, 5, impl="triton")
+            assert torch.equal(indices, want[0])
+            assert_close(values, want[1])
     finally:
         setting.fp32_precision = before
 
@@ -97,6 +102,8 @@ def test_double_backward_is_refused(impl):
             g.square().sum().backward()
 
 
+@pytest.mark.compile
+@pytest.mark.slow
 def test_batch_sizes_share_a_graph():
     """Messages with the batch size in them made every size a graph of its own, and dynamic shapes impossible."""
     graphs = []
@@ -256,6 +263,7 @@ def test_a_loss_without_gradients_takes_none(monkeypatch):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.compile
 def test_wide_streams_compile(monkeypatch, autocast):
     """Where weights may lie side by side, torch.compile met questions about storages that it cannot answer."""
     monkeypatch.setattr(joint, "LIBRARY_WIDTH", 16)
@@ -273,6 +281,8 @@ def test_wide_streams_compile(monkeypatch, autocast):
 
 @pytest.mark.skipif(not (CUDA or shutil.which("g++")), reason="inductor needs a compiler")
 @pytest.mark.parametrize("topk_type", ["global", "local"])
+@pytest.mark.compile
+@pytest.mark.slow
 def test_inductor_reads_the_counters_in_order(topk_type):
     """It let the operator that moves them overtake the reading that local AuxK does before."""
     m = model(auxk=4, topk_type=topk_type, dead_steps_threshold=1, dtype=torch.float32)

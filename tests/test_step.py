@@ -131,11 +131,21 @@ def test_every_operator_is_launched_there(monkeypatch):
     assert len(entered) > 10 and {device.type for device in entered} == {DEVICE}
 
 
+READS = {f"aten::{name}" for name in ("item", "is_nonzero", "equal", "nonzero", "_local_scalar_dense")}
+
+
 class NoReading(InsideOperators):
     """Refuses what reads a value of a tensor, also inside the package's operators."""
 
+    def __init__(self):
+        super().__init__()
+        self.operators = []
+
+    def enter(self, name):
+        self.operators.append(name)
+
     def dispatch(self, func, args, kwargs):
-        assert func._schema.name not in ("aten::item", "aten::_local_scalar_dense"), "a value is read"
+        assert func._schema.name not in READS, "a value is read"
         return func(*args, **kwargs)
 
 
@@ -146,8 +156,11 @@ def test_the_kernels_optimizer_reads_no_value(lr):
     adam = SparcAdam(model, lr.to(DEVICE) if isinstance(lr, torch.Tensor) else lr, capturable=True, impl="triton")
     adam.param_groups[0].update(lr=lr)
     adam.prepare([[True] * 4] * 2)
-    with NoReading():
+    with NoReading() as mode:
         adam.count_step([True] * 8)
+        with pytest.raises(AssertionError, match="a value is read"):
+            adam.counts.max().item()
+    assert mode.operators == ["adam_scalars_"]
 
 
 def test_no_output_is_copied_from_the_host_when_it_is_read():

@@ -332,6 +332,7 @@ def test_damaged_rows_that_the_sample_missed_stop_training_by_name(tmp_path, cap
     assert quick.startswith(f"sparc-kernels train: stopped: {words}0 to ")
 
 
+@pytest.mark.subprocess
 def test_no_space_is_refused_before_training(tmp_path):
     """A limit on the size of files, as a full disk would give it."""
     make_features(tmp_path)

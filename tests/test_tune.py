@@ -479,6 +479,7 @@ def test_without_a_gpu(capsys):
     assert "--shape: expected" in capsys.readouterr().err
 
 
+@pytest.mark.subprocess
 def test_no_file_is_read_on_import(tmp_path):
     code = (
         "import builtins, io, pathlib, sparc_kernels, sparc_kernels.nn.module\n"

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import numpy as np
 import planted
 import pytest
 import torch
+import warm_process
 
 from sparc_kernels import cli
 from sparc_kernels.core import _triton
@@ -25,13 +25,12 @@ from sparc_kernels.tools.verify import run as verify
 
 
 def command(*words: str) -> subprocess.CompletedProcess:
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "-m", "sparc_kernels", "verify", "--device", "cpu", *words]
-    if "--interpret" in words:
-        line.remove("--device"), line.remove("cpu")
-    return subprocess.run(line, env=env, capture_output=True, text=True, check=False)
+    device = () if "--interpret" in words else ("--device", "cpu")
+    return warm_process.run("-m", "sparc_kernels", "verify", *device, *words)
 
 
+@pytest.mark.subprocess
+@pytest.mark.slow
 def test_command_passes_and_writes_json(tmp_path):
     file = tmp_path / "verify.json"
     done = command("--quick", "--json", str(file))
@@ -49,6 +48,7 @@ def test_command_passes_and_writes_json(tmp_path):
             assert {r["dtype"] for r in found["results"] if r["op"] == op} == {"fp64", "fp32", "bf16"}, op
 
 
+@pytest.mark.subprocess
 def test_json_on_stdout_is_nothing_else():
     done = command("--quick", "--filter", "inverse_index fp32 tiny", "--json")
     assert done.returncode == 0, done.stderr
@@ -57,6 +57,7 @@ def test_json_on_stdout_is_nothing_else():
     assert "inverse_index" in done.stderr  # the table
 
 
+@pytest.mark.subprocess
 def test_worker_processes_give_the_same_results_in_the_same_order():
     done = command("--quick", "--jobs", "2", "--filter", "decode_nmse", "--json")
     assert done.returncode == 0, done.stderr
@@ -68,6 +69,8 @@ def test_worker_processes_give_the_same_results_in_the_same_order():
 
 
 @pytest.mark.skipif(not verify.HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.subprocess
+@pytest.mark.interpreter
 def test_interpreted_kernels():
     done = command("--interpret", "--quick", "--filter", "training global fp32 step|decode local fp64")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -394,17 +397,18 @@ def clipping_without_the_norm(patch):
     patch(optimizer, "grad_square", lambda *args: sound(*args) * 0)
 
 
-def _without_argument(patch, place):
+def _without_argument(patch, name):
     sound = optimizer.adam_scalars_
+    place = [argument.name for argument in sound._schema.arguments].index(name)
     patch(optimizer, "adam_scalars_", lambda *args: sound(*args[:place], None, *args[place + 1 :]))
 
 
 def scale_not_taken_back(patch):
-    _without_argument(patch, 7)
+    _without_argument(patch, "grad_scale")
 
 
 def infinity_stepped_on(patch):
-    _without_argument(patch, 6)
+    _without_argument(patch, "found_inf")
 
 
 def step_without_auxk(patch):
@@ -484,13 +488,20 @@ ROUTE_FAULTS = {
 }
 
 
+def raised(results):
+    """Results of checks that an exception ended: such a note says nothing about the fault that was planted."""
+    return [r for r in results if re.match(r"[A-Za-z_][\w.]*:", r.note)]
+
+
 @pytest.mark.parametrize("plant", [*FAULTS, *ROUTE_FAULTS], ids=lambda plant: plant.__name__)
 def test_planted_fault_is_caught(plant, monkeypatch):
     plant(monkeypatch.setattr)
     # whole steps, which the routes take, notice what any operator does wrong
     routes_only = plant in ROUTE_FAULTS
     wanted = ROUTE_FAULTS[plant] if routes_only else FAULTS[plant]
-    results = verify.run_checks("cpu", quick=True, filter="(routes|mixed)$" if routes_only else "(tiny|strided|k=N)$")
+    # of the dtypes, the one that runs everywhere; what is sound in the others is test_limits_are_a_few_roundings'
+    filter = "(routes|mixed)$" if routes_only else "fp32 (tiny|strided|k=N)$"
+    results = verify.run_checks("cpu", quick=True, filter=filter)
     failed = {r.op for r in results if not r.passed}
     others = {op for op in failed if not re.match(wanted, op)}
     assert failed, "nothing noticed it"
@@ -498,13 +509,13 @@ def test_planted_fault_is_caught(plant, monkeypatch):
     for alternative in re.sub(r"\(.*\)", "", wanted).split("|"):
         assert any(op.startswith(alternative.split(" ")[0]) for op in failed), f"{alternative} did not notice"
     assert all(r.note for r in results if not r.passed)
-    assert not [r.note for r in results if re.match(r"\w+(Error|Exception)\b", r.note)], "it fell over"
+    assert not raised(results), f"an exception, not the fault, was noticed: {raised(results)[0].note}"
 
 
 def test_half_precision_in_float32_is_seen_there_only(monkeypatch):
     half_precision_sums(monkeypatch.setattr)
     failed = [r for r in verify.run_checks("cpu", quick=True) if not r.passed]
-    assert {r.dtype for r in failed} == {"fp64", "fp32"}
+    assert {r.dtype for r in failed} == {"fp64", "fp32"} and not raised(failed)
 
 
 def test_exception_is_a_failed_row_and_the_rest_goes_on(monkeypatch):
@@ -516,6 +527,7 @@ def test_exception_is_a_failed_row_and_the_rest_goes_on(monkeypatch):
     failed = [r for r in results if not r.passed]
     assert {r.op for r in failed} == {"decode global", "decode local"}
     assert {r.note for r in failed} == {"RuntimeError: the kernel fell over"}
+    assert raised(results) == failed
     assert len({r.op for r in results}) > 10
 
 
@@ -529,6 +541,8 @@ def with_planted(monkeypatch, plant, **choice):
     return verify.run_checks("cpu", quick=True, jobs=2, **choice)
 
 
+@pytest.mark.subprocess
+@pytest.mark.slow
 def test_two_lost_workers_lose_two_checks(monkeypatch):
     """One loses its device, one dies; the rest of their tasks is done by others, in the order of always."""
     choice = {"filter": "(decode|index|counters).* fp32 (tiny|strided|k=N)"}
@@ -547,6 +561,7 @@ def test_two_lost_workers_lose_two_checks(monkeypatch):
     assert others(results) == others(sound) and len(others(sound)) > 30
 
 
+@pytest.mark.subprocess
 def test_every_check_of_a_task_may_be_lost(monkeypatch):
     plant = "kill update_counters_ fp32 tiny;lost inverse_index fp32 tiny"
     results = with_planted(monkeypatch, plant, filter="(index|counters).* fp32 tiny")
@@ -554,6 +569,7 @@ def test_every_check_of_a_task_may_be_lost(monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["kill", "lost"])
+@pytest.mark.subprocess
 def test_a_device_that_is_gone_for_good_ends_the_run(how, monkeypatch):
     results = with_planted(monkeypatch, f"{how} start", filter="(index|counters).* fp32 tiny")
     why = "it does not answer" if how == "lost" else "its process died (exit code -9)"
@@ -563,6 +579,7 @@ def test_a_device_that_is_gone_for_good_ends_the_run(how, monkeypatch):
 
 
 @pytest.mark.parametrize("seconds", [0.1, 0.4, 0.9])
+@pytest.mark.subprocess
 def test_a_kill_costs_one_check(seconds, tmp_path):
     """The file is whole at every moment, and has what was printed."""
     file = tmp_path / "verify.json"
@@ -597,7 +614,8 @@ def test_failure_is_the_exit_code_and_is_printed(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the kernels are compiled here")
+@pytest.mark.interpreter
 def test_planted_fault_is_caught_in_the_kernels(monkeypatch):
     decoder_bias_lost(monkeypatch.setattr)
     results = verify.run_checks("cpu", quick=True, interpret=True, filter="decode global fp64 strided")
-    assert not all(r.passed for r in results)
+    assert [r for r in results if not r.passed] and not raised(results)

@@ -78,13 +78,21 @@ class InsideOperators(TorchDispatchMode):
     """A dispatch mode that stays on inside the package's operators, where torch leaves it."""
 
     impl: str | None = None  # the implementation that runs; None: the one that the call names
+    composite: frozenset[str] = frozenset()  # torch's operators that are taken apart before `dispatch` sees them
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        operator = operator_of(func)
-        if operator is None:
-            return self.dispatch(func, args, kwargs or {})
-        with self:
-            return operator.run(*args[:-1], self.impl or args[-1])
+        operator, name = operator_of(func), func._schema.name
+        if operator is not None:
+            self.enter(name.split("::")[1])
+            with self:
+                return operator.run(*args[:-1], self.impl or args[-1])
+        if name in self.composite:
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
+        return self.dispatch(func, args, kwargs or {})
+
+    def enter(self, name: str) -> None:
+        """One of the package's operators begins."""
 
     def dispatch(self, func, args: tuple, kwargs: dict):
         """One of torch's own operators."""
