@@ -36,6 +36,7 @@ def save_weights(model: AlignedSAE, path: str | Path, normalize: bool = True, st
     """Weights as safetensors, with the model's configuration in the metadata: `load_model` needs no other file.
 
     Args:
+        model: with its settings.
         path: ends in .safetensors.
         normalize: whether the model was trained on rows divided by their norm.
         step: of the run, which tells `load_model` of a run's folder whether a checkpoint is newer.
@@ -85,6 +86,8 @@ def export_official(
     """`msae_checkpoint.pth` and the `run_config.json` that the official code reads beside it.
 
     Args:
+        model: with its settings.
+        folder: where both files go.
         settings: further entries of run_config.json's "args", such as batch_size, lr and seed.
         normalize: whether the model was trained on rows divided by their norm; an entry that the official code ignores.
     """
@@ -107,10 +110,12 @@ def load_model(
             as in a run that goes on), model.safetensors, a checkpoint of ours, or an official `msae_checkpoint.pth`,
             whose settings come from the run_config.json beside it.
         dtype: of the parameters; None: the narrowest that holds all of the file's without rounding.
-        known: k, topk_type, auxk, normalize, ...: settings that the file does not say, or that replace what it says.
+        device: of the model.
+        **known: k, topk_type, auxk, normalize, ...: settings that the file does not have, or that replace its own.
 
-    Raises: ValueError that names the file and what is missing or wrong: other tensors, damage (a digest in our files,
-    the checksums of torch's), settings that do not fit.
+    Raises:
+        ValueError: naming the file and what is missing or wrong: other tensors, damage (a digest in our files, the
+            checksums of torch's), settings that do not fit.
     """
     for name in known:
         require(name in SETTINGS, name, f"a setting among {', '.join(SETTINGS)}", "an unknown name")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from ..ops.records import EncoderParams, SparseCodes
 class ForwardState:
     """One forward: what went in, what was selected, and under which modes of torch. S streams."""
 
-    model: torch.nn.Module  # the AlignedSAE
+    model: Any  # the AlignedSAE
     inputs: dict[str, torch.Tensor]
     streams: list[str]  # those given, in the model's order
     impl: str
@@ -32,6 +33,7 @@ class ForwardState:
 
     def record(self) -> ForwardState:
         """Note under which modes, and on which versions of tensors, what is read later must be made."""
+        assert self.codes.values is not None, "gathered before"
         self.values = dict(zip(self.streams, self.codes.values.unbind(), strict=True))
         self.grad = torch.is_grad_enabled()
         self.autocast = autocast_state(self.codes.indices.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -38,7 +38,8 @@ class AlignedSAE(nn.Module):
         topk_type: "global" (one selection on the summed pre-activations) or "local" (one for each stream).
         impl: "auto" (Triton kernels on CUDA tensors, torch elsewhere), "triton" or "torch".
         count_in_eval: let the dead counters move in eval mode too, as the official class does.
-        device, dtype: of the parameters, as in torch.nn.
+        device: of the parameters, as in torch.nn.
+        dtype: of the parameters, as in torch.nn.
 
     state_dict keys and shapes are the official ones and load both ways. `decoders[s].weight` is [d, N] with strides
     (1, d), so that a latent's decoder row is contiguous; `decoder_layout_` switches that. With the same torch seed the
@@ -83,17 +84,18 @@ class AlignedSAE(nn.Module):
         self.decoders = nn.ModuleDict()
         self.pre_biases = nn.ParameterDict()
         self.latent_biases = nn.ParameterDict()
-        factory = {"device": device, "dtype": dtype}
         for s, d in self.d_streams.items():
-            self.encoders[s] = nn.Linear(d, n_latents, bias=False, **factory)
-            self.decoders[s] = nn.Linear(n_latents, d, bias=False, **factory)  # drawn too: keeps the official seeds
-            self.decoders[s].weight.data = self.encoders[s].weight.data.clone().t()
-            self.pre_biases[s] = nn.Parameter(torch.zeros(d, **factory))
-            self.latent_biases[s] = nn.Parameter(torch.zeros(n_latents, **factory))
+            encoder = nn.Linear(d, n_latents, bias=False, device=device, dtype=dtype)
+            decoder = nn.Linear(n_latents, d, bias=False, device=device, dtype=dtype)  # drawn too: the official seeds
+            decoder.weight.data = encoder.weight.data.clone().t()
+            self.encoders[s], self.decoders[s] = encoder, decoder
+            self.pre_biases[s] = nn.Parameter(torch.zeros(d, device=device, dtype=dtype))
+            self.latent_biases[s] = nn.Parameter(torch.zeros(n_latents, device=device, dtype=dtype))
             self.register_buffer(f"stats_last_nonzero_{s}", torch.zeros(n_latents, dtype=torch.long, device=device))
         self.unit_norm_decoder_()
         self.register_load_state_dict_post_hook(_restore_layout)
-        self._recent_dead_masks = {}  # of the latest forwards, should activation checkpointing run one again
+        # of the latest forwards, should activation checkpointing run one again
+        self._recent_dead_masks: dict[tuple, dict[str, torch.Tensor]] = {}
 
     # ------------------------------------------------------------------------------------------------ forward and loss
 
@@ -104,7 +106,8 @@ class AlignedSAE(nn.Module):
             inputs: [B, d_s] of the parameters' dtype (any floating dtype under autocast) for any non-empty subset of
                 the streams. All rows b describe the same sample.
 
-        Returns: AlignedOutputs, a read-only mapping with every official key; dense tensors are made when read.
+        Returns:
+            AlignedOutputs, a read-only mapping with every official key; dense tensors are made when read.
 
         Activation checkpointing around forward and loss moves the counters once (docs/integration.md).
         """
@@ -135,7 +138,7 @@ class AlignedSAE(nn.Module):
             codes = gather_codes(SparseCodes(selected, None), centred, encoder, lists, impl)
             dead = self._move_counters(inputs, streams, selected, codes.values, impl)
             aux = None
-            if self.auxk:
+            if self.auxk and dead is not None:
                 chosen = select_dead(centred, encoder, [dead[s] for s in streams], self.auxk, impl)
                 aux = gather_codes(chosen, centred, encoder, lists, impl)
         return ForwardState(self, dict(inputs), streams, impl, xs, encoder, centred, codes, aux)
@@ -150,8 +153,10 @@ class AlignedSAE(nn.Module):
         if self.auxk and not torch.compiler.is_compiling():
             key = tuple((s, memory_of(x), *version_of(x)[1:], x.shape[0]) for s, x in inputs.items())
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            if not self.auxk or key in self._recent_dead_masks:
-                return self._recent_dead_masks[key] if self.auxk else None
+            if not self.auxk or key is None:
+                return None
+            if key in self._recent_dead_masks:
+                return self._recent_dead_masks[key]
             if not counting:  # a look at the model from a hook
                 return self.get_dead_neurons()
             raise RuntimeError(
@@ -195,12 +200,15 @@ class AlignedSAE(nn.Module):
         Args:
             outputs: what `forward` returned for all streams, before any parameter changed.
             inputs: the targets, [B, d_s] for every stream.
-            auxk_coef, cross_loss_coef: >= 0.
+            auxk_coef: >= 0.
+            cross_loss_coef: >= 0.
 
-        Returns: the loss (float32, float64 for float64 parameters), and a dict of detached tensors under the official
-        metric names: mse_loss_{s}, auxk_loss_{s}, cross_loss_{t}_from_{s}, num_active_neurons_{s}, l1_sparsity_{s},
-        avg_mse_loss (the true mean; the official one aliases total_loss), avg_auxk_loss, avg_auxk_loss_scaled,
-        avg_cross_loss, avg_cross_loss_scaled, avg_l1_sparsity, avg_num_active_neurons, total_loss.
+        Returns:
+            The loss (float32, float64 for float64 parameters), and a dict of detached tensors under the official
+            metric names: mse_loss_{s}, auxk_loss_{s}, cross_loss_{t}_from_{s}, num_active_neurons_{s},
+            l1_sparsity_{s}, avg_mse_loss (the true mean; the official one aliases total_loss), avg_auxk_loss,
+            avg_auxk_loss_scaled, avg_cross_loss, avg_cross_loss_scaled, avg_l1_sparsity, avg_num_active_neurons,
+            total_loss.
         """
         require(isinstance(outputs, AlignedOutputs), "outputs", "the AlignedOutputs that forward returned", outputs)
         state = outputs.state
@@ -211,12 +219,14 @@ class AlignedSAE(nn.Module):
         require(streams == self.streams, "inputs", f"all streams {self.streams} (the loss needs them)", repr(streams))
         done = state.streams
         require(done == self.streams, "outputs", f"a forward over all streams {self.streams}", repr(done))
-        rows, had = inputs[streams[0]].shape[0], state.codes.values.shape[1]
+        values = state.codes.values
+        assert values is not None, "a forward makes them"
+        rows, had = inputs[streams[0]].shape[0], values.shape[1]
         if rows != had:
             fail("inputs", f"{had} rows as in outputs", str(rows))
         state.check_unchanged()
         with torch.set_grad_enabled(state.grad and torch.is_grad_enabled()):
-            weights = term_weights(state.codes.values, cross_loss_coef)
+            weights = term_weights(values, cross_loss_coef)
             decoders, xs = [self.decoder_of(s) for s in streams], [inputs[s] for s in streams]
             impl = resolve_impl(self.impl, decoders[0][0])
             loss, terms, aux_terms = loss_of(state, decoders, xs, weights, auxk_coef, impl)
@@ -236,13 +246,17 @@ class AlignedSAE(nn.Module):
         dead counters, decided on the device.
 
         Args:
-            inputs, auxk_coef, cross_loss_coef: as in `forward` and `compute_loss`.
+            inputs: as in `forward`, for every stream.
             optimizer: a SparcAdam of this model without max_grad_norm. Its lr, betas and so on are read now.
+            auxk_coef: as in `compute_loss`.
+            cross_loss_coef: as in `compute_loss`.
 
-        Returns: what `compute_loss` does, the loss detached.
+        Returns:
+            As `compute_loss`, the loss detached.
 
-        Raises: ValueError where there is something that this form cannot do: clipping by norm (all gradients would have
-            to be known before the first update), gradients that wait in `.grad`, parameters that are not trained.
+        Raises:
+            ValueError: for clipping by norm (all gradients would have to be known before the first update), for
+                gradients in `.grad`, and for parameters that are not trained.
 
         Equivalent to:
             optimizer.zero_grad()
@@ -260,7 +274,9 @@ class AlignedSAE(nn.Module):
         require(streams == self.streams, "inputs", f"all streams {self.streams} (the loss needs them)", repr(streams))
         with torch.no_grad():
             half = optimizer.half_weights()
-            state = self._encode(inputs, streams, True, half and [w_enc for w_enc, _ in half])
+            w_encs = None if half is None else [w_enc for w_enc, _ in half]
+            state = self._encode(inputs, streams, True, w_encs)
+            assert state.codes.values is not None, "a forward makes them"
             rows = [w_dec for _, w_dec in half] if half else [self.decoder_of(s)[0].t() for s in streams]
             targets = [
                 DecodeTarget(w, bias, inputs[s])
@@ -272,7 +288,7 @@ class AlignedSAE(nn.Module):
 
     def _encoders(self, streams, w_encs=None) -> EncoderParams:
         """The streams' encoders as the operators take them."""
-        weights = [self.encoders[s].weight for s in streams]
+        weights: list[torch.Tensor] = [self._w_enc(s) for s in streams]
         if w_encs is not None:
             pass
         elif wants_joint(weights) and autocast_enabled(weights[0].device):
@@ -286,13 +302,21 @@ class AlignedSAE(nn.Module):
             [self.latent_biases[s].to(w.dtype) for s, w in zip(streams, w_encs, strict=True)],
         )
 
-    def encoder_of(self, s: str) -> tuple[torch.Tensor, ...]:
+    def encoder_of(self, s: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """w_enc, pre_bias, latent_bias of a stream as the operators take them."""
-        return _autocast(self.encoders[s].weight, self.pre_biases[s], self.latent_biases[s])
+        w_enc, pre_bias, latent_bias = _autocast(self._w_enc(s), self.pre_biases[s], self.latent_biases[s])
+        return w_enc, pre_bias, latent_bias
 
-    def decoder_of(self, s: str) -> tuple[torch.Tensor, ...]:
+    def decoder_of(self, s: str) -> tuple[torch.Tensor, torch.Tensor]:
         """w_dec, pre_bias of a stream as the operators take them."""
-        return _autocast(self.decoders[s].weight, self.pre_biases[s])
+        w_dec, pre_bias = _autocast(self._w_dec(s), self.pre_biases[s])
+        return w_dec, pre_bias
+
+    def _w_enc(self, s: str) -> nn.Parameter:
+        return cast(nn.Parameter, self.encoders[s].weight)
+
+    def _w_dec(self, s: str) -> nn.Parameter:
+        return cast(nn.Parameter, self.decoders[s].weight)
 
     def _check_inputs(self, inputs) -> list[str]:
         """The streams given, in the model's order."""
@@ -305,7 +329,7 @@ class AlignedSAE(nn.Module):
         streams = [s for s in self.streams if s in inputs]
         first = streams[0]
         for s in streams:
-            name, weight = f"inputs[{s!r}]", self.encoders[s].weight
+            name, weight = f"inputs[{s!r}]", self._w_enc(s)
             self._check_parameters(s)
             x = check_tensor(name, inputs[s], ("B", self.d_streams[s]))
             require(x.device == weight.device, name, f"a tensor on {weight.device}", x)
@@ -318,9 +342,9 @@ class AlignedSAE(nn.Module):
 
     def _check_parameters(self, s):
         """One dtype and device for what belongs to a stream: the operators take no mixtures."""
-        like = self.encoders[s].weight
+        like = self._w_enc(s)
         others = {
-            f"decoders.{s}.weight": self.decoders[s].weight,
+            f"decoders.{s}.weight": self._w_dec(s),
             f"pre_biases.{s}": self.pre_biases[s],
             f"latent_biases.{s}": self.latent_biases[s],
         }
@@ -356,7 +380,7 @@ class AlignedSAE(nn.Module):
 
     def _decoder_weights(self) -> list[nn.Parameter]:
         """Each once, also where streams share one."""
-        return list({id(decoder.weight): decoder.weight for decoder in self.decoders.values()}.values())
+        return list({id(w): w for w in map(self._w_dec, self.streams)}.values())
 
     @torch.no_grad()
     def reinit_dead_(self, generator: torch.Generator | None = None) -> dict[str, int]:
@@ -367,9 +391,9 @@ class AlignedSAE(nn.Module):
         """
         counts, all_dead = {}, self.get_dead_neurons()
         for s, dead in all_dead.items():
-            weight, bias = self.encoders[s].weight, self.latent_biases[s]
+            weight, bias = self._w_enc(s), self.latent_biases[s]
             for t in self.streams:
-                if t != s and (self.encoders[t].weight is weight or self.latent_biases[t] is bias):
+                if t != s and (self._w_enc(t) is weight or self.latent_biases[t] is bias):
                     dead = dead & all_dead[t]
             counts[s] = int(dead.sum())
             if counts[s]:
@@ -389,8 +413,7 @@ class AlignedSAE(nn.Module):
         """
         require(layout in ("rows", "contiguous"), "layout", "'rows' or 'contiguous'", repr(layout))
         self.decoder_layout = layout
-        for decoder in self.decoders.values():
-            w = decoder.weight
+        for w in map(self._w_dec, self.streams):
             laid = w.t().contiguous().t() if layout == "rows" else w.contiguous()
             if laid.stride() != w.stride():
                 w.data = laid

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import signal
-import subprocess
 import threading
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from .. import __version__
+from ..core.provenance import commit, versions_of
 from ..core.validation import fail
 
 LOCK = ".lock"  # in the folder of a run
@@ -19,44 +20,23 @@ LOCK = ".lock"  # in the folder of a run
 
 def versions() -> dict:
     """Of what a result depends on; `commit` where the package lies in a git checkout."""
-    found = {"sparc_kernels": __version__, "commit": _commit(), "python": platform.python_version()}
-    for package in ("torch", "triton", "numpy"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    return found | {"platform": platform.platform()}
-
-
-def _commit() -> str | None:
-    git = ["git", "-C", str(Path(__file__).resolve().parents[1])]
-    try:
-        ours = [
-            "ls-files",
-            "--error-unmatch",
-            "reference.py",
-        ]  # fails where a checkout of something else is around
-        subprocess.run([*git, *ours], capture_output=True, timeout=10, check=True)
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return head.stdout.strip()
+    packages = versions_of(("torch", "triton", "numpy"))
+    own = {"sparc_kernels": __version__, "commit": commit(), "python": platform.python_version()}
+    return own | packages | {"platform": platform.platform()}
 
 
 @contextmanager
 def only_one_run(folder: Path):
     """Refuse a folder in which another process is training."""
+    lock = FileLock(folder / LOCK)
     try:
-        import fcntl
-    except ImportError:  # not on this system
+        lock.acquire(blocking=False)
+    except Timeout:
+        fail("out", "a folder that no other run is writing to", str(folder))
+    try:
         yield
-        return
-    with open(folder / LOCK, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail("out", "a folder that no other run is writing to", str(folder))
-        yield
+    finally:
+        lock.release()
 
 
 class Signals:
