@@ -24,7 +24,12 @@ class GatherConfig(RegisterCapped):
 
 
 def gather_chunk(itemsize: int, arch: int = 80) -> int:
-    """Largest k of one launch of the gather kernel."""
+    """Largest k of one launch of the gather kernel.
+
+    Args:
+        itemsize: bytes of a weight.
+        arch: as `capability` gives it.
+    """
     if interpreted():
         return 16 if itemsize >= 4 else MAX_K  # small, so that small tests run the chunked route
     if itemsize >= 4:  # compiled: the splits of tf32x3 keep a whole tile in registers; sm_120 spills 8 to 24 bytes with

@@ -54,7 +54,6 @@ def reduce_config(d: int, arch: int = 80, sources: int = 1) -> ReduceConfig:
     if interpreted():
         return ReduceConfig(2, 16, 4)
     block_d = min(max(next_power_of_2(d), 128), 1024)
-    # 256 columns a warp: a thread owns whole columns, so sums over entries stay within a thread
     # compiled: with 8 sources gfx1100 spills 68 bytes in 4 warps, sm_80 8 bytes with 4 entries of each; 2 entries need
     # 106 registers instead of 174 on sm_90
     block_e = 2 if sources > 4 else 4
@@ -62,6 +61,7 @@ def reduce_config(d: int, arch: int = 80, sources: int = 1) -> ReduceConfig:
     limit = 168 if arch < 90 and sources > 4 else 0
     if TRITON_VERSION == (3, 8) and arch < 90 and 1 < sources <= 4:
         limit = 128  # compiled: 8 bytes without or with 96, in fp32
+    # 256 columns a warp: a thread owns whole columns, so sums over entries stay within a thread
     return ReduceConfig(block_e, block_d, max(block_d // (128 if arch >= RDNA else 256), 1), limit)
 
 

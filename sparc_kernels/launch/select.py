@@ -114,7 +114,12 @@ def encode_config(rows: int, itemsize: int, arch: int, compact: bool) -> EncodeC
 
 
 def with_span(config: EncodeConfig, span: int) -> EncodeConfig:
-    """Return settings whose tiles hold whole spans, of about the same area."""
+    """Return settings whose tiles hold whole spans, of about the same area.
+
+    Args:
+        config: settings of the encoder's GEMM.
+        span: columns behind one coarse maximum.
+    """
     if span <= config.block_n:
         return config
     return replace(config, block_m=max(config.block_m * config.block_n // span, min(config.block_m, 64)), block_n=span)

@@ -123,7 +123,12 @@ def _add_auxk(result, aux, targets, own_errors, weights, auxk_coef, gradients, i
 
 
 def residual(pre_bias: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
-    """AuxK's target x - R + b, held constant: the bias minus the error of the target's own reconstruction."""
+    """AuxK's target x - R + b, held constant: the bias minus the error of the target's own reconstruction.
+
+    Args:
+        pre_bias: [d].
+        error: R - x, [B, d].
+    """
     return pre_bias - error.to(pre_bias.dtype)
 
 

@@ -47,7 +47,7 @@ def _count_fired_triton(counters, indices, values, threshold):
 
 
 def count_fired_torch(counters, indices, values, threshold):
-    """Run `count_fired_` in torch."""
+    """Run `count_fired_` in torch; see there for the arguments."""
     for s, counter in enumerate(counters):
         n, idx = counter.shape[0], indices if indices.dim() == 2 else indices[s]
         # bucket n takes everything that did not fire: no data-dependent shape

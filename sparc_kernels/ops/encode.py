@@ -440,13 +440,35 @@ def encode_topk(
 
 
 def centre_for(xs, w_encs, pre_biases, impl):
-    """Centre xs; write the results side by side if the weights lie so and the library GEMM may be chosen."""
+    """Centre xs; write the results side by side if the weights lie so and the library GEMM may be chosen.
+
+    Args:
+        xs: [B, d_s] each.
+        w_encs: [N, d_s] each.
+        pre_biases: [d_s] each.
+        impl: "triton" or "torch".
+
+    Returns:
+        x - pre_bias, [B, d_s] each.
+    """
     wide = wants_joint(w_encs) and joint(w_encs) is not None
     return centre(list(xs), list(pre_biases), wide, impl)
 
 
 def select_latents(centred, w_encs, latent_biases, k, topk_type, impl):
-    """Call `select` once for "global", [B, k], or for every stream, [S, B, k]."""
+    """Select latents once for all streams or for every stream.
+
+    Args:
+        centred: x - pre_bias, [B, d_s] each.
+        w_encs: [N, d_s] each.
+        latent_biases: [N] each.
+        k: how many latents per row.
+        topk_type: "global" or "local".
+        impl: "triton" or "torch".
+
+    Returns:
+        int64 [B, k] for "global", [S, B, k] for "local".
+    """
     w_encs, latent_biases = list(w_encs), list(latent_biases)
     if topk_type == "global":
         return select(centred, w_encs, latent_biases, k, None, None, impl)

@@ -270,7 +270,17 @@ def _gather_dot_triton(indices, w, x, count):
 
 
 def gather_dot_torch(indices, w, x, count):
-    """Run `gather_dot` in torch."""
+    """Run `gather_dot` in torch.
+
+    Args:
+        indices: int64 [B, k].
+        w: [N, d].
+        x: [S, B, d].
+        count: int32 [], the valid columns of indices; None: all.
+
+    Returns:
+        [S, B, k] in the accumulator dtype.
+    """
     S, B, d = x.shape
     k = indices.shape[1]
     acc = acc_dtype(w.dtype)
@@ -320,7 +330,17 @@ def _gather_sum_triton(indices, values, w, bias):
 
 
 def gather_sum_torch(indices, values, w, bias):
-    """Run `gather_sum` in torch."""
+    """Run `gather_sum` in torch.
+
+    Args:
+        indices: int64 [B, k].
+        values: [S, B, k].
+        w: [N, d].
+        bias: [d], or None.
+
+    Returns:
+        [S, B, d] in w's dtype.
+    """
     w = w.contiguous()
     sums = torch.stack([F.embedding_bag(indices, w, mode="sum", per_sample_weights=v.to(w.dtype)) for v in values])
     return sums if bias is None else sums.add_(bias)

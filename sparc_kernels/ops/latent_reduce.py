@@ -208,7 +208,17 @@ def by_product(mat, out) -> bool:
 
 
 def lists_torch(entries, weights, offsets, mat):
-    """Sum weighted rows of mat [R, d] for each list of entries, by `F.embedding_bag`."""
+    """Sum weighted rows of mat for each list of entries, by `F.embedding_bag`.
+
+    Args:
+        entries: [M], rows of mat in list order.
+        weights: [M].
+        offsets: [N + 1], where each list begins.
+        mat: [R, d].
+
+    Returns:
+        [N, d] in mat's dtype.
+    """
     # one more bag for places in no list: on CUDA the last bag extends to the end of entries
     offsets = torch.cat([offsets.long(), offsets.new_full((1,), entries.numel(), dtype=torch.int64)])
     bags = F.embedding_bag(
@@ -218,7 +228,7 @@ def lists_torch(entries, weights, offsets, mat):
 
 
 def reduce_torch(*, out, sums, order, offsets, ids, coef, scale, gate, mat, k, add):
-    """Run `latent_reduce_` in torch."""
+    """Run `latent_reduce_` in torch; see there for the arguments."""
     S, _, d = mat.shape
     entries, weights, totals = listed_torch(order, offsets, coef, scale, gate, mat, k)
     if sums is not None:

@@ -294,7 +294,7 @@ def _select_triton(*, xs, w_encs, biases, k, ids, count):
         rows = min(chunk, B - row0)
         logits, maxima, coarse, slots = scratch[i % buffers]
         if i >= buffers:
-            side.wait(done[i - buffers])  # the selector that reads this buffer
+            side.wait(done[i - buffers])  # until the selector has read this buffer
         if library:
             wide_logits = torch.addmm(
                 _sum(biases).to(dtype), wide_x[row0 : row0 + rows], wide_w.t(), **_out(logits[:rows], dtype)
