@@ -237,7 +237,7 @@ class AlignedLoss(torch.autograd.Function):
             needs = ctx.needs_input_grad[_LEADING + n - 3 * T :]
             needs = [(need_v, need_aux, *needs[t::T]) for t in range(T)]
             weights = weights * dloss, None if aux_weights is None else aux_weights * dloss
-            dvalues, daux, dws, dbs, dxs = _recomputed(inputs, errors, weights, needs, ctx.impl)
+            dvalues, daux, dws, dbs, dxs = _made_again(inputs, errors, weights, needs, ctx.impl)
         return *[None] * _LEADING, dvalues if need_v else None, daux, *[None] * (n - 2 - 3 * T), *dws, *dbs, *dxs
 
 
@@ -250,7 +250,7 @@ def _scaled(grads, dloss, impl):
     return dvalues, daux, [None if dw is None else dw.t() for dw in rest[:T]], rest[T:]
 
 
-def _recomputed(inputs, errors, weights, needs, impl):
+def _made_again(inputs, errors, weights, needs, impl):
     """Recompute the errors; return dvalues, daux, dws, dbs and dxs."""
     dvalues, dauxs, dws, dbs, dxs = None, [], [], [], []
     weights, aux_weights = weights
