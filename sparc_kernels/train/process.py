@@ -1,4 +1,4 @@
-"""What a long run needs of its process: signals, a lock on its folder, and a record of versions."""
+"""Process-level support for long runs: signals, a lock on the run's folder, recorded versions."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ LOCK = ".lock"  # in the folder of a run
 
 
 def versions() -> dict:
-    """Of what a result depends on; `commit` where the package lies in a git checkout."""
-    found = {"sparc_kernels": __version__, "commit": _commit(), "python": platform.python_version()}
+    """Return the versions that a result depends on; `commit` only in a git checkout of this package."""
+    record = {"sparc_kernels": __version__, "commit": _commit(), "python": platform.python_version()}
     for package in ("torch", "triton", "numpy"):
         try:
-            found[package] = metadata.version(package)
+            record[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = None
-    return found | {"platform": platform.platform()}
+            record[package] = None
+    return record | {"platform": platform.platform()}
 
 
 def _commit() -> str | None:
@@ -35,7 +35,7 @@ def _commit() -> str | None:
             "ls-files",
             "--error-unmatch",
             "reference.py",
-        ]  # fails where a checkout of something else is around
+        ]  # fails in a checkout of another project
         subprocess.run([*git, *ours], capture_output=True, timeout=10, check=True)
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -45,10 +45,17 @@ def _commit() -> str | None:
 
 @contextmanager
 def only_one_run(folder: Path):
-    """Refuse a folder in which another process is training."""
+    """Lock a run's folder while the context is open (POSIX only).
+
+    Args:
+        folder: an existing folder.
+
+    Raises:
+        ValueError: another process holds the lock.
+    """
     try:
         import fcntl
-    except ImportError:  # not on this system
+    except ImportError:  # not POSIX
         yield
         return
     with open(folder / LOCK, "a") as file:
@@ -60,7 +67,11 @@ def only_one_run(folder: Path):
 
 
 class Signals:
-    """Remembers SIGINT or SIGTERM; a second one has its usual effect at once."""
+    """Context that records SIGINT or SIGTERM; a second signal ends the process at once.
+
+    Attributes:
+        received: number of the signal; 0: none.
+    """
 
     def __init__(self):
         self.received = 0
