@@ -1,4 +1,4 @@
-"""Compiles what a call of gpu_report will launch, on all cores, before anything runs. (verify compiles its own.)
+"""Compiles the kernels that a call of gpu_report will launch, on all cores. (verify compiles its own.)
 
     python -m benchmarks.ahead correctness|timing [--arch N] [--tiny]
 
@@ -30,37 +30,37 @@ Listing = Callable[[], list[Launch]]  # takes a second, in a process of `compile
 
 
 def exercised(arch: int) -> list[Listing]:
-    """What `exercise` launches."""
+    """The launches of `exercise`."""
     return [partial(recorded, part, arch) for part in PARTS]
 
 
 def recorded(work: Callable[[str], None], arch: int, tf32: bool = False) -> list[Launch]:
-    """What work(device) launches, which makes its tensors there."""
-    found: list[Launch] = []
-    with trace.as_on_gpu(arch, tf32, found), trace._Tracer([]):
+    """The launches of work(device), which makes its tensors there."""
+    launches: list[Launch] = []
+    with trace.as_on_gpu(arch, tf32, launches), trace._Tracer([]):
         work("meta")
-    return found
+    return launches
 
 
 def timed(options: Options, arch: int) -> list[Listing]:
-    """What ours launches in the groups of a plan: the step from gradients, the one without, decoding. Under autocast
-    the kernels are those of both precisions; the few that only it has are compiled when they are met."""
-    found = {}
+    """Our launches in the groups of a plan: the step from gradients, the one without, decoding. Under autocast the
+    kernels of both precisions; the few that only it has are compiled at their first launch."""
+    listings = {}
     for group in plan(options):
         s, (kind, matmul, autocast, _) = group.case.shape, PRECISIONS[group.dtype]
         tf32 = matmul == "high"
         if group.op == "decode":
-            found[s, kind, tf32] = partial(recorded, partial(decoding, s, kind), arch, tf32)
+            listings[s, kind, tf32] = partial(recorded, partial(decoding, s, kind), arch, tf32)
         if group.op not in ("training", "select", "encode"):
             continue
         for dtype in (kind, autocast or kind):
             shape = cost.Shape(s.B, s.N, s.k, s.d_streams, str(dtype).removeprefix("torch."))
             for update, shadow in (("dense", None), ("direct", None if dtype == autocast else autocast)):
                 more = {"shadow": shadow} if shadow else {}
-                found[shape, tf32, update, shadow] = partial(
+                listings[shape, tf32, update, shadow] = partial(
                     traced, shape, arch, auxk=s.auxk or False, tf32=tf32, update=update, **more
                 )
-    return list(found.values())
+    return list(listings.values())
 
 
 def traced(*args, **named) -> list[Launch]:
@@ -68,7 +68,7 @@ def traced(*args, **named) -> list[Launch]:
 
 
 def decoding(s: cost.Shape, dtype: torch.dtype, device: str) -> None:
-    """The decode operation of benchmarks.providers, on numbers that mean nothing."""
+    """The decode operation of benchmarks.providers, on zeros."""
 
     def made(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""What the benchmarks run: named shapes, sweeps, and the tensors of one problem. Nothing is measured in this file.
+"""Named shapes, sweeps, and the tensors of one problem. Nothing is measured in this file.
 
 A shape is a `sparc_kernels.tools.shape.Shape`: bytes, FLOPs and modelled time come from there.
 """
@@ -45,7 +45,7 @@ class Case:
         return {f"s{i}": d for i, d in enumerate(self.shape.d_streams)}
 
     def cost_shape(self, dtype: str, **how) -> cost.Shape:
-        """What the cost model needs to know of a row in one of PRECISIONS."""
+        """The cost model's shape of a row in one of PRECISIONS."""
         plain = {"tf32": False, "autocast": False, "compiled": False}
         return replace(self.shape, **{**plain, **PRECISIONS[dtype][3], **how})
 
@@ -144,26 +144,22 @@ class Problem:
         self.case, self.device, self.seed = case, torch.device(device), seed
         make = {"gaussian": data_.gaussian, "real": data_.real}[case.data]
         self.tensors = make(case.shape, self.device, seed)
-        self.redrawn, self.unclear = self._redraw()
-        counters = torch.zeros(case.shape.N, dtype=torch.long, device=self.device)
-        counters[data_.dead_ids(case.shape)] = 10 * DEAD_THRESHOLD
-        self.counters = counters
+        self._redraw()
+        self.counters = torch.zeros(case.shape.N, dtype=torch.long, device=self.device)
+        self.counters[data_.dead_ids(case.shape)] = 10 * DEAD_THRESHOLD
         self._model: tuple[torch.dtype, AlignedSAE] | None = None
-        self._adams: dict[type, torch.optim.Optimizer] = {}  # of the model
+        self._adams: dict[bool, torch.optim.Optimizer] = {}  # of the model
         self._kept = [w.t().bfloat16() for w in self.tensors.w_decs]  # exact; the step's unit norm changes the masters
 
-    def _redraw(self) -> tuple[int, int]:
-        """(rows drawn again, rows that were still unclear after the last draw)."""
-        count, unclear = 0, self._unclear()
-        for attempt in range(4):
+    def _redraw(self) -> None:
+        """Draws unclear rows again, four times at most."""
+        for attempt in range(1, 5):
+            unclear = self._unclear()
             if not len(unclear):
-                break
-            again = self.tensors.draw(len(unclear), self.seed + 1000 * (attempt + 1))
+                return
+            again = self.tensors.draw(len(unclear), self.seed + 1000 * attempt)
             for x, new in zip(self.tensors.xs, again, strict=True):
                 x[unclear] = new
-            count += len(unclear)
-            unclear = self._unclear()
-        return count, len(unclear)
 
     def rows_at_once(self, tensors: int) -> int:
         """Rows of which that many float64 [rows, N] tensors fit into CHUNK."""
@@ -210,16 +206,13 @@ class Problem:
         """In training mode; one at a time. In float32 its parameters are the masters themselves."""
         if self._model is None or self._model[0] != dtype:
             self.forget()
-            c = self.case
+            c, t = self.case, self.tensors
+            sizes = (c.streams, c.shape.N, c.shape.k, c.shape.auxk or None)
             with torch.device("meta"):
-                model = AlignedSAE(
-                    c.streams, c.shape.N, c.shape.k, c.shape.auxk or None, dead_steps_threshold=DEAD_THRESHOLD
-                )
+                model = AlignedSAE(*sizes, dead_steps_threshold=DEAD_THRESHOLD)
             for i, s in enumerate(c.streams):
-                t = self.tensors
                 model.encoders[s].weight = torch.nn.Parameter(t.w_encs[i].to(dtype))
-                rows = t.w_decs[i].t().to(dtype)
-                model.decoders[s].weight = torch.nn.Parameter(rows.t())
+                model.decoders[s].weight = torch.nn.Parameter(t.w_decs[i].t().to(dtype).t())
                 model.pre_biases[s] = torch.nn.Parameter(t.pre_biases[i].to(dtype))
                 model.latent_biases[s] = torch.nn.Parameter(t.latent_biases[i].to(dtype))
                 setattr(model, f"stats_last_nonzero_{s}", self.counters.clone())
@@ -227,13 +220,12 @@ class Problem:
         return self._model[1]
 
     def adam(self, ours: bool = False) -> torch.optim.Optimizer:
-        """Of the present model, shared by who uses it: torch's, fused, or SparcAdam. With lr 0 the weights stay as they
-        are for whoever comes next (but for unit norm, see `restore`); the work is the same."""
-        kind, model = SparcAdam if ours else torch.optim.Adam, self._model[1]
-        if kind not in self._adams:
-            made = SparcAdam(model, 0.0) if ours else torch.optim.Adam(model.parameters(), 0.0, fused=True)
-            self._adams[kind] = made
-        return self._adams[kind]
+        """Of the present model, shared: torch's, fused, or SparcAdam. With lr 0 the weights stay as they are for the
+        next provider (but for unit norm, see `restore`); the work is the same."""
+        if ours not in self._adams:
+            model = self._model[1]
+            self._adams[ours] = SparcAdam(model, 0.0) if ours else torch.optim.Adam(model.parameters(), 0.0, fused=True)
+        return self._adams[ours]
 
     def reset(self, model, parameters) -> None:
         """No gradients, counters as at the start: every execution computes the same."""

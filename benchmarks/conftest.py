@@ -13,6 +13,6 @@ def pytest_addoption(parser):
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config, machine_info):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = environment.environment(device, torch.get_num_threads())
+    about = environment.environment(device, torch.get_num_threads())
     machine_info.pop("node", None)  # the machine's name says nothing of its speed
-    machine_info["sparc_kernels"] = {name: found[name] for name in found if name not in ("command", "variables")}
+    machine_info["sparc_kernels"] = {name: about[name] for name in about if name not in ("command", "variables")}

@@ -1,4 +1,4 @@
-"""What a benchmark's model sees: Gaussian rows and fresh weights, or the statistics of a trained model on real data.
+"""Rows and weights: Gaussian rows and fresh weights, or the statistics of a trained model on real data.
 
     python -m benchmarks.data        # trains the demo's model and writes real_statistics.npz again
 
@@ -72,31 +72,15 @@ def gaussian(s: cost.Shape, device: torch.device, seed: int) -> Tensors:
     return Tensors(draw(s.B, seed + 1), w_encs, w_decs, pre_biases, latent_biases, draw)
 
 
-def why_not_real(s: cost.Shape) -> str | None:
-    """Why the real statistics do not fit this shape; None when they do."""
-    if not FILE.exists():
-        return f"{FILE.name} is missing: python -m benchmarks.data writes it"
-    widths = _widths()
-    for i, d in enumerate(s.d_streams):
-        if d < widths[i % len(widths)]:
-            return f"real rows of stream {i} have width {widths[i % len(widths)]}, the shape has {d}"
-    return None
-
-
-def _widths() -> list[int]:
-    with np.load(FILE) as file:
-        return [file[f"x{i}"].shape[1] for i in range(3)]
-
-
 def real(s: cost.Shape, device: torch.device, seed: int) -> Tensors:
-    """See the head of this file. Raises ValueError where `why_not_real` has a reason."""
-    reason = why_not_real(s)
-    if reason:
-        raise ValueError(f"real statistics: {reason}")
-    with np.load(FILE) as file:
+    """See the head of this file. Raises ValueError for a stream that is narrower than the data's rows."""
+    with np.load(FILE) as file:  # python -m benchmarks.data writes it
         kept = {name: torch.from_numpy(file[name]).float().to(device) for name in file.files}
     g = torch.Generator(device).manual_seed(seed)
     widths = [kept[f"x{i % 3}"].shape[1] for i in range(s.S)]
+    for i, (d, width) in enumerate(zip(s.d_streams, widths, strict=True)):
+        if d < width:
+            raise ValueError(f"real statistics: real rows of stream {i} have width {width}, the shape has {d}")
     places = min(d // width for d, width in zip(s.d_streams, widths, strict=True))
     n, scale = kept["w_enc0"].shape[0], places**-0.5
 
@@ -114,9 +98,7 @@ def real(s: cost.Shape, device: torch.device, seed: int) -> Tensors:
         return [rounded((kept[f"x{i % 3}"][ids].flatten(1) * scale) @ turn) for i, turn in enumerate(turns)]
 
     # which trained latent, in which place, and which other is mixed in; in random order
-    order = torch.randperm(s.N, device=device, generator=g)
-    number = torch.empty_like(order)
-    number[order] = torch.arange(s.N, device=device)
+    number = torch.randperm(s.N, device=device, generator=g).argsort()
     latent, place, other = number % n, number // n % places, pick(n, s.N)
     mixed = number >= n * places
     made = Tensors(draw(s.B, seed + 1), [], [], [], [], draw)
@@ -144,7 +126,7 @@ def real(s: cost.Shape, device: torch.device, seed: int) -> Tensors:
 
 
 def build() -> None:
-    """Trains the demo's global+cross configuration and keeps what `real` needs, in float16."""
+    """Trains the demo's global+cross configuration and writes the tensors of `real`, in float16."""
     from sparc_kernels import AlignedSAE
     from sparc_kernels.cli.demo import FULL, train_steps
     from sparc_kernels.data import one_thread, unicode_streams
@@ -157,12 +139,11 @@ def build() -> None:
     model.unit_norm_decoder_()
     kept = {}
     for i, s in enumerate(model.streams):
-        kept[f"x{i}"] = data.train[s][:ROWS]
-        kept[f"w_enc{i}"] = model.encoders[s].weight
-        kept[f"w_dec{i}"] = model.decoders[s].weight.t()
-        kept[f"pre_bias{i}"] = model.pre_biases[s]
-        kept[f"latent_bias{i}"] = model.latent_biases[s]
-    kept = {name: x.detach().half().numpy() for name, x in kept.items()}
+        tensors = {
+            "x": data.train[s][:ROWS], "w_enc": model.encoders[s].weight, "w_dec": model.decoders[s].weight.t(),
+            "pre_bias": model.pre_biases[s], "latent_bias": model.latent_biases[s],
+        }  # fmt: skip
+        kept |= {f"{name}{i}": x.detach().half().numpy() for name, x in tensors.items()}
     np.savez_compressed(FILE, **kept)
     size = sum(x.nbytes for x in kept.values())
     print(f"{FILE}: {FILE.stat().st_size / 1e6:.1f} MB, {size / 1e6:.1f} MB unpacked")

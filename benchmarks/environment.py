@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -19,7 +18,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .record import MIB, ROOT
+from sparc_kernels.core import provenance
+
+from .record import MIB
 
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "TRITON_", "PYTORCH_", "NVIDIA_TF32_OVERRIDE", "CUBLAS_")
 NO_NVML = "no NVIDIA GPU: NVML gives no energy, clocks or throttle reasons on a CPU"
@@ -35,14 +36,11 @@ def slug(name: str) -> str:
 
 def commit() -> dict:
     """The commit measured, by git, else by the variable SPARC_KERNELS_COMMIT (a copy without .git)."""
-    git = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 20}
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        head = subprocess.run(["git", "rev-parse", "HEAD"], **git)
-        if head.returncode == 0:
-            # what is measured, not the records and texts beside it
-            status = subprocess.run(["git", "status", "--porcelain", "sparc_kernels", "benchmarks/*.py"], **git)
-            dirty = bool(status.stdout.strip()) if status.returncode == 0 else None
-            return {"commit": head.stdout.strip(), "dirty": dirty, "commit_source": "git"}
+    if head := provenance.commit():
+        # what is measured, not the records and texts beside it
+        return {
+            "commit": head, "dirty": provenance.changed("sparc_kernels", "benchmarks/*.py"), "commit_source": "git",
+        }  # fmt: skip
     given = os.environ.get("SPARC_KERNELS_COMMIT")
     return {"commit": given, "dirty": None, "commit_source": "SPARC_KERNELS_COMMIT" if given else None}
 
@@ -58,11 +56,7 @@ def versions() -> dict:
         "numpy": numpy.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip,
         "cudnn": torch.backends.cudnn.version() if torch.version.cuda else None,
     }  # fmt: skip
-    for name in ("triton", "eai-sparsify", "flashinfer-python", "nvidia-ml-py"):
-        known[name] = None
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            known[name] = importlib.metadata.version(name)
-    return known
+    return known | provenance.versions_of(("triton", "eai-sparsify", "flashinfer-python", "nvidia-ml-py"))
 
 
 def gpu() -> dict | None:

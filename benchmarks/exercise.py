@@ -1,8 +1,8 @@
-"""What the memory checker looks at: every kernel, at small shapes that divide nothing.
+"""Launches every kernel at small odd shapes, for the memory checker.
 
     python -m benchmarks.exercise
 
-Without a GPU the first part alone, by torch's own operators.
+Without a GPU the first part alone, on torch's own operators.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from sparc_kernels.core.console import ends_with_its_pipe
 WIDTHS = {"a": 40, "b": 33, "c": 65, "d": 48}
 
 
-def steps(dtype: torch.dtype, topk_type: str, S: int, ask: bool, device: str) -> None:
-    """Training in each of its forms. ask: the inputs ask for gradients, so none are made with the loss."""
+def steps(dtype: torch.dtype, topk_type: str, S: int, input_grads: bool, device: str) -> None:
+    """Training in each of its forms; with gradients of the inputs, none are made in the forward."""
     torch.manual_seed(0)
     streams = dict(list(WIDTHS.items())[:S])
     model = AlignedSAE(
         streams, 203, 7, 5, dead_steps_threshold=1, topk_type=topk_type, device=device, dtype=torch.float32
     ).to(dtype)
-    # a common mean: some latents are chosen by every row, more than a program of the gradient takes at once
+    # a common mean: some latents are selected in every row, more than one program of the gradient takes
     rows = {s: (torch.randn(133, d, device=device) + 2).to(dtype) for s, d in streams.items()}
-    inputs = {s: x.clone().requires_grad_(ask) for s, x in rows.items()}
+    inputs = {s: x.clone().requires_grad_(input_grads) for s, x in rows.items()}
     for _ in range(3):  # the first has no dead latents yet
         outputs = model(inputs)
         loss, _ = model.compute_loss(outputs, inputs)
@@ -54,7 +54,7 @@ def library_gemm(device: str) -> None:
     _say(f"selection of {rows} rows, largest id", indices.max())
 
 
-PARTS = (  # each takes a device; on the meta device for whoever records launches
+PARTS = (  # each takes a device; "meta" to record launches
     partial(steps, torch.bfloat16, "global", 3, False),
     partial(steps, torch.bfloat16, "global", 4, True),  # four sources: gradients by way of H
     partial(steps, torch.float16, "global", 3, False),

@@ -456,7 +456,7 @@ def main(argv=None) -> int:
     for old in (report.path, folder / f"{args.call}.txt"):
         old.unlink(missing_ok=True)
     for part in args.skip:
-        report[part].update(status="skipped", reason="asked for with --skip")
+        report[part].update(status="skipped", reason="left out by --skip")
     print(f"writing {report.path}", flush=True)
     stopped = None
     try:

@@ -91,10 +91,10 @@ def made(tmp_path_factory):
 
 def test_a_run_has_every_mode_verified_and_every_field(made):
     path, said = made
-    found = record.load(path)
-    assert found["complete"] and found["schema"] == record.SCHEMA
-    assert {r["status"] for r in found["results"]} == {"ok"}
-    rows = {(r["op"], r["provider"], r["case"], r["dtype"], r["mode"]): r for r in found["results"]}
+    rec = record.load(path)
+    assert rec["complete"] and rec["schema"] == record.SCHEMA
+    assert {r["status"] for r in rec["results"]} == {"ok"}
+    rows = {(r["op"], r["provider"], r["case"], r["dtype"], r["mode"]): r for r in rec["results"]}
     for mode in ("forward", "backward", "full", "step"):
         for name in ("ours", "reference, eager"):
             row = rows["training", name, "open-images", "float32", mode]
@@ -104,10 +104,10 @@ def test_a_run_has_every_mode_verified_and_every_field(made):
     ours = rows["training", "ours", "batch", "float32", "full"]
     assert ours["roofline_ms"] > 0 and ours["gb_s"] > 0 and ours["tflop_s"] > 0
     assert ours["peak_bytes"] >= ours["gradient_bytes"] > 0 and ours["energy_j"] is None
-    assert found["roofline"]["modelled"] is True and "model_failed" not in found
-    assert "no NVIDIA GPU" in found["environment"]["nvml"]["reason"]
-    assert {"commit", "dirty", "load_before", "load_after", "versions"} <= set(found["environment"])
-    parts = {part["name"] for part in found["profiles"][0]["parts"]}
+    assert rec["roofline"]["modelled"] is True and "model_failed" not in rec
+    assert "no NVIDIA GPU" in rec["environment"]["nvml"]["reason"]
+    assert {"commit", "dirty", "load_before", "load_after", "versions"} <= set(rec["environment"])
+    parts = {part["name"] for part in rec["profiles"][0]["parts"]}
     assert {"select", "torch"} <= parts and len(parts) > 5
     assert "-- training, open-images, float32" in said and "absent: sparsify" in said
 
@@ -141,11 +141,11 @@ def test_the_official_class_is_run_from_its_folder(tmp_path, monkeypatch):
         "def unit_norm_decoder_(d): calls.append('norm')\n"
         "def unit_norm_decoder_grad_adjustment_(d): calls.append('grad')\n"
     )
-    found = run(
+    rec = run(
         tmp_path, monkeypatch, [provider("official SPARC")], "open-images", official=tmp_path / "clone", minutes=2
     )
-    assert {r["mode"] for r in found["results"]} == {"forward", "backward", "full", "step"}
-    assert all(r["verified"] for r in found["results"])
+    assert {r["mode"] for r in rec["results"]} == {"forward", "backward", "full", "step"}
+    assert all(r["verified"] for r in rec["results"])
     assert set(peers.load_official(tmp_path / "clone", kernels=False).helpers.calls) == {"norm", "grad"}
     assert "sparc" not in sys.modules and "sparc.model.utils" not in sys.modules
 
@@ -167,10 +167,10 @@ def test_the_official_class_is_run_from_its_folder(tmp_path, monkeypatch):
     ],
 )
 def test_the_schema_names_what_is_wrong(made, change, said):
-    found = json.loads(made[0].read_text())
-    change(found)
+    rec = json.loads(made[0].read_text())
+    change(rec)
     with pytest.raises(record.SchemaError, match=said):
-        record.validate(found)
+        record.validate(rec)
 
 
 def test_what_is_not_json_is_said_to_be_so(tmp_path):
@@ -194,10 +194,10 @@ def test_a_killed_run_leaves_a_readable_file_marked_incomplete(tmp_path):
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    found = record.load(out)
-    assert len(found["results"]) >= 2 and not found["complete"] and found["finished"] is None
-    assert found["stopped"] == "still running, or killed"
-    assert "incomplete: still running, or killed" in report.terminal(found)
+    rec = record.load(out)
+    assert len(rec["results"]) >= 2 and not rec["complete"] and rec["finished"] is None
+    assert rec["stopped"] == "still running, or killed"
+    assert "incomplete: still running, or killed" in report.terminal(rec)
 
 
 def test_a_run_goes_on_where_it_was_cut(tmp_path, monkeypatch):
@@ -220,8 +220,8 @@ def test_a_run_goes_on_where_it_was_cut(tmp_path, monkeypatch):
 
 
 def test_filter_and_minutes(tmp_path, monkeypatch):
-    found = run(tmp_path, monkeypatch, filter="open-images .*ours float32 (full|step)")
-    assert {(r["provider"], r["case"], r["mode"]) for r in found["results"] if r["op"] == "training"} == {
+    rec = run(tmp_path, monkeypatch, filter="open-images .*ours float32 (full|step)")
+    assert {(r["provider"], r["case"], r["mode"]) for r in rec["results"] if r["op"] == "training"} == {
         ("ours", "open-images", "full"), ("ours", "open-images", "step")
     }  # fmt: skip
     late = run(tmp_path, monkeypatch, minutes=1e-6)
@@ -255,16 +255,16 @@ def spoiled(what: str):
         plain = job.result
 
         def result():
-            found = plain()
+            got = plain()
             if what == "loss":
-                found["loss"] = found["loss"] * 1.001
+                got["loss"] = got["loss"] * 1.001
             elif what == "gradient":
-                found["w_dec"] = [g * 1.001 for g in found["w_dec"]]
+                got["w_dec"] = [g * 1.001 for g in got["w_dec"]]
             elif what == "missing":
-                found["pre_bias"] = [None for _ in found["pre_bias"]]
+                got["pre_bias"] = [None for _ in got["pre_bias"]]
             elif what == "nan":
-                found["w_enc"] = [g * float("nan") for g in found["w_enc"]]
-            return found
+                got["w_enc"] = [g * float("nan") for g in got["w_enc"]]
+            return got
 
         job.result = result
         return job
@@ -275,15 +275,15 @@ def spoiled(what: str):
 def test_planted_wrong_providers_are_refused_and_not_timed(tmp_path, monkeypatch):
     faults = ("loss", "gradient", "missing", "nan")
     made = [*(spoiled(what) for what in faults), provider("ours"), provider("reference, eager")]
-    found = run(tmp_path, monkeypatch, made, "open-images.*float32")
-    rows = {r["provider"]: r for r in found["results"] if r["mode"] == "full"}
+    rec = run(tmp_path, monkeypatch, made, "open-images.*float32")
+    rows = {r["provider"]: r for r in rec["results"] if r["mode"] == "full"}
     for what, wrong in zip(faults, ("loss", "w_dec", "pre_bias", "w_enc"), strict=True):
         row = rows[f"planted {what}"]
         assert row["status"] == "wrong" and row["verified"] is False and row["median_ms"] is None, row
         assert f"{wrong}: error" in row["reason"]
-        assert sum(r["provider"] == f"planted {what}" for r in found["results"]) == 1
+        assert sum(r["provider"] == f"planted {what}" for r in rec["results"]) == 1
     assert rows["ours"]["status"] == rows["reference, eager"]["status"] == "ok"
-    assert "WRONG" in report.terminal(found)
+    assert "WRONG" in report.terminal(rec)
 
 
 @pytest.mark.parametrize("fault", ["worse", "twice", "outside"])
@@ -306,8 +306,8 @@ def test_a_planted_wrong_selection_is_refused(tmp_path, monkeypatch, fault):
         return job
 
     bad = Provider("planted", "select", "", build, check_selection)
-    found = run(tmp_path, monkeypatch, [bad, provider("ours", "select")], "select")
-    said = {r["provider"]: r["status"] for r in found["results"]}
+    rec = run(tmp_path, monkeypatch, [bad, provider("ours", "select")], "select")
+    said = {r["provider"]: r["status"] for r in rec["results"]}
     assert said == {"planted": "wrong", "ours": "ok"}
 
 
@@ -322,8 +322,8 @@ def test_tolerance_follows_what_torch_is_off_in_that_precision():
 def test_a_step_that_is_too_large_for_float64_is_verified_at_a_twin(tmp_path, monkeypatch):
     small = cost.Shape(16, 64, 8, (24, 16, 16), auxk=8, dead=6)
     monkeypatch.setattr(runner, "twin", lambda s, device: small if s.N == 128 else s)
-    found = run(tmp_path, monkeypatch, [provider("ours"), spoiled("loss")], "open-images.*float32")
-    rows = {r["provider"]: r for r in found["results"] if r["mode"] == "full"}
+    rec = run(tmp_path, monkeypatch, [provider("ours"), spoiled("loss")], "open-images.*float32")
+    rows = {r["provider"]: r for r in rec["results"] if r["mode"] == "full"}
     assert rows["planted loss"]["status"] == "wrong"
     assert rows["ours"]["status"] == "ok" and rows["ours"]["shape"]["N"] == 128
     assert rows["ours"]["verification"]["at"]["N"] == 64
@@ -343,17 +343,17 @@ def test_a_known_gpu_is_given_the_time_of_its_model(tmp_path, monkeypatch):
     """Rows and profiles of a GPU, on a stand-in for its name."""
     gpu = cost.GPUS["H200"]
     monkeypatch.setattr(runner.Run, "gpu", gpu)
-    found = run(tmp_path, monkeypatch, [provider("ours"), provider("ours, training_step")], "^open-images.*float32")
+    rec = run(tmp_path, monkeypatch, [provider("ours"), provider("ours, training_step")], "^open-images.*float32")
     case = cases.TINY["open-images"].cost_shape("float32")
-    row = next(r for r in found["results"] if r["mode"] == "full")
+    row = next(r for r in rec["results"] if r["mode"] == "full")
     seconds = cost.step_seconds(cost.step(case), gpu, False)
     assert row["predicted_ms"] == pytest.approx(1e3 * seconds, rel=1e-4)
-    said = report.terminal(found)
+    said = report.terminal(rec)
     assert 0 < row["roofline_ms"] < row["predicted_ms"] and "over the model's time" in said
-    assert [(p["provider"], p["mode"]) for p in found["profiles"]] == [
+    assert [(p["provider"], p["mode"]) for p in rec["profiles"]] == [
         ("ours", "full"), ("ours, training_step", "step")
     ]  # fmt: skip
-    for p, op in zip(found["profiles"], (cost.step(case), cost.direct_step(case)), strict=True):
+    for p, op in zip(rec["profiles"], (cost.step(case), cost.direct_step(case)), strict=True):
         model = p["modelled"]
         assert p["reason"] is None
         assert model["gpu"] == "H200" and model["modelled_ms"] == pytest.approx(1e3 * op.seconds(gpu), rel=1e-4)
@@ -381,14 +381,14 @@ def test_every_named_case_has_a_twin_within_reach(name):
 
 def test_a_step_without_gradients_is_verified_by_its_moments(tmp_path, monkeypatch):
     direct = provider("ours, training_step")
-    found = run(tmp_path, monkeypatch, [direct], "open-images.*float32")
-    (row,) = [r for r in found["results"] if r["op"] == "training"]
+    rec = run(tmp_path, monkeypatch, [direct], "open-images.*float32")
+    (row,) = [r for r in rec["results"] if r["op"] == "training"]
     assert row["mode"] == "step" and row["verified"] and row["predicted_ms"] is None
     assert set(row["verification"]["errors"]) == {"loss", "w_enc", "w_dec", "pre_bias", "latent_bias"}
     problem = cases.Problem(cases.TINY["open-images"], "cpu")
     start = [w.clone() for w in problem.tensors.w_decs]
     job, truth = direct.build(CONTEXT, problem, "float32"), verification.Truth(problem)
-    assert all(map(torch.equal, start, problem.tensors.w_decs)), "who is verified next computes with the same weights"
+    assert all(map(torch.equal, start, problem.tensors.w_decs)), "the next one computes with the same weights"
     made = job.result()
     for name in ("w_enc", "w_dec", "pre_bias", "latent_bias"):
         spoiled = {**made, name: [1.001 * g for g in made[name]]}
@@ -412,16 +412,16 @@ def test_slow_providers_come_last_and_take_turns_with_ours(tmp_path, monkeypatch
         return job
 
     slow = replace(plain, name="reference, compiled", build=build, setup_s=45)
-    found = run(tmp_path, monkeypatch, [slow, provider("ours"), plain], "^(openai|batch) .*float32")
+    rec = run(tmp_path, monkeypatch, [slow, provider("ours"), plain], "^(openai|batch) .*float32")
     assert all(rows == {"openai", "batch"} for rows in seen.values()) and len(seen) == 2
-    providers_in_order = [r["provider"] for r in found["results"]]
+    providers_in_order = [r["provider"] for r in rec["results"]]
     assert providers_in_order.index(slow.name) == len(providers_in_order) - 8
-    for r in found["results"]:
+    for r in rec["results"]:
         slowly = r["provider"] == slow.name
         assert r["interleaved"] and (r["ours_ms"] or 0) > 0 if slowly else r["ours_ms"] is None
         total = {"forward": 1.0, "backward": 2.0, "full": 3.0, "step": 7.0}[r["mode"]]
         assert r["host_ms"] == (total if slowly else None)
-    assert "x" in next(line for line in report.terminal(found).splitlines() if slow.name in line)
+    assert "x" in next(line for line in report.terminal(rec).splitlines() if slow.name in line)
     alone = run(tmp_path, monkeypatch, [replace(slow, build=plain.build)], "^batch")
     assert {(r["interleaved"], r["ours_ms"]) for r in alone["results"]} == {(False, None)}
 
@@ -464,9 +464,9 @@ def slowed(factor: float):
 def test_a_planted_twofold_slowdown_is_caught(tmp_path, monkeypatch, capsys):
     files = []
     for i, factor in enumerate((1, 1, 2)):
-        found = run(tmp_path, monkeypatch, [slowed(factor)], "open-images.*float32", seconds=0.1, clock="cpu")
+        rec = run(tmp_path, monkeypatch, [slowed(factor)], "open-images.*float32", seconds=0.1, clock="cpu")
         files.append(tmp_path / f"run{i}.json")
-        record.save(files[-1], found)
+        record.save(files[-1], rec)
     old, same, slow = map(record.load, files)
     assert {r.verdict for r in compare.compare(old, same)} == {"same"}
     assert {r.verdict for r in compare.compare(old, slow)} == {"slower"}
@@ -535,14 +535,14 @@ def official(median, **more):
         ([row(10), official(50, dtype="tf32")], [row(11.5), official(57, dtype="tf32")], "slower"),
         ([row(10), row(5, provider="copy", op="ceiling", mode="forward", dtype="tf32")],
          [row(11.5), row(5.7, provider="copy", op="ceiling", mode="forward", dtype="tf32")], "same"),
-        ([row(10), row(50, mode="step")], [row(11.5), row(57, mode="step")], "slower"),  # ours speaks for nobody
+        ([row(10), row(50, mode="step")], [row(11.5), row(57, mode="step")], "slower"),  # ours is no control
         ([row(10), official(50)], [row(11.5), official(57, status="wrong", reason="w_dec")], "slower"),
     ],
 )  # fmt: skip
 def test_what_the_machine_changed_is_not_ours(old, new, verdict):
-    """Rows of code that did not change, timed in turns with ours, show what another run's machine does to everybody."""
-    found = {r.key: r.verdict for r in compare.compare(*records_of(old, new))}
-    assert found[record.key(old[0])] == verdict
+    """Rows of code that did not change, timed in turns with ours, show what another machine does to all."""
+    verdicts = {r.key: r.verdict for r in compare.compare(*records_of(old, new))}
+    assert verdicts[record.key(old[0])] == verdict
 
 
 def test_a_ceiling_that_changed_is_the_machine():
@@ -557,9 +557,9 @@ def test_memory_of_an_optimizer_step_is_judged_by_that_of_others():
     moved = [official(50), official(64, mode="step")]  # 10 -> 14 ms after the backward: 40 %
     for step, verdict in ((17, "same"), (18.5, "slower")):  # a third of our step: 13 % and 7 % of noise
         new = [row(10), row(step, mode="step"), *moved]
-        found = {r.key[4]: r for r in compare.compare(*records_of(old, new)) if r.key[3] == "ours"}
-        assert found["step"].verdict == verdict and found["full"].verdict == "same"
-        assert found["full"].noise < 0.15, "the optimizer's memory says nothing of the backward"
+        ours = {r.key[4]: r for r in compare.compare(*records_of(old, new)) if r.key[3] == "ours"}
+        assert ours["step"].verdict == verdict and ours["full"].verdict == "same"
+        assert ours["full"].noise < 0.15, "the optimizer's memory says nothing of the backward"
     text = compare.report(*reports_of(old, new))
     assert "2 controls" in text and "optimizer" in text
 
@@ -573,7 +573,7 @@ def reports_of(old, new):
 
 
 def test_who_is_ours_is_known_to_the_comparison():
-    """Every provider that runs the package's own operators, and nobody else, is judged and not a control."""
+    """Every provider that runs the package's own operators, and no other, is judged and not a control."""
     plain = {"reference, eager", "reference, compiled", "reference, max-autotune", "torch.topk", "embedding_bag"}
     plain |= {"Adam, fused", "Adam, foreach", "GEMM", "copy", "gather"}
     assert {p.name for p in providers.own()} - plain == set(compare.OURS)
@@ -736,9 +736,9 @@ def test_cases_are_the_shapes_that_people_run():
     }
     for device in ("cpu", "cuda"):
         for axis in plan.AXES:
-            found = cases.sweep(device, axis)
-            assert len(found) >= 4 and len({c.name for c in found}) == len(found)
-            assert all(c.sweep == axis for c in found)
+            series = cases.sweep(device, axis)
+            assert len(series) >= 4 and len({c.name for c in series}) == len(series)
+            assert all(c.sweep == axis for c in series)
 
 
 def test_every_group_of_every_plan_is_named_once():
@@ -824,10 +824,8 @@ def test_real_statistics_are_those_of_the_trained_model():
 
 
 def test_shapes_narrower_than_the_real_rows_are_refused():
-    s = cost.Shape(4, 64, 4, (32,))
-    assert "have width" in data.why_not_real(s)
-    with pytest.raises(ValueError, match="real statistics: real rows of stream 0"):
-        data.real(s, torch.device("cpu"), 0)
+    with pytest.raises(ValueError, match="real statistics: real rows of stream 0 have width"):
+        data.real(cost.Shape(4, 64, 4, (32,)), torch.device("cpu"), 0)
 
 
 def test_the_reference_selects_with_torchs_topk_only_inside():
@@ -842,20 +840,20 @@ def test_the_reference_selects_with_torchs_topk_only_inside():
 
 def test_plots_are_drawn_from_the_record_alone(made, tmp_path):
     pytest.importorskip("matplotlib")
-    found = json.loads(made[0].read_text())
-    rows = record.ok(found, op="training", case="batch", mode="full")
+    rec = json.loads(made[0].read_text())
+    rows = record.ok(rec, op="training", case="batch", mode="full")
     for i, n in enumerate((256, 512, 1024), 1):
         for r in rows:
             times = {name: r[name] * i for name in ("p20_ms", "median_ms", "p80_ms")}
-            found["results"].append({**r, **times, "case": f"N {n}", "sweep": "N", "shape": {**r["shape"], "N": n}})
+            rec["results"].append({**r, **times, "case": f"N {n}", "sweep": "N", "shape": {**r["shape"], "N": n}})
     path = tmp_path / "swept.json"
-    record.save(path, found)
+    record.save(path, rec)
     files = plot.draw(path, tmp_path / "plots")
     assert {f.name for f in files} == {
         f"swept_{kind}.{end}" for kind in ("scaling", "speedup", "breakdown") for end in ("png", "svg")
     }
     assert all(f.stat().st_size > 5000 for f in files)
-    bare = {**found, "results": [], "profiles": []}
+    bare = {**rec, "results": [], "profiles": []}
     record.save(path, bare)
     assert plot.draw(path, tmp_path / "none") == []
 
@@ -872,10 +870,10 @@ def test_readme_and_results_are_what_the_records_say(tmp_path, capsys):
     shutil.copy(ROOT / "README.md", copied)
     assert report.stale(copied) == []
     path = next(folder.glob("*.json"))
-    found = record.load(path)
-    changed = next(r for r in found["results"] if r["op"] == "training" and r["mode"] == "full" and r["status"] == "ok")
+    rec = record.load(path)
+    changed = next(r for r in rec["results"] if r["op"] == "training" and r["mode"] == "full" and r["status"] == "ok")
     changed["median_ms"] = changed["p80_ms"] = changed["p80_ms"] * 1.5
-    record.save(path, found)
+    record.save(path, rec)
     assert report.stale(copied) == ["README.md", "results.md"]
     (copied / "README.md").write_text("no markers")
     with pytest.raises(ValueError, match=r"README.md: expected the markers"):
@@ -884,9 +882,9 @@ def test_readme_and_results_are_what_the_records_say(tmp_path, capsys):
 
 def test_a_filter_takes_every_spelling():
     group = SimpleNamespace(case=SimpleNamespace(name="c", data="d"), op="training", dtype="bfloat16 autocast")
-    for pattern, found in (("bf16", ["full"]), ("ours bfloat16 autocast", ["full"]), ("fp32", [])):
+    for pattern, modes in (("bf16", ["full"]), ("ours bfloat16 autocast", ["full"]), ("fp32", [])):
         run = SimpleNamespace(pattern=re.compile(pattern))
-        assert runner.Run._wanted(run, group, SimpleNamespace(name="ours"), ["full"]) == found
+        assert runner.Run._wanted(run, group, SimpleNamespace(name="ours"), ["full"]) == modes
 
 
 @pytest.mark.parametrize("checkout", [True, False])
@@ -920,10 +918,10 @@ def test_pytest_benchmark_runs_the_same_cases(tmp_path):
     alone = {name: value for name, value in ENV.items() if not name.startswith("PYTEST_")}  # not a worker of this run
     done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:]
-    found = json.loads(out.read_text())
-    assert len(found["benchmarks"]) == 3
-    assert all(b["stats"]["median"] > 0 and b["extra_info"]["verification"] for b in found["benchmarks"])
-    info = found["machine_info"]
+    rec = json.loads(out.read_text())
+    assert len(rec["benchmarks"]) == 3
+    assert all(b["stats"]["median"] > 0 and b["extra_info"]["verification"] for b in rec["benchmarks"])
+    info = rec["machine_info"]
     assert info["sparc_kernels"]["versions"]["torch"] == torch.__version__ and "node" not in info
 
 

@@ -67,7 +67,7 @@ def tunable(op: str, *, shared=None, complete=None, **bounds: Bound):
                 _seen[op][args] = None
             if op in _trial:
                 return apply(op, args, _trial[op])
-            name = device_name()
+            name = target.gpu_name if (target := current()) else device_name()
             found = recorded(name, os.environ.get(CACHE), op, args) if name else None
             return found or default(*args)
 
@@ -78,8 +78,6 @@ def tunable(op: str, *, shared=None, complete=None, **bounds: Bound):
 
 def device_name() -> str | None:
     """The current GPU's name once one is in use and recorded settings are wanted."""
-    if target := current():
-        return target.gpu_name
     if not torch.cuda.is_initialized() or os.environ.get("SPARC_KERNELS_TUNED") == "0":
         return None
     return _name_of(torch.cuda.current_device())

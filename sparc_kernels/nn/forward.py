@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from ..ops.records import EncoderParams, SparseCodes
 class ForwardState:
     """Inputs, selection and torch modes of one forward over S streams."""
 
-    model: torch.nn.Module  # the AlignedSAE
+    model: Any  # the AlignedSAE
     inputs: dict[str, torch.Tensor]
     streams: list[str]  # of the inputs, in the model's order
     impl: str
@@ -31,7 +32,8 @@ class ForwardState:
     input_versions: list[tuple[int, int]] = field(default_factory=list)
 
     def record(self) -> ForwardState:
-        """Record the gradient and autocast modes and the tensor versions that later reads depend on."""
+        """Note under which modes, and on which versions of tensors, what is read later must be made."""
+        assert self.codes.values is not None, "gathered before"
         self.values = dict(zip(self.streams, self.codes.values.unbind(), strict=True))
         self.grad = torch.is_grad_enabled()
         self.autocast = autocast_state(self.codes.indices.device)

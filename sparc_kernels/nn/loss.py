@@ -30,7 +30,7 @@ def loss_of(
     Returns:
         The loss, its `Terms` as one tensor, and the terms of AuxK or None.
     """
-    w_decs, pre_biases = zip(*decoders, strict=True)
+    w_decs, pre_biases = map(list, zip(*decoders, strict=True))
     tensors = LossInputs(state.codes, state.aux, w_decs, pre_biases, xs).flatten()
     return AlignedLoss.apply(weights, auxk_coef, torch.is_grad_enabled(), impl, len(w_decs), *tensors)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -37,12 +37,9 @@ class AlignedSAE(nn.Module):
         use_sparse_decoder: accepted for compatibility and ignored; the decoder is always sparse.
         topk_type: "global" (one selection on the summed pre-activations) or "local" (one per stream).
         impl: "auto" (Triton kernels on CUDA tensors, torch elsewhere), "triton" or "torch".
-        count_in_eval: update the dead counters in eval mode too, as the official class does.
+        count_in_eval: let the dead counters move in eval mode too, as the official class does.
         device: of the parameters, as in torch.nn.
-        dtype: of the parameters, as in torch.nn: float64, float32, bfloat16 or float16.
-
-    Raises:
-        ValueError: an argument is out of range or of another type.
+        dtype: of the parameters, as in torch.nn.
 
     state_dict keys and shapes are the official ones and load both ways. `decoders[s].weight` is [d, N] with strides
     (1, d), so that a latent's decoder row is contiguous; `decoder_layout_` changes the layout. The initial parameters
@@ -87,17 +84,18 @@ class AlignedSAE(nn.Module):
         self.decoders = nn.ModuleDict()
         self.pre_biases = nn.ParameterDict()
         self.latent_biases = nn.ParameterDict()
-        factory = {"device": device, "dtype": dtype}
         for s, d in self.d_streams.items():
-            self.encoders[s] = nn.Linear(d, n_latents, bias=False, **factory)
-            self.decoders[s] = nn.Linear(n_latents, d, bias=False, **factory)  # drawn to keep the official random state
-            self.decoders[s].weight.data = self.encoders[s].weight.data.clone().t()
-            self.pre_biases[s] = nn.Parameter(torch.zeros(d, **factory))
-            self.latent_biases[s] = nn.Parameter(torch.zeros(n_latents, **factory))
+            encoder = nn.Linear(d, n_latents, bias=False, device=device, dtype=dtype)
+            decoder = nn.Linear(n_latents, d, bias=False, device=device, dtype=dtype)  # drawn too: the official seeds
+            decoder.weight.data = encoder.weight.data.clone().t()
+            self.encoders[s], self.decoders[s] = encoder, decoder
+            self.pre_biases[s] = nn.Parameter(torch.zeros(d, device=device, dtype=dtype))
+            self.latent_biases[s] = nn.Parameter(torch.zeros(n_latents, device=device, dtype=dtype))
             self.register_buffer(f"stats_last_nonzero_{s}", torch.zeros(n_latents, dtype=torch.long, device=device))
         self.unit_norm_decoder_()
         self.register_load_state_dict_post_hook(_restore_layout)
-        self._recent_dead_masks = {}  # of the latest forwards, for recomputation by activation checkpointing
+        # of the latest forwards, should activation checkpointing run one again
+        self._recent_dead_masks: dict[tuple, dict[str, torch.Tensor]] = {}
 
     # ------------------------------------------------------------------------------------------------ forward and loss
 
@@ -109,7 +107,7 @@ class AlignedSAE(nn.Module):
                 floating dtype under autocast). Row b of every stream describes the same sample.
 
         Returns:
-            AlignedOutputs, a read-only mapping with every official key; dense tensors are computed on first access.
+            AlignedOutputs, a read-only mapping with every official key; dense tensors are made when read.
 
         Raises:
             ValueError: a stream is unknown, or a tensor has a wrong shape, dtype or device.
@@ -139,7 +137,7 @@ class AlignedSAE(nn.Module):
             codes = gather_codes(SparseCodes(selected, None), centred, encoder, lists, impl)
             dead = self._move_counters(inputs, streams, selected, codes.values, impl)
             aux = None
-            if self.auxk:
+            if self.auxk and dead is not None:
                 chosen = select_dead(centred, encoder, [dead[s] for s in streams], self.auxk, impl)
                 aux = gather_codes(chosen, centred, encoder, lists, impl)
         return ForwardState(self, dict(inputs), streams, impl, xs, encoder, centred, codes, aux)
@@ -154,9 +152,11 @@ class AlignedSAE(nn.Module):
         if self.auxk and not torch.compiler.is_compiling():
             key = tuple((s, memory_of(x), *version_of(x)[1:], x.shape[0]) for s, x in inputs.items())
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            if not self.auxk or key in self._recent_dead_masks:
-                return self._recent_dead_masks[key] if self.auxk else None
-            if not counting:  # a forward in eval mode from a hook
+            if not self.auxk or key is None:
+                return None
+            if key in self._recent_dead_masks:
+                return self._recent_dead_masks[key]
+            if not counting:  # a look at the model from a hook
                 return self.get_dead_neurons()
             raise RuntimeError(
                 f"inputs: expected those of one of the last {_REMEMBERED} forwards when activation checkpointing runs "
@@ -197,20 +197,17 @@ class AlignedSAE(nn.Module):
         total = mean_s NMSE(s <- s) + auxk_coef * mean_s Aux_s + cross_loss_coef * mean_{t != s} NMSE(t <- s)
 
         Args:
-            outputs: result of `forward` over all streams; no parameter may have changed since.
-            inputs: the targets, stream name -> [B, d_s], for every stream.
-            auxk_coef: weight of the auxiliary loss, >= 0.
-            cross_loss_coef: weight of the cross-reconstruction loss, >= 0.
+            outputs: what `forward` returned for all streams, before any parameter changed.
+            inputs: the targets, [B, d_s] for every stream.
+            auxk_coef: >= 0.
+            cross_loss_coef: >= 0.
 
         Returns:
-            The loss (float32, float64 for float64 parameters), and a dict of detached tensors under the official metric
-            names: mse_loss_{s}, auxk_loss_{s}, cross_loss_{t}_from_{s}, num_active_neurons_{s}, l1_sparsity_{s},
-            avg_mse_loss (the true mean; the official one aliases total_loss), avg_auxk_loss, avg_auxk_loss_scaled,
-            avg_cross_loss, avg_cross_loss_scaled, avg_l1_sparsity, avg_num_active_neurons, total_loss.
-
-        Raises:
-            ValueError: outputs of another model, of some streams only or of another number of rows.
-            RuntimeError: a parameter or an input was changed in place since the forward.
+            The loss (float32, float64 for float64 parameters), and a dict of detached tensors under the official
+            metric names: mse_loss_{s}, auxk_loss_{s}, cross_loss_{t}_from_{s}, num_active_neurons_{s},
+            l1_sparsity_{s}, avg_mse_loss (the true mean; the official one aliases total_loss), avg_auxk_loss,
+            avg_auxk_loss_scaled, avg_cross_loss, avg_cross_loss_scaled, avg_l1_sparsity, avg_num_active_neurons,
+            total_loss.
         """
         require(isinstance(outputs, AlignedOutputs), "outputs", "the AlignedOutputs that forward returned", outputs)
         state = outputs.state
@@ -219,14 +216,16 @@ class AlignedSAE(nn.Module):
         check_number("cross_loss_coef", cross_loss_coef)
         streams = self._check_inputs(inputs)
         require(streams == self.streams, "inputs", f"all streams {self.streams} (the loss needs them)", repr(streams))
-        encoded = state.streams
-        require(encoded == self.streams, "outputs", f"a forward over all streams {self.streams}", repr(encoded))
-        rows, n_rows = inputs[streams[0]].shape[0], state.codes.values.shape[1]
-        if rows != n_rows:
-            fail("inputs", f"{n_rows} rows as in outputs", str(rows))
+        done = state.streams
+        require(done == self.streams, "outputs", f"a forward over all streams {self.streams}", repr(done))
+        values = state.codes.values
+        assert values is not None, "a forward makes them"
+        rows, had = inputs[streams[0]].shape[0], values.shape[1]
+        if rows != had:
+            fail("inputs", f"{had} rows as in outputs", str(rows))
         state.check_unchanged()
         with torch.set_grad_enabled(state.grad and torch.is_grad_enabled()):
-            weights = term_weights(state.codes.values, cross_loss_coef)
+            weights = term_weights(values, cross_loss_coef)
             decoders, xs = [self.decoder_of(s) for s in streams], [inputs[s] for s in streams]
             impl = resolve_impl(self.impl, decoders[0][0])
             loss, terms, aux_terms = loss_of(state, decoders, xs, weights, auxk_coef, impl)
@@ -246,17 +245,17 @@ class AlignedSAE(nn.Module):
         updates the dead counters only, decided on the device.
 
         Args:
-            inputs: stream name -> [B, d_s], for every stream.
-            optimizer: SparcAdam of this model without max_grad_norm; its settings are read at every call.
-            auxk_coef: weight of the auxiliary loss, >= 0.
-            cross_loss_coef: weight of the cross-reconstruction loss, >= 0.
+            inputs: as in `forward`, for every stream.
+            optimizer: a SparcAdam of this model without max_grad_norm. Its lr, betas and so on are read now.
+            auxk_coef: as in `compute_loss`.
+            cross_loss_coef: as in `compute_loss`.
 
         Returns:
-            The detached loss, and the metrics of `compute_loss`.
+            As `compute_loss`, the loss detached.
 
         Raises:
-            ValueError: the optimizer clips by norm, which needs all gradients before the first update; a parameter has
-                a gradient in `.grad` or does not require one; also for bad inputs and coefficients.
+            ValueError: for clipping by norm (all gradients would have to be known before the first update), for
+                gradients in `.grad`, and for parameters that are not trained.
 
         Equivalent to:
             optimizer.zero_grad()
@@ -274,7 +273,9 @@ class AlignedSAE(nn.Module):
         require(streams == self.streams, "inputs", f"all streams {self.streams} (the loss needs them)", repr(streams))
         with torch.no_grad():
             half = optimizer.half_weights()
-            state = self._encode(inputs, streams, True, half and [w_enc for w_enc, _ in half])
+            w_encs = None if half is None else [w_enc for w_enc, _ in half]
+            state = self._encode(inputs, streams, True, w_encs)
+            assert state.codes.values is not None, "a forward makes them"
             rows = [w_dec for _, w_dec in half] if half else [self.decoder_of(s)[0].t() for s in streams]
             targets = [
                 DecodeTarget(w, bias, inputs[s])
@@ -285,8 +286,8 @@ class AlignedSAE(nn.Module):
             return result.loss, metrics_of(streams, result.loss, result.terms, result.aux_terms, cross_loss_coef)
 
     def _encoders(self, streams, w_encs=None) -> EncoderParams:
-        """The streams' encoder parameters in the operators' dtype."""
-        weights = [self.encoders[s].weight for s in streams]
+        """The streams' encoders as the operators take them."""
+        weights: list[torch.Tensor] = [self._w_enc(s) for s in streams]
         if w_encs is not None:
             pass
         elif wants_joint(weights) and autocast_enabled(weights[0].device):
@@ -300,13 +301,21 @@ class AlignedSAE(nn.Module):
             [self.latent_biases[s].to(w.dtype) for s, w in zip(streams, w_encs, strict=True)],
         )
 
-    def encoder_of(self, s: str) -> tuple[torch.Tensor, ...]:
-        """Return w_enc [N, d], pre_bias [d] and latent_bias [N] of a stream, cast as autocast would."""
-        return _autocast(self.encoders[s].weight, self.pre_biases[s], self.latent_biases[s])
+    def encoder_of(self, s: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """w_enc, pre_bias, latent_bias of a stream as the operators take them."""
+        w_enc, pre_bias, latent_bias = _autocast(self._w_enc(s), self.pre_biases[s], self.latent_biases[s])
+        return w_enc, pre_bias, latent_bias
 
-    def decoder_of(self, s: str) -> tuple[torch.Tensor, ...]:
-        """Return w_dec [d, N] and pre_bias [d] of a stream, cast as autocast would."""
-        return _autocast(self.decoders[s].weight, self.pre_biases[s])
+    def decoder_of(self, s: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """w_dec, pre_bias of a stream as the operators take them."""
+        w_dec, pre_bias = _autocast(self._w_dec(s), self.pre_biases[s])
+        return w_dec, pre_bias
+
+    def _w_enc(self, s: str) -> nn.Parameter:
+        return cast(nn.Parameter, self.encoders[s].weight)
+
+    def _w_dec(self, s: str) -> nn.Parameter:
+        return cast(nn.Parameter, self.decoders[s].weight)
 
     def _check_inputs(self, inputs) -> list[str]:
         """Check the inputs; return their streams in the model's order."""
@@ -319,7 +328,7 @@ class AlignedSAE(nn.Module):
         streams = [s for s in self.streams if s in inputs]
         first = streams[0]
         for s in streams:
-            name, weight = f"inputs[{s!r}]", self.encoders[s].weight
+            name, weight = f"inputs[{s!r}]", self._w_enc(s)
             self._check_parameters(s)
             x = check_tensor(name, inputs[s], ("B", self.d_streams[s]))
             require(x.device == weight.device, name, f"a tensor on {weight.device}", x)
@@ -331,10 +340,10 @@ class AlignedSAE(nn.Module):
         return streams
 
     def _check_parameters(self, s):
-        """Check that a stream's parameters share one dtype and device, as the operators require."""
-        like = self.encoders[s].weight
+        """One dtype and device for what belongs to a stream: the operators take no mixtures."""
+        like = self._w_enc(s)
         others = {
-            f"decoders.{s}.weight": self.decoders[s].weight,
+            f"decoders.{s}.weight": self._w_dec(s),
             f"pre_biases.{s}": self.pre_biases[s],
             f"latent_biases.{s}": self.latent_biases[s],
         }
@@ -376,8 +385,8 @@ class AlignedSAE(nn.Module):
         return self
 
     def _decoder_weights(self) -> list[nn.Parameter]:
-        """Each parameter once, also if streams share it."""
-        return list({id(decoder.weight): decoder.weight for decoder in self.decoders.values()}.values())
+        """Each once, also where streams share one."""
+        return list({id(w): w for w in map(self._w_dec, self.streams)}.values())
 
     @torch.no_grad()
     def reinit_dead_(self, generator: torch.Generator | None = None) -> dict[str, int]:
@@ -393,9 +402,9 @@ class AlignedSAE(nn.Module):
         """
         counts, all_dead = {}, self.get_dead_neurons()
         for s, dead in all_dead.items():
-            weight, bias = self.encoders[s].weight, self.latent_biases[s]
+            weight, bias = self._w_enc(s), self.latent_biases[s]
             for t in self.streams:
-                if t != s and (self.encoders[t].weight is weight or self.latent_biases[t] is bias):
+                if t != s and (self._w_enc(t) is weight or self.latent_biases[t] is bias):
                     dead = dead & all_dead[t]
             counts[s] = int(dead.sum())
             if counts[s]:
@@ -417,11 +426,10 @@ class AlignedSAE(nn.Module):
         """
         require(layout in ("rows", "contiguous"), "layout", "'rows' or 'contiguous'", repr(layout))
         self.decoder_layout = layout
-        for decoder in self.decoders.values():
-            w = decoder.weight
-            new = w.t().contiguous().t() if layout == "rows" else w.contiguous()
-            if new.stride() != w.stride():
-                w.data = new
+        for w in map(self._w_dec, self.streams):
+            laid = w.t().contiguous().t() if layout == "rows" else w.contiguous()
+            if laid.stride() != w.stride():
+                w.data = laid
         return self
 
     def extra_repr(self) -> str:

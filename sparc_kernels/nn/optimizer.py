@@ -26,11 +26,11 @@ class SparcAdam(torch.optim.Optimizer):
     """Adam (AdamW with weight_decay) that also keeps decoder rows at unit norm, in one pass over each latent's rows.
 
     Args:
-        model: an AlignedSAE, or one wrapped by torch.compile or DistributedDataParallel. All its parameters are
+        model: an AlignedSAE, also inside torch.compile or DistributedDataParallel. All its parameters are
             optimized, as one group.
         lr: a number, or a 0-d tensor on the parameters' device, which learning rate schedulers then change in place.
-        betas: Adam's decay rates of the two moments.
-        eps: Adam's term in the denominator.
+        betas: Adam's.
+        eps: Adam's.
         weight_decay: decoupled, as in torch.optim.AdamW.
         normalize: "before", the official order: divide every decoder column by (its norm + 1e-8), remove from its
             gradient the component along it, then Adam; columns are near unit norm between steps. "after": remove the
@@ -53,8 +53,8 @@ class SparcAdam(torch.optim.Optimizer):
     and shapes, and loads both ways. `grad_scale` and `found_inf` of torch.amp.GradScaler are honoured on the device.
 
     Raises:
-        ValueError: bad arguments, more parameter groups, a state of another shape or of an Adam with unsupported
-            options; also in steps if two streams share an nn.Parameter.
+        ValueError: for bad arguments, more parameter groups, a state of another shape or of an Adam with options that
+            this one has not; also by steps where one nn.Parameter serves two streams.
 
     Equivalent to (normalize="before"):
         model.unit_norm_decoder_().project_decoder_grad_()
@@ -93,7 +93,8 @@ class SparcAdam(torch.optim.Optimizer):
         require(impl in IMPLS, "impl", f"one of {', '.join(map(repr, IMPLS))}", repr(impl))
         halves = (None, torch.bfloat16, torch.float16)
         require(shadow in halves, "shadow", "torch.bfloat16, torch.float16 or None", repr(shadow))
-        self.impl, self._shadow = impl, shadow and HalfWeights(shadow)
+        self.impl = impl
+        self._shadow = None if shadow is None else HalfWeights(shadow)
         self.streams()
         if isinstance(lr, torch.Tensor) or lr > 0:
             _warn_of_half(self.model)
@@ -103,7 +104,8 @@ class SparcAdam(torch.optim.Optimizer):
             lr = torch.full((), lr, device=params[0].device, dtype=torch.float64)
         self.grad_norm: torch.Tensor | None = None  # 0-d, of the latest step, with max_grad_norm
         self._step_supports_amp_scaling = True
-        self.counts = self._scalars = None  # step counts [P], and step scalars [P, 5], stream by stream
+        self.counts: torch.Tensor | None = None  # step counts [P], stream by stream
+        self._scalars: torch.Tensor | None = None  # [P, 5] for the updates
         super().__init__(
             params,
             dict(
@@ -118,15 +120,10 @@ class SparcAdam(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
-        """Update the parameters from their gradients.
-
-        Args:
-            closure: recomputes the loss with gradients before the step.
-
-        Returns:
-            The closure's result, or None.
-        """
+    def step(  # type: ignore[override]  # torch's closure returns a float
+        self, closure: Callable[[], torch.Tensor] | None = None
+    ) -> torch.Tensor | None:
+        """One step with the parameters' gradients. closure: evaluates the loss again, which is then returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -145,7 +142,7 @@ class SparcAdam(torch.optim.Optimizer):
         if group["max_grad_norm"] is not None:
             every = zip(params, grads, impls, strict=True)
             square = torch.stack(
-                [grad_square(w[1], g, hyper.normalize, impl).to(self._scalars) for w, g, impl in every]
+                [grad_square(w[1], g, hyper.normalize, impl).to(self.scalars()) for w, g, impl in every]
             ).sum()
         self.count_step([g is not None for stream_grads in grads for g in stream_grads], square=square)
         for s, impl in enumerate(impls):
@@ -196,12 +193,14 @@ class SparcAdam(torch.optim.Optimizer):
     def half_weights(self) -> list[list[torch.Tensor]] | None:
         """Return the half-precision [W_enc, W_dec as rows] of every stream; None if autocast would not use them."""
         weights = self._matrices()
-        wanted = self._shadow and all(self._shadow.serves(w) for pair in weights for w in pair)
-        return self._shadow.of(weights) if wanted else None
+        if self._shadow is None or not all(self._shadow.serves(w) for pair in weights for w in pair):
+            return None
+        return self._shadow.of(weights)
 
     def half_weights_written(self) -> None:
-        """Mark the half-precision copies as up to date after a fused step."""
-        self._shadow.written(self._matrices())
+        """`training_step` has moved the weights and their shadow."""
+        if self._shadow is not None:
+            self._shadow.written(self._matrices())
 
     def _matrices(self):
         return [[w_enc, w_dec.t()] for w_enc, w_dec, *_ in self.streams()]
@@ -211,7 +210,8 @@ class SparcAdam(torch.optim.Optimizer):
         return resolve_impl(self.impl, stream[0])
 
     def scalars(self, s: int | None = None) -> torch.Tensor:
-        """Return the step scalars [4, 5] of stream s's four parameters, or of all [P, 5], as left by `count_step`."""
+        """What `count_step` left for the four parameters of stream s, [4, 5], or for all of them."""
+        assert self._scalars is not None, "prepare makes them"
         return self._scalars if s is None else self._scalars[4 * s : 4 * s + 4]
 
     def prepare(self, moving: list[list[bool]]) -> list[tuple[list, list]]:
@@ -244,15 +244,17 @@ class SparcAdam(torch.optim.Optimizer):
         moments = []
         for s, stream in enumerate(streams):
             states = [self._state(p, 4 * s + i, moving[s][i]) for i, p in enumerate(stream)]
-            moments.append(tuple([rows_of(state[name], i) for i, state in enumerate(states)] for name in _MOMENTS))
-        return moments
+            exp_avg, exp_avg_sq = ([rows_of(state[name], i) for i, state in enumerate(states)] for name in _MOMENTS)
+            found.append((exp_avg, exp_avg_sq))
+        return found
 
     def _state(self, p, index, moves):
         if not moves and not self.state.get(p):
             return dict.fromkeys(_MOMENTS, p.new_empty(0, 0))
         state = self.state[p]
         if not state:
-            state["step"] = self.counts[index]
+            assert self.counts is not None, "prepare makes them"
+            state["step"] = self.counts[place]
         for name in _MOMENTS:
             state[name] = _like(p, state.get(name))
         return state
@@ -260,18 +262,11 @@ class SparcAdam(torch.optim.Optimizer):
     def count_step(
         self, moving: list[bool], square: torch.Tensor | None = None, loss: torch.Tensor | None = None
     ) -> None:
-        """Count a step of the updated parameters and fill `scalars`.
-
-        Args:
-            moving: whether each parameter is updated, stream by stream.
-            square: 0-d, squared norm of all gradients, for clipping.
-            loss: 0-d; no parameter is updated unless it is finite.
-
-        Raises:
-            RuntimeError: a CUDA graph captures the step, and it is not capturable or lr is no tensor on the device.
-        """
+        """Counts a step of what moves and fills `scalars`; loss: nothing moves unless it is finite."""
+        assert self.counts is not None, "prepare makes them"
         group = self.param_groups[0]
-        lr, number, norm = group["lr"], 0.0, None
+        lr, number = group["lr"], 0.0
+        norm: torch.Tensor | None = None
         if self.counts.is_cuda and torch.cuda.is_current_stream_capturing():
             if not group["capturable"]:
                 raise RuntimeError("capturable: expected True for a step that a CUDA graph captures, got False")
@@ -279,7 +274,7 @@ class SparcAdam(torch.optim.Optimizer):
                 got = lr.device if isinstance(lr, torch.Tensor) else "a number"
                 raise RuntimeError(f"lr: expected a tensor on {self.counts.device} in a captured step, got {got}")
         if not isinstance(lr, torch.Tensor) or lr.device != self.counts.device:
-            lr, number = None, float(lr)
+            number, lr = float(lr), None
         if square is not None:
             if self.grad_norm is None:
                 self.grad_norm = torch.zeros_like(square)
@@ -375,7 +370,7 @@ def _warn_of_half(model) -> None:
 
 
 def _refuse_shared(model, streams) -> None:
-    seen = {}
+    seen: dict[int, str] = {}
     for s, params in zip(model.streams, streams, strict=True):
         names = f"encoders.{s}.weight", f"decoders.{s}.weight", f"pre_biases.{s}", f"latent_biases.{s}"
         for name, p in zip(names, params, strict=True):

@@ -34,7 +34,7 @@ class AlignedOutputs(Mapping[str, torch.Tensor]):
         """key -> (method name after `_make_`, its arguments)."""
         model, streams = self.state.model, self.state.streams
         local = model.topk_type == "local"
-        plan = {"indices": ("indices",), "avg_num_active_neurons": ("count",)}
+        plan: dict[str, tuple] = {"indices": ("indices",), "avg_num_active_neurons": ("count",)}
         if local:
             plan["avg_sparsity"] = ("count",)
         else:
@@ -130,6 +130,7 @@ class AlignedOutputs(Mapping[str, torch.Tensor]):
 
     def _make_aux(self, s, values):
         aux = self.state.aux
+        assert aux is not None and aux.values is not None, "AuxK's keys are planned where it ran"
         return (aux.values if values else aux.indices)[self._stream_position(s)]
 
     def _make_aux_codes(self, s):

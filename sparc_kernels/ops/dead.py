@@ -72,11 +72,14 @@ def update_counters_(
     """Steps since each latent last fired, updated in place from the sparse codes of one batch.
 
     Args:
-        counters: int64 [N].  indices: int64 [B, k].  values: [B, k].
+        counters: int64 [N].
+        indices: int64 [B, k].
+        values: [B, k].
         threshold: a latent fires in a batch when one of its values is greater.
         impl: "auto" (Triton on CUDA tensors, torch elsewhere), "triton" or "torch".
 
-    Returns: counters.
+    Returns:
+        counters.
 
     Equivalent to: `fired = (dense_codes > threshold).any(0); counters.add_(1); counters[fired] = 1`
     """
@@ -107,11 +110,17 @@ def auxk_topk(
     Only the dead columns are multiplied. Where they are fewer than auxk, live latents with value 0 fill the rows.
 
     Args:
-        x: [B, d].  w_enc: [N, d].  pre_bias: [d].  latent_bias: [N].  dead: bool [N].  auxk: 1..min(N, 512).
+        x: [B, d].
+        w_enc: [N, d].
+        pre_bias: [d].
+        latent_bias: [N].
+        dead: bool [N].
+        auxk: 1..min(N, 512).
         impl: as in `encode_topk`.
 
-    Returns: indices int64 [B, auxk]; values [B, auxk], float32 (float64 for float64 inputs), differentiable in x,
-    w_enc, pre_bias and latent_bias.
+    Returns:
+        indices int64 [B, auxk]; values [B, auxk], float32 (float64 for float64 inputs), differentiable in x, w_enc,
+        pre_bias and latent_bias.
 
     Equivalent to, up to the latents behind zero values:
         `h = F.linear(x - pre_bias, w_enc, latent_bias) * dead; i = h.topk(auxk).indices; v = relu(h.gather(1, i))`

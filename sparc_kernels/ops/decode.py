@@ -177,7 +177,8 @@ def decode(
         inverse: `inverse_index(indices, N)` when the caller already has it.
         impl: "auto" (Triton on CUDA tensors, torch elsewhere), "triton" or "torch".
 
-    Returns: {(t, s): [B, d_t]} in the weights' dtype; differentiable in values, w_decs and pre_biases.
+    Returns:
+        {(t, s): [B, d_t]} in the weights' dtype; differentiable in values, w_decs and pre_biases.
 
     Equivalent to: `{(t, s): codes[s] @ w_decs[t].T + pre_biases[t]}` with
     `codes[s] = zeros(B, N).scatter(1, indices, values[s])`
@@ -205,11 +206,18 @@ def decode_nmse(
     """Normalised mean squared error of every reconstruction, without keeping any.
 
     Args:
+        indices: as in `decode`.
+        values: as in `decode`.
+        w_decs: as in `decode`.
+        pre_biases: as in `decode`.
         xs: T targets [B, d_t], of the weights' dtype.
-        indices, values, w_decs, pre_biases, pairs, inverse, impl: as in `decode`.
+        pairs: as in `decode`; the entries of other pairs are 0.
+        inverse: as in `decode`.
+        impl: as in `decode`.
 
-    Returns: [T, S] in float32 (float64 for float64), entry (t, s) for target t from source s; 0 where `pairs` does not
-        ask. Differentiable in values, w_decs, pre_biases and xs. A zero row in a target makes its entries inf or NaN.
+    Returns:
+        [T, S] in float32 (float64 for float64), entry (t, s) for target t from source s; differentiable in values,
+        w_decs, pre_biases and xs. A zero row in a target makes its entries inf or NaN.
 
     Equivalent to: `((recon[t, s] - xs[t]).square().mean(1) / xs[t].square().mean(1)).mean()`
     """

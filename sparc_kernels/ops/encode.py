@@ -304,13 +304,17 @@ def values_at(
     """Activations of one stream at given latents; the differentiable half of `encode_topk`.
 
     Args:
-        x: [B, d].  w_enc: [N, d].  pre_bias: [d].  latent_bias: [N]; all of one dtype, on one device.
+        x: [B, d].
+        w_enc: [N, d], of the dtype and on the device of x, as the biases.
+        pre_bias: [d].
+        latent_bias: [N].
         indices: int64 [B, k], ids in 0..N-1. Checked on a CPU; on a GPU an id outside gives NaN with Triton and torch's
             own device assert with impl="torch".
         inverse: `inverse_index(indices, N)` when the caller already has it; made in the backward otherwise.
         impl: "auto" (Triton on CUDA tensors, torch elsewhere), "triton" or "torch".
 
-    Returns: values [B, k], float32 (float64 for float64 inputs).
+    Returns:
+        values [B, k], float32 (float64 for float64 inputs).
 
     Equivalent to: `relu(F.linear(x - pre_bias, w_enc, latent_bias).gather(1, indices))`
     """
@@ -337,8 +341,11 @@ def encode_topk(
     """The k latents that each row selects and every stream's activations there.
 
     Args:
-        xs: S tensors [B, d_s].  w_encs: S tensors [N, d_s].  pre_biases: S tensors [d_s].  latent_biases: S tensors
-            [N]. One floating dtype, one device; S <= 8. Any strides (rows that are not contiguous are copied).
+        xs: S <= 8 tensors [B, d_s], of one floating dtype on one device, as all others. Any strides (rows that are not
+            contiguous are copied).
+        w_encs: S tensors [N, d_s].
+        pre_biases: S tensors [d_s].
+        latent_biases: S tensors [N].
         k: 1..min(N, 512).
         topk_type: "global", one selection on the streams' summed pre-activations, or "local", one for each stream.
         impl: "auto" (Triton on CUDA tensors, torch elsewhere), "triton" or "torch".
@@ -351,7 +358,10 @@ def encode_topk(
         values: relu of each stream's own pre-activation there, [S, B, k], float32 (float64 for float64 inputs);
             differentiable in xs, w_encs, pre_biases and latent_biases.
 
-    Raises: ValueError naming the argument.  Source: SPARC, arXiv 2507.06265, section 3.
+    Raises:
+        ValueError: naming the argument.
+
+    Source: SPARC, arXiv 2507.06265, section 3.
 
     Equivalent to (global):
         h = [F.linear(x - b, w, c) for x, w, b, c in zip(xs, w_encs, pre_biases, latent_biases)]

@@ -5,65 +5,38 @@ from __future__ import annotations
 import os
 import platform
 import signal
-import subprocess
 import threading
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from .. import __version__
+from ..core.provenance import commit, versions_of
 from ..core.validation import fail
 
 LOCK = ".lock"  # in the folder of a run
 
 
 def versions() -> dict:
-    """Return the versions that a result depends on; `commit` only in a git checkout of this package."""
-    record = {"sparc_kernels": __version__, "commit": _commit(), "python": platform.python_version()}
-    for package in ("torch", "triton", "numpy"):
-        try:
-            record[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            record[package] = None
-    return record | {"platform": platform.platform()}
-
-
-def _commit() -> str | None:
-    git = ["git", "-C", str(Path(__file__).resolve().parents[1])]
-    try:
-        ours = [
-            "ls-files",
-            "--error-unmatch",
-            "reference.py",
-        ]  # fails in a checkout of another project
-        subprocess.run([*git, *ours], capture_output=True, timeout=10, check=True)
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return head.stdout.strip()
+    """Of what a result depends on; `commit` where the package lies in a git checkout."""
+    packages = versions_of(("torch", "triton", "numpy"))
+    own = {"sparc_kernels": __version__, "commit": commit(), "python": platform.python_version()}
+    return own | packages | {"platform": platform.platform()}
 
 
 @contextmanager
 def only_one_run(folder: Path):
-    """Lock a run's folder while the context is open (POSIX only).
-
-    Args:
-        folder: an existing folder.
-
-    Raises:
-        ValueError: another process holds the lock.
-    """
+    """Refuse a folder in which another process is training."""
+    lock = FileLock(folder / LOCK)
     try:
-        import fcntl
-    except ImportError:  # not POSIX
+        lock.acquire(blocking=False)
+    except Timeout:
+        fail("out", "a folder that no other run is writing to", str(folder))
+    try:
         yield
-        return
-    with open(folder / LOCK, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail("out", "a folder that no other run is writing to", str(folder))
-        yield
+    finally:
+        lock.release()
 
 
 class Signals:

@@ -61,20 +61,25 @@ class Trainer:
         device: of a new model: "auto" (CUDA where there is one), or a torch device.
         resume: go on from the newest checkpoint in `out`, also to more `epochs` or `max_steps` than the run had; from
             the start where there is none.
-        checkpoint_every: steps between checkpoints, 0: only at the end.  keep: how many of them stay.
-        log_every: steps between rows of the log.  log_to: of "tensorboard", "wandb".
+        checkpoint_every: steps between checkpoints, 0: only at the end.
+        keep: checkpoints that stay.
+        log_every: steps between rows of the log.
+        log_to: of "tensorboard", "wandb".
         full_check: read all features once before training; else a sample of them.
         graph: the step in a CUDA graph, on CUDA.
         export: write the official msae_checkpoint.pth too.
         on_step: called after every step with its number, loss and metrics.
         init: where the model's weights came from, for the manifest.
-        quiet: say nothing.
+        quiet: print nothing.
 
     Everything is checked here, so that `train` starts only if it can go on: files, sizes, every feature for NaN and
     infinity, the folder, packages that saving needs. Resuming refuses other data and other settings. `out` is made, and
     tried for space, by `start`; before, nothing is written.
 
-    Raises: ValueError, OSError and ImportError that name what stands in the way.
+    Raises:
+        ValueError: naming the setting, file or content that is wrong.
+        OSError: where the folder or a file cannot be used.
+        ImportError: naming the missing package.
     """
 
     def __init__(
@@ -137,7 +142,9 @@ class Trainer:
     def start(self) -> None:
         """Take `out` for this run and write what stands there before the first step; `train` does it first.
 
-        Raises: ValueError, OSError that say why the folder cannot be this run's.
+        Raises:
+            ValueError: where the folder cannot be this run's.
+            OSError: where it cannot be written.
         """
         if self.log is not None:
             return
@@ -318,12 +325,15 @@ class Trainer:
     def train(self) -> dict[str, float]:
         """Train to the end.
 
-        Returns: steps, skipped batches, the loss of the last row of the log, seconds, samples_per_s, and `waited`, the
-        part of the time in which the next batch was not there yet: near 0 computing is the bound, near 1 reading is.
+        Returns:
+            steps, skipped batches, the loss of the last row of the log, seconds, samples_per_s, and `waited`, the part
+            of the time without a next batch: near 0 computing is the bound, near 1 reading is.
 
-        Raises: what `start` raises; Interrupted after SIGINT or SIGTERM, with everything saved (a second signal ends
-        the process at once); TrainingStopped after too many non-finite losses; OSError when a checkpoint cannot be
-        written.
+        Raises:
+            Interrupted: after SIGINT or SIGTERM, with everything saved (a second signal ends the process at once).
+            TrainingStopped: after too many non-finite losses.
+            ValueError: as `start`.
+            OSError: as `start`, and when a checkpoint cannot be written.
         """
         self.start()
         assert self.log is not None, "start opens it"

@@ -294,13 +294,8 @@ def _auxk(s: Shape, direct: bool) -> Iterator[Part]:
     if ahead:  # the biases' sums: twice as many tensors in the launches of the main loss
         yield from (norms, _bias_sums(s, launches=0))
     else:
-        yield from (
-            residuals,
-            replace(norms, launches=S),
-            of_torch("scaled", 4 * (2 * S + 1)),
-            _late_bias_sums(s, True),
-        )
-        yield of_torch("values' gradients", 8 * SB * s.auxk)
+        yield from (residuals, replace(norms, launches=S), _late_bias_sums(s, True))
+        yield from (of_torch("scaled", 4 * (2 * S + 1)), of_torch("values' gradients", 8 * SB * s.auxk))
 
 
 # ----------------------------------------------------------------------------------------------------------- optimizer

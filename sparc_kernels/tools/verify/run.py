@@ -25,6 +25,7 @@ import torch
 
 from ... import __version__
 from ...core._triton import HAS_TRITON, INTERPRETED, interpreter_problem, triton
+from ...core.provenance import PACKAGE, changed, commit
 from ...core.registry import resolve_impl
 from ...core.validation import check_device
 from ...launch.device import AMD, SHARED_LIMIT, capability
@@ -95,9 +96,6 @@ INTERPRET_CASES = [  # a launch takes milliseconds for every program here
     Case("k=N", 2, 19, 19, (9,), _INT, "encode exact values decode nmse"),
     Case("S=8", 2, 16, 3, (5, 9, 17, 4, 16, 3, 8, 11), (F32,), "encode nmse"),
 ]
-
-
-PACKAGE = Path(__file__).resolve().parents[2]
 
 
 def cases(device: torch.device, interpret: bool = False, quick: bool = False, arch: int | None = None) -> list[Case]:
@@ -225,7 +223,7 @@ def environment(device: torch.device) -> dict:
     """Versions and machine, for the record."""
     found = {
         "sparc_kernels": __version__,
-        "commit": _commit(),
+        "commit": f"{head}{'+' if changed(PACKAGE.name) else ''}" if (head := commit()) else None,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,
@@ -246,22 +244,6 @@ def environment(device: torch.device) -> dict:
             hip=torch.version.hip,
         )
     return found
-
-
-def _commit() -> str | None:
-    """The checkout's commit, with a + when files differ from it; None outside a checkout."""
-
-    def git(*words):
-        run = subprocess.run(
-            ["git", "--no-optional-locks", "-C", str(PACKAGE), *words], capture_output=True, text=True, check=True
-        )
-        return run.stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", "reference.py")  # not some other repository around an installed copy
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 # ------------------------------------------------------------------------------------------------------------- command

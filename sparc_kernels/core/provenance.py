@@ -1,0 +1,43 @@
+"""What a result depends on: the commit and the versions behind it."""
+
+from __future__ import annotations
+
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def _git(*words: str) -> str:
+    command = ["git", "--no-optional-locks", "-C", str(PACKAGE.parent), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+
+
+def commit() -> str | None:
+    """The commit of the checkout that the package lies in; None outside one."""
+    try:
+        # an installed copy inside some other repository is not tracked there
+        _git("ls-files", "--error-unmatch", str(PACKAGE / "reference.py"))
+        return _git("rev-parse", "HEAD")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def changed(*paths: str) -> bool | None:
+    """Whether files below `paths`, relative to the checkout, differ from its commit; None where git cannot tell."""
+    try:
+        return bool(_git("status", "--porcelain", "--", *paths))
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def versions_of(packages: tuple[str, ...]) -> dict[str, str | None]:
+    """Installed versions by name; None for what is not installed."""
+    versions: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
