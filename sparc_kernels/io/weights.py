@@ -36,8 +36,8 @@ def save_weights(model: AlignedSAE, path: str | Path, normalize: bool = True, st
     """Save weights as safetensors with the model's configuration in the metadata, all that `load_model` needs.
 
     Args:
-        model: with its settings.
-        path: ends in .safetensors.
+        model: the model to save.
+        path: file ending in .safetensors.
         normalize: whether the model was trained on rows divided by their norm.
         step: of the training run; `load_model` of its folder prefers a later checkpoint.
 
@@ -97,8 +97,8 @@ def export_official(
     """Write `msae_checkpoint.pth` and `run_config.json`, as the official code reads them.
 
     Args:
-        model: with its settings.
-        folder: where both files go.
+        model: the model to export.
+        folder: where both files go; it must exist.
         settings: further entries of run_config.json's "args", such as batch_size, lr and seed.
         normalize: whether the model was trained on rows divided by their norm; the official code ignores this entry.
 
@@ -120,16 +120,20 @@ def load_model(
     """Load a trained model.
 
     Args:
-        path: a folder that `train` wrote (final weights, or the newest whole checkpoint where it is of a later step,
-            as in a run that goes on), model.safetensors, a checkpoint of ours, or an official `msae_checkpoint.pth`,
-            whose settings come from the run_config.json beside it.
-        dtype: of the parameters; None: the narrowest that holds all of the file's without rounding.
-        device: of the model.
-        **known: k, topk_type, auxk, normalize, ...: settings that the file does not have, or that replace its own.
+        path: a folder of a training run (final weights, or the newest undamaged checkpoint if it is of a later step, as
+            in a resumed run), model.safetensors, a checkpoint of a run, or an official `msae_checkpoint.pth` with its
+            settings in the run_config.json beside it.
+        device: of the parameters.
+        dtype: of the parameters; None: the narrowest that holds the file's without rounding.
+        **known: k, topk_type, auxk, normalize, ...: settings that the file lacks, or that replace the file's.
+
+    Returns:
+        The model in eval mode, and whether it was trained on normalised rows (officially always).
 
     Raises:
-        ValueError: naming the file and what is missing or wrong: other tensors, damage (a digest in our files, the
-            checksums of torch's), settings that do not fit.
+        ValueError: missing settings or tensors, settings that do not fit the weights, or damage (by the digest of our
+            files or the checksums of torch's); the message names the file.
+        ImportError: a .safetensors file without safetensors.
     """
     for name in known:
         require(name in SETTINGS, name, f"a setting among {', '.join(SETTINGS)}", "an unknown name")

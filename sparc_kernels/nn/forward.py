@@ -32,7 +32,7 @@ class ForwardState:
     input_versions: list[tuple[int, int]] = field(default_factory=list)
 
     def record(self) -> ForwardState:
-        """Note under which modes, and on which versions of tensors, what is read later must be made."""
+        """Record the gradient and autocast modes and the tensor versions that later reads depend on."""
         assert self.codes.values is not None, "gathered before"
         self.values = dict(zip(self.streams, self.codes.values.unbind(), strict=True))
         self.grad = torch.is_grad_enabled()

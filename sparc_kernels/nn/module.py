@@ -37,9 +37,12 @@ class AlignedSAE(nn.Module):
         use_sparse_decoder: accepted for compatibility and ignored; the decoder is always sparse.
         topk_type: "global" (one selection on the summed pre-activations) or "local" (one per stream).
         impl: "auto" (Triton kernels on CUDA tensors, torch elsewhere), "triton" or "torch".
-        count_in_eval: let the dead counters move in eval mode too, as the official class does.
+        count_in_eval: update the dead counters in eval mode too, as the official class does.
         device: of the parameters, as in torch.nn.
-        dtype: of the parameters, as in torch.nn.
+        dtype: of the parameters, as in torch.nn: float64, float32, bfloat16 or float16.
+
+    Raises:
+        ValueError: an argument is out of range or of another type.
 
     state_dict keys and shapes are the official ones and load both ways. `decoders[s].weight` is [d, N] with strides
     (1, d), so that a latent's decoder row is contiguous; `decoder_layout_` changes the layout. The initial parameters
@@ -86,7 +89,7 @@ class AlignedSAE(nn.Module):
         self.latent_biases = nn.ParameterDict()
         for s, d in self.d_streams.items():
             encoder = nn.Linear(d, n_latents, bias=False, device=device, dtype=dtype)
-            decoder = nn.Linear(n_latents, d, bias=False, device=device, dtype=dtype)  # drawn too: the official seeds
+            decoder = nn.Linear(n_latents, d, bias=False, device=device, dtype=dtype)  # drawn to keep official seeds
             decoder.weight.data = encoder.weight.data.clone().t()
             self.encoders[s], self.decoders[s] = encoder, decoder
             self.pre_biases[s] = nn.Parameter(torch.zeros(d, device=device, dtype=dtype))
@@ -94,7 +97,7 @@ class AlignedSAE(nn.Module):
             self.register_buffer(f"stats_last_nonzero_{s}", torch.zeros(n_latents, dtype=torch.long, device=device))
         self.unit_norm_decoder_()
         self.register_load_state_dict_post_hook(_restore_layout)
-        # of the latest forwards, should activation checkpointing run one again
+        # of the latest forwards, for recomputation by activation checkpointing
         self._recent_dead_masks: dict[tuple, dict[str, torch.Tensor]] = {}
 
     # ------------------------------------------------------------------------------------------------ forward and loss
@@ -107,7 +110,7 @@ class AlignedSAE(nn.Module):
                 floating dtype under autocast). Row b of every stream describes the same sample.
 
         Returns:
-            AlignedOutputs, a read-only mapping with every official key; dense tensors are made when read.
+            AlignedOutputs, a read-only mapping with every official key; dense tensors are computed on first access.
 
         Raises:
             ValueError: a stream is unknown, or a tensor has a wrong shape, dtype or device.
@@ -156,7 +159,7 @@ class AlignedSAE(nn.Module):
                 return None
             if key in self._recent_dead_masks:
                 return self._recent_dead_masks[key]
-            if not counting:  # a look at the model from a hook
+            if not counting:  # a forward in eval mode from a hook
                 return self.get_dead_neurons()
             raise RuntimeError(
                 f"inputs: expected those of one of the last {_REMEMBERED} forwards when activation checkpointing runs "
@@ -197,10 +200,10 @@ class AlignedSAE(nn.Module):
         total = mean_s NMSE(s <- s) + auxk_coef * mean_s Aux_s + cross_loss_coef * mean_{t != s} NMSE(t <- s)
 
         Args:
-            outputs: what `forward` returned for all streams, before any parameter changed.
-            inputs: the targets, [B, d_s] for every stream.
-            auxk_coef: >= 0.
-            cross_loss_coef: >= 0.
+            outputs: result of `forward` over all streams; no parameter may have changed since.
+            inputs: the targets, stream name -> [B, d_s], for every stream.
+            auxk_coef: weight of the auxiliary loss, >= 0.
+            cross_loss_coef: weight of the cross-reconstruction loss, >= 0.
 
         Returns:
             The loss (float32, float64 for float64 parameters), and a dict of detached tensors under the official
@@ -208,6 +211,10 @@ class AlignedSAE(nn.Module):
             l1_sparsity_{s}, avg_mse_loss (the true mean; the official one aliases total_loss), avg_auxk_loss,
             avg_auxk_loss_scaled, avg_cross_loss, avg_cross_loss_scaled, avg_l1_sparsity, avg_num_active_neurons,
             total_loss.
+
+        Raises:
+            ValueError: outputs of another model, of some streams only or of another number of rows.
+            RuntimeError: a parameter or an input was changed in place since the forward.
         """
         require(isinstance(outputs, AlignedOutputs), "outputs", "the AlignedOutputs that forward returned", outputs)
         state = outputs.state
@@ -216,13 +223,13 @@ class AlignedSAE(nn.Module):
         check_number("cross_loss_coef", cross_loss_coef)
         streams = self._check_inputs(inputs)
         require(streams == self.streams, "inputs", f"all streams {self.streams} (the loss needs them)", repr(streams))
-        done = state.streams
-        require(done == self.streams, "outputs", f"a forward over all streams {self.streams}", repr(done))
+        encoded = state.streams
+        require(encoded == self.streams, "outputs", f"a forward over all streams {self.streams}", repr(encoded))
         values = state.codes.values
         assert values is not None, "a forward makes them"
-        rows, had = inputs[streams[0]].shape[0], values.shape[1]
-        if rows != had:
-            fail("inputs", f"{had} rows as in outputs", str(rows))
+        rows, n_rows = inputs[streams[0]].shape[0], values.shape[1]
+        if rows != n_rows:
+            fail("inputs", f"{n_rows} rows as in outputs", str(rows))
         state.check_unchanged()
         with torch.set_grad_enabled(state.grad and torch.is_grad_enabled()):
             weights = term_weights(values, cross_loss_coef)
@@ -245,17 +252,17 @@ class AlignedSAE(nn.Module):
         updates the dead counters only, decided on the device.
 
         Args:
-            inputs: as in `forward`, for every stream.
-            optimizer: a SparcAdam of this model without max_grad_norm. Its lr, betas and so on are read now.
-            auxk_coef: as in `compute_loss`.
-            cross_loss_coef: as in `compute_loss`.
+            inputs: stream name -> [B, d_s], for every stream.
+            optimizer: SparcAdam of this model without max_grad_norm; its settings are read at every call.
+            auxk_coef: weight of the auxiliary loss, >= 0.
+            cross_loss_coef: weight of the cross-reconstruction loss, >= 0.
 
         Returns:
-            As `compute_loss`, the loss detached.
+            The detached loss, and the metrics of `compute_loss`.
 
         Raises:
-            ValueError: for clipping by norm (all gradients would have to be known before the first update), for
-                gradients in `.grad`, and for parameters that are not trained.
+            ValueError: the optimizer clips by norm, which needs all gradients before the first update; a parameter has
+                a gradient in `.grad` or does not require one; also for bad inputs and coefficients.
 
         Equivalent to:
             optimizer.zero_grad()
@@ -286,7 +293,7 @@ class AlignedSAE(nn.Module):
             return result.loss, metrics_of(streams, result.loss, result.terms, result.aux_terms, cross_loss_coef)
 
     def _encoders(self, streams, w_encs=None) -> EncoderParams:
-        """The streams' encoders as the operators take them."""
+        """The streams' encoder parameters in the operators' dtype."""
         weights: list[torch.Tensor] = [self._w_enc(s) for s in streams]
         if w_encs is not None:
             pass
@@ -302,12 +309,12 @@ class AlignedSAE(nn.Module):
         )
 
     def encoder_of(self, s: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """w_enc, pre_bias, latent_bias of a stream as the operators take them."""
+        """Return w_enc [N, d], pre_bias [d] and latent_bias [N] of a stream, cast as autocast would."""
         w_enc, pre_bias, latent_bias = _autocast(self._w_enc(s), self.pre_biases[s], self.latent_biases[s])
         return w_enc, pre_bias, latent_bias
 
     def decoder_of(self, s: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """w_dec, pre_bias of a stream as the operators take them."""
+        """Return w_dec [d, N] and pre_bias [d] of a stream, cast as autocast would."""
         w_dec, pre_bias = _autocast(self._w_dec(s), self.pre_biases[s])
         return w_dec, pre_bias
 
@@ -340,7 +347,7 @@ class AlignedSAE(nn.Module):
         return streams
 
     def _check_parameters(self, s):
-        """One dtype and device for what belongs to a stream: the operators take no mixtures."""
+        """Check that a stream's parameters share one dtype and device, as the operators require."""
         like = self._w_enc(s)
         others = {
             f"decoders.{s}.weight": self._w_dec(s),
@@ -385,7 +392,7 @@ class AlignedSAE(nn.Module):
         return self
 
     def _decoder_weights(self) -> list[nn.Parameter]:
-        """Each once, also where streams share one."""
+        """Each parameter once, also if streams share it."""
         return list({id(w): w for w in map(self._w_dec, self.streams)}.values())
 
     @torch.no_grad()
@@ -427,9 +434,9 @@ class AlignedSAE(nn.Module):
         require(layout in ("rows", "contiguous"), "layout", "'rows' or 'contiguous'", repr(layout))
         self.decoder_layout = layout
         for w in map(self._w_dec, self.streams):
-            laid = w.t().contiguous().t() if layout == "rows" else w.contiguous()
-            if laid.stride() != w.stride():
-                w.data = laid
+            new = w.t().contiguous().t() if layout == "rows" else w.contiguous()
+            if new.stride() != w.stride():
+                w.data = new
         return self
 
     def extra_repr(self) -> str:

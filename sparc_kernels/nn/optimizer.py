@@ -26,11 +26,11 @@ class SparcAdam(torch.optim.Optimizer):
     """Adam (AdamW with weight_decay) that also keeps decoder rows at unit norm, in one pass over each latent's rows.
 
     Args:
-        model: an AlignedSAE, also inside torch.compile or DistributedDataParallel. All its parameters are
+        model: an AlignedSAE, also wrapped by torch.compile or DistributedDataParallel. All its parameters are
             optimized, as one group.
         lr: a number, or a 0-d tensor on the parameters' device, which learning rate schedulers then change in place.
-        betas: Adam's.
-        eps: Adam's.
+        betas: Adam's decay rates of the two moments.
+        eps: Adam's term in the denominator.
         weight_decay: decoupled, as in torch.optim.AdamW.
         normalize: "before", the official order: divide every decoder column by (its norm + 1e-8), remove from its
             gradient the component along it, then Adam; columns are near unit norm between steps. "after": remove the
@@ -53,8 +53,8 @@ class SparcAdam(torch.optim.Optimizer):
     and shapes, and loads both ways. `grad_scale` and `found_inf` of torch.amp.GradScaler are honoured on the device.
 
     Raises:
-        ValueError: for bad arguments, more parameter groups, a state of another shape or of an Adam with options that
-            this one has not; also by steps where one nn.Parameter serves two streams.
+        ValueError: bad arguments, more parameter groups, a state of another shape or of an Adam with unsupported
+            options; also in steps if two streams share an nn.Parameter.
 
     Equivalent to (normalize="before"):
         model.unit_norm_decoder_().project_decoder_grad_()
@@ -105,7 +105,7 @@ class SparcAdam(torch.optim.Optimizer):
         self.grad_norm: torch.Tensor | None = None  # 0-d, of the latest step, with max_grad_norm
         self._step_supports_amp_scaling = True
         self.counts: torch.Tensor | None = None  # step counts [P], stream by stream
-        self._scalars: torch.Tensor | None = None  # [P, 5] for the updates
+        self._scalars: torch.Tensor | None = None  # step scalars [P, 5]
         super().__init__(
             params,
             dict(
@@ -123,7 +123,14 @@ class SparcAdam(torch.optim.Optimizer):
     def step(  # type: ignore[override]  # torch's closure returns a float
         self, closure: Callable[[], torch.Tensor] | None = None
     ) -> torch.Tensor | None:
-        """One step with the parameters' gradients. closure: evaluates the loss again, which is then returned."""
+        """Update the parameters from their gradients.
+
+        Args:
+            closure: recomputes the loss with gradients before the step.
+
+        Returns:
+            The closure's result, or None.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -198,7 +205,7 @@ class SparcAdam(torch.optim.Optimizer):
         return self._shadow.of(weights)
 
     def half_weights_written(self) -> None:
-        """`training_step` has moved the weights and their shadow."""
+        """Mark the half-precision copies as up to date after a fused step."""
         if self._shadow is not None:
             self._shadow.written(self._matrices())
 
@@ -210,7 +217,7 @@ class SparcAdam(torch.optim.Optimizer):
         return resolve_impl(self.impl, stream[0])
 
     def scalars(self, s: int | None = None) -> torch.Tensor:
-        """What `count_step` left for the four parameters of stream s, [4, 5], or for all of them."""
+        """Return the step scalars [4, 5] of stream s's four parameters, or of all [P, 5], as left by `count_step`."""
         assert self._scalars is not None, "prepare makes them"
         return self._scalars if s is None else self._scalars[4 * s : 4 * s + 4]
 
@@ -245,8 +252,8 @@ class SparcAdam(torch.optim.Optimizer):
         for s, stream in enumerate(streams):
             states = [self._state(p, 4 * s + i, moving[s][i]) for i, p in enumerate(stream)]
             exp_avg, exp_avg_sq = ([rows_of(state[name], i) for i, state in enumerate(states)] for name in _MOMENTS)
-            found.append((exp_avg, exp_avg_sq))
-        return found
+            moments.append((exp_avg, exp_avg_sq))
+        return moments
 
     def _state(self, p, index, moves):
         if not moves and not self.state.get(p):
@@ -254,7 +261,7 @@ class SparcAdam(torch.optim.Optimizer):
         state = self.state[p]
         if not state:
             assert self.counts is not None, "prepare makes them"
-            state["step"] = self.counts[place]
+            state["step"] = self.counts[index]
         for name in _MOMENTS:
             state[name] = _like(p, state.get(name))
         return state
@@ -262,7 +269,16 @@ class SparcAdam(torch.optim.Optimizer):
     def count_step(
         self, moving: list[bool], square: torch.Tensor | None = None, loss: torch.Tensor | None = None
     ) -> None:
-        """Counts a step of what moves and fills `scalars`; loss: nothing moves unless it is finite."""
+        """Count a step of the updated parameters and fill `scalars`.
+
+        Args:
+            moving: whether each parameter is updated, stream by stream.
+            square: 0-d, squared norm of all gradients, for clipping.
+            loss: 0-d; no parameter is updated unless it is finite.
+
+        Raises:
+            RuntimeError: a CUDA graph captures the step, and it is not capturable or lr is no tensor on the device.
+        """
         assert self.counts is not None, "prepare makes them"
         group = self.param_groups[0]
         lr, number = group["lr"], 0.0

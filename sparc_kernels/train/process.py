@@ -19,7 +19,7 @@ LOCK = ".lock"  # in the folder of a run
 
 
 def versions() -> dict:
-    """Of what a result depends on; `commit` where the package lies in a git checkout."""
+    """Return the versions that a result depends on; `commit` only in a git checkout of this package."""
     packages = versions_of(("torch", "triton", "numpy"))
     own = {"sparc_kernels": __version__, "commit": commit(), "python": platform.python_version()}
     return own | packages | {"platform": platform.platform()}
@@ -27,7 +27,14 @@ def versions() -> dict:
 
 @contextmanager
 def only_one_run(folder: Path):
-    """Refuse a folder in which another process is training."""
+    """Lock a run's folder while the context is open.
+
+    Args:
+        folder: an existing folder.
+
+    Raises:
+        ValueError: another process holds the lock.
+    """
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(blocking=False)
