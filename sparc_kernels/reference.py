@@ -61,7 +61,15 @@ def select(hs: list[Tensor], k: int, topk_type: str = "global") -> Tensor:
 
 
 def of_stream(indices: Tensor, s: int) -> Tensor:
-    """Return the [B, k] indices of stream s."""
+    """Return the indices of one stream.
+
+    Args:
+        indices: int64 [B, k] or [S, B, k].
+        s: number of the stream.
+
+    Returns:
+        int64 [B, k].
+    """
     return indices if indices.dim() == 2 else indices[s]
 
 
@@ -296,7 +304,14 @@ def training_loss(
 
 
 def unit_norm_decoder(w_dec: Tensor) -> Tensor:
-    """Divide each column of w_dec [d, N] by (its norm + 1e-8)."""
+    """Divide each column by (its norm + 1e-8).
+
+    Args:
+        w_dec: [d, N].
+
+    Returns:
+        [d, N].
+    """
     return w_dec / (w_dec.norm(dim=0, keepdim=True) + 1e-8)
 
 

@@ -43,7 +43,7 @@ class TensorRows:
         return self.x[start:stop]
 
     def close(self) -> None:
-        pass
+        """Do nothing; other sources close files."""
 
 
 class RowNumbers(NamedTuple):

@@ -57,7 +57,7 @@ def matching(label: str, pattern: Path) -> tuple[list[Path], Series | None]:
         pattern: PATTERN or PATTERN:DATASET.
 
     Returns:
-        FILE or FILE:DATASET for each file; and their numbers, None for a single file whose wildcards match none.
+        FILE or FILE:DATASET for each file; and their numbers, None for a single file without one varying number.
 
     Raises:
         ValueError: no file matches, the names differ in more than one number, or a number occurs twice or is missing.

@@ -32,7 +32,14 @@ class HalfWeights:
 
     @torch.no_grad()
     def of(self, weights: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
-        """Return up-to-date copies of [W_enc, W_dec as rows], both [N, d], of every stream."""
+        """Return up-to-date half-precision copies.
+
+        Args:
+            weights: [W_enc, W_dec as rows] of every stream, both [N, d].
+
+        Returns:
+            Their copies in `dtype`, in the same order.
+        """
         shapes = [[(w.shape, w.device) for w in pair] for pair in weights]
         if shapes != [[(w.shape, w.device) for w in pair] for pair in self._held]:
             self._held = self._allocate(weights)
@@ -45,7 +52,11 @@ class HalfWeights:
         return self._held
 
     def written(self, weights: list[list[torch.Tensor]]) -> None:
-        """Mark the copies as up to date after a kernel wrote weights and copies together."""
+        """Mark the copies as up to date after a kernel wrote weights and copies together.
+
+        Args:
+            weights: [W_enc, W_dec as rows] of every stream.
+        """
         self._seen = [[_state(w) for w in pair] for pair in weights]
 
     def refresh(self, weights: list[list[torch.Tensor]], all_of_it: bool) -> None:

@@ -309,12 +309,26 @@ class AlignedSAE(nn.Module):
         )
 
     def encoder_of(self, s: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return w_enc [N, d], pre_bias [d] and latent_bias [N] of a stream, cast as autocast would."""
+        """Return the encoder parameters of a stream, cast as autocast would.
+
+        Args:
+            s: name of the stream.
+
+        Returns:
+            w_enc [N, d], pre_bias [d] and latent_bias [N].
+        """
         w_enc, pre_bias, latent_bias = _autocast(self._w_enc(s), self.pre_biases[s], self.latent_biases[s])
         return w_enc, pre_bias, latent_bias
 
     def decoder_of(self, s: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return w_dec [d, N] and pre_bias [d] of a stream, cast as autocast would."""
+        """Return the decoder parameters of a stream, cast as autocast would.
+
+        Args:
+            s: name of the stream.
+
+        Returns:
+            w_dec [d, N] and pre_bias [d].
+        """
         w_dec, pre_bias = _autocast(self._w_dec(s), self.pre_biases[s])
         return w_dec, pre_bias
 

@@ -172,7 +172,14 @@ class SparcAdam(torch.optim.Optimizer):
         return params
 
     def check_fused_step(self, model: AlignedSAE) -> None:
-        """Check that `model.training_step` can use this optimizer; raises ValueError."""
+        """Check that `model.training_step` can use this optimizer.
+
+        Args:
+            model: the model to train.
+
+        Raises:
+            ValueError: the optimizer is another model's or clips by norm, a parameter is frozen or has a `.grad`.
+        """
         check(self, model)
 
     def fused_step(
@@ -217,7 +224,14 @@ class SparcAdam(torch.optim.Optimizer):
         return resolve_impl(self.impl, stream[0])
 
     def scalars(self, s: int | None = None) -> torch.Tensor:
-        """Return the step scalars [4, 5] of stream s's four parameters, or of all [P, 5], as left by `count_step`."""
+        """Return the step scalars that `count_step` wrote.
+
+        Args:
+            s: number of a stream; None: all streams.
+
+        Returns:
+            [4, 5] of the stream's four parameters, or [P, 5].
+        """
         assert self._scalars is not None, "prepare makes them"
         return self._scalars if s is None else self._scalars[4 * s : 4 * s + 4]
 

@@ -20,6 +20,9 @@ class AlignedOutputs(Mapping[str, torch.Tensor]):
     Also holds `indices` (int64 [B, k], local [S, B, k]) and `values_{s}` ([B, k]), which cost nothing. Tensors are
     differentiable where the official ones are. An access that needs the parameters raises RuntimeError if one of them
     was modified in place since the forward.
+
+    Args:
+        state: of the forward.
     """
 
     def __init__(self, state: ForwardState):

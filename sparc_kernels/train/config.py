@@ -138,7 +138,14 @@ class TrainConfig:
         ).to(device)
 
     def check_model(self, model: AlignedSAE) -> None:
-        """Check that a model has these settings; raises ValueError."""
+        """Check that a model has these settings.
+
+        Args:
+            model: the model to train.
+
+        Raises:
+            ValueError: a setting or the parameters' dtype differs.
+        """
         for name in ("n_latents", "k", "auxk", "auxk_threshold", "dead_steps_threshold", "topk_type"):
             want, got = getattr(self, name), getattr(model, name)
             same = (want or None) == (got or None)  # auxk 0 is a model's None
@@ -148,7 +155,11 @@ class TrainConfig:
         require(ok, "model", f"parameters of {self.dtype}, for precision {self.precision!r}", str(dtype))
 
     def steps(self, per_epoch: int) -> int:
-        """Return the number of batches in the run, given the number in an epoch."""
+        """Return the number of batches in the run.
+
+        Args:
+            per_epoch: batches of an epoch.
+        """
         steps = self.epochs * per_epoch
         return min(steps, self.max_steps) if self.max_steps else steps
 

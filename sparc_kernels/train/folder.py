@@ -134,7 +134,14 @@ class RunFolder:
         return self.manifest
 
     def check_settings(self, settings: dict) -> None:
-        """Check that settings other than EXTENSIBLE are the run's; raises ValueError."""
+        """Check that settings other than EXTENSIBLE are the run's.
+
+        Args:
+            settings: fields of a `TrainConfig`.
+
+        Raises:
+            ValueError: a setting differs.
+        """
         before = asdict(TrainConfig()) | self._had["config"]  # defaults for settings newer than the run
         for field, value in settings.items():
             if field not in EXTENSIBLE:
@@ -143,7 +150,14 @@ class RunFolder:
                 require(had == value, field, f"{show(had)} as in {self.path / MANIFEST}", show(value))
 
     def check_data(self, data: dict) -> None:
-        """Check that the data are the run's; raises ValueError."""
+        """Check that the data are the run's.
+
+        Args:
+            data: {"train": ..., "validation": ...}, each as of `Features.describe`.
+
+        Raises:
+            ValueError: streams, shards, rows, widths, dtypes or fingerprints differ.
+        """
         before = self._had["data"]
         for part in sorted({*before, *data}):
             had, now = before.get(part, {}), data.get(part, {})
