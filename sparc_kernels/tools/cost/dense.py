@@ -71,8 +71,8 @@ def official_step(s: Shape) -> Op:
     """Forward, compute_loss and backward of the official class (sparc/model/model_global.py at 7f36faa, dense decoder,
     global TopK), eager, in the dtype of s; with s.auxk also its AuxK, which costs the same however many are dead.
 
-    Counted from its source, launches and bytes then checked against torch's dispatcher (tests/test_cost.py). Of e bytes
-    an element unless said:
+    Counted from its source, launches and bytes then checked against torch's dispatcher (tests/tools/test_cost.py). Of e
+    bytes an element unless said:
 
     - Over [B, N]: the streams stacked and summed 3 S + 1; torch.topk; a bool mask of the selection, once and again per
       stream. Per stream dense codes zeroed; the mask widened and summed, in the forward and again in the loss; codes

@@ -27,7 +27,7 @@ EPILOGUE = 46
 # Assumption: the share of the library's rate that the Triton GEMM reaches, as in `launch.select.encode_by_library`.
 TRITON_GEMM = 0.93
 # Compiled (sm_90, Triton 3.9): a warp of the selector executes about 1,640 instructions outside its two bisections, and
-# 73 + 46 a step. Simulated on normal logits (tests/test_cost.py): steps of each bisection, by bytes of a logit.
+# 73 + 46 a step. Simulated on normal logits (tests/tools/test_cost.py): steps of each bisection, by bytes of a logit.
 SELECT_INSTRUCTIONS, BISECTION_INSTRUCTIONS, BISECTION_STEPS = 1640, 119, {2: 7, 4: 9}
 # Compiled (sm_90, Triton 3.9): a warp of `_lists_kernel` executes about 20 instructions for 32 places; for 32 offsets
 # 105, most of them a 64-bit division, and 22 for each step of their bisection.

@@ -28,7 +28,7 @@ from sparc_kernels.tools.compiler import Compilation
 from sparc_kernels.tools.shape import Shape, parse_shape
 from sparc_kernels.tools.trace import Launch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 GPU = "Test GPU (40 GB)"
 TINY = Shape(8, 64, 4, (32, 32), "float32")
 DEVICE = torch.device(DEVICE)

@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 
 from sparc_kernels import AlignedSAE, SparcAdam
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "integration.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "integration.md"
 WIDTHS, STEPS, ROWS = {"a": 10, "b": 6}, 5, 16
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CUDA, DEVICE
-from kill_and_resume import COMMAND, ENVIRONMENT, arguments, kill_and_resume, make_features
+from scripts.kill_and_resume import COMMAND, ENVIRONMENT, arguments, kill_and_resume, make_features
 from sklearn.metrics import r2_score
 
 from sparc_kernels import AlignedSAE, cli
@@ -360,7 +360,7 @@ def test_a_second_signal_leaves_at_once(tmp_path, monkeypatch):
 
 
 def test_kill_at_random_moments_and_resume(tmp_path):
-    """One of the moments, and one more after resuming; `python tests/kill_and_resume.py` tries twenty."""
+    """One of the moments, and one more after resuming; `python tests/scripts/kill_and_resume.py` tries twenty."""
     found = kill_and_resume(tmp_path, moments=1, seed=1)
     assert found == [], found
 
@@ -411,7 +411,9 @@ def test_official_files_load_and_are_written(finished, tmp_path):
         load_model(path)
     bare, _ = load_model(path, k=4, topk_type="local")
     assert (bare.k, bare.topk_type, bare.d_streams) == (4, "local", WIDTHS)
-    with np.load(Path(__file__).with_name("official_replay.npz")) as file:  # a state of the official class
+    with np.load(
+        Path(__file__).parents[1].joinpath("data", "official_replay.npz")
+    ) as file:  # a state of the official class
         prefix = "state/moved/"
         official = {k.removeprefix(prefix): torch.from_numpy(file[k]) for k in file.files if k.startswith(prefix)}
     torch.save(official, path)

@@ -302,7 +302,7 @@ def test_every_registered_operator_is_opchecked():
 
 
 def run_python(code, **env):
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(root)} | env
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
 

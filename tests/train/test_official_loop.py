@@ -19,7 +19,7 @@ from sparc_kernels.metrics import jaccard
 from sparc_kernels.train.config import TrainConfig
 from sparc_kernels.train.trainer import Trainer
 
-with np.load(Path(__file__).with_name("official_loop.npz")) as file:
+with np.load(Path(__file__).parents[1].joinpath("data", "official_loop.npz")) as file:
     FILE = {key: file[key] for key in file.files}
 META = json.loads(str(FILE["meta"]))
 

@@ -25,7 +25,7 @@ from sparc_kernels.tools.verify import run as verify
 from sparc_kernels.train import config as train_config
 from sparc_kernels.train import log as runlog
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--n-latents=16", "--k=3", "--auxk=0", "--epochs=1", "--device=cpu"]
 
 

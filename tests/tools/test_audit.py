@@ -17,7 +17,7 @@ from sparc_kernels.tools.audit import Compiled, Shape, _name, _summary, _table, 
 
 SMALL = Shape(256, 2048, 16, (64, 48), "bfloat16")
 PAPER = Shape(4096, 65536, 64, (1024, 768, 768), "bfloat16")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def audit(*arguments, tmp_path):

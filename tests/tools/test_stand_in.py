@@ -15,14 +15,14 @@ from sparc_kernels.tools.shape import Shape
 from sparc_kernels.tools.stand_in import stand_in
 from sparc_kernels.tools.trace import launches, trace
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.compile, pytest.mark.subprocess, pytest.mark.slow]  # one process for all of them
 
 
 @pytest.fixture(scope="module")
 def seen():
     """What launch_everything.py says, in a process where TRITON_INTERPRET is unset."""
-    path = str(ROOT / "tests" / "launch_everything.py")
+    path = str(ROOT / "tests" / "scripts" / "launch_everything.py")
     done = warm_process.run("-c", f"import runpy; runpy.run_path({path!r}, run_name='__main__')")
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)

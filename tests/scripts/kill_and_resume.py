@@ -1,6 +1,6 @@
 """Kill a training run at random moments, resume it, and compare with a run that was left alone.
 
-    python tests/kill_and_resume.py [--moments 20] [--seed 0]
+    python tests/scripts/kill_and_resume.py [--moments 20] [--seed 0]
 
 Each time a new run is started, killed with SIGKILL at a moment drawn between its first step and shortly before its end
 (now and then killed again after resuming), then resumed until it is done. Reported is what differs from what should be:
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "sparc_kernels", "train"]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 EVERY = 5  # steps between checkpoints

@@ -1,6 +1,6 @@
-"""Record what the authors' own training loop and evaluation do on the demo's data, for tests/test_official_loop.py.
+"""Record the authors' own training loop and evaluation on the demo's data, for tests/train/test_official_loop.py.
 
-    python tests/record_official_loop.py --official PATH [--out tests/official_loop.npz]
+    python tests/scripts/record_official_loop.py --official PATH [--out tests/data/official_loop.npz]
 
 PATH is a clone of github.com/AtlasAnalyticsLab/SPARC. Its `train_loop`, batch sampler, model classes and retrieval run
 from there, unchanged, in float64 on the CPU; so do the two functions of its Jaccard notebook. Only numbers reach the
@@ -134,7 +134,7 @@ def encode(model, test):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--official", type=Path, required=True, help="root of a clone of the official repository")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("official_loop.npz"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1].joinpath("data", "official_loop.npz"))
     args = parser.parse_args()
     models, training, main_module, retrieval = load(args.official)
     data = unicode_streams(0, quick=True)
@@ -191,5 +191,5 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path.insert(0, str(Path(__file__).parents[2]))
     main()

@@ -20,7 +20,7 @@ from sparc_kernels import AlignedSAE, cli
 from sparc_kernels.cli import demo
 from sparc_kernels.data import StreamData, one_thread
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "sparc_kernels", "demo"]
 # one thread: two wait for each other beside another test
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

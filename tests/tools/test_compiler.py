@@ -20,7 +20,7 @@ from sparc_kernels.tools.verify import suite
 from sparc_kernels.tools.verify.judge import F32, Check
 from sparc_kernels.tools.verify.launches import launches_of
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def python(code, **more):

@@ -1,6 +1,6 @@
-"""Record what the authors' SPARC classes compute, for tests/test_official_replay.py.
+"""Record what the authors' SPARC classes compute, for tests/nn/test_official_replay.py.
 
-    python tests/record_official_replay.py --official PATH [--out tests/official_replay.npz]
+    python tests/scripts/record_official_replay.py --official PATH [--out tests/data/official_replay.npz]
 
 PATH is a clone of github.com/AtlasAnalyticsLab/SPARC. Its two model files are imported from there and run in fp64 on
 the CPU for 14 optimizer steps per case; only numbers reach the output. Streams are visited in their declared order (the
@@ -242,7 +242,7 @@ def lacking(name: str, case: Case, dead: np.ndarray, positive: np.ndarray) -> st
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--official", type=Path, required=True, help="root of a clone of the official repository")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("official_replay.npz"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1].joinpath("data", "official_replay.npz"))
     args = parser.parse_args()
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)

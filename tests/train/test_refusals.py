@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import CUDA
-from kill_and_resume import COMMAND, ENVIRONMENT, arguments, make_features
 from safetensors.torch import save_file
+from scripts.kill_and_resume import COMMAND, ENVIRONMENT, arguments, make_features
 
 from sparc_kernels import cli
 from sparc_kernels.io import features

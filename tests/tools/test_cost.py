@@ -20,7 +20,7 @@ from sparc_kernels.core import _triton
 from sparc_kernels.tools.cost import CASES, GPUS, dense, gpus, ours, report, step_seconds
 from sparc_kernels.tools.shape import ITEMSIZE, Shape, parse_shape
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 H200 = GPUS["H200"]
 # operators that launch nothing: views, allocations, numbers of the host
 NO_KERNEL = {

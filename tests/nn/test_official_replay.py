@@ -25,7 +25,7 @@ class Run:
     rtol: float = 1e-8  # of the largest magnitude in the official tensor; absolute where that is 0
 
 
-with np.load(Path(__file__).with_name("official_replay.npz")) as file:
+with np.load(Path(__file__).parents[1].joinpath("data", "official_replay.npz")) as file:
     FILE = {key: file[key] for key in file.files}
 META = json.loads(str(FILE["meta"]))
 CONFIGS = {key.split("/")[0]: json.loads(str(FILE[key])) for key in FILE if key.endswith("/config")}

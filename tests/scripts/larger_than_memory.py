@@ -1,6 +1,6 @@
 """Train on features four times larger than the memory limit, and on the same features in memory.
 
-    python tests/larger_than_memory.py [--repeats 3]
+    python tests/scripts/larger_than_memory.py [--repeats 3]
 
 Writes 512 MiB of features (two streams, float32 .npy), then trains on them in processes of their own, in turns: with
 `memory` 128 MiB, so that windows of 64 MiB are read while the model trains, and with 1 GiB, so that all of it stays in
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ROWS, WIDTH, STEPS, SKIPPED = 131_072, 512, 240, 20
 MIB = 1 << 20
 
