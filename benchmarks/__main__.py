@@ -75,15 +75,13 @@ def main(argv=None) -> int:
     args = parse(argv)
     from . import record, report
 
-    old = None
     try:
-        if args.compare:
-            old = record.load(args.compare)
-        if args.other:
-            return _verdicts(args, old, record.load(args.other))
+        old, new = (record.load(path) if path else None for path in (args.compare, args.other))
     except (OSError, ValueError) as error:
         print(f"benchmarks: error: --compare: {error}", file=sys.stderr)
         return 2
+    if new:
+        return _verdicts(args, old, new)
 
     import torch
 

@@ -1,7 +1,5 @@
 """Where a run takes place: versions, commit, processor, GPU, and NVML's clocks, power and throttle reasons.
 
-    python -m benchmarks.environment      # as JSON
-
 On a CPU there is no NVML; the record says so.
 """
 
@@ -9,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 import os
 import platform
 import re
@@ -199,15 +196,3 @@ def gpu_state(uuid: str | None = None) -> dict:
         return {"source": None, "reason": f"{monitor.reason}; nvidia-smi: {error}"}
     values = [v.strip() for v in text.strip().splitlines()[0].split(",")]
     return {"source": "nvidia-smi", **dict(zip(fields.split(","), values, strict=False))}
-
-
-def main() -> int:
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    print("\n" + json.dumps(environment(device, torch.get_num_threads())))
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

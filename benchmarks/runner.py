@@ -316,7 +316,7 @@ class Run:
             if all(one is beside for one in going):
                 break
         for one in turns:
-            if group.profiled and one.provider.ops and one is not beside:
+            if group.profiled and one.provider.ops and one is not beside and self.left > 5 * one.single:
                 self._profile(group, one)
             one.job.close()
         problem.forget()

@@ -222,6 +222,22 @@ def test_a_run_goes_on_where_it_was_cut(tmp_path, monkeypatch):
     assert [(r["status"], r["reason"]) for r in dead] == [("failed", "signal 9")]
 
 
+def test_a_lost_gpu_ends_the_process_behind_the_row_that_lost_it(tmp_path, monkeypatch):
+    """gpu_report then starts another, which goes on behind it."""
+
+    def lose(*_):
+        monkeypatch.setattr(runner.Run, "tidy", lambda self: lose())  # as `synchronize` does from then on
+        raise RuntimeError("an illegal memory access was encountered")
+
+    lost = Provider("lost", "select", "", lose, None)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run(tmp_path, monkeypatch, [lost, provider("ours", "select")], "select")
+    rec = record.load(tmp_path / "0.json")
+    assert [(r["provider"], r["status"]) for r in rec["results"]] == [("lost", "failed")]
+    assert "illegal memory access" in rec["results"][0]["reason"]
+    assert rec["active"] is None and not rec["complete"]
+
+
 def test_filter_and_minutes(tmp_path, monkeypatch):
     rec = run(tmp_path, monkeypatch, filter="open-images .*ours float32 (full|step)")
     assert {(r["provider"], r["case"], r["mode"]) for r in rec["results"] if r["op"] == "training"} == {
