@@ -22,8 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @refusing("encode")
 def run(args: argparse.Namespace) -> None:
+    """Write the sparse codes of every stream.
+
+    Args:
+        args: as `add_arguments` declares them.
+    """
     paths = paths_of(args.stream, args.out, args.format)
-    with writing("--out", paths.values(), inputs_of(args)):  # before everything is read
+    with writing("--out", paths.values(), inputs_of(args)):  # checked before the work
         model, features, _ = open_model(args)
         with features:
             check_rows(features)
