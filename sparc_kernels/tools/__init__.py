@@ -1,1 +1,1 @@
-"""Verify, audit, tune and model the kernels. Only `cli` and `benchmarks` import this package."""
+"""Verify, audit, tune and model the kernels. Imported only by the command line, benchmarks and tests."""
