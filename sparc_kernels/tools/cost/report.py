@@ -1,4 +1,4 @@
-"""What the cost model claims, its tables, and `sparc-kernels cost`."""
+"""Modelled claims, tables, and `sparc-kernels cost`."""
 
 from __future__ import annotations
 
@@ -24,19 +24,24 @@ PASS, DECODE = ("losses + dv",), ("losses + dv", "dW_dec")  # ops whose share of
 
 
 def over_gemm(op: Op, s: Shape, gpu: GPU) -> float:
-    """Encode + TopK as a multiple of the bare library GEMM."""
+    """Return the time of encode + TopK as a multiple of the bare library GEMM's."""
     return op.seconds(gpu) / ours.gemm(s).seconds(gpu)
 
 
 def gather_share(s: Shape, gpu: GPU, names: tuple[str, ...]) -> float:
-    """The time that L2 needs for what these ops gather (decoder rows, and errors where they are read per entry), as
-    a share of their whole time."""
+    """Return the share of ops' time that L2 needs for the rows they gather.
+
+    Args:
+        s: shape of the step.
+        gpu: that runs it.
+        names: of the ops; they gather decoder rows, and errors where these are read per list entry.
+    """
     op = total("", [ours.ops_of(s)[name] for name in names])
     return sum(p.reuse.used for p in op.parts) / gpu.bytes_per_s("L2") / op.seconds(gpu)
 
 
 def dense_seconds(s: Shape, gpu: GPU) -> dict[str, float]:
-    """Seconds of the reference's step by variant."""
+    """Return the seconds of the dense reference's step by variant of DENSE_VARIANTS."""
     plain = replace(s, auxk=0, dead=0, tf32=False, autocast=False, compiled=False)
     return {
         name: step_seconds(dense.dense_step(replace(plain, **how)), gpu, graph)
@@ -45,7 +50,7 @@ def dense_seconds(s: Shape, gpu: GPU) -> dict[str, float]:
 
 
 def official_seconds(s: Shape, gpu: GPU) -> float:
-    """Seconds of the official step as shipped: eager, fp32, tf32 not allowed."""
+    """Return the seconds of the official step as shipped: eager, fp32 without tf32."""
     return step_seconds(dense.official_step(dense.as_shipped(s)), gpu, graph=False)
 
 
@@ -53,7 +58,7 @@ def official_seconds(s: Shape, gpu: GPU) -> float:
 
 
 class Claim(NamedTuple):
-    """One modelled figure, and the goal it is held against (None where there is none)."""
+    """One modelled figure and its goal (None: no goal); `at_most`: the goal is an upper bound."""
 
     what: str
     case: str
@@ -74,10 +79,11 @@ class Claim(NamedTuple):
 
 
 def claims(gpu: GPU = GPUS[DEFAULT_GPU]) -> list[Claim]:
-    """What the project promises, as modelled on one GPU, at the benchmarks' shapes.
+    """Model the project's goals on one GPU at the benchmarks' shapes.
 
-    Case A is the official configuration, its step in a CUDA graph as the dense compiled ones are everywhere; "B8" is B
-    with N 8192. Encode + TopK is the operator `select`: inputs centred already, as the GEMM's are. AuxK: a tenth dead.
+    Case A is the official configuration, its step in a CUDA graph like the compiled dense ones in every case; "B8" is B
+    with N 8192. Encode + TopK is the operator `select` on centred inputs, as for the GEMM. AuxK: a tenth of the latents
+    is dead.
     """
     made, cases = [], {name: replace(s, arch=gpu.arch) for name, s in CASES.items()}
     for name, s in {**cases, "B8": replace(cases["B"], N=8192)}.items():
@@ -116,7 +122,7 @@ def _row(op: Op, gpu: GPU) -> dict:
 
 
 def summary(s: Shape, gpu: GPU) -> dict:
-    """Everything `table` prints, as numbers."""
+    """Return the numbers that `table` prints."""
     s = replace(s, arch=gpu.arch)
     whole = ours.step(s)
     graph, eager = (step_seconds(whole, gpu, graph) for graph in (True, False))
@@ -138,10 +144,10 @@ def summary(s: Shape, gpu: GPU) -> dict:
 
 
 def table(s: Shape, gpu: GPU) -> str:
-    """The modelled step as text: op by op, then against the dense reference."""
-    made = summary(s, gpu)
-    times = made["step_us"]
-    launches = gpu.launch_us * made["rows"][-1]["launches"]
+    """Format the modelled step: op by op, then against the dense reference."""
+    model = summary(s, gpu)
+    times = model["step_us"]
+    launches = gpu.launch_us * model["rows"][-1]["launches"]
     lines = [
         f"modelled, nothing measured: {s} on {gpu.name}",
         f"{'op':<22} {'HBM MB':>10} {'L2 MB':>10} {'GFLOP':>10} {'launches':>8} {'predicted us':>12}  bound by",
@@ -149,34 +155,35 @@ def table(s: Shape, gpu: GPU) -> str:
     lines += [
         f"{r['op']:<22} {r['hbm_mb']:>10.1f} {r['l2_mb']:>10.1f} {r['gflop']:>10.1f} {r['launches']:>8} "
         f"{r['predicted_us']:>12.1f}  {r['bound_by']}"
-        for r in made["rows"] + made["apart"]
+        for r in model["rows"] + model["apart"]
     ]
     lines += [
         f"step {times['eager']:.0f} us, in a CUDA graph {times['CUDA graph']:.0f} us, of it launches "
-        f"{launches:.0f} us ({made['triton_launches']} of Triton; the last two rows are apart)",
-        "over the bare GEMM: " + ", ".join(f"{name} x{ratio:.2f}" for name, ratio in made["select_over_gemm"].items()),
-        f"fused selection wins where its GEMM reaches {made['even_gemm_share']:.2f} of the library's rate "
+        f"{launches:.0f} us ({model['triton_launches']} of Triton; the last two rows are apart)",
+        "over the bare GEMM: " + ", ".join(f"{name} x{ratio:.2f}" for name, ratio in model["select_over_gemm"].items()),
+        f"fused selection wins where its GEMM reaches {model['even_gemm_share']:.2f} of the library's rate "
         f"(assumed: {ours.TRITON_GEMM:g})",
-        f"share of the gather bandwidth: losses + dv {made['gather_fraction']:.2f}, with dW_dec "
-        f"{made['decode_fraction']:.2f}",
+        f"share of the gather bandwidth: losses + dv {model['gather_fraction']:.2f}, with dW_dec "
+        f"{model['decode_fraction']:.2f}",
     ]
     lines += [
-        f"dense {name:<28} {us:>10.0f} us, x{made['dense_over_ours'][name]:.1f} ours, "
-        f"x{made['dense_over_ours_in_graph'][name]:.1f} ours in a graph"
-        for name, us in made["dense_us"].items()
+        f"dense {name:<28} {us:>10.0f} us, x{model['dense_over_ours'][name]:.1f} ours, "
+        f"x{model['dense_over_ours_in_graph'][name]:.1f} ours in a graph"
+        for name, us in model["dense_us"].items()
     ]
     return "\n".join(lines)
 
 
 def bytes_per_parameter(op: Op, s: Shape) -> float:
-    """Of an optimizer: what is moved of weights, gradients and moments (not of a shadow), whatever the batch is."""
-    if any(p.reuse.used for p in op.parts):  # fed by lists, without gradients
+    """Return an optimizer's bytes a parameter: weights, gradients and moments, without half precision copies or batch
+    data."""
+    if any(p.reuse.used for p in op.parts):  # computed from lists, without gradients
         return float(2 * ours.parameter_bytes(s) + 4 * ours.MOMENT)
     return sum(p.streamed for p in op.parts if p.name != "scalars") / ours.weights(s)
 
 
 def optimizer_table(s: Shape, gpu: GPU) -> str:
-    """Bytes a parameter and microseconds of each optimizer, and whole steps beside the official loop."""
+    """Format bytes a parameter and microseconds of each optimizer, and whole steps beside the official loop."""
     s = replace(s, arch=gpu.arch)
     official = step_seconds(dense.official_loop(s), gpu, graph=False)
     least, direct = ours.roofline_seconds(s, gpu), ours.direct_step(s)
@@ -212,6 +219,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print the tables and, without --shape, the goals.
+
+    Args:
+        args: as `add_arguments` declares them.
+
+    Returns:
+        Exit code: 0; 2 for invalid arguments.
+    """
     try:
         gpu = gpu_named(args.gpu)
         shapes = [parse_shape(text) for text in args.shape] if args.shape else list(CASES.values())
