@@ -54,6 +54,7 @@ QUICK = Settings(steps=200, lr=2e-3)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the subcommand."""
     out = Path("sparc-demo")
     parser.add_argument("--out", type=Path, default=out, help=f"folder of the results (default {out})")
     parser.add_argument(

@@ -15,6 +15,7 @@ from .inputs import add_model_arguments, inputs_of, open_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the subcommand."""
     add_model_arguments(parser)
     parser.add_argument("--format", choices=FORMATS, default="npz", help="SciPy's .npz or safetensors (npz)")
     parser.add_argument("--out", type=Path, required=True, help="folder; one file for each stream")

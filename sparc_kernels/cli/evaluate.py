@@ -20,6 +20,7 @@ from .inputs import _is_ours, add_model_arguments, inputs_of, open_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the subcommand."""
     add_model_arguments(parser)
     parser.add_argument("--labels", type=Path, help="multi-hot [n, C] or class numbers [n] in .npy, or a SciPy .npz")
     parser.add_argument("--label-names", type=Path, help="text file, one class a line")

@@ -17,6 +17,7 @@ from .inputs import add_model_arguments, inputs_of, open_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the subcommand."""
     parser.add_argument("latent", type=int, help="number of the latent")
     add_model_arguments(parser)
     parser.add_argument("--top", type=int, default=10, help="rows of each stream (10)")

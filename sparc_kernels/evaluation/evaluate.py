@@ -44,7 +44,12 @@ def needed_widths(model: AlignedSAE, given: Iterable[str]) -> dict[str, int]:
 
 
 def codes_of(outputs, n_latents: int) -> dict[str, Codes]:
-    """Return the sparse codes {s: Codes} of a model's outputs, with N latents."""
+    """Return the sparse codes {s: Codes} of a forward.
+
+    Args:
+        outputs: of the model.
+        n_latents: N.
+    """
     streams = [key.removeprefix("values_") for key in outputs if key.startswith("values_")]
     return {s: Codes(outputs[f"indices_{s}"], outputs[f"values_{s}"], n_latents) for s in streams}
 
@@ -150,7 +155,12 @@ def evaluate(
 
 
 def recons_of(outputs, streams) -> dict[tuple[str, str], Tensor]:
-    """Return all reconstructions of a model's outputs: {(target, source): [B, d_t]}."""
+    """Return all reconstructions of a forward: {(target, source): [B, d_t]}.
+
+    Args:
+        outputs: of the model.
+        streams: names.
+    """
     return {(t, s): outputs[f"recon_{t}" if s == t else f"cross_recon_{t}_from_{s}"] for t in streams for s in streams}
 
 

@@ -197,6 +197,7 @@ def audit(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the subcommand."""
     parser.add_argument(
         "--shape",
         action="append",

@@ -50,7 +50,9 @@ class Kernel(NamedTuple):
 
 
 class Driver:
-    """The driver that Triton sees. `launched`: every launch in order; `kernels`: compiled kernels by cache key.
+    """The driver that Triton sees; its methods have the names that Triton calls.
+
+    `launched` has every launch in order, `kernels` the compiled kernels by cache key.
 
     Args:
         arch: as `launch.device.capability` gives it.
@@ -85,6 +87,15 @@ class Driver:
 
     def compile(self, source, target, options, **named):
         """Compile like triton.compile, up to the stage chosen for this kernel.
+
+        Args:
+            source: ASTSource.
+            target: GPUTarget.
+            options: compiler options by name.
+            named: further arguments of triton.compile.
+
+        Returns:
+            A compiled kernel, or its stand-in where compiling ended early.
 
         Raises:
             OutOfResources: too many threads or too much shared memory.

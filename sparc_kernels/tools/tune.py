@@ -405,6 +405,7 @@ class GraphTimer:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the subcommand."""
     parser.add_argument(
         "--shape", required=True, metavar="B,N,k,d,S[,PRECISION]",
         help="rows, latents, active latents, width of a stream, streams; PRECISION bf16 (default), fp16 or fp32",

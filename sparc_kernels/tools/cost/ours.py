@@ -215,7 +215,12 @@ def _losses(s: Shape, name: str, d: int, n: int, present: int) -> Iterator[Part]
 
 
 def route(s: Shape, d: int) -> tuple[bool, int]:
-    """Return whether the gradient of a decoder of width d is computed through H, and how many columns at a time."""
+    """Return whether a decoder's gradient is computed through H, and how many columns at a time.
+
+    Args:
+        s: shape of the step.
+        d: width of the decoder.
+    """
     return _route(s.S, s.M, s.B, s.k, d, getattr(torch, s.dtype), s.arch)
 
 

@@ -114,7 +114,12 @@ def of_gpu(made):
 
 
 def total(name: str, ops: Iterable[Op]) -> Op:
-    """Concatenate the parts of several ops."""
+    """Concatenate the parts of several ops.
+
+    Args:
+        name: of the result.
+        ops: in order.
+    """
     return Op(name, tuple(part for op in ops for part in op.parts))
 
 
@@ -176,12 +181,22 @@ TOPK_INSTRUCTIONS = 12
 
 
 def topk_part(s: Shape, k: int) -> Part:
-    """Model torch.topk of [B, N] logits: rows stay in L2 between the passes; k values and int64 ids are written."""
+    """Model torch.topk of [B, N] logits: rows stay in L2 between the passes; values and int64 ids are written.
+
+    Args:
+        s: gives B, N and the bytes of a logit.
+        k: selected entries a row.
+    """
     passes, size = 4 * s.e + 2, s.B * s.N * s.e
     executed = TOPK_INSTRUCTIONS * passes * s.B * s.N / 32
     return of_torch("topk", s.B * k * (s.e + 8), 3, reuse=Reuse(passes * size, size), instructions=executed)
 
 
 def distinct(n: int, uses: float) -> float:
-    """Return the expected number of distinct ids among `uses` uniform draws from n."""
+    """Return the expected number of distinct ids among uniform draws.
+
+    Args:
+        n: number of ids.
+        uses: number of draws.
+    """
     return -n * math.expm1(uses * math.log1p(-1 / n)) if n > 1 else 1.0

@@ -24,7 +24,13 @@ PASS, DECODE = ("losses + dv",), ("losses + dv", "dW_dec")  # ops whose share of
 
 
 def over_gemm(op: Op, s: Shape, gpu: GPU) -> float:
-    """Return the time of encode + TopK as a multiple of the bare library GEMM's."""
+    """Return the time of encode + TopK as a multiple of the bare library GEMM's.
+
+    Args:
+        op: one of the variants of selection.
+        s: its shape.
+        gpu: that runs it.
+    """
     return op.seconds(gpu) / ours.gemm(s).seconds(gpu)
 
 
@@ -69,6 +75,7 @@ class Claim(NamedTuple):
 
     @property
     def holds(self) -> bool | None:
+        """Whether the figure meets its goal; None without one."""
         return None if self.goal is None else (self.value <= self.goal if self.at_most else self.value >= self.goal)
 
     def __str__(self):
@@ -175,8 +182,14 @@ def table(s: Shape, gpu: GPU) -> str:
 
 
 def bytes_per_parameter(op: Op, s: Shape) -> float:
-    """Return an optimizer's bytes a parameter: weights, gradients and moments, without half precision copies or batch
-    data."""
+    """Return an optimizer's bytes a parameter: weights, gradients and moments.
+
+    Half precision copies and data of the batch do not count.
+
+    Args:
+        op: the optimizer.
+        s: shape of the step.
+    """
     if any(p.reuse.used for p in op.parts):  # computed from lists, without gradients
         return float(2 * ours.parameter_bytes(s) + 4 * ours.MOMENT)
     return sum(p.streamed for p in op.parts if p.name != "scalars") / ours.weights(s)
@@ -210,6 +223,7 @@ def optimizer_table(s: Shape, gpu: GPU) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the subcommand."""
     parser.add_argument(
         "--shape", action="append", metavar="B,N,k,d,S[,PRECISION]",
         help="PRECISION bf16 (default), fp16 or fp32; repeatable; default: the five of the benchmarks, and the goals",

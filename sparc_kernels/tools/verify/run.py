@@ -291,6 +291,7 @@ ARCHS = {f"gfx{arch:x}" if arch >= AMD else str(arch): arch for arch in SHARED_L
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the subcommand."""
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     parser.add_argument("--impl", choices=("auto", "triton", "torch"), default="auto", help="implementation to check")
     parser.add_argument("--quick", action="store_true", help="the smallest shapes only")
