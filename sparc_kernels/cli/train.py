@@ -159,8 +159,8 @@ def _settings(args) -> tuple[TrainConfig, dict, dict | None, AlignedSAE | None]:
     manifest = args.out / MANIFEST
     if args.resume and manifest.exists():
         run_manifest = read_manifest(manifest)
-        known = {field.name for field in fields(TrainConfig)}
-        given = {key: value for key, value in run_manifest["config"].items() if key in known} | given
+        field_names = {field.name for field in fields(TrainConfig)}
+        given = {key: value for key, value in run_manifest["config"].items() if key in field_names} | given
         streams = streams or _paths(run_manifest, "train", "--stream")
         val_streams = val_streams or _paths(run_manifest, "validation", "--val-stream")
     if not streams:
@@ -172,9 +172,9 @@ def _settings(args) -> tuple[TrainConfig, dict, dict | None, AlignedSAE | None]:
     for key in SETTINGS:
         if key in given and key in stored and given[key] != (stored[key] or 0) and not args.quiet:  # no auxk: None
             print(f"Note: {key} {given[key]}, where the model was trained with {stored[key]}")
-    theirs = model_config(model) | {"auxk": model.auxk or 0, "normalize": normalize}
-    known = {field.name for field in fields(TrainConfig)}
-    config = TrainConfig(**({key: value for key, value in theirs.items() if key in known} | given))
+    model_settings = model_config(model) | {"auxk": model.auxk or 0, "normalize": normalize}
+    field_names = {field.name for field in fields(TrainConfig)}
+    config = TrainConfig(**({key: value for key, value in model_settings.items() if key in field_names} | given))
     return config, streams, val_streams, model.to(check_device("device", args.device), config.dtype)
 
 

@@ -139,8 +139,8 @@ def paths_of(streams: Iterable[str], out: Path, form: str) -> dict[str, Path]:
     for s in streams:
         require(Path(s).name == s, "streams", "names that can name a file, without a slash", repr(s))
         paths[s] = out / f"{s}.{form}"
-        most = _NAME_MAX - len(os.fsencode(temporary_of(paths[s]).name.removeprefix(s)))
-        require(len(os.fsencode(s)) <= most, "streams", f"names of at most {most} bytes", repr(s))
+        max_bytes = _NAME_MAX - len(os.fsencode(temporary_of(paths[s]).name.removeprefix(s)))
+        require(len(os.fsencode(s)) <= max_bytes, "streams", f"names of at most {max_bytes} bytes", repr(s))
     return paths
 
 

@@ -250,16 +250,16 @@ def _flags(launch: Launch) -> str:
     from importlib import import_module
 
     names = getattr(import_module(module), name).arg_names
-    shown = []
+    flags = []
     for path, value in launch.constexprs:
         arg = names[path[0]]
         if not arg.isupper() or arg in ("ACC", "STAGES", "GROUP_M", "K"):
             continue
         if isinstance(value, bool):
-            shown += [arg] if value else []
+            flags += [arg] if value else []
         else:
-            shown.append(f"{arg}={value}")
-    return " ".join(shown)
+            flags.append(f"{arg}={value}")
+    return " ".join(flags)
 
 
 def _name(result: Compiled) -> str:
@@ -285,11 +285,11 @@ def _summary(results: list[Compiled]) -> str:
     """One line for each kernel's name: number of variants compiled and the maximum of each resource."""
     lines = [f"{'kernel, the most of':<22} {'compiled':>8} {'regs':>5} {'spill':>6} {'shared':>7} {'sass':>6}  matrix"]
     for name in sorted({_name(r) for r in results}):
-        mine = [r for r in results if _name(r) == name]
+        variants = [r for r in results if _name(r) == name]
         fields = "registers", "spill_bytes", "shared", "instructions"
-        registers, spill, shared, sass = (max(getattr(r, field) for r in mine) for field in fields)
-        matrix = " ".join(sorted({r.matrix for r in mine}))
-        lines.append(f"{name:<22} {len(mine):>8} {registers:>5} {spill:>6} {shared:>7} {sass:>6}  {matrix}")
+        registers, spill, shared, sass = (max(getattr(r, field) for r in variants) for field in fields)
+        matrix = " ".join(sorted({r.matrix for r in variants}))
+        lines.append(f"{name:<22} {len(variants):>8} {registers:>5} {spill:>6} {shared:>7} {sass:>6}  {matrix}")
     return "\n".join(lines)
 
 

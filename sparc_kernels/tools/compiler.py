@@ -65,7 +65,7 @@ def compile_all(
     if not HAS_TRITON:
         raise RuntimeError("Triton is not installed here: nothing can be compiled")
     started, compilation, requests = time.perf_counter(), Compilation(), list(launches)
-    lists, every = [x for x in requests if callable(x)], [x for x in requests if not callable(x)]
+    lists, to_compile = [x for x in requests if callable(x)], [x for x in requests if not callable(x)]
     if not requests:
         return compilation
     with _compiled_processes(), ProcessPoolExecutor(min(jobs or cores(), len(requests)), get_context("spawn")) as pool:
@@ -85,14 +85,14 @@ def compile_all(
                     compilation.failed[launch] = error
                 yield result
 
-        for made in outcomes({pool.submit(_timed, listing): None for listing in lists}):
-            every += made or ()
-        every = sorted(dict.fromkeys(every), key=_rank)
-        running = {pool.submit(_timed, _compile, launch, arch): launch for launch in every}
-        for i, made in enumerate(outcomes(running, seconds)):
-            compilation.kernels += bool(made)
+        for outcome in outcomes({pool.submit(_timed, listing): None for listing in lists}):
+            to_compile += outcome or ()
+        to_compile = sorted(dict.fromkeys(to_compile), key=_rank)
+        running = {pool.submit(_timed, _compile, launch, arch): launch for launch in to_compile}
+        for i, outcome in enumerate(outcomes(running, seconds)):
+            compilation.kernels += bool(outcome)
             if on_done:
-                on_done(i + 1, len(every))
+                on_done(i + 1, len(to_compile))
     compilation.seconds = time.perf_counter() - started
     return compilation
 

@@ -242,13 +242,13 @@ def prepare(op: str, shape: Shape, arch: int, seconds: float, tell=_silent) -> l
         The candidates; `wrong` is set where a kernel does not compile or needs more shared memory than the GPU has.
     """
     default, tries = plan(op, shape, arch)
-    every = [*default, *(launch for candidate in tries if not candidate.wrong for launch in candidate.launches)]
+    all_launches = [*default, *(launch for candidate in tries if not candidate.wrong for launch in candidate.launches)]
     limit = None if seconds == math.inf else seconds
-    done = compile_all(every, arch, None, lambda i, n: tell(f"{op}: {i} of {n} kernels compiled"), limit)
+    compilation = compile_all(all_launches, arch, None, lambda i, n: tell(f"{op}: {i} of {n} kernels compiled"), limit)
     for candidate in tries:
         for launch in candidate.launches:
-            if launch in done.failed:
-                candidate.wrong = candidate.wrong or f"{launch.kernel.split(':')[1]}: {done.failed[launch]}"
+            if launch in compilation.failed:
+                candidate.wrong = candidate.wrong or f"{launch.kernel.split(':')[1]}: {compilation.failed[launch]}"
     return tries
 
 

@@ -27,8 +27,8 @@ def _gemms(s: Shape, more: int = 0) -> list[Part]:
     dW and its dcodes. Each GEMM reads its operands and writes its product.
     """
     n = 3 + 3 * s.S + more
-    ones = [product(s, "GEMM", s.B, s.N, d, unit=library_unit(s)) for d in s.d_streams]
-    return [replace(one, streamed=n * one.streamed, flops=n * one.flops, launches=n) for one in ones]
+    gemms = [product(s, "GEMM", s.B, s.N, d, unit=library_unit(s)) for d in s.d_streams]
+    return [replace(gemm, streamed=n * gemm.streamed, flops=n * gemm.flops, launches=n) for gemm in gemms]
 
 
 def dense_step(s: Shape) -> Op:

@@ -92,30 +92,30 @@ def claims(gpu: GPU = GPUS[DEFAULT_GPU]) -> list[Claim]:
     with N 8192. Encode + TopK is the operator `select` on centred inputs, as for the GEMM. AuxK: a tenth of the latents
     is dead.
     """
-    made, cases = [], {name: replace(s, arch=gpu.arch) for name, s in CASES.items()}
+    results, cases = [], {name: replace(s, arch=gpu.arch) for name, s in CASES.items()}
     for name, s in {**cases, "B8": replace(cases["B"], N=8192)}.items():
         goal, value = None if s.B < 4096 else 1.15 if s.N >= 32768 else 1.25, over_gemm(ours.select(s), s, gpu)
-        made.append(Claim("encode + TopK over the bare GEMM", name, str(s), value, goal, True))
+        results.append(Claim("encode + TopK over the bare GEMM", name, str(s), value, goal, True))
     for name, s in cases.items():
         for ops in (PASS, DECODE):
             what = f"gather bandwidth: {' + '.join(ops)}"
-            made.append(Claim(what, name, str(s), gather_share(s, gpu, ops)))
+            results.append(Claim(what, name, str(s), gather_share(s, gpu, ops)))
     for name, s in cases.items():
-        official, others, with_auxk = name == "A", dense_seconds(s, gpu), replace(s, auxk=64, dead=s.N // 10)
+        official, baselines, with_auxk = name == "A", dense_seconds(s, gpu), replace(s, auxk=64, dead=s.N // 10)
         goal, best_goal = (10, None) if official else (20, 5)
         step, rounded, auxiliary = (
             step_seconds(ours.step(how), gpu, graph=official) for how in (s, replace(s, autocast=True), with_auxk)
         )
-        in_fp32 = min(t for variant, t in others.items() if dense.DENSE_VARIANTS[variant][0].get("autocast", True))
+        in_fp32 = min(t for variant, t in baselines.items() if dense.DENSE_VARIANTS[variant][0].get("autocast", True))
         for what, value, wanted in (
             ("official step over ours in bf16", official_seconds(s, gpu) / step, goal),
             ("official step with AuxK over ours", official_seconds(with_auxk, gpu) / auxiliary, goal),
-            ("eager fp32 reference over ours in bf16", others["eager fp32"] / step, None),
-            ("best dense step over ours in bf16", min(others.values()) / step, best_goal),
+            ("eager fp32 reference over ours in bf16", baselines["eager fp32"] / step, None),
+            ("best dense step over ours in bf16", min(baselines.values()) / step, best_goal),
             ("best dense step over ours under autocast", in_fp32 / rounded, None),
         ):
-            made.append(Claim(what, name, str(s), value, wanted))
-    return made
+            results.append(Claim(what, name, str(s), value, wanted))
+    return results
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -133,17 +133,17 @@ def summary(s: Shape, gpu: GPU) -> dict:
     s = replace(s, arch=gpu.arch)
     whole = ours.step(s)
     graph, eager = (step_seconds(whole, gpu, graph) for graph in (True, False))
-    others = {"official, fp32 as shipped": official_seconds(s, gpu), **dense_seconds(s, gpu)}
+    baselines = {"official, fp32 as shipped": official_seconds(s, gpu), **dense_seconds(s, gpu)}
     selections = ours.select_fused(s), ours.select_library(s), ours.mm_topk(s)
     return {
         "modelled": True, "gpu": gpu.name, "shape": str(s),
         "rows": [_row(op, gpu) for op in (*ours.step_ops(s), whole)],
         "apart": [_row(op, gpu) for op in (dense.adam(s), dense.unit_norm(s))],
         "step_us": {"CUDA graph": 1e6 * graph, "eager": 1e6 * eager},
-        "dense_us": {name: 1e6 * seconds for name, seconds in others.items()},
+        "dense_us": {name: 1e6 * seconds for name, seconds in baselines.items()},
         "triton_launches": sum(p.launches for p in whole.parts if not p.library),
-        "dense_over_ours": {name: seconds / eager for name, seconds in others.items()},
-        "dense_over_ours_in_graph": {name: seconds / graph for name, seconds in others.items()},
+        "dense_over_ours": {name: seconds / eager for name, seconds in baselines.items()},
+        "dense_over_ours_in_graph": {name: seconds / graph for name, seconds in baselines.items()},
         "select_over_gemm": {op.name: over_gemm(op, s, gpu) for op in selections},
         "even_gemm_share": ours.even_gemm_share(s, gpu), "gather_fraction": gather_share(s, gpu, PASS),
         "decode_fraction": gather_share(s, gpu, DECODE),

@@ -62,15 +62,15 @@ def _as_products(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x = logits.new_zeros(len(logits), STREAMS * WIDTH)
     w = logits.new_zeros(logits.shape[1], STREAMS * WIDTH)
     scale = torch.where(logits.isnan().all(1), torch.nan, torch.where(logits.isinf().all(1), torch.inf, 1.0))
-    own = torch.where(scale.isfinite()[:, None], logits, logits.sign().nan_to_num())
+    columns_of_w = torch.where(scale.isfinite()[:, None], logits, logits.sign().nan_to_num())
     if logits.dtype in TINY:
         large, tiny = TINY[logits.dtype]
         minus = (logits == 0) & logits.signbit()
         small = minus.any(1) & (logits * large).isfinite().all(1)
         scale = torch.where(small, 1 / large, scale)
-        own = torch.where(small[:, None], torch.where(minus, -tiny, logits * large), own)
+        columns_of_w = torch.where(small[:, None], torch.where(minus, -tiny, logits * large), columns_of_w)
     x[rows, columns] = scale.to(x.dtype)
-    w[:, columns] = own.t()
+    w[:, columns] = columns_of_w.t()
     return x, w, w.new_zeros(len(w))
 
 
@@ -528,10 +528,10 @@ def launch_lists(arch: int, quick: bool, filter: str | None, tf32: bool) -> list
     plan, sizes = plan_of("cuda", quick, arch), {}
     for way in [way for way in WAYS if way != "spans"]:
         for some in chosen(filter):
-            for asked in plan.asked(way, some):
+            for run_key in plan.asked(way, some):
                 more = map(len, plan.batches_of(way)) if some == BATCH else (ROWS, 2)
-                sizes.setdefault((way, *asked), set()).update(more)
-    return [partial(launches_of, *asked, tuple(sorted(some)), arch, tf32) for asked, some in sizes.items()]
+                sizes.setdefault((way, *run_key), set()).update(more)
+    return [partial(launches_of, *run_key, tuple(sorted(some)), arch, tf32) for run_key, some in sizes.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------------- table
@@ -560,10 +560,10 @@ def table(outcomes: list[Outcome], providers: list[Provider], verbose: bool = Fa
         cells = [_cell([o for o in outcomes if (o.set, o.provider) == (some.name, name)]) for name in absent]
         yield _row(some.name, some.about, *cells)
     yield ""
-    told = set()
+    printed = set()
     for o in outcomes:
-        if o.verdict != "exact" and (verbose or (o.set, o.provider, o.verdict) not in told):
-            told.add((o.set, o.provider, o.verdict))
+        if o.verdict != "exact" and (verbose or (o.set, o.provider, o.verdict) not in printed):
+            printed.add((o.set, o.provider, o.verdict))
             where = " ".join(filter(None, (o.dtype, o.shape, o.way)))
             count = f" of {o.rows} rows" if o.rows else ""
             line = f"{o.set}, {o.provider}, {where}: {o.verdict} {o.wrong or ''}{count}; {o.note}"

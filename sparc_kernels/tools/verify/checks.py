@@ -162,22 +162,22 @@ def _exact(check: Check) -> None:
 
     judge("integers", p, hs)
 
-    same = replace(p, xs=[torch.ones_like(x) for x in p.xs], w_encs=[torch.ones_like(w) for w in p.w_encs])
-    same.latent_biases = [torch.full_like(b, 3) for b in p.latent_biases]
-    judge("all equal", same, same.to(F64).logits())
+    all_equal = replace(p, xs=[torch.ones_like(x) for x in p.xs], w_encs=[torch.ones_like(w) for w in p.w_encs])
+    all_equal.latent_biases = [torch.full_like(b, 3) for b in p.latent_biases]
+    judge("all equal", all_equal, all_equal.to(F64).logits())
 
-    odd = replace(p, latent_biases=[b.clone() for b in p.latent_biases])
+    odd_biases = replace(p, latent_biases=[b.clone() for b in p.latent_biases])
     for place, value in ((1, -math.inf), (2, math.inf), (3, math.nan), (c.N // 2, -math.inf), (c.N - 1, math.inf)):
-        odd.latent_biases[0][place] = value
-    judge("inf, NaN biases", odd, odd.to(F64).logits())
+        odd_biases.latent_biases[0][place] = value
+    judge("inf, NaN biases", odd_biases, odd_biases.to(F64).logits())
 
-    few = replace(p, latent_biases=[b.clone() for b in p.latent_biases])
-    few.latent_biases[0][max(c.k - 2, 1) :] = -math.inf  # leaves fewer than k finite pre-activations
-    judge("-inf beyond k", few, few.to(F64).logits())
+    few_finite = replace(p, latent_biases=[b.clone() for b in p.latent_biases])
+    few_finite.latent_biases[0][max(c.k - 2, 1) :] = -math.inf  # leaves fewer than k finite pre-activations
+    judge("-inf beyond k", few_finite, few_finite.to(F64).logits())
 
-    bad = replace(p, xs=[x.clone() for x in p.xs])
-    bad.xs[0][0, 0], bad.xs[0][1 % c.B, -1], bad.xs[S - 1][2 % c.B, 0] = math.nan, math.inf, -math.inf
-    judge("inf, NaN rows", bad, bad.to(F64).logits())
+    odd_rows = replace(p, xs=[x.clone() for x in p.xs])
+    odd_rows.xs[0][0, 0], odd_rows.xs[0][1 % c.B, -1], odd_rows.xs[S - 1][2 % c.B, 0] = math.nan, math.inf, -math.inf
+    judge("inf, NaN rows", odd_rows, odd_rows.to(F64).logits())
 
     dead = torch.arange(c.N, device=check.device) % 3 != 0
     for s in range(min(S, 2)):

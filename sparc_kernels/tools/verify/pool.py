@@ -143,10 +143,10 @@ class _Worker:
 
     def __init__(self, settings: tuple):
         context = get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(theirs, *settings), daemon=True)
+        self.pipe, child_pipe = context.Pipe()
+        self.process = context.Process(target=work, args=(child_pipe, *settings), daemon=True)
         self.process.start()
-        theirs.close()
+        child_pipe.close()
         self.ready, self.task = False, None  # the task with its remaining names
 
     def give(self, task: Task) -> None:

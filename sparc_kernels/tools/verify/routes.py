@@ -198,7 +198,7 @@ def _clipping(check: Check) -> None:
 def _scaled(check: Check) -> None:
     """Steps with the attributes that torch.amp.GradScaler sets: the same bits as unscaled, since the scale is a power
     of two, and no step if `found_inf` is set."""
-    p, ends, scale = check.problem(margin_problem), [], 2.0**8
+    p, final_params, scale = check.problem(margin_problem), [], 2.0**8
     found_inf = torch.zeros((), device=check.device)
     for factor in (1.0, scale):
         model, inputs = _model(check, p)
@@ -208,11 +208,11 @@ def _scaled(check: Check) -> None:
         for _ in range(2):
             _gradients(model, p, inputs, factor)
             adam.step()
-        ends.append([q.detach().clone() for q in model.parameters()])
-    _same(check, "as unscaled", *ends)
+        final_params.append([q.detach().clone() for q in model.parameters()])
+    _same(check, "as unscaled", *final_params)
     found_inf.fill_(1)
     adam.step()
-    _same(check, "infinity", ends[1], [q.detach() for q in model.parameters()])
+    _same(check, "infinity", final_params[1], [q.detach() for q in model.parameters()])
 
 
 def _direct(check: Check, topk_type: str) -> None:
@@ -254,7 +254,7 @@ def _direct(check: Check, topk_type: str) -> None:
 
 def _shadow(check: Check) -> None:
     """Half precision weights kept by the step under autocast: the same bits as casting in every step."""
-    p, ends = check.problem(margin_problem), []
+    p, final_params = check.problem(margin_problem), []
     for shadow in (None, BF16):
         model, inputs = _model(check, p)
         adam = SparcAdam(model, LR, shadow=shadow, impl=check.impl)
@@ -262,10 +262,10 @@ def _shadow(check: Check) -> None:
             for _ in range(3):
                 model.training_step(inputs, adam)
             if shadow:
-                held = adam.half_weights()
-                check.add("kept", held is not None, "exact" if held else "no shadow was kept")
-        ends.append([q.detach() for q in model.parameters()])
-    _same(check, "as cast", *ends)
+                half_weights = adam.half_weights()
+                check.add("kept", half_weights is not None, "exact" if half_weights else "no shadow was kept")
+        final_params.append([q.detach() for q in model.parameters()])
+    _same(check, "as cast", *final_params)
 
 
 # --------------------------------------------------------------------------------------------- bits, memory, host syncs
@@ -293,7 +293,7 @@ FORMS = {"fp32": {}, "autocast": {"bf16": True}, "without gradients": {"bf16": T
 
 def _captured(check: Check, form: str) -> None:
     """30 steps replayed from a CUDA graph against eager ones, with re-initialisation at step 20: bit for bit."""
-    p, how, ends = check.problem(margin_problem), FORMS[form], []
+    p, how, final_states = check.problem(margin_problem), FORMS[form], []
     for graph in (False, True):
         model, inputs = _model(check, p)
         free = how.get("gradient_free", False)
@@ -305,12 +305,12 @@ def _captured(check: Check, form: str) -> None:
             warnings.simplefilter("always")
             for i in range(30 if check.device.type != "meta" else 1):
                 step({s: x.roll(i, 0) for s, x in inputs.items()})
-        ends.append(list(model.state_dict().values()))
+        final_states.append(list(model.state_dict().values()))
         if graph:
             captured = step._graph is not None and step._graph.graph is not None
             why = next((str(w.message)[:300] for w in notes if "CUDA graph" in str(w.message)), "no graph was captured")
             check.add("captured", captured, "exact" if captured else why)
-    _same(check, "as eager", *ends)
+    _same(check, "as eager", *final_states)
 
 
 def _no_waits(check: Check) -> None:

@@ -108,10 +108,10 @@ def cases(device: torch.device, interpret: bool = False, quick: bool = False, ar
         quick: the smallest shapes only.
         arch: as `launch.device.capability` gives it; None: the device's. bf16 needs 80.
     """
-    every = INTERPRET_CASES if interpret else CUDA_CASES if device.type == "cuda" else CPU_CASES
+    all_cases = INTERPRET_CASES if interpret else CUDA_CASES if device.type == "cuda" else CPU_CASES
     if device.type == "cuda" and (arch or capability(device)) < 80:
-        every = [replace(c, dtypes=tuple(d for d in c.dtypes if d != BF16)) for c in every]
-    return [c for c in every if c.quick or not quick]
+        all_cases = [replace(c, dtypes=tuple(d for d in c.dtypes if d != BF16)) for c in all_cases]
+    return [c for c in all_cases if c.quick or not quick]
 
 
 # -------------------------------------------------------------------------------------------------------------- runner
@@ -330,9 +330,9 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.compile:
         return _run_compile(args)
-    idle = "--arch" if args.arch else "--jobs" if args.jobs and args.adversarial else None
-    if idle:
-        print(f"verify: {idle} is for --compile{' or the checks' * (idle == '--jobs')}", file=sys.stderr)
+    unused = "--arch" if args.arch else "--jobs" if args.jobs and args.adversarial else None
+    if unused:
+        print(f"verify: {unused} is for --compile{' or the checks' * (unused == '--jobs')}", file=sys.stderr)
         return 2
     if args.interpret and not INTERPRETED:
         return _run_interpreted(args)
@@ -341,9 +341,9 @@ def run(args: argparse.Namespace) -> int:
     if args.adversarial:
         return _run_adversarial(args)
     started = time.perf_counter()
-    choice = (args.device, args.impl, args.quick, args.filter, args.interpret)
+    plan_args = (args.device, args.impl, args.quick, args.filter, args.interpret)
     try:
-        device = _plan(*choice)[0].device
+        device = _plan(*plan_args)[0].device
     except (ValueError, RuntimeError, re.error) as error:
         print(f"verify: {error}", file=sys.stderr)
         return 2
@@ -358,7 +358,7 @@ def run(args: argparse.Namespace) -> int:
         record.add(results)  # written before it is printed
         table.done(results, number, total)
 
-    results = run_checks(*choice, args.jobs, on_done=done)
+    results = run_checks(*plan_args, args.jobs, on_done=done)
     table.footer(results, time.perf_counter() - started)
     record.end(results)
     return 0 if all(r.passed for r in results) else 1
@@ -391,18 +391,18 @@ def _run_adversarial(args: argparse.Namespace) -> int:
         print(f"verify: {error}", file=sys.stderr)
         return 2
     providers += adversarial.peers(device)
-    shown = _Table(sys.stderr if args.json == "-" else sys.stdout, args.verbose)
+    output = _Table(sys.stderr if args.json == "-" else sys.stdout, args.verbose)
     record = _Record(args, environment(device), started)
-    shown.header(record.found["environment"], args, adversarial.HEADER)
+    output.header(record.found["environment"], args, adversarial.HEADER)
     arch = capability(device)
     if device.type == "cuda" and HAS_TRITON and args.impl != "torch":
-        shown.compiled(compile_checks(arch, args.quick, args.filter, args.jobs, shown.progress("kernels"), True))
+        output.compiled(compile_checks(arch, args.quick, args.filter, args.jobs, output.progress("kernels"), True))
     plan = adversarial.plan_of("interpret" if args.interpret else device.type, args.quick, arch)
     outcomes = adversarial.run_sets(providers, plan, device, args.filter, on_done=record.add)
     record.end(outcomes)
     lines, failed = adversarial.table(outcomes, providers, args.verbose), sum(not o.passed for o in outcomes)
-    print(*lines, file=shown.stream, sep="\n")
-    print(f"ours: {failed} not exact, in {time.perf_counter() - started:.0f} s", file=shown.stream)
+    print(*lines, file=output.stream, sep="\n")
+    print(f"ours: {failed} not exact, in {time.perf_counter() - started:.0f} s", file=output.stream)
     return 1 if failed else 0
 
 
