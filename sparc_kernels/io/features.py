@@ -254,7 +254,7 @@ class Features:
         if not full and len(starts) > 1:
             size = min(size, 64)
             pieces = {int(p) for p in np.linspace(0, self.rows - size, 256)}
-            firsts = source.starts.tolist() if isinstance(source, Shards) else ()  # `rows` too
+            firsts = source.starts.tolist() if isinstance(source, Shards) else ()  # ends with `rows`
             starts = sorted(pieces.union(first for first in firsts if first < self.rows))
         digest = hashlib.blake2b(f"{source.rows} {source.width} {source.dtype}".encode(), digest_size=16)
         bad = large = RowNumbers([], 0)
