@@ -37,7 +37,7 @@ def exercised(arch: int) -> list[Listing]:
 def recorded(work: Callable[[str], None], arch: int, tf32: bool = False) -> list[Launch]:
     """The launches of work(device), which makes its tensors there."""
     launches: list[Launch] = []
-    with trace.as_on_gpu(arch, tf32, launches), trace._Tracer([]):
+    with trace.as_on_gpu(arch, tf32, launches), trace.Tracer([]):
         work("meta")
     return launches
 

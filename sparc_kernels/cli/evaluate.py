@@ -11,12 +11,12 @@ from pathlib import Path
 
 from ..core.console import refusing
 from ..core.progress import counted, watched
-from ..core.validation import plain, writing
+from ..core.validation import is_marked, plain, writing
 from ..evaluation.evaluate import check_rows, evaluate
-from ..io.atomic import write_atomically
+from ..io.atomic import read_json, write_atomically
 from ..io.labels import read_labels, read_names, read_pictures
 from .arguments import add_stream_argument
-from .inputs import _is_ours, add_model_arguments, inputs_of, open_model
+from .inputs import add_model_arguments, inputs_of, open_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,3 +114,13 @@ def summary(record: dict) -> str:
         for kind, values in [*record["retrieval"]["mean"].items(), ("chance", record["chance"])]:
             lines.append(f"  {kind.replace('_', ' '):26}" + "".join(f"{values[key]:12.4f}" for key in record["chance"]))
     return "\n".join(lines)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether `eval` wrote this report or scores file."""
+    if path.suffix == ".html":
+        return is_marked(path)
+    try:
+        return {"own", "local", "streams", "trained"} <= read_json(path).keys()
+    except ValueError:
+        return False

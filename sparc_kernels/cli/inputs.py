@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..core.validation import check_device, is_marked, require
+from ..core.validation import check_device, require
 from ..evaluation.evaluate import BATCH, needed_widths, select_locally
-from ..io.atomic import read_json
 from ..io.features import Features
 from ..io.run_checkpoints import CHECKPOINTS, checkpoints
 from ..io.shards import files_of
@@ -94,13 +93,3 @@ def inputs_of(args) -> list[tuple[str, Path]]:
     return named + [
         (f"--{key} {s}", path) for key in ("images", "texts") for s, path in (options.get(key) or {}).items()
     ]
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether `eval` wrote this report or scores file."""
-    if path.suffix == ".html":
-        return is_marked(path)
-    try:
-        return {"own", "local", "streams", "trained"} <= read_json(path).keys()
-    except ValueError:
-        return False

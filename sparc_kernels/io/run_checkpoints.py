@@ -17,8 +17,8 @@ from .atomic import reason_of, write_atomically
 CHECKPOINTS = "checkpoints"
 SPACE = ".space"
 KIND = "sparc_kernels training checkpoint"
-_MAGIC = b"SPARC-SHA256:"
-_TRAILER = len(_MAGIC) + 32
+MAGIC = b"SPARC-SHA256:"
+TRAILER = len(MAGIC) + 32
 
 
 class _Hashing:
@@ -77,7 +77,7 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> Path:
     def write(file):
         hashing = _Hashing(file)
         torch.save(plain({"kind": KIND, "step": step, **state}), hashing)
-        file.write(_MAGIC + hashing.digest.digest())
+        file.write(MAGIC + hashing.digest.digest())
 
     folder.mkdir(exist_ok=True)
     path = folder / f"step-{step:09d}.pt"
@@ -105,8 +105,8 @@ def load_checkpoint(path: Path) -> dict:
         ValueError: the file is no training checkpoint, or is damaged.
     """
     content = path.read_bytes()
-    body, trailer = content[:-_TRAILER], content[-_TRAILER:]
-    ok = trailer[: len(_MAGIC)] == _MAGIC and hashlib.sha256(body).digest() == trailer[len(_MAGIC) :]
+    body, trailer = content[:-TRAILER], content[-TRAILER:]
+    ok = trailer[: len(MAGIC)] == MAGIC and hashlib.sha256(body).digest() == trailer[len(MAGIC) :]
     require(ok, f"checkpoint {path}", "a complete training checkpoint", "a damaged, truncated or foreign file")
     try:
         state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)

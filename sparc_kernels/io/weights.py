@@ -17,7 +17,7 @@ import torch
 from ..core.validation import check_bool, check_device, check_int, missing, require
 from ..nn.module import AlignedSAE
 from .atomic import read_json, reason_of, write_atomically, write_json
-from .run_checkpoints import _MAGIC, _TRAILER, CHECKPOINTS, load_checkpoint, load_latest
+from .run_checkpoints import CHECKPOINTS, MAGIC, TRAILER, load_checkpoint, load_latest
 
 WEIGHTS = "model.safetensors"
 OFFICIAL, OFFICIAL_CONFIG = "msae_checkpoint.pth", "run_config.json"
@@ -255,8 +255,8 @@ def _read_safetensors(path: Path) -> tuple[dict, dict]:
 def _read_torch(path: Path) -> tuple[dict, dict]:
     """state_dict and settings of a run's checkpoint or an official one."""
     with open(path, "rb") as file:
-        ours = file.seek(0, os.SEEK_END) > _TRAILER and file.seek(-_TRAILER, os.SEEK_END) >= 0
-        ours = ours and file.read(len(_MAGIC)) == _MAGIC
+        ours = file.seek(0, os.SEEK_END) > TRAILER and file.seek(-TRAILER, os.SEEK_END) >= 0
+        ours = ours and file.read(len(MAGIC)) == MAGIC
     if ours:
         checkpoint = load_checkpoint(path)
         return checkpoint.get("model"), checkpoint.get("model_config")

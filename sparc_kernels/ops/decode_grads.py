@@ -74,7 +74,7 @@ def _decode_grads_triton(
     dbias_rows = torch.empty(B, d, device=device, dtype=acc)
     sq_err = torch.empty(S, B, device=device, dtype=acc)
     coef, values = coef.contiguous(), values.contiguous()
-    use_h_route, width = _route(S, M, B, k, d, w.dtype, capability(device)) if dw is not None else (False, d)
+    use_h_route, width = route_of(S, M, B, k, d, w.dtype, capability(device)) if dw is not None else (False, d)
     list_position = None
     if use_h_route:
         list_position = torch.empty_like(order)
@@ -117,7 +117,7 @@ def _kept_shape(keep, values, x):
     return (len(values), *x.shape) if keep == ALL_ERRORS else x.shape if keep >= 0 else (0,)
 
 
-def _route(S, M, B, k, d, dtype, arch=80) -> tuple[bool, int]:
+def route_of(S, M, B, k, d, dtype, arch=80) -> tuple[bool, int]:
     """Choose (use_h_route, columns per pass within the scratch) for dw.
 
     H carries the loss coefficients in the weights' dtype; float16 would lose them, so it takes the route of the errors.

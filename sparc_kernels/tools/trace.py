@@ -109,7 +109,7 @@ class InsideOperators(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-class _Tracer(InsideOperators):
+class Tracer(InsideOperators):
     """Run the package's operators by their launchers and record when storages are allocated and freed."""
 
     def __init__(self, known):
@@ -198,7 +198,7 @@ def _place() -> str:
 # ------------------------------------------------------------------------------------------------------------ launches
 
 
-class _Recorder:
+class Recorder:
     """Replaces a kernel and records its launches."""
 
     def __init__(self, name, kernel, small, recorded):
@@ -280,7 +280,7 @@ def as_on_gpu(arch: int, tf32: bool, recorded: list[Launch] | None = None, gpu_n
     def recorder(kernel, grid):
         if kernel not in recorders:
             name = f"{kernel.fn.__module__}:{kernel.fn.__name__}"
-            recorders[kernel] = _Recorder(name, kernel, arch >= AMD, recorded)
+            recorders[kernel] = Recorder(name, kernel, arch >= AMD, recorded)
         return recorders[kernel][grid]
 
     with as_target(Target(arch, tf32, gpu_name=gpu_name)):
@@ -365,7 +365,7 @@ def trace(
             known = [t for both in adam.prepare([[True] * 4] * shape.S) for some in both for t in some]
             known += [adam.counts, adam.scalars()]
             known += [w for pair in adam.half_weights() or () for w in pair]
-        with _Tracer([*leaves, *model.buffers(), *known]) as tracer:
+        with Tracer([*leaves, *model.buffers(), *known]) as tracer:
             before_backward = None
             if update == "direct":
                 _ = model.training_step(inputs, adam)
@@ -410,7 +410,7 @@ def launches(shape: Shape, arch: int) -> list[Launch]:
     with as_on_gpu(arch, False, recorded):
         model, inputs = _model(shape, "global", None), _inputs(shape)
         first, *rest = model.streams
-        with _Tracer([*model.parameters(), *model.buffers(), *inputs.values()]):
+        with Tracer([*model.parameters(), *model.buffers(), *inputs.values()]):
             outputs = model(inputs)
             own = outputs[f"recon_{first}"]
             if rest:
@@ -446,7 +446,7 @@ def reference_peak_bytes(shape: Shape, *, topk_type: str = "global", auxk: bool 
     total_loss = reference.total_loss
     reference.total_loss = lambda matrix, aux, *_: matrix.sum() if aux is None else matrix.sum() + aux.sum()
     try:
-        with _Tracer([*model.parameters(), *model.buffers(), *inputs, *dead]) as tracer:
+        with Tracer([*model.parameters(), *model.buffers(), *inputs, *dead]) as tracer:
             loss = reference.training_loss(
                 inputs, *weights, shape.k, topk_type=topk_type, auxk_k=auxk, dead=dead if auxk else None
             )

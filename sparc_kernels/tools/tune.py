@@ -30,7 +30,7 @@ from ..ops.latent_reduce import latent_reduce
 from ..ops.records import WeightedLists
 from .compiler import compile_all
 from .shape import Shape, parse_shape
-from .trace import Launch, _Tracer, as_on_gpu
+from .trace import Launch, Tracer, as_on_gpu
 
 OPS = ("encode", "select", "gather", "reduce")
 WRONG = "wrong result"  # prefix of a refusal that is not about resources
@@ -211,7 +211,7 @@ def plan(op: str, shape: Shape, arch: int) -> tuple[list[Launch], list[Try]]:
     """
     recorded: list[Launch] = []
     tries, name = [], tuned.device_name()
-    with as_on_gpu(arch, allow_tf32(), recorded, name), _Tracer([]):  # recorded settings of other operators apply
+    with as_on_gpu(arch, allow_tf32(), recorded, name), Tracer([]):  # recorded settings of other operators apply
         task = problem(op, shape, torch.device("meta"))
         with tuned.observed(op) as wanted:
             task.run()

@@ -72,6 +72,11 @@ class Step:
     def skipped(self, value: int) -> None:
         self._skipped.fill_(value)
 
+    @property
+    def captured(self) -> bool:
+        """Whether steps are replayed from a CUDA graph."""
+        return self._graph is not None and self._graph.graph is not None
+
     def __call__(self, x: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Take one step.
 

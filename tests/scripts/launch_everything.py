@@ -303,7 +303,7 @@ def main(everything):
         return "ttir"
 
     counting = {name: counted(name, operator, operators) for name, operator in OPERATORS.items()}
-    with mock.patch.dict(OPERATORS, counting), mock.patch.object(trace._Recorder, "__getitem__", both):
+    with mock.patch.dict(OPERATORS, counting), mock.patch.object(trace.Recorder, "__getitem__", both):
         for (arch, tf32), group in groupby(scenarios(), lambda scenario: scenario.gpu):
             found = []
             with stand_in(arch, tf32=tf32, stage=stage) as driver, trace.as_on_gpu(arch, tf32, found):

@@ -356,14 +356,14 @@ def test_launches_and_bytes_of_our_step_are_those_of_the_traced_step(s):
 
     counted = Counted()
 
-    class Tracer(trace._Tracer):
+    class Tracer(trace.Tracer):
         def dispatch(self, func, args, kwargs):
             out = super().dispatch(func, args, kwargs)
             counted.note(func, args, kwargs, out)
             return out
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trace, "_Tracer", Tracer)
+        patch.setattr(trace, "Tracer", Tracer)
         launches = trace.trace(s, s.arch, auxk=s.auxk).launches
     step = ours.step(s)
     library = [p for p in step.parts if p.library]

@@ -177,7 +177,7 @@ def test_errors_are_infinite_where_they_cannot_be_compared():
 )
 def test_selection_by_value(indices, complaint):
     score = torch.tensor([[0.0, 2.0, 1.0, 3.0], [9.0, 1.0, 5.0, 2.0]], dtype=torch.float64)
-    chosen = checks._Selection(4)
+    chosen = checks.SelectionJudge(4)
     chosen.judge(score, torch.full_like(score, 0.01), torch.tensor(indices), torch.tensor([[3, 1], [0, 2]]))
     assert complaint in chosen.invalid + chosen.note
     assert bool(complaint) == bool(chosen.invalid + chosen.note)
@@ -185,7 +185,7 @@ def test_selection_by_value(indices, complaint):
 
 def test_near_ties_are_no_fault():
     score = torch.tensor([[1.0, 1.001, 0.5]], dtype=torch.float64)
-    chosen = checks._Selection(3)
+    chosen = checks.SelectionJudge(3)
     chosen.judge(score, torch.full_like(score, 0.001), torch.tensor([[0]]), torch.tensor([[1]]))
     assert not chosen.invalid + chosen.note
 

@@ -168,7 +168,7 @@ def test_no_output_is_copied_from_the_host_when_it_is_read():
         with trace.as_on_gpu(90, False, []):
             shape = Shape(256, 2048, 16, (64, 48), "bfloat16")
             model, inputs = trace._model(shape, topk_type, 8), trace._inputs(shape)
-            with trace._Tracer([*model.parameters(), *model.buffers(), *inputs.values()]) as seen:
+            with trace.Tracer([*model.parameters(), *model.buffers(), *inputs.values()]) as seen:
                 outputs = model(inputs)
                 copied = [key for key in outputs if not seen.knows(outputs[key])]  # made by no operator
                 assert copied == []

@@ -17,7 +17,7 @@ from ...launch.device import cdiv, dot_precision
 from ...launch.gather import gather_config
 from ...launch.reduce import column_chunk, reduce_chunk, reduce_config
 from ...launch.select import encode_by_library, encode_config, rows_per_chunk, select_config, with_span
-from ...ops.decode_grads import _route
+from ...ops.decode_grads import route_of
 from ..shape import Shape
 from .gpus import GPU
 from .parts import NO_REUSE, Op, Part, Reuse, distinct, library_unit, of_gpu, of_torch, product, topk_part, total, when
@@ -221,7 +221,7 @@ def route(s: Shape, d: int) -> tuple[bool, int]:
         s: shape of the step.
         d: width of the decoder.
     """
-    return _route(s.S, s.M, s.B, s.k, d, getattr(torch, s.dtype), s.arch)
+    return route_of(s.S, s.M, s.B, s.k, d, getattr(torch, s.dtype), s.arch)
 
 
 def _pieces(d: int, width: int) -> list[int]:

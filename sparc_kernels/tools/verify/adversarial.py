@@ -31,7 +31,7 @@ from ...ops import selection
 from ...ops.encode import encode_topk, values_at
 from ..trace import Launch, as_on_gpu
 from .judge import BF16, F16, F32, SHORT, Tensor
-from .launches import META, _Answers
+from .launches import META, Answers
 from .pool import device_lost
 from .sets import BATCH, ROWS, SETS, Set
 
@@ -508,7 +508,7 @@ def launches_of(
         tf32: whether torch's float32 matmul precision allows tf32.
     """
     recorded: list[Launch] = []
-    with as_on_gpu(arch, tf32, recorded), _Answers():
+    with as_on_gpu(arch, tf32, recorded), Answers():
         (provider,) = [provider for provider in ours("auto", META) if provider.way == way]
         for size in sizes:
             logits = torch.empty(ROWS, n, dtype=dtype, device=META)

@@ -45,7 +45,7 @@ def judge_encode(check: Check, topk_type: str) -> None:
     c, p = check.case, check.problem(generic)
     indices, values = encode_topk(*p.encoder, c.k, topk_type, check.impl)
     S = len(c.dims)
-    selection = _Selection(c.N)
+    selection = SelectionJudge(c.N)
     truths, owns = [], []
     for rows in torch.arange(c.B).split(max(1, 2**25 // c.N)):  # bounds the memory of dense logits
         part = slice(int(rows[0]), int(rows[-1]) + 1)
@@ -67,7 +67,7 @@ def judge_encode(check: Check, topk_type: str) -> None:
             check.compare(f"values[{s}]", values[s], truth, own)
 
 
-class _Selection:
+class SelectionJudge:
     """Judge selected latents by their true scores, by blocks of rows."""
 
     def __init__(self, n: int):
@@ -415,7 +415,7 @@ def _auxk_topk(check: Check, how_many: str) -> None:
     leaves = as_leaves(p.stream(s))
     indices, values = auxk_topk(*leaves, dead, c.auxk, check.impl)
     # only positive pre-activations of dead latents count; entries that fill up a row have value 0
-    selection, score = _Selection(c.N), torch.relu(h * dead)
+    selection, score = SelectionJudge(c.N), torch.relu(h * dead)
     own_idx, _ = reference.auxk(reference.preactivations(*own_p.stream(s)), dead, c.auxk)
     selection.judge(score, logit_error(check, p64, s, h, selecting=True) * dead, indices, own_idx)
     selection.report(check)
@@ -492,7 +492,7 @@ def _training_step(check: Check, topk_type: str) -> None:
         check.add("twice", same, "exact" if same else "two runs gave different bits")
 
     indices = outputs.indices
-    selection, p64, own_p = _Selection(c.N), p.to(F64), check.own(p)
+    selection, p64, own_p = SelectionJudge(c.N), p.to(F64), check.own(p)
     hs = p64.logits()
     errors = [logit_error(check, p64, s, h, selecting=True) for s, h in enumerate(hs)]
     own_hs = own_p.logits()
@@ -509,7 +509,7 @@ def _training_step(check: Check, topk_type: str) -> None:
         check.exact(f"counters[{s}]", buffer, after[s])
     dead = [(counters if topk_type == "local" else a) > DEAD_STEPS for a in after]  # global reads them after the update
     auxk_indices = [outputs[f"auxk_indices_{s}"] for s in streams]
-    aux_selection = _Selection(c.N)
+    aux_selection = SelectionJudge(c.N)
     for s in range(S):
         own_aux, _ = reference.auxk(own_hs[s], dead[s], c.auxk)
         aux_selection.judge(torch.relu(hs[s] * dead[s]), errors[s] * dead[s], auxk_indices[s], own_aux)

@@ -33,7 +33,7 @@ def launches_of(case: Case, dtype: torch.dtype, arch: int, name: str | None = No
     """
     recorded: list[Launch] = []
     problems: dict = {}
-    with as_on_gpu(arch, tf32, recorded), _unjudged(), _Answers():
+    with as_on_gpu(arch, tf32, recorded), _unjudged(), Answers():
         for op, word, fn in CHECKS:
             if word in case.ops.split() and name in (None, op):
                 fn(_Dry(op, case, dtype, META, "auto", problems))
@@ -55,7 +55,7 @@ class _Dry(Check):
 @contextmanager
 def _unjudged():
     """Disable the judgement of selections; autocast, which meta tensors lack, follows the CPU's."""
-    selection = verify_checks._Selection
+    selection = verify_checks.SelectionJudge
     get = torch.get_autocast_dtype
     with ExitStack() as patched:
         for holder, name, value in (
@@ -69,7 +69,7 @@ def _unjudged():
         yield
 
 
-class _Answers(InsideOperators):
+class Answers(InsideOperators):
     """Run the package's operators by their launchers, and substitute results that depend on data."""
 
     def dispatch(self, func, args, kwargs):

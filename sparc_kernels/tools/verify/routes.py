@@ -307,7 +307,7 @@ def _captured(check: Check, form: str) -> None:
                 step({s: x.roll(i, 0) for s, x in inputs.items()})
         final_states.append(list(model.state_dict().values()))
         if graph:
-            captured = step._graph is not None and step._graph.graph is not None
+            captured = step.captured
             why = next((str(w.message)[:300] for w in notes if "CUDA graph" in str(w.message)), "no graph was captured")
             check.add("captured", captured, "exact" if captured else why)
     _same(check, "as eager", *final_states)
