@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import __version__
+from ..core.progress import terminal_bar
 from ..core.validation import check_device
 from ..data import StreamData, one_thread, unicode_streams
 from ..evaluation.evaluate import evaluate, guessing
@@ -261,13 +262,8 @@ class _Progress:
     """A tqdm bar on a terminal, one line for each run elsewhere."""
 
     def __init__(self, name: str, steps: int):
-        self.name, self.steps, self.bar = name, steps, None
-        if sys.stderr.isatty():
-            try:
-                from tqdm import tqdm
-            except ImportError:
-                return
-            self.bar = tqdm(total=steps, desc=f"{name:12}", unit="step", dynamic_ncols=True)
+        self.name, self.steps = name, steps
+        self.bar = terminal_bar(steps, desc=f"{name:12}", unit="step")
 
     def __enter__(self):
         self.started = time.perf_counter()

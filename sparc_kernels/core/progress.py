@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
-_LINE_EVERY = 5.0  # seconds
+LINE_EVERY = 5.0  # seconds between lines without a terminal
 
 Watch = Callable[[Iterable], Iterable]  # passes on the items of `Features.batches`, or of a range
 
@@ -32,14 +33,14 @@ def counted(what: str, unit: str) -> Watch:
 
 
 def _shown(items: Iterable, total: int, what: str, unit: str, size: Callable) -> Iterator:
-    bar, done, last_line = _bar(total, what, unit), 0, time.monotonic()
+    bar, done, last_line = terminal_bar(total, desc=what, unit=unit, leave=False), 0, time.monotonic()
     try:
         for item in items:
             yield item
             done += size(item)
             if bar is not None:
                 bar.update(size(item))
-            elif time.monotonic() - last_line >= _LINE_EVERY:
+            elif time.monotonic() - last_line >= LINE_EVERY:
                 last_line = time.monotonic()
                 print(f"{what}: {done:,} of {total:,} {unit}", file=sys.stderr, flush=True)
     finally:
@@ -47,11 +48,17 @@ def _shown(items: Iterable, total: int, what: str, unit: str, size: Callable) ->
             bar.close()
 
 
-def _bar(total: int, what: str, unit: str):
+def terminal_bar(total: int, **options: Any) -> Any:
+    """Return a bar of tqdm on stderr; None without a terminal or without tqdm, where lines are printed instead.
+
+    Args:
+        total: of the bar.
+        **options: further arguments of tqdm.
+    """
     if not sys.stderr.isatty():
         return None
     try:
         from tqdm import tqdm
     except ImportError:
         return None
-    return tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True, leave=False)
+    return tqdm(total=total, dynamic_ncols=True, **options)

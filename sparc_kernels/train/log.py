@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..core.progress import LINE_EVERY, terminal_bar
 from ..core.validation import missing, require
 from ..io.atomic import write_atomically
 
 LOG = "log.csv"
 LOGGERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # name, also of the package -> its module
-_LINE_EVERY = 5.0  # seconds between lines without a terminal
 _BAR = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # shorter than tqdm's, to fit figures into 80 columns
 _FIRST = ("step", "epoch", "lr", "loss", "explained_variance", "explained_variance_cross", "l0", "dead", "skipped",
           "samples_per_s", "seconds")  # fmt: skip
@@ -66,13 +66,8 @@ class RunLog:
             self.wandb = import_logger("wandb").init(
                 project=os.environ.get("WANDB_PROJECT", "sparc"), config=settings or {}, dir=folder, resume="allow"
             )
-        if not quiet and sys.stderr.isatty():
-            try:
-                from tqdm import tqdm
-            except ImportError:
-                pass
-            else:
-                self.bar = tqdm(total=steps, initial=start, bar_format=_BAR, dynamic_ncols=True)
+        if not quiet:
+            self.bar = terminal_bar(steps, initial=start, bar_format=_BAR)
         self._said = 0.0
 
     def _open_csv(self, path: Path, start: int) -> None:
@@ -105,7 +100,7 @@ class RunLog:
 
         Args:
             row: column -> value, with at least the columns that a line shows.
-            important: print it even if the last line is less than _LINE_EVERY old.
+            important: print it even if the last line is less than LINE_EVERY old.
         """
         if self.file is not None:
             self.writer.writerow(row)
@@ -117,7 +112,7 @@ class RunLog:
             self.wandb.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
         if self.bar is not None:
             self.bar.set_postfix_str(self._fitting(_summary(row)), refresh=False)
-        elif not self.quiet and (important or time.monotonic() - self._said > _LINE_EVERY):
+        elif not self.quiet and (important or time.monotonic() - self._said > LINE_EVERY):
             self._said = time.monotonic()
             place = f"step {row['step']:>7,}/{self.steps:,}", f"epoch {row['epoch']:>3}"
             print("  ".join([*place, *_summary(row)]), flush=True)
