@@ -312,11 +312,7 @@ def grads_of_target(
         part = GradOut(out.dvalues[only], out.add_dvalues, out.dw, out.add_dw or s > 0)
         parts.append(run(codes.source(s), coef[only], part, 0 if s == error_source else None))
     sq, g, errors = zip(*parts, strict=True)
-    return (
-        torch.cat(sq),
-        torch.stack(g).sum(0),
-        torch.cat(errors) if keep_all_errors else errors[error_source or 0],
-    )
+    return torch.cat(sq), torch.stack(g).sum(0), torch.cat(errors) if keep_all_errors else errors[error_source or 0]
 
 
 def grads_of_errors(
