@@ -69,7 +69,7 @@ def test_counts_of_evaluation_are_whole_in_80_columns(terminal):
 
 def test_every_part_of_an_evaluation_says_how_far_it_is(monkeypatch, capsys):
     """Without a terminal; each part by its own measure."""
-    monkeypatch.setattr(progress, "_LINE_EVERY", 0.0)
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
     monkeypatch.setattr("sparc_kernels.metrics._BLOCK_ELEMENTS", 4096)
     torch.manual_seed(0)
     x = {"a": torch.randn(130, 6), "b": torch.randn(130, 5)}

@@ -320,7 +320,7 @@ def test_alone_wants_only_the_streams_that_are_given(folder, tmp_path, capsys):
 
 
 def test_progress_and_where_scores_go_are_said_on_stderr(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(progress, "_LINE_EVERY", 0)
+    monkeypatch.setattr(progress, "LINE_EVERY", 0)
     monkeypatch.chdir(tmp_path)
     given = [f"--model={folder / 'run'}", *streams(folder), "--batch-size=300"]
     for command in (["eval", "--no-retrieval"], ["encode", "--out=codes"], ["show", "1"]):
