@@ -8,6 +8,7 @@ import fnmatch
 import importlib
 import io
 import re
+import sys
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
@@ -144,6 +145,8 @@ class Sources:
             return self._is_name(rest)
         if any(name in members for members in self.defined.values()):
             return True
+        if head in sys.stdlib_module_names and not self._ending(f"{head}.py"):
+            return _reach(importlib.import_module(head), rest)
         owners = [Path(file) for file, members in self.defined.items() if rest in members]
         if owners:  # functions and constants of modules
             return any(head in (file.stem, *file.parts) for file in owners) or rest in self.members

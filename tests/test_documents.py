@@ -295,6 +295,12 @@ def test_a_planted_name_is_found(span, gone, sources):
     assert sources.unresolved(span) == gone
 
 
+def test_the_architecture_page_has_every_module(sources):
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    modules = [file for file in sources.files if re.fullmatch(r"sparc_kernels/.*/(?!__)\w+\.py", file)]
+    assert len(modules) > 60 and [file for file in modules if f"`{Path(file).name}`" not in page] == []
+
+
 def test_the_site_has_every_public_name(sources):
     listed = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
     public = {f"sparc_kernels.{name}" for name in sparc_kernels.__all__ if name != "__version__"}

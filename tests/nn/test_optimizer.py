@@ -255,7 +255,7 @@ def test_a_shadow_of_the_weights_changes_no_bit(impl, form, monkeypatch):
         assert torch.equal(*losses) or i == 3
         assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), shadowed.parameters(), strict=True))
     with torch.autocast(DEVICE, half):
-        found = two.shadow_matrices()
+        found = two.half_weights()
     assert (found[0][0].stride(0) == 24) == bool(form)
     for held, (w_enc, w_dec, *_) in zip(found, two.streams(), strict=True):
         assert held[0].dtype == half
@@ -271,7 +271,7 @@ def test_the_shadow_is_read_where_autocast_asks_for_its_dtype_alone(dtype):
             with torch.autocast(DEVICE, dtype or torch.bfloat16, enabled=dtype is not None):
                 yield m.training_step(x, optimizer)[0]
             with torch.autocast(DEVICE, shadow or torch.bfloat16):
-                for pair in optimizer.shadow_matrices() or ():
+                for pair in optimizer.half_weights() or ():
                     for held in pair:
                         held.zero_()  # whoever reads it now gets another loss
 
@@ -289,9 +289,9 @@ def test_weights_changed_behind_autograds_back_are_seen_after_refreshing():
         for each in (m, copied.model):
             each.encoders["a"].weight.data.mul_(2)
         optimizer.refresh_shadow(seen_only=True)
-        stale = [held.clone() for held in optimizer.shadow_matrices()[0]]
+        stale = [held.clone() for held in optimizer.half_weights()[0]]
         optimizer.refresh_shadow()
-        assert torch.equal(optimizer.shadow_matrices()[0][0], 2 * stale[0])
+        assert torch.equal(optimizer.half_weights()[0][0], 2 * stale[0])
         assert torch.equal(m.training_step(y, optimizer)[0], copied.model.training_step(y, copied)[0])
 
 
@@ -303,7 +303,7 @@ def test_other_weights_at_the_same_address_are_seen():
         there, state = torch.from_dlpack(w.detach()), (w.data_ptr(), w._version)
         w.data = there.mul_(2)
         assert (w.data_ptr(), w._version) == state
-        assert torch.equal(optimizer.shadow_matrices()[0][0], w.to(torch.bfloat16))
+        assert torch.equal(optimizer.half_weights()[0][0], w.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
