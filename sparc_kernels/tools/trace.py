@@ -82,7 +82,7 @@ class InsideOperators(TorchDispatchMode):
     """A dispatch mode that stays active inside the package's operators, where torch disables it."""
 
     impl: str | None = None  # the implementation that runs; None: the one named in the call
-    composite: frozenset[str] = frozenset()  # torch's operators that are taken apart before `dispatch` sees them
+    composite: frozenset[str] = frozenset()  # torch's operators that are decomposed before `dispatch`
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         operator, name = operator_of(func), func._schema.name
@@ -96,7 +96,11 @@ class InsideOperators(TorchDispatchMode):
         return self.dispatch(func, args, kwargs or {})
 
     def enter(self, name: str) -> None:
-        """One of the package's operators begins."""
+        """Called before one of the package's operators runs; does nothing here.
+
+        Args:
+            name: of the operator.
+        """
 
     def dispatch(self, func, args: tuple, kwargs: dict):
         """Run one of torch's own operators.
