@@ -277,7 +277,7 @@ def test_the_call_is_asked_for(capsys):
 
 
 class Worker:
-    """A process as `subprocess.Popen`, forked: it need not import torch again."""
+    """A process as a Popen, forked: it need not import torch again."""
 
     def __init__(self, run):
         self.returncode, self.pid = None, os.fork()
