@@ -40,7 +40,7 @@ __all__ = [*_EXPORTS, *_MODULES, "__version__"]
 
 
 def __getattr__(name: str) -> object:
-    """Loads torch (and Triton, where installed) only when something that needs it is asked for."""
+    """Import an exported name on first access, so that importing the package loads neither torch nor Triton."""
     if name in _EXPORTS:
         value = getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
     elif name in _MODULES:

@@ -1,6 +1,6 @@
-"""Small real data sets, built on the spot: no download, no file on disk.
+"""Small real data sets, generated in memory: no download, no file on disk.
 
-`unicode_streams` shows one concept, a Unicode character, to three models that never meet: a classifier of its sans
+`unicode_streams` represents one concept, a Unicode character, by three independent models: a classifier of its sans
 rendering, an autoencoder of its serif rendering, and a text embedding of its name. `digits_streams` is the smoke test.
 """
 
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from .core.validation import check_int, missing
 
 IMAGE_SIZE = 32  # pixels, both sides of a rendered character
-MIN_LABEL_COUNT = 15  # characters that must carry a word for it to be a label
+MIN_LABEL_COUNT = 15  # characters whose names must contain a word for it to be a label
 _FONT_SIZE = 24  # pixels per em: a capital is 17 pixels high, full-height box drawings just fit
 _BASELINE = 23  # pixels from the top
 
@@ -31,14 +31,14 @@ class StreamData:
 
     Attributes:
         train: stream name -> float32 [n_train, d_s]; centred on the training mean, rows divided by (norm + 1e-8).
-        test: the same for the held-out rows, float32 [n_test, d_s].
+        test: stream name -> float32 [n_test, d_s], the held-out rows, transformed like `train`.
         labels: bool [n, C], multi-hot, for all n samples; see also `train_labels` and `test_labels`.
         label_names: C names.
         characters: n single characters.
         names: n names.
-        images: picture kind -> uint8 [n, height, width]; 0 is background, 255 is ink.
-        train_rows: int64 [n_train], where row i of `train` stands among the n samples.
-        test_rows: int64 [n_test], the same for `test`.
+        images: image kind -> uint8 [n, height, width]; 0 is background, 255 is ink.
+        train_rows: int64 [n_train], sample of each row of `train`.
+        test_rows: int64 [n_test], sample of each row of `test`.
     """
 
     train: dict[str, Tensor]
@@ -53,34 +53,34 @@ class StreamData:
 
     @property
     def train_labels(self) -> Tensor:
-        """bool [n_train, C]"""
+        """Labels of the training rows, bool [n_train, C]."""
         return self.labels[self.train_rows]
 
     @property
     def test_labels(self) -> Tensor:
-        """bool [n_test, C]"""
+        """Labels of the held-out rows, bool [n_test, C]."""
         return self.labels[self.test_rows]
 
     @property
     def d_streams(self) -> dict[str, int]:
-        """Stream name -> width, as `AlignedSAE` wants it."""
+        """Stream name -> width, an argument of `AlignedSAE`."""
         return {s: x.shape[1] for s, x in self.train.items()}
 
 
 def unicode_streams(seed: int = 0, quick: bool = False) -> StreamData:
-    """About 3,000 Unicode characters as three models see them: those that DejaVu Sans and DejaVu Serif both draw.
+    """Build streams of about 3,000 Unicode characters that DejaVu Sans and DejaVu Serif both draw.
 
     Streams: `sans` [128], hidden activations of a CNN trained to predict name words from the DejaVu Sans rendering;
     `serif` [96], bottleneck of a convolutional autoencoder of the DejaVu Serif rendering; `name` [128], character
     n-gram TF-IDF and truncated SVD of the Unicode name. All three are fitted on the training rows only.
-    Labels are the name words that at least 15 of the characters carry.
+    Labels are the words that occur in the names of at least 15 characters.
 
     Args:
-        seed: decides the held-out rows, the initial weights and the order of the mini-batches.
+        seed: of the held-out rows, the initial weights and the order of the mini-batches.
         quick: 1,600 characters with 300 held out, instead of all with 600 held out, and fewer epochs.
 
     Returns:
-        StreamData, its images of the kinds `sans` and `serif`. The same seed gives the same data on one machine.
+        StreamData with images of the kinds `sans` and `serif`. The same seed gives the same data on one machine.
 
     Raises:
         ValueError: for a negative seed.
@@ -114,13 +114,16 @@ def unicode_streams(seed: int = 0, quick: bool = False) -> StreamData:
 
 
 def digits_streams(seed: int = 0) -> StreamData:
-    """scikit-learn's 1,797 handwritten digits, 8x8: the smoke test, built in about a second.
+    """Build streams of scikit-learn's 1,797 handwritten digits, 8x8, in about a second.
 
     Streams: `pixels` [64]; `classifier` [48] and `autoencoder` [32], hidden activations of two small networks fitted on
-    the training rows. 297 rows are held out. Labels are the ten digits. `images` has the one kind `pixels`.
+    the training rows. 297 rows are held out. Labels are the ten digits.
 
     Args:
-        seed: decides the held-out rows, the initial weights and the order of the mini-batches.
+        seed: of the held-out rows, the initial weights and the order of the mini-batches.
+
+    Returns:
+        StreamData with images of the kind `pixels`.
 
     Raises:
         ValueError: for a negative seed.
@@ -174,7 +177,7 @@ def _render() -> tuple[list[int], dict[str, Tensor]]:
     codepoints = sorted(c for c in covered if unicodedata.name(chr(c), ""))
     images = {}
     for kind, path in paths.items():
-        fonts = [  # a glyph too large for the picture is drawn smaller
+        fonts = [  # smaller sizes for glyphs that do not fit
             ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC) for size in range(_FONT_SIZE, 3, -2)
         ]
         images[kind] = torch.stack([_draw(chr(c), fonts) for c in codepoints])
@@ -184,7 +187,7 @@ def _render() -> tuple[list[int], dict[str, Tensor]]:
 
 
 def _draw(character: str, fonts) -> Tensor:
-    """uint8 [32, 32]: its cell centred from left to right on a common baseline, moved only not to clip the glyph."""
+    """Render a character, uint8 [32, 32]: centred horizontally on a common baseline, shifted if it would be clipped."""
     from PIL import Image, ImageDraw
 
     for font in fonts:
@@ -216,7 +219,7 @@ class _Network(nn.Module):
         self.head = nn.Sequential(*head)
 
     def fit(self, inputs: Tensor, targets: Tensor, epochs: int, generator: torch.Generator) -> None:
-        """Adam on binary cross-entropy with logits: word labels and pixels both lie between 0 and 1."""
+        """Fit by Adam on binary cross-entropy with logits: word labels and pixels both lie in [0, 1]."""
         optimizer = torch.optim.Adam(self.parameters(), lr=2e-3)
         for _ in range(epochs):
             for rows in torch.randperm(len(inputs), generator=generator).split(64):
@@ -246,7 +249,7 @@ def _deconvolutions() -> list[nn.Module]:
 
 
 def _name_features(names: tuple[str, ...], train_rows: Tensor, width: int, seed: int) -> Tensor:
-    """float32 [n, width]"""
+    """Character n-gram TF-IDF of names, reduced by truncated SVD: float32 [n, width]."""
     try:
         from sklearn.decomposition import TruncatedSVD
         from sklearn.feature_extraction.text import TfidfVectorizer
@@ -267,7 +270,7 @@ def _split(n: int, n_test: int, generator: torch.Generator) -> tuple[Tensor, Ten
 
 
 def _normalised(features: dict[str, Tensor], train_rows: Tensor, rows: Tensor) -> dict[str, Tensor]:
-    """Centred, because what all rows share would otherwise decide the top-k and leave 40 % of the latents dead."""
+    """Centre and normalise rows; without centring the common mean dominates the top-k and 40 % of the latents die."""
     centred = {s: x[rows] - x[train_rows].mean(0) for s, x in features.items()}
     return {s: x / (x.norm(dim=1, keepdim=True) + 1e-8) for s, x in centred.items()}
 
@@ -278,7 +281,7 @@ def _generator(seed: int) -> torch.Generator:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """PyTorch on one CPU thread: for networks this small no slower, much faster on a busy machine, and repeatable."""
+    """Limit PyTorch to one CPU thread: reproducible, as fast for such small networks, and faster on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -289,7 +292,7 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def _seeded(seed: int):
-    """Fixes the initial weights made inside, and leaves the caller's random state alone."""
+    """Seed torch inside the context; the caller's random state is kept."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

@@ -1,8 +1,8 @@
-"""How well the latents of several streams agree, computed on sparse codes in plain PyTorch, on any device.
+"""Metrics of agreement between streams, computed on sparse codes in plain PyTorch, on any device.
 
-The codes of one stream are a `Codes(indices, values, n_latents)`, or any such tuple; no function makes a dense [B, N].
-A latent fired on a row when its value there is greater than 0. Score retrieval with codes selected locally, stream by
-stream: codes selected together share their indices, which gives the partner away.
+The codes of one stream are a `Codes(indices, values, n_latents)` or an equal tuple; no function materialises a dense
+[B, N]. A latent fires on a row if its value there is greater than 0. Score retrieval with codes selected locally, per
+stream: a global selection shares indices between streams, which reveals the partner.
 
 Bad input raises ValueError that names the argument, what was expected and what came.
 """
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from .core.validation import check_int, check_tensor, fail, require
 
 _BLOCK_ELEMENTS = 2**24  # of the largest temporary: 64 MiB in float32
-_TIE = 1e-6  # cosines this close are ties: a few roundings of a float32 dot product of unit vectors
+_TIE = 1e-6  # closer cosines are ties: a few roundings of a float32 dot product of unit vectors
 
 
 class Codes(NamedTuple):
@@ -38,7 +38,7 @@ class Codes(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Dense features that are computed or read on demand.
+    """Dense features, computed or read on demand.
 
     Attributes:
         shape: (B, d).
@@ -54,7 +54,7 @@ class Jaccard(NamedTuple):
 
     Attributes:
         mean: over all N latents.
-        mean_alive: over the latents alive in one stream or more.
+        mean_alive: over the latents alive in at least one stream.
         per_latent: float64 [N].
         alive: bool [N].
     """
@@ -70,8 +70,8 @@ class Probe(NamedTuple):
 
     Attributes:
         mean: of per_class, over the classes probed.
-        per_class: float64 [C], test log-loss in nats, NaN where the class was left out.
-        latents: int64 [C], the latent chosen, -1 where none was.
+        per_class: float64 [C], test log-loss in nats, NaN for classes left out.
+        latents: int64 [C], the latent chosen, -1 if none.
     """
 
     mean: float
@@ -81,18 +81,21 @@ class Probe(NamedTuple):
 
 @torch.no_grad()
 def jaccard(codes: Mapping[str, Codes], labels: Tensor) -> Jaccard:
-    """Do a latent's activations mean the same in every stream, judged by the labels of the rows it fires on?
+    """Compare a latent's meaning between streams by the labels of the rows on which it fires (weighted Jaccard).
 
-    For each stream, count how many of those rows carry each label; for a pair of streams, sum over labels of the
-    smaller count / sum of the larger (0 when neither met a label); average over the pairs of streams in which the
-    latent is alive. 0 for a latent alive in fewer than two streams.
+    For each stream, count how many of those rows have each label; for a pair of streams, sum over labels of the smaller
+    count / sum of the larger (0 if both are 0); average over the pairs of streams in which the latent is alive. 0 for a
+    latent alive in fewer than two streams.
 
     Args:
-        codes: of two or more streams over the same B rows and N latents.
-        labels: bool [B, C], multi-hot. Labels without a row and rows without a label are allowed; they count nothing.
+        codes: stream name -> codes, two or more streams over the same B rows and N latents.
+        labels: bool [B, C], multi-hot. Labels without a row and rows without a label count nothing.
 
     Returns:
-        Jaccard; `mean_alive` is 0 when no latent is alive. Memory: N x C floats for each stream.
+        Jaccard; `mean_alive` is 0 if no latent is alive. Memory: N x C floats per stream.
+
+    Raises:
+        ValueError: bad codes or labels.
 
     Equivalent to, with dense codes, the mean over pairs of `minimum(a, b).sum(1) / maximum(a, b).sum(1)` with
     `counts = [(c > 0).T.float() @ labels.float() for c in codes]`.
@@ -105,7 +108,7 @@ def jaccard(codes: Mapping[str, Codes], labels: Tensor) -> Jaccard:
     total = torch.zeros(first.n_latents, dtype=torch.float64, device=labels.device)
     for s, t in combinations(range(len(counts)), 2):
         shared, union = torch.minimum(counts[s], counts[t]), torch.maximum(counts[s], counts[t])
-        # 0 where the latent is dead in s or t, as its counts are
+        # 0 if the latent is dead in s or t, whose counts are then 0
         total += shared.sum(1, dtype=torch.float64) / union.sum(1, dtype=torch.float64).clamp_min(1)
     n_alive = alive.sum(0)
     per_latent = total / (n_alive * (n_alive - 1) // 2).clamp_min(1)
@@ -116,7 +119,14 @@ def jaccard(codes: Mapping[str, Codes], labels: Tensor) -> Jaccard:
 
 @torch.no_grad()
 def dead_fractions(codes: Mapping[str, Codes]) -> dict[str, float]:
-    """Fractions of the N latents that fired in no stream, in some, in every one: `all_dead`, `mixed`, `all_alive`."""
+    """Compute the fractions of the N latents that fired in no stream, in some streams, in every stream.
+
+    Args:
+        codes: stream name -> codes, over the same B rows and N latents.
+
+    Returns:
+        `all_dead`, `mixed` and `all_alive`.
+    """
     codes = _check_streams(codes, at_least=1)
     alive = torch.stack([_alive(c) for c in codes.values()])
     all_dead = (~alive.any(0)).double().mean().item()
@@ -131,22 +141,25 @@ def retrieval(
     ks: Sequence[int] = (1, 5, 10),
     watch: Callable[[range], Iterable[int]] = iter,
 ) -> dict[str, float]:
-    """Does row i of `query` find row i of `target` among all B by cosine similarity?
+    """Retrieve row i of `target` by row i of `query` among all B rows, ranked by cosine similarity.
 
-    The rank of the right answer is 1 + the number of others at least as similar: ties, cosines within 1e-6, count
-    against the query. So identical targets never help, and an all-zero row, whose cosine is 0 with everything, ranks
-    behind whatever is similar at all: if all codes are zero every rank is B. Chance is R@K = K / B.
+    The rank of row i is 1 + the number of others at least as similar; ties (cosines within 1e-6) count against the
+    query. So identical targets never help, and an all-zero row, whose cosines are all 0, ranks behind every row of
+    positive similarity; if all codes are zero every rank is B. Chance is R@K = K / B.
 
     Args:
         query: Codes, or floating [B, d] as a tensor or Rows. float16 and bfloat16 are computed in float32.
-        target: the same kind over the same N latents or of the same width (a cross-reconstruction against the raw
-            features, say).
-        ks: the K of R@K.
-        watch: wraps the range of queries, whose step is a block, to show progress.
+        target: the same kind over the same N latents or of the same width (for example raw features for a
+            cross-reconstruction).
+        ks: the values of K in R@K.
+        watch: wraps the range of query blocks, to show progress.
 
     Returns:
         `R@K` for every K, `median_rank` (the lower of the middle two, as torch.median), and `MRR`, the mean of
         1 / rank.
+
+    Raises:
+        ValueError: bad features, or query and target of different kind, width or number of rows.
 
     Works in blocks: at most 2^24 cosines, and as many numbers of Rows, are in memory at a time.
     """
@@ -168,7 +181,7 @@ def retrieval(
         ok = tuple(target.shape) == (rows, width)
         require(ok, "target", f"shape [{rows}, {width}]", f"shape {list(target.shape)}")
         lazy = isinstance(query, Rows) or isinstance(target, Rows)
-        # few passes over targets that are read again for every block of queries
+        # large query blocks, since the targets are read again for each
         block = max(1, _BLOCK_ELEMENTS // (2 * width if lazy else rows))
         step = max(1, _BLOCK_ELEMENTS // max(block, width)) if lazy else rows
         cosines = _dense_cosines(query, target)
@@ -177,7 +190,7 @@ def retrieval(
         own, against = cosines(start, min(start + block, rows))
         rank = torch.zeros(len(own), dtype=torch.int64, device=own.device)
         for first in range(0, rows, step):
-            rank += (against(first, min(first + step, rows)) >= own - _TIE).sum(1)  # its own is among them
+            rank += (against(first, min(first + step, rows)) >= own - _TIE).sum(1)  # counts row i itself
         parts.append(rank)
     ranks = torch.cat(parts)
     scores = {f"R@{k}": (ranks <= k).double().mean().item() for k in ks}
@@ -186,13 +199,19 @@ def retrieval(
 
 @torch.no_grad()
 def activation_cosine(codes: Mapping[str, Codes], watch: Callable[[range], Iterable[int]] = iter) -> Tensor:
-    """Cosine between a latent's activations in two streams over all rows, averaged over the pairs: float64 [N].
+    """Compute the cosine between a latent's activations in two streams over all rows, averaged over pairs of streams.
 
-    Needs no labels. 0 in a pair where the latent is dead in one of the two.
+    Needs no labels. 0 for a pair if the latent is dead in either stream.
 
     Args:
-        codes: of two or more streams over the same B rows and N latents.
-        watch: wraps the range of rows, whose step is a block, to show progress.
+        codes: stream name -> codes, two or more streams over the same B rows and N latents.
+        watch: wraps the range of row blocks, to show progress.
+
+    Returns:
+        float64 [N].
+
+    Raises:
+        ValueError: bad codes.
     """
     streams = list(_check_streams(codes, at_least=2).values())
     S, n = len(streams), streams[0].n_latents
@@ -212,7 +231,16 @@ def activation_cosine(codes: Mapping[str, Codes], watch: Callable[[range], Itera
 
 @torch.no_grad()
 def top_rows(codes: Codes, latent: int, n: int) -> tuple[Tensor, Tensor]:
-    """Rows on which a latent fires most: int64 [m] and their values [m], descending, m <= n; ties to the lower row."""
+    """Find the rows on which a latent has its largest values.
+
+    Args:
+        codes: of one stream.
+        latent: 0..N - 1.
+        n: number of rows, at most.
+
+    Returns:
+        Rows, int64 [m], and their values [m], descending, ties to the lower row; only positive values, m <= n.
+    """
     _check_codes("codes", codes)
     codes = Codes(*codes)
     check_int("latent", latent, 0, codes.n_latents - 1)
@@ -226,15 +254,17 @@ def top_rows(codes: Codes, latent: int, n: int) -> tuple[Tensor, Tensor]:
 def explained_variance(
     batches: Iterable[tuple[Mapping[str, Tensor], Mapping[tuple[str, str], Tensor]]],
 ) -> dict[tuple[str, str], float]:
-    """1 - FVU for every pair: 1 - sum_b |x_t - R[t<-s]|^2 / sum_b |x_t - mean x_t|^2, the mean being that of all rows.
+    """Compute 1 - FVU of every pair: 1 - sum_b |x_t - R[t<-s]|^2 / sum_b |x_t - mean x_t|^2, the mean over all rows.
 
     Args:
         batches: pairs (inputs, reconstructions): inputs {t: [b, d_t]}, reconstructions {(t, s): [b, d_t]} of target t
             from source s; every batch has the same pairs. One pass, a batch at a time; sums are float64.
 
     Returns:
-        {(t, s): explained variance}. At most 1; negative when the mean alone would do better; NaN for a target without
-        variance.
+        {(t, s): explained variance}. At most 1; negative if worse than the mean; NaN for a target without variance.
+
+    Raises:
+        ValueError: no batch, other pairs than in the first batch, or a wrong shape.
 
     Equivalent to, for one pair: `sklearn.metrics.r2_score(x, recon, multioutput="variance_weighted")`.
     """
@@ -270,23 +300,27 @@ def probe_1d(
     seed: int = 0,
     watch: Callable[[range], Iterable[int]] = iter,
 ) -> Probe:
-    """How well one latent alone predicts a class: test log-loss of the best one, in nats (ln 2 = 0.693 is chance).
+    """Predict each class from its best single latent: test log-loss in nats (ln 2 = 0.693 is chance).
 
-    For each class: as many negative rows as positive ones (or the reverse, where negatives are fewer), divided
-    70/15/15 with equal halves; the candidates are the `n_candidates` latents that fire on most of the class's rows
-    (among those that fire in the training part; ties to the lower latent); a logistic regression on each (penalty
-    weight^2 / 2, scikit-learn's default); the best on validation is scored on test. A class for which no latent fires
-    in the training part scores ln 2.
+    For each class: as many negative rows as positive ones (or the reverse, if negatives are fewer), split 70/15/15 with
+    balanced classes; the candidates are the `n_candidates` latents that fire on most of the class's rows (among those
+    that fire in the training part; ties to the lower latent); a logistic regression on each (penalty weight^2 / 2,
+    scikit-learn's default); the best on validation is scored on test. A class for which no latent fires in the training
+    part scores ln 2.
 
     Args:
         codes: of one stream.
         labels: bool [B, C], multi-hot.
+        n_candidates: latents probed per class.
         min_count: classes need more positive and more negative rows than this, at least 6; others are left out (NaN).
         seed: of the sampling; a class's rows do not depend on the other classes.
         watch: wraps the range of classes, to show progress.
 
     Returns:
-        Probe; its mean is NaN when no class has enough rows.
+        Probe; its mean is NaN if no class has enough rows.
+
+    Raises:
+        ValueError: bad codes, labels or numbers.
     """
     _check_codes("codes", codes)
     codes = Codes(*codes)
@@ -317,12 +351,12 @@ def probe_1d(
 
 
 def _alive(codes: Codes) -> Tensor:
-    """bool [N]: fired on some row."""
+    """Whether each latent fires on any row, bool [N]."""
     return torch.bincount(codes.indices[codes.values > 0], minlength=codes.n_latents) > 0
 
 
 def _label_counts(codes: Codes, labels: Tensor) -> Tensor:
-    """float32 [N, C], exact below 2^24: rows with label c on which latent n fired."""
+    """Number of rows with label c on which latent n fires: float32 [N, C], exact below 2^24."""
     rows, slots = (codes.values > 0).nonzero(as_tuple=True)
     where = torch.stack([codes.indices[rows, slots], rows])
     ones = torch.ones(len(rows), device=labels.device)
@@ -331,8 +365,8 @@ def _label_counts(codes: Codes, labels: Tensor) -> Tensor:
 
 
 def _dense_cosines(query: Tensor | Rows, target: Tensor | Rows):
-    """Function of a range of queries -> their cosines with their own targets [b, 1], and a function of a range of
-    targets -> cosines [b, t]."""
+    """Function of a query range -> cosines with the queries' own targets [b, 1], and a function of a target range ->
+    cosines [b, t]."""
 
     def unit(features, start, stop):
         x = features.read(start, stop) if isinstance(features, Rows) else features[start:stop]
@@ -347,7 +381,7 @@ def _dense_cosines(query: Tensor | Rows, target: Tensor | Rows):
 
 
 def _sparse_cosines(query: Codes, target: Codes):
-    """The same for codes. Only that block of queries becomes dense."""
+    """`_dense_cosines` of codes; only the block of queries becomes dense."""
     query = query._replace(values=F.normalize(_at_least_float32(query.values), eps=1e-8))
     target_values = F.normalize(_at_least_float32(target.values), eps=1e-8).to(query.values.dtype)
 
@@ -366,13 +400,13 @@ def _sparse_cosines(query: Codes, target: Codes):
 
 
 def _block(codes: Codes, rows: slice) -> Tensor:
-    """Some rows, dense: [b, N]."""
+    """Dense codes of some rows, [b, N]."""
     values = codes.values[rows]
     return values.new_zeros(len(values), codes.n_latents).scatter_add(1, codes.indices[rows], values)
 
 
 def _merge_moments(old: tuple[int, Tensor, Tensor] | None, x: Tensor) -> tuple[int, Tensor, Tensor]:
-    """Rows, mean [d] and summed squared deviation from it, of the rows so far and x together (Chan's formula)."""
+    """Add rows x to a count, mean [d] and summed squared deviation from the mean (Chan's formula)."""
     n, mean = len(x), x.mean(0)
     spread = (x - mean).square().sum()
     if old is None:
@@ -390,7 +424,7 @@ def _balanced_rows(positive: Tensor, seed: int) -> Tensor:
 
 
 def _candidates(codes: Codes, positive: Tensor, train_rows: Tensor, n: int) -> Tensor:
-    """At most n latents that fire in train_rows, those that fire on most positive rows first."""
+    """At most n latents that fire in train_rows, in descending order of the positive rows on which they fire."""
     fired = codes.values > 0
     together = torch.bincount(codes.indices[positive][fired[positive]], minlength=codes.n_latents)
     seen = codes.indices[train_rows][fired[train_rows]].unique()  # ascending
@@ -398,8 +432,8 @@ def _candidates(codes: Codes, positive: Tensor, train_rows: Tensor, n: int) -> T
 
 
 def _columns(codes: Codes, rows: Tensor, latents: Tensor) -> Tensor:
-    """float64 [len(rows), len(latents)]: the codes at these rows and latents."""
-    column = torch.full((codes.n_latents,), len(latents), device=rows.device)  # the last column takes the rest
+    """Codes at some rows and latents, float64 [len(rows), len(latents)]."""
+    column = torch.full((codes.n_latents,), len(latents), device=rows.device)  # the last column collects other latents
     column[latents] = torch.arange(len(latents), device=rows.device)
     out = torch.zeros(len(rows), len(latents) + 1, dtype=torch.float64, device=rows.device)
     return out.scatter_add_(1, column[codes.indices[rows]], codes.values[rows].double())[:, :-1]
@@ -413,7 +447,7 @@ def _log_loss(logits: Tensor, y: Tensor) -> Tensor:
 def _fit_logistic(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """M separate regressions on one variable each: x [n, M], y [n, 1] -> weight, bias [M].
 
-    Minimises n * log-loss + weight^2 / 2 by Newton's method, halving a step as long as it does not descend.
+    Minimises n * log-loss + weight^2 / 2 by Newton's method with step halving until the objective descends.
     """
     n = len(x)
     weight, bias = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1])
@@ -438,7 +472,7 @@ def _fit_logistic(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
                 break
             step = torch.where(new <= loss, step, step / 2)
         step = torch.where(new <= loss, step, 0.0)
-        if not step.any():  # only rounding is left
+        if not step.any():  # converged up to rounding
             break
         weight, bias = weight - step * d_w, bias - step * d_b
         loss = torch.minimum(new, loss)
@@ -450,7 +484,7 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 def _check_features(name: str, value) -> Codes | Tensor | Rows:
-    """Return what was given; any tuple of three is Codes."""
+    """Check features; a tuple of three becomes Codes."""
     if isinstance(value, Rows):
         require(value.shape[0] > 0, name, "at least one row", "none")
         return value
@@ -480,7 +514,7 @@ def _check_codes(name: str, value) -> None:
 
 
 def _check_streams(codes, at_least: int) -> dict[str, Codes]:
-    """Codes by stream, all over the same rows and latents."""
+    """Check codes by stream, over the same rows and latents."""
     ok = isinstance(codes, Mapping) and len(codes) >= at_least
     got = f"{len(codes)} streams" if isinstance(codes, Mapping) else codes
     require(ok, "codes", f"a dict of Codes by stream, of {at_least} or more streams", got)

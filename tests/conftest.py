@@ -1,6 +1,7 @@
 """Triton kernels run for real where there is a GPU and in Triton's interpreter elsewhere; fresh memory is poisoned."""
 
 import gc
+import inspect
 import os
 
 import torch
@@ -23,17 +24,21 @@ torch.set_num_threads(1)  # tiny tensors: threads would only wait for each other
 
 
 def quicken_interpreter() -> None:
-    """Leave out half of what Triton's interpreter does, none of which changes a result: the functions of its language
-    are replaced again at every call of one jit function by another; sums of integers are checked for overflow and the
-    answer is dropped unless `debug` is set; a dictionary of all types is made whenever one is looked up."""
+    """Leave out most of the interpreter's bookkeeping, none of which changes a result.
+
+    The functions of Triton's language are replaced again at every call of one jit function by another, through a
+    wrapper in a wrapper; sums of integers are checked for overflow and the answer is dropped unless `debug` is set; a
+    dictionary of all types is made whenever one is looked up. Shapes are checked, made tuples with types of their own
+    and compared element by element at every operation.
+    """
     from triton.runtime import interpreter
 
     language, patch, look_up = interpreter.tl, interpreter._patch_lang, interpreter._get_np_dtype
-    dtypes = {}
+    core, semantic, dtypes = language.core, interpreter.TritonSemantic, {}
 
     def patch_once(fn):
-        modules = [m for m in (language, language.core) if any(m is value for value in fn.__globals__.values())]
-        done = not any(language.core.is_builtin(m.arange) for m in modules)
+        modules = [m for m in (language, core) if any(m is value for value in fn.__globals__.values())]
+        done = not any(core.is_builtin(m.arange) for m in modules)
         return interpreter._LangPatchScope() if done else patch(fn)
 
     def np_dtype(tt_dtype):
@@ -45,9 +50,105 @@ def quicken_interpreter() -> None:
     interpreter._patch_lang, interpreter._get_np_dtype = patch_once, np_dtype
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
 
+    def patch_attr(obj, name, member, builder, scope=None):
+        fn = inspect.unwrap(member)
+
+        def call(*args, **kwargs):
+            kwargs["_semantic"] = interpreter.interpreter_semantic
+            return fn(*args, **kwargs)
+
+        scope.set_attr(obj, name, call) if scope is not None else setattr(obj, name, call)
+
+    if "_semantic" in inspect.getsource(interpreter._patch_attr):
+        interpreter._patch_attr = patch_attr
+
+    block_init, tensor_init, broadcast = core.block_type.__init__, core.tensor.__init__, semantic.broadcast_impl_value
+    shapes, constants = {}, {}
+
+    def block_type_init(self, element_ty, shape):
+        key = tuple([d.value if type(d) is core.constexpr else d for d in shape])
+        if key not in shapes:
+            block_init(self, element_ty, shape)
+            shapes[key] = {n: v for n, v in vars(self).items() if n != "element_ty"}
+        vars(self).update(shapes[key], element_ty=element_ty, dims=key)
+
+    def name(self):
+        return f"<{self.shape}, {self.element_ty}>"
+
+    def tensor_type_init(self, handle, type):
+        dims = type.dims if type.is_block() else ()
+        if dims not in constants:
+            tensor_init(self, handle, type)
+            constants[dims] = self.shape, self.numel
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = constants[dims]
+
+    def broadcast_impl_value(self, lhs, rhs):
+        a, b = lhs.type, rhs.type
+        if a.is_block() == b.is_block() and (not a.is_block() or a.dims == b.dims):
+            return lhs, rhs
+        return broadcast(self, lhs, rhs)
+
+    equal, unwrap, plain = core.dtype.__eq__, core._unwrap_if_constexpr, {core.tensor, int, float, bool, str}
+
+    def unwrap_if_constexpr(o):
+        return o.value if type(o) is core.constexpr else o if type(o) in plain else unwrap(o)
+
+    core.dtype.__eq__ = lambda self, other: self is other or equal(self, other)
+    core._unwrap_if_constexpr = unwrap_if_constexpr
+    core.block_type.__init__, core.block_type.name = block_type_init, property(name, lambda self, value: None)
+    core.tensor.__init__, semantic.broadcast_impl_value = tensor_type_init, broadcast_impl_value
+
 
 if not CUDA:
     quicken_interpreter()
+
+
+# By CPU seconds, the most first: what is long must not begin when the other worker is about to end.
+LONG = [
+    "gpu_report",
+    "module",
+    "verify",
+    "optimizer",
+    "stand_in",
+    "audit",
+    "benchmarks",
+    "demo",
+    "decode",
+    "encode",
+    "documents",
+    "official_replay",
+    "faults",
+    "tune",
+    "compiler",
+    "contract",
+    "step",
+    "trainer",
+    "runs",
+    "cost",
+    "adversarial",
+    "distributed",
+    "data",
+]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests stay in one worker (pytest -n 2), so that what its fixtures make is made once."""
+    if config.option.dist != "load":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+    for item in items:
+        if not CUDA and getattr(item, "callspec", None) and item.callspec.params.get("impl") == "triton":
+            item.add_marker("interpreter")
 
 
 def pytest_collection_finish():
@@ -64,6 +165,22 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def quick_streams(tmp_path_factory):
+    """`unicode_streams(0, quick=True)`, built once for all workers: drawing and reducing it takes 13 CPU seconds."""
+    import fcntl
+
+    from sparc_kernels.data import unicode_streams
+
+    folder = tmp_path_factory.getbasetemp()
+    file = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "quick_streams.pt"
+    with open(file.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not file.exists():
+            torch.save(unicode_streams(0, quick=True), file)
+    return torch.load(file, weights_only=False)
 
 
 @pytest.fixture(params=["torch", "triton"])

@@ -18,8 +18,8 @@ def rendered():
 
 
 @pytest.fixture(scope="module")
-def quick():
-    return unicode_streams(0, quick=True)
+def quick(quick_streams):
+    return quick_streams
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ import sparc_kernels
 from benchmarks import __main__ as benchmark
 from benchmarks import gpu_report, plot, report
 from sparc_kernels import cli
+from sparc_kernels.cli import demo
 
 ROOT = Path(__file__).resolve().parents[1]
 TOP = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
@@ -40,30 +41,32 @@ PARSERS = {
 }
 RECORDED = "docs/results.md"  # its commands made the records
 ELSEWHERE = {  # command -> what runs it, or a smaller one; here its arguments are read
-    "sparc-kernels demo --out demo": "tests/test_demo.py::quick",
+    "sparc-kernels demo --out demo": "tests/cli/test_demo.py::quick",
     "python -m pytest -q -n 2": ".ci/run",
-    "python -m pytest -q tests/ops/test_selection.py": ".ci/run",
-    "sparc-kernels verify": "tests/test_verify.py::test_command_passes_and_writes_json",
-    "sparc-kernels verify --interpret": "tests/test_verify.py::test_interpreted_kernels",
-    "sparc-kernels verify --adversarial": "tests/test_adversarial.py::test_the_command_passes_and_writes_json",
-    "sparc-kernels verify --compile": "tests/test_compile.py::test_interpreted_process_compiles_too",
-    "sparc-kernels audit --quick": "tests/test_audit.py::test_nothing_spills_and_everything_fits",
-    "sparc-kernels cost": "tests/test_cost.py::test_without_triton",
-    "sparc-kernels tune --shape 256,8192,64,1024,3": "tests/test_tune.py::test_limit_is_told",
-    "python benchmarks/gpu_report.py --call correctness": "tests/test_gpu_report.py::test_the_correctness_call",
-    "python benchmarks/gpu_report.py --call timing": "tests/test_gpu_report.py::test_the_timing_call",
-    "python -m benchmarks": "tests/test_benchmarks.py::made",
-    "python -m benchmarks --device cpu --quick --out run.json": "tests/test_benchmarks.py::made",
+    "python -m pytest -q tests/ops/test_latent_reduce.py": ".ci/run",
+    "sparc-kernels verify": "tests/tools/test_verify.py::test_command_passes_and_writes_json",
+    "sparc-kernels verify --interpret": "tests/tools/test_verify.py::test_interpreted_kernels",
+    "sparc-kernels verify --adversarial": "tests/tools/test_adversarial.py::test_the_command_passes_and_writes_json",
+    "sparc-kernels verify --compile": "tests/tools/test_compiler.py::test_interpreted_process_compiles_too",
+    "sparc-kernels audit --quick": "tests/tools/test_audit.py::test_nothing_spills_and_everything_fits",
+    "sparc-kernels cost": "tests/tools/test_cost.py::test_without_triton",
+    "sparc-kernels tune --shape 256,8192,64,1024,3": "tests/tools/test_tune.py::test_limit_is_told",
+    "python benchmarks/gpu_report.py --call correctness":
+        "tests/benchmarks/test_gpu_report.py::test_the_correctness_call",
+    "python benchmarks/gpu_report.py --call timing": "tests/benchmarks/test_gpu_report.py::test_the_timing_call",
+    "python -m benchmarks": "tests/benchmarks/test_benchmarks.py::made",
+    "python -m benchmarks --device cpu --quick --out run.json": "tests/benchmarks/test_benchmarks.py::made",
     "python -m benchmarks --official CLONE --filter 'open-images.*full' --minutes 5":
-        "tests/test_benchmarks.py::test_the_official_class_is_run_from_its_folder",
+        "tests/benchmarks/test_benchmarks.py::test_the_official_class_is_run_from_its_folder",
     "python -m benchmarks --quick --compare old.json --fail-on-regression 10":
-        "tests/test_benchmarks.py::test_a_planted_twofold_slowdown_is_caught",
+        "tests/benchmarks/test_benchmarks.py::test_a_planted_twofold_slowdown_is_caught",
     "python -m benchmarks --compare old.json --with new.json":
-        "tests/test_benchmarks.py::test_a_planted_twofold_slowdown_is_caught",
-    "python -m benchmarks.report": "tests/test_benchmarks.py::test_readme_and_results_are_what_the_records_say",
+        "tests/benchmarks/test_benchmarks.py::test_a_planted_twofold_slowdown_is_caught",
+    "python -m benchmarks.report":
+        "tests/benchmarks/test_benchmarks.py::test_readme_and_results_are_what_the_records_say",
     "python -m benchmarks.plot run.json --out plots":
-        "tests/test_benchmarks.py::test_plots_are_drawn_from_the_record_alone",
-    "pytest benchmarks": "tests/test_benchmarks.py::test_pytest_benchmark_runs_the_same_cases",
+        "tests/benchmarks/test_benchmarks.py::test_plots_are_drawn_from_the_record_alone",
+    "pytest benchmarks": "tests/benchmarks/test_benchmarks.py::test_pytest_benchmark_runs_the_same_cases",
 }  # fmt: skip
 
 
@@ -133,8 +136,12 @@ def as_on_a_gpu(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_every_block_runs(document, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_every_block_runs(document, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
+    if document == "README.md":  # its demo --only-data --quick
+        streams = request.getfixturevalue("quick_streams")
+        monkeypatch.setattr(demo, "unicode_streams", lambda seed, quick: {(0, True): streams}[seed, quick])
     if not torch.cuda.is_available():
         as_on_a_gpu(monkeypatch)
     for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("MASTER_ADDR", "127.0.0.1")):
@@ -227,7 +234,7 @@ def test_commands_and_options_in_the_prose_exist(capsys):
         with pytest.raises(SystemExit):
             cli.parse([name, "--help"])
     options = set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))
-    options |= {"--all", "--strict"}  # of tests/launch_everything.py and twine
+    options |= {"--all", "--strict"}  # of tests/scripts/launch_everything.py and twine
     asked = {option for span in spans for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", span)}
     assert len(asked) > 20 and asked <= options, asked - options
     named = {span.split()[1] for span in spans if re.match(r"sparc-kernels [a-z]", span)}

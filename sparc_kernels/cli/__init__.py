@@ -10,7 +10,7 @@ from importlib import import_module
 from .. import __version__
 from ..core.console import ends_with_its_pipe
 
-# name -> its module in the package, with add_arguments(parser) and run(args) -> exit code, and its line of help
+# name -> (module with add_arguments(parser) and run(args) -> exit code, line of help)
 SUBCOMMANDS = {
     "demo": ("cli.demo", "train on real data built on the spot, print the alignment table, write figures"),
     "train": ("cli.train", "train on feature files, with checkpoints to resume from"),
@@ -40,31 +40,49 @@ SUBCOMMANDS = {
 
 
 def wait_asleep() -> None:
-    """Let PyTorch's threads sleep while they wait, unless the user has said how.
+    """Let idle OpenMP threads sleep instead of spin, unless the environment already sets how.
 
-    OpenMP, which is asked when torch is loaded, lets them spin for milliseconds at the end of every loop: beside other
-    work they take the core of the thread that they wait for (docs/decisions.md has figures).
+    Takes effect only before torch is loaded. Spinning threads hold cores that other work needs (docs/decisions.md).
     """
     if "torch" not in sys.modules and "GOMP_SPINCOUNT" not in os.environ:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
+    """Parse a command line.
+
+    Args:
+        argv: subcommand and its arguments, without the program's name.
+
+    Returns:
+        The arguments; `command` is the subcommand.
+
+    Raises:
+        SystemExit: after printing help, the version or an error of usage.
+    """
     parser = argparse.ArgumentParser(prog="sparc-kernels", description="Concept-aligned sparse autoencoders, fast.")
     parser.add_argument("--version", action="version", version=f"sparc_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
     for name, (module, text) in SUBCOMMANDS.items():
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        if name in argv[:1]:  # the others need not be imported to print help
+        if name in argv[:1]:  # only the chosen one is imported
             import_module(f"..{module}", __package__).add_arguments(command)
     return parser.parse_args(argv)
 
 
 @ends_with_its_pipe
 def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand.
+
+    Args:
+        argv: its name and arguments; None: those of the process.
+
+    Returns:
+        Exit code.
+    """
     wait_asleep()
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         return import_module(f"..{SUBCOMMANDS[args.command][0]}", __package__).run(args)
-    except KeyboardInterrupt:  # loading torch takes seconds
+    except KeyboardInterrupt:  # also while torch loads, which takes seconds
         return 130

@@ -1,4 +1,4 @@
-"""Command line arguments that several subcommands have."""
+"""Command line arguments shared by several subcommands."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FEATURES = (
 
 
 def stream_file(text: str) -> tuple[str, Path]:
-    """NAME=FILE."""
+    """Parse NAME=FILE."""
     name, equals, path = text.partition("=")
     if not (name and equals and path):
         raise argparse.ArgumentTypeError(f"expected NAME=FILE, got {text!r}")
@@ -20,7 +20,7 @@ def stream_file(text: str) -> tuple[str, Path]:
 
 
 def stream_features(text: str) -> tuple[str, Path | list[Path]]:
-    """NAME=FILE, or NAME=FILE,FILE,... for its shards; a file whose name has a comma is that file."""
+    """Parse NAME=FILE, or NAME=FILE,FILE,... for shards; an existing file whose name contains a comma is one file."""
     from ..io.files import SUFFIXES, split_dataset
 
     name, path = stream_file(text)
@@ -30,7 +30,7 @@ def stream_features(text: str) -> tuple[str, Path | list[Path]]:
 
 
 class _Streams(argparse.Action):
-    """Collects such options into a dict, and refuses a name given twice."""
+    """Collect repeated NAME=FILE options into a dict; a repeated name is an error."""
 
     def __call__(self, parser, namespace, value, option_string=None):
         streams = dict(getattr(namespace, self.dest) or {})
@@ -41,6 +41,13 @@ class _Streams(argparse.Action):
 
 
 def add_stream_argument(parser, flag: str, text: str, required: bool = False) -> None:
-    """A repeatable NAME=FILE option, of features where its flag says stream; `parser` may be a group."""
+    """Add a repeatable NAME=FILE option.
+
+    Args:
+        parser: an argument parser or a group of one.
+        flag: name of the option; one that ends in "stream" takes feature files, so shards too.
+        text: line of help.
+        required: whether the option must be given at least once.
+    """
     kind = stream_features if flag.endswith("stream") else stream_file
     parser.add_argument(flag, action=_Streams, type=kind, metavar="NAME=FILE", required=required, help=text)

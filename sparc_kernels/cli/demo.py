@@ -1,4 +1,4 @@
-"""`sparc-kernels demo`: trains four configurations on real data built on the spot and compares their latents."""
+"""`sparc-kernels demo`: train four configurations on real data built on the spot and compare their latents."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ..nn.module import AlignedSAE
 from ..train.config import TrainConfig
 from ..train.trainer import Interrupted, Trainer
 
-CONFIGURATIONS = {  # name -> topk_type, cross_loss_coef; the first is SPARC, the others leave one part out, or both
+CONFIGURATIONS = {  # name -> topk_type, cross_loss_coef; the first is SPARC, the others ablate one part or both
     "global+cross": ("global", 1.0),
     "global": ("global", 0.0),
     "local+cross": ("local", 1.0),
@@ -38,7 +38,7 @@ COLORS = {"global+cross": "#c2410c", "global": "#d97706", "local+cross": "#2563e
 
 @dataclass(frozen=True)
 class Settings:
-    """One training run. The data are 2,544 rows, 10 steps an epoch, so everything is shorter than the paper's."""
+    """One training run. The data have 2,544 rows, 10 steps an epoch, so schedules are shorter than the paper's."""
 
     steps: int
     lr: float
@@ -54,6 +54,7 @@ QUICK = Settings(steps=200, lr=2e-3)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the subcommand."""
     out = Path("sparc-demo")
     parser.add_argument("--out", type=Path, default=out, help=f"folder of the results (default {out})")
     parser.add_argument(
@@ -67,8 +68,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code: 0; 2 when an argument, the output folder or a missing package stands in the way; 130 after Ctrl-C,
-    143 after SIGTERM while training."""
+    """Run the demo.
+
+    Args:
+        args: as `add_arguments` declares them.
+
+    Returns:
+        Exit code: 0; 2 for an invalid argument, an unusable output folder or a missing package; 130 after Ctrl-C, 143
+        after SIGTERM while training.
+    """
     if not 0 <= args.seed < 2**32:
         return _refuse(f"--seed: expected an integer in 0..{2**32 - 1}, got {args.seed}")
     try:
@@ -91,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         return _refuse(str(error))
     except BrokenPipeError:
         raise  # for `ends_with_its_pipe`
-    except OSError as error:  # a full disk, a folder that went away
+    except OSError as error:  # for example a full disk
         return _refuse(str(error))
     return 0
 
@@ -103,7 +111,7 @@ def _refuse(message: str) -> int:
 
 def _demo(out: Path, seed: int, quick: bool, device: torch.device, only_data: bool = False) -> None:
     started = time.perf_counter()
-    import_matplotlib()  # before the work, so that a missing package is known at once
+    import_matplotlib()  # a missing package is reported before the work
     settings = QUICK if quick else FULL
     if quick:
         print("Quick run: fewer characters and steps. Leave out --quick for the figures to quote.")
@@ -159,7 +167,12 @@ def _demo(out: Path, seed: int, quick: bool, device: torch.device, only_data: bo
 
 
 def write_files(data: StreamData, out: Path) -> None:
-    """The data as `sparc-kernels train`, `eval` and `show` take them, in the folders train and test."""
+    """Write features, labels, names and pictures for `sparc-kernels train`, `eval` and `show`.
+
+    Args:
+        data: streams with their splits.
+        out: folder that gets label_names.txt and the folders train and test.
+    """
     parts = {"train": (data.train, data.train_rows), "test": (data.test, data.test_rows)}
     for part, (streams, rows) in parts.items():
         folder = out / part
@@ -185,10 +198,19 @@ def train_steps(
     seed: int,
     on_step: Callable[[int, Tensor], None] = lambda step, loss: None,
 ) -> dict[str, list[float]]:
-    """The official training step in its order, on shuffled batches of `streams` ({s: [n, d_s]}, on the CPU).
+    """Train for `settings.steps` steps in the official order, on shuffled batches.
 
-    Returns: curves, every tenth step: `step`, and the NMSE of the self and of the cross reconstructions, averaged over
-    streams and pairs (also where the cross term is not part of the loss).
+    Args:
+        model: trained in place.
+        streams: {s: [n, d_s]}, on the CPU.
+        cross_coef: weight of the cross-reconstruction loss.
+        settings: steps, learning rate, batch size and intervals.
+        seed: of batch order and re-initialisation.
+        on_step: called after each step with its number and loss.
+
+    Returns:
+        Curves, every tenth step: `step`, and the NMSE of the self and of the cross reconstructions, averaged over
+        streams and pairs (also where the cross term is not part of the loss).
     """
     curves = {"step": [], "self": [], "cross": []}
 
@@ -209,11 +231,11 @@ def train_steps(
         cross_coef=cross_coef,
         lr=settings.lr,
         batch_size=settings.batch_size,
-        epochs=settings.steps,  # more than max_steps needs
+        epochs=settings.steps,  # an upper bound: max_steps ends the run
         max_steps=settings.steps,
         reinit_every=settings.reinit_every,
         seed=seed,
-        normalize=False,  # the data are
+        normalize=False,  # the data already are
     )
     Trainer(
         config, streams, model=model, optimizer=lambda model: _Adam(model, settings.lr), on_step=follow, quiet=True
@@ -222,7 +244,7 @@ def train_steps(
 
 
 class _Adam(torch.optim.Adam):
-    """PyTorch's Adam after the official normalisation and projection, with which the README's figures were made."""
+    """PyTorch's Adam after the official normalisation and projection; the README's figures were made with it."""
 
     def __init__(self, model: AlignedSAE, lr: float):
         super().__init__(model.parameters(), lr=lr)
@@ -268,31 +290,47 @@ class _Progress:
 
 
 def score(model: AlignedSAE, streams: dict[str, Tensor], labels: Tensor) -> tuple[dict, dict[str, Codes]]:
-    """Alignment of a trained model on held-out rows, {s: [B, d_s]} on the CPU and bool [B, C].
+    """Score the alignment of a trained model on held-out rows.
 
-    Returns: scores and the codes of streams that select alone. Scores: `own`, with the selection the model was trained
-    with (global selection lets streams see each other), and `local`, each stream selecting alone with the same weights:
-    Jaccard, dead and mixed fractions, explained variance. `jaccard_chance` is the Jaccard of the same codes after each
-    stream has numbered its latents at random. `latent` and `cross_recon`: retrieval, local only, averaged over the
-    ordered pairs of streams.
+    Args:
+        model: trained.
+        streams: {s: [B, d_s]}, on the CPU.
+        labels: bool [B, C].
+
+    Returns:
+        Scores, and the codes under local selection. Scores: `own`, with the selection used in training (global
+        selection lets streams see each other), and `local`, each stream selecting alone with the same weights: Jaccard,
+        dead and mixed fractions, explained variance. `jaccard_chance` is the Jaccard of the same codes with each
+        stream's latents renumbered at random. `latent` and `cross_recon`: retrieval, local only, averaged over the
+        ordered pairs of streams.
     """
-    found, codes = evaluate(model, Features(streams, normalize=False), labels, probe=False)
-    means = found["retrieval"]["mean"]
+    record, codes = evaluate(model, Features(streams, normalize=False), labels, probe=False)
+    means = record["retrieval"]["mean"]
     keys = ("jaccard", "jaccard_alive", "jaccard_chance", "all_dead", "mixed", "explained_variance_self",
             "explained_variance_cross")  # fmt: skip
-    scores = {kind: {key: found[kind][key] for key in keys} for kind in ("own", "local")}
+    scores = {kind: {key: record[kind][key] for key in keys} for kind in ("own", "local")}
     return scores | {"latent": means["latent"], "cross_recon": means["cross_reconstruction"]}, codes["local"]
 
 
 def leads(scores: dict[str, dict]) -> bool:
-    """global+cross is first in Jaccard, under either selection, and in latent R@1."""
+    """Return whether global+cross is first in Jaccard, under either selection, and in latent R@1.
+
+    Args:
+        scores: configuration -> scores as `score` returns them.
+    """
     others = [score for name, score in scores.items() if name != "global+cross"]
     columns = (("own", "jaccard"), ("local", "jaccard"), ("latent", "R@1"))
     return all(scores["global+cross"][part][key] > max(score[part][key] for score in others) for part, key in columns)
 
 
 def format_table(scores: dict[str, dict], chance: dict[str, float], held_out: int) -> str:
-    """The alignment table as text: a column for each configuration, and chance."""
+    """Format the alignment table: a column for each configuration, and chance.
+
+    Args:
+        scores: configuration -> scores as `score` returns them.
+        chance: retrieval scores of a random order.
+        held_out: rows scored.
+    """
     agreement = (
         ("Jaccard, all latents", "jaccard"),
         ("Jaccard, alive latents", "jaccard_alive"),
@@ -324,7 +362,12 @@ def format_table(scores: dict[str, dict], chance: dict[str, float], held_out: in
 
 
 def plot_curves(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """Self and cross NMSE of the training batches over the steps."""
+    """Plot self and cross NMSE of the training batches over the steps.
+
+    Args:
+        curves: configuration -> curves as `train_steps` returns them.
+        path: of the image.
+    """
     from matplotlib.ticker import LogLocator, NullLocator
 
     figure = import_matplotlib()(figsize=(10, 4), layout="constrained")
@@ -345,10 +388,14 @@ def plot_curves(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 
 def plot_gallery(data: StreamData, codes: dict[str, Codes], path: Path, columns: int = 3, rows: int = 4) -> None:
-    """The best aligned latents: what excites each most in every stream, among the held-out characters.
+    """Draw the best aligned latents with their top held-out characters in every stream.
 
     Args:
+        data: streams with pictures and names.
         codes: of the held-out rows, selected locally, for the streams `sans`, `serif` and `name`.
+        path: of the image.
+        columns: of the grid of latents.
+        rows: of the grid of latents.
     """
     figure = import_matplotlib()(figsize=(5 * columns, 2.55 * rows + 1))
     figure.text(0.025, 0.985, "Twelve latents, three streams each", size=19, weight="bold", va="top")
@@ -381,7 +428,7 @@ def plot_gallery(data: StreamData, codes: dict[str, Codes], path: Path, columns:
 
 
 def _strip(images: Tensor, shaded: Tensor, places: int) -> Tensor:
-    """uint8 [n, 32, 32], 255 is ink, and bool [n] -> float RGB [36, 36 places, 3], dark on shaded or white paper."""
+    """Lay images uint8 [n, 32, 32], 255 is ink, side by side: float RGB [36, 36 places, 3], dark on shaded or white."""
     empty = places - len(images)
     ink = F.pad(images.float() / 255, (2, 2, 2, 2, 0, empty)).unsqueeze(-1)
     shaded = F.pad(shaded, (0, empty))[:, None, None, None]
@@ -390,16 +437,16 @@ def _strip(images: Tensor, shaded: Tensor, places: int) -> Tensor:
 
 
 def _best_aligned(activations, codes, data: StreamData, n: int) -> list[tuple[int, str, float]]:
-    """At most n latents with a different word each: (latent, word, Jaccard), those both aligned and nameable first.
+    """At most n latents with distinct words: (latent, word, Jaccard), by Jaccard times the word's F1, descending.
 
-    A latent's word has the best F1 as a predictor of where it fired, averaged over streams.
+    A latent's word is the one whose F1 as a predictor of where it fired, averaged over streams, is highest.
     """
     labels = data.test_labels.float()
     jaccards = jaccard(codes, data.test_labels).per_latent
     fired = torch.stack([a > 0 for a in activations.values()]).float()  # [S, B, N]
     hits = fired.transpose(1, 2) @ labels  # [S, N, C]
     f1 = (2 * hits / (fired.sum(1).unsqueeze(2) + labels.sum(0)).clamp_min(1)).mean(0)
-    fit, word = f1.sort(dim=1, descending=True, stable=True)  # of equal words the most frequent
+    fit, word = f1.sort(dim=1, descending=True, stable=True)  # ties to the more frequent word
     often = (fired.sum(1) >= 5).all(0)
     chosen = {}
     for latent in (jaccards * fit[:, 0] * often).argsort(descending=True).tolist():
@@ -408,12 +455,12 @@ def _best_aligned(activations, codes, data: StreamData, n: int) -> list[tuple[in
 
 
 def _dense(codes: Codes) -> Tensor:
-    """[B, N], which a gallery of a few hundred rows can afford."""
+    """Dense activations [B, N]; small enough for a few hundred rows."""
     return torch.zeros(len(codes.values), codes.n_latents).scatter_(1, codes.indices, codes.values)
 
 
 def _top(activations: Tensor, n: int) -> Tensor:
-    """Rows of the n highest activations, only where there is one."""
+    """Rows of the n highest activations, positive ones only."""
     best = activations.topk(min(n, len(activations))).indices
     return best[activations[best] > 0]
 

@@ -15,6 +15,7 @@ from .inputs import add_model_arguments, inputs_of, open_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the subcommand."""
     add_model_arguments(parser)
     parser.add_argument("--format", choices=FORMATS, default="npz", help="SciPy's .npz or safetensors (npz)")
     parser.add_argument("--out", type=Path, required=True, help="folder; one file for each stream")
@@ -22,8 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @refusing("encode")
 def run(args: argparse.Namespace) -> None:
+    """Write the sparse codes of every stream.
+
+    Args:
+        args: as `add_arguments` declares them.
+    """
     paths = paths_of(args.stream, args.out, args.format)
-    with writing("--out", paths.values(), inputs_of(args)):  # before everything is read
+    with writing("--out", paths.values(), inputs_of(args)):  # checked before the work
         model, features, _ = open_model(args)
         with features:
             check_rows(features)

@@ -1,4 +1,4 @@
-"""`sparc-kernels eval`: a trained model on feature files, scored as the paper's repository does."""
+"""`sparc-kernels eval`: score a trained model on feature files as the paper's repository does."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from .inputs import _is_ours, add_model_arguments, inputs_of, open_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the subcommand."""
     add_model_arguments(parser)
     parser.add_argument("--labels", type=Path, help="multi-hot [n, C] or class numbers [n] in .npy, or a SciPy .npz")
     parser.add_argument("--label-names", type=Path, help="text file, one class a line")
@@ -33,12 +34,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @refusing("eval")
 def run(args: argparse.Namespace) -> None:
+    """Score a model and write scores.json and report.html.
+
+    Args:
+        args: as `add_arguments` declares them.
+    """
     from ..evaluation.report import html, import_matplotlib
 
-    import_matplotlib()  # before the work, so that a missing package is known at once
+    import_matplotlib()  # a missing package is reported before the work
     started = time.perf_counter()
     files = [args.out / "scores.json", args.out / "report.html"]
-    with writing("--out", files, inputs_of(args), _is_ours):  # tried before the work
+    with writing("--out", files, inputs_of(args), _is_ours):  # checked before the work
         model, features, trained = open_model(args)
         with features:
             labels, numbers = read_labels(args.labels, features.rows) if args.labels else (None, None)
@@ -71,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def finite(value):
-    """None for NaN and infinity, which JSON has not, in dicts and lists too."""
+    """Replace NaN and infinity by None, which JSON can hold, also inside dicts and lists."""
     if isinstance(value, dict):
         return {key: finite(part) for key, part in value.items()}
     if isinstance(value, list):
@@ -80,7 +86,11 @@ def finite(value):
 
 
 def summary(record: dict) -> str:
-    """The main scores as text, of the record that `eval` writes."""
+    """Format the main scores as text.
+
+    Args:
+        record: as `eval` writes it to scores.json.
+    """
     from ..evaluation.report import selections
 
     rows = (

@@ -1,4 +1,4 @@
-"""The model and the feature files that `eval`, `encode` and `show` read."""
+"""Open the model and the feature files of `eval`, `encode` and `show`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .arguments import FEATURES, add_stream_argument
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """What eval, encode and show have in common."""
+    """Add the arguments that eval, encode and show share."""
     parser.add_argument("--model", type=Path, required=True, help="folder that `train` wrote, model.safetensors, a "
                         "checkpoint, or an official msae_checkpoint.pth")  # fmt: skip
     add_stream_argument(parser, "--stream", FEATURES, required=True)
@@ -37,15 +37,27 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class Opened(NamedTuple):
-    """What a command works on. trained: settings of the training that its arguments replace."""
+    """Inputs of a command."""
 
     model: AlignedSAE
     features: Features
-    trained: dict
+    trained: dict  # settings used in training that the arguments replace
 
 
 def open_model(args) -> Opened:
-    """The model and the features that the arguments name, checked against each other. Notes replaced settings."""
+    """Open the model and the features that the arguments name, and check them against each other.
+
+    Prints a note on stderr for each setting of the training that the arguments replace.
+
+    Args:
+        args: as `add_model_arguments` declares them.
+
+    Returns:
+        An Opened; the model's parameters have requires_grad False.
+
+    Raises:
+        ValueError: an invalid argument, or features that do not fit the model.
+    """
     if args.batch_size < 1:
         raise ValueError(f"--batch-size: expected an int >= 1, got {args.batch_size}")
     device = check_device("device", args.device)
@@ -59,7 +71,7 @@ def open_model(args) -> Opened:
     if args.alone and model.topk_type == "global":
         model, trained = select_locally(model), {"topk_type": "global"} | trained
     if next(model.parameters()).dtype != torch.float64:
-        model = model.float()  # weights in half precision lose nothing, and rows are read in float32
+        model = model.float()  # exact for half precision weights; rows are read in float32
     some = set(args.stream) < set(model.d_streams) and model.topk_type == "global"
     hint = f"the streams of the model {args.model}, or --alone, with which some of them are enough"
     require(not some, "streams", f"{', '.join(model.d_streams)}, {hint}", ", ".join(args.stream))
@@ -69,17 +81,23 @@ def open_model(args) -> Opened:
 
 
 def inputs_of(args) -> list[tuple[str, Path]]:
-    """Files that eval, encode or show reads, with what messages call them."""
-    model, given = args.model, vars(args)
-    beside = [model / name for name in (WEIGHTS, OFFICIAL, OFFICIAL_CONFIG)] + checkpoints(model / CHECKPOINTS)
-    files = beside if model.is_dir() else [model, model.with_name(OFFICIAL_CONFIG)]
-    found = files_of(args.stream) + [(f"of --model {model}", file) for file in files]
-    found += [(f"--{key.replace('_', '-')}", given[key]) for key in ("labels", "label_names") if given.get(key)]
-    return found + [(f"--{key} {s}", path) for key in ("images", "texts") for s, path in (given.get(key) or {}).items()]
+    """Return (what messages call it, path) of every file that eval, encode or show reads.
+
+    Args:
+        args: as the subcommand declares them.
+    """
+    model, options = args.model, vars(args)
+    model_files = [model / name for name in (WEIGHTS, OFFICIAL, OFFICIAL_CONFIG)] + checkpoints(model / CHECKPOINTS)
+    files = model_files if model.is_dir() else [model, model.with_name(OFFICIAL_CONFIG)]
+    named = files_of(args.stream) + [(f"of --model {model}", file) for file in files]
+    named += [(f"--{key.replace('_', '-')}", options[key]) for key in ("labels", "label_names") if options.get(key)]
+    return named + [
+        (f"--{key} {s}", path) for key in ("images", "texts") for s, path in (options.get(key) or {}).items()
+    ]
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether `eval` wrote this report or these scores."""
+    """Whether `eval` wrote this report or scores file."""
     if path.suffix == ".html":
         return is_marked(path)
     try:

@@ -1,4 +1,4 @@
-"""`sparc-kernels show LATENT`: the rows that activate a latent most, in every stream."""
+"""`sparc-kernels show LATENT`: print the rows that activate a latent most, in every stream."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .inputs import add_model_arguments, inputs_of, open_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the subcommand."""
     parser.add_argument("latent", type=int, help="number of the latent")
     add_model_arguments(parser)
     parser.add_argument("--top", type=int, default=10, help="rows of each stream (10)")
@@ -27,12 +28,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @refusing("show")
 def run(args: argparse.Namespace) -> None:
+    """Print the top rows of a latent, and write them as a page with --html.
+
+    Args:
+        args: as `add_arguments` declares them.
+    """
     if args.top < 1:
         raise ValueError(f"--top: expected an int >= 1, got {args.top}")
     if args.html is not None:
         is_page = args.html.suffix.lower() in (".html", ".htm")
         require(is_page, "--html", "a file ending in .html or .htm", str(args.html))
-    with writing("--html", [args.html] * (args.html is not None), inputs_of(args)):  # tried before the work
+    with writing("--html", [args.html] * (args.html is not None), inputs_of(args)):  # checked before the work
         model, features, _ = open_model(args)
         with features:
             pictures = read_pictures(args.images, args.texts, features)
@@ -48,10 +54,10 @@ def run(args: argparse.Namespace) -> None:
             print(f"Wrote {args.html}")
 
 
-def _caption(shown, row: int) -> str:
-    if isinstance(shown, Pictures):
-        return f"  {shown.files[row].name}" if shown.files else ""
-    return f"  {shown[row]}" if shown else ""
+def _caption(pictures, row: int) -> str:
+    if isinstance(pictures, Pictures):
+        return f"  {pictures.files[row].name}" if pictures.files else ""
+    return f"  {pictures[row]}" if pictures else ""
 
 
 def _page(args, best: dict, pictures: dict) -> str:

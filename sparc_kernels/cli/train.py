@@ -1,4 +1,4 @@
-"""`sparc-kernels train`."""
+"""`sparc-kernels train`: train on feature files."""
 
 from __future__ import annotations
 
@@ -59,6 +59,7 @@ _CHOICES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the subcommand."""
     add_stream_argument(parser, "--stream", f"{FEATURES}; once for each stream")
     add_stream_argument(parser, "--val-stream", "features of other samples, to validate on after every epoch")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
@@ -94,7 +95,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code: 0; 2 where something is refused; 1 where training stopped; 130 or 143 after a signal."""
+    """Train a model.
+
+    Args:
+        args: as `add_arguments` declares them.
+
+    Returns:
+        Exit code: 0; 2 for invalid arguments or files; 1 where training stopped; 130 or 143 after a signal.
+    """
     processes = os.environ.get("WORLD_SIZE") or "1"
     if processes != "1":
         return _refuse(f"WORLD_SIZE: expected 1, got {processes}: training on several GPUs is not there yet, start one "
@@ -131,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
     except Interrupted as stop:
         print(f"\n{stop}", file=sys.stderr)
         return stop.code
-    except (TrainingStopped, ValueError) as error:  # of rows that a quick check has not read
+    except (TrainingStopped, ValueError) as error:  # ValueError: rows that --quick-check did not read
         print(f"sparc-kernels train: stopped: {error}", file=sys.stderr)
         return 1
     except OSError as error:
@@ -145,16 +153,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _settings(args) -> tuple[TrainConfig, dict, dict | None, AlignedSAE | None]:
-    """Settings, files and the model of --init: those given, and when resuming the run's for the rest."""
+    """Settings, streams, validation streams and the model of --init; --resume fills in what is not given."""
     given = {field.name: getattr(args, field.name) for field in fields(TrainConfig) if hasattr(args, field.name)}
     streams, val_streams = args.stream, args.val_stream
     manifest = args.out / MANIFEST
     if args.resume and manifest.exists():
-        before = read_manifest(manifest)
-        known = {field.name for field in fields(TrainConfig)}
-        given = {key: value for key, value in before["config"].items() if key in known} | given
-        streams = streams or _paths(before, "train", "--stream")
-        val_streams = val_streams or _paths(before, "validation", "--val-stream")
+        run_manifest = read_manifest(manifest)
+        field_names = {field.name for field in fields(TrainConfig)}
+        given = {key: value for key, value in run_manifest["config"].items() if key in field_names} | given
+        streams = streams or _paths(run_manifest, "train", "--stream")
+        val_streams = val_streams or _paths(run_manifest, "validation", "--val-stream")
     if not streams:
         raise ValueError("--stream: expected NAME=FILE for every stream, got none")
     if args.init is None:
@@ -164,17 +172,17 @@ def _settings(args) -> tuple[TrainConfig, dict, dict | None, AlignedSAE | None]:
     for key in SETTINGS:
         if key in given and key in stored and given[key] != (stored[key] or 0) and not args.quiet:  # no auxk: None
             print(f"Note: {key} {given[key]}, where the model was trained with {stored[key]}")
-    theirs = model_config(model) | {"auxk": model.auxk or 0, "normalize": normalize}
-    known = {field.name for field in fields(TrainConfig)}
-    config = TrainConfig(**({key: value for key, value in theirs.items() if key in known} | given))
+    model_settings = model_config(model) | {"auxk": model.auxk or 0, "normalize": normalize}
+    field_names = {field.name for field in fields(TrainConfig)}
+    config = TrainConfig(**({key: value for key, value in model_settings.items() if key in field_names} | given))
     return config, streams, val_streams, model.to(check_device("device", args.device), config.dtype)
 
 
 def _paths(manifest: dict, part: str, flag: str) -> dict | None:
-    found = {s: entry["path"] for s, entry in manifest["data"].get(part, {}).items()}
-    if None in found.values():
+    paths = {s: entry["path"] for s, entry in manifest["data"].get(part, {}).items()}
+    if None in paths.values():
         raise ValueError(f"{flag}: expected files, since the run was on tensors, got none")
-    return found or None
+    return paths or None
 
 
 def _refuse(error: Exception | str) -> int:

@@ -1,1 +1,1 @@
-"""Shared by every room and importing none of them: torch alone."""
+"""Used by every other folder and importing none of them: torch only."""

@@ -1,4 +1,4 @@
-"""Triton, or a stand-in that lets the kernels' files be imported where it is not installed."""
+"""Triton, or a stand-in with which kernel files import where it is not installed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ try:
     import triton.language as tl
 
     HAS_TRITON = True
-except ImportError:  # macOS, Windows, Arm laptops: the torch path carries everything
+except ImportError:  # macOS, Windows, Arm laptops: the torch path runs everything
     HAS_TRITON = False
 
     class _Absent:
-        """Answers any attribute; a kernel decorated with it is never launched, since HAS_TRITON is checked first."""
+        """Has any attribute; kernels decorated with it are never launched, HAS_TRITON is checked first."""
 
         def jit(self, fn=None, **options):
             return fn or (lambda fn: fn)
@@ -23,14 +23,14 @@ except ImportError:  # macOS, Windows, Arm laptops: the torch path carries every
 
     triton = tl = _Absent()
 
-# Compilers differ in the registers that they need: some launch settings depend on the release. (0, 0) without Triton.
+# Register use differs between releases, and some launch settings with it. (0, 0) without Triton.
 TRITON_VERSION = tuple(map(int, triton.__version__.split(".")[:2])) if HAS_TRITON else (0, 0)
-# Read once, as Triton itself does: kernels decorated under the interpreter stay interpreted.
+# Read once, as Triton does: kernels decorated under the interpreter stay interpreted.
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
 def interpreter_problem() -> str:
-    """Why Triton's interpreter would fail in every kernel here, or nothing."""
+    """Return why Triton's interpreter would fail in every kernel here, or ""."""
     import numpy
 
     if not HAS_TRITON or TRITON_VERSION >= (3, 7) or numpy.lib.NumpyVersion(numpy.__version__) < "2.4.0":
@@ -46,7 +46,7 @@ if INTERPRETED and interpreter_problem():
 
 
 def tl_dtype(dtype):
-    """Triton's name of a torch dtype."""
+    """Return the Triton dtype of a torch dtype."""
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 

@@ -1,4 +1,4 @@
-"""What every command line needs: sizes, refusals as exit code 2, and ends of pipes."""
+"""Helpers of command lines: sizes, errors as exit code 2, closed pipes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 def memory_size(text: str) -> int:
-    """Bytes from "500M", "4GiB", "1e9", "1,500 bytes"; K, M, G and T are powers of 1024."""
-    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?) *([kmgt]?)(i?b|bytes)?", text.strip().lower().replace(",", ""))
+    """Parse "500M", "4GiB", "1e9" or "1,500 bytes" into bytes; K, M, G and T are powers of 1024.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is no size.
+    """
+    match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?) *([kmgt]?)(i?b|bytes)?", text.strip().lower().replace(",", ""))
     try:
-        return int(float(found[1]) * _UNITS[found[2]])
+        return int(float(match[1]) * _UNITS[match[2]])
     except (TypeError, ValueError, OverflowError):
         raise argparse.ArgumentTypeError(f"expected a size such as 500M or 4GiB, got {text!r}") from None
 
 
 def size_text(size: int) -> str:
-    """What `memory_size` reads, exactly: "4 GiB", "1,500 bytes"."""
+    """Format bytes exactly, as `memory_size` reads them: "4 GiB", "1,500 bytes"."""
     for unit in "TGMK":
         if size and size % _UNITS[unit.lower()] == 0:
             return f"{size // _UNITS[unit.lower()]:,} {unit}iB"
@@ -30,7 +34,7 @@ def size_text(size: int) -> str:
 
 
 def ends_with_its_pipe(main: Callable[..., int]) -> Callable[..., int]:
-    """Decorator of a `main`: exit code 141, as the shell has it, where the reader of the output has gone (`| head`)."""
+    """Decorate a `main`: exit code 141, as in a shell, if the reader of the output has closed it (`| head`)."""
 
     @functools.wraps(main)
     def run(*args, **kwargs) -> int:
@@ -41,7 +45,7 @@ def ends_with_its_pipe(main: Callable[..., int]) -> Callable[..., int]:
                 sys.stdout.flush()
         except BrokenPipeError:
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            for stream in (sys.stdout, sys.stderr):  # what is left in them is written when Python ends
+            for stream in (sys.stdout, sys.stderr):  # Python flushes them at exit
                 os.dup2(nowhere, stream.fileno())
             return 141
 
@@ -49,7 +53,11 @@ def ends_with_its_pipe(main: Callable[..., int]) -> Callable[..., int]:
 
 
 def refusing(command: str):
-    """Decorator of a subcommand's `run`. Exit code: 0; 2 where something is refused; 130 after Ctrl-C."""
+    """Decorate a subcommand's `run` to return an exit code: 0; 2 after a refusal; 130 after Ctrl-C.
+
+    Args:
+        command: its name in error messages.
+    """
 
     def wrap(work: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], int]:
         @functools.wraps(work)

@@ -1,4 +1,4 @@
-"""GPU time by CUDA events, L2 overwritten before each execution. For `tune` and the benchmarks."""
+"""GPU time by CUDA events, with L2 flushed before each execution; for `tune` and the benchmarks."""
 
 from __future__ import annotations
 
@@ -10,18 +10,24 @@ from itertools import pairwise
 import torch
 
 FLUSH_BYTES = 256 * 2**20  # more than any L2 cache
-CYCLES = 2e6  # of a GPU in a millisecond, about
-LONGEST_COVER = 50.0  # milliseconds: a phase that takes the host longer synchronises inside
+CYCLES = 2e6  # approximate GPU cycles in a millisecond
+LONGEST_COVER = 50.0  # milliseconds; a phase whose launches take longer synchronises anyway
 
 Phases = Sequence[Callable[[], object]]
 
 
 def flush_buffer(device: torch.device) -> torch.Tensor:
+    """Allocate a buffer whose overwriting flushes L2."""
     return torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
 
 
 def host_ms(phases: Phases, reset: Callable[[], None] = lambda: None) -> list[float]:
-    """Milliseconds that the host takes to launch each phase, medians of three."""
+    """Measure the host time to launch each phase, in milliseconds, medians of three.
+
+    Args:
+        phases: launched one after the other.
+        reset: called before each execution.
+    """
     executions = []
     for _ in range(3):
         reset()
@@ -39,14 +45,17 @@ def event_ms(
     phases: Phases, executions: int, flush: torch.Tensor, cover_ms: float = 0.0,
     reset: Callable[[], None] = lambda: None,
 ) -> list[list[float]]:  # fmt: skip
-    """Milliseconds of each phase in each execution.
+    """Measure the GPU time of each phase in each execution, in milliseconds.
 
     Args:
         phases: launched one after the other, with an event between them.
         executions: how many.
-        flush: overwritten before each, from `flush_buffer`.
-        cover_ms: the GPU spins for twice as long first, so that launches which take the host that long cost nothing.
-        reset: called before each, outside the events.
+        flush: from `flush_buffer`; overwritten before each execution.
+        cover_ms: host time of the launches; the GPU spins for twice as long first, so that they are not measured.
+        reset: called before each execution, outside the events.
+
+    Returns:
+        For each execution one number per phase.
     """
     cycles, marked = int(CYCLES * min(2 * cover_ms, LONGEST_COVER)), []
     for _ in range(executions):

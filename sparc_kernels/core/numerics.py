@@ -1,4 +1,4 @@
-"""Dtypes of sums, padded and sparse matrices, autocast's state, and which memory a tensor shows."""
+"""Accumulator dtypes, padded and sparse matrices, the state of autocast and tf32, identity of memory."""
 
 from __future__ import annotations
 
@@ -14,26 +14,34 @@ from .target import current
 
 
 def autocast_enabled(device: torch.device) -> bool:
+    """Whether autocast is on for the device's type; False for meta."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def no_autocast(device: torch.device):
-    """Context in which products run in the dtypes of their operands."""
+    """Context with autocast off: products run in the dtypes of their operands."""
     return torch.autocast(device.type, enabled=False) if autocast_enabled(device) else nullcontext()
 
 
 def memory_of(x: torch.Tensor) -> tuple[StorageWeakRef, int]:
-    """Which memory a tensor shows, the same for its aliases. Does not keep it; what lies there later is another."""
+    """Identify a tensor's memory, equal for aliases at one offset; the weak reference does not keep it alive."""
     return StorageWeakRef(x.untyped_storage()), x.storage_offset()
 
 
 def is_host_readable(tensor: torch.Tensor) -> bool:
-    """Whether Python may read values of the tensor: everywhere but on a CPU that is a wait for the device."""
+    """True if reading values does not synchronise (CPU)."""
     return tensor.device.type == "cpu"
 
 
 def csr(offsets: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, width: int) -> torch.Tensor:
-    """A sparse matrix of offsets.numel() - 1 rows, unchecked."""
+    """Build a sparse CSR matrix without checks.
+
+    Args:
+        offsets: [rows + 1], where each row begins.
+        columns: [M].
+        values: [M].
+        width: number of columns.
+    """
     _quietly_beta()
     shape = offsets.numel() - 1, width
     return torch.sparse_csr_tensor(offsets, columns, values, shape, check_invariants=False)
@@ -41,30 +49,30 @@ def csr(offsets: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, widt
 
 @functools.cache
 def _quietly_beta():
-    """torch warns once that its CSR format is beta, which is no news to our users."""
+    """Trigger and suppress torch's one warning that its CSR format is beta."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
 
 
 def pad_width(x: torch.Tensor) -> torch.Tensor:
-    """x [rows, d] for a product over d: on a CPU half precision is padded with zeros to a multiple of 32 columns.
+    """Pad x [rows, d] for a product over d: half precision on a CPU, with zeros to a multiple of 32 columns.
 
-    At other widths oneDNN's product (its issue 5717, on CPUs with AMX) turns a row with one inf into NaN.
+    At other widths oneDNN (its issue 5717, on CPUs with AMX) turns a row with one inf into NaN.
     """
     missing = -x.shape[1] % 32
     return F.pad(x, (0, missing)) if missing and x.device.type == "cpu" and x.dtype.itemsize == 2 else x
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums and losses are kept in: float64 for float64, float32 for everything else."""
+    """Return the accumulator dtype: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def allow_tf32() -> bool:
-    """Whether float32 products may be tf32, by torch's newer setting where it exists.
+    """Whether float32 products may be tf32, by torch's newer setting if it exists.
 
-    Once a user has touched that one, torch refuses to read the old one.
+    Once the newer setting was assigned, torch refuses to read the old one.
     """
     if target := current():
         return target.tf32

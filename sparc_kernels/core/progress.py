@@ -8,29 +8,39 @@ from collections.abc import Callable, Iterable, Iterator
 
 _LINE_EVERY = 5.0  # seconds
 
-Watch = Callable[[Iterable], Iterable]  # takes `Features.batches`, or a range, and gives its items on
+Watch = Callable[[Iterable], Iterable]  # passes on the items of `Features.batches`, or of a range
 
 
 def watched(rows: int, what: str) -> Watch:
-    """A `watch` that shows how many of so many rows of `what` are done."""
+    """Return a `watch` that shows progress over the rows of feature batches.
+
+    Args:
+        rows: total.
+        what: label.
+    """
     return lambda batches: _shown(batches, rows, what, "rows", lambda batch: len(next(iter(batch[1].values()))))
 
 
 def counted(what: str, unit: str) -> Watch:
-    """The same of a range of numbers, each the first of its step."""
+    """Return a `watch` that shows progress over a range, whose items are the first number of each step.
+
+    Args:
+        what: label.
+        unit: unit of the numbers.
+    """
     return lambda steps: _shown(steps, steps.stop, what, unit, lambda start: min(steps.step, steps.stop - start))
 
 
 def _shown(items: Iterable, total: int, what: str, unit: str, size: Callable) -> Iterator:
-    bar, done, said = _bar(total, what, unit), 0, time.monotonic()
+    bar, done, last_line = _bar(total, what, unit), 0, time.monotonic()
     try:
         for item in items:
             yield item
             done += size(item)
             if bar is not None:
                 bar.update(size(item))
-            elif time.monotonic() - said >= _LINE_EVERY:
-                said = time.monotonic()
+            elif time.monotonic() - last_line >= _LINE_EVERY:
+                last_line = time.monotonic()
                 print(f"{what}: {done:,} of {total:,} {unit}", file=sys.stderr, flush=True)
     finally:
         if bar is not None:

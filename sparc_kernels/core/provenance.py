@@ -1,4 +1,4 @@
-"""What a result depends on: the commit and the versions behind it."""
+"""Provenance of a result: commit of the checkout and versions of packages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _git(*words: str) -> str:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that the package lies in; None outside one."""
+    """Return the commit of the checkout that contains the package; None outside one."""
     try:
         # an installed copy inside some other repository is not tracked there
         _git("ls-files", "--error-unmatch", str(PACKAGE / "reference.py"))
@@ -25,7 +25,11 @@ def commit() -> str | None:
 
 
 def changed(*paths: str) -> bool | None:
-    """Whether files below `paths`, relative to the checkout, differ from its commit; None where git cannot tell."""
+    """Whether files below `paths` differ from the commit; None if git fails.
+
+    Args:
+        *paths: relative to the checkout.
+    """
     try:
         return bool(_git("status", "--porcelain", "--", *paths))
     except (OSError, subprocess.SubprocessError):
@@ -33,7 +37,7 @@ def changed(*paths: str) -> bool | None:
 
 
 def versions_of(packages: tuple[str, ...]) -> dict[str, str | None]:
-    """Installed versions by name; None for what is not installed."""
+    """Return installed versions by name; None for packages that are not installed."""
     versions: dict[str, str | None] = {}
     for package in packages:
         try:

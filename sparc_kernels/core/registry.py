@@ -18,7 +18,7 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Operator(NamedTuple):
-    """One operator: its implementations, which take the schema's arguments by name, all but the last, `impl`."""
+    """Implementations of one operator; they take the schema's arguments by name, without the last, `impl`."""
 
     names: tuple[str, ...]
     torch_impl: Callable
@@ -26,7 +26,7 @@ class Operator(NamedTuple):
     fake: Callable
 
     def run(self, *args):
-        """Runs the implementation that the last argument names."""
+        """Run the implementation named by the last argument."""
         *args, impl = args
         return (self.triton_impl if impl == "triton" else self.torch_impl)(**dict(zip(self.names, args, strict=True)))
 
@@ -35,16 +35,22 @@ OPERATORS: dict[str, Operator] = {}  # every registered operator
 
 
 def operator_of(func) -> Operator | None:
-    """The operator behind what a dispatch mode is given; None for torch's own. Its `run` stays inside the mode."""
+    """Return the operator that a dispatch mode received, None for torch's own. Its `run` stays inside the mode."""
     return OPERATORS[func._schema.name.split("::")[1]] if func.namespace == NAMESPACE else None
 
 
 def register(name: str, schema: str, *, torch_impl, triton_impl, fake):
     """Define `sparc_kernels::name` and return the callable operator.
 
-    The last schema argument must be `str impl`, "torch" or "triton", already resolved by `resolve_impl`. Operators are
-    raw: gradients come from the autograd.Function that calls them. Autocast is switched off inside, where dtypes are
-    already settled, and the tensors' GPU is the current one.
+    Operators have no gradients of their own: the autograd.Function that calls them does. Inside, autocast is off and
+    the tensors' GPU is the current one.
+
+    Args:
+        name: name in the namespace.
+        schema: arguments and returns; the last argument must be `str impl`, as `resolve_impl` returns it.
+        torch_impl: implementation in torch.
+        triton_impl: implementation with Triton kernels.
+        fake: shapes and dtypes of the results, for tracing.
     """
     qualname = f"{NAMESPACE}::{name}"
     names = tuple(argument.name for argument in torch._C.parse_schema(f"{qualname}{schema}").arguments[:-1])
@@ -62,7 +68,7 @@ def register(name: str, schema: str, *, torch_impl, triton_impl, fake):
 
 
 def on_device(device: torch.device):
-    """Context in which kernels are launched on that device: Triton takes the current one, not the tensors'."""
+    """Context in which kernels are launched on the device: Triton uses the current one, not the tensors'."""
     if device.type != "cuda" or device.index is None or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
@@ -77,7 +83,16 @@ def _tensors(args):
 
 
 def resolve_impl(impl: str, tensor: torch.Tensor, integers: bool = False) -> str:
-    """Turn "auto" into "triton" (CUDA tensors of a supported dtype, Triton installed) or "torch"; refuse the rest."""
+    """Resolve "auto" to "triton" (CUDA tensors of a supported dtype, Triton installed) or "torch".
+
+    Args:
+        impl: "auto", "triton" or "torch".
+        tensor: decides by its device and dtype.
+        integers: the operator takes int64 instead of floating tensors.
+
+    Raises:
+        ValueError: impl is unknown, or "triton" cannot run on the tensor.
+    """
     dtypes = (torch.int64,) if integers else TRITON_DTYPES
     if impl not in IMPLS:
         raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLS))}, got {impl!r}")

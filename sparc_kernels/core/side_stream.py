@@ -9,11 +9,15 @@ import torch
 
 
 class SideStream:
-    """Runs work on a second stream of a GPU, beside what is launched on the current one; elsewhere at once.
+    """Run work on a second stream of a GPU, concurrently with the current one; immediately on other devices.
 
-    The second stream waits for everything launched before, so memory that was made on the current stream may be used,
-    and memory of the second stream's own is never taken back early: its next use comes after a wait as well. Captured
-    by a CUDA graph as a fork, and a join at `join`, which must come before the results are used or the memory is freed.
+    Each run waits for everything launched before, so it may use memory of the current stream, and reuse of the second
+    stream's memory is ordered too. Call `join` before the results are used or their memory is freed. CUDA graphs
+    capture a fork and a join.
+
+    Args:
+        device: of the tensors.
+        enabled: False: run on the current stream.
     """
 
     def __init__(self, device: torch.device, enabled: bool = True):
@@ -23,7 +27,7 @@ class SideStream:
             self._side = _side_stream(self._main.device, self._main.cuda_stream)
 
     def run(self, work: Callable[[], object]):
-        """Launches what work() launches. Returns (its result, what `wait` takes to wait for it alone)."""
+        """Call work() on the second stream; return its result and an event for `wait`."""
         if self._side is None:
             return work(), None
         self._side.wait_stream(self._main)
@@ -31,16 +35,17 @@ class SideStream:
             return work(), self._side.record_event()
 
     def wait(self, event) -> None:
-        """What is launched on the current stream from here on comes after the event."""
+        """Make later launches on the current stream wait for the event."""
         if event is not None:
             self._main.wait_event(event)
 
     def join(self) -> None:
+        """Make later launches on the current stream wait for the second stream."""
         if self._side is not None:
             self._main.wait_stream(self._side)
 
 
 @functools.cache
 def _side_stream(device: torch.device, main: int) -> torch.cuda.Stream:
-    """One for each stream `main` of the caller's. Urgent: its few blocks go before the many of a large kernel."""
+    """One second stream for each current stream. High priority, so small kernels are scheduled first."""
     return torch.cuda.Stream(device, priority=-1)

@@ -1,4 +1,4 @@
-"""The GPU that launchers work for, where it is not the one at hand: tracing, compiling ahead, tests."""
+"""The GPU that launchers prepare for, if not the tensors' own: tracing, compiling ahead of time, tests."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from ._triton import INTERPRETED
 
 
 class Target(NamedTuple):
-    """What launchers ask of a GPU and of torch's settings."""
+    """Properties of a GPU and of torch's settings that launchers read."""
 
     arch: int  # as `launch.device.capability` gives it
     tf32: bool = False  # whether float32 products may be tf32
-    interpreted: bool = False  # the small blocks that Triton's interpreter wants
-    gpu_name: str | None = None  # whose recorded settings count
+    interpreted: bool = False  # small blocks, as for Triton's interpreter
+    gpu_name: str | None = None  # GPU whose recorded settings are used
 
 
 _current: Target | None = None
 
 
 def current() -> Target | None:
-    """The target in place; None: the tensors' own GPU."""
+    """Return the active target; None: the tensors' own GPU."""
     return _current
 
 
 @contextmanager
 def as_target(target: Target) -> Iterator[None]:
-    """Launchers work for this GPU until the end."""
+    """Context in which launchers prepare for this GPU."""
     global _current
     before, _current = _current, target
     try:
@@ -38,5 +38,5 @@ def as_target(target: Target) -> Iterator[None]:
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, which wants few programs on small blocks."""
+    """Whether kernels run in Triton's interpreter, where few programs on small blocks are fastest."""
     return INTERPRETED if _current is None else _current.interpreted

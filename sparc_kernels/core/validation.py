@@ -1,6 +1,6 @@
-"""Argument checks. Every error is a ValueError that names the argument, what was expected and what came.
+"""Argument checks. Every error is a ValueError that names the argument, what was expected and what was given.
 
-Messages are built only on failure: under torch.compile a shape may be symbolic, and a symbol has no text.
+Messages are built only on failure: under torch.compile a shape may be symbolic and cannot be formatted.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import torch
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TORCH_NAMES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-MARK = "written by sparc_kernels"  # in the first or last bytes of files that a command may write over
+MARK = "written by sparc_kernels"  # in the first or last bytes of files that a command may overwrite
 _SPELLINGS = {torch_name: name for name, torch_name in TORCH_NAMES.items()}
 _SPELLINGS |= {"double": "fp64", "float": "fp32", "half": "fp16", "f64": "fp64", "f32": "fp32", "f16": "fp16"}
 
 
 def precision_name(text: str) -> str:
-    """fp64, fp32, bf16 or fp16 for every usual spelling ("float32", "torch.bfloat16"); another text as it is."""
+    """Return fp64, fp32, bf16 or fp16 for every usual spelling ("float32", "torch.bfloat16"); other text unchanged."""
     name = text.lower().removeprefix("torch.")
     return _SPELLINGS.get(name, name)
 
 
 def describe(value) -> str:
-    """A short account of what came, for error messages."""
+    """Describe a value briefly, for error messages."""
     if isinstance(value, torch.Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)} on {value.device}"
     if isinstance(value, (int, float, str, bool, type(None))):
@@ -38,23 +38,52 @@ def describe(value) -> str:
 
 
 def fail(argument: str, expected: str, got) -> NoReturn:
+    """Raise a ValueError that names the argument.
+
+    Args:
+        argument: its name.
+        expected: what was expected.
+        got: what was given; text is used as it is, other values are described.
+    """
     raise ValueError(f"{argument}: expected {expected}, got {got if isinstance(got, str) else describe(got)}")
 
 
 def require(condition: bool, argument: str, expected: str, got) -> None:
-    """For messages without shapes in them; `got` is described, or given as text."""
+    """Call `fail` unless the condition holds; for messages without shapes.
+
+    Args:
+        condition: what must hold.
+        argument: its name.
+        expected: what was expected.
+        got: what was given; text is used as it is, other values are described.
+    """
     if not condition:
         fail(argument, expected, got)
 
 
 def missing(what: str, package: str) -> ImportError:
-    """An error that says what installs a package of an extra, however sparc_kernels itself was installed."""
+    """Build the error for an optional package that is not installed.
+
+    Args:
+        what: what needs it.
+        package: name for pip.
+    """
     return ImportError(f"{what} needs {package}: pip install {package}")
 
 
 @contextlib.contextmanager
 def reading(label: str, expected: str, got: str = "one that cannot be read"):
-    """Name what the libraries that read files raise, which for a damaged one is nearly anything."""
+    """Context that turns any error of a file reader into a ValueError; a damaged file may raise nearly anything.
+
+    Args:
+        label: names the file in the message.
+        expected: what was expected.
+        got: what was given.
+
+    Raises:
+        ValueError: reading failed.
+        PermissionError: as raised inside.
+    """
     try:
         yield
     except PermissionError:
@@ -64,11 +93,12 @@ def reading(label: str, expected: str, got: str = "one that cannot be read"):
 
 
 def first_line(error: Exception) -> str:
+    """First line of an error's message, or the name of its type."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def is_marked(path: Path) -> bool:
-    """Whether a file begins or ends with MARK, as those do that sparc_kernels wrote."""
+    """Whether a file begins or ends with MARK: sparc_kernels wrote it."""
     with open(path, "rb") as file:
         head = file.read(256)
         file.seek(max(0, file.seek(0, os.SEEK_END) - len(MARK)))
@@ -76,17 +106,24 @@ def is_marked(path: Path) -> bool:
 
 
 def temporary_of(path: Path) -> Path:
-    """What a file is called while it is written."""
+    """Name of a file while it is being written."""
     return path.with_name(f"{path.name}.{os.getpid()}.tmp")
 
 
 @contextlib.contextmanager
 def writing(argument: str, targets: Iterable[Path], inputs: Iterable[tuple[str, Path]], ours: Callable = is_marked):
-    """`check_targets`, then make the folder of the targets and try each of them; for the work that ends with them.
+    """Context for work that ends with writing files: check the targets, make their folders and try to write there.
 
-    The folder goes again where the work fails and has left nothing in it.
+    If the work fails, folders made here that are empty are removed.
 
-    Raises: ValueError.
+    Args:
+        argument: names the targets in messages.
+        targets: files to write.
+        inputs: label and path of each file that is read.
+        ours: whether an existing file may be overwritten.
+
+    Raises:
+        ValueError: a target cannot be written or must not be overwritten.
     """
     targets = list(targets)
     check_targets(argument, targets, inputs, ours)
@@ -112,10 +149,16 @@ def writing(argument: str, targets: Iterable[Path], inputs: Iterable[tuple[str, 
 def check_targets(
     argument: str, targets: Iterable[Path], inputs: Iterable[tuple[str, Path]], ours: Callable = is_marked
 ) -> None:
-    """Refuse files to write that are inputs, by this or another path, and what is there and is not `ours`.
+    """Refuse targets that are inputs, by any path, and existing files that are not `ours`.
 
     Args:
-        inputs: what messages call a file, and the file, which may be missing.
+        argument: names the targets in messages.
+        targets: files to write.
+        inputs: label and path of each file that is read; files may be missing.
+        ours: whether an existing file may be overwritten.
+
+    Raises:
+        ValueError: a target is a folder, an input or not ours.
     """
     read = {_identity(file): label for label, file in inputs if os.path.exists(file)}
     for path in filter(os.path.exists, targets):
@@ -127,13 +170,24 @@ def check_targets(
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    """Of the file, whatever path leads to it."""
-    found = path.stat()
-    return found.st_dev, found.st_ino
+    """Device and inode of a file, equal for all its paths."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def check_int(argument: str, value, low: int, high: int | None = None, high_name: str = "") -> int:
-    """An integer (Python's or NumPy's, not a bool) in low..high, as an int."""
+    """Check an integer (Python's or NumPy's, not a bool) and return it as an int.
+
+    Args:
+        argument: its name.
+        value: what was given.
+        low: least value.
+        high: greatest value; None: no limit.
+        high_name: explains `high` in the message.
+
+    Raises:
+        ValueError: it is no integer or out of range.
+    """
     ok = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not (ok and value >= low and (high is None or value <= high)):
         bound = f"an int >= {low}" if high is None else f"an int in {low}..{high}"
@@ -142,6 +196,16 @@ def check_int(argument: str, value, low: int, high: int | None = None, high_name
 
 
 def check_number(argument: str, value, low: float = 0.0) -> float:
+    """Check a finite real number (not a bool) and return it.
+
+    Args:
+        argument: its name.
+        value: what was given.
+        low: least value.
+
+    Raises:
+        ValueError: it is no finite number or less than `low`.
+    """
     ok = isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= value < float("inf")
     if not ok:
         fail(argument, f"a finite number >= {low:g}", repr(value))
@@ -149,7 +213,7 @@ def check_number(argument: str, value, low: float = 0.0) -> float:
 
 
 def plain(value):
-    """NumPy's numbers and texts as Python's, in dicts, tuples and lists too: torch.load(weights_only=True) reads it."""
+    """Convert NumPy scalars to Python's, in containers too, so that torch.load(weights_only=True) reads them."""
     if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
         return value.item()
     if type(value) is dict:
@@ -158,13 +222,25 @@ def plain(value):
 
 
 def check_bool(argument: str, value) -> bool:
-    """True or False (Python's or NumPy's), as a bool."""
+    """Check True or False (Python's or NumPy's) and return it as a bool.
+
+    Raises:
+        ValueError: it is neither.
+    """
     require(isinstance(value, (bool, np.bool_)), argument, "True or False", repr(value))
     return bool(value)
 
 
 def check_device(argument: str, value) -> torch.device:
-    """A device of this machine, from "cpu", "cuda", "cuda:1" or "auto": CUDA where there is one."""
+    """Check a device and return it.
+
+    Args:
+        argument: its name.
+        value: "cpu", "cuda", "cuda:1", a torch.device, or "auto": CUDA if there is a GPU.
+
+    Raises:
+        ValueError: it is no CPU or GPU of this machine.
+    """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if value == "auto":
         value = torch.device("cuda", torch.cuda.current_device()) if gpus else "cpu"
@@ -189,7 +265,17 @@ def _fits(value: torch.Tensor, shape: tuple) -> bool:
 
 
 def check_tensor(argument: str, value, shape: tuple, like: torch.Tensor | None = None) -> torch.Tensor:
-    """A floating tensor of `shape`; a name in place of a size allows any and is said in the message."""
+    """Check a floating tensor and return it.
+
+    Args:
+        argument: its name.
+        value: what was given.
+        shape: sizes; a name in place of a size allows any and is part of the message.
+        like: tensor whose device and dtype it must have.
+
+    Raises:
+        ValueError: type, dtype, shape or device is wrong.
+    """
     if not isinstance(value, torch.Tensor):
         fail(argument, f"a tensor of shape {_shape_text(shape)}", value)
     require(value.dtype in FLOATS, argument, "a float64, float32, bfloat16 or float16 tensor", value)
@@ -202,7 +288,18 @@ def check_tensor(argument: str, value, shape: tuple, like: torch.Tensor | None =
 
 
 def check_indices(argument: str, value, shape: tuple, n_latents: int, device: torch.device) -> torch.Tensor:
-    """int64 latent ids. Their range is checked on the CPU only: on a GPU it would be a host synchronisation."""
+    """Check int64 latent ids and return them; their range on a CPU only, since on a GPU reading synchronises.
+
+    Args:
+        argument: its name.
+        value: what was given.
+        shape: sizes; a name in place of a size allows any.
+        n_latents: N.
+        device: where they must be.
+
+    Raises:
+        ValueError: type, dtype, shape, device or, on a CPU, an id is wrong.
+    """
     if not isinstance(value, torch.Tensor) or value.dtype != torch.int64:
         fail(argument, f"an int64 tensor of shape {_shape_text(shape)}", value)
     if not _fits(value, shape):
@@ -216,7 +313,17 @@ def check_indices(argument: str, value, shape: tuple, n_latents: int, device: to
 
 
 def check_inverse(argument: str, inverse, indices: torch.Tensor, sizes: tuple[int, int, int]) -> None:
-    """An InverseIndex made for these indices, as far as the sizes of its parts can tell."""
+    """Check that an InverseIndex fits the indices, by the sizes of its parts.
+
+    Args:
+        argument: its name.
+        inverse: what was given; None is allowed.
+        indices: the indices.
+        sizes: elements of order, offsets and ids.
+
+    Raises:
+        ValueError: a part has another dtype, device or size, or is not contiguous.
+    """
     if inverse is None:
         return
     ok = isinstance(inverse, tuple) and len(inverse) == 3 and all(isinstance(t, torch.Tensor) for t in inverse)
@@ -228,7 +335,15 @@ def check_inverse(argument: str, inverse, indices: torch.Tensor, sizes: tuple[in
 
 
 def check_same_length(first: str, **sequences) -> int:
-    """All keyword sequences are non-empty lists or tuples as long as the one called `first`."""
+    """Check that all sequences are non-empty lists or tuples of one length, and return it.
+
+    Args:
+        first: name of the sequence that sets the length.
+        **sequences: the sequences by name.
+
+    Raises:
+        ValueError: one is no list or tuple, is empty or has another length.
+    """
     n = len(sequences[first]) if isinstance(sequences[first], (list, tuple)) else 0
     for name, value in sequences.items():
         require(isinstance(value, (list, tuple)) and len(value) > 0, name, "a non-empty list of tensors", value)

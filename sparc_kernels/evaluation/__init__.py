@@ -1,1 +1,1 @@
-"""What a trained model is worth: scores, sparse codes, a report."""
+"""Evaluate a trained model: scores, sparse codes, a report."""

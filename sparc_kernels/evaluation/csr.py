@@ -1,4 +1,4 @@
-"""Sparse codes of feature files as CSR matrices."""
+"""Write the sparse codes of feature files as CSR matrices."""
 
 from __future__ import annotations
 
@@ -29,7 +29,14 @@ _COPY = 16 << 20  # bytes copied at a time
 
 
 def csr_rows(codes: Codes) -> tuple[Tensor, Tensor, Tensor]:
-    """Values > 0 of some rows: counts int64 [b], latents int32 [nnz] ascending within a row, values [nnz]."""
+    """Convert codes of b rows to the parts of a CSR matrix; values that are not > 0 are dropped.
+
+    Args:
+        codes: of b rows.
+
+    Returns:
+        Counts int64 [b], latents int32 [nnz], ascending within a row, and values [nnz].
+    """
     order = codes.indices.argsort(1)
     latents, values = codes.indices.gather(1, order), codes.values.gather(1, order)
     fired = values > 0
@@ -37,9 +44,14 @@ def csr_rows(codes: Codes) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class CsrWriter:
-    """One CSR matrix [n, N], written as its rows come.
+    """Write one CSR matrix [n, N] batch by batch; memory: one batch and the row counts.
 
     `npz` loads with scipy.sparse.load_npz; `safetensors` has the tensors `data`, `indices`, `indptr` and `shape`.
+
+    Args:
+        path: of the result; its suffix selects the format.
+        n_latents: N.
+        folder: for temporary files.
     """
 
     def __init__(self, path: Path, n_latents: int, folder: Path):
@@ -47,6 +59,7 @@ class CsrWriter:
         self.files = {name: tempfile.TemporaryFile(dir=folder) for name in ("indices", "data")}  # noqa: SIM115
 
     def add(self, codes: Codes) -> None:
+        """Append the rows of a batch."""
         counts, latents, values = csr_rows(codes)
         self.counts.append(counts.cpu().numpy())
         self.files["indices"].write(latents.cpu().numpy().data)
@@ -54,9 +67,9 @@ class CsrWriter:
         self.dtype = values.cpu().numpy().dtype
 
     def finish(self) -> int:
-        """Write the file; returns the number of values in it."""
+        """Write the file and return its number of values."""
         indptr = np.concatenate([[0], np.cumsum(np.concatenate(self.counts))])
-        small = indptr[-1] < 2**31  # SciPy wants both index arrays of one type
+        small = indptr[-1] < 2**31  # SciPy wants both index arrays in one dtype
         parts = {
             "indices": (np.dtype(np.int32), (int(indptr[-1]),)),
             "indptr": (np.dtype(np.int32 if small else np.int64), (len(indptr),)),
@@ -69,6 +82,7 @@ class CsrWriter:
         return int(indptr[-1])
 
     def close(self) -> None:
+        """Delete the temporary files."""
         for file in self.files.values():
             file.close()
 
@@ -108,13 +122,25 @@ class CsrWriter:
 
 
 def paths_of(streams: Iterable[str], out: Path, form: str) -> dict[str, Path]:
-    """The file that each stream's codes go to; ValueError for a name that can name none."""
+    """Return the output file of each stream.
+
+    Args:
+        streams: names.
+        out: folder.
+        form: suffix of the files, one of FORMATS.
+
+    Returns:
+        {s: path}.
+
+    Raises:
+        ValueError: a name that contains a slash or is too long for a file.
+    """
     paths = {}
     for s in streams:
         require(Path(s).name == s, "streams", "names that can name a file, without a slash", repr(s))
         paths[s] = out / f"{s}.{form}"
-        most = _NAME_MAX - len(os.fsencode(temporary_of(paths[s]).name.removeprefix(s)))
-        require(len(os.fsencode(s)) <= most, "streams", f"names of at most {most} bytes", repr(s))
+        max_bytes = _NAME_MAX - len(os.fsencode(temporary_of(paths[s]).name.removeprefix(s)))
+        require(len(os.fsencode(s)) <= max_bytes, "streams", f"names of at most {max_bytes} bytes", repr(s))
     return paths
 
 
@@ -127,12 +153,22 @@ def write_codes(
     batch_size: int = 1024,
     watch: Watch = iter,
 ) -> dict:
-    """Codes of all rows in files out/NAME.npz or out/NAME.safetensors, one for each stream.
+    """Write the codes of all rows to out/NAME.npz or out/NAME.safetensors, one file for each stream.
 
-    Returns: {s: values in it}.
+    Args:
+        model: put in eval mode.
+        features: of the model's streams.
+        out: folder.
+        form: one of FORMATS.
+        batch_size: rows encoded at a time.
+        watch: wraps the iterator of batches, for a progress bar.
 
-    Raises: ValueError of `paths_of` and `Features.check`, for a folder that cannot be written in, and for files there
-    that are the features' or that sparc_kernels did not write. Nothing is left of it then.
+    Returns:
+        {s: number of values in its file}.
+
+    Raises:
+        ValueError: as `paths_of` and `Features.check`; a folder that is not writable; files there that are the
+            features' own or that sparc_kernels did not write. No output is left behind.
     """
     out = Path(out)
     paths = paths_of(features.widths, out, form)
@@ -150,7 +186,7 @@ def write_codes(
         try:
             for s, writer in writers.items():
                 values[s] = writer.finish()
-        except BaseException:  # a full disk: codes of some streams would be taken for those of all
+        except BaseException:  # for example a full disk: no partial set of streams stays
             for s in values:
                 paths[s].unlink()
             raise

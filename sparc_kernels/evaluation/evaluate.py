@@ -1,4 +1,4 @@
-"""A trained model on feature files, scored as the paper's repository does, in bounded memory."""
+"""Score a trained model on feature files as the paper's repository does, in bounded memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BATCH = 1024  # rows encoded at a time
 
 
 def select_locally(model: AlignedSAE) -> AlignedSAE:
-    """The same weights under local selection, where no stream sees what another selects; in eval mode."""
+    """Copy a model with local selection, where each stream selects independently; in eval mode, without gradients."""
     first = next(model.parameters())
     local = AlignedSAE(
         model.d_streams, model.n_latents, model.k, topk_type="local", impl=model.impl, device="meta", dtype=first.dtype
@@ -29,14 +29,27 @@ def select_locally(model: AlignedSAE) -> AlignedSAE:
 
 
 def needed_widths(model: AlignedSAE, given: Iterable[str]) -> dict[str, int]:
-    """Widths of the streams that features must have: those given where each selects alone, else all."""
+    """Return the widths of the streams that features must have.
+
+    Args:
+        model: its selection decides.
+        given: names of the streams at hand.
+
+    Returns:
+        {s: d_s} of the given streams under local selection, of all streams under global selection.
+    """
     if model.topk_type == "local" and set(given) <= set(model.d_streams):
         return {s: d for s, d in model.d_streams.items() if s in given}
     return model.d_streams
 
 
 def codes_of(outputs, n_latents: int) -> dict[str, Codes]:
-    """Sparse codes by stream."""
+    """Return the sparse codes {s: Codes} of a forward.
+
+    Args:
+        outputs: of the model.
+        n_latents: N.
+    """
     streams = [key.removeprefix("values_") for key in outputs if key.startswith("values_")]
     return {s: Codes(outputs[f"indices_{s}"], outputs[f"values_{s}"], n_latents) for s in streams}
 
@@ -45,23 +58,37 @@ def codes_of(outputs, n_latents: int) -> dict[str, Codes]:
 def encoded_batches(
     model: AlignedSAE, features: Features, batch_size: int, codes: dict[str, Codes], watch: Watch = iter
 ):
-    """(inputs, outputs) of consecutive batches, on the model's device, while `codes` fills with the codes of all."""
+    """Iterate over (inputs, outputs) of consecutive batches, on the model's device.
+
+    Args:
+        model: put in eval mode.
+        features: of the model's streams.
+        batch_size: rows of a batch.
+        codes: filled in place with the codes of all rows, {s: Codes}.
+        watch: wraps the iterator of batches, for a progress bar.
+    """
     model.eval()
     device = next(model.parameters()).device
     for start, x in watch(features.batches(batch_size)):
         x = {s: rows.to(device) for s, rows in x.items()}
         outputs = model(x)
-        for s, part in codes_of(outputs, model.n_latents).items():
+        for s, batch in codes_of(outputs, model.n_latents).items():
             if s not in codes:
-                shape = (features.rows, part.values.shape[1])
-                codes[s] = Codes(part.indices.new_empty(shape), part.values.new_empty(shape), model.n_latents)
-            for whole, piece in zip(codes[s][:2], part[:2], strict=True):
+                shape = (features.rows, batch.values.shape[1])
+                codes[s] = Codes(batch.indices.new_empty(shape), batch.values.new_empty(shape), model.n_latents)
+            for whole, piece in zip(codes[s][:2], batch[:2], strict=True):
                 whole[start : start + len(piece)] = piece
         yield x, outputs
 
 
 def encode(model: AlignedSAE, features: Features, batch_size: int = BATCH) -> dict[str, Codes]:
-    """Codes of all rows, on the model's device: 12 k bytes a row and stream, where dense ones would be 4 N."""
+    """Return the codes {s: Codes} of all rows, on the model's device: 12 k bytes a row and stream (dense: 4 N).
+
+    Args:
+        model: put in eval mode.
+        features: of the model's streams.
+        batch_size: rows encoded at a time.
+    """
     codes: dict[str, Codes] = {}
     for _ in encoded_batches(model, features, batch_size, codes):
         pass
@@ -81,20 +108,27 @@ def evaluate(
     watch: Watch = iter,
     count: Callable[[str, str], Watch] = lambda what, unit: iter,
 ) -> tuple[dict, dict[str, dict[str, Codes]]]:
-    """Alignment of a trained model on rows it has not seen.
+    """Score the alignment of a trained model on held-out rows.
 
     Args:
-        model: selects as it was trained ("own") and, with the same weights, stream by stream ("local").
-        features: of the model's streams; some are enough where each selects alone.
-        labels: bool [n, C], multi-hot, on any device; without them there is no Jaccard and no probe.
-        probe, retrieve: whether to take the time for these.
-        tell: called with a line before each part.  watch: takes the batches to encode and gives them on.
-        count: of the name of another part and its unit, a `watch` of its steps.
+        model: scored with its own selection ("own") and, with the same weights, with local selection ("local").
+        features: of the model's streams; a subset is enough under local selection.
+        labels: bool [n, C], multi-hot, on any device; None: no Jaccard and no probe.
+        batch_size: rows encoded at a time.
+        probe: whether to fit the 1-D probes.
+        retrieve: whether to score retrieval.
+        tell: called with a line before each part.
+        watch: wraps the iterator of batches, for a progress bar.
+        count: called with the name of another part and its unit; returns a `watch` of its steps.
 
-    Returns: scores and codes. scores["own"] and ["local"]: Jaccard, its value for randomly renumbered latents
-    (`jaccard_chance`), dead fractions, cosine of activations, explained variance by "t<-s" and its means; `probe` by
-    stream. `retrieval`, local codes only: by kind and "target<-source", with `mean` over pairs. `chance`: of retrieval.
-    codes["own"] and ["local"]: by stream.
+    Returns:
+        Scores and codes. scores["own"] and ["local"]: Jaccard, its value for randomly renumbered latents
+        (`jaccard_chance`), dead fractions, cosine of activations, explained variance by "t<-s" and its means; `probe`
+        by stream. `retrieval`, local codes only: by kind and "target<-source", with `mean` over pairs. `chance`: of
+        retrieval. codes["own"] and ["local"]: by stream.
+
+    Raises:
+        ValueError: features that lack a needed stream or have another width.
     """
     features.require_widths(needed_widths(model, features.widths), "the model")
     device = next(model.parameters()).device
@@ -121,7 +155,12 @@ def evaluate(
 
 
 def recons_of(outputs, streams) -> dict[tuple[str, str], Tensor]:
-    """(target, source) -> reconstruction [B, d_t]."""
+    """Return all reconstructions of a forward: {(target, source): [B, d_t]}.
+
+    Args:
+        outputs: of the model.
+        streams: names.
+    """
     return {(t, s): outputs[f"recon_{t}" if s == t else f"cross_recon_{t}_from_{s}"] for t in streams for s in streams}
 
 
@@ -145,7 +184,7 @@ def _agreement(codes: dict[str, Codes], variance: dict, labels: Tensor | None, c
 
 
 def _renumbered(codes: dict[str, Codes]) -> dict[str, Codes]:
-    """Every stream's latents under numbers drawn at random."""
+    """Renumber the latents of every stream by a random permutation."""
     generator = torch.Generator().manual_seed(0)
     return {
         s: c._replace(
@@ -157,17 +196,17 @@ def _renumbered(codes: dict[str, Codes]) -> dict[str, Codes]:
 
 def _probe(codes: Codes, labels: Tensor, watch: Watch) -> dict:
     result = probe_1d(codes, labels, watch=watch)
-    found = (~result.per_class.isnan()).sum().item()
-    return {"log_loss": result.mean if found else None, "classes": found}
+    classes = (~result.per_class.isnan()).sum().item()
+    return {"log_loss": result.mean if classes else None, "classes": classes}
 
 
 def _retrieval(local: AlignedSAE, features: Features, codes: dict[str, Codes], tell, count) -> dict:
-    """By latents, by cross-reconstructions and by a stream's own reconstructions; "t<-s": s asks, t answers."""
+    """Score retrieval by latents, cross- and self-reconstructions; key "t<-s": query s, target t."""
     pairs = list(permutations(codes, 2))
     device = next(local.parameters()).device
 
     def recon(t, s):
-        """Reconstruction of t from s, made when asked."""
+        """Reconstruction of t from s, decoded as it is read."""
         weights = [local.decoders[t].weight], [local.pre_biases[t]]
         c = codes[s]
 
@@ -179,31 +218,39 @@ def _retrieval(local: AlignedSAE, features: Features, codes: dict[str, Codes], t
     def raw(t):
         return Rows((features.rows, features.widths[t]), lambda a, b: features.read_stream(t, a, b).to(device))
 
-    found: dict = {"latent": {}, "cross_reconstruction": {}, "self_reconstruction": {}}
+    scores: dict = {"latent": {}, "cross_reconstruction": {}, "self_reconstruction": {}}
     for s, t in pairs:
         tell(f"Retrieval of {t} by {s}")
-        found["latent"][f"{t}<-{s}"] = retrieval(codes[s], codes[t], watch=count("by latents", "rows"))
+        scores["latent"][f"{t}<-{s}"] = retrieval(codes[s], codes[t], watch=count("by latents", "rows"))
         watch = count("by reconstructions", "rows")
-        found["cross_reconstruction"][f"{t}<-{s}"] = retrieval(recon(t, s), raw(t), watch=watch)
+        scores["cross_reconstruction"][f"{t}<-{s}"] = retrieval(recon(t, s), raw(t), watch=watch)
     for s in codes:
         tell(f"Retrieval of {s} by its own reconstructions")
         watch = count("by reconstructions", "rows")
-        found["self_reconstruction"][f"{s}<-{s}"] = retrieval(recon(s, s), raw(s), watch=watch)
-    found["mean"] = {kind: mean(list(by_pair.values())) for kind, by_pair in found.items()}
-    return found
+        scores["self_reconstruction"][f"{s}<-{s}"] = retrieval(recon(s, s), raw(s), watch=watch)
+    scores["mean"] = {kind: mean(list(by_pair.values())) for kind, by_pair in scores.items()}
+    return scores
 
 
 def mean(scores: list[dict[str, float]]) -> dict[str, float]:
+    """Average each key over several scores."""
     return {key: sum(score[key] for score in scores) / len(scores) for key in scores[0]}
 
 
 def guessing(n: int) -> dict[str, float]:
-    """Retrieval scores of a random order of n targets."""
+    """Return the expected retrieval scores of a random order of n targets."""
     return {**{f"R@{k}": min(1.0, k / n) for k in (1, 5, 10)}, "MRR": sum(1 / rank for rank in range(1, n + 1)) / n}
 
 
 def check_rows(features: Features) -> None:
-    """Look at all rows, when all that is read in a moment has been, and note zero ones. Raises: ValueError."""
+    """Check all rows, and print a note on stderr for each stream with zero rows.
+
+    Args:
+        features: files that were opened.
+
+    Raises:
+        ValueError: as `Features.check`.
+    """
     for s, summary in features.check().items():
         if summary.n_zero_rows:
             print(f"Note: stream {s!r} has {summary.zeros(features.rows)}", file=sys.stderr)

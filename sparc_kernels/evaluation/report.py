@@ -1,4 +1,4 @@
-"""The report of `sparc-kernels eval`: one HTML file with its figures inside."""
+"""The report of `sparc-kernels eval`: one HTML file with embedded figures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..core.validation import MARK, missing
 from ..io.labels import Pictures
 from ..metrics import Codes, activation_cosine, jaccard, top_rows
 
-_OWN, _LOCAL = "#c2410c", "#2563eb"  # of `selections`
+_OWN, _LOCAL = "#c2410c", "#2563eb"  # colours of `selections`
 _GREY = "#78716c"
 _LATENTS, _ROWS = 16, 8  # of the gallery
 _STYLE = """
@@ -34,6 +34,11 @@ tr.sum td { border-top: 1px solid #d6d3d1; font-weight: 600 } img.figure { max-w
 
 
 def import_matplotlib():
+    """Return matplotlib's Figure class.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -42,7 +47,11 @@ def import_matplotlib():
 
 
 def selections(record: dict) -> dict[str, str]:
-    """What is scored, "own" and "local", each with its title; "local" alone where nothing else is."""
+    """Return the selections that were scored, {"own" or "local": title}; only "local" for a locally selecting model.
+
+    Args:
+        record: as `html` takes it.
+    """
     changed = ", ".join(f"{key} {record[key]}" for key in record["trained"])
     own = {} if record["topk_type"] == "local" else {"own": f"with {changed}" if changed else "selected as in training"}
     return own | {"local": "each stream alone"}
@@ -55,13 +64,15 @@ def html(
     names: list[str] | None,
     pictures: dict[str, Pictures | list[str]],
 ) -> str:
-    """The page.
+    """Render the report.
 
     Args:
-        record: of `evaluate`, with the model's settings, and in `trained` those of its training that were replaced.
+        record: scores of `evaluate` with the model's settings; `trained` has the settings of training that were
+            replaced.
         codes: of `evaluate`.
-        labels, names: bool [n, C] and C names, or None.
-        pictures: what to show of the rows of each stream, where there is something.
+        labels: bool [n, C], or None.
+        names: of the C classes, or None.
+        pictures: stream -> pictures or texts of its rows; streams without either are left out.
     """
     kinds = selections(record)
     trained = ", ".join(f"{key} {value}" for key, value in record["trained"].items())
@@ -98,14 +109,19 @@ def html(
 
 
 def page(title: str, body: str) -> str:
-    """A whole HTML document."""
+    """Wrap a body in a complete HTML document.
+
+    Args:
+        title: plain text.
+        body: HTML.
+    """
     head = f'<!doctype html><html lang=en><meta charset=utf-8><meta name=generator content="{MARK}">'
     head += f"<title>{escape(title)}</title><style>{_STYLE}</style>"
     return f"{head}\n<h1>{escape(title)}</h1>\n{body}\n</html>\n"
 
 
 def _table(head: list[str], rows: list[list[str]], sums: int = 0) -> str:
-    """Cells as text; the last `sums` rows stand out."""
+    """HTML table of text cells; the last `sums` rows are emphasised."""
     lines = ["<table><tr>" + "".join(f"<th>{escape(cell)}" for cell in head) + "</tr>"]
     for i, row in enumerate(rows):
         mark = " class=sum" if i >= len(rows) - sums else ""
@@ -154,8 +170,8 @@ def _probe_table(record: dict, kinds: dict[str, str]) -> str:
         return "no class has enough rows" if value is None else f"{value:.3f}"
 
     rows = [
-        [s, str(found["classes"]), *(cell(record[kind]["probe"][s]["log_loss"]) for kind in kinds)]
-        for s, found in record["own"]["probe"].items()
+        [s, str(own_probe["classes"]), *(cell(record[kind]["probe"][s]["log_loss"]) for kind in kinds)]
+        for s, own_probe in record["own"]["probe"].items()
     ]
     return _table(["stream", "classes", *kinds.values()], rows)
 
@@ -211,7 +227,7 @@ def _bars(record: dict, kinds: dict[str, str]):
 
 
 def _matrices(record: dict, kinds: dict[str, str]):
-    """Explained variance of row t from column s, for each selection."""
+    """Heat maps of explained variance, row t from column s, one for each selection."""
     streams = list(record["streams"])
     size = 1.4 + 0.75 * len(streams)
     figure = _figure((size + 1.0) * len(kinds), size)
@@ -235,7 +251,7 @@ def _matrices(record: dict, kinds: dict[str, str]):
 
 
 def _gallery(codes, labels, names, pictures, per_latent) -> str:
-    """The latents that agree best between streams and fire on at least five rows of each, with their top rows."""
+    """Top rows of the latents that agree best between streams, among those that fire on 5 or more rows of each."""
     fired = torch.stack([torch.bincount(c.indices[c.values > 0], minlength=c.n_latents) for c in codes.values()])
     score = activation_cosine(codes) if len(codes) > 1 else fired[0].double()
     ranking = score if per_latent is None else score * per_latent
@@ -261,7 +277,13 @@ def _gallery(codes, labels, names, pictures, per_latent) -> str:
 
 
 def stream_rows(s: str, rows: list[int], shown: Pictures | list[str] | None) -> str:
-    """Rows of a stream: pictures, texts, or row numbers where the stream has neither."""
+    """Render rows of a stream.
+
+    Args:
+        s: name of the stream.
+        rows: row numbers.
+        shown: the stream's pictures or texts; None: row numbers are shown.
+    """
     if isinstance(shown, Pictures):
         items = "".join(_thumbnail(shown, row) for row in rows)
     elif shown is not None:
@@ -279,7 +301,7 @@ def _thumbnail(pictures: Pictures, row: int) -> str:
 
 
 def _best_label(codes, labels, names, latent: int) -> str:
-    """The class that predicts best where the latent fires, by F1 averaged over streams."""
+    """The class that best predicts where the latent fires, by F1 averaged over streams."""
     if labels is None:
         return f"latent {latent}"
     total = torch.zeros(labels.shape[1], dtype=torch.float64, device="cpu")

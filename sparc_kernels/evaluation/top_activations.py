@@ -1,4 +1,4 @@
-"""The rows that activate a latent most, in every stream."""
+"""Find the rows that activate a latent most, in every stream."""
 
 from __future__ import annotations
 
@@ -15,10 +15,22 @@ from .evaluate import codes_of
 def top_activations(
     model: AlignedSAE, features: Features, latent: int, n: int, batch_size: int = 1024, watch: Watch = iter
 ) -> dict:
-    """Rows on which a latent fires most.
+    """Find the rows with a latent's highest activations. Memory: one batch.
 
-    Returns: {s: (rows int64 [m], values [m], number of rows on which it fires)}, m <= n, values descending. Memory: a
-    batch.
+    Args:
+        model: put in eval mode.
+        features: of the model's streams.
+        latent: its number.
+        n: rows of each stream.
+        batch_size: rows encoded at a time.
+        watch: wraps the iterator of batches, for a progress bar.
+
+    Returns:
+        {s: (rows int64 [m], values [m], number of rows on which it fires)}, m <= n, values descending, ties to the
+        earlier row.
+
+    Raises:
+        ValueError: a latent outside 0..N-1.
     """
     if not 0 <= latent < model.n_latents:
         raise ValueError(f"latent: expected one in 0..{model.n_latents - 1}, got {latent}")
@@ -32,7 +44,7 @@ def top_activations(
             fired = int(((codes.indices == latent) & (codes.values > 0)).sum())
             if s in best:
                 rows, values = torch.cat([best[s][0], rows + start]), torch.cat([best[s][1], values])
-                order = values.sort(descending=True, stable=True).indices[:n]  # earlier rows first among equals
+                order = values.sort(descending=True, stable=True).indices[:n]  # ties to earlier rows
                 best[s] = rows[order], values[order], best[s][2] + fired
             else:
                 best[s] = rows + start, values, fired

@@ -1,4 +1,4 @@
-"""Files written whole or not at all."""
+"""Atomic writes of files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from ..core.validation import first_line, require, temporary_of
 
 
 def write_atomically(path: Path, write: Callable[[io.BufferedWriter], object]) -> None:
-    """`write(file)` to a temporary file in the same folder, synced and renamed; nothing is left of it on failure."""
+    """Write a file atomically: to a temporary file in the same folder, synced, then renamed; removed on failure.
+
+    Args:
+        path: the file to write or replace.
+        write: called with the open binary file.
+    """
     temporary = temporary_of(path)
     try:
         with open(temporary, "wb") as file:
@@ -30,7 +35,7 @@ def write_atomically(path: Path, write: Callable[[io.BufferedWriter], object]) -
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut."""
+    """Flush a folder's renames to disk (POSIX only)."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -40,12 +45,17 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, value) -> None:
-    text = json.dumps(value, indent=2, default=methodcaller("item")) + "\n"  # NumPy's numbers as Python's
+    """Write a value as indented JSON, atomically; NumPy numbers become Python's."""
+    text = json.dumps(value, indent=2, default=methodcaller("item")) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def read_json(path: Path) -> dict:
-    """Raises: ValueError that names the file, when it cannot be read or holds no object."""
+    """Read a JSON object.
+
+    Raises:
+        ValueError: the file cannot be read or holds no object; the message names it.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -55,5 +65,5 @@ def read_json(path: Path) -> dict:
 
 
 def reason_of(error: Exception) -> str:
-    """Without torch's advice to read the file unsafely."""
+    """Return the first sentence of an error, without torch's advice to read the file unsafely."""
     return first_line(error).partition(". ")[0]

@@ -1,7 +1,7 @@
-"""Feature files of each stream, one or in shards: HDF5, safetensors, .npy or .pt, memory-mapped, of any size.
+"""Memory-mapped feature files of several streams: HDF5, safetensors, .npy or .pt, single files or shards.
 
-Row i of every stream describes the same sample. Opening a file reads nothing but the `indices` beside the features,
-which must agree; `Features.check` reads everything once, and `loader.Loader` draws shuffled batches.
+Row i of every stream describes the same sample. Opening a file reads only the `indices` beside the features, which must
+agree; `Features.check` reads all values once, and `loader.Loader` draws shuffled batches.
 """
 
 from __future__ import annotations
@@ -21,13 +21,17 @@ from ..launch.budgets import MAX_STREAMS
 from .files import MappedRows, open_file
 from .shards import Shards, absolute, is_pattern, matching, stream_label
 
-Stream = str | Path | Sequence[str | Path] | Tensor  # what the rows of one are given as
-_CHECK_BYTES = 8 << 20  # read at a time by `check`
-_SHOWN = 10  # positions of bad rows in a message
+Stream = str | Path | Sequence[str | Path] | Tensor  # file, pattern, list of files or tensor
+_CHECK_BYTES = 8 << 20  # per read in `check`
+_SHOWN = 10  # row numbers shown in a message
 
 
 class TensorRows:
-    """Rows of a tensor that is in memory already."""
+    """Rows of a tensor in memory.
+
+    Args:
+        x: [n, d] on the CPU.
+    """
 
     chunk_rows, indices = 1, None
 
@@ -35,20 +39,26 @@ class TensorRows:
         self.x, (self.rows, self.width), self.dtype = x, x.shape, x.dtype
 
     def read(self, start: int, stop: int) -> Tensor:
+        """Return rows start..stop - 1, a view."""
         return self.x[start:stop]
 
     def close(self) -> None:
-        pass
+        """Do nothing; other sources close files."""
 
 
 class RowNumbers(NamedTuple):
-    """Attributes: first: numbers of the first few rows of some kind.  count: how many there are."""
+    """Numbers of some rows, for messages.
+
+    Attributes:
+        first: the first few numbers.
+        count: how many rows there are.
+    """
 
     first: list[int]
     count: int
 
     def add(self, start: int, where: Tensor) -> RowNumbers:
-        """With the rows that the mask `where` [b] marks, counted from `start`."""
+        """Return these rows and those of a mask `where`, bool [b], whose first entry is row `start`."""
         more = where.nonzero().flatten()
         return RowNumbers(self.first + (start + more[: _SHOWN - len(self.first)]).tolist(), self.count + len(more))
 
@@ -57,15 +67,15 @@ class RowNumbers(NamedTuple):
 
 
 class StreamSummary(NamedTuple):
-    """What `Features.check` found in one stream.
+    """Result of `Features.check` for one stream.
 
     Attributes:
-        fingerprint: of the bytes read (all, or a sample), the shape and the dtype.
-        zero: [m] the rows read whose norm is 0, in order; their loss is infinite and their batch skipped.
-        what: they are, in words: zero rows, or others too, whose squares underflow.
-        read: [r] the rows of a sample, in order; None: all.
-        n_read: how many were read.
-        spread: variance / mean square of the (normalised) rows, which turns an NMSE into explained variance.
+        fingerprint: hash of the bytes read (all, or a sample), the shape and the dtype.
+        zero: int64 [m], the rows read whose norm is 0, ascending; their loss is infinite and their batch skipped.
+        what: name of these rows in messages; tells zero rows from rows whose squares underflow.
+        read: int64 [r], the rows of a sample, ascending; None: all rows.
+        n_read: number of rows read.
+        spread: variance / mean square of the (normalised) rows, which converts an NMSE to explained variance.
     """
 
     fingerprint: str
@@ -82,10 +92,11 @@ class StreamSummary(NamedTuple):
 
     @property
     def n_zero_rows(self) -> int:
+        """Number of rows whose norm is 0."""
         return len(self.zero)
 
     def within(self, intervals: Sequence[tuple[int, int]]) -> StreamSummary:
-        """The same of the rows in these intervals [start, stop), which follow each other."""
+        """Restrict the row lists to intervals [start, stop), ascending and disjoint."""
         edges = torch.tensor(intervals, device="cpu").flatten()
         zero, read = (
             None if rows is None else rows[torch.searchsorted(edges, rows, right=True) % 2 == 1]
@@ -95,30 +106,33 @@ class StreamSummary(NamedTuple):
         return self._replace(zero=zero, read=read, n_read=n_read)
 
     def zeros(self, rows: int) -> str:
-        """For messages, where so many rows might have been read."""
+        """Describe the zero rows for a message; `rows` is the number that a full check reads."""
         of = f"{self.n_read:,}{' rows read' * (self.n_read != rows)}"
         return f"{self.n_zero_rows:,} {self.what} ({RowNumbers(self.zero_rows, self.n_zero_rows)}) of {of}"
 
 
 class Features:
-    """Several streams of features, row by row of the same samples.
+    """Feature rows of several streams, paired by position.
 
     Args:
         streams: name -> path of a .h5, .hdf5, .safetensors, .npy, .pt or .pth file, or a floating tensor [n, d] on the
             CPU. HDF5: the dataset `features`; safetensors, a dict in .pt: the tensor `features` or the only one;
-            "FILE:DATASET" takes another. `indices` [n] beside it, as the official scripts write them (HDF5: or of a
-            group above), must be those of the other streams; files without are not compared. Shards: a pattern such
-            as "feats_*.npy", whose files differ in one number and count from 0 or 1, the same in every stream, or are
-            numbered by the rows before them, or a list of paths in the order of their rows.
+            "FILE:DATASET" selects another. `indices` [n] beside it, as the official scripts write them (HDF5: or of a
+            group above), must equal those of the other streams; files without are not compared. Shards: a pattern
+            such as "feats_*.npy", whose files differ in one number and count from 0 or 1, the same in every stream, or
+            are numbered by the rows before them; or a list of paths in the order of their rows.
         normalize: divide every row by (its norm + 1e-8), as the official loader does; zero rows stay zero.
-        dtype: of what `read` returns: float32, or float64.
+        dtype: of the rows that `read` returns: float32 or float64.
 
-    Attributes: rows: n.  widths: {s: d_s}, as `AlignedSAE` wants d_streams.  paths: {s: what names its files, None for
-    a tensor}.
+    Attributes:
+        rows: n.
+        widths: {s: d_s}, the d_streams of an `AlignedSAE`.
+        paths: {s: absolute path, pattern or list of paths; None for a tensor}.
 
-    Raises: ValueError that names the stream, the file and what is wrong with it: other samples in the same rows and
-    `indices` that end in zeros, as a stopped extraction leaves them, among it; ImportError where a file needs h5py or
-    safetensors and it is missing (the extra `train`).
+    Raises:
+        ValueError: a file or tensor is unusable, rows of two streams describe different samples, or `indices` end in
+            zeros, as an interrupted extraction leaves them; the message names the stream and the file.
+        ImportError: a file needs h5py or safetensors (the extra `train`).
     """
 
     def __init__(self, streams: Mapping[str, Stream], normalize: bool = True, dtype=torch.float32):
@@ -136,13 +150,13 @@ class Features:
             self.close()
             raise
         for source in self.sources.values():
-            source.indices = None  # compared, and as long as the rows are many
+            source.indices = None  # no longer needed: n numbers
         self.rows = source.rows
         self.widths = {s: source.width for s, source in self.sources.items()}
         self.paths = {s: None if isinstance(x, Tensor) else absolute(x) for s, x in streams.items()}
 
     def _check_rows(self, streams, s: str) -> None:
-        """Refuse a stream just opened if its rows are not the samples of those before it."""
+        """Check that the stream just opened has the same samples in its rows as the streams before it."""
         label, source = stream_label(s, streams[s]), self.sources[s]
         first, *_ = self.sources
         rows = self.sources[first].rows
@@ -161,7 +175,18 @@ class Features:
                 fail(label, expected, f"{got[row]}: rows are paired by position, and these are other samples")
 
     def require_widths(self, widths: Mapping[str, int], what: str) -> Features:
-        """Refuse streams or widths other than these, which are those of `what`."""
+        """Check the streams and their widths, and adopt the given order of streams.
+
+        Args:
+            widths: stream name -> expected width.
+            what: what has these widths, for messages.
+
+        Returns:
+            self.
+
+        Raises:
+            ValueError: other streams or another width.
+        """
         got = ", ".join(self.sources)
         require(set(self.sources) == set(widths), "streams", f"{', '.join(widths)}, the streams of {what}", got)
         for s, d in widths.items():
@@ -172,17 +197,30 @@ class Features:
         return self
 
     def read(self, start: int, stop: int) -> dict[str, Tensor]:
-        """{s: [stop - start, d_s]} of `dtype`, normalised when asked; consecutive rows of every stream."""
+        """Return consecutive rows of every stream, normalised if `normalize`.
+
+        Args:
+            start: first row.
+            stop: one past the last row.
+
+        Returns:
+            {s: [stop - start, d_s]} of `dtype`.
+        """
         return {s: self.read_stream(s, start, stop) for s in self.sources}
 
     def read_stream(self, s: str, start: int, stop: int) -> Tensor:
+        """Return rows start..stop - 1 of one stream, as `read` does."""
         x = self.sources[s].read(start, stop).to(self.dtype)
         return normalized(x) if self.normalize else x
 
     def batches(self, batch_size: int):
-        """Consecutive (first row, {s: [b, d_s]}) over all rows, once, in order.
+        """Iterate once over all rows in order, after a full `check` unless one was done.
 
-        Before the first of them comes a full `check`, unless it was done.
+        Args:
+            batch_size: rows of a batch; the last may be smaller.
+
+        Yields:
+            (first row, {s: [b, d_s]}).
         """
         if not self._checked:
             self.check()
@@ -190,11 +228,18 @@ class Features:
             yield start, self.read(start, min(start + batch_size, self.rows))
 
     def check(self, full: bool = True) -> dict[str, StreamSummary]:
-        """Read everything once (or, not `full`, 256 pieces spread over the rows) before it is used.
+        """Read all features once, or a sample, and check their values.
 
-        Raises: ValueError that names the stream, and the first rows that hold NaN or infinity, or are too large: whose
-        values overflow `dtype`, or whose norm does where rows are divided by it (they would become 0). `full`: also the
-        `.pt` file whose values have not the checksum that it gives.
+        Args:
+            full: read everything; False: 256 pieces spread over the rows.
+
+        Returns:
+            A summary of each stream.
+
+        Raises:
+            ValueError: rows hold NaN or infinity, or are too large: their values overflow `dtype`, or their norm does
+                with `normalize` (they would become 0); with `full` also values of a `.pt` file with another checksum.
+                The message names the stream and the first such rows.
         """
         summaries = {s: self._check_stream(s, full) for s in self.sources}
         self._checked = self._checked or full
@@ -209,7 +254,7 @@ class Features:
         if not full and len(starts) > 1:
             size = min(size, 64)
             pieces = {int(p) for p in np.linspace(0, self.rows - size, 256)}
-            firsts = source.starts.tolist() if isinstance(source, Shards) else ()  # `rows` and empty shards among them
+            firsts = source.starts.tolist() if isinstance(source, Shards) else ()  # ends with `rows`
             starts = sorted(pieces.union(first for first in firsts if first < self.rows))
         digest = hashlib.blake2b(f"{source.rows} {source.width} {source.dtype}".encode(), digest_size=16)
         bad = large = RowNumbers([], 0)
@@ -218,7 +263,7 @@ class Features:
         total, power, count = torch.zeros(source.width, dtype=torch.float64, device="cpu"), 0.0, 0
         stop, sampled = 0, not full and len(starts) > 1
         for start in starts:
-            seen = max(stop - start, 0)  # rows of the piece before, in a sample of few
+            seen = max(stop - start, 0)  # overlap with the piece before
             raw = source.read(start, min(start + size, self.rows)).contiguous()
             digest.update(raw.view(torch.uint8).numpy())
             x = raw.to(self.dtype)
@@ -228,7 +273,7 @@ class Features:
                 zero, tiny = [*zero, first + at], tiny or bool(raw[seen:][at].any())
             if sampled:
                 read.append(torch.arange(first, stop, device="cpu"))
-            if not norm.isfinite().all():  # it may overflow where the row does not
+            if not norm.isfinite().all():  # the norm may overflow although the values do not
                 finite, fits = raw.isfinite().all(1), norm.isfinite() if self.normalize else x.isfinite().all(1)
                 bad, large = bad.add(first, ~finite[seen:]), large.add(first, (finite & ~fits)[seen:])
             x = normalized(x) if self.normalize else x
@@ -247,7 +292,11 @@ class Features:
         return StreamSummary(digest.hexdigest(), torch.cat(zero), words, read, n_read, max(spread, 0.0))
 
     def describe(self, summaries: Mapping[str, StreamSummary]) -> dict[str, dict]:
-        """For a manifest: where each stream came from and what it was."""
+        """Describe the source and content of each stream for a manifest.
+
+        Args:
+            summaries: result of `check`.
+        """
         return {
             s: {
                 "path": _as_text(self.paths[s]),
@@ -261,6 +310,7 @@ class Features:
         }
 
     def close(self) -> None:
+        """Close all files."""
         for source in self.sources.values():
             source.close()
 
@@ -276,7 +326,7 @@ def _as_text(path: Path | list[Path] | None) -> str | list[str] | None:
 
 
 def normalized(x: Tensor) -> Tensor:
-    """Rows divided by (their norm + 1e-8)."""
+    """Divide rows of x [n, d] by (their norm + 1e-8)."""
     return x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-8)
 
 
@@ -294,10 +344,10 @@ def _open(name: str, value):
     label = stream_label(name, value)
     if several or is_pattern(Path(value)):
         paths, series = ([Path(path) for path in value], None) if several else matching(label, Path(value))
-        found = Shards(name, paths, label, series)
+        source = Shards(name, paths, label, series)
     else:
-        found = open_file(label, Path(value))
-    if not found.rows:
-        found.close()
-        fail(label, "at least one row and one column", f"shape [0, {found.width}]")
-    return found
+        source = open_file(label, Path(value))
+    if not source.rows:
+        source.close()
+        fail(label, "at least one row and one column", f"shape [0, {source.width}]")
+    return source

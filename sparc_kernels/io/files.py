@@ -1,4 +1,4 @@
-"""Feature files of every format as rows to read: HDF5, safetensors, NumPy's .npy, torch's .pt."""
+"""Readers of feature files: HDF5, safetensors, NumPy .npy, torch .pt."""
 
 from __future__ import annotations
 
@@ -21,30 +21,39 @@ from torch import Tensor
 
 from ..core.validation import FLOATS, fail, first_line, missing, reading, require
 
-DATASET = "features"  # the HDF5 dataset, as the official extraction scripts name it; preferred in safetensors too
-INDICES = "indices"  # beside it: which sample each row describes
+DATASET = "features"  # HDF5 dataset of the official extraction scripts; the default in safetensors and .pt too
+INDICES = "indices"  # beside it: the sample of each row
 SUFFIXES = {".h5": "HDF5", ".hdf5": "HDF5", ".safetensors": "safetensors", ".npy": "NumPy"}
 SUFFIXES |= {".pt": "torch", ".pth": "torch"}
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_CHECK_BYTES = 8 << 20  # of a record at a time
-_COMPARABLE = r"[<>|]?(bool|u?int|float|[biufSU])\d*"  # dtypes of `indices`, as NumPy, torch or safetensors name them
-_AROUND = 2 << 20  # bytes beside what is read that the kernel may have mapped with it
+_CHECK_BYTES = 8 << 20  # of a record, per CRC update
+_COMPARABLE = r"[<>|]?(bool|u?int|float|[biufSU])\d*"  # dtypes of `indices`, as named by NumPy, torch or safetensors
+_AROUND = 2 << 20  # bytes around a read that the operating system may have mapped too
 
 
 class MappedRows:
-    """Rows at regular distances in a file: memory-mapped, and dropped from this process's memory once copied.
+    """Memory-mapped rows at a constant stride in a file; pages are released once their rows are copied.
 
-    Attributes: rows, width, dtype.  chunk_rows: rows that are read together anyway, 1 here.
-    indices: array [rows], which sample each row describes, or None.
+    Args:
+        path: the file.
+        offset: of the first value, in bytes.
+        rows: n.
+        width: values of a row.
+        dtype: of the values.
+        strides: bytes from row to row and from value to value; None: contiguous rows.
+        record: (start, bytes, CRC-32) of the part of the file that holds the values, for `check`; None: no checksum.
+
+    Attributes:
+        rows: n.
+        width: values of a row.
+        dtype: of the values.
+        chunk_rows: rows that one read decompresses together, here 1.
+        indices: array [rows], the sample of each row, or None.
     """
 
     chunk_rows, indices = 1, None
 
     def __init__(self, path: Path, offset: int, rows: int, width: int, dtype: torch.dtype, strides=None, record=None):
-        """strides: bytes from row to row and from value to value; None: rows one after another.
-
-        record: (start, bytes, CRC-32) of the part of the file that holds them, for `check`.
-        """
         self.rows, self.width, self.dtype, self._record = rows, width, dtype, record
         self._path, self._offset, self._strides = path, offset, strides or (width * dtype.itemsize, dtype.itemsize)
         self._open()
@@ -54,7 +63,11 @@ class MappedRows:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def read(self, start: int, stop: int) -> Tensor:
-        """[stop - start, width] of `dtype`, rows start to stop - 1, a copy on the CPU; opens a closed file again."""
+        """Copy rows start..stop - 1 to the CPU; reopens a closed file.
+
+        Returns:
+            [stop - start, width] of `dtype`.
+        """
         if self._map.closed:
             self._open()
         shape, size = (stop - start, self.width), self.dtype.itemsize
@@ -67,15 +80,22 @@ class MappedRows:
         return out.view(self.dtype).view(shape)
 
     def _drop(self, first: int, last: int) -> None:
-        """Pages that were read, which would count as this process's until the system is short."""
+        """Release the pages of a byte range, which would count as this process's memory."""
         if hasattr(mmap, "MADV_DONTNEED"):
             begin = max(0, first - _AROUND) // mmap.PAGESIZE * mmap.PAGESIZE
             self._map.madvise(mmap.MADV_DONTNEED, begin, min(last + _AROUND, len(self._map)) - begin)
 
     def check(self, label: str) -> None:
-        """Raise ValueError where the file has a checksum of its values and they have another: `.pt` alone has one."""
+        """Compare the values with the file's checksum, if it has one (`.pt` only).
+
+        Args:
+            label: name of the stream and file in messages.
+
+        Raises:
+            ValueError: the checksums differ.
+        """
         start, size, expected = self._record or (0, 0, 0)
-        if not expected:  # 0: torch was told not to take checksums
+        if not expected:  # 0: saved without checksums
             return
         if self._map.closed:
             self._open()
@@ -87,11 +107,22 @@ class MappedRows:
         require(crc == expected, label, f"values of the CRC-32 {expected:08x} in the file", f"{crc:08x}: it is damaged")
 
     def close(self) -> None:
+        """Unmap the file."""
         self._map.close()
 
 
 class HDF5Rows:
-    """Rows of an HDF5 dataset that cannot be mapped, as h5py reads them: in chunks, compressed, in other files."""
+    """Rows of an HDF5 dataset that cannot be mapped (chunked, compressed, external), read by h5py.
+
+    Args:
+        label: name of the stream and file in messages.
+        name: of the dataset.
+        file: open h5py.File.
+        dataset: its dataset [n, d].
+        dtype: of the values.
+
+    Attributes as of `MappedRows`.
+    """
 
     indices = None
 
@@ -102,6 +133,11 @@ class HDF5Rows:
         self._file, self._dataset = file, dataset
 
     def read(self, start: int, stop: int) -> Tensor:
+        """Read rows start..stop - 1, [stop - start, width]; reopens a closed file.
+
+        Raises:
+            ValueError: the rows are damaged.
+        """
         out = torch.empty(stop - start, self.width, dtype=self.dtype, device="cpu")
         with reading(self._label, "rows that can be read", f"damaged ones from row {start:,} to {stop - 1:,}"):
             if not self._file:  # closed
@@ -113,17 +149,23 @@ class HDF5Rows:
         return out
 
     def close(self) -> None:
+        """Close the file, and the one behind an external link."""
         if self._file:
-            self._dataset.file.close()  # another file behind an external link
+            self._dataset.file.close()  # differs from _file behind an external link
             self._file.close()
 
 
 def open_file(label: str, value: Path) -> MappedRows | HDF5Rows:
-    """The rows of FILE or FILE:DATASET; `label` names it in errors.
+    """Open the rows of FILE or FILE:DATASET without reading values (see `MappedRows.check`).
 
-    Raises: ValueError where nothing, a folder or a file of another kind is there, where the file is damaged as far as
-    its header or its library tells, holds no features [n, d] under that name, or `indices` that are not one for each
-    row; ImportError where h5py or safetensors is missing. Values are not read: `MappedRows.check`.
+    Args:
+        label: name of the stream and file in messages.
+        value: FILE or FILE:DATASET.
+
+    Raises:
+        ValueError: no such file, another kind of file, a damaged header or structure, no features [n, d] of that name,
+            or not one index per row.
+        ImportError: h5py or safetensors is missing.
     """
     path, dataset = split_dataset(value)
     kind = SUFFIXES.get(path.suffix.lower())
@@ -141,14 +183,14 @@ def open_file(label: str, value: Path) -> MappedRows | HDF5Rows:
 
 
 def split_dataset(path: Path) -> tuple[Path, str | None]:
-    """The file and the dataset of FILE:DATASET, None without."""
-    found = re.fullmatch(r"(.+?\.(?:h5|hdf5|safetensors|pt|pth)):(.+)", str(path), re.IGNORECASE)
-    return (Path(found[1]), found[2]) if found and not path.exists() else (path, None)
+    """Split FILE:DATASET into file and dataset; None for a plain FILE."""
+    match = re.fullmatch(r"(.+?\.(?:h5|hdf5|safetensors|pt|pth)):(.+)", str(path), re.IGNORECASE)
+    return (Path(match[1]), match[2]) if match and not path.exists() else (path, None)
 
 
 def _check_shape(label: str, shape: tuple, dtype: str, kind: torch.dtype | None) -> None:
     require(len(shape) == 2, label, "rows and columns, [n, d]", f"shape {list(shape)}")
-    require(shape[1] > 0, label, "at least one row and one column", f"shape {list(shape)}")  # a shard may have no row
+    require(shape[1] > 0, label, "at least one row and one column", f"shape {list(shape)}")  # a shard may be empty
     require(kind is not None, label, "float64, float32, float16 or bfloat16 features", dtype)
 
 
@@ -183,7 +225,7 @@ def _open_safetensors(label: str, path: Path, name: str | None):
     except ImportError as error:
         raise missing(f"{label}, a safetensors file,", "safetensors") from error
     with reading(label, "a complete safetensors file"), safe_open(path, framework="np") as file:
-        names = list(file.keys())  # offsets and the length of the file are checked by now
+        names = list(file.keys())  # safe_open has checked offsets and length
     name = _choose(label, names, name)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -191,16 +233,16 @@ def _open_safetensors(label: str, path: Path, name: str | None):
     entry = header[name]
     kind = _SAFETENSORS_DTYPES.get(entry["dtype"])
     _check_shape(label, tuple(entry["shape"]), entry["dtype"], kind)
-    found = MappedRows(path, 8 + length + entry["data_offsets"][0], *entry["shape"], kind)
+    source = MappedRows(path, 8 + length + entry["data_offsets"][0], *entry["shape"], kind)
     if INDICES in names and name != INDICES:
         with safe_open(path, framework="np") as file:
             shape, kind = header[INDICES]["shape"], header[INDICES]["dtype"]
-            found.indices = _read_indices(label, shape, found.rows, kind, lambda: file.get_tensor(INDICES))
-    return found
+            source.indices = _read_indices(label, shape, source.rows, kind, lambda: file.get_tensor(INDICES))
+    return source
 
 
 def _choose(label: str, names: list[str], name: str | None, inner=()) -> str:
-    """The name of the tensor meant among those of a file; inner: names in a dict within it."""
+    """Choose the tensor of a file: `name`, the only one or `features`; inner: names in a nested dict."""
     if name is None:
         weights = next((n for n in (*names, *map(str, inner)) if n.startswith("encoders.")), None)
         require(weights is None, label, "features", f"the weights of a model ({weights}, ...)")
@@ -220,29 +262,29 @@ def _open_torch(label: str, path: Path, name: str | None):
         order, records = _torch_records(path)
     require(order == sys.byteorder, label, f"{sys.byteorder}-endian values, as this machine's", f"{order}-endian ones")
     try:
-        found = torch.load(path, map_location="meta", weights_only=True)
+        content = torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:
         objects = re.search(r"Unsupported .*?(?= was not|$)", str(error), re.MULTILINE)
         require(objects is None, label, "a file of tensors alone", f"other objects ({objects and objects[0]})")
         require("quantized" not in first_line(error), label, "dense tensors", "a quantised one: save its dequantize()")
         fail(label, whole, f"one that cannot be read ({first_line(error).partition('. ')[0]})")
-    if isinstance(found, Tensor):
+    if isinstance(content, Tensor):
         require(name is None, label, f"a dict with {name!r}", "a tensor without a name")
-        tensors, name, beside = {DATASET: found}, DATASET, None
+        tensors, name, beside = {DATASET: content}, DATASET, None
     else:
-        require(isinstance(found, dict), label, "a tensor [n, d] or a dict of them", found)
-        model = found.get("model")  # in a training checkpoint
-        tensors = {n: x for n, x in found.items() if isinstance(n, str) and isinstance(x, Tensor)}
+        require(isinstance(content, dict), label, "a tensor [n, d] or a dict of them", content)
+        model = content.get("model")  # in a training checkpoint
+        tensors = {n: x for n, x in content.items() if isinstance(n, str) and isinstance(x, Tensor)}
         if not tensors:
-            others, asked = [repr(n) for n, x in found.items() if isinstance(x, Tensor)], found.get(name or DATASET)
+            others, value = [repr(n) for n, x in content.items() if isinstance(x, Tensor)], content.get(name or DATASET)
             require(not others, label, "tensors whose names are texts", ", ".join(others[:5]))
-            require(asked is None, label, f"a tensor {name or DATASET!r}", asked)
+            require(value is None, label, f"a tensor {name or DATASET!r}", value)
         name = _choose(label, list(tensors), name, model if isinstance(model, dict) else ())
-        beside = found.get(INDICES) if name != INDICES else None
+        beside = content.get(INDICES) if name != INDICES else None
     storages = {n: x.untyped_storage() for n, x in tensors.items() if x.layout == torch.strided}
     starts = {n: getattr(storage, "_checkpoint_offset", None) for n, storage in storages.items()}
-    told = not (records and starts) or any(start is not None for start in starts.values())
-    require(told, label, "a PyTorch that tells where .pt files have their values, as 2.13 does",
+    has_offsets = not (records and starts) or any(start is not None for start in starts.values())
+    require(has_offsets, label, "a PyTorch that tells where .pt files have their values, as 2.13 does",
             f"{torch.__version__}, which does not: save them as .npy or safetensors")  # fmt: skip
 
     def rows_of(name: str, width: int) -> MappedRows:
@@ -258,28 +300,28 @@ def _open_torch(label: str, path: Path, name: str | None):
 
     x = tensors[name]
     _check_shape(label, tuple(x.shape), str(x.dtype).removeprefix("torch."), x.dtype if x.dtype in FLOATS else None)
-    found = rows_of(name, x.shape[1])
+    source = rows_of(name, x.shape[1])
     if isinstance(beside, Tensor):
         indices, kind = rows_of(INDICES, 1), str(beside.dtype).removeprefix("torch.")
         indices.check(label)
-        read = functools.partial(indices.read, 0, found.rows)
-        found.indices = _read_indices(label, beside.shape, found.rows, kind, lambda: read().flatten().numpy())
+        read = functools.partial(indices.read, 0, source.rows)
+        source.indices = _read_indices(label, beside.shape, source.rows, kind, lambda: read().flatten().numpy())
     elif beside is not None:
         require(isinstance(beside, (list, tuple)), label, "`indices` in a tensor or a list", beside)
         with reading(label, "`indices` of numbers or texts alone", "others"):
             given = np.array(beside)
-            given = np.char.encode(given) if given.dtype.kind == "U" else given  # as HDF5 has texts
-        found.indices = _read_indices(label, given.shape, found.rows, str(given.dtype), lambda: given)
-    return found
+            given = np.char.encode(given) if given.dtype.kind == "U" else given  # bytes, as in HDF5
+        source.indices = _read_indices(label, given.shape, source.rows, str(given.dtype), lambda: given)
+    return source
 
 
 def _torch_records(path: Path) -> tuple[str, dict[int, tuple[int, int]]]:
-    """Byte order, and {start: (bytes, CRC-32)} of the stored records of values, of a zip file with the others whole."""
+    """Byte order, and {start: (bytes, CRC-32)} of the value records of a torch file; reads the other records whole."""
     order, records = "little", {}
     with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
         for record in archive.infolist():
             if "/data/" not in record.filename:
-                content = archive.read(record) if record.CRC else b""  # 0: torch was told not to take checksums
+                content = archive.read(record) if record.CRC else b""  # 0: saved without checksums
                 order = content.decode() if record.filename.endswith("/byteorder") and content else order
             elif record.compress_type == zipfile.ZIP_STORED:
                 file.seek(record.header_offset)
@@ -291,15 +333,15 @@ def _torch_records(path: Path) -> tuple[str, dict[int, tuple[int, int]]]:
 
 
 def _listed(names) -> str:
-    """For messages, with a hint."""
+    """The first five names for a message, with a hint."""
     some = ", ".join(sorted(names)[:5]) + ", ..." * (len(names) > 5)
     return f"{some} (FILE:DATASET takes one of them)" if some else "nothing"
 
 
 def _read_indices(label: str, shape, rows: int, kind: str, read) -> np.ndarray:
-    """What `read()` returns: `indices` [rows] of the dtype called `kind`, numbers or texts.
+    """Check and return `read()`: `indices` [rows], numbers or texts, of the dtype named `kind`.
 
-    Raises: ValueError; also where some are NaN, or where they end in zeros that were never overwritten.
+    Raises ValueError also for NaN, and for trailing zeros that were never overwritten.
     """
     require(list(shape or ()) == [rows], label, f"`indices` of shape [{rows}]", f"shape {list(shape or ())}")
     compared, is_object = "`indices` that are whole numbers, floats or texts", kind == "object"
@@ -312,7 +354,7 @@ def _read_indices(label: str, shape, rows: int, kind: str, read) -> np.ndarray:
     nan = np.flatnonzero(indices != indices)
     require(not len(nan), label, "`indices` that are no NaN", f"NaN in row {nan[0] if len(nan) else 0:,}")
     zero = indices == 0
-    if rows and zero[-1] and zero.sum() > 1:  # one zero may be the index of the sample
+    if rows and zero[-1] and zero.sum() > 1:  # a single zero may be an index
         start = 1 if zero.all() else rows - int(np.argmin(zero[::-1]))
         fail(label, "`indices` of every row", f"zeros from row {start:,} to the last, {rows - 1:,}: was it stopped?")
     return indices
@@ -341,28 +383,28 @@ def _open_hdf5(label: str, path: Path, name: str | None):
             kinds = [str(x.dtype) for x in given[:1]]
         require(not gap, label, f"all of the dataset {name!r}", gap)
         if offset is None:
-            found = HDF5Rows(label, name, file, dataset, kind)
+            source = HDF5Rows(label, name, file, dataset, kind)
         else:
             _check_length(label, path, offset + shape[0] * shape[1] * kind.itemsize)
-            found = MappedRows(path, offset, *shape, kind)
+            source = MappedRows(path, offset, *shape, kind)
         for indices, kind in zip(given, kinds, strict=False):
-            found.indices = _read_indices(label, indices.shape, found.rows, kind, lambda x=indices: x[()])
+            source.indices = _read_indices(label, indices.shape, source.rows, kind, lambda x=indices: x[()])
         if offset is None:
             stack.pop_all()
-    return found
+    return source
 
 
-def _instead(file, name: str, found) -> str:
-    """For a message: what there is in place of a dataset `name`."""
+def _instead(file, name: str, entry) -> str:
+    """Describe what the file has in place of a dataset `name`, for a message."""
     import h5py
 
-    if isinstance(found, h5py.Group):
-        return f"a group of that name with {_listed([f'{name}/{member}' for member in found])}"
+    if isinstance(entry, h5py.Group):
+        return f"a group of that name with {_listed([f'{name}/{member}' for member in entry])}"
     return _listed(file) if file.get(name, getlink=True) is None else "a link to nothing"
 
 
 def _mappable(file, dataset) -> int | None:
-    """Where rows lie in `file` as h5py reads them: in one piece, of a native type, in no other file; else None."""
+    """Byte offset of the rows if they are contiguous in `file` itself and of a native type; else None."""
     import h5py
 
     plist, of = dataset.id.get_create_plist(), h5py.h5o.get_info
@@ -373,7 +415,7 @@ def _mappable(file, dataset) -> int | None:
 
 
 def _gap(dataset) -> str:
-    """A part that HDF5 would read as fill values without a word; "" where there is none."""
+    """Describe a part that HDF5 would silently read as fill values; "" if there is none."""
     import h5py
 
     plist, access = dataset.id.get_create_plist(), dataset.id.get_access_plist()
@@ -397,14 +439,14 @@ def _gap(dataset) -> str:
 
 
 def _virtual_gap(dataset) -> str:
-    """The same in the sources of a virtual dataset, or between them."""
+    """`_gap` of a virtual dataset: in its sources or between them."""
     import h5py
 
     own, missing = Path(dataset.file.filename), math.prod(dataset.shape)
     folders = Path(os.fsdecode(dataset.id.get_access_plist().get_virtual_prefix())), own.parent, Path()
     for to, name, inner, selection in dataset.virtual_sources():
         missing -= _points(to)
-        if "%b" in name + inner:  # numbered files, which HDF5 looks for
+        if "%b" in name + inner:  # numbered files, resolved by HDF5
             return ""
         places = [folder / part for part in (name, Path(name).name) for folder in folders]
         place = own if name == "." else next((place for place in places if place.is_file()), None)
@@ -423,7 +465,7 @@ def _virtual_gap(dataset) -> str:
 
 
 def _points(selection) -> float:
-    """Values in an HDF5 selection, infinity in one without an end."""
+    """Number of values in an HDF5 selection; infinity for an unlimited one."""
     try:
         return selection.get_select_npoints()
     except RuntimeError:

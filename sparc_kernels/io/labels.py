@@ -1,4 +1,4 @@
-"""What belongs to rows beside their features: labels for scores, pictures and texts for people."""
+"""Labels, pictures and texts of rows."""
 
 from __future__ import annotations
 
@@ -14,16 +14,22 @@ from ..core.validation import missing, reading, require
 from .features import Features
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-_MOST = 1 << 34  # labels, each a byte
+_MOST = 1 << 34  # labels, one byte each
 
 
 def read_labels(path: Path, rows: int) -> tuple[Tensor, list[int] | None]:
-    """Labels of all rows, bool [n, C], and the numbers of their classes where rows have numbers: those that occur.
+    """Read the labels of all rows.
 
     Args:
         path: .npy of 0 and 1 [n, C] or of class numbers [n]; .npz: a matrix of scipy.sparse.save_npz.
+        rows: n, for the check.
 
-    Raises: ValueError that names the file; ImportError for .npz without SciPy.
+    Returns:
+        bool [n, C]; and, for a file of class numbers, the C numbers that occur, ascending, else None.
+
+    Raises:
+        ValueError: the file is missing, damaged or holds something else; the message names it.
+        ImportError: a .npz file without SciPy.
     """
     label = f"labels {path}"
     require(path.is_file(), label, "a .npy or .npz file", "nothing there")
@@ -45,11 +51,11 @@ def read_labels(path: Path, rows: int) -> tuple[Tensor, list[int] | None]:
     require(len(values) == rows, label, f"{rows:,} rows as the features", f"{len(values):,}")
     if values.ndim == 1:
         require(values.min() >= 0, label, "class numbers >= 0", str(values.min()))
-        numbers, columns = np.unique(values, return_inverse=True)  # they may be large
+        numbers, columns = np.unique(values, return_inverse=True)  # numbers may be sparse
         _check_size(label, (rows, len(numbers)))
-        found = torch.zeros(rows, len(numbers), dtype=torch.bool, device="cpu")
-        found[torch.arange(rows, device="cpu"), torch.from_numpy(columns)] = True
-        return found, numbers.astype(object).tolist()
+        labels = torch.zeros(rows, len(numbers), dtype=torch.bool, device="cpu")
+        labels[torch.arange(rows, device="cpu"), torch.from_numpy(columns)] = True
+        return labels, numbers.astype(object).tolist()
     ok = values.ndim == 2 and values.shape[1] > 0 and bool(((values == 0) | (values == 1)).all())
     require(ok, label, "0 and 1 of shape [n, C], or class numbers [n]", f"shape {list(values.shape)}")
     return torch.from_numpy(values != 0), None
@@ -62,7 +68,19 @@ def _check_size(label: str, shape: tuple) -> None:
 
 
 def read_names(path: Path, count: int | None, numbers: list[int] | None) -> list[str]:
-    """Names of classes, one a line; of those with `numbers`, which count from 0, where there are some."""
+    """Read names of classes, one a line.
+
+    Args:
+        path: UTF-8 text.
+        count: C, the expected number of lines; None: any. Ignored with `numbers`.
+        numbers: class numbers, from 0, ascending; selects these lines.
+
+    Returns:
+        C names.
+
+    Raises:
+        ValueError: the file is missing, is no UTF-8 text or has another number of lines.
+    """
     names = _lines(f"label names {path}", path)
     if numbers is not None:
         expected = f"{numbers[-1] + 1:,} lines or more, one a class number"
@@ -74,20 +92,26 @@ def read_names(path: Path, count: int | None, numbers: list[int] | None) -> list
 
 
 def read_pictures(images: Mapping | None, texts: Mapping | None, features: Features) -> dict[str, Pictures | list[str]]:
-    """What to show of each stream's rows: pictures, or a text a row.
+    """Open the pictures or texts of each stream's rows.
 
-    Raises: ValueError for an unknown stream, another number of rows than the features have, or a file of another kind.
+    Args:
+        images: stream name -> path of `Pictures`.
+        texts: stream name -> path of a text file, one line a row.
+        features: the streams and their number of rows.
+
+    Raises:
+        ValueError: an unknown stream, another number of rows than the features have, or another kind of file.
     """
-    found: dict[str, Pictures | list[str]] = {}
+    shown: dict[str, Pictures | list[str]] = {}
     for flag, given in (("--images", images or {}), ("--texts", texts or {})):
         for s, path in given.items():
             require(s in features.widths, flag, f"a stream among {', '.join(features.widths)}", repr(s))
             label = f"{flag} {s}={path}"
-            found[s] = Pictures(label, path) if flag == "--images" else _lines(label, path)
+            shown[s] = Pictures(label, path) if flag == "--images" else _lines(label, path)
             require(
-                len(found[s]) == features.rows, label, f"{features.rows:,} rows as the features", str(len(found[s]))
+                len(shown[s]) == features.rows, label, f"{features.rows:,} rows as the features", str(len(shown[s]))
             )
-    return found
+    return shown
 
 
 def _lines(label: str, path: Path) -> list[str]:
@@ -99,7 +123,12 @@ def _lines(label: str, path: Path) -> list[str]:
 
 
 class Pictures:
-    """Pictures of rows, opened when asked: a folder in the order of its file names, or uint8 [n, h, w(, 3)] in .npy."""
+    """Pictures of rows, read on demand.
+
+    Args:
+        label: name of the pictures in messages.
+        path: a folder, in the order of its file names, or a .npy file of uint8 [n, h, w] or [n, h, w, 3].
+    """
 
     def __init__(self, label: str, path: Path):
         self.files = self.array = None
@@ -117,7 +146,11 @@ class Pictures:
         return len(self.files if self.array is None else self.array)
 
     def picture(self, row: int):
-        """A PIL image of a row."""
+        """Return the RGB PIL image of a row.
+
+        Raises:
+            ImportError: Pillow is missing.
+        """
         try:
             from PIL import Image
         except ImportError as error:

@@ -1,4 +1,4 @@
-"""Shuffled batches of feature files, read ahead by a thread, within a given amount of memory."""
+"""Shuffled batches of feature files, prefetched by a thread within a memory limit."""
 
 from __future__ import annotations
 
@@ -18,14 +18,21 @@ from .features import Features
 
 MEMORY = 4 << 30  # bytes for the windows
 SHUFFLES = ("window", "official", "none")
-_BLOCK_BYTES = 1 << 20  # of the widest stream, read in one piece: sequential enough for any disk
-_BLOCKS = 16  # in a window, at least: fewer would mix too little
-_AHEAD = 4  # batches that are ready before they are asked for
+_BLOCK_BYTES = 1 << 20  # of the widest stream per read: large enough for sequential disk speed
+_BLOCKS = 16  # per window, at least: fewer would shuffle too little
+_AHEAD = 4  # prefetched batches
 
 
 class Batch(NamedTuple):
-    """Attributes: x: {s: [b, d_s]} on the loader's device.  epoch, index: of the batch in its epoch.
-    last: of its epoch.  epoch_state: the generator's state before the epoch's order was drawn."""
+    """One batch and its position.
+
+    Attributes:
+        x: {s: [b, d_s]} on the loader's device.
+        epoch: number of the epoch, from 0.
+        index: of the batch in its epoch, from 0.
+        last: whether it ends the epoch.
+        epoch_state: the generator's state before the epoch's order was drawn.
+    """
 
     x: dict[str, Tensor]
     epoch: int
@@ -38,18 +45,23 @@ class Loader:
     """Batches of a `Features`, every row exactly once an epoch.
 
     Args:
-        features: where the rows come from.
-        batch_size: rows of a batch; the last one of an epoch is smaller, or left out with `drop_last`.
-        generator: torch.Generator on the CPU; the order of every epoch is drawn from it, and from nothing else.
+        features: source of the rows.
+        batch_size: rows of a batch; the last one of an epoch may be smaller.
+        generator: torch.Generator on the CPU, the only source of randomness.
         shuffle: "window": blocks of consecutive rows are shuffled, gathered into windows of 16 or more blocks, and the
-            rows shuffled within a window; when all rows fit into `memory` the one window is all rows.
+            rows shuffled within a window; if all rows fit into `memory` there is one window.
             "official": the official sampler: runs of `batch_size` consecutive rows in random order, the rest last.
             "none": in order.
-        memory: bytes that windows may take: the one being drawn from and the one being read.
-        intervals: consecutive rows [start, stop) that belong to this loader, None for all.
-        device: where batches go; to CUDA by pinned memory and a stream of its own.
+        drop_last: leave the smaller last batch out.
+        memory: bytes for two windows: the one being drawn from and the one being read.
+        intervals: rows [start, stop) of this loader; None: all.
+        device: of the batches; copies to CUDA use pinned memory and a stream of their own.
 
-    Raises: ValueError when `memory` is too small for a batch.
+    Attributes:
+        waited: seconds in which the consumer waited for the disk.
+
+    Raises:
+        ValueError: `memory` is too small for a batch, or there are no rows or, with `drop_last`, no full batch.
     """
 
     def __init__(
@@ -75,11 +87,11 @@ class Loader:
             require(self.rows >= batch_size, "batch_size", f"at most {self.rows}, the rows there are", str(batch_size))
         self.resident = False  # whether one window holds all rows
         self._plan_memory(check_int("memory", memory, 1))
-        self._kept = None  # then its rows
-        self.waited = 0.0  # seconds in which the consumer waited for the disk
+        self._kept = None  # its rows, if resident
+        self.waited = 0.0
 
     def _plan_memory(self, memory: int) -> None:
-        """Rows of a block and blocks of a window."""
+        """Choose the rows of a block and the blocks of a window."""
         sources = self.features.sources.values()
         row_bytes = sum(self.features.widths.values()) * self.features.dtype.itemsize
         resident = self.rows * row_bytes <= memory
@@ -94,7 +106,7 @@ class Loader:
         block = max(1, min(_BLOCK_BYTES // widest, window // _BLOCKS))
         chunk = max(source.chunk_rows for source in sources)
         if block > chunk:
-            block -= block % chunk  # no chunk is read, and unpacked, twice
+            block -= block % chunk  # so that no chunk is decompressed twice
         self.block_rows, self.window_blocks, self.resident = block, max(1, window // block), resident
         if resident:
             self.window_blocks = len(self._blocks())
@@ -102,20 +114,20 @@ class Loader:
     def _blocks(self) -> list[tuple[int, int]]:
         """[start, stop) of consecutive rows, at most block_rows each."""
         size = self.block_rows
-        if self.shuffle == "official":  # whole batches first, the rest is one block
+        if self.shuffle == "official":  # blocks of whole batches; the rest of an interval is one block
             return [(a, min(a + size, stop)) for start, stop in self.intervals for a in range(start, stop, size)]
         return [
-            (a, min(a - a % size + size, stop))  # cut at multiples of the size, where chunks are
+            (a, min(a - a % size + size, stop))  # cut at multiples of the size, on chunk boundaries
             for start, stop in self.intervals
             for a in [start, *range(start - start % size + size, stop, size)]
         ]
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """Number of batches in an epoch."""
         return self.rows // self.batch_size if self.drop_last else -(-self.rows // self.batch_size)
 
     def _order(self) -> list[tuple[list[tuple[int, int]], Tensor]]:
-        """One epoch: windows of blocks, and for each an order of its rows, counted through its blocks."""
+        """Draw an epoch: for each window its blocks and an order of its rows, numbered through the blocks."""
         blocks = self._blocks()
         size = [stop - start for start, stop in blocks]
         if self.shuffle == "none":
@@ -134,10 +146,15 @@ class Loader:
     # ---------------------------------------------------------------------------------------------------- the consumer
 
     def epochs(self, first: int, last: int, skip: int = 0) -> Generator[Batch, None, None]:
-        """Batches of the epochs first..last - 1, without the first `skip` ones.
+        """Iterate over the batches of some epochs.
 
-        The generator must be in the state in which epoch `first` starts: its order is drawn here. The order of later
-        epochs is drawn ahead of time, so nothing else may draw from the generator meanwhile, unless it is one epoch.
+        Epoch `first` is drawn from the generator's current state. Later epochs are drawn ahead of time: with more than
+        one epoch, nothing else may use the generator meanwhile.
+
+        Args:
+            first: first epoch.
+            last: one past the last epoch.
+            skip: batches of epoch `first` to leave out.
         """
         return self._consume(_Worker(self, first, last, skip))
 
@@ -161,25 +178,25 @@ class Loader:
 
 
 class _Worker:
-    """The thread that reads windows and cuts batches from them."""
+    """The thread that reads windows and splits them into batches."""
 
     def __init__(self, loader: Loader, first: int, last: int, skip: int):
         self.loader, self.last = loader, last
         self.epoch_state, self.order = loader.generator.get_state(), loader._order()
-        # a whole epoch to skip is one that a checkpoint has seen the end of
+        # skip a whole epoch: a checkpoint at its end
         self.first, self.skip = first, skip
         if skip >= len(loader):
             self.first, self.skip, self.order = first + 1, 0, None
         self.ready: queue.Queue = queue.Queue(_AHEAD)
         self.stopped = threading.Event()
-        self.buffers: list[dict] = [{}, {}]  # of this window and the next
-        self.held_up = False  # waiting for a copy to the GPU, not for the disk
+        self.buffers: list[dict] = [{}, {}]  # for this window and the next
+        self.held_up = False  # blocked by copies to the GPU, not by the disk
         self.cuda = loader.device.type == "cuda"
         if self.cuda:
             self.stream = torch.cuda.Stream(loader.device)
             self.free: queue.Queue = queue.Queue()
             for _ in range(_AHEAD + 2):
-                with on_device(loader.device):  # pinned memory belongs to a context: that of the GPU it is copied to
+                with on_device(loader.device):  # pinned memory belongs to this GPU's context
                     rows = {
                         s: torch.empty(loader.batch_size, d, dtype=loader.features.dtype, pin_memory=True, device="cpu")
                         for s, d in loader.features.widths.items()
@@ -189,6 +206,7 @@ class _Worker:
         self.thread.start()
 
     def stop(self) -> None:
+        """End the thread and wait for it."""
         self.stopped.set()
         while self.thread.is_alive():
             try:
@@ -197,7 +215,7 @@ class _Worker:
                 self.thread.join(0.01)
 
     def send(self, item: Batch) -> Batch:
-        """The batch on the GPU; its pinned rows go back to the thread, which waits for the copy before it refills."""
+        """Copy a batch to the GPU and return its pinned buffer to the thread with the event of the copy."""
         slot, n = item.x
         with torch.cuda.stream(self.stream):
             x = {s: rows[:n].to(self.loader.device, non_blocking=True) for s, rows in slot.items()}
@@ -236,7 +254,7 @@ class _Worker:
                 self.epoch_state, self.order = loader.generator.get_state(), loader._order()
             state, order, self.order = self.epoch_state, self.order, None
             for i, (blocks, rows) in enumerate(order):
-                if skip >= len(rows):  # drawn before this run was resumed
+                if skip >= len(rows):  # consumed before the run was resumed
                     skip -= len(rows)
                     continue
                 buffer = self.buffers[0]
@@ -245,9 +263,9 @@ class _Worker:
                 skip = 0
 
     def _batches(self) -> Iterator[Batch]:
-        """Batches in order; the next window is read piece by piece between those of this one."""
+        """Yield batches in order, reading the next window piece by piece between those of the current one."""
         loader, size, index = self.loader, self.loader.batch_size, self.skip
-        windows, left = self._windows(), None  # left: the rows of a window that did not fill a batch
+        windows, left = self._windows(), None  # left: rows of the last window, too few for a batch
         upcoming = next(windows, None)
         while (window := upcoming) is not None:
             window.read_until(1.0)
@@ -274,7 +292,7 @@ class _Worker:
         return {s: torch.cat([left[s], x[s]]) for s in x} if left else x
 
     def _place(self, x: dict[str, Tensor]):
-        """As it is on the CPU; copied to pinned rows, (rows, how many), for a GPU."""
+        """Return x for the CPU; for a GPU copy it to a pinned buffer, (buffer, number of rows)."""
         if not self.cuda:
             return x
         self.held_up = True
@@ -289,7 +307,7 @@ class _Worker:
 
 
 class _Window:
-    """Blocks of rows, read one after another into `data`, {s: [rows, d_s]}, and the order to draw them in."""
+    """Blocks of rows, read one by one into `data`, {s: [rows, d_s]}, and the order in which to draw the rows."""
 
     def __init__(self, loader: Loader, buffer: dict, blocks, order: Tensor, epoch: int, state: Tensor, last: bool):
         self.loader, self.blocks, self.order = loader, blocks, order
@@ -306,7 +324,7 @@ class _Window:
             self.read = len(blocks)
 
     def read_until(self, fraction: float) -> None:
-        """Read on until this part of the blocks is there."""
+        """Read blocks until this fraction of them is in memory."""
         while self.read < fraction * len(self.blocks):
             start, stop = self.blocks[self.read]
             for s, data in self.data.items():
@@ -316,4 +334,4 @@ class _Window:
 
 
 class _Stopped(Exception):
-    """The consumer has gone."""
+    """The consumer has stopped."""

@@ -1,4 +1,4 @@
-"""Checkpoints that a training run resumes from: written atomically, checked by SHA-256."""
+"""Checkpoints of a training run: written atomically, verified by SHA-256."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TRAILER = len(_MAGIC) + 32
 
 
 class _Hashing:
-    """A file that keeps a digest of what is written to it."""
+    """A file that hashes its content while it is written."""
 
     def __init__(self, file):
         self.file, self.digest = file, hashlib.sha256()
@@ -36,7 +36,15 @@ class _Hashing:
 
 
 def reserve(folder: Path, size: int) -> None:
-    """Raise OSError where `size` more bytes do not fit, by taking them for a moment."""
+    """Check for free space by allocating it for a moment.
+
+    Args:
+        folder: on the file system to check.
+        size: bytes needed.
+
+    Raises:
+        OSError: they are not available.
+    """
     probe = folder / f"{SPACE}.{os.getpid()}.tmp"
     try:
         with open(probe, "wb") as file:
@@ -53,8 +61,18 @@ def reserve(folder: Path, size: int) -> None:
 
 
 def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> Path:
-    """Write `state` (tensors, numbers, strings) as the checkpoint of `step`; then delete all earlier ones but the
-    newest, so that `keep` stay. Later ones are damaged, or the run would have gone on from there."""
+    """Write a checkpoint, then delete old ones.
+
+    Args:
+        folder: of the run's checkpoints; made if missing.
+        step: number of the step.
+        state: tensors, numbers and strings.
+        keep: checkpoints up to this step that are kept, the newest. Later ones are damaged (the run would have resumed
+            from them) and are not counted.
+
+    Returns:
+        The file.
+    """
 
     def write(file):
         hashing = _Hashing(file)
@@ -70,14 +88,21 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> Path:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first."""
+    """List the checkpoint files in a folder, oldest first."""
     return sorted(folder.glob("step-" + "[0-9]" * 9 + ".pt"))
 
 
 def load_checkpoint(path: Path) -> dict:
-    """The state that was saved, on the CPU.
+    """Load a checkpoint to the CPU.
 
-    Raises: ValueError when the file is no training checkpoint or not what was written.
+    Args:
+        path: file that `save_checkpoint` wrote.
+
+    Returns:
+        The state, with `step` and `kind`.
+
+    Raises:
+        ValueError: the file is no training checkpoint, or is damaged.
     """
     content = path.read_bytes()
     body, trailer = content[:-_TRAILER], content[-_TRAILER:]
@@ -85,7 +110,7 @@ def load_checkpoint(path: Path) -> dict:
     require(ok, f"checkpoint {path}", "a complete training checkpoint", "a damaged, truncated or foreign file")
     try:
         state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-    except Exception as error:  # as _read_torch
+    except Exception as error:  # torch.load raises many types
         raise ValueError(f"checkpoint {path}: expected a torch file of tensors ({reason_of(error)})") from error
     ok = isinstance(state, dict) and state.get("kind") == KIND and isinstance(state.get("step"), int)
     require(ok, f"checkpoint {path}", "a training checkpoint of sparc_kernels", "something else")
@@ -93,9 +118,18 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def load_latest(folder: Path, tell: Callable[[str], None] = print, after: float = -1) -> tuple[Path, dict] | None:
-    """The newest checkpoint that is whole, None when there is none at all of a step later than `after`.
+    """Load the newest undamaged checkpoint.
 
-    Raises: ValueError when there are such checkpoints and all are damaged.
+    Args:
+        folder: of the run's checkpoints.
+        tell: called with a message for each damaged checkpoint skipped.
+        after: only consider later steps.
+
+    Returns:
+        The file and its state; None if there is no such checkpoint.
+
+    Raises:
+        ValueError: there are such checkpoints, all damaged.
     """
     error = None
     for path in reversed([path for path in checkpoints(folder) if int(path.stem.removeprefix("step-")) > after]):

@@ -1,4 +1,4 @@
-"""One stream in several files: shards, by a pattern in the order of their numbers, or a list of paths in its order."""
+"""Shards: one stream in several files, given by a pattern (in the order of their numbers) or a list of paths."""
 
 from __future__ import annotations
 
@@ -18,13 +18,18 @@ from torch import Tensor
 from ..core.validation import fail, require
 from .files import MappedRows, open_file, split_dataset
 
-_COUNT = "[0-9]+(?![0-9A-Za-z])"  # 3f2a is none
+_COUNT = "[0-9]+(?![0-9A-Za-z])"  # not the 3 of 3f2a
 LISTED = "--stream NAME=FILE,FILE"
-OPEN = 32  # files of a stream that stay open: a process may have 1,024, and 8 streams are trained on and validated
+OPEN = 32  # files open per stream: the usual limit is 1,024 per process, with 8 streams to train on and 8 to validate
 
 
 def stream_label(name: str, value) -> str:
-    """A stream in messages, of what it was given as."""
+    """Return the name of a stream in messages.
+
+    Args:
+        name: of the stream.
+        value: its path, pattern, list of paths or tensor, or None.
+    """
     if value is None or isinstance(value, Tensor):
         return f"stream {name!r}"
     several = isinstance(value, (list, tuple))
@@ -32,12 +37,12 @@ def stream_label(name: str, value) -> str:
 
 
 def is_pattern(path: Path) -> bool:
-    """Whether it has wildcards and is not the name of a file all the same."""
+    """Whether a path has wildcards and is not itself an existing file."""
     return any(c in str(path) for c in "*?[") and not split_dataset(path)[0].exists()
 
 
 def absolute(value: str | Path | Sequence) -> Path | list[Path]:
-    """What means the same from another folder."""
+    """Make a path, a pattern or a list of paths absolute."""
     if isinstance(value, (list, tuple)):
         return [absolute(path) for path in value]
     path = Path(value)
@@ -45,61 +50,83 @@ def absolute(value: str | Path | Sequence) -> Path | list[Path]:
 
 
 def matching(label: str, pattern: Path) -> tuple[list[Path], Series | None]:
-    """The files of PATTERN or PATTERN:DATASET, 2 before 10, and their numbers; None: of one file without.
+    """Find the files of a pattern in numeric order (2 before 10).
 
-    Raises: ValueError where there is none, where they differ in more than one number, and where one is there twice or
-    missing; of numbers with gaps from 0 on, which may count rows, `Shards` tells.
+    Args:
+        label: name of the stream in messages.
+        pattern: PATTERN or PATTERN:DATASET.
+
+    Returns:
+        FILE or FILE:DATASET for each file; and their numbers, None for a single file without one varying number.
+
+    Raises:
+        ValueError: no file matches, the names differ in more than one number, or a number occurs twice or is missing.
+            Gaps in numbers that start at 0 may be row counts: `Shards` checks those.
     """
     file, dataset = split_dataset(pattern)
-    found = sorted(glob.glob(str(file)), key=lambda path: (_by_numbers(path, "[0-9]+"), path))
-    require(bool(found), label, "files of this pattern", "none")
-    parts = [_by_numbers(os.path.splitext(path)[0], _COUNT) for path in found]
-    other = next((path for path, names in zip(found, parts, strict=True) if names[::2] != parts[0][::2]), None)
+    files = sorted(glob.glob(str(file)), key=lambda path: (_by_numbers(path, "[0-9]+"), path))
+    require(bool(files), label, "files of this pattern", "none")
+    parts = [_by_numbers(os.path.splitext(path)[0], _COUNT) for path in files]
+    other = next((path for path, names in zip(files, parts, strict=True) if names[::2] != parts[0][::2]), None)
     varying = [i for i, values in enumerate(zip(*parts, strict=False)) if len(set(values)) > 1]
     expected = f"files that differ in one number, or a list of them ({LISTED})"
-    require(other is None, label, expected, f"{found[0]} and {other}")
-    require(len(varying) < 2, label, expected, f"{found[0]} and {found[-1]}")
-    if len(found) == 1:
-        varying = _of_wildcards(found[0], str(file))
-    numbers = [names[varying[0]] for names in parts] if len(varying) == 1 else [0] * (len(found) == 1)
-    for i, paths in enumerate(pairwise(found)):
+    require(other is None, label, expected, f"{files[0]} and {other}")
+    require(len(varying) < 2, label, expected, f"{files[0]} and {files[-1]}")
+    if len(files) == 1:
+        varying = _of_wildcards(files[0], str(file))
+    numbers = [names[varying[0]] for names in parts] if len(varying) == 1 else [0] * (len(files) == 1)
+    for i, paths in enumerate(pairwise(files)):
         require(numbers[i : i + 1] < numbers[i + 1 : i + 2], label, "one file of each number", " and ".join(paths))
-    if "[" not in re.sub(r"\[[*?[]\]", "", str(file)):  # which takes part of them on purpose
-        count = re.search("[0-9]-of-([0-9]+)", found[0])
-        if count and len(found) != int(count[1]):
-            got = f"{len(found)}, from {found[0]} to {found[-1]}"
+    if "[" not in re.sub(r"\[[*?[]\]", "", str(file)):  # a character class selects some on purpose
+        count = re.search("[0-9]-of-([0-9]+)", files[0])
+        if count and len(files) != int(count[1]):
+            got = f"{len(files)}, from {files[0]} to {files[-1]}"
             fail(label, f"{int(count[1])} files, as their names say", got)
         begin = f"numbers from 0 or 1 on, or a list of the files ({LISTED})"
-        require(numbers[0] < 2, label, begin, f"{found[0]} as the first")
-    series = Series(found, numbers, varying[0]) if len(varying) == 1 else None
+        require(numbers[0] < 2, label, begin, f"{files[0]} as the first")
+    series = Series(files, numbers, varying[0]) if len(varying) == 1 else None
     if numbers[0]:
         series.check(label)
-    return [Path(f"{path}:{dataset}" if dataset else path) for path in found], series
+    return [Path(f"{path}:{dataset}" if dataset else path) for path in files], series
 
 
 def _by_numbers(path: str, number: str) -> list:
-    """Texts and numbers in turn, as they follow each other."""
+    """Split a path into alternating texts and numbers; `number` is their pattern."""
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(f"({number})", path))]
 
 
 def _of_wildcards(path: str, pattern: str) -> list[int]:
-    """Which of the texts and numbers of a file are numbers that its pattern does not give."""
+    """Indices, in `_by_numbers` of a path, of the numbers that the pattern's wildcards match."""
     before, after = re.search(r"[*?[]", pattern).start(), len(re.search(r"[^*?\]]*$", pattern)[0])
-    found = re.finditer(_COUNT, os.path.splitext(path)[0])
-    return [2 * i + 1 for i, m in enumerate(found) if m.end() > before and m.start() < len(path) - after]
+    matches = re.finditer(_COUNT, os.path.splitext(path)[0])
+    return [2 * i + 1 for i, m in enumerate(matches) if m.end() > before and m.start() < len(path) - after]
 
 
 class Series(NamedTuple):
-    """Files that differ in one number.  place: of it in `_by_numbers` of their names."""
+    """Files whose names differ in one number.
+
+    Attributes:
+        files: paths in the order of their numbers.
+        numbers: of the files.
+        place: index of the number in `_by_numbers` of their names.
+    """
 
     files: list[str]
     numbers: list[int]
     place: int
 
     def check(self, label: str, starts: Sequence[int] = ()) -> int | None:
-        """The number that they are counted from; None where each number is that of the rows before it, `starts`.
+        """Check that no file is missing.
 
-        Raises: ValueError that names a file missing among them.
+        Args:
+            label: name of the stream in messages.
+            starts: first row of each file, which the numbers may be instead of a count.
+
+        Returns:
+            The first number of the count; None if the numbers are `starts`.
+
+        Raises:
+            ValueError: a file is missing; the message names it.
         """
         counted = range(self.numbers[0], self.numbers[0] + len(self.numbers))
         agree = [self._agreeing(wanted) for wanted in (counted, starts)]
@@ -111,12 +138,12 @@ class Series(NamedTuple):
         return self.numbers[0] if agree[0] == i else None
 
     def _agreeing(self, wanted: Sequence[int]) -> int:
-        """How many numbers, from the first on, are those wanted."""
+        """Number of leading entries that `numbers` and `wanted` share."""
         pairs = enumerate(zip(self.numbers, wanted, strict=False))
         return next((i for i, (number, want) in pairs if number != want), len(self.numbers) if len(wanted) else 0)
 
     def _named(self, i: int, number: int) -> str:
-        """The name of file i with another number."""
+        """Name of file i with another number."""
         stem, suffix = os.path.splitext(self.files[i])
         texts = re.split(f"({_COUNT})", stem)
         texts[self.place] = str(number).zfill(len(texts[self.place]))
@@ -124,24 +151,32 @@ class Series(NamedTuple):
 
 
 def _age(file: Path) -> tuple[int, int]:
-    found = file.stat()
-    return found.st_size, found.st_mtime_ns
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 class Shards:
-    """Rows of several files of one width and dtype, one file after another; a file may have none.
+    """Concatenated rows of several files with one width and dtype; a file may be empty.
 
     Args:
-        stream: its name, for messages.
+        stream: name of the stream, for messages.
         paths: FILE or FILE:DATASET, in the order of their rows.
-        series: their numbers, where a pattern gave them; what it was is in `label`.
+        label: the stream with its pattern, for messages about `series`.
+        series: the files' numbers, if a pattern gave them.
 
-    Attributes: rows, width, dtype, chunk_rows, indices: as of `MappedRows`.  names: of the files, below their folder.
-    starts: int64 [files + 1], the first row of each, and `rows`.  begin: the number that the files of a pattern are
-    counted from, None where they are not.
+    Attributes:
+        rows: n, over all files.
+        width: values of a row.
+        dtype: of the values.
+        chunk_rows: rows that one read decompresses together, at most.
+        indices: array [rows], the sample of each row, or None.
+        names: of the files, relative to their common folder.
+        starts: int64 [files + 1], first row of each file, then `rows`.
+        begin: first number of the files of a pattern; None if they are not counted.
 
-    Raises: ValueError that names the file: what `open_file` raises, another width or dtype than the first one's, no
-    `indices` where others have them, one that is missing. `read` raises it where a file has changed or has gone.
+    Raises:
+        ValueError: a file is unusable (see `open_file`) or missing, differs from the first in width or dtype, or lacks
+            `indices` that others have; the message names it. `read` raises it if a file has changed or is gone.
     """
 
     def __init__(self, stream: str, paths: Sequence[Path], label: str = "", series: Series | None = None):
@@ -181,11 +216,11 @@ class Shards:
         return joined
 
     def _part(self, i: int):
-        """A file, which stays open until so many others were read, and must not change before it is opened again."""
+        """File i, kept open while among the last OPEN used; raises ValueError if it changed before it is reopened."""
         if i not in self._open:
-            label, asked = stream_label(self._stream, self._files[i]), "the file as it was when opened"
-            require(self._files[i].exists(), label, asked, "nothing there")
-            require(_age(self._files[i]) == self._seen[i], label, asked, "a changed one")
+            label, expected = stream_label(self._stream, self._files[i]), "the file as it was when opened"
+            require(self._files[i].exists(), label, expected, "nothing there")
+            require(_age(self._files[i]) == self._seen[i], label, expected, "a changed one")
         self._open[i] = self._open.pop(i, None)
         if len(self._open) > OPEN:
             self._parts[oldest := next(iter(self._open))].close()
@@ -193,23 +228,27 @@ class Shards:
         return self._parts[i]
 
     def at(self, row: int) -> tuple[int, int]:
-        """The file that a row is in, and its number there."""
+        """Return the index of a row's file and its row number there."""
         i = int(np.searchsorted(self.starts, row, side="right")) - 1
         return i, row - int(self.starts[i])
 
     def place(self, row: int) -> str:
-        """For messages."""
+        """Return the position of a row for messages."""
         i, number = self.at(row)
         return f"row {number:,} of {self.names[i]}"
 
     def listed(self) -> list[str]:
-        """For a manifest."""
+        """List the files and their number of rows for a manifest."""
         return [f"{name}, {part.rows:,} rows" for name, part in zip(self.names, self._parts, strict=True)]
 
     def read(self, start: int, stop: int) -> Tensor:
-        """[stop - start, width], a copy."""
+        """Copy rows start..stop - 1, [stop - start, width].
+
+        Raises:
+            ValueError: a file has changed or is gone, or its rows are damaged.
+        """
         (i, first), left, pieces = self.at(start), stop - start, []
-        with self._lock:  # a loader's thread may read what another has closed
+        with self._lock:  # loader threads share the open files
             while left:
                 n = min(left, self._parts[i].rows - first)
                 if n:
@@ -218,24 +257,32 @@ class Shards:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def check(self, label: str) -> None:
-        """`MappedRows.check` of each file, which is named in place of `label`."""
+        """Run `MappedRows.check` on each file; messages name the file instead of `label`."""
         with self._lock:
             for i, part in enumerate(self._parts):
                 if isinstance(part, MappedRows):
                     self._part(i).check(stream_label(self._stream, self._files[i]))
 
     def close(self) -> None:
+        """Close all files."""
         for part in self._parts:
             part.close()
 
 
 def files_of(streams: Mapping) -> list[tuple[str, Path]]:
-    """Every file of feature files as `Features` takes them, shards among them, with what messages call it."""
-    found = []
+    """List every feature file, shards included.
+
+    Args:
+        streams: stream name -> path, pattern or list of paths, or None for a tensor.
+
+    Returns:
+        (label of its stream, path) of each file.
+    """
+    files = []
     for s, value in streams.items():
         label = stream_label(s, value)
         if isinstance(value, Path) and is_pattern(value):
             value = matching(label, value)[0]
         paths = value if isinstance(value, list) else [value] * (value is not None)  # None: a tensor
-        found += [(label, split_dataset(path)[0]) for path in paths]
-    return found
+        files += [(label, split_dataset(path)[0]) for path in paths]
+    return files

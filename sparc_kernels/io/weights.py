@@ -1,4 +1,4 @@
-"""Final weights as safetensors, the official format, and models read from either."""
+"""Weights of a model: safetensors and the official format, written and read."""
 
 from __future__ import annotations
 
@@ -24,35 +24,46 @@ OFFICIAL, OFFICIAL_CONFIG = "msae_checkpoint.pth", "run_config.json"
 MODEL_KEYS = (
     "d_streams", "n_latents", "k", "auxk", "auxk_threshold", "dead_steps_threshold", "topk_type", "count_in_eval",
 )  # fmt: skip
-SETTINGS = (*MODEL_KEYS, "normalize")  # what is saved beside weights, in every format
+SETTINGS = (*MODEL_KEYS, "normalize")  # saved beside weights in every format
 
 
 def model_config(model: AlignedSAE) -> dict:
-    """Arguments that build the model again."""
+    """Return the arguments that build the model again, by name."""
     return {key: getattr(model, key) for key in MODEL_KEYS}
 
 
 def save_weights(model: AlignedSAE, path: str | Path, normalize: bool = True, step: int | None = None) -> None:
-    """Weights as safetensors, with the model's configuration in the metadata: `load_model` needs no other file.
+    """Save weights as safetensors with the model's configuration in the metadata, all that `load_model` needs.
 
     Args:
-        model: with its settings.
-        path: ends in .safetensors.
+        model: the model to save.
+        path: file ending in .safetensors.
         normalize: whether the model was trained on rows divided by their norm.
-        step: of the run, which tells `load_model` of a run's folder whether a checkpoint is newer.
+        step: of the training run; `load_model` of its folder prefers a later checkpoint.
+
+    Raises:
+        ValueError: another suffix, or a bad argument.
+        ImportError: safetensors is missing (the extra `train`).
     """
     path = Path(path)
     require(path.suffix.lower() == ".safetensors", "path", "a file ending in .safetensors", repr(path.name))
     save, state = import_save(path), _cpu_state(model)
     config = model_config(model) | {"normalize": check_bool("normalize", normalize)}
     config |= {} if step is None else {"step": check_int("step", step, 0)}
-    # one entry: safetensors writes several in an order that changes
+    # one entry, since safetensors writes several in varying order
     content = save(state, metadata={"sparc_kernels": json.dumps(config | {"sha256": _digest(config, state)})})
     write_atomically(path, lambda file: file.write(content))
 
 
 def import_save(path: Path):
-    """What makes the content of a safetensors file. Raises: ImportError that says what `path` needs."""
+    """Import safetensors' `save`.
+
+    Args:
+        path: of the file to save, for the message.
+
+    Raises:
+        ImportError: safetensors is missing.
+    """
     try:
         from safetensors.torch import save
     except ImportError as error:
@@ -61,7 +72,7 @@ def import_save(path: Path):
 
 
 def _cpu_state(model: AlignedSAE) -> dict[str, torch.Tensor]:
-    """state_dict on the CPU, contiguous; tensors that share memory as copies, which safetensors wants."""
+    """state_dict on the CPU, contiguous; shared memory is copied, since safetensors rejects it."""
     state, seen = {}, set()
     for name, value in model.state_dict().items():
         value = value.detach().cpu().contiguous()
@@ -72,7 +83,7 @@ def _cpu_state(model: AlignedSAE) -> dict[str, torch.Tensor]:
 
 
 def _digest(config: dict, state: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of settings and weights, in whatever order a file has these."""
+    """SHA-256 of settings and weights, the weights in the order of their names."""
     digest = hashlib.sha256(json.dumps(config).encode())
     for name, value in sorted(state.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -83,19 +94,22 @@ def _digest(config: dict, state: Mapping[str, torch.Tensor]) -> str:
 def export_official(
     model: AlignedSAE, folder: str | Path, settings: Mapping[str, object] | None = None, normalize: bool = True
 ) -> Path:
-    """`msae_checkpoint.pth` and the `run_config.json` that the official code reads beside it.
+    """Write `msae_checkpoint.pth` and `run_config.json`, as the official code reads them.
 
     Args:
-        model: with its settings.
-        folder: where both files go.
+        model: the model to export.
+        folder: where both files go; it must exist.
         settings: further entries of run_config.json's "args", such as batch_size, lr and seed.
-        normalize: whether the model was trained on rows divided by their norm; an entry that the official code ignores.
+        normalize: whether the model was trained on rows divided by their norm; the official code ignores this entry.
+
+    Returns:
+        Path of the checkpoint.
     """
     path, state = Path(folder) / OFFICIAL, _cpu_state(model)
     write_atomically(path, lambda file: torch.save(state, file))
     config = model_config(model) | {"use_sparse_decoder": False, "normalize": check_bool("normalize", normalize)}
     config |= dict(settings or {})
-    config["auxk"] = config["auxk"] or 0  # the official parser knows numbers only
+    config["auxk"] = config["auxk"] or 0  # the official parser takes numbers only
     write_json(path.with_name(OFFICIAL_CONFIG), {"args": config, "config_file_content": {}})
     return path
 
@@ -103,19 +117,23 @@ def export_official(
 def load_model(
     path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, **known: object
 ) -> tuple[AlignedSAE, bool]:
-    """A trained model, in eval mode, and whether it was trained on normalised rows (officially always).
+    """Load a trained model.
 
     Args:
-        path: a folder that `train` wrote (final weights, or the newest whole checkpoint where it is of a later step,
-            as in a run that goes on), model.safetensors, a checkpoint of ours, or an official `msae_checkpoint.pth`,
-            whose settings come from the run_config.json beside it.
-        dtype: of the parameters; None: the narrowest that holds all of the file's without rounding.
-        device: of the model.
-        **known: k, topk_type, auxk, normalize, ...: settings that the file does not have, or that replace its own.
+        path: a folder of a training run (final weights, or the newest undamaged checkpoint if it is of a later step, as
+            in a resumed run), model.safetensors, a checkpoint of a run, or an official `msae_checkpoint.pth` with its
+            settings in the run_config.json beside it.
+        device: of the parameters.
+        dtype: of the parameters; None: the narrowest that holds the file's without rounding.
+        **known: k, topk_type, auxk, normalize, ...: settings that the file lacks, or that replace the file's.
+
+    Returns:
+        The model in eval mode, and whether it was trained on normalised rows (officially always).
 
     Raises:
-        ValueError: naming the file and what is missing or wrong: other tensors, damage (a digest in our files, the
-            checksums of torch's), settings that do not fit.
+        ValueError: missing settings or tensors, settings that do not fit the weights, or damage (by the digest of our
+            files or the checksums of torch's); the message names the file.
+        ImportError: a .safetensors file without safetensors.
     """
     for name in known:
         require(name in SETTINGS, name, f"a setting among {', '.join(SETTINGS)}", "an unknown name")
@@ -124,7 +142,17 @@ def load_model(
 
 
 def read_weights(path: str | Path) -> tuple[Path, dict, dict]:
-    """The file that `path` means, its state_dict on the CPU, and those of SETTINGS that it says."""
+    """Read weights and settings without building a model.
+
+    Args:
+        path: as of `load_model`.
+
+    Returns:
+        The file chosen, its state_dict on the CPU, and the SETTINGS it has.
+
+    Raises:
+        ValueError: nothing there, damage, or another kind of file.
+    """
     path = Path(path)
     require(path.exists(), f"model {path}", "a folder of a training run or a file of weights", "nothing there")
     path, state, config = _read_folder(path) if path.is_dir() else (path, *_read_file(path))
@@ -133,9 +161,23 @@ def read_weights(path: str | Path) -> tuple[Path, dict, dict]:
 
 
 def model_of(path: Path, state: dict, config: dict, device="cpu", dtype=None) -> tuple[AlignedSAE, bool]:
-    """`load_model` of what `read_weights` returned, with these settings."""
+    """Build the model of weights and settings.
+
+    Args:
+        path: of the file, for messages.
+        state: state_dict.
+        config: SETTINGS; k and topk_type are required.
+        device: of the parameters.
+        dtype: of the parameters; None: the narrowest that holds the state's without rounding.
+
+    Returns:
+        The model in eval mode, and whether it was trained on normalised rows.
+
+    Raises:
+        ValueError: settings are missing or do not fit the weights.
+    """
     device = check_device("device", device)
-    shapes = _shapes(path, state)  # dicts compare equal in any order, and the configuration has the right one
+    shapes = _shapes(path, state)  # the order of streams comes from the configuration
     lacking = [key for key in ("k", "topk_type") if key not in config]
     hint = f"{' and '.join(lacking)}, which weights do not tell: give them, or put {OFFICIAL_CONFIG} beside the file"
     require(not lacking, f"model {path}", hint, "neither")
@@ -163,23 +205,23 @@ def _is_parameter(name: str) -> bool:
 
 
 def _read_folder(folder: Path) -> tuple[Path, dict, dict]:
-    """The file to load a model from, with its content: final weights, unless a whole checkpoint is of a later step."""
+    """The file of a folder to load, with its content: final weights, unless an undamaged checkpoint is later."""
     file, after = next((folder / name for name in (WEIGHTS, OFFICIAL) if (folder / name).exists()), None), -1
     if file is not None:
         state, config = _read_file(file)
         step = config.get("step") if isinstance(config, dict) else None
-        after = step if isinstance(step, int) else math.inf  # files that do not say it are taken as the last
+        after = step if isinstance(step, int) else math.inf  # without a step: treated as the latest
     try:
-        found = load_latest(folder / CHECKPOINTS, _tell, after)
+        latest = load_latest(folder / CHECKPOINTS, _tell, after)
     except ValueError:
         if file is None:
             raise
-        found = None
-    if found is None:
+        latest = None
+    if latest is None:
         expected = f"{WEIGHTS}, {CHECKPOINTS}/step-*.pt or {OFFICIAL} in it"
         require(file is not None, f"model {folder}", expected, "none of them")
         return file, state, config
-    path, saved = found
+    path, saved = latest
     if file is not None:
         _tell(f"Note: {path} is loaded, since {file} is older, of step {after:,}")
     return path, saved.get("model"), saved.get("model_config")
@@ -211,7 +253,7 @@ def _read_safetensors(path: Path) -> tuple[dict, dict]:
 
 
 def _read_torch(path: Path) -> tuple[dict, dict]:
-    """state_dict and settings from a checkpoint of ours or an official one."""
+    """state_dict and settings of a run's checkpoint or an official one."""
     with open(path, "rb") as file:
         ours = file.seek(0, os.SEEK_END) > _TRAILER and file.seek(-_TRAILER, os.SEEK_END) >= 0
         ours = ours and file.read(len(_MAGIC)) == _MAGIC
@@ -221,7 +263,7 @@ def _read_torch(path: Path) -> tuple[dict, dict]:
     try:
         _check_checksums(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises what pickle, zipfile and its own reader raise
+    except Exception as error:  # of torch, pickle or zipfile
         raise ValueError(f"model {path}: expected a torch file of tensors ({reason_of(error)})") from error
     beside = path.with_name(OFFICIAL_CONFIG)
     if not beside.exists():
@@ -232,18 +274,18 @@ def _read_torch(path: Path) -> tuple[dict, dict]:
 
 
 def _check_checksums(path: Path) -> None:
-    """Raise zipfile's error where a record of a torch file is damaged; torch.load does not look."""
+    """Raise zipfile's error if a record of a torch file is damaged, which torch.load does not check."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             for record in archive.infolist():
-                if record.CRC:  # 0: torch was told not to take them
+                if record.CRC:  # 0: saved without checksums
                     with archive.open(record) as file:
                         while file.read(1 << 20):
                             pass
 
 
 def _shapes(path: Path, state) -> dict:
-    """d_streams and n_latents, as the weights have them."""
+    """d_streams and n_latents of the weights."""
     ok = isinstance(state, dict) and all(isinstance(v, torch.Tensor) and isinstance(n, str) for n, v in state.items())
     require(ok, f"model {path}", "a dict of tensors", "something else")
     widths = {

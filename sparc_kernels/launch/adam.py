@@ -8,11 +8,13 @@ from ..core._triton import TRITON_VERSION
 from ..core.target import interpreted
 from .device import RegisterCapped, next_power_of_2
 
-ADAM_WIDTH = 8192  # columns of a row that one program of the optimizer's kernels holds; wider rows are left to torch
+ADAM_WIDTH = 8192  # columns of a row that one program of the optimizer's kernels holds; wider rows take the torch path
 
 
 @dataclass(frozen=True)
 class AdamConfig(RegisterCapped):
+    """Settings of the dense Adam kernel."""
+
     block_d: int
     num_warps: int
 
@@ -23,16 +25,20 @@ class AdamConfig(RegisterCapped):
 
 
 def adam_config(d: int) -> AdamConfig:
-    """A whole row in one program: norm and projection then need no second pass. Eight columns a thread, two 16-byte
-    loads of each of four tensors in flight; 16 a thread beyond 4,096 columns."""
+    """Choose settings for rows of d columns: a whole row per program, so norm and projection need no second pass.
+
+    Eight columns a thread, two 16-byte loads of each of four tensors in flight; 16 a thread beyond 4,096 columns.
+    """
     block_d = max(next_power_of_2(d), 32)
     return AdamConfig(block_d, min(max(block_d // 256, 1), 16))
 
 
 @dataclass(frozen=True)
 class LatentAdamConfig(AdamConfig):
+    """Settings of the Adam kernel fed by lists."""
+
     block_e: int
-    early: bool  # moments are loaded before the list is added up
+    early: bool  # load moments before the list is summed
 
     @property
     def max_registers(self) -> int:
@@ -41,10 +47,18 @@ class LatentAdamConfig(AdamConfig):
 
 
 def latent_adam_config(d: int, arch: int, parts: bool) -> LatentAdamConfig:
-    """As `adam_config`; `parts`: no norm asks for a whole row, wide ones are cut at 4,096 columns (compiled: whole at
-    8,192, sm_100 spills 24 to 40 bytes with the sum that W_enc needs). Compiled (sm_90): 108 registers in 4 warps with
-    2 entries at a time, 142 with 4; in 16 warps, where a thread has 128, two entries spill 96 to 208 bytes at 16
-    columns a thread, one with early moments 32; sm_100 spills 8 bytes with two in 4 warps."""
+    """Choose settings for rows of d columns summed from lists.
+
+    Compiled (sm_90): 108 registers in 4 warps with 2 entries at a time, 142 with 4; in 16 warps, where a thread has
+    128, two entries spill 96 to 208 bytes at 16 columns a thread, one with early moments 32; sm_100 spills 8 bytes with
+    two in 4 warps.
+
+    Args:
+        d: columns.
+        arch: as `capability` gives it.
+        parts: rows are not normalised, so wide ones are cut at 4,096 columns (compiled: whole at 8,192, sm_100 spills
+            24 to 40 bytes with the sum that W_enc needs).
+    """
     if interpreted():
         block_d = max(next_power_of_2(d), 16)
         return LatentAdamConfig(min(block_d, 16) if parts else block_d, 4, 2, True)
@@ -55,5 +69,5 @@ def latent_adam_config(d: int, arch: int, parts: bool) -> LatentAdamConfig:
 
 
 def adam_rows(n: int) -> int:
-    """Latents of one program that adds up dc * W_enc: their sum is written and read once more, 8 bytes a column."""
+    """Latents of one program that sums dc * W_enc; each program's sum is written and read again, 8 bytes a column."""
     return 2 if interpreted() else 8 if n >= 16384 else 4

@@ -1,4 +1,4 @@
-"""What a GPU is to a launch: its capability, its shared memory, its dot precision; arithmetic of grids."""
+"""GPU properties that launches depend on: capability, shared memory, dot precision; arithmetic of grids."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from .tuned import Bound
 
 
 def cdiv(a: int, b: int) -> int:
+    """Ceiling of a / b."""
     return -(-a // b)
 
 
 def next_power_of_2(n: int) -> int:
+    """Smallest power of 2 >= max(n, 1)."""
     return 1 << (max(n, 1) - 1).bit_length()
 
 
 AMD = 0x900  # architectures from here on are AMD's: gfx942 is 0x942, gfx1100 is 0x1100
-RDNA = 0x1000  # and from here on their warps have 32 threads instead of 64
+RDNA = 0x1000  # from here on AMD's warps have 32 threads instead of 64
 # Shared memory that one block may use, bytes: CUDA programming guide, technical specifications by compute capability;
 # AMD CDNA and RDNA instruction set references, local data share of a workgroup.
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376, 121: 101376}
@@ -25,11 +27,12 @@ SHARED_LIMIT |= {0x90A: 65536, 0x942: 65536, 0x1100: 65536}
 
 
 def shared_limit(arch: int) -> int:
+    """Shared memory of one block in bytes; the smallest known limit for an unknown architecture."""
     return SHARED_LIMIT.get(arch, min(SHARED_LIMIT.values()))
 
 
 def capability(device: torch.device) -> int:
-    """10 * major + minor of an NVIDIA GPU's compute capability, an AMD GPU's gfx number in hexadecimal, else 80."""
+    """10 * major + minor of an NVIDIA compute capability, an AMD gfx number read as hexadecimal; 80 without a GPU."""
     if target := current():
         return target.arch
     if device.type != "cuda":
@@ -42,20 +45,28 @@ def capability(device: torch.device) -> int:
 
 
 def dot_precision(arch: int, tf32: bool) -> str:
-    """How tl.dot multiplies float32: tensor cores on NVIDIA GPUs; AMD's matrix cores take fp32 as it is."""
+    """Return tl.dot's input precision for float32: tensor cores on NVIDIA GPUs; AMD's matrix cores take fp32 itself.
+
+    Args:
+        arch: as `capability` gives it.
+        tf32: whether tf32 is allowed.
+    """
     if arch >= AMD:
         return "tf32" if tf32 and arch == 0x942 else "ieee"  # compiled: only gfx942 has the shorter product
     return "tf32" if tf32 else "tf32x3"
 
 
 class RegisterCapped:
-    """Settings that may limit the registers of a thread. A limit above what a kernel needs is of use too: without one
-    ptxas spills 8 or 16 bytes here and there to fit one more block (compiled, sm_80), with one it does not."""
+    """Settings that may limit the registers of a thread.
+
+    A limit above what a kernel needs helps too: without one ptxas spills 8 or 16 bytes in some variants to fit one more
+    block (compiled, sm_80), with one it does not.
+    """
 
     max_registers = 0
 
     def registers(self, arch: int) -> dict:
-        """Option of the launch."""
+        """Return the launch option, empty where there is no limit."""
         limited = self.max_registers and arch < AMD and not interpreted()
         return {"maxnreg": self.max_registers} if limited else {}
 

@@ -13,6 +13,8 @@ from .tuned import Bound, tunable
 
 @dataclass(frozen=True)
 class ReduceConfig(RegisterCapped):
+    """Settings of the kernels that sum lists."""
+
     block_e: int
     block_d: int
     num_warps: int
@@ -20,49 +22,69 @@ class ReduceConfig(RegisterCapped):
 
 
 def reduce_chunk(M: int, d: int) -> int:
-    """Entries that one program adds up; longer lists are split, and each block of so many places has two rows of d for
-    partial sums: more entries where that workspace would be large."""
-    chunk = 4 if interpreted() else 64  # small, so that tiny tests split hot latents
+    """Entries that one program sums; longer lists are split.
+
+    Each block of that many places has two rows of d for partial sums, so chunks grow where the workspace would be
+    large.
+
+    Args:
+        M: places of the inverse index.
+        d: columns.
+    """
+    chunk = 4 if interpreted() else 64  # small, so that small tests split hot latents
     while chunk < 4096 and 8 * cdiv(M, chunk) * d > PARTIAL_BYTES:
         chunk *= 2
     return chunk
 
 
 def column_chunk(rows: int) -> int:
-    """Rows that one program of the sums over rows adds up: at most 512 partial sums are then added one by one."""
+    """Rows that one program of the column sums adds; at most 512 partial sums are then added one by one."""
     return max(128, next_power_of_2(cdiv(rows, 512)))
 
 
 @tunable("reduce", block_e=Bound(1, 16), block_d=Bound(16, 2048), num_warps=WARPS)
 def reduce_config(d: int, arch: int = 80, sources: int = 1) -> ReduceConfig:
+    """Choose settings for sums of lists.
+
+    Args:
+        d: columns.
+        arch: as `capability` gives it.
+        sources: S.
+    """
     if interpreted():
         return ReduceConfig(2, 16, 4)
     block_d = min(max(next_power_of_2(d), 128), 1024)
-    # 256 columns a warp: a thread owns whole columns, so the sum over entries never crosses threads
-    # compiled: with 8 sources gfx1100 spills 68 bytes in 4 warps; so does sm_80, 8 bytes, with 4 entries of each, and
-    # 2 need 106 registers instead of 174 on sm_90
+    # compiled: with 8 sources gfx1100 spills 68 bytes in 4 warps, sm_80 8 bytes with 4 entries of each; 2 entries need
+    # 106 registers instead of 174 on sm_90
     block_e = 2 if sources > 4 else 4
     # compiled: sm_80 spills 8 bytes with 8 sources, for 96 registers instead of 127, and in fp32 under a limit of 128
     limit = 168 if arch < 90 and sources > 4 else 0
     if TRITON_VERSION == (3, 8) and arch < 90 and 1 < sources <= 4:
         limit = 128  # compiled: 8 bytes without or with 96, in fp32
+    # 256 columns a warp: a thread owns whole columns, so sums over entries stay within a thread
     return ReduceConfig(block_e, block_d, max(block_d // (128 if arch >= RDNA else 256), 1), limit)
 
 
 def finish_warps(block_d: int) -> int:
-    """Of the kernel that adds up split lists. Compiled (sm_90, fp32): 4 spill 8 bytes, so do 2 with 512 columns."""
+    """Warps of the kernel that sums split lists. Compiled (sm_90, fp32): 4 spill 8 bytes, so do 2 with 512 columns."""
     return 2 if block_d > 512 else 1
 
 
 @dataclass(frozen=True)
 class ColumnSumsConfig(RegisterCapped):
-    """Compiled: under Triton 3.8 the weighted sums of three fp32 sources spill 8 bytes without a limit."""
+    """Settings of column sums.
+
+    Compiled: under Triton 3.8 the weighted sums of three fp32 sources spill 8 bytes without a limit.
+    """
 
     max_registers: int = 128 if TRITON_VERSION == (3, 8) else 0
 
 
 @dataclass(frozen=True)
 class MeansConfig(RegisterCapped):
-    """Compiled: under Triton 3.6 the means of two sources spill 8 bytes without a limit, for 32 registers."""
+    """Settings of means.
+
+    Compiled: under Triton 3.6 the means of two sources spill 8 bytes without a limit, for 32 registers.
+    """
 
     max_registers: int = 128 if TRITON_VERSION < (3, 7) else 0

@@ -10,17 +10,25 @@ from .budgets import SCRATCH_BYTES, SCRATCH_LEAST_ROWS
 from .device import AMD, RDNA, STAGES, WARPS, RegisterCapped, cdiv, next_power_of_2, shared_limit
 from .tuned import Bound, tunable
 
-# The selector of one chunk of rows runs beside the GEMM of the next. Modelled: in six parts a sixth of it is left over,
-# more would cost as much in launches; and a GEMM of 512 tiles is still some four waves of a large GPU.
+# The selector of one chunk of rows overlaps the GEMM of the next. Modelled: in six parts a sixth of it is exposed, more
+# parts cost as much in launches; a GEMM of 512 tiles is still about four waves of a large GPU.
 BESIDE_PARTS = 6
 BESIDE_TILES = 512
 
 
 def rows_per_chunk(rows: int, row_bytes: int, block_m: int, tiles: int = 0) -> tuple[int, int]:
-    """Rows of logits that are kept at once, and how many such buffers there are: two where the selector runs beside the
-    GEMM of the next rows. Equal parts, whole tiles where the scratch allows.
+    """Choose how many rows of logits a buffer holds, and one or two buffers.
 
-    tiles: of the GEMM over all rows; 0 forbids a second buffer.
+    Two if the selector overlaps the GEMM of the next rows. Chunks are equal, and whole tiles where the scratch allows.
+
+    Args:
+        rows: B.
+        row_bytes: bytes of scratch per row.
+        block_m: rows of a tile.
+        tiles: tiles of the GEMM over all rows; 0 forbids a second buffer.
+
+    Returns:
+        Rows per chunk; buffers.
     """
     least = SCRATCH_LEAST_ROWS * row_bytes
     parts, buffers = min(BESIDE_PARTS, tiles // BESIDE_TILES), 2
@@ -38,13 +46,15 @@ def rows_per_chunk(rows: int, row_bytes: int, block_m: int, tiles: int = 0) -> t
 
 @dataclass(frozen=True)
 class EncodeConfig(RegisterCapped):
+    """Settings of the encoder's GEMM."""
+
     block_m: int
     block_n: int
     block_k: int
     group_m: int
     num_warps: int
     num_stages: int
-    max_registers: int = 0  # of a thread; 0: as many as the compiler takes
+    max_registers: int = 0  # of a thread; 0: no limit
 
 
 def _encode_shared(config, rows, itemsize, arch, compact):
@@ -52,8 +62,8 @@ def _encode_shared(config, rows, itemsize, arch, compact):
     return tiles * (max(config.num_stages - 1, 1) if arch >= AMD else config.num_stages), shared_limit(arch)
 
 
-# Compiled (sm_90): with maxima of fewer columns the limit on registers spills 8 bytes, and a block of the selector then
-# needs 8,192 or less, which fit without it.
+# Compiled (sm_90): with maxima of fewer columns the register limit spills 8 bytes, and a block of the selector then
+# needs at most 8,192 registers, which fit without it.
 CAP_MIN_GROUP = 16
 _CAPPED_TILE = 128, 256, 8  # tile and warps whose registers are limited
 
@@ -67,57 +77,77 @@ _CAPPED_TILE = 128, 256, 8  # tile and warps whose registers are limited
     ),
 )  # fmt: skip
 def encode_config(rows: int, itemsize: int, arch: int, compact: bool) -> EncodeConfig:
+    """Choose settings of the encoder's GEMM.
+
+    Args:
+        rows: B.
+        itemsize: bytes of an input.
+        arch: as `capability` gives it.
+        compact: columns are gathered through a list of ids.
+    """
     if interpreted():
         return EncodeConfig(16, 32, 16, 4, 4, 1)  # the interpreter's generic reduction walks every element
     block_k = 128 // itemsize  # one 128-byte line of either operand
-    if (
-        arch >= RDNA
-    ):  # compiled: 128x128 spills 12 to 156 bytes, fp32 (no matrix instructions) 480 in 64x128, 12 in 64x64
+    # compiled: 128x128 spills 12 to 156 bytes, fp32 (no matrix instructions) 480 in 64x128, 12 in 64x64
+    if arch >= RDNA:
         return EncodeConfig(32, 64, block_k, 8, 8, 2) if itemsize == 4 else EncodeConfig(64, 128, block_k, 8, 8, 2)
-    if arch >= AMD:  # two stages are one buffer, the next tile waits in registers: 32 kB of the 64 kB (compiled)
+    if arch >= AMD:  # two stages are one buffer, the next tile is in registers: 32 kB of the 64 kB (compiled)
         small = itemsize == 4 or rows <= 512
         return EncodeConfig(64 if small else 128, 128, block_k, 8, 8, 2)
     # few rows are launch-bound: smaller tiles fill the GPU. Compiled: the products of tf32x3 spill in larger tiles,
     # and with 4 warps this one spills too, tf32x3 everywhere and bf16 at widths whose loads cannot be vectorised
     if itemsize == 4 and arch in (100, 103):  # compiled: 8 warps spill 48 to 224 bytes with 8 streams, 4 warps none
         return EncodeConfig(64, 128, block_k, 8, 4, 3)
-    # compiled: in a 64 x 128 tile of fp32 the two warp groups of sm_90 share its rows, and a convert of layout (20
-    # barriers more, 20 wgmma for 12) stands in every step; 128 x 64 has none, with 147 registers for 210
+    # compiled (sm_90, fp32): in 64 x 128 two warp groups share rows, which costs a layout conversion in every step (20
+    # barriers more, 20 wgmma for 12); 128 x 64 has none, with 147 registers for 210
     if itemsize == 4 and arch == 90 and rows > 64:
         return EncodeConfig(128, 64, block_k, 8, 8, 3)
     if itemsize == 4 or rows <= 512:
         return EncodeConfig(64, 128, block_k, 8, 8, 3)
     if arch in (90, 100, 103) and not compact:
         # compiled: wgmma / tcgen05, no spill, 147 kB of the 227 kB; with gathered columns sm_100 spills. On sm_90 216
-        # registers instead of the 222 that it would take leave 10,240 of the 65,536 to a block of the selector
+        # registers, not the 222 without a limit, leave 10,240 of the 65,536 to a block of the selector
         return EncodeConfig(128, 256, block_k, 8, 8, 3, 216 if arch == 90 else 0)
     if arch >= 120:
-        return EncodeConfig(128, 128, block_k // 2, 8, 8, 4)  # compiled: as below sm_120 spills 40 bytes with 8 streams
+        return EncodeConfig(128, 128, block_k // 2, 8, 8, 4)  # compiled: 40 bytes spill as below with 8 streams
     return EncodeConfig(128, 128, block_k, 8, 8, 3)  # compiled: 64 kB, fits the 99 kB of sm_86 and sm_89
 
 
 def with_span(config: EncodeConfig, span: int) -> EncodeConfig:
-    """The same with tiles that hold whole spans, about as large."""
+    """Return settings whose tiles hold whole spans, of about the same area.
+
+    Args:
+        config: settings of the encoder's GEMM.
+        span: columns behind one coarse maximum.
+    """
     if span <= config.block_n:
         return config
     return replace(config, block_m=max(config.block_m * config.block_n // span, min(config.block_m, 64)), block_n=span)
 
 
-# Summed widths from which a library GEMM and one pass over its logits beat the fused kernel. Modelled: the pass costs
-# 2 B N itemsize / HBM, what a library GEMM is faster by (7 % of 2 B N D / peak, if Triton reaches 93 % of it) grows
-# with D.
+# Summed width from which a library GEMM and one pass over its logits beat the fused kernel. Modelled: the pass costs
+# 2 B N itemsize / HBM, the library's gain (7 % of 2 B N D / peak, if Triton reaches 93 % of it) grows with D.
 LIBRARY_WIDTH = 4096
-LIBRARY_ROWS = 1024  # fewer rows leave the fused kernel's epilogue nothing to wait for
-MAXIMA_BLOCK = 4096  # logits of one program of that pass: 32 a thread in 4 warps
+LIBRARY_ROWS = 1024  # with fewer rows nothing waits for the fused kernel's epilogue
+MAXIMA_BLOCK = 4096  # logits per program of that pass: 32 a thread in 4 warps
 
 
 def encode_by_library(rows: int, width: int, itemsize: int, tf32: bool) -> bool:
-    """float32 at the highest precision stays fused: tf32x3 on tensor cores is faster than a library's FMA."""
+    """Whether to use the library's GEMM; float32 without tf32 stays fused (tf32x3 is faster than a library's FMA).
+
+    Args:
+        rows: B.
+        width: summed width of the streams.
+        itemsize: bytes of an input.
+        tf32: whether float32 products may be tf32.
+    """
     return rows >= LIBRARY_ROWS and width >= LIBRARY_WIDTH and (itemsize == 2 or tf32)
 
 
 @dataclass(frozen=True)
 class SelectConfig(RegisterCapped):
+    """Settings of the selector."""
+
     group: int  # contiguous columns behind one maximum
     span: int  # contiguous columns behind one coarse maximum; equal to group when two levels are enough
     k_pad: int
@@ -127,14 +157,15 @@ class SelectConfig(RegisterCapped):
 
     @property
     def small(self) -> bool:
-        """Whether a block fits beside one of the GEMM. Compiled (sm_90): at most 10,240 registers for so few candidates
-        (128 threads of 80), 14,976 and more for twice as many."""
+        """Whether a block fits beside one of the GEMM.
+
+        Compiled (sm_90): at most 10,240 registers for so few candidates (128 threads of 80), 14,976 and more for twice
+        as many.
+        """
         return self.n_spans_pad <= 2048 and self.k_pad * self.group <= 1024
 
 
-MAX_CANDIDATES = (
-    8192  # candidates of one step of the selection: 32 keys a thread in 8 warps (compiled: twice that spills)
-)
+MAX_CANDIDATES = 8192  # of one step of the selection: 32 keys a thread in 8 warps (compiled: twice that spills)
 
 
 def _select_with(n: int, k: int, compact: bool, group: int) -> SelectConfig:
@@ -153,8 +184,8 @@ def _select_with(n: int, k: int, compact: bool, group: int) -> SelectConfig:
         elif compact and widest == 4096:
             num_warps = 8  # with 4 it spills 48 to 56 bytes
         elif not compact and n_spans_pad == 2048 and k_pad <= 64 and k_pad * group <= 1024:
-            limit = 80  # 123 without, too many for a block beside one of the GEMM (`SelectConfig.small`); of 2,048
-            # candidates in the second stage they spill 104 to 120 bytes
+            limit = 80  # 123 without, too many for a block beside one of the GEMM (`SelectConfig.small`); with 2,048
+            # candidates in the second step it spills 104 to 120 bytes
     # compiled: sm_80 spills 8 bytes at N 65,536, k 256, for 128 registers instead of 154
     if num_warps == 8 and n_spans_pad == k_pad * group == 4096:
         limit = 168
@@ -168,10 +199,15 @@ def _select_with(n: int, k: int, compact: bool, group: int) -> SelectConfig:
     ),
 )  # fmt: skip
 def select_config(n: int, k: int, compact: bool = False) -> SelectConfig:
-    """Group size g near sqrt(N / k) balances two reads, N / g maxima and k g logits; at least k groups must exist.
+    """Choose settings of the selector: g near sqrt(N / k) balances N / g maxima and k g logits, in at least k groups.
 
-    Compiled: with twice that, 16 logits a thread, a thread needs 126 registers instead of 80 (N 32,768, k 64), and too
-    many for a block of the selector beside one of the GEMM; the instructions are 3 % more.
+    Compiled: with twice that g, 16 logits a thread, a thread needs 126 registers instead of 80 (N 32,768, k 64), too
+    many for a block of the selector beside one of the GEMM, and 3 % more instructions.
+
+    Args:
+        n: N, columns.
+        k: how many are selected.
+        compact: columns are gathered through a list of ids.
     """
     group = 1
     while group < 128 and (2 * group) ** 2 * k <= n and 2 * group * k <= n:

@@ -1,8 +1,8 @@
-"""Launch settings that `sparc-kernels tune` recorded: where they lie, what is refused, how a launch finds them.
+"""Launch settings recorded by `sparc-kernels tune`: storage, validation and look-up at a launch.
 
-One JSON file a GPU, named after it: the user's, in $SPARC_KERNELS_CACHE or ~/.cache/sparc_kernels, before the one
-shipped in launch/records. Read when a kernel is first launched on a CUDA device, never on import; nothing is ever
-searched for here. SPARC_KERNELS_TUNED=0 leaves the defaults alone.
+One JSON file per GPU, named after it: the user's, in $SPARC_KERNELS_CACHE or ~/.cache/sparc_kernels, takes precedence
+over the one shipped in launch/records. Files are read at the first launch on a CUDA device, never on import; nothing is
+tuned here. SPARC_KERNELS_TUNED=0 keeps the defaults.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ VERSION = 1
 
 
 class Bound(NamedTuple):
+    """Range of a setting, inclusive."""
+
     low: int
     high: int
     power_of_2: bool = True
@@ -36,22 +38,29 @@ class Bound(NamedTuple):
 
 @dataclass(frozen=True)
 class Tunable:
-    """A function of `launch` some of whose settings may be replaced."""
+    """A function of `launch`, some of whose settings may be replaced."""
 
     default: object  # arguments -> settings
-    names: tuple[str, ...]  # of the arguments
+    names: tuple[str, ...]  # names of the arguments
     bounds: dict[str, Bound]  # of the settings that may be replaced
-    shared: object  # settings, arguments -> estimated bytes of shared memory and the limit
-    complete: object  # settings, arguments -> settings with what follows from the replaced ones
+    shared: object  # settings, arguments -> estimated bytes of shared memory, limit
+    complete: object  # settings, arguments -> settings with those that depend on the replaced ones
 
 
 TUNABLE: dict[str, Tunable] = {}
 _trial: dict[str, dict] = {}  # op -> settings being tried by `sparc-kernels tune`
-_seen: dict[str, dict] = {}  # op -> arguments that launches asked for, while `observed`
+_seen: dict[str, dict] = {}  # op -> arguments of launches, while `observed`
 
 
 def tunable(op: str, *, shared=None, complete=None, **bounds: Bound):
-    """Decorator of a function of `launch`: recorded settings, where they exist for its arguments, replace some."""
+    """Decorate a function of `launch`: settings recorded for its arguments replace some of its own.
+
+    Args:
+        op: name in records.
+        shared: settings, arguments -> estimated bytes of shared memory and the limit; None: not checked.
+        complete: settings, arguments -> settings with those that depend on the replaced ones.
+        **bounds: the settings that may be replaced, and their ranges.
+    """
 
     def wrap(default):
         signature = inspect.signature(default)
@@ -68,8 +77,8 @@ def tunable(op: str, *, shared=None, complete=None, **bounds: Bound):
             if op in _trial:
                 return apply(op, args, _trial[op])
             name = target.gpu_name if (target := current()) else device_name()
-            found = recorded(name, os.environ.get(CACHE), op, args) if name else None
-            return found or default(*args)
+            settings = recorded(name, os.environ.get(CACHE), op, args) if name else None
+            return settings or default(*args)
 
         return config
 
@@ -77,7 +86,7 @@ def tunable(op: str, *, shared=None, complete=None, **bounds: Bound):
 
 
 def device_name() -> str | None:
-    """The current GPU's name once one is in use and recorded settings are wanted."""
+    """Name of the current GPU; None before CUDA is initialised or if recorded settings are switched off."""
     if not torch.cuda.is_initialized() or os.environ.get("SPARC_KERNELS_TUNED") == "0":
         return None
     return _name_of(torch.cuda.current_device())
@@ -89,6 +98,7 @@ def _name_of(device: int) -> str:
 
 
 def cache_dir() -> Path:
+    """Folder of the user's records."""
     return Path(os.environ.get(CACHE) or Path.home() / ".cache" / "sparc_kernels")
 
 
@@ -98,7 +108,12 @@ def slug(name: str) -> str:
 
 
 def key(op: str, args: tuple) -> str:
-    """Where settings for these arguments are recorded: sizes are rounded up to powers of two."""
+    """Key under which settings for these arguments are recorded; sizes are rounded up to powers of two.
+
+    Args:
+        op: name in records.
+        args: all arguments of its function.
+    """
     exact = ("itemsize", "arch")
     parts = []
     for name, value in zip(TUNABLE[op].names, args, strict=True):
@@ -109,7 +124,16 @@ def key(op: str, args: tuple) -> str:
 
 
 def apply(op: str, args: tuple, fields: dict):
-    """The default settings for these arguments with `fields` in place of some. ValueError for what cannot work."""
+    """Replace some of the default settings.
+
+    Args:
+        op: name in records.
+        args: all arguments of its function.
+        fields: settings that replace the defaults.
+
+    Raises:
+        ValueError: a setting is unknown, out of range or needs too much shared memory.
+    """
     entry = TUNABLE[op]
     if not isinstance(fields, dict) or not fields:
         raise ValueError(f"{op}: expected an object of settings, got {fields!r}")
@@ -133,9 +157,13 @@ def apply(op: str, args: tuple, fields: dict):
 
 @functools.lru_cache(maxsize=4096)
 def recorded(name: str, cache: str | None, op: str, args: tuple):
-    """The settings recorded for this GPU and these arguments, or None. What is refused is said once.
+    """Look up the settings recorded for a GPU and arguments; None if there are none. Invalid ones warn once.
 
-    `cache` is what $SPARC_KERNELS_CACHE holds: another folder, another answer.
+    Args:
+        name: of the GPU.
+        cache: value of $SPARC_KERNELS_CACHE, part of this cache's key.
+        op: name in records.
+        args: all arguments of its function.
     """
     where = key(op, args)
     fields, path = table(name, cache).get(where, (None, None))
@@ -150,20 +178,28 @@ def recorded(name: str, cache: str | None, op: str, args: tuple):
 
 @functools.lru_cache
 def table(name: str, cache: str | None) -> dict[str, tuple]:
-    """key -> (settings, file) of everything recorded for a GPU, the user's over what is shipped."""
-    found = {}
+    """Load everything recorded for a GPU; the user's entries replace shipped ones.
+
+    Args:
+        name: of the GPU.
+        cache: value of $SPARC_KERNELS_CACHE, part of this cache's key.
+
+    Returns:
+        key -> (settings, file).
+    """
+    entries = {}
     for folder in (SHIPPED, cache_dir()):
         path = folder / f"{slug(name)}.json"
         for where, entry in read(path).items():
             if isinstance(entry, dict) and "settings" in entry:
-                found[where] = entry["settings"], path
+                entries[where] = entry["settings"], path
             else:
                 _ignore(path, f"{where}: expected an object with settings, got {entry!r}")
-    return found
+    return entries
 
 
 def read(path: Path) -> dict:
-    """The entries of one file; {} where there is none or, with a warning, where it cannot be understood."""
+    """Read the entries of one file; {} if there is none or, with a warning, if it is invalid."""
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
@@ -186,7 +222,16 @@ def _ignore(path, reason: str) -> None:
 
 
 def write(name: str, entries: dict[str, dict], about: dict) -> Path:
-    """Add entries to the user's file of a GPU, in one step: readers see the old file or the new one."""
+    """Add entries to the user's file of a GPU, atomically.
+
+    Args:
+        name: of the GPU.
+        entries: key -> entry, an object with "settings".
+        about: further fields of the file.
+
+    Returns:
+        The file.
+    """
     folder = cache_dir()
     path = folder / f"{slug(name)}.json"
     content = {"version": VERSION, "gpu": name, **about, "entries": {**read(path), **entries}}
@@ -205,14 +250,14 @@ def write(name: str, entries: dict[str, dict], about: dict) -> Path:
 
 
 def forget() -> None:
-    """Files are read again at the next launch."""
+    """Clear the caches: files are read again at the next launch."""
     table.cache_clear()
     recorded.cache_clear()
 
 
 @contextmanager
 def observed(op: str):
-    """Within it the arguments are collected, as keys of the dict it gives, for which launches of `op` want settings."""
+    """Context that collects the arguments of launches of `op` as keys of the dict that it yields."""
     _seen[op] = {}
     try:
         yield _seen[op]
@@ -222,7 +267,15 @@ def observed(op: str):
 
 @contextmanager
 def trial(op: str, fields: dict):
-    """Within it every launch of `op` uses these settings. ValueError at the launch where they cannot work."""
+    """Context in which every launch of `op` uses these settings.
+
+    Args:
+        op: name in records.
+        fields: settings that replace the defaults.
+
+    Raises:
+        ValueError: at a launch, if the settings are invalid for its arguments.
+    """
     _trial[op] = fields
     try:
         yield

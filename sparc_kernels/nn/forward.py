@@ -1,4 +1,4 @@
-"""What a forward of AlignedSAE makes, for outputs, the loss and the fused step."""
+"""The state of one forward of AlignedSAE, shared by the outputs, the loss and the fused step."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from ..ops.records import EncoderParams, SparseCodes
 
 @dataclass
 class ForwardState:
-    """One forward: what went in, what was selected, and under which modes of torch. S streams."""
+    """Inputs, selection and torch modes of one forward over S streams."""
 
     model: Any  # the AlignedSAE
     inputs: dict[str, torch.Tensor]
-    streams: list[str]  # those given, in the model's order
+    streams: list[str]  # of the inputs, in the model's order
     impl: str
     xs: list[torch.Tensor]  # inputs in the operators' dtype
     encoder: EncoderParams
     centred: list[torch.Tensor]  # xs - pre_biases
     codes: SparseCodes
-    aux: SparseCodes | None  # AuxK's, one source for each stream
-    values: dict[str, torch.Tensor] = field(default_factory=dict)  # [B, k] of each stream
+    aux: SparseCodes | None  # AuxK's codes, one source per stream
+    values: dict[str, torch.Tensor] = field(default_factory=dict)  # stream -> [B, k]
     grad: bool = True
     inference: bool = False
     autocast: dict = field(default_factory=dict)  # arguments of torch.autocast
-    parameter_versions: list[tuple[int, int]] | None = None  # None under torch.compile, whose tracer knows none
+    parameter_versions: list[tuple[int, int]] | None = None  # None under torch.compile
     input_versions: list[tuple[int, int]] = field(default_factory=list)
 
     def record(self) -> ForwardState:
-        """Note under which modes, and on which versions of tensors, what is read later must be made."""
+        """Record the gradient and autocast modes and the tensor versions that later reads depend on."""
         assert self.codes.values is not None, "gathered before"
         self.values = dict(zip(self.streams, self.codes.values.unbind(), strict=True))
         self.grad = torch.is_grad_enabled()
@@ -44,7 +44,11 @@ class ForwardState:
         return self
 
     def check_unchanged(self) -> None:
-        """RuntimeError where a parameter or an input has been changed in place since."""
+        """Check that no parameter or input was modified since the forward.
+
+        Raises:
+            RuntimeError: a parameter or an input was changed in place, or a parameter was replaced.
+        """
         if self.parameter_versions is None:
             return
         for (name, p), then in zip(self.model.named_parameters(), self.parameter_versions, strict=True):
@@ -62,12 +66,12 @@ class ForwardState:
 
 
 def autocast_state(device: torch.device) -> dict:
-    """Arguments of torch.autocast that restore what is on now."""
+    """Return the arguments of torch.autocast that restore its current state on a device."""
     if not autocast_enabled(device):
         return {"device_type": "cpu" if device.type == "meta" else device.type, "enabled": False}
     return {"device_type": device.type, "enabled": True, "dtype": torch.get_autocast_dtype(device.type)}
 
 
 def version_of(x: torch.Tensor) -> tuple[int, int]:
-    """Identity and in-place version of a tensor; inference tensors have no version."""
+    """Return the identity and the in-place version of a tensor; -1 for inference tensors, which have no version."""
     return id(x), -1 if x.is_inference() else x._version

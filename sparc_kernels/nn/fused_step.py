@@ -1,8 +1,8 @@
-"""`AlignedSAE.training_step`: a whole training step in which gradients of the weights never exist.
+"""`AlignedSAE.training_step`: a training step that never materialises weight gradients.
 
-The order is forced by what is still needed: values, gathers of AuxK and the loss read the weights as they were, and the
-loss says whether anything may move. So all of that comes first, with the errors E of every target kept, S x B x D
-numbers; then each stream's decoder and encoder are updated from their latents' lists, and last the pre-biases.
+Values, AuxK's gathers and the loss read the weights before the update, and a loss that is not finite skips the update.
+So they come first, with the errors E of all targets in memory (S x B x D numbers); then each stream's decoder and
+encoder rows are updated from their latents' lists, and last its pre-bias.
 """
 
 from __future__ import annotations
@@ -32,14 +32,17 @@ def fused_step(
     weights: torch.Tensor,
     auxk_coef: float,
 ) -> LossResult:
-    """The loss of a forward and one step of every parameter.
+    """Compute the loss of a forward and update every parameter once.
 
     Args:
-        optimizer: of the model that made `state`, see `check`.
+        optimizer: SparcAdam of the model that made `state`; passes `check`.
         state: of a forward over all streams, with inverse indices.
-        targets: of every stream.
-        weights: [T, S] of the terms of the loss.
-        auxk_coef: >= 0.
+        targets: decoder and rows of each stream.
+        weights: [T, S], weights of the loss terms.
+        auxk_coef: weight of AuxK, >= 0.
+
+    Returns:
+        The loss, its terms, and the errors and gradients that the update read.
     """
     gradients = Gradients([False] * len(targets), None, keep_errors=True)
     result = losses_and_gradients(
@@ -55,7 +58,7 @@ def _update(optimizer: SparcAdam, state: ForwardState, result: LossResult) -> No
     optimizer.count_step([True] * (4 * len(streams)), loss=result.loss)
     hyper = adam_hyper(optimizer.param_groups[0])
     codes, lists = state.codes, None
-    if not codes.shared:  # every (source, row) has its own list entries: one source with S * B rows
+    if not codes.shared:  # each (source, row) has list entries of its own: treat them as one source of S * B rows
         n_latents = len(state.encoder.w_encs[0])
         lists = lists_of(inverse_index_op(codes.indices.flatten(1), 1, n_latents, None, state.impl), 0)
     for s, stream in enumerate(streams):
@@ -72,15 +75,15 @@ def _update(optimizer: SparcAdam, state: ForwardState, result: LossResult) -> No
     torch.autograd.graph.increment_version([p for stream in streams for p in stream])
     if half:
         optimizer.half_weights_written()
-    optimizer._opt_called = True  # learning rate schedulers ask
+    optimizer._opt_called = True  # read by learning rate schedulers
 
 
 def _decoder_lists(
     state: ForwardState, result: LossResult, t: int, lists: InverseIndex | None
 ) -> tuple[WeightedLists, WeightedLists | None]:
-    """What the gradient of target t's decoder is the sum of: lists of the codes, and of AuxK's if there is one.
+    """Weighted lists whose sum is the gradient of target t's decoder: of the codes, and of AuxK's codes or None.
 
-    lists: of all sources' own indices, as if of one source; None where the sources share theirs.
+    `lists` covers all sources as one source of S * B rows; None if the sources share their indices.
     """
     codes, aux = state.codes, state.aux
     coef, scale, error, k = codes.values, result.coef[t], result.errors[t], codes.values.shape[2]
@@ -96,7 +99,7 @@ def _decoder_lists(
 
 
 def _encoder_lists(state: ForwardState, result: LossResult, s: int) -> tuple[WeightedLists, WeightedLists | None]:
-    """The same for stream s's encoder; the gate is the value that relu left."""
+    """Weighted lists of stream s's encoder gradient; the values are the ReLU's gate."""
     one, mat = slice(s, s + 1), state.centred[s][None]
 
     def lists(codes, dvalues):
@@ -106,7 +109,15 @@ def _encoder_lists(state: ForwardState, result: LossResult, s: int) -> tuple[Wei
 
 
 def check(optimizer: SparcAdam, model: AlignedSAE) -> None:
-    """ValueError where the fused step of `model` is not possible with this optimizer."""
+    """Check that this optimizer can take the fused step of `model`.
+
+    Args:
+        optimizer: a SparcAdam.
+        model: the model to train.
+
+    Raises:
+        ValueError: the optimizer is another model's or clips by norm, a parameter is frozen or has a `.grad`.
+    """
     require(optimizer.model is model, "optimizer", "a SparcAdam of this model", "another model's")
     if optimizer.param_groups[0]["max_grad_norm"] is not None:
         fail(

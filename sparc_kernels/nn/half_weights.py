@@ -1,4 +1,4 @@
-"""Weights rounded once, where they are written, instead of in every step: what autocast would make of them."""
+"""Half-precision copies of the weights, updated with them, so that autocast does not cast them in every step."""
 
 from __future__ import annotations
 
@@ -9,19 +9,22 @@ from ..ops.joint import wants_joint
 
 
 class HalfWeights:
-    """The weight matrices of an AlignedSAE in half precision, for `training_step` under autocast.
+    """Half-precision weight matrices of an AlignedSAE, for `training_step` under autocast.
 
-    `latent_adam_` writes them together with the float32 weights. A matrix that anything else has changed since (a
-    checkpoint, `reinit_dead_`, another optimizer) is rounded again before it is used; autograd's version counter tells.
+    `latent_adam_` writes them together with the float32 weights. A matrix modified otherwise (a checkpoint,
+    `reinit_dead_`, another optimizer) is cast again before use; autograd's version counter reveals it.
+
+    Args:
+        dtype: torch.bfloat16 or torch.float16.
     """
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
-        self._held: list[list[torch.Tensor]] = []  # of every stream: W_enc [N, d] and W_dec as rows [N, d]
+        self._held: list[list[torch.Tensor]] = []  # per stream: W_enc [N, d], W_dec as rows [N, d]
         self._seen: list[list[tuple]] = []
 
     def serves(self, weight: torch.Tensor) -> bool:
-        """Whether autocast would round this weight to the shadow's dtype. (On meta tensors, which know no autocast.)"""
+        """Whether autocast would cast this weight to the copies' dtype; True for float32 meta tensors."""
         device = weight.device.type
         if weight.dtype != torch.float32:
             return False
@@ -29,7 +32,14 @@ class HalfWeights:
 
     @torch.no_grad()
     def of(self, weights: list[list[torch.Tensor]]) -> list[list[torch.Tensor]]:
-        """The shadow of [W_enc, W_dec as rows] of every stream, up to date."""
+        """Return up-to-date half-precision copies.
+
+        Args:
+            weights: [W_enc, W_dec as rows] of every stream, both [N, d].
+
+        Returns:
+            Their copies in `dtype`, in the same order.
+        """
         shapes = [[(w.shape, w.device) for w in pair] for pair in weights]
         if shapes != [[(w.shape, w.device) for w in pair] for pair in self._held]:
             self._held = self._allocate(weights)
@@ -42,11 +52,20 @@ class HalfWeights:
         return self._held
 
     def written(self, weights: list[list[torch.Tensor]]) -> None:
-        """The weights have moved and their shadow with them."""
+        """Mark the copies as up to date after a kernel wrote weights and copies together.
+
+        Args:
+            weights: [W_enc, W_dec as rows] of every stream.
+        """
         self._seen = [[_state(w) for w in pair] for pair in weights]
 
     def refresh(self, weights: list[list[torch.Tensor]], all_of_it: bool) -> None:
-        """Rounds again what has changed, or everything; nothing where there is no shadow yet."""
+        """Cast modified weights again; no-op before the first `of`.
+
+        Args:
+            weights: [W_enc, W_dec as rows] of every stream.
+            all_of_it: cast every matrix, modified or not.
+        """
         if self._held:
             if all_of_it:
                 self._seen = [[()] * 2 for _ in weights]
@@ -55,7 +74,7 @@ class HalfWeights:
     def _allocate(self, weights):
         w_encs = [pair[0] for pair in weights]
         widths, like = [w.shape[1] for w in w_encs], w_encs[0]
-        if wants_joint(w_encs):  # side by side, so that one library GEMM can take all streams
+        if wants_joint(w_encs):  # adjacent columns, so that one library GEMM can serve all streams
             parts = like.new_empty(like.shape[0], sum(widths), dtype=self.dtype).split(widths, 1)
         else:
             parts = [w.new_empty(w.shape, dtype=self.dtype) for w in w_encs]

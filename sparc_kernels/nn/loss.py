@@ -1,4 +1,4 @@
-"""The training loss of a forward, and its metrics by their official names."""
+"""The training loss of a forward, and its metrics under their official names."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ def loss_of(
     auxk_coef: float,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The loss with gradients, the `Terms` of it, and those of AuxK or None.
+    """Compute the differentiable loss of a forward.
 
     Args:
         state: of a forward over all streams.
         decoders: w_dec [d, N] and pre_bias [d] of each stream.
         xs: targets [B, d] of each stream.
         weights: [T, S], see `term_weights`.
-        auxk_coef: >= 0.
+        auxk_coef: weight of AuxK, >= 0.
         impl: "triton" or "torch".
+
+    Returns:
+        The loss, its `Terms` as one tensor, and the terms of AuxK or None.
     """
     w_decs, pre_biases = map(list, zip(*decoders, strict=True))
     tensors = LossInputs(state.codes, state.aux, w_decs, pre_biases, xs).flatten()
@@ -33,10 +36,18 @@ def loss_of(
 
 
 def term_weights(values: torch.Tensor, cross_loss_coef: float) -> torch.Tensor:
-    """Weights [target, source] of the terms of the loss, for values [S, B, k]."""
+    """Return the weights of the loss terms.
+
+    Args:
+        values: [S, B, k]; gives the number of streams, the dtype and the device.
+        cross_loss_coef: weight of the mean cross-reconstruction loss.
+
+    Returns:
+        [target, source]: 1 / S on the diagonal, cross_loss_coef / (S (S - 1)) elsewhere.
+    """
     S = len(values)
     cross = cross_loss_coef / (S * (S - 1)) if S > 1 else 0.0
-    # filled on the device: a tensor made of Python numbers would be copied there and synchronise
+    # filled on the device: a copy from the host would synchronise
     return values.new_full((S, S), cross).fill_diagonal_(1 / S)
 
 
@@ -47,7 +58,15 @@ def metrics_of(
     aux_terms: torch.Tensor | None,
     cross_loss_coef: float,
 ) -> dict[str, torch.Tensor]:
-    """Detached metrics by their official names, from what `loss_terms` and `add_auxk` made."""
+    """Return detached metrics under their official names.
+
+    Args:
+        streams: names of all streams, in order.
+        loss: the total loss.
+        terms: the second result of `loss_of`.
+        aux_terms: its third result.
+        cross_loss_coef: 0 leaves the average cross losses out.
+    """
     S = len(streams)
     parts = Terms(terms, S)
     metrics = {f"mse_loss_{s}": parts.nmse[i][i] for i, s in enumerate(streams)}

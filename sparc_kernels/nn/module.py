@@ -1,4 +1,4 @@
-"""AlignedSAE, a drop-in for the official SPARC class."""
+"""AlignedSAE, a drop-in replacement for the official SPARC class."""
 
 from __future__ import annotations
 
@@ -28,22 +28,25 @@ class AlignedSAE(nn.Module):
     """Sparse autoencoder over several streams that share their latents (SPARC, arXiv 2507.06265).
 
     Args:
-        d_streams: width of each stream by name, in the order used everywhere; 1 to 8 streams.
+        d_streams: stream name -> width, 1 to 8 streams; fixes their order.
         n_latents: N.
-        k: active latents of each row, 1..min(N, 512).
-        auxk: dead latents used by the auxiliary loss, at most min(N, 512); None or 0 leaves it out.
-        auxk_threshold: a value must be greater for its latent to count as fired.
-        dead_steps_threshold: a latent is dead when it has not fired for more forwards than this.
+        k: active latents per row, 1..min(N, 512).
+        auxk: number of dead latents in the auxiliary loss, at most min(N, 512); None or 0 disables it.
+        auxk_threshold: a latent fires where its value is greater than this.
+        dead_steps_threshold: a latent is dead if it has not fired for more forwards than this.
         use_sparse_decoder: accepted for compatibility and ignored; the decoder is always sparse.
-        topk_type: "global" (one selection on the summed pre-activations) or "local" (one for each stream).
+        topk_type: "global" (one selection on the summed pre-activations) or "local" (one per stream).
         impl: "auto" (Triton kernels on CUDA tensors, torch elsewhere), "triton" or "torch".
-        count_in_eval: let the dead counters move in eval mode too, as the official class does.
+        count_in_eval: update the dead counters in eval mode too, as the official class does.
         device: of the parameters, as in torch.nn.
-        dtype: of the parameters, as in torch.nn.
+        dtype: of the parameters, as in torch.nn: float64, float32, bfloat16 or float16.
+
+    Raises:
+        ValueError: an argument is out of range or of another type.
 
     state_dict keys and shapes are the official ones and load both ways. `decoders[s].weight` is [d, N] with strides
-    (1, d), so that a latent's decoder row is contiguous; `decoder_layout_` switches that. With the same torch seed the
-    parameters start as the official class's do.
+    (1, d), so that a latent's decoder row is contiguous; `decoder_layout_` changes the layout. The initial parameters
+    equal the official class's under the same torch seed.
     """
 
     def __init__(
@@ -64,7 +67,7 @@ class AlignedSAE(nn.Module):
     ):
         super().__init__()
         _check_streams(d_streams)
-        self.d_streams = {str(s): int(d) for s, d in d_streams.items()}  # not NumPy's, which no JSON file takes
+        self.d_streams = {str(s): int(d) for s, d in d_streams.items()}  # NumPy's types do not go into JSON
         self.streams = list(self.d_streams)
         self.n_latents = check_int("n_latents", n_latents, 1)
         limit = f"at most n_latents and {MAX_K}"
@@ -86,7 +89,7 @@ class AlignedSAE(nn.Module):
         self.latent_biases = nn.ParameterDict()
         for s, d in self.d_streams.items():
             encoder = nn.Linear(d, n_latents, bias=False, device=device, dtype=dtype)
-            decoder = nn.Linear(n_latents, d, bias=False, device=device, dtype=dtype)  # drawn too: the official seeds
+            decoder = nn.Linear(n_latents, d, bias=False, device=device, dtype=dtype)  # drawn to keep official seeds
             decoder.weight.data = encoder.weight.data.clone().t()
             self.encoders[s], self.decoders[s] = encoder, decoder
             self.pre_biases[s] = nn.Parameter(torch.zeros(d, device=device, dtype=dtype))
@@ -94,22 +97,25 @@ class AlignedSAE(nn.Module):
             self.register_buffer(f"stats_last_nonzero_{s}", torch.zeros(n_latents, dtype=torch.long, device=device))
         self.unit_norm_decoder_()
         self.register_load_state_dict_post_hook(_restore_layout)
-        # of the latest forwards, should activation checkpointing run one again
+        # of the latest forwards, for recomputation by activation checkpointing
         self._recent_dead_masks: dict[tuple, dict[str, torch.Tensor]] = {}
 
     # ------------------------------------------------------------------------------------------------ forward and loss
 
     def forward(self, inputs: dict[str, torch.Tensor]) -> AlignedOutputs:
-        """Select latents, compute their values, move the dead counters.
+        """Select latents, compute their values and update the dead counters.
 
         Args:
-            inputs: [B, d_s] of the parameters' dtype (any floating dtype under autocast) for any non-empty subset of
-                the streams. All rows b describe the same sample.
+            inputs: stream name -> [B, d_s], for any non-empty subset of the streams, in the parameters' dtype (any
+                floating dtype under autocast). Row b of every stream describes the same sample.
 
         Returns:
-            AlignedOutputs, a read-only mapping with every official key; dense tensors are made when read.
+            AlignedOutputs, a read-only mapping with every official key; dense tensors are computed on first access.
 
-        Activation checkpointing around forward and loss moves the counters once (docs/integration.md).
+        Raises:
+            ValueError: a stream is unknown, or a tensor has a wrong shape, dtype or device.
+
+        Activation checkpointing around forward and loss updates the counters once (docs/integration.md).
         """
         streams = self._check_inputs(inputs)
         state = self._encode(inputs, streams, torch.is_grad_enabled())
@@ -120,13 +126,9 @@ class AlignedSAE(nn.Module):
     def _encode(
         self, inputs, streams: list[str], lists: bool, w_encs: list[torch.Tensor] | None = None
     ) -> ForwardState:
-        """Select, gather values, move the counters; only casts of parameters and inputs are differentiable.
+        """Select latents, gather values, update counters; only casts of parameters and inputs are differentiable.
 
-        Args:
-            inputs: checked.
-            streams: those of the inputs.
-            lists: make the inverse indices that gradients need.
-            w_encs: the encoders' weights in the operators' dtype, where they exist already.
+        `lists`: build the inverse indices for gradients. `w_encs`: encoder weights already in the operators' dtype.
         """
         encoder = self._encoders(streams, w_encs)
         xs = [inputs[s].to(w.dtype) for s, w in zip(streams, encoder.w_encs, strict=True)]
@@ -134,7 +136,7 @@ class AlignedSAE(nn.Module):
         with torch.no_grad():
             centred = centre_for(xs, encoder.w_encs, encoder.pre_biases, impl)
             selected = select_latents(centred, encoder.w_encs, encoder.latent_biases, self.k, self.topk_type, impl)
-            # one inverse index serves every gradient; without gradients nothing needs it
+            # one inverse index serves every gradient, and is only built for gradients
             codes = gather_codes(SparseCodes(selected, None), centred, encoder, lists, impl)
             dead = self._move_counters(inputs, streams, selected, codes.values, impl)
             aux = None
@@ -144,10 +146,10 @@ class AlignedSAE(nn.Module):
         return ForwardState(self, dict(inputs), streams, impl, xs, encoder, centred, codes, aux)
 
     def _move_counters(self, inputs, streams, indices, values, impl) -> dict[str, torch.Tensor] | None:
-        """One step of the dead counters. Returns the latents that AuxK may choose from: {s: bool [N]}.
+        """Update the dead counters; return the latents that AuxK may select, {s: bool [N]}, or None without AuxK.
 
-        A forward that runs inside a backward is activation checkpointing making an earlier one again: the counters have
-        moved by then, and its dead latents are those of the first time.
+        A forward inside a backward is a recomputation by activation checkpointing: the counters were updated by the
+        first forward, whose dead masks are reused.
         """
         key, counting = None, self.training or self.count_in_eval
         if self.auxk and not torch.compiler.is_compiling():
@@ -157,19 +159,19 @@ class AlignedSAE(nn.Module):
                 return None
             if key in self._recent_dead_masks:
                 return self._recent_dead_masks[key]
-            if not counting:  # a look at the model from a hook
+            if not counting:  # a forward in eval mode from a hook
                 return self.get_dead_neurons()
             raise RuntimeError(
                 f"inputs: expected those of one of the last {_REMEMBERED} forwards when activation checkpointing runs "
                 "one again, got others, whose dead latents are not known; make inputs outside of what is checkpointed, "
                 "run backward sooner or set auxk=None"
             )
-        # local reads the counters for AuxK before it moves them, global after
+        # officially AuxK reads the counters before the update in local mode, after it in global mode
         dead = self.get_dead_neurons() if self.topk_type == "local" else None
         if counting:
             counters = [getattr(self, f"stats_last_nonzero_{s}") for s in streams]
             if self.topk_type == "local" and torch.compiler.is_compiling():
-                # not the operator: inductor (torch 2.13) lets it overtake the reading of the counters above
+                # not the operator: inductor (torch 2.13) may run it before the counters are read above
                 count_fired_torch(counters, indices, values, self.auxk_threshold)
             else:
                 count_fired_(counters, indices, values, self.auxk_threshold, impl)
@@ -193,15 +195,15 @@ class AlignedSAE(nn.Module):
         auxk_coef: float = 1 / 32,
         cross_loss_coef: float = 1.0,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Total loss of one step, without making a reconstruction or a dense code.
+        """Compute the total loss without materialising reconstructions or dense codes.
 
         total = mean_s NMSE(s <- s) + auxk_coef * mean_s Aux_s + cross_loss_coef * mean_{t != s} NMSE(t <- s)
 
         Args:
-            outputs: what `forward` returned for all streams, before any parameter changed.
-            inputs: the targets, [B, d_s] for every stream.
-            auxk_coef: >= 0.
-            cross_loss_coef: >= 0.
+            outputs: result of `forward` over all streams; no parameter may have changed since.
+            inputs: the targets, stream name -> [B, d_s], for every stream.
+            auxk_coef: weight of the auxiliary loss, >= 0.
+            cross_loss_coef: weight of the cross-reconstruction loss, >= 0.
 
         Returns:
             The loss (float32, float64 for float64 parameters), and a dict of detached tensors under the official
@@ -209,6 +211,10 @@ class AlignedSAE(nn.Module):
             l1_sparsity_{s}, avg_mse_loss (the true mean; the official one aliases total_loss), avg_auxk_loss,
             avg_auxk_loss_scaled, avg_cross_loss, avg_cross_loss_scaled, avg_l1_sparsity, avg_num_active_neurons,
             total_loss.
+
+        Raises:
+            ValueError: outputs of another model, of some streams only or of another number of rows.
+            RuntimeError: a parameter or an input was changed in place since the forward.
         """
         require(isinstance(outputs, AlignedOutputs), "outputs", "the AlignedOutputs that forward returned", outputs)
         state = outputs.state
@@ -217,13 +223,13 @@ class AlignedSAE(nn.Module):
         check_number("cross_loss_coef", cross_loss_coef)
         streams = self._check_inputs(inputs)
         require(streams == self.streams, "inputs", f"all streams {self.streams} (the loss needs them)", repr(streams))
-        done = state.streams
-        require(done == self.streams, "outputs", f"a forward over all streams {self.streams}", repr(done))
+        encoded = state.streams
+        require(encoded == self.streams, "outputs", f"a forward over all streams {self.streams}", repr(encoded))
         values = state.codes.values
         assert values is not None, "a forward makes them"
-        rows, had = inputs[streams[0]].shape[0], values.shape[1]
-        if rows != had:
-            fail("inputs", f"{had} rows as in outputs", str(rows))
+        rows, n_rows = inputs[streams[0]].shape[0], values.shape[1]
+        if rows != n_rows:
+            fail("inputs", f"{n_rows} rows as in outputs", str(rows))
         state.check_unchanged()
         with torch.set_grad_enabled(state.grad and torch.is_grad_enabled()):
             weights = term_weights(values, cross_loss_coef)
@@ -239,34 +245,34 @@ class AlignedSAE(nn.Module):
         auxk_coef: float = 1 / 32,
         cross_loss_coef: float = 1.0,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Forward, loss, gradients and a step of the optimizer, without gradients of the weights in memory.
+        """Run forward, loss, backward and optimizer step without materialising weight gradients.
 
-        Each latent's list of rows feeds the update of its rows directly. Exact for latents that did not fire: their
-        moments decay and their weights move by momentum. A batch whose loss is NaN or infinite changes nothing but the
-        dead counters, decided on the device.
+        Each latent's list of rows feeds the update of its weight rows directly. Latents that did not fire are updated
+        exactly too: their moments decay and their weights move by momentum. A batch whose loss is NaN or infinite
+        updates the dead counters only, decided on the device.
 
         Args:
-            inputs: as in `forward`, for every stream.
-            optimizer: a SparcAdam of this model without max_grad_norm. Its lr, betas and so on are read now.
-            auxk_coef: as in `compute_loss`.
-            cross_loss_coef: as in `compute_loss`.
+            inputs: stream name -> [B, d_s], for every stream.
+            optimizer: SparcAdam of this model without max_grad_norm; its settings are read at every call.
+            auxk_coef: weight of the auxiliary loss, >= 0.
+            cross_loss_coef: weight of the cross-reconstruction loss, >= 0.
 
         Returns:
-            As `compute_loss`, the loss detached.
+            The detached loss, and the metrics of `compute_loss`.
 
         Raises:
-            ValueError: for clipping by norm (all gradients would have to be known before the first update), for
-                gradients in `.grad`, and for parameters that are not trained.
+            ValueError: the optimizer clips by norm, which needs all gradients before the first update; a parameter has
+                a gradient in `.grad` or does not require one; also for bad inputs and coefficients.
 
         Equivalent to:
             optimizer.zero_grad()
             loss, metrics = self.compute_loss(self(inputs), inputs, auxk_coef, cross_loss_coef)
             loss.backward()
             optimizer.step()
-        but that hooks of gradients and of optimizer.step are not called.
+        except that hooks of gradients and of optimizer.step are not called.
         """
-        ours = hasattr(optimizer, "fused_step")
-        require(ours, "optimizer", "a SparcAdam", optimizer)  # its module imports this one
+        is_sparc_adam = hasattr(optimizer, "fused_step")
+        require(is_sparc_adam, "optimizer", "a SparcAdam", optimizer)  # its module imports this one
         optimizer.check_fused_step(self)
         check_number("auxk_coef", auxk_coef)
         check_number("cross_loss_coef", cross_loss_coef)
@@ -287,12 +293,12 @@ class AlignedSAE(nn.Module):
             return result.loss, metrics_of(streams, result.loss, result.terms, result.aux_terms, cross_loss_coef)
 
     def _encoders(self, streams, w_encs=None) -> EncoderParams:
-        """The streams' encoders as the operators take them."""
+        """The streams' encoder parameters in the operators' dtype."""
         weights: list[torch.Tensor] = [self._w_enc(s) for s in streams]
         if w_encs is not None:
             pass
         elif wants_joint(weights) and autocast_enabled(weights[0].device):
-            # the cast has to be written anyway: side by side, so that one library GEMM can take all streams
+            # the cast writes all weights anyway: adjacent, so that one library GEMM can serve all streams
             w_encs = JointCast.apply(torch.get_autocast_dtype(weights[0].device.type), *weights)
         else:
             w_encs = [_autocast(w)[0] for w in weights]
@@ -303,12 +309,26 @@ class AlignedSAE(nn.Module):
         )
 
     def encoder_of(self, s: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """w_enc, pre_bias, latent_bias of a stream as the operators take them."""
+        """Return the encoder parameters of a stream, cast as autocast would.
+
+        Args:
+            s: name of the stream.
+
+        Returns:
+            w_enc [N, d], pre_bias [d] and latent_bias [N].
+        """
         w_enc, pre_bias, latent_bias = _autocast(self._w_enc(s), self.pre_biases[s], self.latent_biases[s])
         return w_enc, pre_bias, latent_bias
 
     def decoder_of(self, s: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """w_dec, pre_bias of a stream as the operators take them."""
+        """Return the decoder parameters of a stream, cast as autocast would.
+
+        Args:
+            s: name of the stream.
+
+        Returns:
+            w_dec [d, N] and pre_bias [d].
+        """
         w_dec, pre_bias = _autocast(self._w_dec(s), self.pre_biases[s])
         return w_dec, pre_bias
 
@@ -319,7 +339,7 @@ class AlignedSAE(nn.Module):
         return cast(nn.Parameter, self.decoders[s].weight)
 
     def _check_inputs(self, inputs) -> list[str]:
-        """The streams given, in the model's order."""
+        """Check the inputs; return their streams in the model's order."""
         ok = isinstance(inputs, Mapping) and len(inputs) > 0
         require(
             ok, "inputs", "a non-empty dict of stream name to tensor", inputs if not isinstance(inputs, dict) else "{}"
@@ -341,7 +361,7 @@ class AlignedSAE(nn.Module):
         return streams
 
     def _check_parameters(self, s):
-        """One dtype and device for what belongs to a stream: the operators take no mixtures."""
+        """Check that a stream's parameters share one dtype and device, as the operators require."""
         like = self._w_enc(s)
         others = {
             f"decoders.{s}.weight": self._w_dec(s),
@@ -359,7 +379,14 @@ class AlignedSAE(nn.Module):
     # ------------------------------------------------------------------------------------------------ training helpers
 
     def get_dead_neurons(self, threshold: int | None = None) -> dict[str, torch.Tensor]:
-        """Latents that did not fire for more than `threshold` forwards (None: dead_steps_threshold): {s: bool [N]}."""
+        """Find the dead latents of every stream.
+
+        Args:
+            threshold: a latent is dead if it has not fired for more forwards than this; None: dead_steps_threshold.
+
+        Returns:
+            {s: bool [N]}.
+        """
         threshold = self.dead_steps_threshold if threshold is None else check_int("threshold", threshold, 0)
         return {s: getattr(self, f"stats_last_nonzero_{s}") > threshold for s in self.streams}
 
@@ -372,22 +399,27 @@ class AlignedSAE(nn.Module):
 
     @torch.no_grad()
     def project_decoder_grad_(self) -> AlignedSAE:
-        """Remove from every decoder gradient its component along the column; no gradient, nothing to do."""
+        """Remove the component along its column from every decoder gradient; skip decoders without one."""
         for w in self._decoder_weights():
             if w.grad is not None:
                 w.grad.sub_((w * w.grad).sum(0, keepdim=True) * w)
         return self
 
     def _decoder_weights(self) -> list[nn.Parameter]:
-        """Each once, also where streams share one."""
+        """Each parameter once, also if streams share it."""
         return list({id(w): w for w in map(self._w_dec, self.streams)}.values())
 
     @torch.no_grad()
     def reinit_dead_(self, generator: torch.Generator | None = None) -> dict[str, int]:
-        """Give dead latents new encoder rows, 0.01 * randn, with bias and counter 0; decoder rows stay.
+        """Re-initialise dead latents: encoder rows 0.01 * randn, latent bias and counter 0; decoder rows are kept.
 
-        A row or bias that streams share is dead where it is dead in all of them. Returns the number of latents of each
-        stream. Reads the counters back, so it synchronises with the GPU.
+        A row or bias that streams share is dead only if it is dead in all of them. Synchronises with the GPU.
+
+        Args:
+            generator: of the new rows, on the parameters' device; None: torch's default generator.
+
+        Returns:
+            Number of re-initialised latents of each stream.
         """
         counts, all_dead = {}, self.get_dead_neurons()
         for s, dead in all_dead.items():
@@ -397,26 +429,28 @@ class AlignedSAE(nn.Module):
                     dead = dead & all_dead[t]
             counts[s] = int(dead.sum())
             if counts[s]:
-                fresh = torch.randn(
+                new_rows = torch.randn(
                     counts[s], weight.shape[1], device=weight.device, dtype=weight.dtype, generator=generator
                 )
-                weight[dead] = fresh * 0.01
+                weight[dead] = new_rows * 0.01
                 bias[dead] = 0
                 getattr(self, f"stats_last_nonzero_{s}")[dead] = 0
         return counts
 
     @torch.no_grad()
     def decoder_layout_(self, layout: str) -> AlignedSAE:
-        """Memory layout of decoders.{s}.weight: "rows", strides (1, d), or "contiguous", for tools that insist on it.
+        """Set the memory layout of decoders.{s}.weight.
 
-        Contiguous decoders (FSDP2, safetensors.save_file) cost a copy of W_dec in every forward and backward.
+        Args:
+            layout: "rows", strides (1, d), or "contiguous" for tools that require it (FSDP2, safetensors.save_file), at
+                the cost of a copy of W_dec in every forward and backward.
         """
         require(layout in ("rows", "contiguous"), "layout", "'rows' or 'contiguous'", repr(layout))
         self.decoder_layout = layout
         for w in map(self._w_dec, self.streams):
-            laid = w.t().contiguous().t() if layout == "rows" else w.contiguous()
-            if laid.stride() != w.stride():
-                w.data = laid
+            new = w.t().contiguous().t() if layout == "rows" else w.contiguous()
+            if new.stride() != w.stride():
+                w.data = new
         return self
 
     def extra_repr(self) -> str:
@@ -426,16 +460,16 @@ class AlignedSAE(nn.Module):
         )
 
 
-_REMEMBERED = 8  # forwards whose dead latents are kept
+_REMEMBERED = 8  # forwards whose dead masks are kept
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _restore_layout(module: AlignedSAE, _) -> None:
-    module.decoder_layout_(module.decoder_layout)  # load_state_dict(assign=True) brings its own strides
+    module.decoder_layout_(module.decoder_layout)  # load_state_dict(assign=True) replaces the strides
 
 
 def _autocast(*params: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The parameters, in autocast's dtype where it is on (float64 ones stay, as torch's do)."""
+    """Cast parameters as autocast would; float64 ones are kept, as in torch."""
     device = params[0].device
     if autocast_enabled(device) and params[0].dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)

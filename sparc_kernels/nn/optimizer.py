@@ -1,4 +1,4 @@
-"""SparcAdam: Adam for an AlignedSAE, with the decoders' unit norm and the projection of their gradients inside."""
+"""SparcAdam: Adam for an AlignedSAE, fused with decoder normalisation and gradient projection."""
 
 from __future__ import annotations
 
@@ -26,35 +26,35 @@ class SparcAdam(torch.optim.Optimizer):
     """Adam (AdamW with weight_decay) that also keeps decoder rows at unit norm, in one pass over each latent's rows.
 
     Args:
-        model: an AlignedSAE, also inside torch.compile or DistributedDataParallel. All its parameters are
+        model: an AlignedSAE, also wrapped by torch.compile or DistributedDataParallel. All its parameters are
             optimized, as one group.
         lr: a number, or a 0-d tensor on the parameters' device, which learning rate schedulers then change in place.
-        betas: Adam's.
-        eps: Adam's.
+        betas: Adam's decay rates of the two moments.
+        eps: Adam's term in the denominator.
         weight_decay: decoupled, as in torch.optim.AdamW.
         normalize: "before", the official order: divide every decoder column by (its norm + 1e-8), remove from its
             gradient the component along it, then Adam; columns are near unit norm between steps. "after": remove the
-            component (of columns taken to have unit norm), Adam, then divide. None: Adam alone.
-        max_grad_norm: clip the gradients of all parameters together to this norm, taken after the projection (where the
-            official loop would call clip_grad_norm_), without waiting for the device; `grad_norm` then has the norm
-            of the latest step.
-        capturable: the step may be captured in a CUDA graph; a number for lr becomes a tensor.
-        shadow: torch.bfloat16 or torch.float16: `AlignedSAE.training_step` under autocast in that dtype keeps the
-            rounded weight matrices, 2 bytes a parameter, and writes them in the pass that moves the weights, instead
-            of rounding both in every step; the same bits. Call `refresh_shadow` after changing weights where autograd
-            does not see it (`p.data`), and after changing them in any way before the replay of a CUDA graph.
+            component (of columns assumed to have unit norm), Adam, then divide. None: Adam alone.
+        max_grad_norm: clip the gradients of all parameters together to this norm, computed after the projection (where
+            the official loop would call clip_grad_norm_) without synchronising; `grad_norm` then holds the norm of the
+            latest step.
+        capturable: allow capture of the step in a CUDA graph; a number for lr becomes a tensor.
+        shadow: torch.bfloat16 or torch.float16: under autocast in that dtype, `AlignedSAE.training_step` keeps a
+            half-precision copy of the weight matrices, 2 bytes a parameter, and updates it in the pass that updates the
+            weights, instead of casting them in every step; same bits. Call `refresh_shadow` after changes that autograd
+            does not see (`p.data`), and after any change of the weights before the replay of a CUDA graph.
         impl: "auto" (Triton on CUDA tensors, torch elsewhere), "triton" or "torch".
 
-    Moments and arithmetic are float32 (float64 for float64 parameters), also where parameters are bfloat16 or float16;
-    torch.optim.Adam keeps those moments in half precision. Such parameters are rounded after every step, in which an
-    update below half a unit of the last place is lost (bfloat16: 1/512 of a weight): a RuntimeWarning says so.
-    Gradients are read, never changed. A parameter without a gradient is left alone, decoders too, and its step is not
-    counted. Step counts are on the device, so the step never waits. The state has torch.optim.Adam's names and shapes,
-    and loads both ways. `grad_scale` and `found_inf`, which torch.amp.GradScaler sets, are honoured on the device.
+    Moments and arithmetic are float32 (float64 for float64 parameters), also for bfloat16 and float16 parameters, whose
+    moments torch.optim.Adam keeps in half precision. Such parameters are rounded after every step, which loses updates
+    below half a unit in the last place (bfloat16: 1/512 of a weight); a RuntimeWarning reports it.
+    Gradients are read, never changed. A parameter without a gradient is not updated, decoders included, and its step is
+    not counted. Step counts stay on the device, so the step never synchronises. The state has torch.optim.Adam's names
+    and shapes, and loads both ways. `grad_scale` and `found_inf` of torch.amp.GradScaler are honoured on the device.
 
     Raises:
-        ValueError: for bad arguments, more parameter groups, a state of another shape or of an Adam with options that
-            this one has not; also by steps where one nn.Parameter serves two streams.
+        ValueError: bad arguments, more parameter groups, a state of another shape or of an Adam with unsupported
+            options; also in steps if two streams share an nn.Parameter.
 
     Equivalent to (normalize="before"):
         model.unit_norm_decoder_().project_decoder_grad_()
@@ -100,12 +100,12 @@ class SparcAdam(torch.optim.Optimizer):
             _warn_of_half(self.model)
         params = list(self.model.parameters())
         if capturable and not isinstance(lr, torch.Tensor):
-            # float64: as exact as the number that a step outside of a graph takes
+            # float64: as exact as the Python number in an uncaptured step
             lr = torch.full((), lr, device=params[0].device, dtype=torch.float64)
         self.grad_norm: torch.Tensor | None = None  # 0-d, of the latest step, with max_grad_norm
         self._step_supports_amp_scaling = True
         self.counts: torch.Tensor | None = None  # step counts [P], stream by stream
-        self._scalars: torch.Tensor | None = None  # [P, 5] for the updates
+        self._scalars: torch.Tensor | None = None  # step scalars [P, 5]
         super().__init__(
             params,
             dict(
@@ -115,7 +115,7 @@ class SparcAdam(torch.optim.Optimizer):
         )  # fmt: skip
 
     def add_param_group(self, param_group: dict) -> None:
-        """Refused after construction: the parameters are the model's."""
+        """Raise ValueError after construction: the one group holds all of the model's parameters."""
         require(not self.param_groups, "param_group", "none (SparcAdam has one group, its model's parameters)", "one")
         super().add_param_group(param_group)
 
@@ -123,19 +123,26 @@ class SparcAdam(torch.optim.Optimizer):
     def step(  # type: ignore[override]  # torch's closure returns a float
         self, closure: Callable[[], torch.Tensor] | None = None
     ) -> torch.Tensor | None:
-        """One step with the parameters' gradients. closure: evaluates the loss again, which is then returned."""
+        """Update the parameters from their gradients.
+
+        Args:
+            closure: recomputes the loss with gradients before the step.
+
+        Returns:
+            The closure's result, or None.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         grads = [[rows_of(p.grad, i) for i, p in enumerate(stream)] for stream in self.streams()]
-        if any(g is not None for some in grads for g in some):
+        if any(g is not None for stream_grads in grads for g in stream_grads):
             self._update(grads)
         return loss
 
     def _update(self, grads):
         group, streams = self.param_groups[0], self.streams()
-        moments = self.prepare([[g is not None for g in some] for some in grads])
+        moments = self.prepare([[g is not None for g in stream_grads] for stream_grads in grads])
         params = [[rows_of(p, i) for i, p in enumerate(stream)] for stream in streams]
         hyper, impls = adam_hyper(group), [self.impl_of(stream) for stream in streams]
         square = None
@@ -144,46 +151,68 @@ class SparcAdam(torch.optim.Optimizer):
             square = torch.stack(
                 [grad_square(w[1], g, hyper.normalize, impl).to(self.scalars()) for w, g, impl in every]
             ).sum()
-        self.count_step([g is not None for some in grads for g in some], square=square)
+        self.count_step([g is not None for stream_grads in grads for g in stream_grads], square=square)
         for s, impl in enumerate(impls):
             adam_stream_(params[s], grads[s], *moments[s], self.scalars(s), *hyper, impl)
         moved = [p for stream in streams for p in stream if p.grad is not None]
-        torch.autograd.graph.increment_version(moved)  # outputs read later notice the change
+        torch.autograd.graph.increment_version(moved)  # later reads of outputs detect the change
 
-    # ----------------------------------------------------------------- parts that the step without gradients has too
+    # --------------------------------------------------------------------------------------- shared with the fused step
 
     def streams(self) -> list[list[torch.nn.Parameter]]:
-        """w_enc [N, d], w_dec [d, N], pre_bias, latent_bias of every stream. ValueError where two are one."""
+        """Return w_enc [N, d], w_dec [d, N], pre_bias and latent_bias of every stream.
+
+        Raises:
+            ValueError: two of them are one parameter.
+        """
         m = self.model
-        found = [[m.encoders[s].weight, m.decoders[s].weight, m.pre_biases[s], m.latent_biases[s]] for s in m.streams]
-        if len({id(p) for stream in found for p in stream}) < 4 * len(found):
-            _refuse_shared(m, found)
-        return found
+        params = [[m.encoders[s].weight, m.decoders[s].weight, m.pre_biases[s], m.latent_biases[s]] for s in m.streams]
+        if len({id(p) for stream in params for p in stream}) < 4 * len(params):
+            _refuse_shared(m, params)
+        return params
 
     def check_fused_step(self, model: AlignedSAE) -> None:
-        """ValueError where `model.training_step` cannot be run with this optimizer."""
+        """Check that `model.training_step` can use this optimizer.
+
+        Args:
+            model: the model to train.
+
+        Raises:
+            ValueError: the optimizer is another model's or clips by norm, a parameter is frozen or has a `.grad`.
+        """
         check(self, model)
 
     def fused_step(
         self, state: ForwardState, targets: list[DecodeTarget], weights: torch.Tensor, auxk_coef: float
     ) -> LossResult:
-        """The loss of a forward and the step of every parameter, see `AlignedSAE.training_step`."""
+        """Compute the loss of a forward and update every parameter, see `AlignedSAE.training_step`.
+
+        Args:
+            state: of a forward over all streams, with inverse indices.
+            targets: decoder and rows of each stream.
+            weights: [T, S], weights of the loss terms.
+            auxk_coef: weight of AuxK, >= 0.
+        """
         return fused_step(self, state, targets, weights, auxk_coef)
 
     def refresh_shadow(self, seen_only: bool = False) -> None:
-        """Rounds the weights again; seen_only: those that autograd has seen change, except by `training_step`."""
+        """Cast the weights to half precision again.
+
+        Args:
+            seen_only: only matrices whose version counter shows a change other than by `training_step`.
+        """
         if self._shadow:
             self._shadow.refresh(self._matrices(), not seen_only)
 
     def half_weights(self) -> list[list[torch.Tensor]] | None:
-        """The rounded [W_enc, W_dec as rows] of every stream; None where autocast does not ask for them."""
+        """Return the half-precision [W_enc, W_dec as rows] of every stream; None if autocast would not use them."""
         weights = self._matrices()
         if self._shadow is None or not all(self._shadow.serves(w) for pair in weights for w in pair):
             return None
         return self._shadow.of(weights)
 
     def half_weights_written(self) -> None:
-        """`training_step` has moved the weights and their shadow."""
+        """Mark the half-precision copies as up to date after a fused step."""
         if self._shadow is not None:
             self._shadow.written(self._matrices())
 
@@ -191,15 +220,31 @@ class SparcAdam(torch.optim.Optimizer):
         return [[w_enc, w_dec.t()] for w_enc, w_dec, *_ in self.streams()]
 
     def impl_of(self, stream: list[torch.nn.Parameter]) -> str:
+        """Return "triton" or "torch" for a stream's parameters."""
         return resolve_impl(self.impl, stream[0])
 
     def scalars(self, s: int | None = None) -> torch.Tensor:
-        """What `count_step` left for the four parameters of stream s, [4, 5], or for all of them."""
+        """Return the step scalars that `count_step` wrote.
+
+        Args:
+            s: number of a stream; None: all streams.
+
+        Returns:
+            [4, 5] of the stream's four parameters, or [P, 5].
+        """
         assert self._scalars is not None, "prepare makes them"
         return self._scalars if s is None else self._scalars[4 * s : 4 * s + 4]
 
     def prepare(self, moving: list[list[bool]]) -> list[tuple[list, list]]:
-        """Both moments of every parameter, stream by stream, decoders' as rows; empty tensors for what never moves."""
+        """Allocate missing state and return the moments.
+
+        Args:
+            moving: for each stream, whether each of its four parameters is updated.
+
+        Returns:
+            For each stream its first and its second moments, decoders' as rows [N, d]; an empty tensor for a parameter
+            that was never updated.
+        """
         streams = self.streams()
         flat = [p for stream in streams for p in stream]
         device = flat[0].device
@@ -207,7 +252,7 @@ class SparcAdam(torch.optim.Optimizer):
             require(p.device == device, "model", f"parameters on one device, {device}", p)
         if self.counts is None or self.counts.device != device:
             group = self.param_groups[0]
-            if group["capturable"]:  # read by the captured step: it goes where the parameters have gone
+            if group["capturable"]:  # the captured step reads it on the parameters' device
                 group["lr"] = torch.as_tensor(group["lr"], device=device)
             zero = torch.zeros((), device=device)
             counts = [self.state[p]["step"].to(zero) if self.state.get(p) else zero for p in flat]
@@ -217,20 +262,20 @@ class SparcAdam(torch.optim.Optimizer):
                     self.state[p]["step"] = count
             wide = torch.float64 if any(p.dtype == torch.float64 for p in flat) else torch.float32
             self._scalars = torch.zeros(len(flat), SCALARS, device=device, dtype=wide)
-        found = []
+        moments = []
         for s, stream in enumerate(streams):
             states = [self._state(p, 4 * s + i, moving[s][i]) for i, p in enumerate(stream)]
             exp_avg, exp_avg_sq = ([rows_of(state[name], i) for i, state in enumerate(states)] for name in _MOMENTS)
-            found.append((exp_avg, exp_avg_sq))
-        return found
+            moments.append((exp_avg, exp_avg_sq))
+        return moments
 
-    def _state(self, p, place, moves):
+    def _state(self, p, index, moves):
         if not moves and not self.state.get(p):
             return dict.fromkeys(_MOMENTS, p.new_empty(0, 0))
         state = self.state[p]
         if not state:
             assert self.counts is not None, "prepare makes them"
-            state["step"] = self.counts[place]
+            state["step"] = self.counts[index]
         for name in _MOMENTS:
             state[name] = _like(p, state.get(name))
         return state
@@ -238,7 +283,16 @@ class SparcAdam(torch.optim.Optimizer):
     def count_step(
         self, moving: list[bool], square: torch.Tensor | None = None, loss: torch.Tensor | None = None
     ) -> None:
-        """Counts a step of what moves and fills `scalars`; loss: nothing moves unless it is finite."""
+        """Count a step of the updated parameters and fill `scalars`.
+
+        Args:
+            moving: whether each parameter is updated, stream by stream.
+            square: 0-d, squared norm of all gradients, for clipping.
+            loss: 0-d; no parameter is updated unless it is finite.
+
+        Raises:
+            RuntimeError: a CUDA graph captures the step, and it is not capturable or lr is no tensor on the device.
+        """
         assert self.counts is not None, "prepare makes them"
         group = self.param_groups[0]
         lr, number = group["lr"], 0.0
@@ -261,16 +315,24 @@ class SparcAdam(torch.optim.Optimizer):
             group["max_grad_norm"] or 0.0, norm, *group["betas"], self.impl_of(self.streams()[0]),
         )  # fmt: skip
 
-    # --------------------------------------------------------------------------------------------------- saved states
+    # ------------------------------------------------------------------------------------------------------ state dicts
 
     def state_dict(self) -> dict:
-        """As of torch.optim.Adam; numbers that a scheduler or the caller left as NumPy's are Python's."""
+        """Return the state as torch.optim.Adam does, with NumPy numbers converted to Python's."""
         state = super().state_dict()
         return {**state, "param_groups": plain(state["param_groups"])}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Takes what `state_dict` of a SparcAdam, torch.optim.Adam or AdamW of the same model gave, by copies into the
-        tensors that are there: a captured CUDA graph goes on with them."""
+        """Load the state of a SparcAdam, torch.optim.Adam or AdamW of the same model.
+
+        Existing tensors are overwritten in place, so a captured CUDA graph stays valid.
+
+        Args:
+            state_dict: result of `state_dict`.
+
+        Raises:
+            ValueError: another shape, several groups, or options that SparcAdam does not support.
+        """
         saved = _check_saved(state_dict)
         ids = dict(zip(self.param_groups[0]["params"], saved["params"], strict=False))
         lr, capturable, before = self.param_groups[0]["lr"], self.param_groups[0]["capturable"], dict(self.state)
@@ -289,18 +351,18 @@ class SparcAdam(torch.optim.Optimizer):
         if isinstance(lr, torch.Tensor):
             group["lr"] = lr.fill_(float(group["lr"]))
         for p, i in ids.items():
-            state, own = self.state.get(p), before.get(p, {})
+            state, previous = self.state.get(p), before.get(p, {})
             if not state:
                 continue
-            for name in _MOMENTS:  # torch rounds what it loads to the parameter's dtype
+            for name in _MOMENTS:  # torch casts loaded moments to the parameter's dtype
                 moment = state_dict["state"][i][name] if p.dtype != acc_dtype(p.dtype) else state[name]
-                state[name] = _like(p, own.get(name)).copy_(moment)
+                state[name] = _like(p, previous.get(name)).copy_(moment)
         counts, self.counts = self.counts, None
         if counts is not None:
             counts.zero_()
-            for stream_place, p in enumerate(p for stream in self.streams() for p in stream):
+            for index, p in enumerate(p for stream in self.streams() for p in stream):
                 if self.state.get(p):
-                    self.state[p]["step"] = counts[stream_place].copy_(self.state[p]["step"])
+                    self.state[p]["step"] = counts[index].copy_(self.state[p]["step"])
             self.counts = counts
 
     def __getstate__(self):
@@ -311,11 +373,11 @@ class SparcAdam(torch.optim.Optimizer):
         }  # fmt: skip
 
 
-_TORCHS = ("amsgrad", "maximize", "foreach", "fused", "differentiable")  # options that SparcAdam has not
+_TORCHS = ("amsgrad", "maximize", "foreach", "fused", "differentiable")  # options of torch.optim.Adam alone
 
 
 def _check_saved(state_dict):
-    """The one parameter group of a state that can be gone on from."""
+    """Check a state to load; return its one parameter group."""
     ok = isinstance(state_dict, dict) and {"state", "param_groups"} <= set(state_dict)
     require(ok, "state_dict", "what an optimizer's state_dict() gave", state_dict)
     groups = state_dict["param_groups"]
@@ -329,7 +391,7 @@ def _check_saved(state_dict):
 
 def _warn_of_half(model) -> None:
     for name, p in model.named_parameters():
-        if p.dtype in (torch.bfloat16, torch.float16) and not p.is_meta:  # a step that is traced trains nothing
+        if p.dtype in (torch.bfloat16, torch.float16) and not p.is_meta:  # a traced step trains nothing
             dtype = str(p.dtype).removeprefix("torch.")
             text = f"{name}: {dtype} parameters lose updates below half a unit of their last place, and training stalls"
             how = f"keep float32 parameters and use torch.autocast in {dtype} (docs/integration.md)"
@@ -348,7 +410,7 @@ def _refuse_shared(model, streams) -> None:
 
 
 def _like(p, tensor):
-    """A moment of p: its layout and device, in the accumulator dtype; zeros where there is none yet."""
+    """A moment with p's layout and device in the accumulator dtype; zeros if `tensor` is None."""
     dtype = acc_dtype(p.dtype)
     if tensor is None:
         return torch.zeros_like(p, dtype=dtype)

@@ -1,4 +1,4 @@
-"""What a forward returns: the official keys, whose dense tensors are made when they are read."""
+"""The outputs of a forward: the official keys, with dense tensors computed on first access."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from .forward import ForwardState
 
 
 class AlignedOutputs(Mapping[str, torch.Tensor]):
-    """What `AlignedSAE.forward` returns: every official key, dense tensors made on first reading and then kept.
+    """Read-only mapping with every official key; dense tensors are computed on first access and cached.
 
-    Beside the official keys: `indices` (int64 [B, k], local [S, B, k]) and `values_{s}` ([B, k]), which exist already.
-    What is read is differentiable where the official tensor is. A reading that needs the parameters raises
-    RuntimeError when one of them has been changed in place since the forward.
+    Also holds `indices` (int64 [B, k], local [S, B, k]) and `values_{s}` ([B, k]), which cost nothing. Tensors are
+    differentiable where the official ones are. An access that needs the parameters raises RuntimeError if one of them
+    was modified in place since the forward.
+
+    Args:
+        state: of the forward.
     """
 
     def __init__(self, state: ForwardState):
@@ -31,7 +34,7 @@ class AlignedOutputs(Mapping[str, torch.Tensor]):
         return self.state.codes.indices
 
     def _plan(self):
-        """key -> (maker, its arguments)."""
+        """key -> (method name after `_make_`, its arguments)."""
         model, streams = self.state.model, self.state.streams
         local = model.topk_type == "local"
         plan: dict[str, tuple] = {"indices": ("indices",), "avg_num_active_neurons": ("count",)}
@@ -67,11 +70,11 @@ class AlignedOutputs(Mapping[str, torch.Tensor]):
         return self._once(key, getattr(self, f"_make_{maker}"), args)
 
     def _once(self, key, make, args):
-        """Made on first reading, under the gradient mode and autocast of the forward."""
+        """Compute on first access, under the gradient mode and autocast of the forward."""
         if key not in self._made:
             state = self.state
             leave = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled() and not state.inference
-            if leave:  # an inference tensor could never be part of a gradient afterwards
+            if leave:  # autograd cannot use an inference tensor later
                 with torch.inference_mode(False):
                     return self._once(key, make, args)
             with torch.set_grad_enabled(state.grad), torch.autocast(**state.autocast):
@@ -101,7 +104,7 @@ class AlignedOutputs(Mapping[str, torch.Tensor]):
 
     def _make_count(self):
         k = float(self.state.model.k)
-        return torch.full((), k, device=self.indices.device)  # a fill: a copy from the host would synchronise
+        return torch.full((), k, device=self.indices.device)  # filled: a copy from the host would synchronise
 
     def _make_mask(self, s):
         idx = self._of_stream(s)

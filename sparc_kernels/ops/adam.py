@@ -1,7 +1,7 @@
-"""One step of Adam over the parameters of a stream: unit norm of decoder rows, projection and update in one pass.
+"""Adam step over the parameters of a stream: unit norm of decoder rows, projection and update in one pass.
 
-`SparcAdam` (optimizer.py) calls these operators with gradients that exist in memory; `latent_adam.py` takes what is
-below the kernels, `step`, to update each latent from its list of rows instead.
+`SparcAdam` calls these operators with dense gradients; `latent_adam.py` calls the device function `step` to update each
+latent from its list of rows.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from ..core.registry import register
 from ..launch.adam import ADAM_WIDTH, adam_config
 from ..launch.device import capability, next_power_of_2
 
-PLAIN, BEFORE, AFTER = 0, 1, 2  # what happens to decoder rows: nothing; unit norm before the step, or after it
+PLAIN, BEFORE, AFTER = 0, 1, 2  # decoder rows: as they are; unit norm before the step, or after it
 MODES = {"before": BEFORE, "after": AFTER, None: PLAIN}  # `normalize` of SparcAdam
 
 
 class AdamHyper(NamedTuple):
-    """What the optimizer's operators take of a parameter group."""
+    """Hyperparameters that the optimizer's operators take from a parameter group."""
 
     normalize: int  # PLAIN, BEFORE or AFTER
     beta1: float
@@ -31,32 +31,34 @@ class AdamHyper(NamedTuple):
     eps: float
 
     def plain(self) -> AdamHyper:
-        """The same for a matrix whose rows are not normalised."""
+        """Return the same for a matrix whose rows are not normalised."""
         return self._replace(normalize=PLAIN)
 
 
 def adam_hyper(group: dict) -> AdamHyper:
+    """Read the hyperparameters of a `SparcAdam` parameter group."""
     return AdamHyper(MODES[group["normalize"]], *group["betas"], group["eps"])
 
 
 class StepScalars(NamedTuple):
-    """What `adam_scalars_` wrote for one parameter: numbers, or 0-d tensors where reading would synchronise."""
+    """Scalars of one parameter from `adam_scalars_`: numbers, or 0-d tensors where reading would synchronise."""
 
     step_size: float | torch.Tensor  # lr / (1 - beta1^t)
     correction: float | torch.Tensor  # 1 / sqrt(1 - beta2^t)
     keep: float | torch.Tensor  # 1 - lr * weight decay
-    scale: float | torch.Tensor  # of the gradient
-    go: float | torch.Tensor  # 0: nothing moves
+    scale: float | torch.Tensor  # multiplies the gradient
+    go: float | torch.Tensor  # 0: the parameter is not updated
 
     @classmethod
     def of(cls, scalars: torch.Tensor) -> StepScalars:
+        """Unpack one row [5] of what `adam_scalars_` wrote."""
         return cls(*(scalars.tolist() if is_host_readable(scalars) else scalars.unbind()))
 
 
-DECODER = 1  # place among a stream's parameters: w_enc, the decoder's rows, pre_bias, latent_bias
-SCALARS = 5  # numbers of each parameter, see `adam_scalars_`
+DECODER = 1  # position among a stream's parameters: w_enc, the decoder's rows, pre_bias, latent_bias
+SCALARS = 5  # scalars of each parameter, see `adam_scalars_`
 
-# adam_scalars_: step counts, bias corrections, learning rate, clipping and skipping, all on the device
+# adam_scalars_: step counts, bias corrections, learning rate, clipping and skipping on the device
 
 
 @triton.jit
@@ -117,9 +119,9 @@ def _adam_scalars_triton(
 def _adam_scalars_torch(
     *, steps, out, lr, lr_value, decay, active, found_inf, grad_scale, loss, square, max_norm, norm, beta1, beta2
 ):  # fmt: skip
-    wide = dict(dtype=torch.float64, device=steps.device)
-    lr = torch.full((), lr_value, **wide) if lr is None else lr.double()
-    scale, go = torch.ones((), **wide), torch.ones((), dtype=torch.bool, device=steps.device)
+    float64 = dict(dtype=torch.float64, device=steps.device)
+    lr = torch.full((), lr_value, **float64) if lr is None else lr.double()
+    scale, go = torch.ones((), **float64), torch.ones((), dtype=torch.bool, device=steps.device)
     if grad_scale is not None:
         scale = scale / grad_scale.double().squeeze()
     if found_inf is not None:
@@ -149,18 +151,25 @@ adam_scalars_ = register(
     triton_impl=_adam_scalars_triton,
     fake=lambda **_: None,
 )
-adam_scalars_.__doc__ = """Count one step, and compute what the updates of the parameters multiply by.
+adam_scalars_.__doc__ = """Count one step and compute the scalars of the parameters' updates.
 
 Args:
-    steps: float32 [P], counted up where the parameter moves.
-    out: [P, 5] in the accumulator dtype: lr / (1 - beta1^step); 1 / sqrt(1 - beta2^step); 1 - lr * decay; what the
-        gradients are multiplied by; 1 if the parameter moves in this step, else 0.
+    steps: float32 [P], incremented for every parameter that is updated.
+    out: [P, 5] in the accumulator dtype: lr / (1 - beta1^step); 1 / sqrt(1 - beta2^step); 1 - lr * decay; the factor of
+        the gradients; 1 if the parameter is updated in this step, else 0.
     lr: 0-d, or None for lr_value.
-    active: bit p says that parameter p has a gradient.
-    found_inf: nothing moves unless it is 0.  loss: nothing moves unless it is finite.
-    grad_scale: gradients are that many times too large.
-    square: 0-d, the sum of all squared gradients as they are; gradients are then clipped to max_norm and norm (0-d)
-        is written, as torch.nn.utils.clip_grad_norm_ would.
+    lr_value: learning rate where lr is None.
+    decay: decoupled weight decay.
+    active: bit p is set if parameter p has a gradient.
+    found_inf: one element; the step is skipped unless it is 0. None: not checked.
+    grad_scale: one element, the loss scale that the gradients carry. None: 1.
+    loss: 0-d; the step is skipped unless it is finite. None: not checked.
+    square: 0-d, the sum of all squared gradients before unscaling; None: no clipping.
+    max_norm: with square, the norm to which gradients are clipped, as by torch.nn.utils.clip_grad_norm_.
+    norm: 0-d, with square receives the norm before clipping.
+    beta1: decay of the first moment.
+    beta2: decay of the second moment.
+    impl: "triton" or "torch".
 """
 
 
@@ -169,7 +178,7 @@ Args:
 
 @triton.jit
 def divide(x, y):
-    """x / y; where that would be approximate, rounded correctly."""
+    """x / y, correctly rounded in float32 too."""
     if x.dtype == tl.float32:
         z = tl.div_rn(x, y)
     else:
@@ -179,6 +188,7 @@ def divide(x, y):
 
 @triton.jit
 def root(x):
+    """sqrt(x), correctly rounded in float32 too."""
     if x.dtype == tl.float32:
         z = tl.sqrt_rn(x)
     else:
@@ -188,7 +198,7 @@ def root(x):
 
 @triton.jit
 def unit(w, ACC: tl.constexpr):
-    """A row divided by (its norm + 1e-8)."""
+    """w / (|w| + 1e-8) of one row."""
     norm = root(tl.sum(w * w, 0)) + tl.full((), 1e-8, ACC)
     return divide(w, norm + tl.zeros_like(w))
 
@@ -198,7 +208,7 @@ def step(
     w, g, m, v, mask, scalars_ptr, NORMALIZE: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr,
     EPS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """A row's weights and moments after the step; g is multiplied by its scale already."""
+    """Weights and moments of one row after the step; g is already scaled."""
     if NORMALIZE == 1:
         w = unit(w, ACC)
     if NORMALIZE != 0:
@@ -235,9 +245,9 @@ def _adam_stream_kernel(
     scalars_ptr, N, D, NORMALIZE: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr,
     BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Row n of the encoder with its latent bias, or of the decoder; the pre-bias is row N of the encoder.
+    """Update row n of the encoder with its latent bias, or of the decoder; the pre-bias is row N of the encoder.
 
-    A parameter whose gradient is None is left alone.
+    A parameter whose gradient is None is not updated.
     """
     n = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
@@ -284,9 +294,7 @@ def _adam_stream_triton(*, params, grads, exp_avgs, exp_avg_sqs, scalars, normal
     return None
 
 
-CACHE_BLOCK_ELEMENTS = (
-    2**15
-)  # elements of a tensor that a thread of the torch path takes at a time on a CPU: they stay in cache
+CACHE_BLOCK_ELEMENTS = 2**15  # elements of a tensor per thread and block of the torch path on a CPU: they stay in cache
 
 
 def _adam_stream_torch(*, params, grads, exp_avgs, exp_avg_sqs, scalars, normalize, beta1, beta2, eps):
@@ -294,49 +302,58 @@ def _adam_stream_torch(*, params, grads, exp_avgs, exp_avg_sqs, scalars, normali
         if g is not None:
             numbers, mode = StepScalars.of(scalars[i]), normalize if i == DECODER else PLAIN
             hyper = AdamHyper(mode, beta1, beta2, eps)
-            one_pass = mode == PLAIN and w.dtype == m.dtype and w.is_contiguous()  # nothing is read twice
+            one_pass = mode == PLAIN and w.dtype == m.dtype and w.is_contiguous()  # no operand is read twice
             for rows in [slice(None)] if one_pass else row_blocks(w):
                 step_torch([w[rows], m[rows], v[rows]], g[rows], numbers, hyper)
 
 
 def row_blocks(w):
-    """Slices of the first dimension."""
+    """Split the first dimension into slices that stay in cache on a CPU; one slice elsewhere."""
     size = len(w)
-    if is_host_readable(w):  # torch gives a thread no fewer elements than CACHED
+    if is_host_readable(w):  # torch gives a thread at least CACHE_BLOCK_ELEMENTS
         size = max(1, torch.get_num_threads() * CACHE_BLOCK_ELEMENTS // max(w[0].numel(), 1))
     return [slice(i, i + size) for i in range(0, len(w), size)]
 
 
-_fused = getattr(torch, "_fused_adam_", None)  # the operator of torch.optim.Adam(fused=True), private
+_fused = getattr(torch, "_fused_adam_", None)  # private operator behind torch.optim.Adam(fused=True)
 
 
 def step_torch(row: list[torch.Tensor], g: torch.Tensor, scalars: StepScalars, hyper: AdamHyper) -> None:
-    """One step of some rows in place; row: their weights and both moments, g: their gradient."""
+    """Update some rows in place.
+
+    Args:
+        row: weights and both moments of the rows.
+        g: gradient of the rows, not yet scaled.
+        scalars: of their parameter.
+        hyper: of their parameter group.
+    """
     w, m, v = row
     step_size, correction, keep, scale, go = scalars
     normalize, beta1, beta2, eps = hyper
-    looked = isinstance(go, float)
-    if looked and go == 0:
+    on_host = isinstance(go, float)
+    if on_host and go == 0:
         return
-    acc = m.dtype
+    moment_dtype = m.dtype
     out = w
-    if w.dtype != acc:
-        w, g = w.to(acc), g.to(acc)
-    if not looked:  # nothing moves: zero gradients, and nothing of them counts
+    if w.dtype != moment_dtype:
+        w, g = w.to(moment_dtype), g.to(moment_dtype)
+    if not on_host:  # go may be 0: then every factor leaves the rows unchanged
         g = torch.where(go != 0, g * scale, 0.0)
         step_size, keep = step_size * go, torch.where(go != 0, keep, 1.0)
     elif scale != 1:
         g = g * scale
-    weight1, weight2 = (1 - beta1, 1 - beta2) if looked else ((1 - beta1) * go, (1 - beta2) * go)
+    weight1, weight2 = (1 - beta1, 1 - beta2) if on_host else ((1 - beta1) * go, (1 - beta2) * go)
     if normalize == BEFORE:
         norm = torch.linalg.vector_norm(w, dim=1, keepdim=True).add_(1e-8)
-        w = w.div_(norm if looked else torch.where(go != 0, norm, 1.0))
+        w = w.div_(norm if on_host else torch.where(go != 0, norm, 1.0))
     if normalize != PLAIN:
         g = torch.addcmul(g, (w * g).sum(1, keepdim=True), w, value=-1)
-    if not looked or keep != 1:
+    if not on_host or keep != 1:
         w.mul_(keep)
     dense = all(t.is_contiguous() for t in (w, m, v))
-    if looked and dense and w.device.type == "cpu" and _fused is not None:  # one pass; at this step it corrects by 1
+    if (
+        on_host and dense and w.device.type == "cpu" and _fused is not None
+    ):  # one pass; at step 2^60 its own bias corrections are 1
         done = torch.full((), 2.0**60, device=w.device)
         _fused(
             [w], [g.contiguous()], [m], [v], [], [done], lr=step_size / correction, beta1=beta1, beta2=beta2,
@@ -349,7 +366,7 @@ def step_torch(row: list[torch.Tensor], g: torch.Tensor, scalars: StepScalars, h
         w.sub_(change.mul_(step_size))
     if normalize == AFTER:
         norm = torch.linalg.vector_norm(w, dim=1, keepdim=True).add_(1e-8)
-        w.div_(norm if looked else torch.where(go != 0, norm, 1.0))
+        w.div_(norm if on_host else torch.where(go != 0, norm, 1.0))
     if out is not w:
         out.copy_(w)
 
@@ -362,17 +379,20 @@ adam_stream_ = register(
     triton_impl=_adam_stream_triton,
     fake=lambda **_: None,
 )
-adam_stream_.__doc__ = """One step of Adam for one stream.
+adam_stream_.__doc__ = """Update the parameters of one stream by one Adam step.
 
 Args:
     params: w_enc [N, d], the decoder's rows [N, d], pre_bias [d], latent_bias [N].
-    grads: theirs; a parameter whose gradient is None is left alone.
-    exp_avgs, exp_avg_sqs: moments, in the accumulator dtype.
-    scalars: [4, 5], rows of what `adam_scalars_` wrote.
-    normalize: PLAIN; BEFORE: divide decoder rows by (norm + 1e-8), remove from their gradient <w, g> w, step; AFTER:
-        remove, step, divide.
-    beta1, beta2, eps: Adam's.
-    impl: "triton" or "torch". Triton leaves rows wider than 8192, and tensors that are not contiguous, to torch.
+    grads: their gradients; a parameter whose gradient is None is not updated.
+    exp_avgs: first moments, in the accumulator dtype.
+    exp_avg_sqs: second moments, in the accumulator dtype.
+    scalars: [4, 5], rows that `adam_scalars_` wrote.
+    normalize: PLAIN; BEFORE: divide decoder rows by (norm + 1e-8), subtract <w, g> w from their gradient, step; AFTER:
+        subtract, step, divide.
+    beta1: decay of the first moment.
+    beta2: decay of the second moment.
+    eps: added to the denominator.
+    impl: "triton" or "torch"; rows wider than 8192 and non-contiguous tensors take the torch path in both.
 """
 
 
@@ -384,7 +404,7 @@ def _grad_square_kernel(
     dec_ptr, denc_ptr, ddec_ptr, dpre_ptr, dlatent_ptr, out_ptr, N, D, NORMALIZE: tl.constexpr,
     BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Sums of squares over the rows of `_adam_stream_kernel`: encoder's [N + 1], decoder's [N + 1]."""
+    """Sum the squares of one row of `_adam_stream_kernel`: [N + 1] of the encoder, [N + 1] of the decoder."""
     n = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
     mask = cols < D
@@ -451,14 +471,24 @@ grad_square = register(
     triton_impl=_grad_square_triton,
     fake=lambda dec, grads, normalize: dec.new_empty((), dtype=acc_dtype(dec.dtype)),
 )
-grad_square.__doc__ = """The sum of squares of a stream's gradients, as `adam_stream_` takes them: after the projection.
+grad_square.__doc__ = """Sum of squares of a stream's gradients, after the projection of `adam_stream_`.
 
-Args: dec: the decoder's rows [N, d].  grads: of w_enc, the rows, pre_bias, latent_bias, or None.  normalize, impl.
+Args:
+    dec: the decoder's rows [N, d].
+    grads: gradients of w_enc, the decoder's rows, pre_bias and latent_bias, each may be None.
+    normalize: as in `adam_stream_`.
+    impl: "triton" or "torch".
 
-Returns: 0-d in the accumulator dtype.
+Returns:
+    0-d in the accumulator dtype.
 """
 
 
 def rows_of(tensor: torch.Tensor | None, place: int):
-    """The decoder's [d, N], or what belongs to it, as rows [N, d]; other tensors of a stream as they are."""
+    """View the decoder's [d, N], its gradient or moments as rows [N, d]; other tensors of a stream unchanged.
+
+    Args:
+        tensor: one of the stream's tensors, or None.
+        place: its position among the stream's parameters.
+    """
     return tensor.t() if tensor is not None and place == DECODER else tensor

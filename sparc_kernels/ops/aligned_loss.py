@@ -18,15 +18,15 @@ from .records import DecodeTarget, GradOut, SparseCodes
 
 @dataclass
 class LossResult:
-    """The loss, and what its gradients are or can be made of. T targets, S sources."""
+    """The loss with its gradients, or with what they can be computed from. T targets, S sources."""
 
     loss: torch.Tensor  # []
-    terms: torch.Tensor  # metrics as `loss_terms` lays them out
-    aux_terms: torch.Tensor | None = None  # as `add_auxk` does
+    terms: torch.Tensor  # metrics in the layout of `loss_terms`
+    aux_terms: torch.Tensor | None = None  # metrics in the layout of `add_auxk`
     aux_weights: torch.Tensor | None = None  # [T, 1], 0 where AuxK is left out
-    errors: list[torch.Tensor] = field(default_factory=list)  # of each target: its own [B, d] or all [S, B, d]
+    errors: list[torch.Tensor] = field(default_factory=list)  # per target: its own [B, d], or all [S, B, d]
     coef: torch.Tensor | None = None  # [T, S, B], dloss/dE over E
-    aux_errors: list[torch.Tensor] = field(default_factory=list)  # [1, B, d] each, where all errors are kept
+    aux_errors: list[torch.Tensor] = field(default_factory=list)  # [1, B, d] each, if all errors are kept
     aux_coef: torch.Tensor | None = None  # [T, 1, B]
     dvalues: torch.Tensor | None = None  # [S, B, k]
     daux: torch.Tensor | None = None  # [T, B, auxk]
@@ -35,11 +35,11 @@ class LossResult:
 
 
 class Gradients(NamedTuple):
-    """Which gradients `losses_and_gradients` makes beside those of the values and of the decoders' biases."""
+    """Gradients that `losses_and_gradients` computes besides those of the values and the decoder biases."""
 
-    weights: list[bool]  # of which targets, as dense tensors
-    bias_like: list[torch.Tensor] | None  # tensors in whose dtypes the biases' are wanted; None: the accumulator's
-    keep_errors: bool = False  # keep every error instead, from which an update of the weights can be made
+    weights: list[bool]  # per target: whether dw is computed, as a dense tensor
+    bias_like: list[torch.Tensor] | None  # tensors whose dtypes the bias gradients take; None: the accumulator's
+    keep_errors: bool = False  # keep every error, for an update of the weights without dw
 
 
 def losses_and_gradients(
@@ -52,18 +52,21 @@ def losses_and_gradients(
     gradients: Gradients | None,
     impl: str,
 ) -> LossResult:
-    """sum_ts weights[t, s] NMSE(R[t, s], x_t) + auxk_coef * mean_t AuxK_t, and its gradients in the same pass.
+    """Compute sum_ts weights[t, s] NMSE(R[t, s], x_t) + auxk_coef * mean_t AuxK_t and its gradients in one pass.
 
-    AuxK is left out where its coefficient times its mean is not > 0, so also when it is NaN.
+    The AuxK term counts as 0 unless its mean is > 0, so also when it is NaN.
 
     Args:
-        codes: of S sources.
+        codes: codes of S sources.
         aux: AuxK's codes, one source for each target, or None.
         targets: decoders and rows of T targets.
         weights: [T, S].
         auxk_coef: >= 0.
-        gradients: which ones to make; None for the loss alone.
+        gradients: which ones to compute; None for the loss alone.
         impl: "triton" or "torch".
+
+    Returns:
+        The loss, its metrics and the gradients or errors that were requested.
     """
     T = len(targets)
     norm, coef = target_weights([target.x for target in targets], weights, impl)
@@ -74,7 +77,7 @@ def losses_and_gradients(
         dws = [_empty_like(t.w) if want else None for t, want in zip(targets, gradients.weights, strict=True)]
     sqs, gs, errors = [], [], []
     for t, target in enumerate(targets):
-        own = None if aux is None else t  # AuxK's target is what the own reconstruction leaves
+        own = None if aux is None else t  # AuxK reconstructs the residual of the target's own reconstruction
         if gradients is None:
             sq, error = errors_of(codes, target, own, impl)
         else:
@@ -98,7 +101,7 @@ def losses_and_gradients(
 
 
 def _add_auxk(result, aux, targets, own_errors, weights, auxk_coef, gradients, impl):
-    """Adds AuxK to the result. Returns the gradients of its errors, [B, d] of each target."""
+    """Add AuxK to the result; return sum_s coef E of its errors, [B, d] of each target."""
     residuals = [residual(target.bias, error) for target, error in zip(targets, own_errors, strict=True)]
     targets = [target._replace(x=x) for target, x in zip(targets, residuals, strict=True)]
     sources = [aux.source(t) for t in range(len(targets))]
@@ -120,7 +123,12 @@ def _add_auxk(result, aux, targets, own_errors, weights, auxk_coef, gradients, i
 
 
 def residual(pre_bias: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
-    """AuxK's target x - R + b, held constant: the bias less the error of the target's own reconstruction."""
+    """AuxK's target x - R + b, held constant: the bias minus the error of the target's own reconstruction.
+
+    Args:
+        pre_bias: [d].
+        error: R - x, [B, d].
+    """
     return pre_bias - error.to(pre_bias.dtype)
 
 
@@ -129,7 +137,7 @@ def _empty_like(x: torch.Tensor) -> torch.Tensor:
 
 
 class LossInputs(NamedTuple):
-    """What `AlignedLoss` takes of T targets."""
+    """Tensors that `AlignedLoss` takes, for T targets."""
 
     codes: SparseCodes
     aux: SparseCodes | None
@@ -138,7 +146,7 @@ class LossInputs(NamedTuple):
     xs: list[torch.Tensor]  # [B, d]
 
     def flatten(self) -> list[torch.Tensor | None]:
-        """Values of the codes and of AuxK's first, the 3 T tensors of the targets last."""
+        """All tensors in one list: both values first, the 3 T tensors of the targets last."""
         aux = self.aux or SparseCodes(None, None)
         flat = [self.codes.values, aux.values]
         for codes in (self.codes, aux):
@@ -147,6 +155,7 @@ class LossInputs(NamedTuple):
 
     @classmethod
     def unflatten(cls, tensors, T: int) -> LossInputs:
+        """Rebuild the record from what `flatten` returned for T targets."""
         values, aux_values, *rest = tensors
         both = []
         for own, part in ((values, rest[:5]), (aux_values, rest[5:10])):
@@ -157,6 +166,7 @@ class LossInputs(NamedTuple):
         return cls(*both, *(list(rest[i : i + T]) for i in range(10, 10 + 3 * T, T)))
 
     def targets(self) -> list[DecodeTarget]:
+        """Decoder and rows of every target."""
         return [DecodeTarget(w.t(), bias, x) for w, bias, x in zip(self.w_decs, self.pre_biases, self.xs, strict=True)]
 
 
@@ -164,18 +174,23 @@ _LEADING = 5  # arguments of AlignedLoss.forward before the tensors
 
 
 class AlignedLoss(torch.autograd.Function):
-    """The loss of `losses_and_gradients` with gradients.
+    """Differentiable loss of `losses_and_gradients`.
 
-    The weights are known, so the gradient is taken in the forward, in the one pass over the gathered rows that makes
-    the errors; the backward only scales it. Not done where it would not pay or not be exact: without gradients, where a
-    target has one itself, under torch.compile (whose graphs cannot use a buffer up), and in float16, where a gradient
-    has to be scaled before it is rounded. Then the backward makes the errors again.
+    The weights are known, so the forward computes the gradients in the pass that makes the errors, and the backward
+    only scales them. The backward recomputes the errors instead when neither values nor decoders need a gradient, when
+    a target does, under torch.compile (graphs cannot consume a buffer) and in float16 (scaled before it is rounded).
 
-    Takes weights [T, S], auxk_coef, grads_in_forward (False forbids it: inside, nothing tells whether gradients are
-    wanted), impl, T, then the tensors of a LossInputs.
+    Args:
+        weights: [T, S].
+        auxk_coef: >= 0.
+        grads_in_forward: False forbids it; `forward` itself cannot tell whether grad mode is on.
+        impl: "triton" or "torch".
+        T: number of targets.
+        tensors: `LossInputs.flatten()`.
 
-    Returns: the loss; without gradient the metrics as `loss_terms` lays them out, and those of `add_auxk` (None without
-    AuxK).
+    Returns:
+        The loss; without gradient the metrics in the layout of `loss_terms`, and those of `add_auxk` (None without
+        AuxK).
     """
 
     @staticmethod
@@ -187,34 +202,34 @@ class AlignedLoss(torch.autograd.Function):
             ctx.needs_input_grad[_LEADING],
             *(list(ctx.needs_input_grad[i : i + T]) for i in (n - 3 * T, n - T)),
         )
-        now = grads_in_forward and (need_values or any(need_w)) and not any(need_x)
-        now = now and inputs.w_decs[0].dtype != torch.float16 and not torch.compiler.is_compiling()
+        grads_now = grads_in_forward and (need_values or any(need_w)) and not any(need_x)
+        grads_now = grads_now and inputs.w_decs[0].dtype != torch.float16 and not torch.compiler.is_compiling()
         result = losses_and_gradients(
             inputs.codes, inputs.aux, inputs.targets(), weights, auxk_coef,
-            gradients=Gradients(need_w, inputs.pre_biases) if now else None, impl=impl,
+            gradients=Gradients(need_w, inputs.pre_biases) if grads_now else None, impl=impl,
         )  # fmt: skip
         if result.aux_terms is not None:
             ctx.mark_non_differentiable(result.aux_terms)
         ctx.mark_non_differentiable(result.terms)
         errors = [] if inputs.aux is None else result.errors
-        made = (result.dvalues, result.daux, *result.dws, *result.dbiases) if now else ()
-        ctx.save_for_backward(weights, result.aux_weights, *tensors, *errors, *made)
-        ctx.grads_made, ctx.impl, ctx.sizes = now, impl, (T, len(tensors), len(errors))
+        grads = (result.dvalues, result.daux, *result.dws, *result.dbiases) if grads_now else ()
+        ctx.save_for_backward(weights, result.aux_weights, *tensors, *errors, *grads)
+        ctx.grads_made, ctx.impl, ctx.sizes = grads_now, impl, (T, len(tensors), len(errors))
         return result.loss, result.terms, result.aux_terms
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss, *_):
         T, n, n_errors = ctx.sizes
-        if dloss is None:  # nothing came from above
+        if dloss is None:  # no gradient reached the loss
             return (None,) * (_LEADING + n)
         weights, aux_weights, *rest = ctx.saved_tensors
         inputs, rest = LossInputs.unflatten(rest[:n], T), rest[n:]
-        errors, made = rest[:n_errors], rest[n_errors:]
+        errors, grads = rest[:n_errors], rest[n_errors:]
         need_v, need_aux = ctx.needs_input_grad[_LEADING : _LEADING + 2]
         if ctx.grads_made:
-            ctx.grads_made = False  # ownership passes to the caller: a second backward makes its own
-            dvalues, daux, dws, dbs = _scaled(made, dloss, ctx.impl)
+            ctx.grads_made = False  # ownership passes to the caller; a second backward recomputes
+            dvalues, daux, dws, dbs = _scaled(grads, dloss, ctx.impl)
             needs = ctx.needs_input_grad[_LEADING + n - 2 * T : _LEADING + n - T]
             dbs = [db if need else None for db, need in zip(dbs, needs, strict=True)]
             dxs = [None] * T
@@ -226,17 +241,17 @@ class AlignedLoss(torch.autograd.Function):
         return *[None] * _LEADING, dvalues if need_v else None, daux, *[None] * (n - 2 - 3 * T), *dws, *dbs, *dxs
 
 
-def _scaled(made, dloss, impl):
-    """The gradients that the forward made times that of the loss, in place: dvalues, daux, dws and dbs."""
-    made = [None if m is None else m.data for m in made]  # saved for the backward, and yet they change in place
-    scale_([m for m in made if m is not None], dloss, impl)
-    dvalues, daux, *rest = made
+def _scaled(grads, dloss, impl):
+    """Scale the forward's gradients by dloss in place; return dvalues, daux, dws and dbs."""
+    grads = [None if grad is None else grad.data for grad in grads]  # .data: saved tensors that change in place
+    scale_([grad for grad in grads if grad is not None], dloss, impl)
+    dvalues, daux, *rest = grads
     T = len(rest) // 2
     return dvalues, daux, [None if dw is None else dw.t() for dw in rest[:T]], rest[T:]
 
 
 def _made_again(inputs, errors, weights, needs, impl):
-    """dvalues, daux, dws, dbs and dxs, from a second pass over the errors."""
+    """Recompute the errors; return dvalues, daux, dws, dbs and dxs."""
     dvalues, dauxs, dws, dbs, dxs = None, [], [], [], []
     weights, aux_weights = weights
     for t, (target, (need_v, need_aux, *wanted)) in enumerate(zip(inputs.targets(), needs, strict=True)):
@@ -250,7 +265,7 @@ def _made_again(inputs, errors, weights, needs, impl):
             )
             dauxs.append(dv)
             db = None if more is None else db + more
-            dx = None if dx_aux is None else dx + dx_aux  # x stands in the residual as it is
+            dx = None if dx_aux is None else dx + dx_aux  # d residual / dx = 1
         dws.append(dw)
         dbs.append(db)
         dxs.append(dx)

@@ -1,7 +1,7 @@
 """Gradients of the biases that a decoder adds and an encoder subtracts: sums over rows, in the accumulator dtype.
 
-Partial sums of chunks of rows, then those of the chunks in order: two launches for all tensors, deterministic. A
-library's half precision matrix-vector product would be one launch each, and may add up its parts in half precision.
+Deterministic in two launches for all tensors: partial sums of chunks of rows, then the chunks in order. A library's
+half-precision matrix-vector product takes one launch each and may accumulate in half precision.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _column_parts_kernel(
     x_ptrs, weight_ptrs, widths, strides, part_ptr, B, D, chunk, T: tl.constexpr, BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """part[p, columns before x_t + c] = the sum of rows p * chunk onwards of x_t, each times its weight if given."""
+    """part[p, (columns of earlier xs) + c]: sum of chunk p of the rows of x_t, weighted if weights are given."""
     begin = tl.program_id(0) * chunk
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     rows = tl.arange(0, BLOCK_B)
@@ -65,10 +65,10 @@ def _column_sums_kernel(
 
 
 def _launch_column_sums(xs, weights, out, negate):
-    """out[i] = +- sum of the rows of xs[i], and of xs[i + len(out)] where there are twice as many."""
+    """out[i] = +- sum over the rows of xs[i], plus those of xs[i + len(out)] if there are twice as many."""
     rows, widths, T = xs[0].shape[0], tuple(x.shape[1] for x in xs), len(out)
     acc, chunk, block_b, block_d = acc_dtype(xs[0].dtype), column_chunk(rows), 8, 128
-    if interpreted():  # a launch takes milliseconds for every program there
+    if interpreted():  # every program costs milliseconds there
         chunk, block_b, block_d = max(16, next_power_of_2(cdiv(rows, 4))), 16, 32
     xs = [x if x.stride(1) == 1 else x.contiguous() for x in xs]
     chunks, tiles = cdiv(rows, chunk), cdiv(max(widths), block_d)
@@ -106,14 +106,24 @@ column_sums = register(
     triton_impl=_column_sums_triton,
     fake=lambda xs, more, like: _empty_like_columns(xs, like),
 )
-column_sums.__doc__ = """Sums over the rows of xs[t] [B, d_t] and, if there are any, of more[t], in like[t]'s dtype."""
+column_sums.__doc__ = """Sum the rows of each tensor.
+
+Args:
+    xs: T tensors, [B, d_t] each.
+    more: none, or T tensors [B, d_t] whose rows are added too.
+    like: T tensors whose dtypes the results take.
+    impl: "triton" or "torch".
+
+Returns:
+    [d_t] each, accumulated in the accumulator dtype.
+"""
 
 
 def _pre_bias_grads_triton(w_encs, sums, like):
     return _launch_column_sums(w_encs, sums, _empty_like_columns(w_encs, like), True)
 
 
-TORCH_ROWS = 8192  # of a half precision weight matrix that the torch path converts at a time
+TORCH_ROWS = 8192  # of a half-precision weight matrix that the torch path converts at a time
 
 
 def _pre_bias_grads_torch(w_encs, sums, like):
@@ -133,13 +143,14 @@ pre_bias_grads = register(
     triton_impl=_pre_bias_grads_triton,
     fake=lambda w_encs, sums, like: _empty_like_columns(w_encs, like),
 )
-pre_bias_grads.__doc__ = """-w_encs[s]^T sums[s]: the same sum as -dx over the batch, from the latents' sums instead.
+pre_bias_grads.__doc__ = """Gradients of the encoder's pre-biases, -w_encs[s]^T sums[s]; equal to -sum_b dx[b].
 
 Args:
     w_encs: [N, d_s] each.
-    sums: [N] each, the gradient of the latent biases.
-    like: tensors in whose dtypes the results are wanted.
+    sums: [N] each, the gradients of the latent biases.
+    like: tensors whose dtypes the results take.
     impl: "triton" or "torch".
 
-Returns: [d_s] each, added up in the accumulator dtype and rounded once.
+Returns:
+    [d_s] each, accumulated in the accumulator dtype and rounded once.
 """

@@ -25,7 +25,7 @@ from .records import DecodeTarget, SparseCodes, WeightedLists
 
 
 def _per_source(op, indices, sources):
-    """op(indices [B, k], sources [S, B, ...]), called once when the sources share indices, else source by source."""
+    """Call op(indices [B, k], sources [S, B, ...]) once if the sources share indices, else source by source."""
     if indices.dim() == 2:
         return op(indices, sources)
     return torch.cat([op(idx, sources[s : s + 1]) for s, idx in enumerate(indices)])
@@ -34,7 +34,17 @@ def _per_source(op, indices, sources):
 def errors_of(
     codes: SparseCodes, target: DecodeTarget, error_source: int | None, impl: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """|E|^2 [S, B] of every source's reconstruction, and E [B, d] of one source, empty for None."""
+    """Compute the errors of every source's reconstruction of one target.
+
+    Args:
+        codes: codes of S sources.
+        target: decoder and rows that they reconstruct.
+        error_source: source whose error is returned; None: no error.
+        impl: "triton" or "torch".
+
+    Returns:
+        |E|^2 [S, B]; E [B, d] of one source, empty for None.
+    """
 
     def run(codes, source):
         keep = NO_ERROR if source is None else source
@@ -47,9 +57,12 @@ def errors_of(
 
 
 class Decode(torch.autograd.Function):
-    """Reconstructions of one target from S sources, [S, B, d].
+    """Differentiable reconstructions of one target from S sources, [S, B, d].
 
-    Takes impl, then values, w_dec, pre_bias, indices and the InverseIndex of the indices, or three times None.
+    Args:
+        impl: "triton" or "torch".
+        tensors: values [S, B, k], w_dec [d, N], pre_bias [d], indices [B, k] or [S, B, k], and the three parts of their
+            InverseIndex or three times None.
     """
 
     @staticmethod
@@ -83,9 +96,12 @@ class Decode(torch.autograd.Function):
 
 
 class DecodeNMSE(torch.autograd.Function):
-    """Normalised errors [S] of one target from S sources, each with a gradient of its own.
+    """Differentiable normalised errors [S] of one target from S sources.
 
-    Takes impl, then values, w_dec, pre_bias, x, indices and the InverseIndex of shared indices, or three times None.
+    Args:
+        impl: "triton" or "torch".
+        tensors: values [S, B, k], w_dec [d, N], pre_bias [d], x [B, d], indices [B, k] or [S, B, k], and the three
+            parts of their InverseIndex (used for shared indices) or three times None.
     """
 
     @staticmethod
@@ -101,7 +117,7 @@ class DecodeNMSE(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dnmse):
         values, w_dec, pre_bias, x, indices, *lists = ctx.saved_tensors
-        # lists that the caller has are those of shared indices
+        # lists over indices [S, B, k] span all sources and are of no use here
         given = indices.dim() == 2 and lists[0] is not None
         codes = SparseCodes(indices, values, None, InverseIndex(*(part[None] for part in lists)) if given else None)
         target = DecodeTarget(w_dec.t(), pre_bias, x)
@@ -131,28 +147,33 @@ def _check(indices, values, w_decs, pre_biases, pairs, inverse):
     if pairs is None:
         return T, S, {t: list(range(S)) for t in range(T)}
     require(isinstance(pairs, (list, tuple, set, dict)), "pairs", "a list of (target, source) tuples", pairs)
-    asked: dict[int, list[int]] = {}
+    sources_of: dict[int, list[int]] = {}
     for pair in pairs:
         ok = isinstance(pair, tuple) and len(pair) == 2 and all(type(i) is int for i in pair)
         ok = ok and 0 <= pair[0] < T and 0 <= pair[1] < S
         require(ok, "pairs", f"(target, source) tuples with target in 0..{T - 1} and source in 0..{S - 1}", repr(pair))
-        sources = asked.setdefault(pair[0], [])
+        sources = sources_of.setdefault(pair[0], [])
         if pair[1] not in sources:
             sources.append(pair[1])
-    return T, S, asked
+    return T, S, sources_of
 
 
 def pick(x: torch.Tensor, places: list[int]) -> torch.Tensor:
-    """x[places]; indexing a CUDA tensor with a list would copy the list to the device, a synchronisation."""
+    """Return x[places] without the host synchronisation of indexing a CUDA tensor with a list.
+
+    Args:
+        x: [n, ...].
+        places: positions along the first dimension.
+    """
     return torch.stack([x[i] for i in places])
 
 
-def _sources(indices, values, inverse, asked):
-    """What a target needs of the sources it asks for; the inverse index stays valid while all of them are asked for."""
-    if asked == list(range(values.shape[0])):
+def _sources(indices, values, inverse, wanted):
+    """Select the sources in `wanted`; an inverse index over [S, B, k] is valid only for all of them."""
+    if wanted == list(range(values.shape[0])):
         return indices, values, inverse
-    values = pick(values, asked)
-    return (indices, values, inverse) if indices.dim() == 2 else (pick(indices, asked), values, NO_INVERSE)
+    values = pick(values, wanted)
+    return (indices, values, inverse) if indices.dim() == 2 else (pick(indices, wanted), values, NO_INVERSE)
 
 
 def decode(
@@ -164,29 +185,33 @@ def decode(
     inverse: InverseIndex | None = None,
     impl: str = "auto",
 ) -> dict[tuple[int, int], torch.Tensor]:
-    """Reconstructions of every target from every source, each selected decoder row fetched once per (row, target).
+    """Reconstruct every target from every source, fetching each selected decoder row once per (row, target).
 
     Args:
         indices: int64 [B, k] shared by all sources, or [S, B, k]. Ids in 0..N-1 (checked on a CPU; on a GPU an id
-            outside gives NaN with Triton, torch's device assert with impl="torch"). An id twice in a row adds up.
+            outside gives NaN with Triton, torch's device assert with impl="torch"). Repeated ids in a row add up.
         values: [S, B, k], any floating dtype; used in float32 (float64 for float64 weights). Half precision weights:
             impl="torch" rounds them to the weights' dtype; fp16 cannot hold values beyond 65504 in either.
         w_decs: T tensors [d_t, N]. Best with strides (1, d_t), as `AlignedSAE` keeps them; others are copied.
         pre_biases: T tensors [d_t].
-        pairs: which (target, source) to make; all T x S when None.
-        inverse: `inverse_index(indices, N)` when the caller already has it.
+        pairs: (target, source) tuples to compute; all T x S when None.
+        inverse: `inverse_index(indices, N)` if the caller already has it.
         impl: "auto" (Triton on CUDA tensors, torch elsewhere), "triton" or "torch".
 
     Returns:
         {(t, s): [B, d_t]} in the weights' dtype; differentiable in values, w_decs and pre_biases.
 
-    Equivalent to: `{(t, s): codes[s] @ w_decs[t].T + pre_biases[t]}` with
-    `codes[s] = zeros(B, N).scatter(1, indices, values[s])`
+    Raises:
+        ValueError: an argument is invalid; the message names it.
+
+    Equivalent to:
+        `{(t, s): codes[s] @ w_decs[t].T + pre_biases[t]}` with
+        `codes[s] = zeros(B, N).scatter(1, indices, values[s])`
     """
-    _, _, asked = _check(indices, values, w_decs, pre_biases, pairs, inverse)
+    _, _, sources_of = _check(indices, values, w_decs, pre_biases, pairs, inverse)
     impl = resolve_impl(impl, w_decs[0])
     recons = {}
-    for t, sources in asked.items():
+    for t, sources in sources_of.items():
         idx, val, inv = _sources(indices, values, inverse or NO_INVERSE, sources)
         out = Decode.apply(impl, val, w_decs[t], pre_biases[t], idx, *inv)
         recons.update({(t, s): out[i] for i, s in enumerate(sources)})
@@ -203,7 +228,7 @@ def decode_nmse(
     inverse: InverseIndex | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """Normalised mean squared error of every reconstruction, without keeping any.
+    """Compute the normalised mean squared error of every reconstruction without storing any.
 
     Args:
         indices: as in `decode`.
@@ -211,24 +236,28 @@ def decode_nmse(
         w_decs: as in `decode`.
         pre_biases: as in `decode`.
         xs: T targets [B, d_t], of the weights' dtype.
-        pairs: as in `decode`; the entries of other pairs are 0.
+        pairs: as in `decode`.
         inverse: as in `decode`.
         impl: as in `decode`.
 
     Returns:
-        [T, S] in float32 (float64 for float64), entry (t, s) for target t from source s; differentiable in values,
-        w_decs, pre_biases and xs. A zero row in a target makes its entries inf or NaN.
+        [T, S] in float32 (float64 for float64), entry (t, s) for target t from source s; 0 for tuples not in `pairs`.
+        Differentiable in values, w_decs, pre_biases and xs. A zero row in a target makes its entries inf or NaN.
 
-    Equivalent to: `((recon[t, s] - xs[t]).square().mean(1) / xs[t].square().mean(1)).mean()`
+    Raises:
+        ValueError: an argument is invalid; the message names it.
+
+    Equivalent to:
+        `((recon[t, s] - xs[t]).square().mean(1) / xs[t].square().mean(1)).mean()`
     """
-    T, S, asked = _check(indices, values, w_decs, pre_biases, pairs, inverse)
+    T, S, sources_of = _check(indices, values, w_decs, pre_biases, pairs, inverse)
     check_same_length("w_decs", w_decs=w_decs, xs=xs)
     for t in range(T):
         check_tensor(f"xs[{t}]", xs[t], (values.shape[1], w_decs[t].shape[0]), like=w_decs[0])
     impl = resolve_impl(impl, w_decs[0])
     zero = torch.zeros((), device=values.device, dtype=acc_dtype(w_decs[0].dtype))
     entries = {}
-    for t, sources in asked.items():
+    for t, sources in sources_of.items():
         idx, val, inv = _sources(indices, values, inverse or NO_INVERSE, sources)
         row = DecodeNMSE.apply(impl, val, w_decs[t], pre_biases[t], xs[t], idx, *inv)
         entries.update({(t, s): row[i] for i, s in enumerate(sources)})

@@ -1,4 +1,4 @@
-"""Losses and gradients of one target's reconstructions, none of which is kept."""
+"""Losses and gradients of one target's reconstructions, none of which is stored."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _collect_kernel(
     sq_ptrs, dot_ptrs, slabs, coef_ptr, sq_ptr, dv_ptr, rows, K,
     P: tl.constexpr, ADD_SQ: tl.constexpr, ADD_DV: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One (source, row): adds up the slabs of P launches; dvalues = coef * <W[I], E>, 0 where coef is."""
+    """One (source, row): sum the slabs of P launches; dvalues = coef * <W[I], E>, and 0 where coef is 0."""
     row = tl.program_id(0).to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K)
     mask_k = offs_k < K
@@ -59,7 +59,7 @@ def _collect_kernel(
 
 @triton.jit
 def _positions_kernel(order_ptr, list_position_ptr, M, BLOCK: tl.constexpr):
-    """Where in the lists each place stands."""
+    """Inverse permutation of `order`."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     list_position = tl.load(order_ptr + offs, mask=offs < M, other=0)
     tl.store(list_position_ptr + list_position, offs.to(tl.int32), mask=offs < M)
@@ -70,9 +70,9 @@ def _decode_grads_triton(
 ):  # fmt: skip
     (S, B, k), d, M, device = values.shape, w.shape[1], indices.numel(), w.device
     acc = acc_dtype(w.dtype)
-    one = w.new_empty(_kept_shape(keep, values, x))
-    g = torch.empty(B, d, device=device, dtype=acc)
-    sq = torch.empty(S, B, device=device, dtype=acc)
+    error_out = w.new_empty(_kept_shape(keep, values, x))
+    dbias_rows = torch.empty(B, d, device=device, dtype=acc)
+    sq_err = torch.empty(S, B, device=device, dtype=acc)
     coef, values = coef.contiguous(), values.contiguous()
     use_h_route, width = _route(S, M, B, k, d, w.dtype, capability(device)) if dw is not None else (False, d)
     list_position = None
@@ -81,36 +81,36 @@ def _decode_grads_triton(
         _positions_kernel[(cdiv(M, 1024),)](order, list_position, M, BLOCK=1024, num_warps=4)
     if dw is not None:
         pool = w.new_empty((M if use_h_route else S * B) * width)
-    parts, added = [], False
+    parts, add_sums = [], False
     for c0 in range(0, d, width):
         cols = slice(c0, min(c0 + width, d))
         part = w[:, cols]
-        scratch = one if keep == ALL_ERRORS else None
+        scratch = error_out if keep == ALL_ERRORS else None
         if dw is not None:
             shape = (M, part.shape[1]) if use_h_route else (S, B, part.shape[1])
             scratch = pool[: math.prod(shape)].view(shape)
         parts.append(launch_gather(
             indices, values, part, None if bias is None else bias[cols], x[:, cols], count=count, coef=coef,
             list_position=list_position, err_out=None if use_h_route else scratch,
-            h_out=scratch if use_h_route else None, error_out=one[:, cols] if keep >= 0 else None,
-            error_source=max(keep, 0), dbias_rows=g[:, cols], sq_err=True, dot=True,
+            h_out=scratch if use_h_route else None, error_out=error_out[:, cols] if keep >= 0 else None,
+            error_source=max(keep, 0), dbias_rows=dbias_rows[:, cols], sq_err=True, dot=True,
         ))  # fmt: skip
-        # kept until there are many: another pass over dvalues costs more than they take
-        held = sum(dots.numel() * dots.element_size() for _, dots in parts)
-        if cols.stop == d or held > PARTIAL_BYTES or len(parts) == 4:
+        # keep the partial sums of several launches: another pass over dvalues costs more
+        held_bytes = sum(dots.numel() * dots.element_size() for _, dots in parts)
+        if cols.stop == d or held_bytes > PARTIAL_BYTES or len(parts) == 4:
             sqs, dots = zip(*parts, strict=True)
             _collect_kernel[(S * B,)](
-                sqs, dots, tuple(len(p) for p in sqs), coef, sq, dvalues, S * B, k, P=len(parts), ADD_SQ=added,
-                ADD_DV=add_dvalues or added, BLOCK_K=next_power_of_2(k), ACC=tl_dtype(acc), num_warps=1,
+                sqs, dots, tuple(len(p) for p in sqs), coef, sq_err, dvalues, S * B, k, P=len(parts), ADD_SQ=add_sums,
+                ADD_DV=add_dvalues or add_sums, BLOCK_K=next_power_of_2(k), ACC=tl_dtype(acc), num_warps=1,
             )  # fmt: skip
-            parts, added = [], True
+            parts, add_sums = [], True
         if dw is not None:
             weights, scale = (None, None) if use_h_route else (values, coef)
             launch_reduce(
                 out=dw[:, cols], sums=None, order=order, offsets=offsets, ids=ids, coef=weights, scale=scale, gate=None,
                 mat=scratch, k=k, add=add_dw,
             )  # fmt: skip
-    return sq, g, one
+    return sq_err, dbias_rows, error_out
 
 
 def _kept_shape(keep, values, x):
@@ -118,15 +118,15 @@ def _kept_shape(keep, values, x):
 
 
 def _route(S, M, B, k, d, dtype, arch=80) -> tuple[bool, int]:
-    """Whether the gradient goes by way of H in list order, and how many columns are done at once within the scratch.
+    """Choose (use_h_route, columns per pass within the scratch) for dw.
 
-    H carries the loss coefficients in the weights' dtype; float16 would lose them, so it keeps to the errors.
+    H carries the loss coefficients in the weights' dtype; float16 would lose them, so it takes the route of the errors.
     """
-    scratch = SCRATCH_BYTES * (2 if S > 3 else 1)  # many sources: fewer pieces are worth it (modelled: 4 % of the step)
+    scratch = SCRATCH_BYTES * (2 if S > 3 else 1)  # many sources: fewer passes pay (modelled: 4 % of the step)
     width = scratch // (M * dtype.itemsize)
-    few = dtype.itemsize == 2 or k <= H_MAX_K_FP32
-    many = S > H_MIN_SOURCES or (S == H_MIN_SOURCES and M >= H_MIN_ENTRIES and few)
-    use_h_route = many and dtype != torch.float16 and k <= gather_chunk(dtype.itemsize, arch)
+    short_rows = dtype.itemsize == 2 or k <= H_MAX_K_FP32
+    enough_entries = S > H_MIN_SOURCES or (S == H_MIN_SOURCES and M >= H_MIN_ENTRIES and short_rows)
+    use_h_route = enough_entries and dtype != torch.float16 and k <= gather_chunk(dtype.itemsize, arch)
     if use_h_route and width >= min(d, H_MIN_COLUMNS):
         return True, min(d, max(width // 128 * 128, 16))
     return False, min(d, max(SCRATCH_BYTES // (S * B * dtype.itemsize) // 128 * 128, H_MIN_COLUMNS))
@@ -136,20 +136,20 @@ def _decode_grads_torch(
     *, indices, values, w, bias, x, coef, order, offsets, ids, count, keep, dvalues, add_dvalues, dw, add_dw
 ):  # fmt: skip
     acc = acc_dtype(w.dtype)
-    e = gather_sum_torch(indices, values, w, bias).sub_(x)
-    sq = e.to(acc).square().sum(2)
-    one = e[keep].clone() if keep >= 0 else w.new_empty(0)
-    asked = (coef != 0)[..., None]
-    dv = torch.where(asked, coef[..., None] * gather_dot_torch(indices, w, e, count), 0.0)
-    dvalues.copy_(dvalues + dv if add_dvalues else dv)
-    e.masked_fill_(~asked, 0.0)
-    g = torch.einsum("sb,sbd->bd", coef, e.to(acc))
+    error = gather_sum_torch(indices, values, w, bias).sub_(x)
+    sq_err = error.to(acc).square().sum(2)
+    error_out = error[keep].clone() if keep >= 0 else w.new_empty(0)
+    active = (coef != 0)[..., None]
+    grad_values = torch.where(active, coef[..., None] * gather_dot_torch(indices, w, error, count), 0.0)
+    dvalues.copy_(dvalues + grad_values if add_dvalues else grad_values)
+    error.masked_fill_(~active, 0.0)
+    dbias_rows = torch.einsum("sb,sbd->bd", coef, error.to(acc))
     if dw is not None:
         reduce_torch(
-            out=dw, sums=None, order=order, offsets=offsets, ids=ids, coef=values, scale=coef, gate=None, mat=e,
+            out=dw, sums=None, order=order, offsets=offsets, ids=ids, coef=values, scale=coef, gate=None, mat=error,
             k=indices.shape[1], add=add_dw,
         )  # fmt: skip
-    return sq, g, e if keep == ALL_ERRORS else one
+    return sq_err, dbias_rows, error if keep == ALL_ERRORS else error_out
 
 
 def _decode_grads_fake(
@@ -172,22 +172,31 @@ decode_grads = register(
     triton_impl=_decode_grads_triton,
     fake=_decode_grads_fake,
 )
-decode_grads.__doc__ = """Losses and gradients of one target's reconstructions from every source.
+decode_grads.__doc__ = """Compute losses and gradients of one target's reconstructions from every source.
 
 E[s, b] = sum_j values[s, b, j] w[indices[b, j]] + bias - x[b], and dloss/dE[s, b] = coef[s, b] E[s, b].
 
 Args:
-    indices: int64 [B, k].  values: [S, B, k].  w: [N, d].  bias: [d].  x: [B, d].
-    coef: [S, B]; where it is 0 the source takes no part in any gradient, whatever its error is.
-    order, offsets, ids: the InverseIndex of indices.
-    count: int32 [], the columns of indices that exist (all when None); the values beyond it are zero.
-    keep: the source whose E is returned, NO_ERROR, or ALL_ERRORS, which goes with dw None.
-    dvalues: [S, B, k] contiguous, where the gradient of values goes.  dw: [N, d], that of w; None: nobody asks for it.
-    add_dvalues, add_dw: add to what they hold; rows of dw whose latent is in no list are then not touched.
+    indices: int64 [B, k].
+    values: [S, B, k].
+    w: [N, d].
+    bias: [d], or None.
+    x: [B, d].
+    coef: [S, B]; a source whose coef is 0 is excluded from every gradient, even if its error is not finite.
+    order: int32, of the InverseIndex of indices.
+    offsets: int32, of the InverseIndex.
+    ids: int32, of the InverseIndex.
+    count: int32 [], the valid columns of indices (all when None); values beyond it must be zero.
+    keep: source whose E is returned, NO_ERROR, or ALL_ERRORS, which requires dw None.
+    dvalues: [S, B, k] contiguous, receives the gradient of values.
+    add_dvalues: add to dvalues instead of overwriting it.
+    dw: [N, d], receives the gradient of w; None: not computed.
+    add_dw: add to dw; rows whose latent is in no list are then not touched.
     impl: "triton" or "torch".
 
-Returns: |E|^2 [S, B] and sum_s coef E [B, d], whose sum over b is the gradient of bias, in the accumulator dtype; E
-[B, d] of one source in w's dtype (empty for NO_ERROR; for ALL_ERRORS [S, B, d]).
+Returns:
+    |E|^2 [S, B] and sum_s coef E [B, d], whose sum over b is the gradient of bias, in the accumulator dtype; E [B, d]
+    of one source in w's dtype (empty for NO_ERROR, [S, B, d] for ALL_ERRORS).
 """
 
 
@@ -210,7 +219,7 @@ def _target_weights_kernel(
             tl.store(norm_ptr + t * B + b, norm)
             for s in tl.static_range(S):
                 weight = tl.load(weights_ptr + t * S + s).to(ACC)
-                # an infinite norm: the gradient is no 0 but NaN
+                # an infinite norm gives NaN, not 0
                 coef = tl.where(norm < float("inf"), weight * 2.0 / B / norm, float("nan"))
                 tl.store(coef_ptr + (t * S + s) * B + b, tl.where(weight != 0.0, coef, 0.0))
 
@@ -247,12 +256,16 @@ target_weights = register(
     triton_impl=_target_weights_triton,
     fake=_target_weights_fake,
 )
-target_weights.__doc__ = """What sum_ts weights[t, s] NMSE(R[t, s], xs[t]) makes of each error: dloss/dE = coef * E.
+target_weights.__doc__ = """Coefficients of dloss/dE = coef * E for the loss sum_ts weights[t, s] NMSE(R[t, s], xs[t]).
 
-Args: xs: T targets [B, d_t].  weights: [T, S].  impl: "triton" or "torch".
+Args:
+    xs: T targets, [B, d_t] each.
+    weights: [T, S].
+    impl: "triton" or "torch".
 
-Returns: |x|^2 [T, B]; coef = 2 weights / (B |x|^2), [T, S, B], 0 where the weight is and NaN where |x|^2 is infinite or
-NaN; in the accumulator dtype.
+Returns:
+    |x|^2 [T, B] and coef = 2 weights / (B |x|^2), [T, S, B], in the accumulator dtype. coef is 0 where the weight is 0,
+    else NaN where |x|^2 is infinite or NaN.
 """
 
 
@@ -266,18 +279,21 @@ def grads_of_target(
     error_source: int | None = None,
     keep_all_errors: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`decode_grads` for codes of any kind; their inverse index is made where it is missing.
+    """Compute losses and gradients of one target by `decode_grads`, for codes shared or per source.
+
+    The inverse index is built if it is missing.
 
     Args:
-        codes: of S sources.
-        target: what they are to reconstruct.
+        codes: codes of S sources.
+        target: decoder and rows that they reconstruct.
         coef: [S, B], dloss/dE over E.
-        out: where the gradients go.
+        out: buffers for the gradients.
         impl: "triton" or "torch".
-        error_source: the source whose error [B, d] is returned.
-        keep_all_errors: return all errors [S, B, d]; goes with out.dw None.
+        error_source: source whose error [B, d] is returned; None: no error.
+        keep_all_errors: return all errors [S, B, d]; requires out.dw None.
 
-    Returns: |E|^2 [S, B]; sum_s coef E [B, d]; the errors, empty where none is wanted.
+    Returns:
+        |E|^2 [S, B]; sum_s coef E [B, d]; the errors, empty if none is requested.
     """
     if codes.inverse is None:
         codes = codes.with_inverse(target.w.shape[0], impl)
@@ -292,11 +308,15 @@ def grads_of_target(
         return run(codes, coef, out, error_source)
     parts = []
     for s in range(len(codes.values)):
-        one = slice(s, s + 1)
-        part = GradOut(out.dvalues[one], out.add_dvalues, out.dw, out.add_dw or s > 0)
-        parts.append(run(codes.source(s), coef[one], part, 0 if s == error_source else None))
+        only = slice(s, s + 1)
+        part = GradOut(out.dvalues[only], out.add_dvalues, out.dw, out.add_dw or s > 0)
+        parts.append(run(codes.source(s), coef[only], part, 0 if s == error_source else None))
     sq, g, errors = zip(*parts, strict=True)
-    return torch.cat(sq), torch.stack(g).sum(0), torch.cat(errors) if keep_all_errors else errors[error_source or 0]
+    return (
+        torch.cat(sq),
+        torch.stack(g).sum(0),
+        torch.cat(errors) if keep_all_errors else errors[error_source or 0],
+    )
 
 
 def grads_of_errors(
@@ -308,17 +328,18 @@ def grads_of_errors(
     *,
     into: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of sum_s dnmse[s] NMSE(R[s], x).
+    """Compute the gradients of sum_s dnmse[s] NMSE(R[s], x).
 
     Args:
-        codes: of S sources.
-        target: what they are to reconstruct.
-        dnmse: [S].
-        needs: whether values, w_dec, pre_bias and x need one.
+        codes: codes of S sources.
+        target: decoder and rows that they reconstruct.
+        dnmse: [S], gradient of the loss with respect to each NMSE.
+        needs: whether values, w_dec, pre_bias and x need a gradient.
         impl: "triton" or "torch".
-        into: [N, d], a gradient that dw is added to.
+        into: [N, d], a buffer that dw is added to; None: a new one.
 
-    Returns: dvalues [S, B, k], dw [d, N], d pre_bias [d] and dx [B, d], each None where it is not needed.
+    Returns:
+        dvalues [S, B, k], dw [d, N], dpre_bias [d] and dx [B, d], each None if not needed.
     """
     need_v, need_w, need_b, need_x = needs
     w, bias, x = target
@@ -327,14 +348,14 @@ def grads_of_errors(
     dw = into
     if need_w and into is None:
         dw = torch.empty_like(w, memory_format=torch.contiguous_format)
-    sq, g, _ = grads_of_target(codes, target, coef, GradOut(dvalues, False, dw, into is not None), impl)
+    sq_err, dbias_rows, _ = grads_of_target(codes, target, coef, GradOut(dvalues, False, dw, into is not None), impl)
     dx = None
     if need_x:
-        through_norm = torch.where(coef != 0, coef * sq / norm, 0.0).sum(0)[:, None] * x.to(coef.dtype)
-        dx = -(g + through_norm).to(x.dtype)
+        through_norm = torch.where(coef != 0, coef * sq_err / norm, 0.0).sum(0)[:, None] * x.to(coef.dtype)
+        dx = -(dbias_rows + through_norm).to(x.dtype)
     return (
         dvalues if need_v else None,
         dw.t() if need_w else None,
-        g.sum(0).to(bias.dtype) if need_b else None,
+        dbias_rows.sum(0).to(bias.dtype) if need_b else None,
         dx,
     )

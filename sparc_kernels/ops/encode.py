@@ -1,7 +1,7 @@
 """Values of the selected latents with their gradients, and the public `encode_topk` and `values_at`.
 
-What is selected carries no gradient (`selection.py`). Values are gathered afterwards in fp32, per stream, from the
-selected rows of W_enc alone; they are what carries gradients.
+The selection carries no gradient (`selection.py`). Values are then gathered in fp32, per stream, from the selected rows
+of W_enc alone, and carry the gradients.
 """
 
 from __future__ import annotations
@@ -82,7 +82,17 @@ centre = register(
     triton_impl=_centre_triton,
     fake=_centre_fake,
 )
-centre.__doc__ = """xs[s] - biases[s], [B, d_s]; with `wide` as columns of one [B, D], side by side."""
+centre.__doc__ = """Subtract the pre-biases from the inputs.
+
+Args:
+    xs: [B, d_s] each.
+    biases: [d_s] each.
+    wide: write the results side by side, as columns of one [B, D].
+    impl: "triton" or "torch".
+
+Returns:
+    xs[s] - biases[s], [B, d_s] each.
+"""
 
 
 @triton.jit
@@ -98,7 +108,7 @@ def _finish_values_kernel(
     if count_ptr is not None:
         exists = exists & (offs_k < tl.load(count_ptr + stream * stride_c))
     latent = tl.load(idx_ptr + stream.to(tl.int64) * stride_idx + b * K + offs_k, mask=exists, other=0)
-    inside = exists & (latent >= 0) & (latent < N)  # an id outside has made its sum NaN already
+    inside = exists & (latent >= 0) & (latent < N)  # an id outside made its sum NaN in the gather
     for s in tl.static_range(S):
         if stream == s:
             pre = tl.load(part_ptrs[s] + b * K + offs_k, mask=exists, other=0.0)
@@ -111,7 +121,7 @@ def _finish_values_kernel(
 
 def _gather_values_triton(*, indices, centred, w_encs, latent_biases, count, lists):
     S, (B, k), n = len(centred), indices.shape[-2:], w_encs[0].shape[0]
-    # the lists depend on the ids alone: a dozen short kernels that hide behind the gathers
+    # the lists depend on the ids alone: a dozen short kernels that run beside the gathers
     side, inverse = SideStream(indices.device, enabled=lists), _no_lists(indices)
     if lists:
         inverse, _ = side.run(lambda: _lists(indices, n, count, "triton"))
@@ -121,10 +131,10 @@ def _gather_values_triton(*, indices, centred, w_encs, latent_biases, count, lis
     parts, first = [], 0
     for s in range(S):
         idx = indices if shared else indices[s]
-        limit = None if count is None else count[s]
-        parts.append(launch_gather(idx, None, w_encs[s], None, centred[s][None], count=limit, dot=True)[1])
-        held = sum(part.numel() * part.element_size() for part in parts)
-        if s < S - 1 and held < SCRATCH_BYTES:
+        stream_count = None if count is None else count[s]
+        parts.append(launch_gather(idx, None, w_encs[s], None, centred[s][None], count=stream_count, dot=True)[1])
+        held_bytes = sum(part.numel() * part.element_size() for part in parts)
+        if s < S - 1 and held_bytes < SCRATCH_BYTES:
             continue
         _finish_values_kernel[(B, len(parts))](
             tuple(parts), tuple(latent_biases[first : s + 1]), idx if shared else indices[first:],
@@ -172,31 +182,37 @@ gather_values = register(
     triton_impl=_gather_values_triton,
     fake=_gather_values_fake,
 )
-gather_values.__doc__ = """relu(<w_encs[s][indices], centred[s]> + latent_biases[s][indices]) of every stream.
+gather_values.__doc__ = """Compute relu(<w_encs[s][indices], centred[s]> + latent_biases[s][indices]) of every stream.
 
 Args:
     indices: int64 [B, k] for all streams, or [S, B, k].
-    centred: x - pre_bias, [B, d_s] each.  w_encs: [N, d_s] each.  latent_biases: [N] each.
-    count: int32 [S], the columns of indices that exist for each stream (all when None); the others get 0.
-    lists: whether to make the inverse index too, at the same time.
+    centred: x - pre_bias, [B, d_s] each.
+    w_encs: [N, d_s] each.
+    latent_biases: [N] each.
+    count: int32 [S], the valid columns of indices for each stream (all when None); the others get 0.
+    lists: build the inverse index too, at the same time.
     impl: "triton" or "torch".
 
-Returns: values [S, B, k] in the accumulator dtype; order, offsets and ids of `inverse_index_op` for the columns that
-exist, empty without `lists`.
+Returns:
+    values [S, B, k] in the accumulator dtype; order, offsets and ids of `inverse_index_op` for the valid columns, empty
+    without `lists`.
 """
 
 
 def gather_codes(
     chosen: SparseCodes, centred: list[torch.Tensor], encoder: EncoderParams, lists: bool, impl: str
 ) -> SparseCodes:
-    """Codes with the values of the latents chosen; `lists`: with their inverse index, made at the same time.
+    """Gather the values of the selected latents and, with `lists`, build their inverse index.
 
     Args:
-        chosen: indices and their count; no values are read from it.
+        chosen: indices and their count; its values are not read.
         centred: x - pre_bias, [B, d_s] each.
-        encoder: of the S streams.
+        encoder: encoders of the S streams.
         lists: whether gradients will need the inverse index.
         impl: "triton" or "torch".
+
+    Returns:
+        `chosen` with values [S, B, k] and, with `lists`, the inverse index.
     """
     args = list(encoder.w_encs), list(encoder.latent_biases), chosen.count, lists, impl
     values, *inverse = gather_values(chosen.indices, centred, *args)
@@ -204,11 +220,17 @@ def gather_codes(
 
 
 class Values(torch.autograd.Function):
-    """Gives the values [S, B, k] that `gather_values` made their gradients, to everything but the indices.
+    """Attach gradients to the values that `gather_values` computed.
 
-    Takes impl, S, then flat: the values, AuxK's values [S, B, auxk] or None, what else belongs to the codes and, with
-    AuxK, to its codes (`_flat`), then for the S streams xs, w_encs, pre_biases, latent_biases and centred inputs. AuxK
-    shares the gradients' buffers: its sums are added in place to the few latents that it chose.
+    The backward of AuxK's values adds in place to the same gradient buffers, at the few latents that AuxK selected.
+
+    Args:
+        impl: "triton" or "torch".
+        S: number of streams.
+        values: [S, B, k].
+        aux_values: AuxK's values [S, B, auxk], or None.
+        tensors: other parts of the codes and, with AuxK, of its codes (`_flat`); then S each of xs, w_encs, pre_biases,
+            latent_biases and centred inputs.
     """
 
     @staticmethod
@@ -248,15 +270,15 @@ class Values(torch.autograd.Function):
                     dpre = torch.where(codes.values[one] <= 0, 0.0, dv[one])
                     part = gather_sum(codes.indices_of(s), dpre, w, None, impl)[0]
                     dxs[s] = part if dxs[s] is None else dxs[s] + part
-        wanted = [s for s in range(S) if uses and needs[2 * S + s]]
-        if wanted:
-            args = ([group[s] for s in wanted] for group in (w_encs, sums, pre_biases))
-            for s, db in zip(wanted, pre_bias_grads(*args, impl), strict=True):
+        bias_streams = [s for s in range(S) if uses and needs[2 * S + s]]
+        if bias_streams:
+            args = ([group[s] for s in bias_streams] for group in (w_encs, sums, pre_biases))
+            for s, db in zip(bias_streams, pre_bias_grads(*args, impl), strict=True):
                 dbs[s] = db
         return *[None] * (4 + n), *dxs, *dws, *dbs, *dcs, *[None] * S
 
 
-_FLAT = 5  # tensors of codes beside their values
+_FLAT = 5  # tensors of SparseCodes besides their values
 
 
 def _flat(codes: SparseCodes) -> tuple[torch.Tensor | None, ...]:
@@ -276,7 +298,19 @@ def differentiable_values(
     encoder: EncoderParams,
     impl: str,
 ) -> tuple[SparseCodes, SparseCodes | None]:
-    """The codes that `gather_codes` made, and AuxK's, with gradients."""
+    """Attach gradients to the values of codes from `gather_codes`.
+
+    Args:
+        codes: codes of S streams.
+        aux: AuxK's codes, or None.
+        xs: [B, d_s] each.
+        centred: x - pre_bias, [B, d_s] each.
+        encoder: encoders of the S streams.
+        impl: "triton" or "torch".
+
+    Returns:
+        codes and aux with differentiable values.
+    """
     flat = [*_flat(codes), *(_flat(aux) if aux else ())]
     for group in (xs, *encoder, centred):
         flat += group
@@ -285,7 +319,17 @@ def differentiable_values(
 
 
 def values_of(x: torch.Tensor, encoder: EncoderParams, chosen: SparseCodes, impl: str) -> torch.Tensor:
-    """`values_at` of one stream's latents, on unchecked arguments."""
+    """Compute `values_at` of one stream; arguments are not checked.
+
+    Args:
+        x: [B, d].
+        encoder: encoder of the stream.
+        chosen: codes with the indices; their values are not read.
+        impl: "triton" or "torch".
+
+    Returns:
+        [B, k], differentiable.
+    """
     with torch.no_grad():
         centred = centre([x], encoder.pre_biases, False, impl)
         codes = gather_codes(chosen, centred, encoder, False, impl)
@@ -301,22 +345,26 @@ def values_at(
     inverse: InverseIndex | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """Activations of one stream at given latents; the differentiable half of `encode_topk`.
+    """Compute one stream's activations at given latents; the differentiable half of `encode_topk`.
 
     Args:
-        x: [B, d].
-        w_enc: [N, d], of the dtype and on the device of x, as the biases.
+        x: [B, d]; all tensors but indices have one dtype, and all are on one device.
+        w_enc: [N, d].
         pre_bias: [d].
         latent_bias: [N].
         indices: int64 [B, k], ids in 0..N-1. Checked on a CPU; on a GPU an id outside gives NaN with Triton and torch's
             own device assert with impl="torch".
-        inverse: `inverse_index(indices, N)` when the caller already has it; made in the backward otherwise.
+        inverse: `inverse_index(indices, N)` if the caller already has it; else built in the backward.
         impl: "auto" (Triton on CUDA tensors, torch elsewhere), "triton" or "torch".
 
     Returns:
-        values [B, k], float32 (float64 for float64 inputs).
+        values [B, k], float32 (float64 for float64 inputs); differentiable in x, w_enc, pre_bias and latent_bias.
 
-    Equivalent to: `relu(F.linear(x - pre_bias, w_enc, latent_bias).gather(1, indices))`
+    Raises:
+        ValueError: an argument is invalid; the message names it.
+
+    Equivalent to:
+        `relu(F.linear(x - pre_bias, w_enc, latent_bias).gather(1, indices))`
     """
     check_tensor("x", x, ("B", "d"))
     check_tensor("w_enc", w_enc, ("N", x.shape[1]), like=x)
@@ -338,11 +386,12 @@ def encode_topk(
     topk_type: str = "global",
     impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k latents that each row selects and every stream's activations there.
+    """Select k latents for each row and compute every stream's activations there.
+
+    All tensors have one floating dtype and are on one device; any strides (non-contiguous rows are copied).
 
     Args:
-        xs: S <= 8 tensors [B, d_s], of one floating dtype on one device, as all others. Any strides (rows that are not
-            contiguous are copied).
+        xs: S tensors [B, d_s], S <= 8.
         w_encs: S tensors [N, d_s].
         pre_biases: S tensors [d_s].
         latent_biases: S tensors [N].
@@ -359,7 +408,7 @@ def encode_topk(
             differentiable in xs, w_encs, pre_biases and latent_biases.
 
     Raises:
-        ValueError: naming the argument.
+        ValueError: an argument is invalid; the message names it.
 
     Source: SPARC, arXiv 2507.06265, section 3.
 
@@ -391,13 +440,35 @@ def encode_topk(
 
 
 def centre_for(xs, w_encs, pre_biases, impl):
-    """xs less their biases; side by side where the weights are and the library may be chosen."""
+    """Centre xs; write the results side by side if the weights lie so and the library GEMM may be chosen.
+
+    Args:
+        xs: [B, d_s] each.
+        w_encs: [N, d_s] each.
+        pre_biases: [d_s] each.
+        impl: "triton" or "torch".
+
+    Returns:
+        x - pre_bias, [B, d_s] each.
+    """
     wide = wants_joint(w_encs) and joint(w_encs) is not None
     return centre(list(xs), list(pre_biases), wide, impl)
 
 
 def select_latents(centred, w_encs, latent_biases, k, topk_type, impl):
-    """`select` for "global", [B, k], or for every stream, [S, B, k]."""
+    """Select latents once for all streams or for every stream.
+
+    Args:
+        centred: x - pre_bias, [B, d_s] each.
+        w_encs: [N, d_s] each.
+        latent_biases: [N] each.
+        k: how many latents per row.
+        topk_type: "global" or "local".
+        impl: "triton" or "torch".
+
+    Returns:
+        int64 [B, k] for "global", [S, B, k] for "local".
+    """
     w_encs, latent_biases = list(w_encs), list(latent_biases)
     if topk_type == "global":
         return select(centred, w_encs, latent_biases, k, None, None, impl)

@@ -1,18 +1,18 @@
-"""Gather kernels: what a row's k selected weight rows make of it.
+"""Gather kernels: sums and dot products over the k weight rows that each row of the batch selects.
 
-One kernel serves every use. A program takes one row b, fetches the k selected rows of W tile by tile, and while a tile
-is on the chip uses it for every source s at once:
+One kernel serves every use. A program takes one row b, fetches the k selected rows of W tile by tile, and uses each
+tile for every source s while it is on chip:
 
     R[s] = sum_j v[s, j] W[I_j]              a reconstruction, or the gradient of an encoder's input
     E[s] = R[s] + bias - x                   the error of that reconstruction
     sq[s] = |E[s]|^2                         its square norm
     dot[s, j] = <W[I_j], E[s]>               pre-activations, or the gradient of the values
     g = sum_s coef[s] E[s]                   the gradient of the decoder's bias, and of its target
-    H[j] = sum_s coef[s] v[s, j] E[s]        what latent I_j's decoder row gets from this row of the batch
+    H[j] = sum_s coef[s] v[s, j] E[s]        this row's part of the gradient of latent I_j's decoder row
 
-Both contractions are matrix products with W as the first operand and the sources, padded to 16, as columns. For half
-precision weights, columns 0-7 carry the high half of v or E and columns 8-15 the low half, so that nothing is lost
-beside the rounding of W itself. Programs of one column slab run next to each other: the slab of W stays in L2.
+Both contractions are matrix products with W as the first operand and the sources, padded to 16, as columns. For
+half-precision weights, columns 0-7 carry the high half of v or E and columns 8-15 the low half: only W itself is
+rounded. Programs of one column slab run next to each other, so that the slab of W stays in L2.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..launch.gather import gather_chunk, gather_config
 
 @triton.jit
 def _split_columns(x, DTYPE: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr):
-    """[ROWS, 8] -> [ROWS, 16] in DTYPE: the rounded values, then what rounding lost."""
+    """[ROWS, 8] -> [ROWS, 16] in DTYPE: the rounded values, then the rounding errors."""
     high = x.to(DTYPE)
     low = (x - high.to(ACC)).to(DTYPE)
     return tl.reshape(tl.permute(tl.join(high, low), (0, 2, 1)), (ROWS, 16))
@@ -44,10 +44,13 @@ def _gather_kernel(
     S: tl.constexpr, K_PAD: tl.constexpr, BLOCK_D: tl.constexpr,
     SPLIT: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Any pointer may be None, and what it stands for is left out: v (no R), bias, x, count (all K columns exist) and
-    every output: e [S, B, D]; one [B, D] = e[kept]; g [B, D] = sum_s coef_s e_s; h [B * K, D], whose row place[p] is
-    sum_s coef_s v_s e_s of place p; sq [slabs, S, B]; dot [slabs, S, B, K]. Sources whose coef is 0 are left out of g
-    and h, whatever their errors are."""
+    """Every pointer but idx and w is optional; a None input or output is compiled out.
+
+    Inputs: v (without it E = x), bias, x, count (None: all K columns are valid). Outputs: e [S, B, D]; error [B, D] =
+    e[error_source]; g [B, D] = sum_s coef_s e_s; h [B * K, D], whose row list_position[p] is sum_s coef_s v_s e_s of
+    place p; sq [slabs, S, B]; dot [slabs, S, B, K]. Sources with coef 0 are excluded from g and h, even if their errors
+    are not finite.
+    """
     SUM: tl.constexpr = v_ptr is not None
     DOT: tl.constexpr = dot_ptr is not None
     pid = tl.program_id(0)
@@ -62,7 +65,7 @@ def _gather_kernel(
     if count_ptr is not None:
         mask_in = mask_k & (offs_k < tl.load(count_ptr))
     rows = tl.load(idx_ptr + b * K + offs_k, mask=mask_k, other=0).to(tl.int64)
-    inside = (rows >= 0) & (rows < N)  # anything else reads nothing and poisons the result
+    inside = (rows >= 0) & (rows < N)  # ids outside read nothing and make the result NaN
     mask_w = mask_in & inside
     poison = tl.where(mask_in & (inside == 0), float("nan"), 0.0).to(ACC)
     if SUM:
@@ -70,7 +73,7 @@ def _gather_kernel(
             v_ptr + (offs_s[None, :] * B + b) * K + offs_k[:, None], mask=mask_s[None, :] & mask_in[:, None], other=0.0
         ).to(ACC)  # [K_PAD, COLS]
         if not DOT:
-            mask_w = mask_w & (tl.sum((v != 0.0).to(tl.int32), 1) > 0)  # rows that no source uses cost no traffic
+            mask_w = mask_w & (tl.sum((v != 0.0).to(tl.int32), 1) > 0)  # rows that no source uses are not loaded
         v += poison[:, None]
         if SPLIT:
             v_op = _split_columns(v, DTYPE, K_PAD, ACC)
@@ -78,9 +81,9 @@ def _gather_kernel(
             v_op = v.to(DTYPE)
     if coef_ptr is not None:
         coef = tl.load(coef_ptr + offs_s * B + b, mask=mask_s, other=0.0).to(ACC)  # [COLS]
-        asked = (coef != 0.0)[None, :]
+        active = (coef != 0.0)[None, :]
     if h_ptr is not None:
-        weighted = tl.where(asked, v * coef[None, :], 0.0)
+        weighted = tl.where(active, v * coef[None, :], 0.0)
         if SPLIT:
             h_op = _split_columns(weighted, DTYPE, K_PAD, ACC)
         else:
@@ -115,14 +118,14 @@ def _gather_kernel(
                 mask=mask_s[None, :] & mask_d[:, None],
             )  # fmt: skip
         if error_ptr is not None:
-            one = tl.sum(tl.where(offs_s[None, :] == error_source, e, 0.0), 1)
-            tl.store(error_ptr + b * stride_ob + cols, one.to(error_ptr.dtype.element_ty), mask=mask_d)
+            error = tl.sum(tl.where(offs_s[None, :] == error_source, e, 0.0), 1)
+            tl.store(error_ptr + b * stride_ob + cols, error.to(error_ptr.dtype.element_ty), mask=mask_d)
         if g_ptr is not None:
-            g = tl.sum(tl.where(asked, coef[None, :] * e, 0.0), 1)
+            g = tl.sum(tl.where(active, coef[None, :] * e, 0.0), 1)
             tl.store(g_ptr + b * stride_ob + cols, g, mask=mask_d)
         if h_ptr is not None:
-            e_h = tl.where(asked, e, 0.0).to(DTYPE)
-            if SPLIT:  # both halves of the weights meet the same errors
+            e_h = tl.where(active, e, 0.0).to(DTYPE)
+            if SPLIT:  # both halves of the weights multiply the same errors
                 e_h = tl.reshape(tl.permute(tl.join(e_h, e_h), (0, 2, 1)), (BLOCK_D, 16))
             h = tl.dot(h_op, tl.trans(e_h), input_precision=PRECISION, out_dtype=ACC)  # [K_PAD, BLOCK_D]
             tl.store(
@@ -153,10 +156,30 @@ def launch_gather(
     indices, values, w, bias, x, *, count=None, coef=None, list_position=None, err_out=None, error_out=None,
     error_source=0, dbias_rows=None, h_out=None, sq_err=False, dot=False,
 ):  # fmt: skip
-    """Runs the kernel into the outputs given; returns sq [slabs, S, B] and dot [slabs, S, B, k], or None; sum them.
+    """Run the gather kernel into the given outputs.
 
-    All tensors may be slices of columns (their last stride is 1); `err_out` and `h_out` are contiguous, `error_out`
-    and `dbias_rows` share their row stride.
+    Outputs may be slices of columns (last stride 1), but `err_out` and `h_out` are contiguous, and `error_out` and
+    `dbias_rows` share their row stride.
+
+    Args:
+        indices: int64 [B, k].
+        values: [S, B, k]; None: E = x.
+        w: [N, d].
+        bias: [d], or None.
+        x: [B, d] with values, else [S, B, d]; or None.
+        count: int32 [], the valid columns of indices; None: all.
+        coef: [S, B], for dbias_rows and h_out.
+        list_position: int32 [B * k], the row of h_out for each place.
+        err_out: [S, B, d], receives E.
+        error_out: [B, d], receives E of error_source.
+        error_source: source of error_out.
+        dbias_rows: [B, d], receives sum_s coef E.
+        h_out: [B * k, d], receives H.
+        sq_err: compute |E|^2.
+        dot: compute <W[I_j], E>.
+
+    Returns:
+        |E|^2 [slabs, S, B] and dots [slabs, S, B, k], to be summed over slabs; None if not requested.
     """
     B, k = indices.shape
     n, d = w.shape
@@ -185,7 +208,7 @@ def launch_gather(
     half = w.dtype in (torch.bfloat16, torch.float16)
     # the interpreter multiplies bf16 wrongly: there the operands stay fp32, and the low half is zero
     operand = tl.float32 if half and interpreted() else tl_dtype(w.dtype)
-    # bound by bandwidth: shorter products would not be faster, so float32 is never tf32 here
+    # bandwidth-bound: tf32 would not be faster, so float32 never uses it here
     precision = "ieee" if w.dtype != torch.float32 else dot_precision(capability(device), False)
     _gather_kernel[(slabs * B,)](
         indices, values, w, bias, x, count, coef, list_position, err_out, error_out, dbias_rows, h_out,
@@ -203,7 +226,7 @@ def launch_gather(
 def _launch_gather_in_chunks(
     indices, values, w, bias, x, *, count, coef, err_out, error_out, error_source, dbias_rows, sq_err, dot
 ):  # fmt: skip
-    """The same, a few of the k rows at a time, with E in memory between the launches."""
+    """Run `launch_gather` on a few of the k rows at a time, with E in memory between the launches."""
     (B, k), chunk, acc = indices.shape, gather_chunk(w.element_size(), capability(w.device)), acc_dtype(w.dtype)
     parts = [slice(j, min(j + chunk, k)) for j in range(0, k, chunk)]
     counts = [None if count is None else (count - part.start).clamp(min=0) for part in parts]
@@ -224,8 +247,8 @@ def _launch_gather_in_chunks(
     if error_out is not None:
         error_out.copy_(error[error_source])
     if dbias_rows is not None:
-        asked = (coef != 0)[..., None]
-        dbias_rows.copy_(torch.where(asked, coef[..., None] * error, 0.0).sum(0))
+        active = (coef != 0)[..., None]
+        dbias_rows.copy_(torch.where(active, coef[..., None] * error, 0.0).sum(0))
     dots = None
     if dot:
         dots = [
@@ -239,7 +262,7 @@ def _sum_slabs(part):
     return part[0] if part.shape[0] == 1 else part.sum(0)
 
 
-# gather_dot: out[s, b, j] = <W[indices[b, j]], x[s, b]>; 0 in the columns that `count` leaves out
+# gather_dot: out[s, b, j] = <W[indices[b, j]], x[s, b]>; 0 in columns from `count` on
 
 
 def _gather_dot_triton(indices, w, x, count):
@@ -247,6 +270,17 @@ def _gather_dot_triton(indices, w, x, count):
 
 
 def gather_dot_torch(indices, w, x, count):
+    """Run `gather_dot` in torch.
+
+    Args:
+        indices: int64 [B, k].
+        w: [N, d].
+        x: [S, B, d].
+        count: int32 [], the valid columns of indices; None: all.
+
+    Returns:
+        [S, B, k] in the accumulator dtype.
+    """
     S, B, d = x.shape
     k = indices.shape[1]
     acc = acc_dtype(w.dtype)
@@ -254,13 +288,13 @@ def gather_dot_torch(indices, w, x, count):
         if not is_host_readable(count):
             mask = torch.arange(k, device=w.device) < count
             return torch.where(mask, gather_dot_torch(indices, w, x, None), 0.0)
-        found = min(k, int(count))
+        n_valid = min(k, int(count))
         out = w.new_zeros(S, B, k, dtype=acc)
-        if found:
-            out[:, :, :found] = gather_dot_torch(indices[:, :found].contiguous(), w, x, None)
+        if n_valid:
+            out[:, :, :n_valid] = gather_dot_torch(indices[:, :n_valid].contiguous(), w, x, None)
         return out
     if w.device.type == "cpu" and w.dtype in (torch.float32, torch.float64):
-        # a sampled product reads each selected row once, where bmm would first copy all B * k of them
+        # a sampled product reads each selected row once; bmm would first copy all B * k of them
         offsets = torch.arange(0, B * k + 1, k, device=w.device)
         pattern = csr(offsets, indices.reshape(-1), w.new_zeros(B * k), w.shape[0])
         dots = [torch.sparse.sampled_addmm(pattern, x_s, w.T, beta=0.0).values().view(B, k) for x_s in x]
@@ -296,6 +330,17 @@ def _gather_sum_triton(indices, values, w, bias):
 
 
 def gather_sum_torch(indices, values, w, bias):
+    """Run `gather_sum` in torch.
+
+    Args:
+        indices: int64 [B, k].
+        values: [S, B, k].
+        w: [N, d].
+        bias: [d], or None.
+
+    Returns:
+        [S, B, d] in w's dtype.
+    """
     w = w.contiguous()
     sums = torch.stack([F.embedding_bag(indices, w, mode="sum", per_sample_weights=v.to(w.dtype)) for v in values])
     return sums if bias is None else sums.add_(bias)
@@ -317,16 +362,16 @@ gather_sum = register(
 # gather_error: |E|^2 of every source and E of one, where E[s, b] = gather_sum - x[b]
 
 
-NO_ERROR, ALL_ERRORS = -1, -2  # in place of the number of the source whose E is returned
+NO_ERROR, ALL_ERRORS = -1, -2  # in place of the source whose E is returned
 
 
 def _gather_error_triton(*, indices, values, w, bias, x, keep, count):
-    one = w.new_empty(x.shape if keep != NO_ERROR else (0,))
+    error_out = w.new_empty(x.shape if keep != NO_ERROR else (0,))
     sq, _ = launch_gather(
-        indices, values, w, bias, x, count=count, error_out=one if keep != NO_ERROR else None,
+        indices, values, w, bias, x, count=count, error_out=error_out if keep != NO_ERROR else None,
         error_source=max(keep, 0), sq_err=True,
     )  # fmt: skip
-    return _sum_slabs(sq), one
+    return _sum_slabs(sq), error_out
 
 
 def _gather_error_torch(*, indices, values, w, bias, x, keep, count):
@@ -347,15 +392,20 @@ gather_error = register(
     triton_impl=_gather_error_triton,
     fake=_gather_error_fake,
 )
-gather_error.__doc__ = """Errors of one target's reconstructions from every source.
+gather_error.__doc__ = """Compute the errors of one target's reconstructions from every source.
 
 E[s, b] = sum_j values[s, b, j] W[indices[b, j]] + bias - x[b]
 
 Args:
-    indices: int64 [B, k].  values: [S, B, k].  w: [N, d].  bias: [d].  x: [B, d].
-    keep: the source whose E is returned, or NO_ERROR.
-    count: int32 [], the columns of indices that exist (all when None); the values beyond it are zero.
+    indices: int64 [B, k].
+    values: [S, B, k].
+    w: [N, d].
+    bias: [d].
+    x: [B, d].
+    keep: source whose E is returned, or NO_ERROR.
+    count: int32 [], the valid columns of indices (all when None); values beyond it must be zero.
     impl: "triton" or "torch".
 
-Returns: |E|^2 [S, B] in the accumulator dtype, E [B, d] of one source in w's dtype (empty for NO_ERROR).
+Returns:
+    |E|^2 [S, B] in the accumulator dtype; E [B, d] of one source in w's dtype (empty for NO_ERROR).
 """

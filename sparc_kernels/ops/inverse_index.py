@@ -1,4 +1,4 @@
-"""The inverse index: for every latent, the rows that chose it."""
+"""The inverse index: for every latent, the rows that selected it."""
 
 from __future__ import annotations
 
@@ -24,14 +24,21 @@ NO_INVERSE = (None, None, None)
 
 
 def inverse_index(indices: torch.Tensor, n_latents: int, impl: str = "auto") -> InverseIndex:
-    """Lists of the places that selected each latent, without a host synchronisation.
+    """List the places that selected each latent, without a host synchronisation.
 
     Args:
         indices: int64 of any shape, ids in 0..n_latents-1 (ids outside are in no list).
         n_latents: N.
         impl: "auto" (Triton on CUDA tensors, torch elsewhere), "triton" or "torch"; the sort is torch's in both.
 
-    Equivalent to: `order = indices.flatten().sort(stable=True).indices`, `offsets = [0, *bincount(indices).cumsum(0)]`.
+    Returns:
+        order, offsets and ids of an InverseIndex, int32.
+
+    Raises:
+        ValueError: an argument is invalid; the message names it.
+
+    Equivalent to:
+        `order = indices.flatten().sort(stable=True).indices`, `offsets = [0, *bincount(indices).cumsum(0)]`
     """
     require(isinstance(indices, torch.Tensor) and indices.dtype == torch.int64, "indices", "an int64 tensor", indices)
     n_latents = check_int("n_latents", n_latents, 1)
@@ -39,7 +46,12 @@ def inverse_index(indices: torch.Tensor, n_latents: int, impl: str = "auto") -> 
 
 
 def lists_of(inverse, group: int) -> InverseIndex:
-    """The InverseIndex of one group of what `inverse_index_op` returns."""
+    """Return the InverseIndex of one group.
+
+    Args:
+        inverse: order, offsets and ids that `inverse_index_op` returned.
+        group: which group.
+    """
     return InverseIndex(*(part[group] for part in inverse))
 
 
@@ -60,7 +72,7 @@ def _inverse_index_torch(indices, groups, n_latents, count):
 
 @triton.jit
 def _keys_kernel(idx_ptr, count_ptr, key_ptr, M, K, N, stride_c, groups, BLOCK: tl.constexpr):
-    """Keys that keep the groups apart; what is in no list comes last in its group."""
+    """Sort keys that keep the groups apart; places in no list come last in their group."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < groups * M
     group = offs // M
@@ -76,10 +88,10 @@ def _keys_kernel(idx_ptr, count_ptr, key_ptr, M, K, N, stride_c, groups, BLOCK: 
 def _lists_kernel(
     key_ptr, place_ptr, order_ptr, ids_ptr, offsets_ptr, M, N, groups, STEPS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The sorted places and ids of each group, and by bisection where each latent's list begins."""
+    """Write the sorted places and ids of each group, and by bisection where each latent's list begins."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < groups * M
-    group = offs // M  # sorting moves nothing from one group to another
+    group = offs // M  # sorting keeps every place in its group
     tl.store(order_ptr + offs, (tl.load(place_ptr + offs, mask=mask, other=0) - group * M).to(tl.int32), mask=mask)
     key = tl.load(key_ptr + offs, mask=mask, other=0).to(tl.int64)
     tl.store(ids_ptr + offs, (key - group * (N + 1)).to(tl.int32), mask=mask)
@@ -114,7 +126,7 @@ def _inverse_index_triton(indices, groups, n_latents, count):
 
 
 def inverse_sizes(M: int, n_latents: int) -> tuple[int, int, int]:
-    """Sizes of an InverseIndex over M places."""
+    """Sizes of order, offsets and ids of an InverseIndex over M places."""
     return M, n_latents + 1, M
 
 
@@ -130,12 +142,15 @@ inverse_index_op = register(
     triton_impl=_inverse_index_triton,
     fake=_inverse_index_fake,
 )
-inverse_index_op.__doc__ = """`inverse_index` of several groups of one size with one sort.
+inverse_index_op.__doc__ = """Build `inverse_index` for several groups of one size with one sort.
 
 Args:
-    indices: int64 [..., k], groups * M ids, group by group.  n_latents: N.
-    count: int32 [groups]; columns from count[g] on are in no list. None: all are.
+    indices: int64 [..., k], groups * M ids, group by group.
+    groups: how many.
+    n_latents: N.
+    count: int32 [groups]; columns from count[g] on are in no list. None: all columns are in lists.
     impl: "triton" or "torch".
 
-Returns: order int32 [groups, M], offsets int32 [groups, N + 1], ids int32 [groups, M].
+Returns:
+    order int32 [groups, M], offsets int32 [groups, N + 1], ids int32 [groups, M].
 """

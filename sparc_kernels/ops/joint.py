@@ -10,7 +10,7 @@ from ..launch.select import (
 
 
 def joint(parts: list[torch.Tensor]) -> torch.Tensor | None:
-    """[rows, D] whose columns, side by side, are the parts [rows, d_s]; None where they do not lie like that."""
+    """View parts [rows, d_s] as one [rows, D]; None unless they lie side by side in one storage."""
     first, offset = parts[0], parts[0].storage_offset()
     for part in parts:
         ok = part.untyped_storage()._cdata == first.untyped_storage()._cdata and part.storage_offset() == offset
@@ -24,9 +24,9 @@ def joint(parts: list[torch.Tensor]) -> torch.Tensor | None:
 
 
 def wants_joint(w_encs: list[torch.Tensor]) -> bool:
-    """Whether a copy of the streams' weights should lie side by side: where the library's GEMM may then be chosen.
+    """Whether to copy the streams' weights [N, d_s] side by side, so that one library GEMM can take them.
 
-    Not under torch.compile, which can neither see where tensors lie nor take outputs that share a storage.
+    False under torch.compile, which neither sees addresses nor accepts outputs that share a storage.
     """
     widths = [w.shape[1] for w in w_encs]
     return (
@@ -38,7 +38,15 @@ def wants_joint(w_encs: list[torch.Tensor]) -> bool:
 
 
 class JointCast(torch.autograd.Function):
-    """The weights [N, d_s] in another dtype, written side by side into one [N, D]."""
+    """Cast weights [N, d_s] and write them side by side into one [N, D].
+
+    Args:
+        dtype: dtype of the copies.
+        w_encs: [N, d_s] each.
+
+    Returns:
+        [N, d_s] each, views of one storage.
+    """
 
     @staticmethod
     def forward(ctx, dtype, *w_encs):

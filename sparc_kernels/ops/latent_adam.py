@@ -1,9 +1,9 @@
-"""Adam fed by the lists of the rows that chose each latent: dense gradients of the weights never exist.
+"""Adam step from the inverse index: dense gradients of the weights are never stored.
 
-A latent's gradient is a weighted sum over its list of rows (`latent_reduce.py`), and a step of Adam needs nothing else
-of other latents. So one program adds up a latent's list, in the order in which the dense form does, and goes on to the
-step with the sum in its registers: weights and moments are read and written once. Latents with empty lists take the
-same way with a gradient of 0: their moments decay, their weights move by what momentum they have.
+A latent's gradient is a weighted sum over its list of rows (`latent_reduce.py`), and its Adam step is independent of
+other latents. So one program sums a latent's list, in the order of the dense form, and takes the step with the sum in
+registers: weights and moments are read and written once. Latents with empty lists take the same step with a gradient
+of 0: their moments decay and their weights move by momentum.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ def _list_parts_kernel(
     M, ROWS, K, D, N, stride_ms, stride_mr,
     S: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The sum of one chunk of a list longer than CHUNK.
+    """Sum one chunk of a list longer than CHUNK.
 
     In a block of CHUNK places at most one such list begins, which then owns the block's last place, and at most one
-    further chunk, whose list owns the block's first place. Program 2 q has the former of block q, 2 q + 1 the latter.
+    later chunk begins, whose list owns the block's first place. Program 2 q takes the former of block q, 2 q + 1 the
+    latter.
     """
     slot = tl.program_id(0).to(tl.int64)
     first = (slot // 2).to(tl.int32) * CHUNK
@@ -61,7 +62,7 @@ def _add_list(
     mask_d, M, ROWS, K, D, stride_ms, stride_mr,
     S: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """acc [BLOCK_D] and total [] with the sums of latent n's list added."""
+    """Add the sums of latent n's list to acc [BLOCK_D] and total []."""
     begin = tl.load(offsets_ptr + n)
     end = tl.load(offsets_ptr + n + 1)
     if end - begin <= CHUNK:
@@ -92,10 +93,10 @@ def _latent_adam_kernel(
     AUX_CHUNK: tl.constexpr, NORMALIZE: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr,
     EARLY: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """LATENTS latents: sums of their lists, and the step of their rows, of their biases if there are any.
+    """Sum the lists of LATENTS latents and update their rows and, if given, their biases.
 
-    Of BLOCK_D columns, which are the whole row where it is normalised. lean [programs, D], if given, gets the sum of
-    (a latent's bias gradient) * (its row before the step).
+    BLOCK_D columns, the whole row if it is normalised. dpre_bias_ptr [programs, D], if given, receives the sum of (a
+    latent's bias gradient) * (its row before the step).
     """
     cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = cols < D
@@ -105,7 +106,7 @@ def _latent_adam_kernel(
         if tl.load(scalars_ptr + 4) != 0.0:
             at = tl.full((), n, tl.int64) * D + cols
             w = tl.load(w_ptr + at, mask=mask_d, other=0.0).to(ACC)
-            if EARLY:  # on their way while the list is added up
+            if EARLY:  # in flight while the list is summed
                 m = tl.load(m_ptr + at, mask=mask_d, other=0.0)
                 v = tl.load(v_ptr + at, mask=mask_d, other=0.0)
             g, total = _add_list(
@@ -149,7 +150,7 @@ def _latent_adam_kernel(
 
 
 def _parts(lists, k, n, d, acc):
-    """Sums of the chunks of long lists, and what the kernels take of one set of lists."""
+    """Sum the chunks of long lists; return the kernel's arguments for one set of lists, its sources and its chunk."""
     order, offsets, ids, coef, scale, gate, mat = lists
     coef, scale, gate = (None if t is None else t.contiguous() for t in (coef, scale, gate))
     mat = mat if mat.stride(-1) == 1 else mat.contiguous()
@@ -194,7 +195,7 @@ def _latent_adam_triton(
     return w.new_empty(0, dtype=acc) if dpre_bias_sum is None else dpre_bias_sum.sum(0)
 
 
-TORCH_BLOCK_ROWS = 1024  # whose gradients exist at one time on the torch path
+TORCH_BLOCK_ROWS = 1024  # rows whose gradients exist at a time on the torch path, on a CPU
 
 
 def _latent_adam_torch(
@@ -208,7 +209,7 @@ def _latent_adam_torch(
     numbers, bias_numbers = StepScalars.of(scalars), StepScalars.of(bias_scalars) if bias else None
     hyper = AdamHyper(normalize, beta1, beta2, eps)
     dpre_bias_sum = torch.zeros(d, device=w.device, dtype=acc) if bias else w.new_empty(0, dtype=acc)
-    size = TORCH_BLOCK_ROWS if is_host_readable(w) else n  # where places in lists may be read
+    size = TORCH_BLOCK_ROWS if is_host_readable(w) else n  # offsets of the lists can be read on a CPU only
     for first in range(0, n, size):
         rows = slice(first, min(first + size, n))
         parts = [_block(part, rows, n, acc) for part in sets]
@@ -224,7 +225,7 @@ def _latent_adam_torch(
 
 
 def _block(part, rows, n, acc):
-    """Gradients [rows, d] of some latents, and the sums of their weights [rows]."""
+    """Return the gradients [rows, d] of some latents and the sums of their weights [rows]."""
     offsets, entries, weights, totals, mat, S = part
     offsets = offsets[rows.start : rows.stop + 1]
     if rows.stop - rows.start < n:
@@ -234,10 +235,10 @@ def _block(part, rows, n, acc):
     total = torch.segment_reduce(totals, "sum", offsets=offsets.long(), axis=0)
     offsets = offsets * S
     if by_product(mat, mat):
-        made = csr(offsets, entries, weights, len(mat)) @ mat
+        grads = csr(offsets, entries, weights, len(mat)) @ mat
     else:
-        made = lists_torch(entries, weights, offsets, mat)
-    return made.to(acc), total
+        grads = lists_torch(entries, weights, offsets, mat)
+    return grads.to(acc), total
 
 
 latent_adam_ = register(
@@ -249,33 +250,42 @@ latent_adam_ = register(
     triton_impl=_latent_adam_triton,
     fake=lambda *, w, m, bias, **_: m.new_empty(w.shape[1] if bias else 0),
 )
-latent_adam_.__doc__ = """A step of Adam for the rows of a weight matrix, whose gradient the lists of its latents give.
+latent_adam_.__doc__ = """Update rows of a weight matrix by one Adam step, summing gradients over the latents' lists.
 
-The gradient of row n is what `latent_reduce_` would write, of `lists` and of `aux` added up.
+The gradient of row n is the sum of what `latent_reduce_` would write for `lists` and for `aux`.
 
 Args:
-    w: [N, d].  m, v: its moments, in the accumulator dtype.
-    shadow: [N, d] of any floating dtype, which gets the new weights too, or None.
-    bias: a bias of the latents [N], whose gradient is the sums of the weights, and its moments; or empty.
-    scalars, bias_scalars: [5] each, rows of what `adam_scalars_` wrote.
+    w: [N, d].
+    m: [N, d], first moment in the accumulator dtype.
+    v: [N, d], second moment in the accumulator dtype.
+    shadow: [N, d] of any floating dtype, receives a copy of the new weights; or None.
+    bias: a bias of the latents [N], whose gradient is the sums of the lists' weights, and its moments; or empty.
+    scalars: [5], a row that `adam_scalars_` wrote.
+    bias_scalars: [5], the row of the bias.
     lists: order, offsets and ids of an InverseIndex over rows * k places; coef, scale (or None), gate (or None) and mat
         as in `latent_reduce_`.
-    aux, aux_k: as lists and k, or empty.
-    normalize, beta1, beta2, eps: as in `adam_stream_`.
-    impl: "triton" or "torch". torch makes the gradients of 1,024 latents at a time on a CPU, all at once elsewhere;
-        rows wider than 8192, or not contiguous, always go there.
+    k: places per row.
+    aux: a second set of lists, or empty.
+    aux_k: its places per row.
+    normalize: as in `adam_stream_`.
+    beta1: decay of the first moment.
+    beta2: decay of the second moment.
+    eps: added to the denominator.
+    impl: "triton" or "torch". torch holds the gradients of 1,024 latents at a time on a CPU, all at once elsewhere;
+        rows wider than 8192 or not contiguous take it in both.
 
-Returns: with a bias sum_n (gradient of bias[n]) * (row n before the step), [d] in the accumulator dtype, else empty.
+Returns:
+    With a bias sum_n (gradient of bias[n]) * (row n before the step), [d] in the accumulator dtype, else empty.
 """
 
 
 class LatentParams(NamedTuple):
-    """A weight matrix with one row a latent, and what its step moves with it."""
+    """A weight matrix with one row per latent, and the tensors that its step updates or reads."""
 
     w: torch.Tensor  # [N, d]
     m: torch.Tensor  # [N, d]
     v: torch.Tensor  # [N, d]
-    half: torch.Tensor | None  # [N, d], the new weights rounded
+    half: torch.Tensor | None  # [N, d], receives the rounded new weights
     bias: list[torch.Tensor]  # a bias [N] and its moments, or empty
     scalars: torch.Tensor  # [5]
     bias_scalars: torch.Tensor  # [5]
@@ -284,6 +294,17 @@ class LatentParams(NamedTuple):
 def update_rows_(
     params: LatentParams, lists: WeightedLists, aux: WeightedLists | None, hyper: AdamHyper, impl: str
 ) -> torch.Tensor:
-    """`latent_adam_` of records."""
+    """Call `latent_adam_` with records.
+
+    Args:
+        params: weight matrix, moments, copy, bias and scalars.
+        lists: of the codes.
+        aux: of AuxK's codes, or None.
+        hyper: of the parameter group.
+        impl: "triton" or "torch".
+
+    Returns:
+        As `latent_adam_`.
+    """
     more, aux_k = (list(aux.tensors), aux.k) if aux else ([], 0)
     return latent_adam_(*params, list(lists.tensors), lists.k, more, aux_k, *hyper, impl)

@@ -18,10 +18,10 @@ def sum_entries(
     order_ptr, coef_ptr, scale_ptr, gate_ptr, mat_ptr, low, high, cols, mask_d, M, ROWS, K, stride_ms, stride_mr,
     S: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Entries low..high - 1 of the lists added up: their weighted rows [BLOCK_D], and their weights [BLOCK_E].
+    """Sum entries low..high - 1 of the lists: their weighted rows [BLOCK_D] and their weights [BLOCK_E].
 
     The weight of an entry is coef[s, place], times scale[s, row] if given, and 0 where gate[s, place] <= 0. Without
-    coef the rows of `mat` are in list order already and are only added up.
+    coef the rows of `mat` are in list order already, with weight 1; the sum of the weights is then 0.
     """
     acc = tl.zeros((BLOCK_D,), ACC)
     total = tl.zeros((BLOCK_E,), ACC)
@@ -38,16 +38,16 @@ def sum_entries(
             place = tl.load(order_ptr + e, mask=mask_e, other=0)
             row = (place // K).to(tl.int64)
             for s in tl.static_range(S):
-                source = tl.full((), s, tl.int64)  # 64-bit, also where the JIT takes a size of 1 for a constant
+                source = tl.full((), s, tl.int64)  # 64-bit, even where the JIT specialises a size of 1
                 c = tl.load(coef_ptr + source * M + place, mask=mask_e, other=0.0).to(ACC)
                 if gate_ptr is not None:  # NaN passes
                     gate = tl.load(gate_ptr + source * M + place, mask=mask_e, other=0.0)
                     c = tl.where(gate <= 0.0, 0.0, c)
                 if scale_ptr is not None:
                     scale = tl.load(scale_ptr + source * ROWS + row, mask=mask_e, other=0.0).to(ACC)
-                    c = tl.where(scale != 0.0, c * scale, 0.0)  # a source that does not count, whatever c is
+                    c = tl.where(scale != 0.0, c * scale, 0.0)  # scale 0 excludes the entry, even if c is not finite
                 total += c
-                live = mask_e & (c != 0.0)  # entries killed by the ReLU cost no traffic
+                live = mask_e & (c != 0.0)  # rows of weight 0 (ReLU) are not loaded
                 m = tl.load(
                     mat_ptr + source * stride_ms + row[:, None] * stride_mr + cols[None, :],
                     mask=live[:, None] & mask_d[None, :], other=0.0,
@@ -65,12 +65,12 @@ def _latent_reduce_kernel(
 ):  # fmt: skip
     """One program: one chunk of one latent's list, one tile of columns.
 
-    Program n < N has the first CHUNK entries of latent n. A further chunk begins in exactly one block [q CHUNK, (q + 1)
-    CHUNK) of the sorted places, and the latent that it belongs to owns place q CHUNK: program N + q has it, if there is
-    one. So there is no work list to make.
+    Program n < N takes the first CHUNK entries of latent n. A later chunk begins in exactly one block [q CHUNK, (q + 1)
+    CHUNK) of the sorted places, and its latent owns place q CHUNK: program N + q takes it, if there is one. So no work
+    list is needed.
 
-    What is added up is said at `sum_entries`. With ADD the sums are added to what `out` and `sum` hold, and latents
-    with an empty list are left alone. sum_ptr may be None.
+    Sums as in `sum_entries`. ADD adds them to `out` and `sum`; latents with an empty list are then not touched. sum_ptr
+    may be None.
     """
     pid = tl.program_id(0)
     tile = tl.program_id(1)
@@ -104,7 +104,7 @@ def _latent_reduce_kernel(
                         if ADD:
                             total_sum += tl.load(sum_ptr + n).to(ACC)
                         tl.store(sum_ptr + n, total_sum.to(sum_ptr.dtype.element_ty))
-            else:  # first chunks of split lists begin in different blocks, and so do the others: two rows a block
+            else:  # at most one first and one later chunk of split lists begin in a block: two slots
                 slot = (2 * (low // CHUNK) + (chunk > 0).to(tl.int32)).to(tl.int64)
                 tl.store(part_ptr + slot * D + cols, acc, mask=mask_d)
                 if sum_ptr is not None:
@@ -117,7 +117,7 @@ def _latent_finish_kernel(
     offsets_ptr, ids_ptr, part_ptr, part_sum_ptr, out_ptr, sum_ptr, D, N, stride_on,
     ADD: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Adds the chunks of one split list in order; the program of the block where its second chunk begins does."""
+    """Sum the chunks of one split list in order, in the program of the block where its second chunk begins."""
     first = tl.program_id(0) * CHUNK
     tile = tl.program_id(1)
     n = tl.load(ids_ptr + first)
@@ -150,7 +150,10 @@ def _latent_finish_kernel(
 
 
 def launch_reduce(*, out, sums, order, offsets, ids, coef, scale, gate, mat, k, add):
-    """Runs the kernels; `out` [N, d] may be a slice of columns. coef None: mat [M, d] has its rows in list order."""
+    """Run the kernels of `latent_reduce_`; see there for the arguments.
+
+    `out` [N, d] may be a slice of columns. coef None: mat [M, d] has its rows in list order.
+    """
     M, n = order.numel(), offsets.numel() - 1
     S, (rows, d) = (1 if coef is None else mat.shape[0]), mat.shape[-2:]
     acc = acc_dtype(mat.dtype)
@@ -173,8 +176,12 @@ def launch_reduce(*, out, sums, order, offsets, ids, coef, scale, gate, mat, k, 
 
 
 def listed_torch(order, offsets, coef, scale, gate, mat, k):
-    """What `lists_torch` adds up: for the lists' places in order, S entries each, the rows of mat [S * rows, d] and
-    their weights, [M * S]; and the weights of each place in all sources together, [M]."""
+    """Entries of the lists for `lists_torch`; see `latent_reduce_` for the arguments.
+
+    Returns:
+        Rows of mat [S * rows, d] and their weights, [M * S] each, the S entries of a place side by side; the weights
+        summed over the sources, [M].
+    """
     S, rows, _ = mat.shape
     acc = acc_dtype(mat.dtype)
     coef = coef.reshape(S, rows, -1).to(acc)
@@ -184,7 +191,7 @@ def listed_torch(order, offsets, coef, scale, gate, mat, k):
         scale = scale[..., None].to(acc)
         coef = torch.where(scale != 0, coef * scale, 0.0)
     if is_host_readable(offsets):
-        order = order[: int(offsets[-1])]  # what is in no list stands at the end
+        order = order[: int(offsets[-1])]  # places in no list come last
     coef = coef.reshape(S, -1)[:, order.long()]  # [S, M], in list order
     # the sources of one place side by side
     entries = (order // k)[:, None] + torch.arange(S, device=order.device, dtype=order.dtype) * rows
@@ -192,7 +199,7 @@ def listed_torch(order, offsets, coef, scale, gate, mat, k):
 
 
 def by_product(mat, out) -> bool:
-    """A sparse product writes each row once, several times faster than bags (measured, docs/results.md)."""
+    """Whether to use a sparse product: several times faster than bags (measured, docs/results.md)."""
     return (
         out.device.type == "cpu"
         and mat.dtype in (torch.float32, torch.float64)
@@ -201,8 +208,18 @@ def by_product(mat, out) -> bool:
 
 
 def lists_torch(entries, weights, offsets, mat):
-    """One weighted sum of rows of mat [R, d] for each list of entries, in bags."""
-    # one bag more for what is in no list: on CUDA the last bag reaches to the end of entries, whatever its offset says
+    """Sum weighted rows of mat for each list of entries, by `F.embedding_bag`.
+
+    Args:
+        entries: [M], rows of mat in list order.
+        weights: [M].
+        offsets: [N + 1], where each list begins.
+        mat: [R, d].
+
+    Returns:
+        [N, d] in mat's dtype.
+    """
+    # one more bag for places in no list: on CUDA the last bag extends to the end of entries
     offsets = torch.cat([offsets.long(), offsets.new_full((1,), entries.numel(), dtype=torch.int64)])
     bags = F.embedding_bag(
         entries.long(), mat, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
@@ -211,7 +228,7 @@ def lists_torch(entries, weights, offsets, mat):
 
 
 def reduce_torch(*, out, sums, order, offsets, ids, coef, scale, gate, mat, k, add):
-    """The same in torch."""
+    """Run `latent_reduce_` in torch; see there for the arguments."""
     S, _, d = mat.shape
     entries, weights, totals = listed_torch(order, offsets, coef, scale, gate, mat, k)
     if sums is not None:
@@ -219,20 +236,20 @@ def reduce_torch(*, out, sums, order, offsets, ids, coef, scale, gate, mat, k, a
         sums.copy_(sums + totals if add else totals)
     offsets, mat = offsets * S, mat.reshape(-1, d)
     latents = None
-    if add and is_host_readable(offsets):  # few lists have anything: the others need not be looked at
+    if add and is_host_readable(offsets):  # few lists are not empty
         latents = (offsets[1:] > offsets[:-1]).nonzero().squeeze(1)
         offsets = torch.cat([offsets[latents], offsets[-1:]])
-    into = None
+    product_out = None
     if by_product(mat, out):
         lists = csr(offsets, entries, weights, len(mat))
-        into = out if latents is None and out.dtype == mat.dtype else mat.new_empty(offsets.numel() - 1, d)
-        made = torch.addmm(into, lists, mat, beta=1 if add and into is out else 0, out=into)
+        product_out = out if latents is None and out.dtype == mat.dtype else mat.new_empty(offsets.numel() - 1, d)
+        list_sums = torch.addmm(product_out, lists, mat, beta=1 if add and product_out is out else 0, out=product_out)
     else:
-        made = lists_torch(entries, weights, offsets, mat)
+        list_sums = lists_torch(entries, weights, offsets, mat)
     if latents is not None:
-        out.index_add_(0, latents, made.to(out.dtype))
-    elif into is not out:
-        out.copy_(out + made if add else made)
+        out.index_add_(0, latents, list_sums.to(out.dtype))
+    elif product_out is not out:
+        out.copy_(out + list_sums if add else list_sums)
 
 
 latent_reduce_ = register(
@@ -243,26 +260,39 @@ latent_reduce_ = register(
     triton_impl=launch_reduce,
     fake=lambda **_: None,
 )
-latent_reduce_.__doc__ = """Sum, for every latent, the rows that chose it.
+latent_reduce_.__doc__ = """Sum, for every latent, the rows that selected it.
 
 out[n] = sum over places p in list(n), sources s of c[s, p] * mat[s, p // k];  sums[n] = sum of c[s, p], where
 c[s, p] = coef[s, p] * scale[s, p // k], and 0 where gate[s, p] <= 0 or the scale is 0.
 
 Args:
-    out: [N, d].  sums: [N], or None.  Each may have any floating dtype.
-    order, offsets, ids: an InverseIndex over rows * k places.
-    coef, gate: [S, rows, k] or [S, rows * k]; no gate when None. An entry of weight 0 skips its row
-        (the torch path multiplies it: keep such rows finite there).
+    out: [N, d] of any floating dtype.
+    sums: [N] of any floating dtype, or None.
+    order: int32, of an InverseIndex over rows * k places.
+    offsets: int32, of the InverseIndex.
+    ids: int32, of the InverseIndex.
+    coef: [S, rows, k] or [S, rows * k]. An entry of weight 0 skips its row (the torch path multiplies it: keep such
+        rows finite there).
     scale: [S, rows], or None.
+    gate: as coef, or None.
     mat: [S, rows, d].
     k: places per row.
-    add: add to what out and sums hold; latents with an empty list are then not touched.
+    add: add to out and sums; latents with an empty list are then not touched.
     impl: "triton" or "torch".
 """
 
 
 def latent_reduce(lists: WeightedLists, dtype: torch.dtype, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """`latent_reduce_` into new tensors: out [N, d] in `dtype`, sums [N] in the accumulator dtype."""
+    """Call `latent_reduce_` with new outputs.
+
+    Args:
+        lists: weighted lists of N latents.
+        dtype: dtype of out.
+        impl: "triton" or "torch".
+
+    Returns:
+        out [N, d] in `dtype`, sums [N] in the accumulator dtype.
+    """
     n, mat = lists.inverse.offsets.numel() - 1, lists.mat
     out = mat.new_empty(n, mat.shape[-1], dtype=dtype)
     sums = mat.new_empty(n, dtype=acc_dtype(mat.dtype))

@@ -13,14 +13,13 @@ from ..launch.device import capability, cdiv, next_power_of_2
 from ..launch.reduce import MeansConfig
 
 
-# loss_terms: the loss, and every metric of it, out of the rows' squared errors
+# loss_terms: the loss and its metrics from the rows' squared errors
 @triton.jit
 def _means_kernel(
     sq_ptrs, norm_ptr, values_ptr, mean_ptr, part_ptr, B, size, chunk, T: tl.constexpr, S: tl.constexpr,
     BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One (target, source): the mean over rows of |E|^2 / |x|^2. Later programs: the sum of one chunk of one source's
-    `size` values."""
+    """One (target, source): mean over rows of |E|^2 / |x|^2. Later programs: sum a chunk of a source's values."""
     pid = tl.program_id(0)
     offs = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), ACC)
@@ -45,7 +44,7 @@ def _terms_kernel(
     mean_ptr, part_ptr, weights_ptr, loss_ptr, terms_ptr, K, rows, chunks, T: tl.constexpr, S: tl.constexpr,
     PAIRS: tl.constexpr, CHUNKS: tl.constexpr, SOURCES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Layout of terms: see `Terms`."""
+    """Loss and metrics, in the layout of `Terms`."""
     pair = tl.arange(0, PAIRS)
     exists = pair < T * S
     own = exists & (pair // S == pair % S)
@@ -72,7 +71,7 @@ def _terms_kernel(
 
 
 def _means(sqs, norm, values):
-    """NMSE of every pair [T * S], and sums of each source's values in `chunks` parts [S * chunks] (none without)."""
+    """Return the NMSE of every pair [T * S], partial sums of the sources' values [S * chunks], and chunks."""
     T, (S, B) = len(sqs), sqs[0].shape
     size = 0 if values is None else values[0].numel()
     chunk = 16 if interpreted() else 16384
@@ -125,16 +124,27 @@ loss_terms = register(
     triton_impl=_loss_terms_triton,
     fake=_loss_terms_fake,
 )
-loss_terms.__doc__ = """sum_ts weights[t, s] NMSE[t, s], and what a training step reports of it.
+loss_terms.__doc__ = """Compute the loss sum_ts weights[t, s] NMSE[t, s] and the metrics of a training step.
 
-Args: sqs: |E|^2 [S, B] of each of T = S targets.  norm: |x|^2 [T, B].  weights: [T, S].  values: [S, B, k].  impl.
+Args:
+    sqs: |E|^2 [S, B] of each of T = S targets.
+    norm: |x|^2 [T, B].
+    weights: [T, S].
+    values: [S, B, k].
+    impl: "triton" or "torch".
 
-Returns: the loss []; the metrics in one tensor [5 + S + T S], read through `Terms`.
+Returns:
+    The loss []; the metrics in one tensor [5 + S + T S], read through `Terms`.
 """
 
 
 class Terms:
-    """Names for what `loss_terms` returns; each is a view."""
+    """Views of the metrics that `loss_terms` returns, by name.
+
+    Args:
+        terms: [5 + S + T S].
+        S: number of sources.
+    """
 
     def __init__(self, terms: torch.Tensor, S: int):
         self.avg_self, self.avg_cross, self.avg_cross_scaled, self.avg_l1, self.k = terms[:5].unbind()
@@ -142,7 +152,7 @@ class Terms:
         self.nmse = [row.unbind() for row in terms[5 + S :].view(-1, S).unbind()]  # [t][s]
 
 
-# add_auxk: AuxK's terms, its part of the loss, and the weight of its gradient
+# add_auxk: the AuxK terms, their part of the loss and the weights of their gradients
 @triton.jit
 def _auxk_kernel(mean_ptr, loss_ptr, total_ptr, terms_ptr, weight_ptr, high, low, T: tl.constexpr, PAD: tl.constexpr,
                  ACC: tl.constexpr):  # fmt: skip
@@ -163,7 +173,7 @@ def _add_auxk_triton(sqs, norm, loss, coef):
     T, single = len(sqs), float(np.float32(coef))
     nmse, _, _ = _means(sqs, norm, None)
     total, terms, weight = _add_auxk_fake(sqs, norm, loss, coef)
-    # Triton rounds numbers to float32; the rest of them matters in the float64 of the interpreter
+    # Triton rounds numbers to float32; `low` carries the remainder for float64 under the interpreter
     _auxk_kernel[(1,)](
         nmse, loss, total, terms, weight, single, coef - single, T=T, PAD=next_power_of_2(T),
         ACC=tl_dtype(norm.dtype), num_warps=1,
@@ -190,11 +200,17 @@ add_auxk = register(
     triton_impl=_add_auxk_triton,
     fake=_add_auxk_fake,
 )
-add_auxk.__doc__ = """loss + coef * mean_t AuxK[t]; the mean counts as 0 unless it is > 0 (so also when it is NaN).
+add_auxk.__doc__ = """Add coef * mean_t AuxK[t] to the loss; the mean counts as 0 unless it is > 0 (so also when NaN).
 
-Args: sqs: |E|^2 [1, B] of each of T streams' AuxK reconstructions.  norm: |residual|^2 [T, B].  loss: [].  coef, impl.
+Args:
+    sqs: |E|^2 [1, B] of each of T streams' AuxK reconstructions.
+    norm: |residual|^2 [T, B].
+    loss: [].
+    coef: coefficient of AuxK.
+    impl: "triton" or "torch".
 
-Returns: the total []; mean, coef * mean and the T terms, [2 + T]; the weights [T, 1] of the terms in the total.
+Returns:
+    The total []; mean, coef * mean and the T terms, [2 + T]; the weights [T, 1] of the terms in the total.
 """
 
 
@@ -202,7 +218,7 @@ Returns: the total []; mean, coef * mean and the T terms, [2 + T]; the weights [
 @triton.jit
 def _scale_kernel(x_ptrs, sizes, factor_ptr, T: tl.constexpr, BLOCK: tl.constexpr):
     factor = tl.load(factor_ptr)
-    if factor != 1.0:  # the usual backward() costs no pass over the gradients
+    if factor != 1.0:  # the usual backward(): no pass over the gradients
         first = tl.program_id(0).to(tl.int64) * BLOCK
         step = tl.num_programs(0).to(tl.int64) * BLOCK
         for t in tl.static_range(T):
@@ -214,7 +230,7 @@ def _scale_kernel(x_ptrs, sizes, factor_ptr, T: tl.constexpr, BLOCK: tl.constexp
 
 def _scale_triton(xs, factor):
     block, sizes = 4096, tuple(x.numel() for x in xs)
-    # enough programs to fill a GPU: most steps they only look at the factor
+    # enough programs to fill a GPU; in most steps they only read the factor
     _scale_kernel[(min(cdiv(max(sizes), block), 2048),)](tuple(xs), sizes, factor, T=len(xs), BLOCK=block, num_warps=8)
 
 
@@ -231,4 +247,10 @@ scale_ = register(
     triton_impl=_scale_triton,
     fake=lambda xs, factor: None,
 )
-scale_.__doc__ = """Multiply contiguous tensors by a number that stays on the device, in place; 1 costs nothing."""
+scale_.__doc__ = """Multiply contiguous tensors in place by a number on the device; a factor of 1 costs no pass.
+
+Args:
+    xs: contiguous tensors.
+    factor: 0-d.
+    impl: "triton" or "torch".
+"""

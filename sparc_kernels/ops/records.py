@@ -1,4 +1,4 @@
-"""Records that wrappers of operators take, in place of long lists of tensors."""
+"""Records that the operators' wrappers take in place of long lists of tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .inverse_index import InverseIndex, inverse_index_op, lists_of
 
 
 class EncoderParams(NamedTuple):
-    """Encoders of S streams, in the dtype in which the operators compute."""
+    """Encoders of S streams, in the operators' dtype."""
 
     w_encs: list[torch.Tensor]  # [N, d_s]
     pre_biases: list[torch.Tensor]  # [d_s]
@@ -21,39 +21,45 @@ class SparseCodes(NamedTuple):
     """The k selected latents of every row and their values in S streams."""
 
     indices: torch.Tensor  # int64 [B, k] shared by the streams, or [S, B, k]
-    values: torch.Tensor | None  # [S, B, k]; None: not made yet
-    count: torch.Tensor | None = None  # int32 [S] ([] of one stream): the columns that exist; None: all of them
-    inverse: InverseIndex | None = None  # of the columns that exist, its parts [1, ...] or [S, ...]
+    values: torch.Tensor | None  # [S, B, k]; None until they are gathered
+    count: torch.Tensor | None = None  # int32 [S] ([] of one stream), the valid columns; None: all
+    inverse: InverseIndex | None = None  # of the valid columns, its parts [1, ...] or [S, ...]
 
     @property
     def shared(self) -> bool:
+        """Whether all streams share one set of indices."""
         return self.indices.dim() == 2
 
     def indices_of(self, s: int) -> torch.Tensor:
-        """int64 [B, k] of one stream."""
+        """Return the indices of stream s, int64 [B, k]."""
         return self.indices if self.shared else self.indices[s]
 
     def lists(self, s: int) -> InverseIndex:
-        """The inverse index of one stream's indices."""
+        """Return the inverse index of stream s."""
         return lists_of(self.inverse, s % len(self.inverse.order))
 
     def source(self, s: int) -> SparseCodes:
-        """The codes of one stream alone, where every stream has its own indices."""
-        one = slice(s, s + 1)
-        inverse = self.inverse and InverseIndex(*(part[one] for part in self.inverse))
-        return SparseCodes(self.indices[s], self.values[one], None if self.count is None else self.count[s], inverse)
+        """Return the codes of stream s alone; every stream must have its own indices."""
+        stream = slice(s, s + 1)
+        inverse = self.inverse and InverseIndex(*(part[stream] for part in self.inverse))
+        return SparseCodes(self.indices[s], self.values[stream], None if self.count is None else self.count[s], inverse)
 
     def with_inverse(self, n_latents: int, impl: str) -> SparseCodes:
-        """The same with its inverse index, made here unless it is there."""
+        """Return the same codes with their inverse index, built here if missing.
+
+        Args:
+            n_latents: N.
+            impl: "triton" or "torch".
+        """
         if self.inverse is not None:
             return self
         groups = 1 if self.shared else len(self.indices)
-        made = inverse_index_op(self.indices, groups, n_latents, self.count, impl)
-        return self._replace(inverse=InverseIndex(*made))
+        parts = inverse_index_op(self.indices, groups, n_latents, self.count, impl)
+        return self._replace(inverse=InverseIndex(*parts))
 
 
 class DecodeTarget(NamedTuple):
-    """One decoder and the rows that it is to reconstruct."""
+    """One decoder and the rows that it reconstructs."""
 
     w: torch.Tensor  # [N, d], the decoder's rows
     bias: torch.Tensor  # [d]
@@ -61,18 +67,18 @@ class DecodeTarget(NamedTuple):
 
 
 class GradOut(NamedTuple):
-    """Where gradients of one target go, and whether they are added to what is there."""
+    """Buffers for the gradients of one target, and whether to add to their contents."""
 
     dvalues: torch.Tensor  # [S, B, k] contiguous
     add_dvalues: bool
-    dw: torch.Tensor | None  # [N, d]; None: not wanted
+    dw: torch.Tensor | None  # [N, d]; None: not computed
     add_dw: bool
 
 
 class WeightedLists(NamedTuple):
-    """For every latent the sum over places p of its list of coef[s, p] * scale[s, p // k] * mat[s, p // k].
+    """Weighted sums: for every latent, coef[s, p] * scale[s, p // k] * mat[s, p // k] over the places p of its list.
 
-    An entry whose gate is not > 0, or whose scale is 0, counts for nothing.
+    An entry whose gate is <= 0 or whose scale is 0 has weight 0.
     """
 
     inverse: InverseIndex  # over rows * k places
@@ -84,5 +90,5 @@ class WeightedLists(NamedTuple):
 
     @property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
-        """Flat, in the order in which the operators take them: `k` follows."""
+        """All tensors, in the operators' order; `k` follows them there."""
         return (*self.inverse, self.coef, self.scale, self.gate, self.mat)

@@ -1,8 +1,8 @@
-"""Which latents a row selects: the encoder's GEMM with an exact TopK.
+"""Latent selection: the encoder's GEMM with an exact TopK.
 
-One GEMM over the streams' concatenated widths, with the maximum of every g contiguous columns taken while the tile is
-still in registers, and a selector that reads those maxima and only the k best groups' logits. Why that is exact:
-docs/math.md. Where a library's GEMM is faster, it makes the logits and a pass over them the maxima.
+One GEMM over the streams' concatenated widths takes the maximum of every g contiguous columns while the tile is in
+registers; the selector reads those maxima and only the k best groups' logits (exact: docs/math.md). Where a library
+GEMM is faster, it computes the logits and a second pass their maxima.
 """
 
 from __future__ import annotations
@@ -41,8 +41,10 @@ def _encode_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, COMPACT: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """logits[m, n] = sum_s <x_s[row0 + m], w_s[n]> + bias_s[n], and the maxima of each GROUP and each SPAN columns (no
-    spans when SPAN == GROUP). COMPACT: column n stands for latent ids[n], and only the first count[0] columns exist."""
+    """logits[m, n] = sum_s <x_s[row0 + m], w_s[n]> + bias_s[n], and the maxima of each GROUP and each SPAN columns.
+
+    No spans when SPAN == GROUP. COMPACT: column n is latent ids[n], and only the first count[0] columns are valid.
+    """
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
     per_band = GROUP_M * tl.cdiv(N, BLOCK_N)  # bands of GROUP_M row tiles: neighbours share w tiles in L2
@@ -106,7 +108,7 @@ def _encode_kernel(
 def _row_maxima_kernel(
     logits_ptr, maxima_ptr, coarse_ptr, N, NG, NC, GROUP: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """What the epilogue of `_encode_kernel` stores beside the logits, for logits that a library has made."""
+    """Maxima as in the epilogue of `_encode_kernel`, for logits from a library GEMM."""
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     offs_n = tile * BLOCK + tl.arange(0, BLOCK)
@@ -124,7 +126,7 @@ def _row_maxima_kernel(
 def _ordered_key(x, SHIFT: tl.constexpr):
     """fp32 -> int32 with the order of the values: -0 equals +0, every NaN ranks above +inf, none is INT_MIN.
 
-    SHIFT drops low bits that are the same for every value of a half precision type: fewer steps for the bisection.
+    SHIFT drops low bits that are constant in a half-precision type: fewer bisection steps.
     """
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
     return tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF) >> SHIFT
@@ -132,7 +134,7 @@ def _ordered_key(x, SHIFT: tl.constexpr):
 
 @triton.jit
 def _kth_largest(key, low, high, k):
-    """A t in [low, high] with at least k keys >= t and at most k keys > t, given that low has at least k."""
+    """Find t in [low, high] with at least k keys >= t and at most k keys > t; at least k keys must be >= low."""
     count = k + 1
     while (low < high) & (count != k):
         middle = (low & high) + ((low ^ high) >> 1) + ((low ^ high) & 1)  # rounded up, cannot overflow
@@ -144,7 +146,7 @@ def _kth_largest(key, low, high, k):
 
 @triton.jit
 def _take(key, t, k):
-    """Exactly k of the keys >= t: all that are larger, then ties by position. Returns the mask and each one's rank."""
+    """Take exactly k of the keys >= t, larger ones first, then ties by position; return the mask and their ranks."""
     larger, equal = key > t, key == t
     if key.shape[0] < 32768:  # one scan counts both: the larger ones in the low half, ties in the high half
         counts = tl.cumsum(tl.where(larger, 1, tl.where(equal, 65536, 0)), 0)
@@ -157,7 +159,7 @@ def _take(key, t, k):
 
 @triton.jit
 def _members(ids_ptr, k_ids, limit, WIDTH: tl.constexpr, K_PAD: tl.constexpr):
-    """Positions of the WIDTH members of each of the k_ids groups in ids, and which of them exist (are below limit)."""
+    """Positions of the WIDTH members of each of the k_ids groups in ids, and which of them are valid (below limit)."""
     offs = tl.arange(0, K_PAD * WIDTH)
     slot = offs // WIDTH
     exists = slot < k_ids
@@ -170,18 +172,18 @@ def _narrow(
     ids_ptr, values_ptr, keys_ptr, out_ptr, top, floor, k_ids, k, limit,
     WIDTH: tl.constexpr, K_PAD: tl.constexpr, SHIFT: tl.constexpr, KEEP_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """From the k_ids groups in ids to their best k members, in ascending order. Returns the k-th largest key."""
+    """Select the best k members of the k_ids groups in ids, in ascending order; return the k-th largest key."""
     position, exists = _members(ids_ptr, k_ids, limit, WIDTH, K_PAD)
     value = tl.load(values_ptr + position, mask=exists, other=0.0).to(tl.float32)
     key = tl.where(exists, _ordered_key(value, SHIFT), -2147483648)
-    # k groups were taken: their maxima bound the k-th from below. With fewer (few columns) that says nothing
+    # k groups: their maxima bound the k-th key from below. Fewer groups (few columns) give no bound
     low = tl.where(k_ids == k, floor, tl.min(tl.where(exists, key, top), 0))
     kth = _kth_largest(key, low, top, k)
     take, rank = _take(key, kth, k)
     if KEEP_KEYS:
         tl.store(keys_ptr + rank, key, mask=take)
     tl.debug_barrier()
-    again, _ = _members(ids_ptr, k_ids, limit, WIDTH, K_PAD)  # cheaper to read again than to keep: registers
+    again, _ = _members(ids_ptr, k_ids, limit, WIDTH, K_PAD)  # reading again needs fewer registers than keeping
     tl.store(out_ptr + rank, again, mask=take)
     tl.debug_barrier()
     return kth
@@ -193,7 +195,7 @@ def _select_kernel(
     NC_PAD: tl.constexpr, K_PAD: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, SHIFT: tl.constexpr,
     COMPACT: tl.constexpr,
 ):  # fmt: skip
-    """One row: the K groups with the largest maxima (ties to the lower) hold a valid top K; read only their logits."""
+    """One row: the K groups with the largest maxima (ties to the lower) hold a top K; read only their logits."""
     row = tl.program_id(0).to(tl.int64)
     LOWEST: tl.constexpr = -2147483648
     n_cols = N
@@ -210,29 +212,29 @@ def _select_kernel(
         coarse = tl.load(coarse_ptr + row * NC + offs_c, mask=mask_c, other=0.0).to(tl.float32)
         key = tl.where(mask_c, _ordered_key(coarse, SHIFT), LOWEST)
         top = tl.max(key, 0)
-        found = tl.minimum(k, n_spans)
+        n_taken = tl.minimum(k, n_spans)
         low = tl.min(tl.where(mask_c, key, top), 0)
         if NC_PAD > K_PAD:  # K_PAD disjoint sets: the smallest of their maxima has K_PAD keys at or above it
             low = tl.maximum(low, tl.min(tl.max(tl.reshape(key, (K_PAD, NC_PAD // K_PAD)), 1), 0))
-        floor = _kth_largest(key, low, top, found)
-        take, rank = _take(key, floor, found)
+        floor = _kth_largest(key, low, top, n_taken)
+        take, rank = _take(key, floor, n_taken)
         tl.store(scratch_ptr + rank, offs_c, mask=take)
         tl.debug_barrier()
 
         ids = scratch_ptr
-        if SPAN > GROUP:  # the same step once more, from spans to their groups
+        if SPAN > GROUP:  # the same step from spans to their groups
             ids = scratch_ptr + K_PAD
             n_groups = tl.cdiv(n_cols, GROUP)
-            wanted = tl.minimum(k, n_groups)
+            n_groups_taken = tl.minimum(k, n_groups)
             floor = _narrow(
-                scratch_ptr, maxima_ptr + row * NG, ids, ids, top, floor, found, wanted, n_groups,
+                scratch_ptr, maxima_ptr + row * NG, ids, ids, top, floor, n_taken, n_groups_taken, n_groups,
                 SPAN // GROUP, K_PAD, SHIFT, False,
             )  # fmt: skip
-            found = wanted
+            n_taken = n_groups_taken
         keys = scratch_ptr + 2 * K_PAD
         cols = scratch_ptr + 3 * K_PAD
         _narrow(
-            ids, logits_ptr + row * N, keys, cols, top, floor, found, k, n_cols, GROUP, K_PAD, SHIFT, True
+            ids, logits_ptr + row * N, keys, cols, top, floor, n_taken, k, n_cols, GROUP, K_PAD, SHIFT, True
         )  # fmt: skip
 
         mask_k = offs_k < k
@@ -255,7 +257,7 @@ def _select_triton(*, xs, w_encs, biases, k, ids, count):
     device, dtype = xs[0].device, xs[0].dtype
     biases = [b.contiguous() for b in biases]
     acc = acc_dtype(dtype)
-    # what is selected on is what is stored: logits keep the inputs' dtype (fp32 at most: keys have 32 bits)
+    # logits are stored and compared in the inputs' dtype (fp32 at most: keys have 32 bits)
     stored = torch.float32 if dtype == torch.float64 else dtype
     xs = [x if x.stride(1) == 1 else x.contiguous() for x in xs]
     w_encs = [w if w.stride(1) == 1 else w.contiguous() for w in w_encs]
@@ -265,7 +267,7 @@ def _select_triton(*, xs, w_encs, biases, k, ids, count):
     n_groups, n_spans = cdiv(n, select.group), cdiv(n, select.span)
     two_levels = select.span == select.group
     columns = n + n_groups + (0 if two_levels else n_spans)
-    # not beside a GEMM most of whose columns may not exist
+    # no overlap with a compact GEMM, most of whose columns may be invalid
     tiles = cdiv(B, encode.block_m) * cdiv(n, block_n) if ids is None and select.small else 0
     chunk, buffers = rows_per_chunk(B, columns * stored.itemsize + 16 * select.k_pad, encode.block_m, tiles)
 
@@ -292,13 +294,13 @@ def _select_triton(*, xs, w_encs, biases, k, ids, count):
         rows = min(chunk, B - row0)
         logits, maxima, coarse, slots = scratch[i % buffers]
         if i >= buffers:
-            side.wait(done[i - buffers])  # the selector that reads this buffer
+            side.wait(done[i - buffers])  # until the selector has read this buffer
         if library:
-            made = torch.addmm(
+            wide_logits = torch.addmm(
                 _sum(biases).to(dtype), wide_x[row0 : row0 + rows], wide_w.t(), **_out(logits[:rows], dtype)
             )
             if dtype != stored:
-                logits[:rows].copy_(made)
+                logits[:rows].copy_(wide_logits)
             block = max(MAXIMA_BLOCK, select.span)
             _row_maxima_kernel[(rows, cdiv(n, block))](
                 logits, maxima, coarse, n, n_groups, n_spans, GROUP=select.group, SPAN=select.span, BLOCK=block,
@@ -329,7 +331,7 @@ def _select_triton(*, xs, w_encs, biases, k, ids, count):
 
 
 def _sum(biases):
-    """In the accumulator dtype, in the streams' order: [N]."""
+    """Sum the biases in the accumulator dtype, in the streams' order: [N]."""
     total = biases[0].to(acc_dtype(biases[0].dtype))
     for bias in biases[1:]:
         total = total + bias
@@ -337,19 +339,19 @@ def _sum(biases):
 
 
 def _out(logits, dtype):
-    """Where the library may write, if it can: float64 has logits of 32 bits."""
+    """Output argument of the library GEMM; none for float64, whose logits are stored as float32."""
     return {"out": logits} if logits.dtype == dtype else {}
 
 
 def _topk_exact(h, k):
-    """Top k of each row, descending, ties to the lowest column, NaN first: a stable sort at topk's price."""
+    """Top k of each row, descending, ties to the lowest column, NaN first; on a CPU at the cost of topk."""
     if not is_host_readable(h):
         return torch.sort(h, dim=1, descending=True, stable=True).indices[:, :k]
     values, indices = h.topk(k, dim=1)
     indices = indices.sort(dim=1).values
     values = h.gather(1, indices)
     indices = indices.gather(1, values.sort(dim=1, descending=True, stable=True).indices)
-    # rows where ties cross the border (or NaN hides the border): let the stable sort decide
+    # rows where ties cross the k-th value, or NaN hides it, take the stable sort
     kth = values.min(dim=1, keepdim=True).values
     unsure = (h >= kth).sum(1) != k
     if bool(unsure.any()):
@@ -363,16 +365,16 @@ def _select_torch(*, xs, w_encs, biases, k, ids, count):
     acc = acc_dtype(xs[0].dtype)
     B, n = xs[0].shape[0], w_encs[0].shape[0]
     out = torch.empty(B, k, dtype=torch.int64, device=xs[0].device)
-    found, order = k, None
-    look = is_host_readable(out)
-    if ids is not None and not look:  # all columns compete, those that do not exist behind all others
+    n_valid, order = k, None
+    on_host = is_host_readable(out)
+    if ids is not None and not on_host:  # all columns compete; invalid ones rank last
         order = ids.long()
         w_encs, bias = [w[order] for w in w_encs], bias[order]
     elif ids is not None:
         n = int(count)
-        found = min(k, n)
-        out[:, found:] = ids[found:k]
-        if found == 0:
+        n_valid = min(k, n)
+        out[:, n_valid:] = ids[n_valid:k]
+        if n_valid == 0:
             return out
         order = ids[:n].long()
         w_encs, bias = [w[order] for w in w_encs], bias[order]
@@ -386,14 +388,14 @@ def _select_torch(*, xs, w_encs, biases, k, ids, count):
                 h.addmm_(x[part], w.T)
             else:
                 h += x[part] @ w.T
-        h = h.to(xs[0].dtype)  # half precision is selected on as the kernels store it
-        if order is None or look:
-            best = _topk_exact(h, found)
-        else:  # two stable sorts: -inf in a column that exists still comes before any that does not
+        h = h.to(xs[0].dtype)  # half precision is compared as the kernels store it
+        if order is None or on_host:
+            best = _topk_exact(h, n_valid)
+        else:  # two stable sorts: -inf in a valid column still comes before any invalid column
             beyond = torch.arange(n, device=h.device) >= count
             ranks = torch.sort(h, dim=1, descending=True, stable=True).indices
             best = ranks.gather(1, torch.sort(beyond[ranks].int(), dim=1, stable=True).indices[:, :k])
-        out[part, :found] = best if order is None else order[best]
+        out[part, :n_valid] = best if order is None else order[best]
     return out
 
 
@@ -408,14 +410,18 @@ select = register(
     triton_impl=_select_triton,
     fake=_select_fake,
 )
-select.__doc__ = """The k latents with the largest summed pre-activations of each row, int64 [B, k].
+select.__doc__ = """Select the k latents with the largest summed pre-activations of each row.
 
 Args:
-    xs: centred inputs, [B, d_s] each.  w_encs: [N, d_s] each.  biases: [N] each, the latent biases.
-    k: how many.
-    ids, count: int32 [N] and int32 []; when given only the latents ids[:count] compete, and where they are fewer
-        than k the rows end with ids[count:k]. `count` stays on the device.
+    xs: centred inputs, [B, d_s] each.
+    w_encs: [N, d_s] each.
+    biases: latent biases, [N] each.
+    k: how many latents per row.
+    ids: int32 [N]; if given, only the latents ids[:count] compete, and if they are fewer than k the rows end with
+        ids[count:k].
+    count: int32 [], with ids; stays on the device.
     impl: "triton" or "torch".
 
-Rows are in descending order of the pre-activation selected on, ties to the lowest latent, NaN above +inf.
+Returns:
+    int64 [B, k], rows in descending order of the pre-activation compared, ties to the lowest latent, NaN above +inf.
 """

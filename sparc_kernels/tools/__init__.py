@@ -1,1 +1,1 @@
-"""Verifying, auditing, tuning and modelling the kernels. Nothing imports this."""
+"""Verify, audit, tune and model the kernels. Imported only by the command line, benchmarks and tests."""

@@ -1,8 +1,8 @@
-"""`sparc-kernels audit`: what the compiler makes of every kernel, for GPUs that are not here.
+"""`sparc-kernels audit`: compile every kernel for any GPU and report registers, spills, shared memory, instructions.
 
-What is compiled is what a training step would launch, traced on meta tensors of the real shapes (`trace.py`): same
-settings, same specialisation of every argument. Needs only the Triton wheel (ptxas, cuobjdump and AMD's LLVM travel
-inside it). Compiles in worker processes, where TRITON_INTERPRET is unset.
+Compiles the launches of a training step traced on meta tensors of the real shapes (`trace.py`), with the same settings
+and the same specialisation of every argument. Needs only the Triton wheel, which contains ptxas, cuobjdump and AMD's
+LLVM. Compiles in worker processes, where TRITON_INTERPRET is unset.
 """
 
 from __future__ import annotations
@@ -41,16 +41,18 @@ DEFAULT_ARCHS = (80, 90, 100)
 
 
 def arch_name(arch: int) -> str:
-    """80 -> "sm_80", 0x942 -> "gfx942"."""
+    """Return the name of an architecture: 80 -> "sm_80", 0x942 -> "gfx942"."""
     return f"gfx{arch:x}" if arch >= AMD else f"sm_{arch}"
 
 
 @dataclass
 class Compiled:
+    """Resources of one kernel compiled for one architecture."""
+
     arch: int
     launch: Launch
     shape: Shape  # the first shape that launches it
-    registers: int = 0  # of a thread; vector registers with the accumulation ones on AMD
+    registers: int = 0  # of a thread; on AMD vector registers, accumulation registers included
     spill_bytes: int = 0
     shared: int = 0
     instructions: int = 0
@@ -60,6 +62,7 @@ class Compiled:
 
     @property
     def fault(self) -> str:
+        """Error, spill or excess of shared memory as text; "" if there is none."""
         if self.error:
             return self.error
         if self.spill_bytes:
@@ -68,8 +71,8 @@ class Compiled:
         return f"shared memory {self.shared} B > {limit} B" if self.shared > limit else ""
 
 
-# What the settings depend on, crossed where they do together: selection on N and k, the gather on k, S and the dtype,
-# sums on d; then the end of the reach with everything at its largest. Other shapes come to the same kernels.
+# Settings depend on N and k (selection), on k, S and dtype (gather) and on d (sums): these are crossed. The last row
+# is the largest supported shape. Other shapes launch the same kernels.
 _NS, _KS, _DS = (8192, 32768, 65536, 131072, 1048576), (32, 64, 100, 128, 256, 512), (512, 1024, 2304, 4096, 8192)
 _DTYPES = ("bfloat16", "float16", "float32")
 GRID = [
@@ -79,20 +82,29 @@ GRID = [
     *(Shape(B, N, 64, (768,) * 3, dtype) for B, N, dtype in product((1, 256, 65536), (8192, 131072), _DTYPES)),
     *(Shape(65536, 1048576, k, (8192,) * 8, dtype) for k, dtype in product((32, 512), _DTYPES)),
 ]
-# Each shape for some architectures, so that it takes less than three minutes on two cores.
+# Each shape for a few architectures: less than three minutes on two cores.
 QUICK = {
     Shape(4096, 32768, 64, (1024,) * 3, "bfloat16"): (90, 100, 120, 0x942),
     Shape(256, 8192, 64, (768,) * 3, "float32"): (90,),
     Shape(4096, 32768, 64, (768,) * 2, "float16"): (90,),
-    Shape(256, 2048, 16, (33,), "bfloat16"): (90,),  # a width that no wide load fits
-    Shape(1, 8192, 1, (64,), "float32"): (90,),  # sizes of 1 are constants to the JIT
+    Shape(256, 2048, 16, (33,), "bfloat16"): (90,),  # a width that rules out wide loads
+    Shape(1, 8192, 1, (64,), "float32"): (90,),  # the JIT makes sizes of 1 constants
     Shape(4096, 1048576, 512, (4096,) * 8, "bfloat16"): (90,),
     Shape(4096, 1048576, 512, (4096,) * 3, "float32"): (80,),
 }
 
 
 def compile_launch(launch: Launch, arch: int, shape: Shape) -> Compiled:
-    """Compile for one architecture and read the result. Runs in a worker."""
+    """Compile one launch and read the result. Runs in a worker process.
+
+    Args:
+        launch: as `trace` records it.
+        arch: as `launch.device.capability` gives it.
+        shape: noted in the result.
+
+    Returns:
+        A Compiled; a failed compilation is its `error`.
+    """
     result = Compiled(arch, launch, shape)
     try:
         compiled = ask_jit(launch, arch)
@@ -110,8 +122,10 @@ _COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global[\w.:]* \[[^]]*\], \[[^]]
 
 
 def _read_cubin(asm, result: Compiled) -> None:
-    """Registers and spills as ptxas reports them, the code's size from the object, load widths from the PTX (ptxas
-    keeps them). Nothing is disassembled: that took as long as compiling."""
+    """Read registers and spills from ptxas's report, code size from the ELF, load widths from the PTX (kept by ptxas).
+
+    Disassembling would take as long as compiling.
+    """
     import triton
 
     tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
@@ -140,11 +154,11 @@ def _read_amdgcn(asm, result: Compiled) -> None:
     text = asm["amdgcn"]
 
     def number(key):
-        found = re.search(rf"\.{key}:\s+(\d+)", text)
-        return int(found.group(1)) if found else 0
+        match = re.search(rf"\.{key}:\s+(\d+)", text)
+        return int(match.group(1)) if match else 0
 
-    result.registers = number("vgpr_count")  # on gfx9 the accumulation registers are among them
-    # scratch memory of a lane: what does not fit the registers is there, like CUDA's local memory
+    result.registers = number("vgpr_count")  # on gfx9 accumulation registers included
+    # scratch memory of a lane holds spills, like CUDA's local memory
     result.spill_bytes = number("private_segment_fixed_size")
     codes = re.findall(r"^\t([a-z][a-z0-9_]+)", text, re.MULTILINE)
     result.instructions = len(codes)
@@ -157,14 +171,21 @@ def _read_amdgcn(asm, result: Compiled) -> None:
 def audit(
     wanted: list[tuple[Shape, int]], workers: int | None = None, progress=None, kernels: str = ""
 ) -> list[Compiled]:
-    """Compile every distinct launch of the (shape, architecture) pairs, of kernels whose name the pattern is found in.
+    """Compile every distinct launch of the given shapes and architectures.
 
-    Returns: one Compiled for each distinct (architecture, launch), with the first shape that needs it.
+    Args:
+        wanted: (shape, architecture) pairs.
+        workers: processes; None: one for each core, at most 8.
+        progress: called after each kernel with how many are done and how many there are.
+        kernels: regular expression searched in the kernels' names.
+
+    Returns:
+        One Compiled for each distinct (architecture, launch), with the first shape that needs it.
     """
     tasks, done = {}, []
     with ProcessPoolExecutor(workers or min(os.cpu_count() or 1, 8)) as pool:
-        for (shape, arch), found in zip(wanted, pool.map(launches, *zip(*wanted, strict=True)), strict=True):
-            for launch in found:
+        for (shape, arch), shape_launches in zip(wanted, pool.map(launches, *zip(*wanted, strict=True)), strict=True):
+            for launch in shape_launches:
                 if re.search(kernels, launch.kernel.split(":")[1]):
                     tasks.setdefault((arch, launch), shape)
         futures = [pool.submit(compile_launch, launch, arch, shape) for (arch, launch), shape in tasks.items()]
@@ -176,6 +197,7 @@ def audit(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the subcommand."""
     parser.add_argument(
         "--shape",
         action="append",
@@ -223,21 +245,21 @@ def _parse_arch(text: str) -> int:
 
 
 def _flags(launch: Launch) -> str:
-    """The constants that tell variants of a kernel apart."""
+    """The compile-time constants that distinguish variants of a kernel."""
     module, name = launch.kernel.split(":")
     from importlib import import_module
 
     names = getattr(import_module(module), name).arg_names
-    shown = []
+    flags = []
     for path, value in launch.constexprs:
         arg = names[path[0]]
         if not arg.isupper() or arg in ("ACC", "STAGES", "GROUP_M", "K"):
             continue
         if isinstance(value, bool):
-            shown += [arg] if value else []
+            flags += [arg] if value else []
         else:
-            shown.append(f"{arg}={value}")
-    return " ".join(shown)
+            flags.append(f"{arg}={value}")
+    return " ".join(flags)
 
 
 def _name(result: Compiled) -> str:
@@ -245,7 +267,7 @@ def _name(result: Compiled) -> str:
 
 
 def _table(results: list[Compiled]) -> str:
-    """A line for every compiled kernel."""
+    """One line for each compiled kernel."""
     lines = [
         f"{'kernel':<22} {'arch':>7} {'warps':>5} {'regs':>5} {'spill':>6} {'shared':>7} {'sass':>6} {'matrix':>8} "
         f"{'load':>5}"
@@ -260,18 +282,29 @@ def _table(results: list[Compiled]) -> str:
 
 
 def _summary(results: list[Compiled]) -> str:
-    """A line for every kernel's name: how often it was compiled, and the most of everything."""
+    """One line for each kernel's name: number of variants compiled and the maximum of each resource."""
     lines = [f"{'kernel, the most of':<22} {'compiled':>8} {'regs':>5} {'spill':>6} {'shared':>7} {'sass':>6}  matrix"]
     for name in sorted({_name(r) for r in results}):
-        mine = [r for r in results if _name(r) == name]
+        variants = [r for r in results if _name(r) == name]
         fields = "registers", "spill_bytes", "shared", "instructions"
-        registers, spill, shared, sass = (max(getattr(r, field) for r in mine) for field in fields)
-        matrix = " ".join(sorted({r.matrix for r in mine}))
-        lines.append(f"{name:<22} {len(mine):>8} {registers:>5} {spill:>6} {shared:>7} {sass:>6}  {matrix}")
+        registers, spill, shared, sass = (max(getattr(r, field) for r in variants) for field in fields)
+        matrix = " ".join(sorted({r.matrix for r in variants}))
+        lines.append(f"{name:<22} {len(variants):>8} {registers:>5} {spill:>6} {shared:>7} {sass:>6}  {matrix}")
     return "\n".join(lines)
 
 
 def run(args: argparse.Namespace) -> int:
+    """Compile, print tables and write --json.
+
+    Args:
+        args: as `add_arguments` declares them.
+
+    Returns:
+        Exit code: 0; 1 where a kernel has a fault; 2 without Triton.
+
+    Raises:
+        SystemExit: with code 2, for invalid arguments.
+    """
     from ..core._triton import HAS_TRITON, INTERPRETED
 
     if not HAS_TRITON:
@@ -291,8 +324,8 @@ def run(args: argparse.Namespace) -> int:
         re.compile(args.kernel)
     except re.error as error:
         _refuse(f"--kernel: expected a regular expression, got {args.kernel!r} ({error})")
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what every release so far does
-    if INTERPRETED:  # interpreted kernels cannot be compiled: start over without
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default of every release so far
+    if INTERPRETED:  # interpreted kernels cannot be compiled: restart without TRITON_INTERPRET
         env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         return subprocess.run([sys.executable, "-m", "sparc_kernels", *sys.argv[1:]], env=env, check=False).returncode
     if args.quick and not args.shape and not archs:

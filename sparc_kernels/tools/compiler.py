@@ -1,8 +1,8 @@
-"""Compiles kernels ahead of time, side by side, into Triton's cache: a first run on a GPU then finds them all there.
+"""Compile kernels ahead of time, in parallel, into Triton's cache, so that a first run on a GPU compiles nothing.
 
-Nothing runs and no CUDA context is made, so it works without a GPU. What the JIT looks a kernel up by is the JIT's own
-affair and differs between releases: a worker therefore hands a recorded launch to the JIT itself, with arguments that
-look like the recorded ones, and a driver that only knows the target.
+Needs no GPU: nothing runs and no CUDA context is created. Cache keys are internal to the JIT and differ between
+releases, so a worker passes each recorded launch to the JIT itself, with arguments specialised like the recorded ones
+and a driver that only knows the target.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from .trace import Launch
 
 @dataclass
 class Compilation:
-    """What `compile_all` did."""
+    """Result of `compile_all`."""
 
-    kernels: int = 0  # that are in the cache now; those that were there before count
-    cpu_seconds: float = 0.0  # summed over the workers and the assemblers that they started
+    kernels: int = 0  # in the cache now, those that already were included
+    cpu_seconds: float = 0.0  # summed over the workers and the assemblers they started
     seconds: float = 0.0
     errors: list[tuple[str, str]] = field(default_factory=list)  # kernel, message
     failed: dict[Launch, str] = field(default_factory=dict)  # the same by launch
 
 
-# First the large kernels, so that no core is left with one of these at the end.
+# Largest kernels first, so that no core ends with one of them alone.
 _LONGEST = ("_encode_kernel", "_latent_adam_kernel", "_gather_kernel", "_latent_reduce_kernel")
 
 
@@ -46,57 +46,59 @@ def compile_all(
     on_done: Callable[[int, int], None] | None = None,
     seconds: float | None = None,
 ) -> Compilation:
-    """Compile each distinct launch for one architecture, so that Triton's cache has it.
+    """Compile each distinct launch for one architecture into Triton's cache.
 
     Args:
         launches: as `trace` records them, or functions that list some; those run in the processes too.
-        arch: as `device.capability` gives it.
+        arch: as `launch.device.capability` gives it.
         jobs: processes; None: one for each core. They are spawned: a script that calls this must guard its main module.
         on_done: called as each kernel ends, with how many have ended and how many there are.
         seconds: after which kernels that no process has taken are given up; None: all are compiled.
 
-    Returns: a Compilation; a kernel that does not compile or takes more shared memory than there is, or a list that
-    cannot be made, is one of its errors.
+    Returns:
+        A Compilation; a kernel that does not compile or needs more shared memory than the GPU has, or a function of
+        launches that fails, is one of its errors.
 
-    Raises: RuntimeError where Triton is not installed.
+    Raises:
+        RuntimeError: Triton is not installed.
     """
     if not HAS_TRITON:
         raise RuntimeError("Triton is not installed here: nothing can be compiled")
-    started, found, given = time.perf_counter(), Compilation(), list(launches)
-    lists, every = [x for x in given if callable(x)], [x for x in given if not callable(x)]
-    if not given:
-        return found
-    with _compiled_processes(), ProcessPoolExecutor(min(jobs or cores(), len(given)), get_context("spawn")) as pool:
+    started, compilation, requests = time.perf_counter(), Compilation(), list(launches)
+    lists, to_compile = [x for x in requests if callable(x)], [x for x in requests if not callable(x)]
+    if not requests:
+        return compilation
+    with _compiled_processes(), ProcessPoolExecutor(min(jobs or cores(), len(requests)), get_context("spawn")) as pool:
 
         def outcomes(running: dict, seconds: float | None = None):
-            """What each future gave, or None and an error, with the launch that it was for, or None."""
+            """Results of the futures as they end, None where they failed; notes CPU time and errors."""
             for future in _ended(running, seconds):
                 try:
                     result, error, cpu_seconds = future.result()
                 except BrokenProcessPool as broken:
                     result, error, cpu_seconds = None, f"a compiling process died: {broken}", 0.0
-                found.cpu_seconds += cpu_seconds
+                compilation.cpu_seconds += cpu_seconds
                 launch = running[future]
                 if error:
-                    found.errors.append((_name(launch) if launch else "-", error))
+                    compilation.errors.append((_name(launch) if launch else "-", error))
                 if error and launch:
-                    found.failed[launch] = error
+                    compilation.failed[launch] = error
                 yield result
 
-        for made in outcomes({pool.submit(_timed, listing): None for listing in lists}):
-            every += made or ()
-        every = sorted(dict.fromkeys(every), key=_rank)
-        running = {pool.submit(_timed, _compile, launch, arch): launch for launch in every}
-        for i, made in enumerate(outcomes(running, seconds)):
-            found.kernels += bool(made)
+        for outcome in outcomes({pool.submit(_timed, listing): None for listing in lists}):
+            to_compile += outcome or ()
+        to_compile = sorted(dict.fromkeys(to_compile), key=_rank)
+        running = {pool.submit(_timed, _compile, launch, arch): launch for launch in to_compile}
+        for i, outcome in enumerate(outcomes(running, seconds)):
+            compilation.kernels += bool(outcome)
             if on_done:
-                on_done(i + 1, len(every))
-    found.seconds = time.perf_counter() - started
-    return found
+                on_done(i + 1, len(to_compile))
+    compilation.seconds = time.perf_counter() - started
+    return compilation
 
 
 def _ended(futures, seconds: float | None):
-    """The futures as they end; those that have not begun in time are cancelled and left out."""
+    """The futures as they end; those not started within `seconds` are cancelled and left out."""
     seen = set()
     try:
         for future in as_completed(futures, seconds):
@@ -107,12 +109,12 @@ def _ended(futures, seconds: float | None):
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def target_of(arch: int):
-    """Triton's GPUTarget of an architecture."""
+    """Return Triton's GPUTarget of an architecture, as `launch.device.capability` gives it."""
     from triton.backends.compiler import GPUTarget
 
     if arch >= AMD:
@@ -121,7 +123,7 @@ def target_of(arch: int):
 
 
 def reason(error: Exception) -> str:
-    """Triton chains its errors, what was wrong stands in the innermost."""
+    """Format an error of Triton by its cause, on one line: the cause says what was wrong."""
     cause = error.__cause__ or error
     return f"{type(cause).__name__}: {' '.join(str(cause).split())[-200:]}"
 
@@ -137,7 +139,7 @@ def _rank(launch: Launch) -> int:
 
 @contextmanager
 def _compiled_processes():
-    """Processes started meanwhile do not interpret kernels."""
+    """Unset TRITON_INTERPRET, so that processes started inside compile kernels."""
     before = os.environ.pop("TRITON_INTERPRET", None)
     try:
         yield
@@ -147,11 +149,11 @@ def _compiled_processes():
 
 
 def _timed(work, *args) -> tuple[object, str, float]:
-    """What it gave, why it failed or "", CPU seconds. Runs in a worker."""
+    """Result of `work`, why it failed or "", and CPU seconds. Runs in a worker process."""
     before, result, error = sum(os.times()[:4]), None, ""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the run that uses the kernels says it again
+            warnings.simplefilter("ignore")  # the run that uses the kernels repeats them
             result = work(*args)
     except Exception as problem:
         error = reason(problem)
@@ -166,7 +168,18 @@ def _compile(launch: Launch, arch: int) -> bool:
 
 
 def ask_jit(launch: Launch, arch: int):
-    """Triton's JIT brings the kernel of a launch into its cache, without a GPU and without running it."""
+    """Let Triton's JIT compile a recorded launch into its cache, without a GPU and without running it.
+
+    Args:
+        launch: as `trace` records it.
+        arch: as `launch.device.capability` gives it.
+
+    Returns:
+        Triton's compiled kernel.
+
+    Raises:
+        Exception: whatever Triton raises for a kernel that does not compile.
+    """
     from triton.runtime import driver
 
     driver.set_active(_Driver(target_of(arch)))
@@ -181,7 +194,7 @@ def ask_jit(launch: Launch, arch: int):
 
 @dataclass(frozen=True)
 class _Driver:
-    """What the JIT asks of a GPU's driver before it compiles."""
+    """The part of a GPU's driver that the JIT uses before it compiles."""
 
     target: object
 
@@ -189,7 +202,7 @@ class _Driver:
         return self.target
 
     def get_current_device(self):
-        return self.target.arch  # the JIT keeps what it has compiled by device: one for each architecture
+        return self.target.arch  # the JIT caches by device: one for each architecture
 
     def get_current_stream(self, device) -> int:
         return 0
@@ -197,7 +210,7 @@ class _Driver:
 
 @dataclass(frozen=True)
 class _Pointer:
-    """What the JIT asks of a tensor."""
+    """The part of a tensor that the JIT reads."""
 
     dtype: object
     address: int
@@ -211,7 +224,7 @@ class _Pointer:
 
 
 def _like(kind, path: tuple, known: dict):
-    """An argument that the JIT specialises as it did the recorded one."""
+    """An argument that the JIT specialises like the recorded one."""
     import torch
 
     if isinstance(kind, tuple):

@@ -1,4 +1,4 @@
-"""The shape of one training step, as traces, the audit, tuning, the cost model and benchmarks take it."""
+"""The shape of one training step, for traces, the audit, tuning, the cost model and benchmarks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class Shape:
-    """One training step: its sizes, how it computes and the GPU architecture it is modelled for.
+    """One training step: sizes, arithmetic and the GPU architecture it is modelled for.
 
     Args:
         B: rows of each stream.
@@ -20,12 +20,13 @@ class Shape:
         k: active latents a row.
         d_streams: width of each stream.
         dtype: of the arithmetic, and of the parameters unless `autocast`.
-        auxk: dead latents a row that AuxK takes; 0 without AuxK.
+        auxk: dead latents selected for AuxK in each row; 0 without AuxK.
         dead: dead latents of each stream.
         tf32: whether torch's float32 matmul precision allows tf32.
-        autocast: float32 parameters, rounded to `dtype` in every step.
+        autocast: whether parameters are float32 and rounded to `dtype` in every step.
         compiled: under torch.compile, where gradients are not computed in the forward.
-        arch: whose launch settings the cost model takes, as `launch.device.capability` gives it; traces have theirs.
+        arch: architecture whose launch settings the cost model uses, as `launch.device.capability` gives it; traces
+            take their own argument.
 
     Raises:
         ValueError: a field out of its range.
@@ -59,6 +60,7 @@ class Shape:
 
     @property
     def S(self) -> int:
+        """Number of streams."""
         return len(self.d_streams)
 
     @property
@@ -68,7 +70,7 @@ class Shape:
 
     @property
     def M(self) -> int:
-        """Selected places, B k."""
+        """Entries of the index matrix, B k."""
         return self.B * self.k
 
     @property
@@ -77,7 +79,7 @@ class Shape:
         return ITEMSIZE[self.dtype]
 
     def record(self) -> dict:
-        """As it is written to JSON: `d` is one width for all streams or one for each."""
+        """Return the shape for JSON; `d` is one width if all streams share it, else one for each."""
         d = self.d_streams[0] if len(set(self.d_streams)) == 1 else self.d_streams
         return {"B": self.B, "N": self.N, "k": self.k, "d": d, "S": self.S, "dtype": self.dtype}
 
@@ -88,7 +90,15 @@ class Shape:
 
 
 def parse_shape(text: str) -> Shape:
-    """ "4096,32768,64,1024,3" or with a precision at the end; a width for each stream as 1024/768/768."""
+    """Parse "B,N,k,d,S", optionally with ",PRECISION"; widths that differ are given as 1024/768/768.
+
+    Args:
+        text: for example "4096,32768,64,1024,3" or "256,8192,64,1024/768/768,3,fp32"; PRECISION is bf16 (default),
+            fp16 or fp32.
+
+    Raises:
+        ValueError: another form, or sizes out of range.
+    """
     parts = text.split(",")
     widths = parts[3].split("/") if len(parts) > 3 else []
     numbers = [*parts[:3], *widths, *parts[4:5]]

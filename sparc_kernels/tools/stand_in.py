@@ -1,9 +1,8 @@
-"""A driver for Triton that launches nothing: its own JIT, at work on a machine without a GPU.
+"""A Triton driver that launches nothing, to run Triton's own JIT on a machine without a GPU.
 
-Inside `stand_in` the operators run their launchers on meta tensors, and `kernel[grid](...)` is Triton's: binding and
-specialisation of the arguments, parsing of the options, compiler, look-up of the next launch, driver. Only what would
-load a binary and hand a launch to CUDA is replaced, by checks of what CUDA would refuse. (`trace.py` notes the same
-launches without Triton; that both come to the same kernels is tested.)
+Inside `stand_in` the operators run their launchers on meta tensors, and `kernel[grid](...)` is Triton's: it binds and
+specialises arguments, parses options, compiles and caches. Only loading a binary and launching it are replaced, by
+checks of what CUDA would refuse. (`trace.py` records the same launches without Triton; a test compares the kernels.)
 """
 
 from __future__ import annotations
@@ -23,9 +22,10 @@ from ..launch.device import shared_limit
 from ..tools import trace
 from .compiler import reason, target_of
 
-# Of Triton's compiler, after what the JIT makes of a launch. From llir on shared memory is known.
+# Stages of Triton's compiler, from the JIT's specialised source on. Shared memory is known from llir on.
 STAGES = ("source", "ttir", "ttgir", "llir", "ptx", "cubin")
-THREADS = 1024  # of a block; this and the grid's limits: CUDA programming guide, technical specifications
+# Limits of a block and of a grid: CUDA programming guide, technical specifications
+THREADS = 1024
 GRID = 2**31 - 1, 2**16 - 1, 2**16 - 1
 
 
@@ -34,21 +34,32 @@ class Refused(RuntimeError):
 
 
 class Launched(NamedTuple):
+    """One launch."""
+
     kernel: str  # module:function
     grid: tuple[int, int, int]
     key: str  # of the compiled kernel in Triton's cache
 
 
 class Kernel(NamedTuple):
+    """One compiled kernel."""
+
     name: str  # module:function
-    stage: str  # how far it was compiled
-    shared: int | None  # bytes of a block; None where that is not known yet
+    stage: str  # the last one that ran
+    shared: int | None  # bytes of a block; None before llir
 
 
 class Driver:
-    """What Triton asks a driver for. `launched` has every launch in order, `kernels` what was compiled, by its key."""
+    """The driver that Triton sees; its methods have the names that Triton calls.
 
-    _numbers = itertools.count(1000)  # of devices; Triton keeps what it compiled by device, so no two share one
+    `launched` has every launch in order, `kernels` the compiled kernels by cache key.
+
+    Args:
+        arch: as `launch.device.capability` gives it.
+        stage: how far to compile an ASTSource, one of STAGES.
+    """
+
+    _numbers = itertools.count(1000)  # device ids; unique, because Triton caches by device
 
     def __init__(self, arch: int, stage: Callable[[object], str]):
         self.target, self.stage, self.device = target_of(arch), stage, next(self._numbers)
@@ -75,15 +86,28 @@ class Driver:
         return _Launcher(self, source, metadata)
 
     def compile(self, source, target, options, **named):
-        """As triton.compile, as far as `stage` says for this kernel."""
+        """Compile like triton.compile, up to the stage chosen for this kernel.
+
+        Args:
+            source: ASTSource.
+            target: GPUTarget.
+            options: compiler options by name.
+            named: further arguments of triton.compile.
+
+        Returns:
+            A compiled kernel, or its stand-in where compiling ended early.
+
+        Raises:
+            OutOfResources: too many threads or too much shared memory.
+        """
         from triton.compiler import compile, make_backend
         from triton.runtime.autotuner import OutOfResources
 
         name, stage, backend = _name(source.fn), self.stage(source), make_backend(target)
         if stage == STAGES[-1]:
-            made = compile(source, target=target, options=options, **named)
-            self.kernels[made.hash] = Kernel(name, stage, made.metadata.shared)
-            return made
+            compiled = compile(source, target=target, options=options, **named)
+            self.kernels[compiled.hash] = Kernel(name, stage, compiled.metadata.shared)
+            return compiled
         options = backend.parse_options(dict(options))
         key = cache_key(source, target, options.__dict__)
         metadata = {"hash": key, "target": target, **options.__dict__}
@@ -101,7 +125,7 @@ class Driver:
 
 
 def _lower(backend, source, options, metadata, stage) -> None:
-    """The compiler's stages up to that one."""
+    """Run the compiler's stages up to `stage`."""
     from triton._C.libtriton import ir
 
     if stage == "source":
@@ -118,7 +142,13 @@ def _lower(backend, source, options, metadata, stage) -> None:
 
 
 def cache_key(source, target, options: dict) -> str:
-    """The name under which Triton's cache keeps an ASTSource compiled for that target with those options."""
+    """Return the key of Triton's cache for an ASTSource.
+
+    Args:
+        source: the ASTSource.
+        target: a GPUTarget.
+        options: compiler options by name.
+    """
     from triton._C.libtriton import get_cache_invalidating_env_vars
     from triton.compiler import make_backend
     from triton.runtime.cache import get_cache_key
@@ -133,7 +163,7 @@ def _name(kernel) -> str:
 
 
 class _Launcher:
-    """Takes the launches of one compiled kernel."""
+    """Check and record the launches of one compiled kernel."""
 
     def __init__(self, driver, source, metadata):
         self.driver, self.kernel, self.key = driver, _name(source.fn), metadata.hash
@@ -160,7 +190,7 @@ def _tensors(kind, arg):
 
 @contextmanager
 def launchers_on_meta():
-    """Operators run their launchers on meta tensors, in place of what only gives the shapes of their results."""
+    """Let operators run their launchers on meta tensors instead of their fake implementations."""
     library = torch.library.Library(NAMESPACE, "IMPL", "Meta")
     try:
         for name, operator in OPERATORS.items():
@@ -172,20 +202,22 @@ def launchers_on_meta():
 
 @contextmanager
 def stand_in(arch: int = 90, *, tf32: bool = False, stage: Callable[[object], str] = lambda source: STAGES[-1]):
-    """The package's operators on meta tensors, with impl "auto" or "triton", as they would be on an NVIDIA GPU.
+    """Run the package's operators on meta tensors, with impl "auto" or "triton", as on an NVIDIA GPU.
 
     Args:
-        arch: as `device.capability` gives it.
-        tf32: what torch's float32 matmul precision allows.
-        stage: how far Triton compiles an ASTSource, one of STAGES; all the way by default, into Triton's cache. Asked
-            once for each specialisation of each kernel.
+        arch: as `launch.device.capability` gives it.
+        tf32: whether torch's float32 matmul precision allows tf32.
+        stage: returns how far Triton compiles an ASTSource, one of STAGES; the default compiles to the end, into
+            Triton's cache. Called once for each specialisation of each kernel.
 
-    Yields: the Driver.
+    Yields:
+        The Driver.
 
-    Raises: RuntimeError where Triton interprets kernels; a launch raises Refused, with the kernel's name, where Triton
-        or CUDA would refuse it or do nothing: an argument of a type that Triton does not know or on another device, an
-        unknown option, a kernel that does not compile, a grid that is empty or too large, too many threads, too much
-        shared memory (where `stage` lets Triton find out).
+    Raises:
+        RuntimeError: Triton interprets kernels.
+        Refused: with the kernel's name, for a launch that Triton or CUDA would refuse or that would do nothing: an
+            argument of a type unknown to Triton or on another device, an unknown option, a kernel that does not
+            compile, an empty or too large grid, too many threads, too much shared memory (from stage llir on).
     """
     if INTERPRETED:
         raise RuntimeError("Triton interprets kernels here: expected TRITON_INTERPRET unset, got 1")

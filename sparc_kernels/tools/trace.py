@@ -1,10 +1,9 @@
-"""A training step traced on meta tensors: what it launches, what memory it holds, and that it never waits for a GPU.
+"""Trace a training step on meta tensors: its launches, its memory, and the absence of host synchronisation.
 
-The real module runs forward, loss and backward at the real shape on torch's meta device, where tensors have shapes and
-no data. Operators run their Triton launchers, kernels are replaced by recorders, so what is noted is what a GPU would
-launch and allocate, whatever the package's files hold: new operators and kernels are picked up by themselves. Reading
-a value back (`.item()`, `nonzero`, a copy to the host) has no answer on meta tensors and raises; so do copies from the
-host, which wait as well.
+The real module runs forward, loss and backward at the real shape on torch's meta device. Operators run their Triton
+launchers and recorders replace kernels, so the trace has what a GPU would launch and allocate; new operators need no
+entry here. Reading a value back (`.item()`, `nonzero`, a copy to the host) raises on meta tensors; copies from the
+host, which synchronise too, raise here.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ FOLDER = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Launch:
-    """One specialisation of one kernel: everything the compiler sees."""
+    """One specialisation of one kernel: everything that the compiler sees."""
 
     kernel: str  # module:function
     signature: tuple
@@ -43,16 +42,18 @@ class Launch:
     num_warps: int
     num_stages: int
     options: tuple = ()  # further compiler options by name
-    small: tuple = ()  # pointers to less than 2 GiB, which AMD's backend addresses otherwise
+    small: tuple = ()  # pointers to less than 2 GiB, which AMD's backend addresses differently
 
 
 @dataclass(frozen=True)
 class Allocation:
+    """One storage allocated during a trace."""
+
     bytes: int
     shape: tuple[int, ...]
     dtype: str
-    operator: str  # what made it
-    place: str  # file:line of the package that called for it
+    operator: str  # that allocated it
+    place: str  # innermost file:line of the package on the stack
 
     def __str__(self):
         return f"{self.bytes / 2**20:.1f} MiB {self.dtype}{list(self.shape)} by {self.operator} at {self.place}"
@@ -60,56 +61,73 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Trace:
-    """What one traced step did. Bytes are those of storages, each counted once however many views it has, without the
-    allocator's rounding and without what library calls allocate inside (sort's and GEMM's workspaces)."""
+    """Launches and memory of one traced step.
+
+    Bytes are of storages, each counted once however many views it has, without the allocator's rounding and without
+    workspaces of library calls (sort, GEMM).
+    """
 
     launches: tuple[Launch, ...]  # in order, repetitions included
     peak_bytes: int  # largest sum of live storages that are not parameters, buffers, inputs or their gradients
     kept_bytes: int  # the same sum between the loss and its backward
-    live_bytes_at_end: int  # the same sum when the step's outputs and loss are gone: what leaks
+    live_bytes_at_end: int  # the same sum after the step's outputs and loss are deleted: leaks
     gradient_bytes: int  # storages behind the .grad of parameters and inputs, counted in none of the above
-    largest: tuple[Allocation, ...]  # what made up the peak, largest first
+    largest: tuple[Allocation, ...]  # up to 10 that are live at the peak, largest first
 
 
 # -------------------------------------------------------------------------------------------------- memory and copies
 
 
 class InsideOperators(TorchDispatchMode):
-    """A dispatch mode that stays on inside the package's operators, where torch leaves it."""
+    """A dispatch mode that stays active inside the package's operators, where torch disables it."""
 
-    impl: str | None = None  # the implementation that runs; None: the one that the call names
+    impl: str | None = None  # the implementation that runs; None: the one named in the call
+    composite: frozenset[str] = frozenset()  # torch's operators that are taken apart before `dispatch` sees them
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        operator = operator_of(func)
-        if operator is None:
-            return self.dispatch(func, args, kwargs or {})
-        with self:
-            return operator.run(*args[:-1], self.impl or args[-1])
+        operator, name = operator_of(func), func._schema.name
+        if operator is not None:
+            self.enter(name.split("::")[1])
+            with self:
+                return operator.run(*args[:-1], self.impl or args[-1])
+        if name in self.composite:
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
+        return self.dispatch(func, args, kwargs or {})
+
+    def enter(self, name: str) -> None:
+        """One of the package's operators begins."""
 
     def dispatch(self, func, args: tuple, kwargs: dict):
-        """One of torch's own operators."""
+        """Run one of torch's own operators.
+
+        Args:
+            func: the operator.
+            args: of the call.
+            kwargs: of the call.
+        """
         return func(*args, **kwargs)
 
 
 class _Tracer(InsideOperators):
-    """Runs the package's operators by their launchers and keeps the account of storages."""
+    """Run the package's operators by their launchers and record when storages are allocated and freed."""
 
     def __init__(self, known):
         super().__init__()
         self.known = {t.untyped_storage()._cdata for t in known}
-        self.live = {}  # storage's address -> (weak reference, index of its event)
-        self.events = []  # +number: that allocation was made, -number - 1: it was freed
-        self.made = []  # Allocation of each number
+        self.live = {}  # storage's address -> (weak reference, number of its Allocation)
+        self.events = []  # number: allocated; -number - 1: freed
+        self.made = []  # Allocations by number
 
     def dispatch(self, func, args, kwargs):
         out = func(*args, **kwargs)
-        made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        if any(t.is_meta for t in (*made, *given)):
-            # tensors that no operator made hold a list or number of the host: torch.tensor(...), x[[0, 2]]
-            if any(t.dim() > 0 if not t.is_meta else not self.knows(t) for t in given):
+        results = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        if any(t.is_meta for t in (*results, *operands)):
+            # meta tensors that no traced operator returned come from host data: torch.tensor(...), x[[0, 2]]
+            if any(t.dim() > 0 if not t.is_meta else not self.knows(t) for t in operands):
                 raise RuntimeError(f"{func} at {_place()}: a copy between host and device, which waits for it")
-            for t in made:
+            for t in results:
                 self.note(t, func)
         return out
 
@@ -134,12 +152,17 @@ class _Tracer(InsideOperators):
         self.live[address] = weakref.ref(storage, freed), number
 
     def numbers(self, tensors) -> set[int]:
-        """The allocations behind the tensors."""
-        found = (self.live.get(t.untyped_storage()._cdata) for t in tensors)
-        return {entry[1] for entry in found if entry}
+        """Numbers of the Allocations behind the tensors."""
+        entries = (self.live.get(t.untyped_storage()._cdata) for t in tensors)
+        return {entry[1] for entry in entries if entry}
 
     def replay(self, without: set[int], until: int | None = None) -> tuple[int, set[int], int]:
-        """Largest sum of bytes, what was live then, and the sum at the end."""
+        """Largest sum of bytes, numbers of the Allocations live then, and the sum at the end.
+
+        Args:
+            without: numbers of Allocations left out.
+            until: count of events to replay; None: all.
+        """
         total = peak = 0
         live, at_peak = set(), set()
         grown = False
@@ -161,7 +184,7 @@ class _Tracer(InsideOperators):
 
 
 def _place() -> str:
-    """The innermost line of the package, of files that are not about tracing, on the stack."""
+    """The innermost file:line on the stack that is in the package but not in tools."""
     package, tools = f"{FOLDER}{os.sep}", f"{FOLDER / 'tools'}{os.sep}"
     frame = sys._getframe(1)
     while frame:
@@ -176,13 +199,13 @@ def _place() -> str:
 
 
 class _Recorder:
-    """Stands in for a kernel and notes what it is launched with."""
+    """Replaces a kernel and records its launches."""
 
-    def __init__(self, name, kernel, small, found):
-        self.name, self.kernel, self.small, self.found = name, kernel, small, found
+    def __init__(self, name, kernel, small, recorded):
+        self.name, self.kernel, self.small, self.found = name, kernel, small, recorded
         self.params = list(inspect.signature(kernel.fn).parameters.values())
         plain = getattr(kernel, "do_not_specialize", None)
-        if plain is None:  # an interpreted kernel keeps what the decorator was given
+        if plain is None:  # an interpreted kernel keeps the decorator's arguments
             plain = getattr(kernel, "kwargs", {}).get("do_not_specialize")
         self.plain = {p if isinstance(p, str) else self.params[p].name for p in plain or ()}
 
@@ -198,7 +221,7 @@ class _Recorder:
         signature, constants, divisible, small = {}, {}, [], []
         for i, param in enumerate(self.params):
             if param.name not in values:
-                continue  # has a default
+                continue  # left at its default
             value = values[param.name]
             if "constexpr" in str(param.annotation):
                 signature[param.name] = "constexpr"
@@ -212,7 +235,7 @@ class _Recorder:
 
 
 def _specialise(arg, path, constants, divisible, small):
-    """The Triton type of an argument; what the JIT treats as a constant or as divisible by 16 is noted as it does."""
+    """The Triton type of an argument; adds its path to `constants`, `divisible` (by 16) and `small` as the JIT does."""
     if isinstance(arg, (tuple, list)):
         return tuple(_specialise(a, (*path, i), constants, divisible, small) for i, a in enumerate(arg))
     if isinstance(arg, bool):
@@ -236,14 +259,17 @@ def _specialise(arg, path, constants, divisible, small):
 
 
 @contextmanager
-def as_on_gpu(arch: int, tf32: bool, found: list[Launch] | None = None, gpu_name: str | None = None):
-    """Launchers as they would work for a GPU of that architecture.
+def as_on_gpu(arch: int, tf32: bool, recorded: list[Launch] | None = None, gpu_name: str | None = None):
+    """Run launchers as for a GPU of an architecture.
 
     Args:
         arch: as `launch.device.capability` gives it.
-        tf32: what torch's float32 matmul precision allows.
-        found: where launches are noted instead of being made; None: they are made.
-        gpu_name: whose recorded settings count.
+        tf32: whether torch's float32 matmul precision allows tf32.
+        recorded: list that launches are appended to instead of being launched; None: they are launched.
+        gpu_name: GPU whose recorded settings are used; None: the defaults.
+
+    Raises:
+        RuntimeError: Triton is not installed.
     """
     if not HAS_TRITON:
         raise RuntimeError("Triton is not installed here: its launchers cannot be traced")
@@ -254,11 +280,11 @@ def as_on_gpu(arch: int, tf32: bool, found: list[Launch] | None = None, gpu_name
     def recorder(kernel, grid):
         if kernel not in recorders:
             name = f"{kernel.fn.__module__}:{kernel.fn.__name__}"
-            recorders[kernel] = _Recorder(name, kernel, arch >= AMD, found)
+            recorders[kernel] = _Recorder(name, kernel, arch >= AMD, recorded)
         return recorders[kernel][grid]
 
     with as_target(Target(arch, tf32, gpu_name=gpu_name)):
-        if found is not None:
+        if recorded is not None:
             KernelInterface.__getitem__ = recorder
         try:
             yield
@@ -291,41 +317,47 @@ def _auxk(shape: Shape, auxk: bool | int) -> int | None:
     return min(shape.k, shape.N, MAX_K) if auxk is True else auxk or None
 
 
-def _summary(tracer, found, before_backward, leaves) -> Trace:
+def _summary(tracer, recorded, before_backward, leaves) -> Trace:
     gradients = tracer.numbers([p.grad for p in leaves if p.grad is not None])
     peak, at_peak, at_end = tracer.replay(gradients)
     largest = sorted((tracer.made[n] for n in at_peak), key=lambda a: -a.bytes)
     kept = tracer.replay(gradients, before_backward)[2]
     gradient_bytes = sum(tracer.made[n].bytes for n in gradients)
-    return Trace(tuple(found), peak, kept, at_end, gradient_bytes, tuple(largest[:10]))
+    return Trace(tuple(recorded), peak, kept, at_end, gradient_bytes, tuple(largest[:10]))
 
 
 def trace(
     shape: Shape, arch: int = 90, *, topk_type: str = "global", auxk: bool | int = False, tf32: bool = False,
     input_grads: bool = False, update: str | None = None, **optimizer,
 ) -> Trace:  # fmt: skip
-    """One training step (forward, compute_loss, backward) of an AlignedSAE of this shape, with impl="triton".
+    """Trace one training step (forward, compute_loss, backward) of an AlignedSAE with impl="triton".
+
+    A step that returns a Trace never synchronises with the device, except by torch.cuda.synchronize, which is not seen.
 
     Args:
         shape: sizes; B rows of each of the S streams.
-        arch: as `device.capability` gives it.
-        topk_type: as in AlignedSAE.  auxk: how many dead latents; True for min(k, N, 512), False for no such loss.
-        tf32: what torch's float32 matmul precision allows.
-        input_grads: whether the inputs ask for gradients too.
-        update: "dense", a step of SparcAdam after it; "direct", `training_step` instead of all of it. Its moments
-            exist before.  optimizer: further arguments of SparcAdam.
+        arch: as `launch.device.capability` gives it.
+        topk_type: as in AlignedSAE.
+        auxk: dead latents a row; True: min(k, N, 512); False: no AuxK.
+        tf32: whether torch's float32 matmul precision allows tf32.
+        input_grads: whether the inputs require gradients too.
+        update: "dense": a step of SparcAdam follows; "direct": `training_step` replaces all of it; None: no update.
+            The optimizer's moments exist before.
+        optimizer: further arguments of SparcAdam.
 
-    Returns: a Trace; its `peak_bytes` counts every storage that lives at one time and is not a parameter, a buffer, an
-        input or the gradient of one (a gradient's storage is left out from its allocation on). The outputs object is
-        kept until after the backward, as a training loop does.
+    Returns:
+        A Trace. Its `peak_bytes` counts every live storage that is not a parameter, a buffer, an input or the gradient
+        of one (a gradient's storage is left out from its allocation on). The outputs object is kept until after the
+        backward, as in a training loop.
 
-    Raises: whatever torch raises where a value is read back from a meta tensor, RuntimeError for copies between host
-        and device: a step that returns a Trace never waits for the device. Not seen: calls of torch.cuda.synchronize.
+    Raises:
+        RuntimeError: a copy between host and device, or Triton is not installed.
+        Exception: whatever torch raises where a value is read back from a meta tensor.
     """
     from ..nn.optimizer import SparcAdam
 
-    found: list[Launch] = []
-    with as_on_gpu(arch, tf32, found):
+    recorded: list[Launch] = []
+    with as_on_gpu(arch, tf32, recorded):
         model, inputs = _model(shape, topk_type, _auxk(shape, auxk)), _inputs(shape, input_grads)
         leaves, known = [*model.parameters(), *inputs.values()], []
         if update:
@@ -346,30 +378,36 @@ def trace(
                 if update:
                     adam.step()
                 del outputs, loss, metrics
-        return _summary(tracer, found, before_backward, leaves)
+        return _summary(tracer, recorded, before_backward, leaves)
 
 
 def launches(shape: Shape, arch: int) -> list[Launch]:
-    """The distinct kernel launches at this shape on this architecture: training steps with and without AuxK, global
-    and local, both tf32 settings, with and without gradients of the inputs; the optimizer's step from gradients, with
-    and without clipping, and without any; reconstructions read from the outputs; the public decode and its
-    gradients."""
+    """Return the distinct kernel launches at one shape on one architecture.
+
+    Covers training steps with and without AuxK, global and local, both tf32 settings, with and without gradients of the
+    inputs; the optimizer's step from gradients, with and without clipping, and without gradients; reconstructions read
+    from the outputs; the public decode and its gradients.
+
+    Args:
+        shape: of the step.
+        arch: as `launch.device.capability` gives it.
+    """
     from ..ops.decode import decode
 
-    found: list[Launch] = []
+    recorded: list[Launch] = []
     for tf32 in (False, True) if shape.dtype == "float32" else (False,):
-        found += trace(shape, arch, auxk=True, tf32=tf32, input_grads=True).launches
-        found += trace(shape, arch, tf32=tf32).launches
-        found += trace(shape, arch, topk_type="local", tf32=tf32).launches
-    found += trace(shape, arch, update="dense", max_grad_norm=1.0).launches
-    found += trace(shape, arch, auxk=True, update="dense", normalize="after").launches
-    found += trace(shape, arch, auxk=True, topk_type="local").launches
-    found += trace(shape, arch, update="direct").launches
-    found += trace(shape, arch, auxk=True, update="direct").launches
-    found += trace(shape, arch, topk_type="local", update="direct", normalize="after").launches
+        recorded += trace(shape, arch, auxk=True, tf32=tf32, input_grads=True).launches
+        recorded += trace(shape, arch, tf32=tf32).launches
+        recorded += trace(shape, arch, topk_type="local", tf32=tf32).launches
+    recorded += trace(shape, arch, update="dense", max_grad_norm=1.0).launches
+    recorded += trace(shape, arch, auxk=True, update="dense", normalize="after").launches
+    recorded += trace(shape, arch, auxk=True, topk_type="local").launches
+    recorded += trace(shape, arch, update="direct").launches
+    recorded += trace(shape, arch, auxk=True, update="direct").launches
+    recorded += trace(shape, arch, topk_type="local", update="direct", normalize="after").launches
     if shape.dtype == "float32":  # under autocast
-        found += trace(shape, arch, update="direct", shadow=torch.bfloat16).launches
-    with as_on_gpu(arch, False, found):
+        recorded += trace(shape, arch, update="direct", shadow=torch.bfloat16).launches
+    with as_on_gpu(arch, False, recorded):
         model, inputs = _model(shape, "global", None), _inputs(shape)
         first, *rest = model.streams
         with _Tracer([*model.parameters(), *model.buffers(), *inputs.values()]):
@@ -385,13 +423,18 @@ def launches(shape: Shape, arch: int) -> list[Launch]:
                 outputs.indices, values.requires_grad_(), w_decs, list(model.pre_biases.values()), impl="triton"
             )
             sum(r.sum() for r in recons.values()).backward()
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(recorded))
 
 
 def reference_peak_bytes(shape: Shape, *, topk_type: str = "global", auxk: bool | int = False) -> int:
-    """`Trace.peak_bytes` of the same step through `reference.training_loss` and its backward.
+    """Return `Trace.peak_bytes` of the same step through `reference.training_loss` and its backward.
 
-    Only `total_loss`, which works on S * S numbers and reads some of them, is replaced by a sum.
+    Only `total_loss`, which reads some of its S * S numbers, is replaced by a sum.
+
+    Args:
+        shape: of the step.
+        topk_type: as in AlignedSAE.
+        auxk: as in `trace`.
     """
     auxk = _auxk(shape, auxk)
     model, inputs = _model(shape, topk_type, auxk), list(_inputs(shape).values())

@@ -1,8 +1,8 @@
-"""`sparc-kernels tune`: launch settings for one shape, searched on this machine's GPU and recorded for later launches.
+"""`sparc-kernels tune`: search launch settings for one shape on this machine's GPU and record them.
 
-The kernels that the candidates would launch are compiled side by side first. Every candidate's result is compared with
-that of the default settings before it is timed. What is at least 3 % faster in two rounds is written to the user's file
-(`tuned.py`), where launches find it; no other command ever searches.
+The candidates' kernels are compiled in parallel first. Every candidate's result is compared with that of the default
+settings before it is timed. Settings at least 3 % faster in two rounds are written to the user's file (`tuned.py`),
+which later launches read; no other command searches.
 """
 
 from __future__ import annotations
@@ -33,34 +33,34 @@ from .shape import Shape, parse_shape
 from .trace import Launch, _Tracer, as_on_gpu
 
 OPS = ("encode", "select", "gather", "reduce")
-WRONG = "wrong result"  # a reason that is not a matter of resources
-GAIN = 0.97  # a winner takes at most this part of the default's time
-COMPILING = 0.6  # of an operator's time, where that is limited
-# agreement of two correct results: their sums are in another order, and what is stored is rounded once
+WRONG = "wrong result"  # prefix of a refusal that is not about resources
+GAIN = 0.97  # a winner takes at most this fraction of the default's time
+COMPILING = 0.6  # fraction of an operator's time limit
+# relative difference of two correct results: another order of summation, one rounding when stored
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 @dataclass
 class Found:
-    """What the search of one operator came to."""
+    """Result of the search for one operator."""
 
     op: str
-    keys: list[str]  # what the settings are recorded for: one for each kind of launch that the problem makes
+    keys: list[str]  # under which settings are recorded: one for each kind of launch of the problem
     default_ms: float
     best_ms: float
     settings: dict | None  # None: the default stays
     tried: int
-    candidates: int  # more than `tried` where the time was up
-    refused: list[tuple[dict, str]]  # candidates that do not run or do not agree, and why
+    candidates: int  # more than `tried` if the time limit ended the search
+    refused: list[tuple[dict, str]]  # candidates that fail or give another result, and why
 
 
 @dataclass
 class Try:
-    """Settings to try."""
+    """One candidate."""
 
-    fields: dict
-    launches: tuple[Launch, ...] = ()  # the kernels that a run with them launches
-    wrong: str = ""  # why they are not to be run
+    fields: dict  # settings by name
+    launches: tuple[Launch, ...] = ()  # of a run with them
+    wrong: str = ""  # why it must not run; "": it may
 
 
 def _silent(text: str) -> None:
@@ -72,14 +72,14 @@ def _silent(text: str) -> None:
 
 @dataclass
 class Problem:
-    """One operator at one shape: what to run, a CUDA graph can capture it, and how two results compare."""
+    """One operator at one shape: a function that a CUDA graph can capture, and how two results compare."""
 
     run: Callable[[], tuple[torch.Tensor, ...]]
-    differs: Callable[[tuple, tuple], str]  # reference, result -> "" or what is wrong
+    differs: Callable[[tuple, tuple], str]  # reference, result -> "" or the difference
 
 
 def _data(shape: Shape, device):
-    """Inputs, weights and biases of unit scale, the same for every call."""
+    """Inputs, weights and biases of unit scale, the same in every call."""
     generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
     dtype = getattr(torch, shape.dtype)
 
@@ -95,6 +95,13 @@ def _data(shape: Shape, device):
 
 
 def problem(op: str, shape: Shape, device: torch.device) -> Problem:
+    """Set up the problem on which one operator is tuned.
+
+    Args:
+        op: one of OPS.
+        shape: of the step.
+        device: CUDA, or meta to trace the launches.
+    """
     xs, w_encs, w_decs, pre_biases, latent_biases = _data(shape, device)
     tolerance = TOLERANCE[xs[0].dtype]
     if op in ("encode", "select"):
@@ -112,7 +119,7 @@ def problem(op: str, shape: Shape, device: torch.device) -> Problem:
         indices, values = encode_topk(xs, w_encs, pre_biases, latent_biases, shape.k, impl="triton")
     inverse = inverse_index(indices, shape.N)
     if op == "gather":
-        # the loss and its gradient in the values: every form of the gather kernel but plain decode
+        # the loss and its gradient with respect to values: every form of the gather kernel but plain decode
         values = values.detach().requires_grad_()
 
         def gather():
@@ -120,7 +127,7 @@ def problem(op: str, shape: Shape, device: torch.device) -> Problem:
             return loss.detach(), torch.autograd.grad(loss.sum(), values)[0]
 
         return Problem(gather, lambda *two: _tensors_differ(*two, tolerance))
-    # the decoders' gradients from given gradients of the reconstructions, every source's its own: [S, B, d_t]
+    # dW_dec from gradients of the reconstructions, [S, B, d_t] of each target
     upstream = [torch.stack([x.roll(s, 0) for s in range(len(xs))]) for x in xs]
 
     def reduce():
@@ -142,20 +149,20 @@ def _tensors_differ(reference, result, tolerance) -> str:
 
 
 def _selections_differ(reference, result, xs, w_encs, n, tolerance) -> str:
-    """Near ties may be decided otherwise, so what is compared is the pre-activations at the selected latents."""
+    """Compare pre-activations at the selected latents, since near ties may be decided either way."""
     if result.shape != reference.shape or bool((result < 0).any() | (result >= n).any()):
         return f"expected latents in 0..{n - 1}"
     ordered = result.sort(dim=1).values
     if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
         return "a latent is selected twice in a row"
     for first in range(0, len(reference), 256):
-        part, chosen = slice(first, first + 256), []
+        part, selected = slice(first, first + 256), []
         for indices in (reference[part], result[part]):
             pre = sum(
                 torch.einsum("bkd,bd->bk", w[indices].float(), x[part].float()) for w, x in zip(w_encs, xs, strict=True)
             )
-            chosen.append(pre.sort(dim=1).values)
-        error, scale = float((chosen[0] - chosen[1]).abs().max()), float(chosen[0].abs().max())
+            selected.append(pre.sort(dim=1).values)
+        error, scale = float((selected[0] - selected[1]).abs().max()), float(selected[0].abs().max())
         if not error <= tolerance * scale:
             return f"selected pre-activations off by {error:.3g}, of {scale:.3g} at most"
     return ""
@@ -165,7 +172,12 @@ def _selections_differ(reference, result, xs, w_encs, n, tolerance) -> str:
 
 
 def candidates(op: str, args: tuple) -> Iterator[dict]:
-    """Settings worth trying, all of them accepted by the rules of `launch`; the default first."""
+    """Iterate over the distinct settings to try that the rules of `launch` accept, the default first.
+
+    Args:
+        op: one of OPS.
+        args: arguments of the operator's function of settings in `launch`.
+    """
     default = asdict(tuned.TUNABLE[op].default(*args))
     spaces = {
         "encode": dict(block_m=(64, 128, 256), block_n=(64, 128, 256), num_warps=(4, 8), num_stages=(2, 3, 4)),
@@ -187,42 +199,56 @@ def candidates(op: str, args: tuple) -> Iterator[dict]:
 
 
 def plan(op: str, shape: Shape, arch: int) -> tuple[list[Launch], list[Try]]:
-    """What a search launches with the settings that are in place, and the candidates.
+    """List the launches with the present settings, and the candidates; nothing is compiled or launched.
 
-    The problem runs on meta tensors: nothing is compiled or launched.
+    Args:
+        op: one of OPS.
+        shape: of the step.
+        arch: as `launch.device.capability` gives it.
+
+    Returns:
+        Launches with the present settings, and a Try for each candidate.
     """
-    found: list[Launch] = []
+    recorded: list[Launch] = []
     tries, name = [], tuned.device_name()
-    with as_on_gpu(arch, allow_tf32(), found, name), _Tracer([]):  # recorded settings of other operators count
+    with as_on_gpu(arch, allow_tf32(), recorded, name), _Tracer([]):  # recorded settings of other operators apply
         task = problem(op, shape, torch.device("meta"))
         with tuned.observed(op) as wanted:
             task.run()
-        default = list(found)
+        default = list(recorded)
         for fields in candidates(op, next(iter(wanted))):
-            found.clear()
+            recorded.clear()
             wrong = ""
             try:
                 with tuned.trial(op, fields):
                     task.run()
-            except ValueError as error:  # accepted for the first launch, not for another
+            except ValueError as error:  # accepted for the first launch, refused for another
                 wrong = _why(error)
-            tries.append(Try(fields, tuple(found), wrong))
+            tries.append(Try(fields, tuple(recorded), wrong))
     return default, tries
 
 
 def prepare(op: str, shape: Shape, arch: int, seconds: float, tell=_silent) -> list[Try]:
-    """The candidates, after their kernels were compiled into Triton's cache, all or what so many seconds allow.
+    """Compile the candidates' kernels into Triton's cache.
 
-    Those whose kernels do not compile, or take more shared memory than there is, have a reason not to be run.
+    Args:
+        op: one of OPS.
+        shape: of the step.
+        arch: as `launch.device.capability` gives it.
+        seconds: limit for compiling; math.inf: none.
+        tell: called with a line of progress.
+
+    Returns:
+        The candidates; `wrong` is set where a kernel does not compile or needs more shared memory than the GPU has.
     """
     default, tries = plan(op, shape, arch)
-    every = [*default, *(launch for one in tries if not one.wrong for launch in one.launches)]
+    all_launches = [*default, *(launch for candidate in tries if not candidate.wrong for launch in candidate.launches)]
     limit = None if seconds == math.inf else seconds
-    done = compile_all(every, arch, None, lambda i, n: tell(f"{op}: {i} of {n} kernels compiled"), limit)
-    for one in tries:
-        for launch in one.launches:
-            if launch in done.failed:
-                one.wrong = one.wrong or f"{launch.kernel.split(':')[1]}: {done.failed[launch]}"
+    compilation = compile_all(all_launches, arch, None, lambda i, n: tell(f"{op}: {i} of {n} kernels compiled"), limit)
+    for candidate in tries:
+        for launch in candidate.launches:
+            if launch in compilation.failed:
+                candidate.wrong = candidate.wrong or f"{launch.kernel.split(':')[1]}: {compilation.failed[launch]}"
     return tries
 
 
@@ -230,58 +256,76 @@ def search(
     op: str, task: Problem, timer: Callable[[Callable], float], tries: list[Try], tell=_silent,
     until: float = math.inf, now: Callable[[], float] = time.monotonic,
 ) -> Found:  # fmt: skip
-    """The fastest settings of one operator whose results agree with the default's.
+    """Search the fastest settings of one operator whose results agree with the default's.
 
     Args:
-        timer: calls a function as often as it likes, returns milliseconds of one call.
-        tries: in their order; those with a reason not to be run are refused without it.
-        tell: called with a line on how far it is.
-        until: when to end by the clock `now`, in seconds; the second round of the best is within it.
+        op: one of OPS.
+        task: its problem.
+        timer: times a function, in milliseconds a call.
+        tries: candidates in the order to try; those with `wrong` set are refused without running.
+        tell: called with a line of progress.
+        until: when to end by the clock `now`, in seconds; includes the second round of the best.
+        now: clock, in seconds.
+
+    Returns:
+        A Found; its times are in milliseconds.
     """
     with tuned.observed(op) as wanted:
         reference = task.run()
     began, slowest = now(), 0.0
     default_ms = timer(task.run)
     keys = list(dict.fromkeys(tuned.key(op, args) for args in wanted))
-    found = Found(op, keys, default_ms, default_ms, None, 0, len(tries), [])
-    for one in tries:
+    result = Found(op, keys, default_ms, default_ms, None, 0, len(tries), [])
+    for candidate in tries:
         slowest, began = max(slowest, now() - began), now()
-        if began + 3 * slowest > until:  # one more and the second round
+        if began + 3 * slowest > until:  # leaves time for one more and the second round
             break
-        found.tried += 1
-        with tuned.trial(op, one.fields):
-            wrong = one.wrong
+        result.tried += 1
+        with tuned.trial(op, candidate.fields):
+            wrong = candidate.wrong
             try:
                 if not wrong and (difference := task.differs(reference, task.run())):
                     wrong = f"{WRONG}: {difference}"
-            except Exception as error:  # settings that do not fit: the next one
+            except Exception as error:  # settings that do not fit are skipped
                 wrong = _why(error)
             if wrong:
-                found.refused.append((one.fields, wrong))
+                result.refused.append((candidate.fields, wrong))
                 continue
             ms = timer(task.run)
-        if ms < found.best_ms:
-            found.best_ms, found.settings = ms, one.fields
-        tell(f"{op}: {found.tried} of {len(tries)} tried, best {found.best_ms:.3f} ms")
-    if found.settings is not None:  # once more, one after the other: clocks and neighbours change
+        if ms < result.best_ms:
+            result.best_ms, result.settings = ms, candidate.fields
+        tell(f"{op}: {result.tried} of {len(tries)} tried, best {result.best_ms:.3f} ms")
+    if result.settings is not None:  # timed again back to back: clocks and other load drift
         default_ms = timer(task.run)
-        with tuned.trial(op, found.settings):
+        with tuned.trial(op, result.settings):
             best_ms = timer(task.run)
-        if max(best_ms, found.best_ms) > GAIN * min(default_ms, found.default_ms):
-            best_ms, found.settings = default_ms, None
-        found.default_ms, found.best_ms = default_ms, best_ms
-    return found
+        if max(best_ms, result.best_ms) > GAIN * min(default_ms, result.default_ms):
+            best_ms, result.settings = default_ms, None
+        result.default_ms, result.best_ms = default_ms, best_ms
+    return result
 
 
 def tune(
     shape: Shape, ops, device: torch.device, name: str, timer, tell=_silent, minutes: float = math.inf,
     now: Callable[[], float] = time.monotonic,
 ) -> list[Found]:  # fmt: skip
-    """Search every operator and record the winners; each is in place while the next is searched.
+    """Search every operator and record the winners; each applies while the next operator is searched.
 
-    minutes: for all of it, shared out over the operators that are left; when they are over the others are left out.
+    Args:
+        shape: of the step.
+        ops: operators, some of OPS.
+        device: the GPU.
+        name: of the GPU, under which settings are recorded.
+        timer: times a function, in milliseconds a call.
+        tell: called with a line of progress.
+        minutes: limit for everything, shared by the remaining operators; those not begun by then are left out.
+        now: clock, in seconds.
 
-    Raises: OSError when the cache cannot be written, before anything is searched.
+    Returns:
+        A Found for each operator searched.
+
+    Raises:
+        OSError: the cache is not writable; raised before the search.
     """
     about = {"torch": torch.__version__, "triton": _triton_version()}
     tuned.write(name, {}, about)
@@ -292,11 +336,11 @@ def tune(
             break
         share = (end - began) / (len(ops) - i)
         tries = prepare(op, shape, capability(device), COMPILING * share, tell)
-        found = search(op, problem(op, shape, device), timer, tries, tell, began + share, now)
-        if found.settings is not None:
-            measured = {"ms": found.best_ms, "default_ms": found.default_ms, "shape": shape.record()}
-            tuned.write(name, {key: {"settings": found.settings, **measured} for key in found.keys}, about)
-        results.append(found)
+        result = search(op, problem(op, shape, device), timer, tries, tell, began + share, now)
+        if result.settings is not None:
+            measured = {"ms": result.best_ms, "default_ms": result.default_ms, "shape": shape.record()}
+            tuned.write(name, {key: {"settings": result.settings, **measured} for key in result.keys}, about)
+        results.append(result)
     return results
 
 
@@ -311,11 +355,14 @@ def _triton_version() -> str:
 
 
 class GraphTimer:
-    """Median milliseconds of a call by events: replays of a CUDA graph of it, so that launching from Python costs
-    nothing, with the L2 cache overwritten before each.
+    """Time a call by events: median milliseconds of replays of its CUDA graph, L2 overwritten before each.
 
-    A call that cannot be captured, and all after it, run eagerly, each behind a kernel that keeps the GPU busy until
-    the host has launched everything.
+    A graph excludes the cost of launching from Python. After a call that cannot be captured, that and all later calls
+    run eagerly, each behind a kernel that keeps the GPU busy until the host has launched everything.
+
+    Args:
+        device: the GPU.
+        say: called with a note when capture fails.
     """
 
     def __init__(self, device: torch.device, say: Callable[[str], None]):
@@ -323,10 +370,12 @@ class GraphTimer:
 
     @functools.cached_property
     def flush(self) -> torch.Tensor:
+        """Buffer that overwrites L2."""
         return flush_buffer(self.device)
 
     @functools.cached_property
     def stream(self) -> torch.cuda.Stream:
+        """Stream that captures."""
         return torch.cuda.Stream()
 
     def __call__(self, run: Callable) -> float:
@@ -336,7 +385,7 @@ class GraphTimer:
         return statistics.median(ms for (ms,) in event_ms([call], 22, self.flush, cover)[2:])
 
     def _capture(self, run: Callable):
-        """A graph of the call, after a call on the stream that captures; None where that fails."""
+        """A graph of the call, after a warm-up on the capturing stream; None if capture fails."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             run()
@@ -356,6 +405,7 @@ class GraphTimer:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the subcommand."""
     parser.add_argument(
         "--shape", required=True, metavar="B,N,k,d,S[,PRECISION]",
         help="rows, latents, active latents, width of a stream, streams; PRECISION bf16 (default), fp16 or fp32",
@@ -378,6 +428,14 @@ def _minutes(text: str) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Search, record and print the results.
+
+    Args:
+        args: as `add_arguments` declares them.
+
+    Returns:
+        Exit code: 0; 2 for invalid arguments, without a GPU or compiled kernels, or for an unwritable cache.
+    """
     try:
         shape = parse_shape(args.shape)
     except ValueError as error:
@@ -405,13 +463,13 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         return _fail(f"{tuned.cache_dir()} cannot be written ({error}); set SPARC_KERNELS_CACHE to a folder that can")
     tell("")
-    for found in results:
-        tried = f"{found.tried} of {found.candidates} tried, time limit"
-        if found.tried == found.candidates:
-            tried = f"{found.tried} tried"
-        print(f"{found.op:<8} default {found.default_ms:.3f} ms, best {found.best_ms:.3f} ms; {tried}, "
-              f"{len(found.refused)} refused: {found.settings or 'the default stays'}")  # fmt: skip
-        for fields, why in found.refused:
+    for result in results:
+        tried = f"{result.tried} of {result.candidates} tried, time limit"
+        if result.tried == result.candidates:
+            tried = f"{result.tried} tried"
+        print(f"{result.op:<8} default {result.default_ms:.3f} ms, best {result.best_ms:.3f} ms; {tried}, "
+              f"{len(result.refused)} refused: {result.settings or 'the default stays'}")  # fmt: skip
+        for fields, why in result.refused:
             if why.startswith(WRONG):  # worth a report
                 print(f"  {why} with {fields}")
     for op in ops[len(results) :]:

@@ -1,4 +1,4 @@
-"""The folder of a training run: whose files are in it, what its manifest says, and what may go on from there."""
+"""The folder of a training run: ownership of its files, its manifest, and what may be resumed."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from .process import LOCK, only_one_run
 
 MANIFEST = "manifest.json"
 TIME = "%Y-%m-%dT%H:%M:%S%z"
-EXTENSIBLE = ("epochs", "max_steps")  # settings that may be others when a run goes on
-_DIGEST = "sha256"  # of the rest of the manifest, which has one since runs have an id
+EXTENSIBLE = ("epochs", "max_steps")  # settings that may change when a run is resumed
+_DIGEST = "sha256"  # of the rest of the manifest; absent in manifests without a run id
 _STREAM: dict[str, type | tuple[type, ...]] = {
     "path": (str, list, type(None)),
     "rows": int,
@@ -40,29 +40,31 @@ _REMAINS = re.compile(rf"({_OURS}|step-\d{{9}}\.pt)\.\d+\.tmp")
 
 
 class RunFolder:
-    """The folder of a run. Nothing is written there before `claim`.
+    """The folder of a run; nothing is written there before `claim`.
 
     Args:
         path: the folder, which may be missing.
-        resume: go on with the run that is in it.
+        resume: resume the run in it.
         official: the official files will be written too.
 
-    Attributes: manifest: of the run to go on with; None: the run is new.  run: its id.
+    Attributes:
+        manifest: of the run to resume; None: the run is new.
+        run: id of the run.
 
-    Raises: ValueError where another run is writing, where there is a run and not `resume`, where a new run would
-    write over files that no manifest says are a run's, or over official ones that the run has not written, and for a
-    manifest that is damaged.
+    Raises:
+        ValueError: another process is writing there, there is a run without `resume`, a new run would overwrite files
+            without a manifest or official files of other origin, or the manifest is damaged.
     """
 
     def __init__(self, path: Path, resume: bool, official: bool):
         self.path = path
         with _writing_to(path):
             require(path.is_dir() or not path.exists(), "out", "a folder", f"{path}, a file")
-            there = next(part for part in (path, *path.parents) if part.exists() or part.is_symlink())
-            if not there.is_dir():
-                raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(there))
-            if not os.access(there, os.W_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, "no permission to write there", str(there))
+            existing = next(part for part in (path, *path.parents) if part.exists() or part.is_symlink())
+            if not existing.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(existing))
+            if not os.access(existing, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, "no permission to write there", str(existing))
             if (path / LOCK).exists():
                 with only_one_run(path):
                     pass
@@ -87,10 +89,16 @@ class RunFolder:
         return path.exists() and path.read_bytes(), checkpoints(self.path / CHECKPOINTS)
 
     def claim(self, closing: ExitStack, size: int, step: int) -> None:
-        """Make the folder, keep other runs out until `closing` ends, delete what a killed run was writing, make sure
-        that `size` bytes fit, and write the manifest, or that the run goes on from `step` to more steps than it had.
+        """Make and lock the folder, delete temporary files of a killed run, check for space, write the manifest.
 
-        Raises: ValueError, OSError.
+        Args:
+            closing: holds the lock until it is closed.
+            size: bytes that must be available.
+            step: from which a run is resumed; recorded in the manifest if the run is extended.
+
+        Raises:
+            ValueError: the folder cannot be written, is locked or has changed, or has too little space.
+            OSError: writing the manifest failed.
         """
         with _writing_to(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -117,17 +125,24 @@ class RunFolder:
         if manifest != self.manifest:
             write_json(self.path / MANIFEST, manifest | {_DIGEST: _digest(manifest)})
 
-    # -------------------------------------------------------------------------------------------- the run to go on with
+    # ------------------------------------------------------------------------------------------------ the run to resume
 
     @property
     def _had(self) -> dict:
-        """The manifest of the run to go on with."""
+        """The manifest of the run to resume."""
         assert self.manifest is not None, "a new run has none"
         return self.manifest
 
     def check_settings(self, settings: dict) -> None:
-        """Refuse other settings than the run's."""
-        before = asdict(TrainConfig()) | self._had["config"]  # settings that are newer than the run
+        """Check that settings other than EXTENSIBLE are the run's.
+
+        Args:
+            settings: fields of a `TrainConfig`.
+
+        Raises:
+            ValueError: a setting differs.
+        """
+        before = asdict(TrainConfig()) | self._had["config"]  # defaults for settings newer than the run
         for field, value in settings.items():
             if field not in EXTENSIBLE:
                 had = before[field]
@@ -135,7 +150,14 @@ class RunFolder:
                 require(had == value, field, f"{show(had)} as in {self.path / MANIFEST}", show(value))
 
     def check_data(self, data: dict) -> None:
-        """Refuse other data than the run's."""
+        """Check that the data are the run's.
+
+        Args:
+            data: {"train": ..., "validation": ...}, each as of `Features.describe`.
+
+        Raises:
+            ValueError: streams, shards, rows, widths, dtypes or fingerprints differ.
+        """
         before = self._had["data"]
         for part in sorted({*before, *data}):
             had, now = before.get(part, {}), data.get(part, {})
@@ -146,25 +168,29 @@ class RunFolder:
                 files = zip_longest(had[s].get("shards", ()), now[s].get("shards", ()))
                 for i, (old, new) in enumerate(files):
                     require(old == new, what, f"{old or 'no file'} as shard {i} when the run began", new or "no file")
-                for key in [key for key in _STREAM if key != "path"]:  # files may move
+                for key in [key for key in _STREAM if key != "path"]:  # files may have moved
                     require(had[s][key] == now[s][key], what, f"{key} {had[s][key]} as when the run began",
                             f"{key} {now[s][key]}")  # fmt: skip
 
     def go_on(self, now: dict, per_epoch: int, tell) -> tuple[Path, dict] | None:
-        """The newest checkpoint that is whole, and its state; None: there is none yet.
+        """Check that the run can be resumed and load its newest undamaged checkpoint.
 
         Args:
-            now: what a new manifest would say.
+            now: the manifest of a new run with the current arguments.
             per_epoch: batches of an epoch.
-            tell: told, as text, of damaged checkpoints and of what is not as it was.
+            tell: called with messages about damaged checkpoints and differences.
 
-        Raises: ValueError where the model or its beginning is not the run's, for fewer steps than it had, and for a
-        checkpoint of another run.
+        Returns:
+            The file and its state; None for a new run or one without a checkpoint.
+
+        Raises:
+            ValueError: another model, optimizer or initial weights, fewer steps than before, or a checkpoint of another
+                run.
         """
         self._now, had, self.run = now, self.manifest, uuid.uuid4().hex
         if had is None:
             return None
-        self.run = had.get("run")  # None: it began before runs had names
+        self.run = had.get("run")  # None: the manifest is older than run ids
         steps = self._check_steps(TrainConfig(**now["config"]), per_epoch, tell)
         _check_model(self.path / MANIFEST, had["model"], now["model"])
         optimizer, init = had.get("optimizer", now["optimizer"]), had.get("init", now["init"])
@@ -172,25 +198,25 @@ class RunFolder:
         given = now["init"] is not None
         require(now["init"] == init or not given, "init", f"{init or 'none'} as when the run began", str(now["init"]))
         self._tell_differences(tell)
-        found = load_latest(self.path / CHECKPOINTS, tell)
-        if found is None:
+        latest = load_latest(self.path / CHECKPOINTS, tell)
+        if latest is None:
             weights = self.path / WEIGHTS
             require(not weights.exists(), "resume", "a checkpoint to go on from", f"{weights} alone, of an ended run")
             require(given or init is None, "init", f"{init} as when the run began, for it has no checkpoint", "none")
             tell(f"Note: no checkpoint in {self.path}, the run starts again")
             return None
-        path, state = found
+        path, state = latest
         ours, step = state.get("run") == self.run, state["step"]
         require(ours, f"checkpoint {path}", f"one of the run that {MANIFEST} describes", "one of another run")
         _check_model(path, state.get("model_config"), now["model"] | {"normalize": now["config"]["normalize"]})
         require(step <= steps, f"checkpoint {path}", f"one of the run's {steps:,} steps", f"step {step:,}")
-        return found
+        return latest
 
     def _grown(self, config: dict) -> bool:
         return any(self._had["config"].get(name) != config[name] for name in EXTENSIBLE)
 
     def _check_steps(self, config: TrainConfig, per_epoch: int, tell) -> int:
-        """Refuse fewer steps than the run had, and tell of more."""
+        """Check that the run has no fewer steps than before; report if it has more."""
         had = {name: self._had["config"].get(name) for name in EXTENSIBLE}
         before, steps = replace(config, **had).steps(per_epoch), config.steps(per_epoch)
         require(steps >= before, ", ".join(EXTENSIBLE), f"at least the {before:,} steps that the run had", f"{steps:,}")
@@ -200,7 +226,7 @@ class RunFolder:
         return steps
 
     def _tell_differences(self, tell) -> None:
-        """Of threads, device and versions, which may change results by rounding."""
+        """Report changes of threads, device and versions, which may change results by rounding."""
         had, now = self._had, self._now
         pairs = [(key, had.get(key), now[key]) for key in ("device", "threads")]
         pairs += [(key, had["versions"].get(key), now["versions"][key]) for key in ("torch", "triton", "numpy")]
@@ -226,7 +252,17 @@ def _check_model(path: Path, had: dict | None, now: dict) -> None:
 
 
 def read_manifest(path: Path) -> dict:
-    """What is in a run's manifest. Raises: ValueError when it is none, or not as it was written."""
+    """Read a run's manifest.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Its content without the digest.
+
+    Raises:
+        ValueError: it is no manifest, or was damaged or edited.
+    """
     manifest = read_json(path)
     digest = manifest.pop(_DIGEST, None)
     ok = digest == _digest(manifest) if digest is not None or "run" in manifest else True

@@ -1,4 +1,4 @@
-"""What a training run says: a progress bar or lines, log.csv, TensorBoard and wandb when asked for."""
+"""Logging of a training run: progress bar or lines, log.csv, TensorBoard and wandb."""
 
 from __future__ import annotations
 
@@ -18,24 +18,27 @@ from ..io.atomic import write_atomically
 
 LOG = "log.csv"
 LOGGERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # name, also of the package -> its module
-_LINE_EVERY = 5.0  # seconds between lines where there is no terminal
-_BAR = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # tqdm's own leaves figures no room in 80 columns
+_LINE_EVERY = 5.0  # seconds between lines without a terminal
+_BAR = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # shorter than tqdm's, to fit figures into 80 columns
 _FIRST = ("step", "epoch", "lr", "loss", "explained_variance", "explained_variance_cross", "l0", "dead", "skipped",
           "samples_per_s", "seconds")  # fmt: skip
 
 
 class RunLog:
-    """Where the rows of a run go.
+    """Writes the rows of a run to all logs.
 
     Args:
-        out: folder of log.csv and TensorBoard's files, None: no files.
+        out: folder of log.csv and TensorBoard's files; None: no files.
         metrics: names of further columns.
         steps: of the whole run, for the bar.
-        start: rows of later steps are removed from an older log.csv: they are about to be made again.
-        to: of "tensorboard", "wandb".
+        start: step from which the run continues; later rows are removed from an existing log.csv.
+        to: any of "tensorboard", "wandb".
+        settings: shown as wandb's config.
         quiet: no bar and no lines.
 
-    Raises: ValueError for a log.csv that is not this run's; ImportError for a logger that is not installed.
+    Raises:
+        ValueError: log.csv is not this run's.
+        ImportError: a logger is not installed.
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class RunLog:
         quiet: bool = False,
     ):
         self.steps, self.quiet = steps, quiet
-        self.bar: Any = None  # of tqdm, which has no types
+        self.bar: Any = None  # of tqdm, which is untyped
         self.file: TextIO | None = None
         self.columns = [*_FIRST, *(name for name in metrics if name not in _FIRST)]
         self.tensorboard: Any = None
@@ -76,10 +79,10 @@ class RunLog:
         rows = []
         if path.exists():
             with open(path, newline="", encoding="utf-8", errors="replace") as file:
-                found = csv.DictReader(file)
+                reader = csv.DictReader(file)
                 try:
-                    ours = found.fieldnames is None or found.fieldnames == self.columns
-                    rows = [row for row in found if _whole(row, self.columns) and int(row["step"]) <= start]
+                    ours = reader.fieldnames is None or reader.fieldnames == self.columns
+                    rows = [row for row in reader if _whole(row, self.columns) and int(row["step"]) <= start]
                 except csv.Error:
                     ours = False
             expected = f"the log of this run, with columns {', '.join(self.columns[:4])} and so on"
@@ -93,11 +96,17 @@ class RunLog:
         self.writer = csv.DictWriter(self.file, self.columns, restval="")
 
     def advance(self) -> None:
+        """Advance the bar by one step."""
         if self.bar is not None:
             self.bar.update()
 
     def row(self, row: dict, important: bool = False) -> None:
-        """Log one row; on a line too when it is `important` or the last line is some seconds old."""
+        """Log one row.
+
+        Args:
+            row: column -> value, with at least the columns that a line shows.
+            important: print it even if the last line is less than _LINE_EVERY old.
+        """
         if self.file is not None:
             self.writer.writerow(row)
             self.file.flush()
@@ -114,7 +123,7 @@ class RunLog:
             print("  ".join([*place, *_summary(row)]), flush=True)
 
     def _fitting(self, parts: list[str]) -> str:
-        """As many of them as the terminal has room for beside the counts; at least the first."""
+        """The leading parts that fit into the terminal beside the counts; at least the first."""
         about = self.bar.format_dict
         room = (about["ncols"] or math.inf) - len(self.bar.format_meter(**about | {"postfix": None})) - 3
         while len(parts) > 1 and len("  ".join(parts)) > room:
@@ -122,12 +131,14 @@ class RunLog:
         return "  ".join(parts)
 
     def say(self, text: str) -> None:
+        """Print a message, above the bar if there is one."""
         if self.bar is not None:
             self.bar.write(text, file=sys.stderr)
         elif not self.quiet:
             print(text, flush=True)
 
     def close(self) -> None:
+        """Close the bar and all logs."""
         for part in (self.bar, self.file, self.tensorboard):
             if part is not None:
                 part.close()
@@ -136,12 +147,12 @@ class RunLog:
 
 
 def _whole(row: dict, columns: list[str]) -> bool:
-    """A complete line of these columns: the last line of a killed run may be cut off."""
+    """Whether a row is complete; the last line of a killed run may be truncated."""
     return list(row) == columns and None not in row.values() and row["step"].isdecimal()
 
 
 def _summary(row: dict) -> list[str]:
-    """Figures, those that matter most first."""
+    """Figures for a line, the most important first."""
     parts = [f"loss {row['loss']:.4f}", f"{row['samples_per_s']:,.0f} samples/s", f"EV {row['explained_variance']:.3f}"]
     if row.get("explained_variance_cross") is not None:
         parts[-1] += f"/{row['explained_variance_cross']:.3f}"
@@ -153,7 +164,14 @@ def _summary(row: dict) -> list[str]:
 
 
 def import_logger(name: str):
-    """The module of one of LOGGERS. Raises: ImportError that says what to install."""
+    """Import the module of a logger.
+
+    Args:
+        name: one of LOGGERS.
+
+    Raises:
+        ImportError: it is not installed; the message says what to install.
+    """
     try:
         return importlib.import_module(LOGGERS[name])
     except ImportError as error:

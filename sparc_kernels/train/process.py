@@ -1,4 +1,4 @@
-"""What a long run needs of its process: signals, a lock on its folder, and a record of versions."""
+"""Process-level support for long runs: signals, a lock on the run's folder, recorded versions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOCK = ".lock"  # in the folder of a run
 
 
 def versions() -> dict:
-    """Of what a result depends on; `commit` where the package lies in a git checkout."""
+    """Return the versions that a result depends on; `commit` only in a git checkout of this package."""
     packages = versions_of(("torch", "triton", "numpy"))
     own = {"sparc_kernels": __version__, "commit": commit(), "python": platform.python_version()}
     return own | packages | {"platform": platform.platform()}
@@ -27,7 +27,14 @@ def versions() -> dict:
 
 @contextmanager
 def only_one_run(folder: Path):
-    """Refuse a folder in which another process is training."""
+    """Lock a run's folder while the context is open.
+
+    Args:
+        folder: an existing folder.
+
+    Raises:
+        ValueError: another process holds the lock.
+    """
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(blocking=False)
@@ -40,7 +47,11 @@ def only_one_run(folder: Path):
 
 
 class Signals:
-    """Remembers SIGINT or SIGTERM; a second one has its usual effect at once."""
+    """Context that records SIGINT or SIGTERM; a second signal ends the process at once.
+
+    Attributes:
+        received: number of the signal; 0: none.
+    """
 
     def __init__(self):
         self.received = 0

@@ -13,25 +13,32 @@ from ..core.registry import on_device
 from ..nn.module import AlignedSAE
 from ..nn.optimizer import SparcAdam
 
-_EAGER_FIRST = 3  # steps before a capture: they choose launch settings and allocate what libraries keep
+_EAGER_FIRST = 3  # steps before a capture, which select launch settings and allocate library workspaces
 
 
 class Step:
-    """zero_grad, forward, loss, backward, optimizer, and every `reinit_every` steps new rows for dead latents.
+    """Forward, loss, backward and optimizer step, with re-initialisation of dead latents every `reinit_every` steps.
 
     Args:
         model: in training mode.
-        optimizer: SparcAdam of the model, capturable with `graph`; or another whose step normalises the decoder and
-            projects its gradient, with which every loss is read before the step.
-        fresh: generator, on the model's device, of re-initialised rows.
-        bf16: autocast around forward and loss.
-        gradient_free: `model.training_step`, which never holds the weights' gradients; no clipping, `l0` is not known.
-        graph: replay the step from a CUDA graph for batches of the shape seen first; others run eagerly. Falls back to
-            eager steps, with a warning, where the capture fails.
+        optimizer: SparcAdam of the model, capturable with `graph`; or another optimizer whose step normalises the
+            decoder and projects its gradient, for which the host reads every loss before the step.
+        reinit_rng: generator of re-initialised rows, on the model's device.
+        auxk_coef: weight of the auxiliary loss.
+        cross_coef: weight of the cross-reconstruction loss.
+        reinit_every: steps between re-initialisations; 0: never.
+        bf16: autocast to bfloat16 around forward and loss.
+        gradient_free: use `AlignedSAE.training_step`, without weight gradients; no clipping and no `l0` metric.
+        graph: replay the step from a CUDA graph for batches of the first batch's shape; others run eagerly. Falls back
+            to eager steps, with a warning, if the capture fails.
 
-    A batch whose loss is not finite is skipped: only the dead counters move. On the CPU the step is not counted either,
-    as officially. On CUDA, where reading the loss would make the host wait, the optimizer decides on the device, and
-    the step counts towards re-initialisation; `skipped` tells, when it is read, how many there were.
+    Attributes:
+        updates: steps taken, as the official loop counts them.
+        reads_loss: whether the host reads every loss.
+
+    A batch whose loss is not finite is skipped: it updates the dead counters only. If the host reads the loss, the step
+    is not counted, as officially. SparcAdam on CUDA decides on the device instead, without synchronising, and the step
+    counts towards re-initialisation.
     """
 
     def __init__(
@@ -51,14 +58,14 @@ class Step:
         self.auxk_coef, self.cross_coef, self.reinit_every, self.bf16 = auxk_coef, cross_coef, reinit_every, bf16
         self.gradient_free = gradient_free
         self.cuda = next(model.parameters()).is_cuda
-        self.reads_loss = not (self.cuda and isinstance(optimizer, SparcAdam))  # the host reads every loss
-        self.updates = 0  # steps taken, as the official loop counts them
+        self.reads_loss = not (self.cuda and isinstance(optimizer, SparcAdam))
+        self.updates = 0
         self._skipped = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
         self._graph = _Graph(self) if graph and self.cuda else None
 
     @property
     def skipped(self) -> int:
-        """Batches skipped so far; on CUDA reading it waits for the GPU."""
+        """Number of batches skipped so far; on CUDA reading it synchronises."""
         return int(self._skipped)
 
     @skipped.setter
@@ -66,10 +73,14 @@ class Step:
         self._skipped.fill_(value)
 
     def __call__(self, x: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """One step on a batch {s: [b, d_s]}.
+        """Take one step.
 
-        Returns: the loss, and `compute_loss`'s metrics with `l0`, the mean number of values > 0, where it is known.
-        Detached; with a CUDA graph they are overwritten by the next step.
+        Args:
+            x: batch {s: [b, d_s]}.
+
+        Returns:
+            The detached loss and the metrics of `compute_loss`, with `l0`, the mean number of values > 0, unless
+            `gradient_free`. With a CUDA graph the next step overwrites them.
         """
         result = self._graph.step(x) if self._graph else None
         loss, metrics = result or self.eager(x)
@@ -81,14 +92,18 @@ class Step:
         return loss, metrics
 
     def eager(self, x: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The step without re-initialisation and counting."""
+        """Take one step eagerly, without re-initialisation and counting; same results as a call.
+
+        Args:
+            x: batch {s: [b, d_s]}.
+        """
         model = self.model
         self.optimizer.zero_grad(set_to_none=True)
-        # no cache: a captured cast would be of the weights at that time
+        # no cache: a graph would keep the cast weights of the capture
         autocast = torch.autocast("cuda" if self.cuda else "cpu", torch.bfloat16, cache_enabled=False)
         with autocast if self.bf16 else nullcontext():
             if self.gradient_free:
-                optimizer = cast(SparcAdam, self.optimizer)  # training_step refuses others
+                optimizer = cast(SparcAdam, self.optimizer)  # training_step rejects others
                 loss, metrics = model.training_step(x, optimizer, self.auxk_coef, self.cross_coef)
                 self._skipped += ~loss.isfinite()
                 return loss, metrics
@@ -101,18 +116,22 @@ class Step:
             return loss.detach(), metrics
         loss.backward()
         if not self.reads_loss:
-            cast(Any, self.optimizer).found_inf = (~finite).float()  # moves nothing where it is 1
+            cast(Any, self.optimizer).found_inf = (~finite).float()  # 1: the optimizer updates nothing
         self.optimizer.step()
         return loss.detach(), metrics
 
     def l0(self, outputs) -> Tensor:
-        """Mean number of values > 0 of a row, over streams."""
+        """Return the number of values > 0 in a row, averaged over rows and streams.
+
+        Args:
+            outputs: of a forward over all streams.
+        """
         values = [outputs[f"values_{s}"].detach() for s in self.model.streams]
         return torch.stack([(v > 0).sum() / v.shape[0] for v in values]).mean()
 
 
 class _Graph:
-    """Replays `Step.eager`, on the model's GPU. The first steps run eagerly on the capture's stream, as it wants."""
+    """Replays `Step.eager` on the model's GPU; the first steps run eagerly on the capture's stream, as required."""
 
     def __init__(self, step: Step):
         self.owner, self.failed, self.seen = step, False, 0
@@ -125,7 +144,7 @@ class _Graph:
         self.metrics: dict[str, Tensor] = {}
 
     def step(self, x: dict[str, Tensor]):
-        """(loss, metrics), or None where the caller has to take the step."""
+        """Return loss and metrics, or None if the caller has to take the step eagerly."""
         with on_device(self.device):
             return self._step(x)
 
@@ -144,7 +163,7 @@ class _Graph:
         for s, t in x.items():
             self.x[s].copy_(t)
         if isinstance(self.owner.optimizer, SparcAdam):
-            self.owner.optimizer.refresh_shadow(seen_only=True)  # a checkpoint, new rows of dead latents
+            self.owner.optimizer.refresh_shadow(seen_only=True)  # after a loaded checkpoint or re-initialisation
         self.graph.replay()
         return self.loss, self.metrics
 
@@ -157,10 +176,7 @@ class _Graph:
         return result
 
     def _capture(self, x) -> torch.cuda.CUDAGraph | None:
-        """Record the step without taking it; None where that fails.
-
-        Other threads may use CUDA meanwhile: the loader waits for its copies.
-        """
+        """Capture the step without running it; None if that fails. The loader's thread may use CUDA meanwhile."""
         self.x, graph = {s: t.clone() for s, t in x.items()}, torch.cuda.CUDAGraph()
         current = torch.cuda.current_stream()
         try:
@@ -168,9 +184,9 @@ class _Graph:
                 self.loss, self.metrics = self.owner.eager(self.x)
         except Exception as error:
             self.failed = True
-            torch.cuda.set_stream(current)  # a capture that does not end well leaves its own stream in place
+            torch.cuda.set_stream(current)  # a failed capture leaves its own stream current
             self.x, self.loss, self.metrics = {}, None, {}
-            self.owner.optimizer.zero_grad(set_to_none=True)  # gradients in the graph's memory
+            self.owner.optimizer.zero_grad(set_to_none=True)  # they lie in the graph's memory
             warnings.warn(f"the step could not be captured in a CUDA graph, steps run eagerly: {error}", stacklevel=5)
             return None
         return graph

@@ -1,4 +1,4 @@
-"""Training from feature files or tensors: the official loop with its settings as defaults, designed to run unattended.
+"""Training from feature files or tensors: the official loop and its default settings, designed to run unattended.
 
 `Trainer` draws batches, takes steps, logs, validates and saves; `Step` is one step of the official loop. The command
 line is in cli/train.py.
@@ -31,15 +31,24 @@ from .log import LOGGERS, RunLog, import_logger
 from .process import Signals, versions
 from .step import Step
 
-_HELD_OUT_PIECE = 256  # consecutive rows that go to validation together: neighbours are often alike
+_HELD_OUT_PIECE = 256  # consecutive rows held out together, since neighbours are often similar
 
 
 class TrainingStopped(RuntimeError):
-    """Training cannot go on; the last checkpoint is whole."""
+    """Training cannot continue; the last checkpoint is intact."""
 
 
 class Interrupted(Exception):
-    """A signal asked to stop, and everything is saved. `code`: the exit code by convention, 128 + the signal."""
+    """A signal ended training, after a checkpoint if the run has a folder.
+
+    Args:
+        signum: number of the signal.
+        step: of the end.
+        saved: whether there is a checkpoint.
+
+    Attributes:
+        code: exit code by convention, 128 + signum.
+    """
 
     def __init__(self, signum: int, step: int, saved: bool):
         how = "saved, resume goes on from here" if saved else "nothing is saved"
@@ -51,35 +60,35 @@ class Trainer:
     """Trains an `AlignedSAE` on feature files or tensors.
 
     Args:
-        config: what to train.
-        streams: name -> feature file, its shards or tensor, as `Features` takes them.
+        config: settings that determine the result.
+        streams: name -> feature file, its shards or tensor, see `Features`.
         out: folder of checkpoints, log.csv, manifest.json and the final model.safetensors; None: nothing is written.
-        val_streams: the same streams of other samples, to validate on after every epoch.
-        model: to train on, where it is, of the config's settings; None: a new one, made after
+        val_streams: the same streams of other samples, for validation after every epoch.
+        model: with the config's settings, trained on its device; None: a new one, initialised after
             torch.manual_seed(config.seed).
-        optimizer: makes the optimizer of a model, None: SparcAdam with the settings; see `Step`.
-        device: of a new model: "auto" (CUDA where there is one), or a torch device.
-        resume: go on from the newest checkpoint in `out`, also to more `epochs` or `max_steps` than the run had; from
-            the start where there is none.
-        checkpoint_every: steps between checkpoints, 0: only at the end.
-        keep: checkpoints that stay.
+        optimizer: function of the model that returns its optimizer, see `Step`; None: SparcAdam with the settings.
+        device: of a new model: "auto" (CUDA if available), or a torch device.
+        resume: resume from the newest checkpoint in `out`, also to more `epochs` or `max_steps` than before; start from
+            the beginning if there is none.
+        checkpoint_every: steps between checkpoints; 0: only at the end.
+        keep: number of checkpoints to keep.
         log_every: steps between rows of the log.
-        log_to: of "tensorboard", "wandb".
-        full_check: read all features once before training; else a sample of them.
-        graph: the step in a CUDA graph, on CUDA.
+        log_to: any of "tensorboard", "wandb".
+        full_check: read all features once before training, instead of a sample.
+        graph: capture the step in a CUDA graph, on CUDA.
         export: write the official msae_checkpoint.pth too.
         on_step: called after every step with its number, loss and metrics.
-        init: where the model's weights came from, for the manifest.
+        init: origin of the model's weights, for the manifest.
         quiet: print nothing.
 
-    Everything is checked here, so that `train` starts only if it can go on: files, sizes, every feature for NaN and
-    infinity, the folder, packages that saving needs. Resuming refuses other data and other settings. `out` is made, and
-    tried for space, by `start`; before, nothing is written.
+    The constructor checks files, sizes, every feature for NaN and infinity, the folder and the packages needed, so that
+    `train` does not fail late. Resuming requires the same data and settings. Nothing is written before `start`, which
+    makes `out` and checks its free space.
 
     Raises:
-        ValueError: naming the setting, file or content that is wrong.
-        OSError: where the folder or a file cannot be used.
-        ImportError: naming the missing package.
+        ValueError: a setting, file or its content is wrong; the message names it.
+        OSError: the folder or a file cannot be used.
+        ImportError: a package is missing; the message names it.
     """
 
     def __init__(
@@ -140,18 +149,18 @@ class Trainer:
             raise
 
     def start(self) -> None:
-        """Take `out` for this run and write what stands there before the first step; `train` does it first.
+        """Lock `out`, write the manifest and open the logs; `train` calls it first.
 
         Raises:
-            ValueError: where the folder cannot be this run's.
-            OSError: where it cannot be written.
+            ValueError: the folder cannot be this run's.
+            OSError: it cannot be written.
         """
         if self.log is not None:
             return
         try:
             if self.folder is not None:
                 size = sum(p.numel() * p.element_size() for p in self.model.parameters())
-                # weights and two moments in a checkpoint, and the final weights
+                # a checkpoint (weights, two moments) and the final weights
                 self.folder.claim(self._closing, (5 if self.export else 4) * size, self.batches)
             columns = list(self.names)
             if self.val_loader is not None:
@@ -164,7 +173,7 @@ class Trainer:
             raise
 
     def close(self) -> None:
-        """Close files and give the folder free; `train` does it too."""
+        """Close files and unlock the folder; `train` calls it at its end."""
         self._closing.close()
 
     # ------------------------------------------------------------------------------------------------------ preparation
@@ -206,7 +215,7 @@ class Trainer:
             )
 
     def _check_data(self, full: bool, manifest: dict | None) -> None:
-        """Refuse NaN and infinity, and other data than those of the run to resume; warn of zero rows."""
+        """Check the features for NaN, infinity and zero rows, and that they are those of the run to resume."""
         summaries = self.features.check(full)
         self.data = {"train": self.features.describe(summaries)}
         self.spread = {s: summary.spread for s, summary in summaries.items()}
@@ -222,27 +231,27 @@ class Trainer:
             self._check_zero_rows(held_out, self.val_loader)
 
     def _check_zero_rows(self, summaries, loader: Loader) -> None:
-        """A zero row makes its batch's loss infinite: tell, and refuse where too many batches would be left out."""
-        found = {s: summary.within(loader.intervals) for s, summary in summaries.items() if summary.n_zero_rows}
-        found = {s: summary for s, summary in found.items() if summary.n_zero_rows}
-        if not found:
+        """Report zero rows, which make a batch's loss infinite; raise if too many batches would be skipped."""
+        affected = {s: summary.within(loader.intervals) for s, summary in summaries.items() if summary.n_zero_rows}
+        affected = {s: summary for s, summary in affected.items() if summary.n_zero_rows}
+        if not affected:
             return
-        who = " and ".join(stream_label(s, loader.features.paths[s]) for s in found)
-        text = " and ".join(summary.zeros(loader.rows) for summary in found.values())
-        rows = len(torch.cat([summary.zero for summary in found.values()]).unique())  # in any of the streams
-        part = min(1, rows / min(summary.n_read for summary in found.values()))
+        who = " and ".join(stream_label(s, loader.features.paths[s]) for s in affected)
+        text = " and ".join(summary.zeros(loader.rows) for summary in affected.values())
+        rows = len(torch.cat([summary.zero for summary in affected.values()]).unique())  # in any of the streams
+        part = min(1, rows / min(summary.n_read for summary in affected.values()))
         share = 1 - (1 - part) ** min(self.config.batch_size, loader.rows)
         if loader is self.val_loader:
             who, left_out = f"validation {who}", "left out of val_loss"
             require(share <= 0.5, who, "few zero rows", f"{text}: most batches would have no finite loss")
         else:
-            most = (share if self.config.shuffle == "window" else part) > 0.5  # in order they may be neighbours
+            most = (share if self.config.shuffle == "window" else part) > 0.5  # unshuffled they may be neighbours
             steps, limit, left_out = self.config.steps(len(loader)), self.config.max_skipped, "skipped, as officially"
             expected = share * steps
             if expected > limit or most:
                 got = f"{text}: without a finite loss, about {expected:,.0f} of {steps:,} batches would be skipped"
                 fail(who, f"few zero rows (max_skipped {limit:,})", got)
-        self._say(f"Note: {who} {'have' if len(found) > 1 else 'has'} {text}; batches with one are {left_out}")
+        self._say(f"Note: {who} {'have' if len(affected) > 1 else 'has'} {text}; batches with one are {left_out}")
 
     def _build(self, model: AlignedSAE | None, optimizer, graph: bool) -> None:
         config, widths = self.config, self.features.widths
@@ -251,7 +260,7 @@ class Trainer:
                 torch.manual_seed(config.seed)
                 model = config.build(widths, self.device)
                 state = torch.get_rng_state()
-            if config.shuffle == "official":  # one random state for weights, order and new rows
+            if config.shuffle == "official":  # one random state for weights, order and re-initialisation
                 self.data_rng.set_state(state)
         else:
             self.features.require_widths(model.d_streams, "the model")
@@ -286,20 +295,20 @@ class Trainer:
         )
 
     def _plan(self) -> None:
-        """Where to start: at the beginning, or where the newest checkpoint says."""
+        """Set the position to the beginning, or restore the newest checkpoint."""
         self.steps = self.config.steps(len(self.loader))
         self.batches = self.epoch = self.index = self.saved = 0
         self.epoch_state = self.data_rng.get_state()
         self.order_state: Tensor | None = None
         self.names = _metric_names(list(self.model.d_streams), bool(self.config.auxk), not self.config.gradient_free)
         self.sums = torch.zeros(len(self.names) + 1, dtype=torch.float64, device=self.device)
-        found = self.folder and self.folder.go_on(self._manifest(), len(self.loader), self._say)
-        if not found:
+        checkpoint = self.folder and self.folder.go_on(self._manifest(), len(self.loader), self._say)
+        if not checkpoint:
             return
-        path, state = found
+        path, state = checkpoint
         try:
             self._restore(state)
-        except Exception as error:  # of torch and of the optimizer, of many types
+        except Exception as error:  # torch and optimizers raise many types
             text = f"expected the state of this run, got one that does not fit ({type(error).__name__}: {error})"
             raise ValueError(f"checkpoint {path}: {text}") from error
         self.saved = self.batches
@@ -326,14 +335,14 @@ class Trainer:
         """Train to the end.
 
         Returns:
-            steps, skipped batches, the loss of the last row of the log, seconds, samples_per_s, and `waited`, the part
-            of the time without a next batch: near 0 computing is the bound, near 1 reading is.
+            `steps`, `skipped` batches, the `loss` of the last row of the log, `seconds`, `samples_per_s`, and `waited`,
+            the fraction of the time spent waiting for batches: near 0 the run is compute-bound, near 1 data-bound.
 
         Raises:
             Interrupted: after SIGINT or SIGTERM, with everything saved (a second signal ends the process at once).
             TrainingStopped: after too many non-finite losses.
             ValueError: as `start`.
-            OSError: as `start`, and when a checkpoint cannot be written.
+            OSError: as `start`, or a checkpoint cannot be written.
         """
         self.start()
         assert self.log is not None, "start opens it"
@@ -379,11 +388,11 @@ class Trainer:
             return result
 
     def _draw(self) -> Iterator[Batch]:
-        """The batches that are left."""
+        """Iterate over the remaining batches."""
         if self.batches >= self.steps:
             return
         self.data_rng.set_state(self.epoch_state)
-        # where others draw from the same random state, an epoch's order may not be drawn before the epoch
+        # with a shared random state, an epoch's order must not be drawn before the epoch
         spans = [(e, e + 1) for e in range(self.epoch, self.config.epochs)] if self.shared else None
         for first, last in spans or [(self.epoch, self.config.epochs)]:
             batches = self.loader.epochs(first, last, self.index if first == self.epoch else 0)
@@ -413,7 +422,7 @@ class Trainer:
         )
 
     def _row(self, batch: Batch, rate: float, ends: bool) -> dict:
-        """A row of the log: means over the steps since the last one."""
+        """Make a row of the log: means over the steps since the previous row."""
         count, *sums = self.sums.tolist()
         self._check_skipped()
         means = dict(zip(self.names, (m / count if count else math.nan for m in sums), strict=True))
@@ -440,7 +449,7 @@ class Trainer:
         return row
 
     def _explained(self, means: dict[str, float], spread: dict[str, float], prefix: str = "") -> dict:
-        """Explained variance, from NMSEs: exact where rows have equal norms, as normalised ones do."""
+        """Explained variance from NMSEs: exact if all rows have the same norm, as with `normalize`."""
         streams = self.model.streams
 
         def mean(pairs):
@@ -456,14 +465,14 @@ class Trainer:
 
     @torch.no_grad()
     def _l0(self, x: dict[str, Tensor]) -> float:
-        """Of one batch, with the weights as they are now."""
-        found = self.step.l0(self.model.eval()(x)).item()
+        """L0 of one batch under the current weights."""
+        mean = self.step.l0(self.model.eval()(x)).item()
         self.model.train()
-        return found
+        return mean
 
     @torch.no_grad()
     def _validate(self, epoch: int) -> dict:
-        """Means over the rows that are not trained on; dead counters stay."""
+        """Mean metrics over the held-out rows; dead counters are not updated."""
         assert self.val_loader is not None, "there are rows to validate on"
         config = self.config
         rows: int | Tensor = 0
@@ -474,7 +483,7 @@ class Trainer:
             with bf16:
                 outputs = self.model(batch.x)
                 loss, metrics = self.model.compute_loss(outputs, batch.x, config.auxk_coef, config.cross_coef)
-            n = len(next(iter(batch.x.values()))) * loss.isfinite()  # a zero row makes it infinite
+            n = len(next(iter(batch.x.values()))) * loss.isfinite()  # infinite with a zero row
             metrics["l0"] = self.step.l0(outputs)
             total += torch.where(n > 0, n * torch.stack([metrics[name] for name in self.names]), 0)
             rows += n
@@ -487,7 +496,7 @@ class Trainer:
     # ----------------------------------------------------------------------------------------------------------- saving
 
     def save(self) -> None:
-        """A checkpoint of this moment."""
+        """Write a checkpoint of the current state, unless it is written already or there is no folder."""
         if self.out is None or self.folder is None or self.saved == self.batches:
             return
         state = {
@@ -520,14 +529,14 @@ class Trainer:
         self.epoch_state, self.order_state = state["epoch_state"], state["order_state"]
         for drawn in (state["epoch_state"], state["order_state"]):
             self.data_rng.set_state(drawn)
-        same_kind = state["fresh_state"].shape == self.reinit_rng.get_state().shape  # a GPU's state is no CPU's
+        same_kind = state["fresh_state"].shape == self.reinit_rng.get_state().shape  # states of CPU and GPU differ
         if not self.shared and same_kind:
             self.reinit_rng.set_state(state["fresh_state"])
         self.sums.copy_(state["sums"])
         self.loss = float(state.get("loss", math.nan))
 
     def _finish(self) -> None:
-        """Final weights, unless most batches were skipped: they are not trained, or the learning rate broke them."""
+        """Save a checkpoint and the final weights; raise TrainingStopped instead if most batches were skipped."""
         skipped = self.step.skipped
         if skipped < self.batches:
             self.save()
@@ -553,7 +562,19 @@ class Trainer:
 
 
 def split(rows: int, fraction: float, seed: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Intervals of rows to train on and to validate on: random pieces of up to 256 consecutive rows are held out."""
+    """Hold out random pieces of up to 256 consecutive rows.
+
+    Args:
+        rows: number of rows.
+        fraction: of the rows to hold out.
+        seed: of the random choice.
+
+    Returns:
+        Intervals [start, stop) to train on, and to validate on.
+
+    Raises:
+        ValueError: no row is left to train on.
+    """
     held_out = max(1, round(rows * fraction))
     require(held_out < rows, "val_fraction", "rows left to train on", f"{held_out} of {rows} rows held out")
     piece = max(1, min(_HELD_OUT_PIECE, held_out // 8))
@@ -582,7 +603,7 @@ def _matmul_precision(precision: str):
 
 
 def _set_lr(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """In place where it is a tensor, which a captured step reads."""
+    """Set the learning rate, in place if it is a tensor, which a captured step reads."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
@@ -591,7 +612,7 @@ def _set_lr(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def _metric_names(streams: list[str], auxk: bool, l0: bool) -> list[str]:
-    """Columns of the log that are means over steps."""
+    """Names of the log's columns that are means over steps."""
     kinds = ["mse_loss", "l1_sparsity", *(["auxk_loss"] if auxk else [])]
     pairs = [f"cross_loss_{t}_from_{s}" for t in streams for s in streams if s != t]
     return ["total_loss", *(["l0"] if l0 else []), *(f"{kind}_{s}" for kind in kinds for s in streams), *pairs]

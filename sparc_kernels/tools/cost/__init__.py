@@ -1,6 +1,6 @@
-"""The cost model: bytes and FLOPs of every op from its shape, what a GPU could do at best, and which limit binds.
+"""The cost model: bytes and FLOPs of every op from its shape, its least time on a GPU, and which limit binds.
 
-Everything here is **modelled**. Nothing was measured, and no number is more than its assumptions:
+Everything here is **modelled**, nothing is measured. Assumptions:
 
 - A kernel takes as long as the slowest of four: bytes through HBM, bytes through L2 (all it moves, HBM's included),
   FLOPs, instructions (the selector's, torch.topk's and the lists'). Kernels of a step run one after the other, and each
@@ -9,9 +9,9 @@ Everything here is **modelled**. Nothing was measured, and no number is more tha
 - Gathered rows cross L2 at every use. HBM delivers each of the distinct rows once while the slab that a kernel works on
   fits in L2; beyond that a repeated use misses with probability 1 - (L2 / slab). Ids are taken as uniform, the worst
   case: real latents are skewed.
-- Rates are the data sheet's times a fraction that stands beside it. The fractions are assumptions.
-- Launches and the bytes of torch's own kernels are those of the traced step, which the tests hold them to; launches
-  inside one of torch's operators (sorts, `topk`, `index_put`) are an assumption beside each.
+- Rates are the data sheet's times an assumed fraction, given beside it.
+- Launches and the bytes of torch's own kernels equal those of the traced step (tested); launches inside one of torch's
+  operators (sorts, `topk`, `index_put`) are assumptions, given beside each.
 
 Not modelled: wave quantisation, tails, the latency of dependent loads, programs that exit after reading a count, hot
 latents split over programs, local selection, more places than one launch of the gather takes (fp32 with k > 128, 64 on

@@ -1,4 +1,4 @@
-"""What ours is compared with: dense PyTorch, the official class and its optimizer, what a library's kernels move."""
+"""Baselines: dense PyTorch, the official class and its optimizer, plain copies and gathers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..shape import Shape
 from .ours import weights
 from .parts import Op, Part, Reuse, distinct, library_unit, of_torch, product, topk_part, total
 
-# how the reference computes, and whether its step is replayed from a CUDA graph (torch.compile's "reduce-overhead")
+# name -> (fields of Shape, whether the step is replayed from a CUDA graph, torch.compile's "reduce-overhead")
 DENSE_VARIANTS = {
     "eager fp32": ({"dtype": "float32"}, False),
     "eager tf32": ({"dtype": "float32", "tf32": True}, False),
@@ -21,15 +21,18 @@ FOREACH_BLOCKS, FOREACH_CHUNK = 320, 65536  # torch's multi-tensor kernels: bloc
 
 
 def _gemms(s: Shape, more: int = 0) -> list[Part]:
-    """Per stream the encoder, its dW and, because the pre-bias has a gradient, its dx; per (target, source) pair the
-    decoder, its dW and its dcodes: 2 B N D (3 + 3 S) FLOPs, each GEMM its operands and its product."""
+    """All GEMMs of a step, 2 B N D (3 + 3 S) FLOPs; `more` is added to those of each stream.
+
+    Per stream the encoder, its dW and (the pre-bias has a gradient) its dx; per (target, source) pair the decoder, its
+    dW and its dcodes. Each GEMM reads its operands and writes its product.
+    """
     n = 3 + 3 * s.S + more
-    ones = [product(s, "GEMM", s.B, s.N, d, unit=library_unit(s)) for d in s.d_streams]
-    return [replace(one, streamed=n * one.streamed, flops=n * one.flops, launches=n) for one in ones]
+    gemms = [product(s, "GEMM", s.B, s.N, d, unit=library_unit(s)) for d in s.d_streams]
+    return [replace(gemm, streamed=n * gemm.streamed, flops=n * gemm.flops, launches=n) for gemm in gemms]
 
 
 def dense_step(s: Shape) -> Op:
-    """`reference.training_loss` and its backward with torch.topk, without AuxK. `official_step` does more than this.
+    """Model `reference.training_loss` and its backward with torch.topk, without AuxK. `official_step` does more.
 
     Eager, passes over [B, N] beside the GEMMs: summing the streams 3 (S - 1); topk (see `topk_part`); per pair zeros
     and an out-of-place scatter_add 3; per stream zeros for the gather's backward 1, and the sum for dc 1.
@@ -60,19 +63,21 @@ def dense_step(s: Shape) -> Op:
 
 
 def _index_put(s: Shape, k: int) -> Part:
-    """The backward of x[rows, ids] for B k places of [B, N]: index_put_ with accumulation. Assumption: both int64 ids
-    made one linear index, which is sorted with its positions, a radix pass for each byte it needs, then added up in
-    order; about 12 launches beside the passes."""
+    """The backward of x[rows, ids] for B k entries of [B, N]: index_put_ with accumulation.
+
+    Assumption: both int64 ids become one linear index, which is radix sorted with its positions, one pass a byte, then
+    summed in order; about 12 launches beside the passes.
+    """
     passes = cdiv((s.B * s.N - 1).bit_length(), 8)
     return of_torch("index_put", s.B * k * (8 * 8 + 2 * 16 * passes + 24), 12 + passes)
 
 
 def official_step(s: Shape) -> Op:
-    """Forward, compute_loss and backward of the official class (sparc/model/model_global.py at 7f36faa, dense decoder,
-    global TopK), eager, in the dtype of s; with s.auxk also its AuxK, which costs the same however many are dead.
+    """Model forward, compute_loss and backward of the official class, eager, in the dtype of s.
 
-    Counted from its source, launches and bytes then checked against torch's dispatcher (tests/test_cost.py). Of e bytes
-    an element unless said:
+    The class is sparc/model/model_global.py at 7f36faa, dense decoder, global TopK; with s.auxk also its AuxK, which
+    costs the same however many latents are dead. Counted from its source; launches and bytes are checked against
+    torch's dispatcher (tests/tools/test_cost.py). Elements have e bytes unless stated:
 
     - Over [B, N]: the streams stacked and summed 3 S + 1; torch.topk; a bool mask of the selection, once and again per
       stream. Per stream dense codes zeroed; the mask widened and summed, in the forward and again in the loss; codes
@@ -81,7 +86,7 @@ def official_step(s: Shape) -> Op:
     - Over [d, N]: the S gradients of a decoder added, 3 (S - 1). Over [B, d]: 20 per pair (bias, difference, squares,
       means, their backward), 5 per stream. Counters 66 bytes a latent and stream; 77 bytes a selected place and stream.
     - 22 S^2 + 36 S + 15 operators (68 at S 1), and what index_put and topk launch inside.
-    - AuxK per stream: the logits cloned, multiplied by the dead mask, and gone through by a second topk; a bool mask;
+    - AuxK per stream: the logits cloned, multiplied by the dead mask, and selected by a second topk; a bool mask;
       dense codes; in the backward zeros, the product's and the sum with the other gradient: 11 and 1 of one byte; three
       GEMMs; 25 over [B, d]; 3 over [d, N]; 48 operators, with boolean indexing, each a nonzero.
 
@@ -94,23 +99,24 @@ def official_step(s: Shape) -> Op:
     passes = BN * (e * (3 * S + 1 + 11 * S + 3 * S * (S - 1)) + 1 + 5 * S)
     passes += e * (3 * (S - 1) * ND + BD * (20 * S + 5)) + S * (66 * s.N + 77 * M) + 9 * M
     operators = 22 * S * S + 36 * S + 15 if S > 1 else 68
-    apart = 3 * S * S + 3 * S + 1 + S  # GEMMs, topk and index_put
+    apart = 3 * S * S + 3 * S + 1 + S  # GEMMs, topk and index_put, counted on their own
     parts = [*_gemms(s, 3 if s.auxk else 0), topk_part(s, s.k), *[_index_put(s, s.k)] * S]
     parts.append(of_torch("passes", passes, operators - apart))
     if s.auxk:
         passes = S * (BN * (11 * e + 1) + s.B * s.auxk * (3 * 50 + 120)) + e * (25 * BD + 3 * ND)
-        # 3 GEMMs, a topk and 2 index_put of the 48 apart; about 4 launches more for each of 4 nonzeros
+        # of the 48, 3 GEMMs, a topk and 2 index_put count on their own; 4 nonzeros take about 4 launches more each
         parts.append(of_torch("AuxK passes", passes, (48 - 6 + 16) * S + 7))
         parts += [*[topk_part(s, s.auxk)] * S, *[_index_put(s, s.auxk)] * (2 * S)]
     return Op("official step", tuple(parts))
 
 
 def as_shipped(s: Shape) -> Shape:
+    """Return the shape in the arithmetic of the official code: fp32 without tf32 or autocast."""
     return replace(s, dtype="float32", tf32=False, autocast=False)
 
 
 def official_loop(s: Shape) -> Op:
-    """The official class and its loop's optimizer, as shipped."""
+    """Model the official class and its loop's optimizer, as shipped."""
     return total("official loop", [official_step(as_shipped(s)), official_optimizer(s)])
 
 
@@ -118,23 +124,25 @@ def official_loop(s: Shape) -> Op:
 
 
 def adam(s: Shape) -> Op:
-    """Weight, gradient and two moments read, weight and two moments written, for both weight matrices, in fp32."""
+    """Model one pass of Adam over both weight matrices in fp32: weight, gradient and two moments read, all but the
+    gradient written."""
     return Op("Adam", (Part("Adam", 7 * weights(s) * 4),))
 
 
 def unit_norm(s: Shape) -> Op:
-    """Normalising reads W_dec twice and writes it; the projection reads W_dec and its gradient twice and writes it."""
+    """Model normalisation (W_dec read twice, written once) and projection (W_dec and its gradient read twice, the
+    gradient written)."""
     return Op("unit norm + projection", (Part("passes", 8 * s.N * s.D * 4, launches=8 * s.S),))
 
 
 def fused_adam(s: Shape) -> Op:
-    """The helpers, then torch's fused Adam: 7 numbers a parameter."""
+    """Model `unit_norm`, then torch's fused Adam: 7 numbers a parameter."""
     return total("unit norm, fused Adam", [unit_norm(s), adam(s)])
 
 
 def official_optimizer(s: Shape) -> Op:
-    """The official loop's: unit norm, projection, and torch.optim.Adam as shipped, foreach: numbers a parameter that
-    each of its operators moves (addcmul reads g twice). (Three helpers' host work is in the launches.)"""
+    """Model the official loop's optimizer: unit norm, projection, and torch.optim.Adam as shipped (foreach)."""
+    # numbers a parameter that each operator moves (addcmul reads g twice)
     n, launches = weights(s), cdiv(weights(s), FOREACH_BLOCKS * FOREACH_CHUNK)
     steps = {"lerp": 3, "mul": 2, "addcmul": 4, "sqrt": 2, "div": 2, "add": 2, "addcdiv": 4}
     foreach = Op("Adam, foreach", tuple(of_torch(name, 4 * moved * n, launches) for name, moved in steps.items()))
@@ -142,12 +150,12 @@ def official_optimizer(s: Shape) -> Op:
 
 
 def copy(s: Shape) -> Op:
-    """A buffer of W's size read and written."""
+    """Model a copy of a buffer of W's size."""
     return Op("copy", (Part("copy", 2 * s.N * s.D * s.e),))
 
 
 def gather(s: Shape) -> Op:
-    """B k random rows of the widest stream read and written, int64 ids read."""
+    """Model a gather of B k random rows of the widest stream: rows read and written, int64 ids read."""
     d = max(s.d_streams)
     rows = distinct(s.N, s.M) * d * s.e
     return Op("gather", (Part("gather", s.M * d * s.e + 8 * s.M, Reuse(s.M * d * s.e, rows, rows)),))

@@ -1,4 +1,4 @@
-"""GPUs of the cost model: ceilings from data sheets, and the share of them taken to be within reach."""
+"""GPUs of the cost model: ceilings from data sheets, and the assumed achievable share of each."""
 
 from __future__ import annotations
 
@@ -14,29 +14,32 @@ class GPU:
     """Ceilings of one GPU. Every `*_fraction`, `*_us` and `l2_gb_s` is an assumption."""
 
     name: str
-    match: tuple[str, ...]  # words that torch's name of the device holds, all of them
+    match: tuple[str, ...]  # words that torch's name of the device contains, all of them
     hbm_gb_s: float  # data sheet
-    l2_gb_s: float  # within reach, reads of rows of 1 kB and more
+    l2_gb_s: float  # achievable, reads of rows of 1 kB and more
     l2_bytes: float
     tflop_s: dict[str, float]  # data sheet, dense, by unit; half precision accumulating in fp32
     sms: int
     clock_ghz: float
     arch: int = 90  # as `launch.device.capability` gives it: the launch settings that are modelled
-    without: tuple[str, ...] = ()  # words that the name must not hold
+    without: tuple[str, ...] = ()  # words that the name must not contain
     hbm_fraction: float = 0.9
     gemm_fraction: float = 0.8  # of a library GEMM of thousands of rows
     issue_fraction: float = 0.5  # of 4 instructions a clock and multiprocessor, for code full of barriers
-    launch_us: float = 2.0  # what a kernel costs the device beyond its work: ramp, tail, gap to the next
-    host_us: float = 6.0  # what PyTorch's eager mode needs for a launch, autograd included
+    launch_us: float = 2.0  # device time of a kernel beyond its work: ramp, tail, gap to the next
+    host_us: float = 6.0  # host time of a launch in PyTorch's eager mode, autograd included
 
     def bytes_per_s(self, level: str) -> float:
+        """Return the achievable bandwidth of "HBM" or "L2"."""
         return 1e9 * (self.hbm_gb_s * self.hbm_fraction if level == "HBM" else self.l2_gb_s)
 
     def flop_per_s(self, unit: str) -> float:
+        """Return the achievable FLOP/s of a unit of `tflop_s`, or of "tf32x3"."""
         rate = self.tflop_s["tf32"] / 3 if unit == "tf32x3" else self.tflop_s[unit]  # three tf32 products each
         return 1e12 * rate * self.gemm_fraction
 
     def instructions_per_s(self) -> float:
+        """Return the achievable warp instructions a second of the whole GPU."""
         return 4e9 * self.sms * self.clock_ghz * self.issue_fraction
 
 
@@ -46,10 +49,10 @@ def _rates(half: float, tf32: float, fp32: float) -> dict[str, float]:
 
 # Data sheets: NVIDIA A100 (2021), H100 (2023), H200 (2024), HGX B200, L40S; whitepapers "NVIDIA Ada GPU Architecture"
 # and "NVIDIA RTX Blackwell GPU Architecture", appendix A; AMD Instinct MI300X (2023). Tensor rates are dense (half of
-# those quoted with sparsity); GeForce rates accumulate in fp32. The L40S is given the whole L2 of its die, as the L40.
-# L2 within reach: 5.5 TB/s on H100 and H200 (the same die), the study of these kernels; A100 the same share of its
-# 5,120 B a clock. RTX 4090 and MI300X (its Infinity Cache) are near what Chips and Cheese published, RTX 5090 and L40S
-# are scaled from the 4090. B200 is a guess above its HBM.
+# those quoted with sparsity); GeForce rates accumulate in fp32. The L40S has the whole L2 of its die, as the L40.
+# Achievable L2: 5.5 TB/s on H100 and H200 (the same die), from the study of these kernels; A100 the same share of its
+# 5,120 B a clock. RTX 4090 and MI300X (its Infinity Cache) are near figures of Chips and Cheese, RTX 5090 and L40S are
+# scaled from the 4090. B200 is a guess above its HBM.
 _TABLE = (
     GPU("A100", ("a100", "80gb"), 2039, 4200, 40 * MIB, _rates(312, 156, 19.5), 108, 1.41, 80, ("pcie",)),
     GPU("H100", ("h100", "hbm3"), 3350, 5500, 50 * MIB, _rates(989, 494, 67), 132, 1.75, 90, ("nvl", "pcie")),
@@ -62,18 +65,22 @@ _TABLE = (
 )
 GPUS = {gpu.name: gpu for gpu in _TABLE}
 DEFAULT_GPU = "H200"
-PARTIAL_DEVICE = ("mig ", "laptop", "max-q")  # words of a name that say: not the device of the data sheet
+PARTIAL_DEVICE = ("mig ", "laptop", "max-q")  # words in the name of a device that is not the data sheet's
 
 
 def gpu_named(name: str) -> GPU:
-    """The GPU of the table with this key, in upper or lower case."""
+    """Return a GPU of the table by its key, in upper or lower case.
+
+    Raises:
+        ValueError: a name not in the table.
+    """
     key = next((key for key in GPUS if key.lower() == str(name).lower()), None)
     require(key is not None, "gpu", f"one of {', '.join(GPUS)}", repr(name))
     return GPUS[key]
 
 
 def gpu_of_device(name: str) -> GPU | None:
-    """The GPU whose words torch's name of the device holds ("NVIDIA H200" is H200); None for one not in the table."""
+    """Return the GPU that torch's name of a device denotes ("NVIDIA H200" is H200); None if it is not in the table."""
     name = name.lower()
     for gpu in GPUS.values():
         if all(w in name for w in gpu.match) and not any(w in name for w in (*gpu.without, *PARTIAL_DEVICE)):

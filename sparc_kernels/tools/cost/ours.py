@@ -1,7 +1,7 @@
-"""Our operators: bytes, FLOPs and launches from the shape, with launch settings from the launchers' own functions.
+"""The package's operators: bytes, FLOPs and launches from the shape, with settings from the launchers' own functions.
 
 Symbols as in docs/math.md: B rows, N latents, k active, S streams, D the sum of their widths, M = B k, e bytes of a
-weight. `ops_of` is the table of a step; what its rows share stands before it.
+weight. `ops_of` is the table of a step; the functions before it make its rows.
 """
 
 from __future__ import annotations
@@ -24,19 +24,24 @@ from .parts import NO_REUSE, Op, Part, Reuse, distinct, library_unit, of_gpu, of
 
 # Compiled (sm_90, Triton 3.9): the epilogue adds about 46 / D of the main loop to a 128 x 256 tile.
 EPILOGUE = 46
-# Assumption: the share of the library's rate that the Triton GEMM reaches, as in `launch.select.encode_by_library`.
+# Assumption: the Triton GEMM's share of the library's rate, as in `launch.select.encode_by_library`.
 TRITON_GEMM = 0.93
 # Compiled (sm_90, Triton 3.9): a warp of the selector executes about 1,640 instructions outside its two bisections, and
-# 73 + 46 a step. Simulated on normal logits (tests/test_cost.py): steps of each bisection, by bytes of a logit.
+# 73 + 46 a step. Simulated on normal logits (tests/tools/test_cost.py): steps of each bisection, by bytes of a logit.
 SELECT_INSTRUCTIONS, BISECTION_INSTRUCTIONS, BISECTION_STEPS = 1640, 119, {2: 7, 4: 9}
-# Compiled (sm_90, Triton 3.9): a warp of `_lists_kernel` executes about 20 instructions for 32 places; for 32 offsets
+# Compiled (sm_90, Triton 3.9): a warp of `_lists_kernel` executes about 20 instructions for 32 entries; for 32 offsets
 # 105, most of them a 64-bit division, and 22 for each step of their bisection.
 LISTS_INSTRUCTIONS, OFFSETS_INSTRUCTIONS, LISTS_STEP = 20, 105, 22
-MOMENT = 4  # bytes of a moment of Adam
+MOMENT = 4  # bytes of one of Adam's moments
 
 
 def kernel_unit(s: Shape, tf32: bool) -> str:
-    """What `tl.dot` computes on."""
+    """Return the unit of `tl.dot`.
+
+    Args:
+        s: gives dtype and architecture.
+        tf32: whether float32 may be computed in tf32.
+    """
     precision = dot_precision(s.arch, tf32)
     return s.dtype if s.dtype != "float32" else "float32" if precision == "ieee" else precision
 
@@ -45,18 +50,20 @@ def kernel_unit(s: Shape, tf32: bool) -> str:
 
 
 def gemm(s: Shape) -> Op:
-    """The bare encoder GEMM of a library: x and W_enc read, the logits written."""
+    """Model the bare encoder GEMM of a library: x and W_enc read, the logits written."""
     return Op("encoder GEMM", (product(s, "GEMM", s.B, s.N, s.D, unit=library_unit(s)),))
 
 
 def mm_topk(s: Shape) -> Op:
-    """The GEMM, then torch.topk."""
+    """Model the GEMM, then torch.topk."""
     return Op("mm + topk", (*gemm(s).parts, topk_part(s, s.k)))
 
 
 def _chunks(s: Shape, k: int, compact: bool) -> tuple[int, bool]:
-    """Launches of GEMM and selector, and whether selectors run beside the GEMM of the next rows, as
-    `ops.selection._select_triton` launches them; `compact`: among the dead latents of one stream."""
+    """Number of chunks of rows, and whether selectors overlap with the next chunk's GEMM, as in `_select_triton`.
+
+    `compact`: selection among the dead latents of one stream.
+    """
     config = select_config(s.N, k, compact)
     encode = with_span(encode_config(s.B, s.e, s.arch, compact), config.span)
     columns = s.N + cdiv(s.N, config.group) + (cdiv(s.N, config.span) if config.span > config.group else 0)
@@ -66,11 +73,11 @@ def _chunks(s: Shape, k: int, compact: bool) -> tuple[int, bool]:
 
 
 def _selection(s: Shape, k: int, n: int, d: int, *, library: bool = False, compact: bool = False) -> Iterator[Part]:
-    """Top k of n columns, chunk after chunk of rows, each of which reads W_enc [n, d].
+    """Top k of n columns by chunks of rows, each of which reads W_enc [n, d].
 
     The Triton GEMM's epilogue writes the groups' maxima; `library`: a GEMM over joint storage, then one pass over its
-    logits. The selector reads maxima and the logits of k groups, and writes int64 ids. Beside a GEMM its block fits on
-    a multiprocessor with one of the GEMM's (compiled, sm_90: 216 of the GEMM's registers times 256 threads leave
+    logits. The selector reads maxima and the logits of k groups, and writes int64 ids. Its block fits on a
+    multiprocessor beside one of the GEMM's (compiled, sm_90: 216 of the GEMM's registers times 256 threads leave
     10,240, the selector needs 80 times 128); that the GEMM is not slowed down is an assumption.
     """
     (chunks, beside), config, B, e = _chunks(s, k, compact), select_config(s.N, k), s.B, s.e
@@ -99,25 +106,28 @@ def _selection(s: Shape, k: int, n: int, d: int, *, library: bool = False, compa
 
 @of_gpu
 def select_fused(s: Shape) -> Op:
-    """Centred inputs to ids by the package's own GEMM."""
+    """Model selection, from centred inputs to ids, by the package's own GEMM."""
     return Op("select (fused)", tuple(_selection(s, s.k, s.N, s.D)))
 
 
 @of_gpu
 def select_library(s: Shape) -> Op:
-    """The same by a library's GEMM."""
+    """Model selection, from centred inputs to ids, by a library's GEMM."""
     return Op("select (library)", tuple(_selection(s, s.k, s.N, s.D, library=True)))
 
 
 def select(s: Shape) -> Op:
-    """The variant that the package takes: the library's where its GEMM pays and the weights lie side by side, as those
-    of one stream do, and those of several when autocast has just written them (`ops.joint.JointCast`)."""
+    """Model the variant that the package takes.
+
+    The library's GEMM is taken where it pays and the weights are contiguous: with one stream, or with several that
+    autocast has just written side by side (`ops.joint.JointCast`).
+    """
     joint = s.S == 1 or (s.autocast and all(d % 8 == 0 for d in s.d_streams))
     return select_library(s) if joint and encode_by_library(s.B, s.D, s.e, s.tf32) else select_fused(s)
 
 
 def even_gemm_share(s: Shape, gpu: GPU) -> float:
-    """The share of the library's GEMM rate from which the fused variant is the faster one."""
+    """Return the share of the library's GEMM rate at which the fused variant breaks even."""
     main, *selectors = select_fused(s).parts
     spare = select_library(s).seconds(gpu) - sum(p.seconds(gpu) for p in selectors)
     spare -= 1e-6 * gpu.launch_us * main.launches
@@ -128,7 +138,7 @@ def even_gemm_share(s: Shape, gpu: GPU) -> float:
 
 
 def _slabs(s: Shape, d: int, k: int) -> tuple[int, int]:
-    """Columns of one slab of a gather of k places over d columns of W, and how many slabs."""
+    """Columns of one slab of a gather of k rows over d columns of W, and number of slabs."""
     config = gather_config(k, d, s.N, s.e, s.arch)
     columns = min(config.tiles * config.block_d, d)
     return columns, cdiv(d, columns)
@@ -137,14 +147,18 @@ def _slabs(s: Shape, d: int, k: int) -> tuple[int, int]:
 def _gather(
     s: Shape, name: str, d: int, n: int, present: int, *, once: float, per_slab: float, flops: int, k: int = 0
 ) -> Part:
-    """Rows of W [n, d] gathered, slab after slab, for S sources at once.
+    """Rows of W [n, d] gathered by slabs of columns, for S sources at once.
 
     Args:
-        present: how many of the k places of a row hold one of the n latents.
-        once: bytes moved besides, for all slabs.
-        per_slab: bytes moved besides, for each of them.
+        s: shape of the step.
+        name: of the part.
+        d: columns of W.
+        n: latents.
+        present: how many of a row's k entries are one of the n latents.
+        once: bytes moved besides, in total.
+        per_slab: bytes moved besides, for each slab.
         flops: for each number gathered.
-        k: places of a row where they are not s.k; then for one source.
+        k: entries of a row, and then one source; 0: s.k entries and S sources.
     """
     (columns, n_slabs), uses, reuse = _slabs(s, d, k or s.k), s.B * present, NO_REUSE
     if present:
@@ -155,8 +169,10 @@ def _gather(
 
 
 def _values(s: Shape, k: int, n: int, present: int) -> Iterator[Part]:
-    """Per stream k encoder rows gathered per row: x and ids read, the dots of every slab written; then one kernel for
-    all streams (or as many as the scratch holds dots of) that adds the slabs and the bias, and writes fp32 values."""
+    """Per stream k encoder rows gathered per row: x and ids read, the dots of every slab written.
+
+    Then one kernel for all streams (or as many as fit the scratch) adds slabs and bias, and writes fp32 values.
+    """
     M, held, finishes = s.B * k, 0, 1
     sums = [4 * M * _slabs(s, d, k)[1] for d in s.d_streams]
     for d in s.d_streams:
@@ -169,9 +185,12 @@ def _values(s: Shape, k: int, n: int, present: int) -> Iterator[Part]:
 
 
 def _lists(s: Shape, k: int, groups: int, beside: bool) -> Iterator[Part]:
-    """`inverse_index` of groups of B k places each: ids narrowed to keys of 2 or 4 bytes; keys sorted; both lists
-    narrowed, offsets by bisection. Assumption for torch.sort: a radix pass for each byte of a key, which reads and
-    writes keys and int64 positions; positions, histogram, scan and a copy besides."""
+    """`inverse_index` of `groups` of B k entries each.
+
+    Ids are narrowed to keys of 2 or 4 bytes and sorted; both lists are narrowed, offsets come from a bisection.
+    Assumption for torch.sort: one radix pass a byte of a key, which reads and writes keys and int64 positions;
+    positions, histogram, scan and a copy besides.
+    """
     M, offsets = s.B * k, groups * (s.N + 1)
     size, key = groups * M, 2 if offsets < 2**15 else 4
     bisection = OFFSETS_INSTRUCTIONS + LISTS_STEP * (M.bit_length() + 1)
@@ -182,12 +201,12 @@ def _lists(s: Shape, k: int, groups: int, beside: bool) -> Iterator[Part]:
 
 
 def computes_ahead(s: Shape) -> bool:
-    """Whether the loss computes its gradients in the forward (`ops.aligned_loss.AlignedLoss`)."""
+    """Return whether the loss computes its gradients in the forward (`ops.aligned_loss.AlignedLoss`)."""
     return not s.compiled and s.dtype != "float16"
 
 
 def _losses(s: Shape, name: str, d: int, n: int, present: int) -> Iterator[Part]:
-    """k decoder rows gathered per row of one target, once for all S sources; x, ids and values read."""
+    """k decoder rows gathered per row of one target, shared by all S sources; x, ids and values read."""
     once = s.B * d * s.e * (2 if s.auxk else 1)  # AuxK needs the target's own error
     per_slab = s.M * (8 + 4 * s.S) + 4 * s.S * s.B
     yield _gather(s, name, d, n, present, once=once, per_slab=per_slab, flops=2 * s.S)
@@ -196,7 +215,12 @@ def _losses(s: Shape, name: str, d: int, n: int, present: int) -> Iterator[Part]
 
 
 def route(s: Shape, d: int) -> tuple[bool, int]:
-    """Whether a decoder of width d has its gradient computed through H, and how many columns at a time."""
+    """Return whether a decoder's gradient is computed through H, and how many columns at a time.
+
+    Args:
+        s: shape of the step.
+        d: width of the decoder.
+    """
     return _route(s.S, s.M, s.B, s.k, d, getattr(torch, s.dtype), s.arch)
 
 
@@ -205,9 +229,11 @@ def _pieces(d: int, width: int) -> list[int]:
 
 
 def _one_pass(s: Shape, d: int, n: int, present: int, *, first: bool, direct: bool = False) -> Iterator[Part]:
-    """Losses, dv, sum_s coef E in fp32, and E of all sources or H, of one target; then the kernel that adds up the
-    slabs and scales dv, added to that of earlier targets unless `first`. With AuxK the target's own E is kept too.
-    `direct`: E of all columns is kept, for the update without gradients."""
+    """Losses, dv, sum_s coef E in fp32, and E of all sources or H, of one target; then the sum of slabs, scaling dv.
+
+    dv is added to that of earlier targets unless `first`. With AuxK the target's own E is kept too. `direct`: E of all
+    columns is kept, for the update without gradients.
+    """
     through_h, width = (False, d) if direct else route(s, d)
     S, B, M, pieces = s.S, s.B, s.M, _pieces(d, width)
     dv, sq, pending, slab_sums, added = 4 * S * M, 4 * S * B, [], 0, False
@@ -225,8 +251,10 @@ def _one_pass(s: Shape, d: int, n: int, present: int, *, first: bool, direct: bo
 
 
 def _reduce(s: Shape, d: int, sources: int, entries: int, *, per_entry: int, written: float) -> Iterator[Part]:
-    """Per list entry the rows of `sources` out of L2, per tile of columns lists, offsets and `per_entry` bytes; then a
-    look at every 64th place for lists that were split."""
+    """Per list entry the rows of `sources` through L2, per tile of columns lists, offsets and `per_entry` bytes.
+
+    Then every 64th entry is read to find the lists that were split.
+    """
     block = reduce_config(d, s.arch, sources).block_d
     rows, lists = sources * s.B * d * s.e, cdiv(d, block) * (entries * per_entry + 4 * s.N)
     used = Reuse(sources * entries * d * s.e, rows, rows * min(1, block / d)) if entries else NO_REUSE
@@ -235,8 +263,7 @@ def _reduce(s: Shape, d: int, sources: int, entries: int, *, per_entry: int, wri
 
 
 def _reduce_dec(s: Shape, d: int, through_h: bool, width: int) -> Iterator[Part]:
-    """dW_dec of one target: H, in list order, read once and summed in segments; or per list entry the errors of S
-    sources, with their weights and scales."""
+    """dW_dec of one target: segment sums of H in list order; or per list entry weighted errors of S sources."""
     for columns in _pieces(d, width):
         if through_h:
             moved = s.M * columns * s.e + s.N * (columns * s.e + 4)
@@ -247,22 +274,24 @@ def _reduce_dec(s: Shape, d: int, through_h: bool, width: int) -> Iterator[Part]
 
 
 def _bias_sums(s: Shape, launches: int = 2) -> Part:
-    """Sums over the rows of fp32 [B, d_s] of each stream: partial ones, then those of the chunks."""
+    """Sums over the rows of fp32 [B, d_s] of each stream: of chunks of rows, then over chunks."""
     moved = 4 * s.B * s.D + 8 * s.D * cdiv(s.B, column_chunk(s.B)) + s.D * s.e
     return Part("bias sums", moved, launches=launches)
 
 
 def _late_bias_sums(s: Shape, added: bool) -> Part:
-    """The same in the backward, by torch and stream by stream: summed, rounded, and perhaps added to another."""
+    """The same in the backward, by torch for each stream: summed, rounded; `added`: then added to another tensor."""
     half = s.e == 2
     moved = 4 * s.B * s.D + 4 * s.D + (s.D * (4 + s.e) if half else 0) + (3 * s.D * s.e if added else 0)
     return of_torch("biases", moved, s.S * (1 + half + added))
 
 
 def _auxk(s: Shape, direct: bool) -> Iterator[Part]:
-    """The dead of all streams first; per stream `select` over their columns alone; values; one inverse index for all
-    streams; the loss, and its gradients where the main loss computes its own, over min(auxk, dead) decoder rows; the
-    sums added in place to the latents that have entries, unless the update takes them; torch's passes."""
+    """AuxK: dead latents moved to the front; per stream selection among them; values; one inverse index; loss, sums.
+
+    Gathers take min(auxk, dead) decoder rows. The latent sums are added in place to latents that have entries, unless
+    the update computes them.
+    """
     ahead, S, SB, BD = direct or computes_ahead(s), s.S, s.S * s.B, s.B * s.D
     present, ids = min(s.auxk, s.dead), 8 * s.B * s.auxk
     entries = s.B * present
@@ -275,7 +304,7 @@ def _auxk(s: Shape, direct: bool) -> Iterator[Part]:
     for d in s.d_streams:
         if s.dead:
             yield from _selection(s, s.auxk, s.dead, d, compact=True)
-        else:  # programs look at the count; the rows get ids of the living
+        else:  # programs read the count and exit; rows are filled with live latents
             yield Part("nothing dead", ids, launches=2 * _chunks(s, s.auxk, compact=True)[0])
     yield of_torch("stack", 2 * S * ids)
     yield from _values(s, s.auxk, s.dead, present)
@@ -302,11 +331,12 @@ def _auxk(s: Shape, direct: bool) -> Iterator[Part]:
 
 
 def parameter_bytes(s: Shape) -> int:
+    """Return the bytes of a stored weight."""
     return 4 if s.autocast else s.e
 
 
 def weights(s: Shape) -> int:
-    """Numbers in the weight matrices."""
+    """Return the number of entries of all weight matrices."""
     return 2 * s.N * s.D
 
 
@@ -315,14 +345,17 @@ def _scalars(s: Shape) -> Part:
 
 
 def sparc_adam(s: Shape) -> Op:
-    """SparcAdam from gradients in memory: weight, gradient and moments read, weight and moments written, once."""
+    """Model SparcAdam from gradients in memory: one pass reads weight, gradient and moments, writes all but the
+    gradient."""
     moved = 3 * parameter_bytes(s) + 4 * MOMENT
     return Op("SparcAdam", (_scalars(s), *(Part("stream", moved * (2 * s.N * d + s.N + d)) for d in s.d_streams)))
 
 
 def _update(s: Shape, d: int, decoder: bool) -> Iterator[Part]:
-    """A matrix of one stream: sums of its lists and of AuxK's, projection and Adam; of the encoder also latent biases
-    and the pre-bias."""
+    """Update of one matrix of one stream from its lists and AuxK's: latent sums, projection, Adam.
+
+    With the encoder also the latent bias and the pre-bias.
+    """
     sources, per_entry = (s.S, 4 + 8 * s.S) if decoder else (1, 12)
     block, present = latent_adam_config(d, s.arch, not decoder).block_d, min(s.auxk, s.dead)
     for places, rows in ((s.M, sources), *([(s.B * s.auxk, 1)] if s.auxk else [])):
@@ -333,7 +366,7 @@ def _update(s: Shape, d: int, decoder: bool) -> Iterator[Part]:
     sums = 0 if decoder else 4 * cdiv(s.N, adam_rows(s.N)) * d  # of dc W_enc, one of each program
     moved = s.M * per_entry + 4 * s.N + (s.B * present * 12 + 4 * s.N if s.auxk else 0) + sums
     moved += (2 * parameter_bytes(s) + 4 * MOMENT) * s.N * (d if decoder else d + 1)
-    moved += s.e * s.N * d if s.autocast else 0  # the rounded weights, SparcAdam's `shadow`
+    moved += s.e * s.N * d if s.autocast else 0  # half precision copies, SparcAdam's `shadow`
     used = Reuse(entries * d * s.e, rows + (own if present else 0), rows + own)
     yield Part("weights and moments", moved, used, flops=2 * entries * cdiv(d, block) * block)
     if not decoder:
@@ -346,11 +379,19 @@ def _update(s: Shape, d: int, decoder: bool) -> Iterator[Part]:
 
 @of_gpu
 def ops_of(s: Shape, direct: bool = False) -> dict[str, Op]:
-    """Forward, losses and backward, op by op; `direct`: `AlignedSAE.training_step`, its update included."""
+    """Model forward, losses and backward op by op.
+
+    Args:
+        s: shape of the step.
+        direct: model `AlignedSAE.training_step` instead, its update included.
+
+    Returns:
+        {name: Op}, in order; ops that the step does not have are left out.
+    """
     B, N, k, S, D, M, e, widths = s.B, s.N, s.k, s.S, s.D, s.M, s.e, s.d_streams
     ahead, selected = direct or computes_ahead(s), select(s)
     norms = Part("target weights", B * D * e + 4 * S * B * (1 + S))
-    matrices = 0 if direct else 4 * N * D  # which the update writes rounded
+    matrices = 0 if direct else 4 * N * D  # the direct update writes them rounded
     table = {
         # x - b of every stream, for the selection, the values and dW_enc
         "centre": [Part("centre", 2 * B * D * e)],
@@ -362,7 +403,7 @@ def ops_of(s: Shape, direct: bool = False) -> dict[str, Op]:
         "inverse index": _lists(s, k, 1, beside=True),
         # losses in the forward, everything again in the backward
         "losses": [] if ahead else [p for d in widths for p in _losses(s, "gather", d, N, k)],
-        # one pass per target that makes losses, dv and E (or H); unless ahead every target has a dv of its own
+        # one pass per target for losses, dv and E (or H); unless ahead every target has its own dv
         "losses + dv": [
             p for t, d in enumerate(widths) for p in _one_pass(s, d, N, k, first=not ahead or t == 0, direct=direct)
         ],
@@ -399,37 +440,42 @@ def ops_of(s: Shape, direct: bool = False) -> dict[str, Op]:
 
 
 def step_ops(s: Shape) -> list[Op]:
+    """List the ops of `step`."""
     return list(ops_of(s).values())
 
 
 def direct_ops(s: Shape) -> list[Op]:
+    """List the ops of `direct_step`."""
     return list(ops_of(s, direct=True).values())
 
 
 def step(s: Shape) -> Op:
-    """Forward, losses and backward; the optimizer is apart."""
+    """Model forward, losses and backward, without an optimizer."""
     return total("step", step_ops(s))
 
 
 def direct_step(s: Shape) -> Op:
-    """The step that takes its lists to the optimizer and never writes gradients."""
+    """Model `AlignedSAE.training_step`, which updates weights from lists, without writing gradients."""
     return total("training_step", direct_ops(s))
 
 
 def direct_update(s: Shape) -> Op:
-    """Sums of lists, projection and Adam of both matrices of every stream, then the pre-biases."""
+    """Model the update of `direct_step`: latent sums, projection and Adam of both matrices of every stream, biases."""
     return ops_of(s, direct=True)["update without gradients"]
 
 
 def dense_gradient_step(s: Shape) -> Op:
-    """Forward, loss, backward, and SparcAdam from their gradients."""
+    """Model forward, loss, backward, and SparcAdam from their gradients."""
     return total("step + SparcAdam", [step(s), sparc_adam(s)])
 
 
 def roofline_seconds(s: Shape, gpu: GPU) -> float:
-    """The least that a step could take on the GPU: the encoder's GEMM at the library's rate; every weight and moment
-    and the inputs through HBM once; through L2 for each selected place a row of W_enc for its value, one of W_dec for
-    the losses, and one for each of the gradients. AuxK adds the same for its dead columns and places."""
+    """Return a lower bound on the seconds of a step with its update.
+
+    The encoder's GEMM at the library's rate; every weight and moment read and written once and the inputs read once
+    through HBM; through L2 for each selected entry a row of W_enc for its value, one of W_dec for the losses, and one
+    for each gradient. AuxK adds the same for its dead columns and entries.
+    """
     flops = 2 * s.B * s.D * (s.N + (s.dead if s.auxk else 0))
     hbm = (2 * parameter_bytes(s) + 4 * MOMENT) * weights(s) + s.B * s.D * s.e
     rows = 4 * s.B * (s.k + min(s.auxk, s.dead)) * s.D * s.e

@@ -1,4 +1,4 @@
-"""Operations as parts with bytes, FLOPs, instructions and launches, and the time that a GPU needs for them."""
+"""Operations as parts with bytes, FLOPs, instructions and launches, and their time on a GPU."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .gpus import GPU
 
 
 class Reuse(NamedTuple):
-    """Rows gathered by id, in bytes."""
+    """Bytes of rows gathered by id."""
 
-    used: float = 0  # by every use
+    used: float = 0  # of all uses
     distinct: float = 0  # of the distinct rows
-    footprint: float = 0  # that compete for L2 at one time
+    footprint: float = 0  # competing for L2 at one time
 
 
 NO_REUSE = Reuse()
@@ -26,30 +26,32 @@ NO_REUSE = Reuse()
 
 @dataclass(frozen=True)
 class Part:
-    """One kernel, or `launches` of one kind."""
+    """One kernel, or `launches` kernels of one kind."""
 
     name: str
     streamed: float = 0  # bytes that cross HBM and L2 once
     reuse: Reuse = NO_REUSE  # bytes that cross L2 at every use, and HBM where they are not in L2
     flops: float = 0  # of the algorithm; a multiply-add is 2
     unit: str = "float32"
-    padding: float = 1  # FLOPs executed for one of `flops`, or the inverse of the share of a library GEMM's rate
-    instructions: float = 0  # of a warp, where they decide and not bytes
+    padding: float = 1  # executed FLOPs over `flops`, times the inverse of the share of a library GEMM's rate
+    instructions: float = 0  # of warps, for kernels bound by them
     launches: int = 1
     library: bool = False  # torch's kernels, not the package's
-    beside: bool = False  # on a second stream, beside parts that take longer: no time of its own
+    beside: bool = False  # on a side stream, hidden behind parts that take longer: no time of its own
 
     @property
     def l2(self) -> float:
+        """Bytes through L2, HBM's included."""
         return self.streamed + self.reuse.used
 
     def hbm(self, gpu: GPU) -> float:
+        """Return the bytes through HBM."""
         used, distinct, footprint = self.reuse
         missed = max(0.0, 1 - gpu.l2_bytes / footprint) if footprint else 0.0
         return self.streamed + distinct + missed * (used - distinct)
 
     def limits(self, gpu: GPU) -> dict[str, float]:
-        """Seconds that each of the four limits would take alone."""
+        """Return the seconds that each of the four limits would take alone."""
         return {
             "HBM": self.hbm(gpu) / gpu.bytes_per_s("HBM"),
             "L2": self.l2 / gpu.bytes_per_s("L2"),
@@ -58,19 +60,20 @@ class Part:
         }
 
     def shares(self, gpu: GPU) -> dict[str, float]:
-        """Seconds on the device: those of the limit that binds, and those of the launches."""
+        """Return the seconds on the device of the limit that binds and of the launches, by name."""
         if self.beside:
             return {}
         name, seconds = max(self.limits(gpu).items(), key=lambda item: item[1])
         return {name: seconds, "launches": 1e-6 * gpu.launch_us * self.launches}
 
     def seconds(self, gpu: GPU) -> float:
+        """Return the seconds on the device."""
         return sum(self.shares(gpu).values())
 
 
 @dataclass(frozen=True)
 class Op:
-    """Parts that run one after the other. `l2` is all that they move: bytes between the multiprocessors and L2."""
+    """Parts that run one after the other; `l2`, `flops` and `launches` are their sums, `l2` in bytes."""
 
     name: str
     parts: tuple[Part, ...]
@@ -80,13 +83,15 @@ class Op:
     launches = property(lambda self: sum(p.launches for p in self.parts))
 
     def hbm(self, gpu: GPU) -> float:
+        """Return the bytes through HBM."""
         return sum(p.hbm(gpu) for p in self.parts)
 
     def seconds(self, gpu: GPU) -> float:
+        """Return the seconds on the device."""
         return sum(p.seconds(gpu) for p in self.parts)
 
     def bound(self, gpu: GPU) -> str:
-        """What most of the time goes to: HBM, L2, FLOPs, instructions or launches."""
+        """Return the limit with the largest share of the time: HBM, L2, FLOPs, instructions or launches."""
         seconds = {"launches": 0.0}
         for part in self.parts:
             for name, share in part.shares(gpu).items():
@@ -95,8 +100,10 @@ class Op:
 
 
 def of_gpu(made):
-    """Decorator of a function of a shape: launch settings are the defaults of its architecture, whether this process
-    runs Triton's interpreter or has settings recorded."""
+    """Decorate a function of a shape to use the default launch settings of the shape's architecture.
+
+    The result does not depend on whether this process interprets kernels or has recorded settings.
+    """
 
     @wraps(made)
     def on_gpu(s: Shape, *args, **named):
@@ -107,11 +114,23 @@ def of_gpu(made):
 
 
 def total(name: str, ops: Iterable[Op]) -> Op:
+    """Concatenate the parts of several ops.
+
+    Args:
+        name: of the result.
+        ops: in order.
+    """
     return Op(name, tuple(part for op in ops for part in op.parts))
 
 
 def step_seconds(op: Op, gpu: GPU, graph: bool) -> float:
-    """A whole step: as long as the device needs, or the host to issue its launches when there is no graph."""
+    """Return the seconds of a whole step: the device's, or without a graph the host's launches if they take longer.
+
+    Args:
+        op: the step.
+        gpu: that runs it.
+        graph: whether it is replayed from a CUDA graph.
+    """
     device = op.seconds(gpu)
     return device if graph else max(device, 1e-6 * gpu.host_us * op.launches)
 
@@ -120,21 +139,39 @@ def step_seconds(op: Op, gpu: GPU, graph: bool) -> float:
 
 
 def when(holds: bool, *parts: Part) -> tuple[Part, ...]:
-    """The parts where a condition holds, else none."""
+    """Return the parts if `holds`, else none."""
     return parts if holds else ()
 
 
 def of_torch(name: str, streamed: float, launches: int = 1, **how) -> Part:
+    """Make a part of torch's own kernels.
+
+    Args:
+        name: of the part.
+        streamed: bytes that cross HBM and L2 once.
+        launches: of kernels.
+        how: further fields of Part.
+    """
     return Part(name, streamed, launches=launches, library=True, **how)
 
 
 def library_unit(s: Shape) -> str:
-    """What a library GEMM computes on."""
+    """Return the unit of a library GEMM, a key of `GPU.tflop_s`."""
     return "tf32" if s.dtype == "float32" and s.tf32 else s.dtype
 
 
 def product(s: Shape, name: str, m: int, n: int, d: int, *, extra: float = 0, **how) -> Part:
-    """[m, d] x [d, n]: operands read, product written, `extra` bytes besides."""
+    """Make the part of a GEMM [m, d] x [d, n]: operands read, product written.
+
+    Args:
+        s: gives the bytes of a number.
+        name: of the part.
+        m: rows of the product.
+        n: columns of the product.
+        d: summed dimension.
+        extra: bytes moved besides.
+        how: further fields of Part.
+    """
     return Part(name, (m * d + n * d + m * n) * s.e + extra, flops=2 * m * n * d, **how)
 
 
@@ -144,12 +181,22 @@ TOPK_INSTRUCTIONS = 12
 
 
 def topk_part(s: Shape, k: int) -> Part:
-    """torch.topk of [B, N] logits: rows stay in L2 between the passes; k values and int64 ids written."""
+    """Model torch.topk of [B, N] logits: rows stay in L2 between the passes; values and int64 ids are written.
+
+    Args:
+        s: gives B, N and the bytes of a logit.
+        k: selected entries a row.
+    """
     passes, size = 4 * s.e + 2, s.B * s.N * s.e
     executed = TOPK_INSTRUCTIONS * passes * s.B * s.N / 32
     return of_torch("topk", s.B * k * (s.e + 8), 3, reuse=Reuse(passes * size, size), instructions=executed)
 
 
 def distinct(n: int, uses: float) -> float:
-    """Expected distinct ids among `uses` uniform ones of n."""
+    """Return the expected number of distinct ids among uniform draws.
+
+    Args:
+        n: number of ids.
+        uses: number of draws.
+    """
     return -n * math.expm1(uses * math.log1p(-1 / n)) if n > 1 else 1.0

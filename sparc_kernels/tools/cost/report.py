@@ -1,4 +1,4 @@
-"""What the cost model claims, its tables, and `sparc-kernels cost`."""
+"""Modelled claims, tables, and `sparc-kernels cost`."""
 
 from __future__ import annotations
 
@@ -24,19 +24,30 @@ PASS, DECODE = ("losses + dv",), ("losses + dv", "dW_dec")  # ops whose share of
 
 
 def over_gemm(op: Op, s: Shape, gpu: GPU) -> float:
-    """Encode + TopK as a multiple of the bare library GEMM."""
+    """Return the time of encode + TopK as a multiple of the bare library GEMM's.
+
+    Args:
+        op: one of the variants of selection.
+        s: its shape.
+        gpu: that runs it.
+    """
     return op.seconds(gpu) / ours.gemm(s).seconds(gpu)
 
 
 def gather_share(s: Shape, gpu: GPU, names: tuple[str, ...]) -> float:
-    """The time that L2 needs for what these ops gather (decoder rows, and errors where they are read per entry), as
-    a share of their whole time."""
+    """Return the share of ops' time that L2 needs for the rows they gather.
+
+    Args:
+        s: shape of the step.
+        gpu: that runs it.
+        names: of the ops; they gather decoder rows, and errors where these are read per list entry.
+    """
     op = total("", [ours.ops_of(s)[name] for name in names])
     return sum(p.reuse.used for p in op.parts) / gpu.bytes_per_s("L2") / op.seconds(gpu)
 
 
 def dense_seconds(s: Shape, gpu: GPU) -> dict[str, float]:
-    """Seconds of the reference's step by variant."""
+    """Return the seconds of the dense reference's step by variant of DENSE_VARIANTS."""
     plain = replace(s, auxk=0, dead=0, tf32=False, autocast=False, compiled=False)
     return {
         name: step_seconds(dense.dense_step(replace(plain, **how)), gpu, graph)
@@ -45,7 +56,7 @@ def dense_seconds(s: Shape, gpu: GPU) -> dict[str, float]:
 
 
 def official_seconds(s: Shape, gpu: GPU) -> float:
-    """Seconds of the official step as shipped: eager, fp32, tf32 not allowed."""
+    """Return the seconds of the official step as shipped: eager, fp32 without tf32."""
     return step_seconds(dense.official_step(dense.as_shipped(s)), gpu, graph=False)
 
 
@@ -53,7 +64,7 @@ def official_seconds(s: Shape, gpu: GPU) -> float:
 
 
 class Claim(NamedTuple):
-    """One modelled figure, and the goal it is held against (None where there is none)."""
+    """One modelled figure and its goal (None: no goal); `at_most`: the goal is an upper bound."""
 
     what: str
     case: str
@@ -64,6 +75,7 @@ class Claim(NamedTuple):
 
     @property
     def holds(self) -> bool | None:
+        """Whether the figure meets its goal; None without one."""
         return None if self.goal is None else (self.value <= self.goal if self.at_most else self.value >= self.goal)
 
     def __str__(self):
@@ -74,35 +86,36 @@ class Claim(NamedTuple):
 
 
 def claims(gpu: GPU = GPUS[DEFAULT_GPU]) -> list[Claim]:
-    """What the project promises, as modelled on one GPU, at the benchmarks' shapes.
+    """Model the project's goals on one GPU at the benchmarks' shapes.
 
-    Case A is the official configuration, its step in a CUDA graph as the dense compiled ones are everywhere; "B8" is B
-    with N 8192. Encode + TopK is the operator `select`: inputs centred already, as the GEMM's are. AuxK: a tenth dead.
+    Case A is the official configuration, its step in a CUDA graph like the compiled dense ones in every case; "B8" is B
+    with N 8192. Encode + TopK is the operator `select` on centred inputs, as for the GEMM. AuxK: a tenth of the latents
+    is dead.
     """
-    made, cases = [], {name: replace(s, arch=gpu.arch) for name, s in CASES.items()}
+    results, cases = [], {name: replace(s, arch=gpu.arch) for name, s in CASES.items()}
     for name, s in {**cases, "B8": replace(cases["B"], N=8192)}.items():
         goal, value = None if s.B < 4096 else 1.15 if s.N >= 32768 else 1.25, over_gemm(ours.select(s), s, gpu)
-        made.append(Claim("encode + TopK over the bare GEMM", name, str(s), value, goal, True))
+        results.append(Claim("encode + TopK over the bare GEMM", name, str(s), value, goal, True))
     for name, s in cases.items():
         for ops in (PASS, DECODE):
             what = f"gather bandwidth: {' + '.join(ops)}"
-            made.append(Claim(what, name, str(s), gather_share(s, gpu, ops)))
+            results.append(Claim(what, name, str(s), gather_share(s, gpu, ops)))
     for name, s in cases.items():
-        official, others, with_auxk = name == "A", dense_seconds(s, gpu), replace(s, auxk=64, dead=s.N // 10)
+        official, baselines, with_auxk = name == "A", dense_seconds(s, gpu), replace(s, auxk=64, dead=s.N // 10)
         goal, best_goal = (10, None) if official else (20, 5)
         step, rounded, auxiliary = (
             step_seconds(ours.step(how), gpu, graph=official) for how in (s, replace(s, autocast=True), with_auxk)
         )
-        in_fp32 = min(t for variant, t in others.items() if dense.DENSE_VARIANTS[variant][0].get("autocast", True))
+        in_fp32 = min(t for variant, t in baselines.items() if dense.DENSE_VARIANTS[variant][0].get("autocast", True))
         for what, value, wanted in (
             ("official step over ours in bf16", official_seconds(s, gpu) / step, goal),
             ("official step with AuxK over ours", official_seconds(with_auxk, gpu) / auxiliary, goal),
-            ("eager fp32 reference over ours in bf16", others["eager fp32"] / step, None),
-            ("best dense step over ours in bf16", min(others.values()) / step, best_goal),
+            ("eager fp32 reference over ours in bf16", baselines["eager fp32"] / step, None),
+            ("best dense step over ours in bf16", min(baselines.values()) / step, best_goal),
             ("best dense step over ours under autocast", in_fp32 / rounded, None),
         ):
-            made.append(Claim(what, name, str(s), value, wanted))
-    return made
+            results.append(Claim(what, name, str(s), value, wanted))
+    return results
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -116,21 +129,21 @@ def _row(op: Op, gpu: GPU) -> dict:
 
 
 def summary(s: Shape, gpu: GPU) -> dict:
-    """Everything `table` prints, as numbers."""
+    """Return the numbers that `table` prints."""
     s = replace(s, arch=gpu.arch)
     whole = ours.step(s)
     graph, eager = (step_seconds(whole, gpu, graph) for graph in (True, False))
-    others = {"official, fp32 as shipped": official_seconds(s, gpu), **dense_seconds(s, gpu)}
+    baselines = {"official, fp32 as shipped": official_seconds(s, gpu), **dense_seconds(s, gpu)}
     selections = ours.select_fused(s), ours.select_library(s), ours.mm_topk(s)
     return {
         "modelled": True, "gpu": gpu.name, "shape": str(s),
         "rows": [_row(op, gpu) for op in (*ours.step_ops(s), whole)],
         "apart": [_row(op, gpu) for op in (dense.adam(s), dense.unit_norm(s))],
         "step_us": {"CUDA graph": 1e6 * graph, "eager": 1e6 * eager},
-        "dense_us": {name: 1e6 * seconds for name, seconds in others.items()},
+        "dense_us": {name: 1e6 * seconds for name, seconds in baselines.items()},
         "triton_launches": sum(p.launches for p in whole.parts if not p.library),
-        "dense_over_ours": {name: seconds / eager for name, seconds in others.items()},
-        "dense_over_ours_in_graph": {name: seconds / graph for name, seconds in others.items()},
+        "dense_over_ours": {name: seconds / eager for name, seconds in baselines.items()},
+        "dense_over_ours_in_graph": {name: seconds / graph for name, seconds in baselines.items()},
         "select_over_gemm": {op.name: over_gemm(op, s, gpu) for op in selections},
         "even_gemm_share": ours.even_gemm_share(s, gpu), "gather_fraction": gather_share(s, gpu, PASS),
         "decode_fraction": gather_share(s, gpu, DECODE),
@@ -138,10 +151,10 @@ def summary(s: Shape, gpu: GPU) -> dict:
 
 
 def table(s: Shape, gpu: GPU) -> str:
-    """The modelled step as text: op by op, then against the dense reference."""
-    made = summary(s, gpu)
-    times = made["step_us"]
-    launches = gpu.launch_us * made["rows"][-1]["launches"]
+    """Format the modelled step: op by op, then against the dense reference."""
+    model = summary(s, gpu)
+    times = model["step_us"]
+    launches = gpu.launch_us * model["rows"][-1]["launches"]
     lines = [
         f"modelled, nothing measured: {s} on {gpu.name}",
         f"{'op':<22} {'HBM MB':>10} {'L2 MB':>10} {'GFLOP':>10} {'launches':>8} {'predicted us':>12}  bound by",
@@ -149,34 +162,41 @@ def table(s: Shape, gpu: GPU) -> str:
     lines += [
         f"{r['op']:<22} {r['hbm_mb']:>10.1f} {r['l2_mb']:>10.1f} {r['gflop']:>10.1f} {r['launches']:>8} "
         f"{r['predicted_us']:>12.1f}  {r['bound_by']}"
-        for r in made["rows"] + made["apart"]
+        for r in model["rows"] + model["apart"]
     ]
     lines += [
         f"step {times['eager']:.0f} us, in a CUDA graph {times['CUDA graph']:.0f} us, of it launches "
-        f"{launches:.0f} us ({made['triton_launches']} of Triton; the last two rows are apart)",
-        "over the bare GEMM: " + ", ".join(f"{name} x{ratio:.2f}" for name, ratio in made["select_over_gemm"].items()),
-        f"fused selection wins where its GEMM reaches {made['even_gemm_share']:.2f} of the library's rate "
+        f"{launches:.0f} us ({model['triton_launches']} of Triton; the last two rows are apart)",
+        "over the bare GEMM: " + ", ".join(f"{name} x{ratio:.2f}" for name, ratio in model["select_over_gemm"].items()),
+        f"fused selection wins where its GEMM reaches {model['even_gemm_share']:.2f} of the library's rate "
         f"(assumed: {ours.TRITON_GEMM:g})",
-        f"share of the gather bandwidth: losses + dv {made['gather_fraction']:.2f}, with dW_dec "
-        f"{made['decode_fraction']:.2f}",
+        f"share of the gather bandwidth: losses + dv {model['gather_fraction']:.2f}, with dW_dec "
+        f"{model['decode_fraction']:.2f}",
     ]
     lines += [
-        f"dense {name:<28} {us:>10.0f} us, x{made['dense_over_ours'][name]:.1f} ours, "
-        f"x{made['dense_over_ours_in_graph'][name]:.1f} ours in a graph"
-        for name, us in made["dense_us"].items()
+        f"dense {name:<28} {us:>10.0f} us, x{model['dense_over_ours'][name]:.1f} ours, "
+        f"x{model['dense_over_ours_in_graph'][name]:.1f} ours in a graph"
+        for name, us in model["dense_us"].items()
     ]
     return "\n".join(lines)
 
 
 def bytes_per_parameter(op: Op, s: Shape) -> float:
-    """Of an optimizer: what is moved of weights, gradients and moments (not of a shadow), whatever the batch is."""
-    if any(p.reuse.used for p in op.parts):  # fed by lists, without gradients
+    """Return an optimizer's bytes a parameter: weights, gradients and moments.
+
+    Half precision copies and data of the batch do not count.
+
+    Args:
+        op: the optimizer.
+        s: shape of the step.
+    """
+    if any(p.reuse.used for p in op.parts):  # computed from lists, without gradients
         return float(2 * ours.parameter_bytes(s) + 4 * ours.MOMENT)
     return sum(p.streamed for p in op.parts if p.name != "scalars") / ours.weights(s)
 
 
 def optimizer_table(s: Shape, gpu: GPU) -> str:
-    """Bytes a parameter and microseconds of each optimizer, and whole steps beside the official loop."""
+    """Format bytes a parameter and microseconds of each optimizer, and whole steps beside the official loop."""
     s = replace(s, arch=gpu.arch)
     official = step_seconds(dense.official_loop(s), gpu, graph=False)
     least, direct = ours.roofline_seconds(s, gpu), ours.direct_step(s)
@@ -203,6 +223,7 @@ def optimizer_table(s: Shape, gpu: GPU) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the subcommand."""
     parser.add_argument(
         "--shape", action="append", metavar="B,N,k,d,S[,PRECISION]",
         help="PRECISION bf16 (default), fp16 or fp32; repeatable; default: the five of the benchmarks, and the goals",
@@ -212,6 +233,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print the tables and, without --shape, the goals.
+
+    Args:
+        args: as `add_arguments` declares them.
+
+    Returns:
+        Exit code: 0; 2 for invalid arguments.
+    """
     try:
         gpu = gpu_named(args.gpu)
         shapes = [parse_shape(text) for text in args.shape] if args.shape else list(CASES.values())

@@ -1,1 +1,1 @@
-"""`sparc-kernels verify`: every operator and a whole training step against the float64 reference."""
+"""`sparc-kernels verify`: check every operator and a whole training step against the float64 reference."""

@@ -1,11 +1,10 @@
-"""Rows on which top-k kernels have been wrong, and what `encode_topk` and others select of them.
+"""Run `encode_topk` and other top-k kernels on rows on which such kernels have been wrong.
 
-A set is rows of logits, given exactly: as products with a one-hot row where the logits are finite and have few bits, as
-a latent bias where not, so that no rounding stands between a set and the selection. Truth is the stable sort of the
-same logits in float64. A row is wrong when an index is out of range or occurs twice, when the selected logits, sorted,
-are not the sort's, or when a returned value is not the one at its index. Of ours also the order is judged, ties to the
-lowest latent included, in every way that leads to the selection (`WAYS`). NaN is not judged of a peer that does not
-document how it ranks.
+A set is rows of logits that reach the selection without rounding: as products with a one-hot row where the logits are
+finite and have few bits, else as a latent bias. Truth is the stable sort of the same logits in float64. A row is wrong
+if an index is out of range or occurs twice, if the selected logits, sorted, differ from the sort's, or if a returned
+value is not the one at its index. For `encode_topk` the order is judged too, with ties to the lowest latent, on every
+code path to the selection (`WAYS`). Rows with NaN are left out for peers that do not document its rank.
 """
 
 from __future__ import annotations
@@ -38,15 +37,15 @@ from .sets import BATCH, ROWS, SETS, Set
 
 # ------------------------------------------------------------------------------------------------------------ providers
 
-STREAMS, WIDTH = 3, 16  # of the inputs that make the logits
+STREAMS, WIDTH = 3, 16  # number and width of the inputs from which logits are computed
 TINY = {
     F16: (2.0**12, 2.0**-14),
     BF16: (2.0**70, 2.0**-70),
-}  # a normal number, and one that vanishes when divided by it
+}  # a normal number, and one that underflows to 0 when divided by it
 
 
 def _fits(logits: Tensor) -> Tensor:
-    """Rows that a product with 1 leaves as they are: normal numbers, of at most 11 bits where tf32 may be. bool [R]."""
+    """Rows that a product with 1 does not change, bool [R]: normal numbers, of at most 11 bits if tf32 is allowed."""
     fits = logits.isfinite() & ((logits == 0) | (logits.abs() >= torch.finfo(logits.dtype).smallest_normal))
     if logits.dtype == F32 and (logits.is_cuda or torch.get_float32_matmul_precision() != "highest"):
         fits &= (logits.view(torch.int32) & 0x1FFF) == 0
@@ -54,42 +53,42 @@ def _fits(logits: Tensor) -> Tensor:
 
 
 def _as_products(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x [R, D], w [N, D] and a bias of 0: every row its own column of w. Rows of NaN, or of infinities, are in x.
+    """Logits as x [R, D], w [N, D] and bias 0: one column of w for each row. For rows of NaN or infinity x has these.
 
-    A sum of products is -0 only where it is rounded to that: in half precision, from a negative number too small.
+    A sum of products is -0 only by rounding: in half precision, of a negative number that underflows.
     """
     rows = torch.arange(len(logits), device=logits.device)
     columns = rows % STREAMS * WIDTH + rows // STREAMS
     x = logits.new_zeros(len(logits), STREAMS * WIDTH)
     w = logits.new_zeros(logits.shape[1], STREAMS * WIDTH)
     scale = torch.where(logits.isnan().all(1), torch.nan, torch.where(logits.isinf().all(1), torch.inf, 1.0))
-    own = torch.where(scale.isfinite()[:, None], logits, logits.sign().nan_to_num())
+    columns_of_w = torch.where(scale.isfinite()[:, None], logits, logits.sign().nan_to_num())
     if logits.dtype in TINY:
         large, tiny = TINY[logits.dtype]
         minus = (logits == 0) & logits.signbit()
         small = minus.any(1) & (logits * large).isfinite().all(1)
         scale = torch.where(small, 1 / large, scale)
-        own = torch.where(small[:, None], torch.where(minus, -tiny, logits * large), own)
+        columns_of_w = torch.where(small[:, None], torch.where(minus, -tiny, logits * large), columns_of_w)
     x[rows, columns] = scale.to(x.dtype)
-    w[:, columns] = own.t()
+    w[:, columns] = columns_of_w.t()
     return x, w, w.new_zeros(len(w))
 
 
 def _as_bias(row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x [2, D] and w [N, D] of 0, and the row as a bias."""
+    """Logits as a bias: x [2, D] and w [N, D] are 0."""
     return row.new_zeros(2, STREAMS * WIDTH), row.new_zeros(len(row), STREAMS * WIDTH), row
 
 
 def _encoded(encode: Callable, logits: Tensor, batch: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    """values, indices [B, k] of an encoder (x, w, bias, k) -> values, indices that is to meet these logits."""
+    """Values and indices [B, k] that an encoder (x, w, bias, k) -> (values, indices) selects from these logits."""
     if batch is not None:
         x, w, bias = _as_products(logits)
         return encode(x[batch], w, bias, k)
     fits = _fits(logits)
-    found = list(zip(*encode(*_as_products(logits.where(fits[:, None], 0)), k), strict=True))
+    selections = list(zip(*encode(*_as_products(logits.where(fits[:, None], 0)), k), strict=True))
     for row in (~fits).nonzero().squeeze(1).tolist():
-        found[row] = [part[0] for part in encode(*_as_bias(logits[row]), k)]
-    return torch.stack([v for v, _ in found]), torch.stack([i for _, i in found])
+        selections[row] = [part[0] for part in encode(*_as_bias(logits[row]), k)]
+    return torch.stack([v for v, _ in selections]), torch.stack([i for _, i in selections])
 
 
 def _one_stream(x, w, bias, k, impl):
@@ -98,12 +97,12 @@ def _one_stream(x, w, bias, k, impl):
 
 
 def _alone(x, w, bias, k, impl):
-    """Every row a call of its own."""
+    """One call for each row."""
     return tuple(torch.cat(p) for p in zip(*(_one_stream(row, w, bias, k, impl) for row in x.split(1)), strict=True))
 
 
 def _streams(x, w, bias, k, impl):
-    """The columns dealt to three streams, of which one has the bias."""
+    """The columns split over three streams; one has the bias."""
     xs, ws = ([part.contiguous() for part in t.split(WIDTH, 1)] for t in (x, w))
     biases = [torch.zeros_like(bias), bias, torch.zeros_like(bias)]
     indices, values = encode_topk(xs, ws, [x.new_zeros(WIDTH)] * STREAMS, biases, k, "global", impl)
@@ -111,14 +110,14 @@ def _streams(x, w, bias, k, impl):
 
 
 def _local(x, w, bias, k, impl):
-    """The second of two streams that select for themselves; the first has the mirrored logits."""
+    """The second of two streams under local selection; the first has negated logits."""
     pre_biases = [x.new_zeros(x.shape[1])] * 2
     indices, values = encode_topk([-x, x], [w, w], pre_biases, [-bias, bias], k, "local", impl)
     return values[1], indices[1]
 
 
 def _chunks(x, w, bias, k, impl):
-    """Two rows of logits in memory (one without kernels), and a buffer beside."""
+    """Chunks of two rows (one row without kernels), with two logit buffers."""
     with (
         mock.patch.object(selection, "rows_per_chunk", lambda rows, *_: (min(rows, 2), 1 + (rows > 2))),
         mock.patch.object(selection, "SCRATCH_BYTES", 1),
@@ -127,7 +126,7 @@ def _chunks(x, w, bias, k, impl):
 
 
 def _library(x, w, bias, k, impl):
-    """Logits from a library's GEMM, maxima from a pass over them."""
+    """Logits by a library's GEMM, maxima by a pass over them."""
     with (
         mock.patch.object(selection, "encode_by_library", lambda *_: True),
         mock.patch.object(selection, "MAXIMA_BLOCK", 128 if INTERPRETED else selection.MAXIMA_BLOCK),
@@ -136,13 +135,13 @@ def _library(x, w, bias, k, impl):
 
 
 def _spans(x, w, bias, k, impl):
-    """Three levels, as large N has them."""
+    """Three levels of selection, as for large N."""
     with mock.patch.object(select_settings, "MAX_CANDIDATES", 1):
         return _one_stream(x, w, bias, k, impl)
 
 
 def _among(x, w, bias, k, impl):
-    """Only some latents compete, as AuxK's dead ones do; 16 others have +inf."""
+    """Selection among a subset of latents, as AuxK's dead ones; 16 others have +inf."""
     n, most = len(w), bias.new_full((WIDTH,), torch.inf)
     ids = torch.arange(WIDTH, n + 2 * WIDTH, device=x.device, dtype=torch.int32) % (n + WIDTH)
     w, bias = torch.cat([w.new_zeros(WIDTH, w.shape[1]), w]), torch.cat([most, bias])
@@ -151,7 +150,7 @@ def _among(x, w, bias, k, impl):
     return values_at(x, w, x.new_zeros(x.shape[1]), bias, indices, impl=impl), indices - WIDTH
 
 
-# name -> how, and whether only kernels know it; spans in the interpreter alone: large N has three levels anyway
+# name -> (encoder, needs kernels); spans only in the interpreter: compiled runs reach three levels by large N
 WAYS = {
     "together": (_one_stream, False),
     "alone": (_alone, False),
@@ -166,19 +165,29 @@ WAYS = {
 
 @dataclass(frozen=True)
 class Provider:
-    """select(logits [R, N], batch [B] or None for all rows, k) -> values [B, k] or None, indices int64 [B, k]."""
+    """One top-k implementation.
+
+    select(logits [R, N], batch [B] or None for all rows, k) -> values [B, k] or None, indices int64 [B, k].
+    """
 
     name: str
     select: Callable[[Tensor, Tensor | None, int], tuple[Tensor | None, Tensor]]
-    way: str = ""
+    way: str = ""  # key of WAYS
     ordered: bool = False  # descending, ties to the lowest index
-    relu: bool = False  # of what it returns
-    ranks_relu: bool = False  # of what it selects on
-    nan: bool = True  # says where NaN ranks
-    absent: str = ""  # why it cannot be asked
+    relu: bool = False  # applied to the values it returns
+    ranks_relu: bool = False  # applied before it selects
+    nan: bool = True  # documents how NaN ranks
+    absent: str = ""  # why it cannot run
 
 
 def ours(impl: str, device: torch.device, interpret: bool = False) -> list[Provider]:
+    """List `encode_topk` as a provider for each of its code paths in WAYS.
+
+    Args:
+        impl: "auto", "triton" or "torch".
+        device: that runs it.
+        interpret: whether kernels are interpreted.
+    """
     kernels = resolve_impl(impl, torch.empty(0, device=device)) == "triton"
 
     def select(how, logits, batch, k):
@@ -205,7 +214,7 @@ def _absent(module: str, package: str, device: torch.device) -> str:
 
 @cache
 def _sparsify():
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints when it is imported
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints on import
         return importlib.import_module("sparsify.fused_encoder").fused_encoder
 
 
@@ -214,12 +223,13 @@ def _sparsify_select(logits, batch, k):
         values, indices, _ = _sparsify()(x, w, bias, k, "topk")
         return values, indices.long()
 
-    # not compiled, which would take seconds for every shape; what selects is torch.topk either way
+    # eager, since compiling takes seconds for each shape; torch.topk selects either way
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         return _encoded(encode, logits, batch, k)
 
 
 def peers(device: torch.device) -> list[Provider]:
+    """List other implementations; those that cannot run on the device have `absent` set."""
     return [
         Provider("torch.topk", _batched(torch.topk)),
         Provider("FlashInfer", _batched(lambda *a: importlib.import_module("flashinfer").top_k(*a)), nan=False,
@@ -234,7 +244,7 @@ def peers(device: torch.device) -> list[Provider]:
 
 @dataclass
 class Outcome:
-    """What one provider made of a set in one dtype and shape, in one of our ways."""
+    """Result of one provider on one set in one dtype and shape, on one code path."""
 
     set: str
     about: str
@@ -244,11 +254,12 @@ class Outcome:
     way: str = ""
     verdict: str = "exact"  # "exact", "wrong" or "refused"
     wrong: int = 0  # rows
-    rows: int = 0
+    rows: int = 0  # judged
     note: str = ""
 
     @property
     def passed(self) -> bool:
+        """False only where `encode_topk` is not exact; peers may be wrong."""
         return self.provider != "ours" or self.verdict == "exact"
 
 
@@ -258,7 +269,20 @@ def _same(a: Tensor, b: Tensor) -> Tensor:
 
 
 def judge(provider: Provider, logits: Tensor, batch: Tensor | None, k: int) -> tuple[Tensor, str, tuple]:
-    """Which rows of the batch are wrong, bool [B]; what is wrong with the first; and (values, indices)."""
+    """Judge the selection of one provider.
+
+    Args:
+        provider: selects.
+        logits: [R, N].
+        batch: int64 [B], rows of logits; None: all rows.
+        k: latents a row.
+
+    Returns:
+        Wrong rows bool [B], what is wrong with the first of them ("" if none is), and (values, indices).
+
+    Raises:
+        ValueError: indices of another shape than [B, k].
+    """
     values, indices = provider.select(logits, batch, k)
     h = logits if batch is None else logits[batch]
     n, expected_shape = h.shape[1], (len(h), k)
@@ -285,15 +309,24 @@ def judge(provider: Provider, logits: Tensor, batch: Tensor | None, k: int) -> t
 
 
 def judge_batches(provider: Provider, logits: Tensor, batches: list[Tensor], k: int) -> tuple[int, int, str]:
-    """Rows that are wrong or have other bits than where they were met first (alone, or beside one other), of how many,
-    and the first of them. A provider that does not order its rows may return another order."""
+    """Judge batches, and compare each row's bits with those of the first batch that had it.
+
+    Args:
+        provider: selects; one that is not `ordered` may return a row's entries in another order.
+        logits: [R, N]; rows from ROWS on are not judged.
+        batches: rows of each batch, int64.
+        k: latents a row.
+
+    Returns:
+        Rows that are wrong or have other bits, rows judged, and a note on the first wrong one.
+    """
     first, wrong, rows, note = {}, 0, 0, ""
     for batch in batches:
         batch = batch.to(logits.device)
-        bad, why, found = judge(provider, logits, batch, k)
-        parts = [part for part in found if part is not None]
+        bad, why, selected = judge(provider, logits, batch, k)
+        parts = [part for part in selected if part is not None]
         if not provider.ordered:
-            order = found[1].argsort(1)
+            order = selected[1].argsort(1)
             parts = [part.gather(1, order) for part in parts]
         bad, parts = bad.tolist(), [part.cpu() for part in parts]
         for place, row in enumerate(batch.tolist()):
@@ -313,19 +346,27 @@ def judge_batches(provider: Provider, logits: Tensor, batches: list[Tensor], k: 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked: shapes n, k of the sets, dtypes, sizes of batches. Only "together" is asked about every shape, and
-    by single rows beside batches; the interpreter is slow: there every set goes one of the ways, in turn."""
+    """Shapes (n, k), dtypes and batch sizes to run.
+
+    Only the way "together" runs every shape, and single rows beside batches. In the interpreter, which is slow, each
+    set runs one of the ways, in turn.
+    """
 
     shapes: tuple[tuple[int, int], ...]
     large: tuple[tuple[int, int], ...]  # of the sets that need many columns
     dtypes: tuple[torch.dtype, ...]
-    batches: tuple[int, ...]
-    wide_batches: tuple[int, ...] = ()  # together
-    turns: bool = False
-    rows: int = ROWS
+    batches: tuple[int, ...]  # sizes
+    wide_batches: tuple[int, ...] = ()  # sizes for "together" only
+    turns: bool = False  # one way for each set
+    rows: int = ROWS  # of each set
 
     def asked(self, way: str, some: Set) -> list[tuple[int, int, torch.dtype]]:
-        """Shapes and dtypes in which a provider meets a set; way "" is a peer's."""
+        """List n, k and dtype of the runs of a set.
+
+        Args:
+            way: key of WAYS; "": a peer.
+            some: the set.
+        """
         first = way in ("", "together")
         if self.turns and way:
             ways = ["together"] if some.shape else ["library"] if some.large else list(WAYS)
@@ -340,26 +381,37 @@ class Plan:
         return [(n, k, dtype) for n, k in shapes for dtype in dtypes]
 
     def rows_of(self, some: Set) -> int:
+        """Return how many rows of a set are judged."""
         return min(self.rows, 2) if self.turns and (some.large or some.shape) else self.rows
 
     def batches_of(self, way: str) -> list[Tensor]:
-        """Rows of each batch: those that are judged alone, then beside others at any place, the last batch twice."""
+        """List the rows of each batch: judged rows alone, then beside others at random places, the last batch twice.
+
+        Args:
+            way: key of WAYS; "": a peer.
+        """
         g = torch.Generator().manual_seed(0)
         first = way in ("", "together")
-        found = [torch.tensor([row]) for row in range(ROWS)] if first else []
+        rows = [torch.tensor([row]) for row in range(ROWS)] if first else []
         for size in self.batches + self.wide_batches * first:
             mates = torch.randint(ROWS, ROWS + 3, (size,), generator=g)
             if size == 2:  # a judged row and a mate, in either order
-                found += [torch.stack([torch.tensor(i), mates[0]])[torch.randperm(2, generator=g)] for i in range(ROWS)]
+                rows += [torch.stack([torch.tensor(i), mates[0]])[torch.randperm(2, generator=g)] for i in range(ROWS)]
             else:
                 mates[: size // 2 + 1] = torch.arange(size // 2 + 1) % ROWS
-                found.append(mates[torch.randperm(size, generator=g)])
-        return found if self.turns else [*found, found[-1]]
+                rows.append(mates[torch.randperm(size, generator=g)])
+        return rows if self.turns else [*rows, rows[-1]]
 
 
 def plan_of(kind: str, quick: bool, arch: int = 80) -> Plan:
-    """kind: "cuda", "cpu" or "interpret"."""
-    if kind == "interpret":  # whose half precision has no subnormal numbers
+    """Return the plan for a kind of device.
+
+    Args:
+        kind: "cuda", "cpu" or "interpret".
+        quick: the smallest shapes only.
+        arch: as `launch.device.capability` gives it; bf16 needs 80.
+    """
+    if kind == "interpret":  # its half precision has no subnormal numbers
         return Plan(
             ((53, 3),), ((4513, 3),), (F32,), (2, 7) if quick else (2, 17), turns=True, rows=2 if quick else ROWS
         )
@@ -368,7 +420,7 @@ def plan_of(kind: str, quick: bool, arch: int = 80) -> Plan:
         shapes = ((4999, 17),) if quick else ((16384, 64), (10007, 512))
         return Plan(shapes, shapes, (F32, BF16) if quick else dtypes, (2, 7), (64,))
     shapes = ((131072, 64),) if quick else ((131072, 64), (131071, 512), (300000, 512))
-    return Plan(shapes, shapes, dtypes, (2, 7, 65), (600,))  # no multiples of 16: fewer kernels
+    return Plan(shapes, shapes, dtypes, (2, 7, 65), (600,))  # sizes that are no multiples of 16: fewer kernels
 
 
 @cache
@@ -379,10 +431,15 @@ def _logits(some: Set, n: int, k: int, dtype: torch.dtype, device: torch.device)
 
 
 def chosen(filter: str | None) -> list[Set]:
-    found = [some for some in SETS if re.search(filter or "", some.name)]
-    if not found:
+    """List the sets whose name a regular expression matches; None: all.
+
+    Raises:
+        ValueError: no set matches.
+    """
+    matching = [some for some in SETS if re.search(filter or "", some.name)]
+    if not matching:
         raise ValueError(f"filter: expected a pattern found in the name of a set, got {filter!r}")
-    return found
+    return matching
 
 
 def run_sets(
@@ -392,8 +449,18 @@ def run_sets(
     filter: str | None = None,
     on_done: Callable[[list[Outcome]], None] | None = None,
 ) -> list[Outcome]:
-    """Every set for every provider, one provider after the other: what one of them breaks is not ours to answer for."""
-    found: list[Outcome] = []
+    """Run every set for one provider after the other.
+
+    Once a provider has lost the device, its remaining sets are refused.
+
+    Args:
+        providers: `ours` first, so that a fault of a peer cannot affect them.
+        plan: shapes, dtypes and batches.
+        device: that runs them.
+        filter: regular expression of the sets' names; None: all.
+        on_done: called after each set with its outcomes.
+    """
+    all_outcomes: list[Outcome] = []
     for provider in providers:
         lost, sets = "", [some for some in chosen(filter) if provider.nan or not some.nan]
         for some in [] if provider.absent else sets:
@@ -410,16 +477,16 @@ def run_sets(
                     text = " ".join(str(error).split())[:200]
                     outcome.verdict, outcome.note = "refused", f"{type(error).__name__}: {text}"
                     lost = device_lost(device)
-            found += outcomes
+            all_outcomes += outcomes
             if outcomes and on_done:
                 on_done(outcomes)
-    return found
+    return all_outcomes
 
 
 def _ask(provider: Provider, some: Set, outcome: Outcome, logits: Tensor, k: int, plan: Plan) -> None:
     if some == BATCH:
-        found = judge_batches(provider, logits, plan.batches_of(provider.way), k)
-        outcome.wrong, outcome.rows, outcome.note = found
+        counts = judge_batches(provider, logits, plan.batches_of(provider.way), k)
+        outcome.wrong, outcome.rows, outcome.note = counts
     else:
         wrong, outcome.note, _ = judge(provider, logits[: plan.rows_of(some)], None, k)
         outcome.wrong, outcome.rows = int(wrong.sum()), len(wrong)
@@ -429,25 +496,42 @@ def _ask(provider: Provider, some: Set, outcome: Outcome, logits: Tensor, k: int
 def launches_of(
     way: str, n: int, k: int, dtype: torch.dtype, sizes: tuple[int, ...], arch: int, tf32: bool
 ) -> list[Launch]:
-    """The distinct launches of one way at one shape on a GPU of that architecture, found as `verify`'s are."""
-    found: list[Launch] = []
-    with as_on_gpu(arch, tf32, found), _Answers():
+    """Return the distinct launches of one way at one shape, traced on meta tensors.
+
+    Args:
+        way: key of WAYS.
+        n: latents.
+        k: active latents a row.
+        dtype: of the logits.
+        sizes: of the batches.
+        arch: as `launch.device.capability` gives it.
+        tf32: whether torch's float32 matmul precision allows tf32.
+    """
+    recorded: list[Launch] = []
+    with as_on_gpu(arch, tf32, recorded), _Answers():
         (provider,) = [provider for provider in ours("auto", META) if provider.way == way]
         for size in sizes:
             logits = torch.empty(ROWS, n, dtype=dtype, device=META)
             provider.select(logits, torch.zeros(size, dtype=torch.int64, device=META), k)
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(recorded))
 
 
 def launch_lists(arch: int, quick: bool, filter: str | None, tf32: bool) -> list[Callable[[], list[Launch]]]:
-    """Of everything that is asked of ours on such a GPU, for `compile_all`."""
+    """Return functions, for `compile_all`, that list all launches of `ours` on a GPU.
+
+    Args:
+        arch: as `launch.device.capability` gives it.
+        quick: the smallest shapes only.
+        filter: regular expression of the sets' names; None: all.
+        tf32: whether torch's float32 matmul precision allows tf32.
+    """
     plan, sizes = plan_of("cuda", quick, arch), {}
     for way in [way for way in WAYS if way != "spans"]:
         for some in chosen(filter):
-            for asked in plan.asked(way, some):
+            for run_key in plan.asked(way, some):
                 more = map(len, plan.batches_of(way)) if some == BATCH else (ROWS, 2)
-                sizes.setdefault((way, *asked), set()).update(more)
-    return [partial(launches_of, *asked, tuple(sorted(some)), arch, tf32) for asked, some in sizes.items()]
+                sizes.setdefault((way, *run_key), set()).update(more)
+    return [partial(launches_of, *run_key, tuple(sorted(some)), arch, tf32) for run_key, some in sizes.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------------- table
@@ -463,17 +547,23 @@ def _row(some: str, about: str, *cells: str) -> str:
 
 
 def table(outcomes: list[Outcome], providers: list[Provider], verbose: bool = False) -> Iterator[str]:
-    """Lines of at most 110 columns: a set each, then what was wrong or refused, and who is absent."""
+    """Iterate over lines of at most 110 columns: one for each set, then faults, refusals and absent providers.
+
+    Args:
+        outcomes: of `run_sets`.
+        providers: columns of the table.
+        verbose: every fault, instead of the first of each set, provider and verdict.
+    """
     absent = {provider.name: provider.absent for provider in providers}
     yield _row("set", "what it is about", *absent)
     for some in [some for some in SETS if any(o.set == some.name for o in outcomes)]:
         cells = [_cell([o for o in outcomes if (o.set, o.provider) == (some.name, name)]) for name in absent]
         yield _row(some.name, some.about, *cells)
     yield ""
-    told = set()
+    printed = set()
     for o in outcomes:
-        if o.verdict != "exact" and (verbose or (o.set, o.provider, o.verdict) not in told):
-            told.add((o.set, o.provider, o.verdict))
+        if o.verdict != "exact" and (verbose or (o.set, o.provider, o.verdict) not in printed):
+            printed.add((o.set, o.provider, o.verdict))
             where = " ".join(filter(None, (o.dtype, o.shape, o.way)))
             count = f" of {o.rows} rows" if o.rows else ""
             line = f"{o.set}, {o.provider}, {where}: {o.verdict} {o.wrong or ''}{count}; {o.note}"

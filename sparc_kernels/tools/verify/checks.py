@@ -1,4 +1,4 @@
-"""The checks behind `sparc-kernels verify`: what is compared for each operator. `judge.py` says how."""
+"""Checks of `sparc-kernels verify` for each operator; criteria and data are in `judge.py`."""
 
 from __future__ import annotations
 
@@ -36,40 +36,54 @@ from .judge import (
 
 
 def judge_encode(check: Check, topk_type: str) -> None:
+    """Judge selection and values of `encode_topk`.
+
+    Args:
+        check: gives the case; takes the results.
+        topk_type: "global" or "local".
+    """
     c, p = check.case, check.problem(generic)
     indices, values = encode_topk(*p.encoder, c.k, topk_type, check.impl)
     S = len(c.dims)
-    chosen = _Selection(c.N)
+    selection = _Selection(c.N)
     truths, owns = [], []
-    for rows in torch.arange(c.B).split(max(1, 2**25 // c.N)):  # dense logits of a few rows at a time
+    for rows in torch.arange(c.B).split(max(1, 2**25 // c.N)):  # bounds the memory of dense logits
         part = slice(int(rows[0]), int(rows[-1]) + 1)
-        few = p.rows(part)
-        few64 = few.to(F64)
-        hs, own = few64.logits(), check.own(few).logits()
+        block = p.rows(part)
+        block64 = block.to(F64)
+        hs, own = block64.logits(), check.own(block).logits()
         idx = indices[..., part, :]
         own_idx = reference.select(own, c.k, topk_type)
-        errors = [logit_error(check, few64, s, h, selecting=True) for s, h in enumerate(hs)]
-        chosen.judge_streams(hs, errors, idx, own_idx, torch.finfo(check.dtype).eps / 2, part.start)
-        if chosen.invalid:
+        errors = [logit_error(check, block64, s, h, selecting=True) for s, h in enumerate(hs)]
+        selection.judge_streams(hs, errors, idx, own_idx, torch.finfo(check.dtype).eps / 2, part.start)
+        if selection.invalid:
             break
         truths.append([torch.relu(h.gather(1, reference.of_stream(idx, s))) for s, h in enumerate(hs)])
         owns.append([torch.relu(h.gather(1, reference.of_stream(idx, s))) for s, h in enumerate(own)])
-    chosen.report(check)
-    if not chosen.invalid:
+    selection.report(check)
+    if not selection.invalid:
         for s in range(S):
             truth, own = (torch.cat([part[s] for part in parts]) for parts in (truths, owns))
             check.compare(f"values[{s}]", values[s], truth, own)
 
 
 class _Selection:
-    """Judges selected latents by their true scores, rows block by block."""
+    """Judge selected latents by their true scores, by blocks of rows."""
 
     def __init__(self, n: int):
         self.n, self.invalid, self.note = n, "", ""
         self.shortfalls, self.own_shortfalls, self.limits = [], [], []
 
     def judge(self, score: Tensor, error: Tensor, idx: Tensor, own_idx: Tensor, row0: int = 0) -> None:
-        """score, its possible error: [B, N]; indices, and those of plain PyTorch in the dtype: [B, k]."""
+        """Judge a block of rows.
+
+        Args:
+            score: in float64, [B, N].
+            error: bound of its rounding error, [B, N].
+            idx: selected latents, [B, k].
+            own_idx: selected by plain PyTorch in the dtype, [B, k].
+            row0: number of the first row, for messages.
+        """
         ordered = idx.sort(1).values
         if idx.numel() and (int(ordered[:, 0].min()) < 0 or int(ordered[:, -1].max()) >= self.n):
             self.invalid = f"latents outside 0..{self.n - 1}: {int(ordered[:, 0].min())}..{int(ordered[:, -1].max())}"
@@ -97,7 +111,16 @@ class _Selection:
         self.limits.append((error.gather(1, low.argmax(1, keepdim=True)).squeeze(1) + err.amax(1)) / size)
 
     def judge_streams(self, hs, errors, idx: Tensor, own_idx: Tensor, unit: float, row0: int = 0) -> None:
-        """Indices [B, k] on the streams' sum, whose storage adds a unit of rounding, or [S, B, k] on each stream."""
+        """Judge global or local selection.
+
+        Args:
+            hs: pre-activations of each stream in float64, [B, N].
+            errors: bounds of their rounding errors, [B, N].
+            idx: [B, k], judged on the streams' sum, or [S, B, k], judged on each stream.
+            own_idx: selected by plain PyTorch in the dtype, of the same shape.
+            unit: rounding of the dtype, which storing the sum adds.
+            row0: number of the first row, for messages.
+        """
         if idx.dim() == 2:
             self.judge(sum(hs), sum(errors) + unit * sum(hs).abs(), idx, own_idx, row0)
         else:
@@ -110,6 +133,7 @@ class _Selection:
         return (rest.amax(1) - score.gather(1, idx).amin(1)).clamp(min=0)
 
     def report(self, check: Check, tensor: str = "selection") -> None:
+        """Add the result of all blocks to a check."""
         if self.invalid:
             check.add(tensor, False, self.invalid)
             return
@@ -138,29 +162,29 @@ def _exact(check: Check) -> None:
 
     judge("integers", p, hs)
 
-    same = replace(p, xs=[torch.ones_like(x) for x in p.xs], w_encs=[torch.ones_like(w) for w in p.w_encs])
-    same.latent_biases = [torch.full_like(b, 3) for b in p.latent_biases]
-    judge("all equal", same, same.to(F64).logits())
+    all_equal = replace(p, xs=[torch.ones_like(x) for x in p.xs], w_encs=[torch.ones_like(w) for w in p.w_encs])
+    all_equal.latent_biases = [torch.full_like(b, 3) for b in p.latent_biases]
+    judge("all equal", all_equal, all_equal.to(F64).logits())
 
-    odd = replace(p, latent_biases=[b.clone() for b in p.latent_biases])
+    odd_biases = replace(p, latent_biases=[b.clone() for b in p.latent_biases])
     for place, value in ((1, -math.inf), (2, math.inf), (3, math.nan), (c.N // 2, -math.inf), (c.N - 1, math.inf)):
-        odd.latent_biases[0][place] = value
-    judge("inf, NaN biases", odd, odd.to(F64).logits())
+        odd_biases.latent_biases[0][place] = value
+    judge("inf, NaN biases", odd_biases, odd_biases.to(F64).logits())
 
-    few = replace(p, latent_biases=[b.clone() for b in p.latent_biases])
-    few.latent_biases[0][max(c.k - 2, 1) :] = -math.inf  # fewer finite pre-activations than k
-    judge("-inf beyond k", few, few.to(F64).logits())
+    few_finite = replace(p, latent_biases=[b.clone() for b in p.latent_biases])
+    few_finite.latent_biases[0][max(c.k - 2, 1) :] = -math.inf  # leaves fewer than k finite pre-activations
+    judge("-inf beyond k", few_finite, few_finite.to(F64).logits())
 
-    bad = replace(p, xs=[x.clone() for x in p.xs])
-    bad.xs[0][0, 0], bad.xs[0][1 % c.B, -1], bad.xs[S - 1][2 % c.B, 0] = math.nan, math.inf, -math.inf
-    judge("inf, NaN rows", bad, bad.to(F64).logits())
+    odd_rows = replace(p, xs=[x.clone() for x in p.xs])
+    odd_rows.xs[0][0, 0], odd_rows.xs[0][1 % c.B, -1], odd_rows.xs[S - 1][2 % c.B, 0] = math.nan, math.inf, -math.inf
+    judge("inf, NaN rows", odd_rows, odd_rows.to(F64).logits())
 
     dead = torch.arange(c.N, device=check.device) % 3 != 0
     for s in range(min(S, 2)):
         idx, val = auxk_topk(*p.stream(s), dead, c.auxk, check.impl)
         ref_idx, ref_val = reference.auxk(hs[s], dead, c.auxk)
         check.exact(f"auxk values[{s}]", val, ref_val)
-        fired = ref_val > 0  # which latents stand behind zeros is arbitrary
+        fired = ref_val > 0  # latents with value 0 are arbitrary
         check.exact(f"auxk indices[{s}]", idx[fired], ref_idx[fired])
 
 
@@ -173,7 +197,7 @@ def _values_at(check: Check) -> None:
         with torch.no_grad():
             h = reference.preactivations(*p64.stream(s))
             near = (h.abs() < 2 * logit_error(check, p64, s, h)).gather(1, indices)
-        # where rounding may decide relu's side, either derivative is right: those entries get no cotangent
+        # where rounding may decide relu's side either derivative is correct: the cotangent is 0 there
         dvalues = _cotangent(check, indices.shape).masked_fill(near, 0.0)
         note = f"{int(near.sum())} of {near.numel()} entries at relu's border not differentiated" if near.any() else ""
 
@@ -192,9 +216,9 @@ def _values_at(check: Check) -> None:
 
 
 def _cotangent(check: Check, shape, wide: bool = True) -> Tensor:
-    """Random upstream gradient in the accumulator's dtype, with values that the dtype can hold.
+    """Random upstream gradient with values exact in the dtype; `wide`: stored in the accumulator's dtype.
 
-    Its mean is not 0: sums that cancel would be judged by rounding alone.
+    Its mean is not 0, since sums that cancel would be rounding only.
     """
     g = (torch.randn(*shape, generator=check.generator, device=check.device) + 0.5).to(check.dtype)
     return g.to(acc_dtype(check.dtype)) if wide else g
@@ -258,7 +282,7 @@ def _decode_nmse(check: Check, local: bool) -> None:
 
 
 def _scale(check: Check) -> float:
-    """As a gradient scaler would choose it: 2 / (B d) alone is below fp16's normal numbers."""
+    """Loss scale as a gradient scaler would choose it; 2 / (B d) alone is below fp16's normal numbers."""
     return 2.0 ** min(round(math.log2(check.case.B * max(check.case.dims))), 12)
 
 
@@ -276,8 +300,8 @@ def _inverse_index(check: Check) -> None:
     order, offsets, _ = inverse_index(outside, c.N)
     flat = outside.reshape(-1)
     places = flat.sort(stable=True).indices
-    kept = places[(flat[places] >= 0) & (flat[places] < c.N)]
-    check.exact("ids outside", order[int(offsets[0]) : int(offsets[-1])], kept)
+    inside = places[(flat[places] >= 0) & (flat[places] < c.N)]
+    check.exact("ids outside", order[int(offsets[0]) : int(offsets[-1])], inside)
 
 
 def _latent_reduce(check: Check) -> None:
@@ -285,7 +309,7 @@ def _latent_reduce(check: Check) -> None:
     indices = random_latents(check)
     S, d = len(c.dims), c.dims[0]
     coef = _cotangent(check, (S, c.B, c.k))
-    coef = torch.where(coef.abs() < 0.4, 0.0, coef)  # as relu leaves them
+    coef = torch.where(coef.abs() < 0.4, 0.0, coef)  # zeros, as after relu
     mat = torch.randn(S, c.B, d, generator=check.generator, device=check.device).to(check.dtype)
     inverse = inverse_index(indices, c.N)
     ours = latent_reduce(WeightedLists(inverse, coef, None, None, mat, c.k), check.dtype, check.resolved)
@@ -306,11 +330,11 @@ SCALARS = (
     0.999,
     0.5,
     1.0,
-)  # as `adam_scalars_` leaves them: step size, 1 / sqrt(correction), decay, scale, go
+)  # as `adam_scalars_` writes them: step size, 1 / sqrt(correction), decay, scale, go
 
 
 def _adam_reference(w, g, m, v, unit: bool):
-    """One step in plain PyTorch, in the dtype of the tensors."""
+    """One step of Adam in plain PyTorch, in the dtype of the tensors; `unit`: official normalisation and projection."""
     (beta1, beta2, eps), (step_size, correction, keep, scale, _) = ADAM, SCALARS
     g = g * scale
     if unit:
@@ -332,7 +356,7 @@ def _adam_tensors(check: Check, *shapes):
 
 
 def _adam(check: Check) -> None:
-    """SparcAdam's step of one stream, official order, with gradients in memory."""
+    """SparcAdam's step of one stream in the official order, from gradients in memory."""
     c, d = check.case, check.case.dims[0]
     tensors = _adam_tensors(check, (c.N, d), (c.N, d), (d,), (c.N,))
     before = [[t.clone() for t in group] for group in tensors]
@@ -348,7 +372,7 @@ def _adam(check: Check) -> None:
 
 
 def _latent_adam(check: Check) -> None:
-    """The same step from lists, for an encoder with its latent bias and for a decoder."""
+    """The same step from latent lists, for an encoder with its latent bias and for a decoder."""
     c, d, S = check.case, check.case.dims[0], len(check.case.dims)
     inverse = inverse_index(indices := random_latents(check), c.N)
     acc = acc_dtype(check.dtype)
@@ -365,14 +389,14 @@ def _latent_adam(check: Check) -> None:
         return [*ours, *bias, *(() if unit else (sums @ w.to(dtype),))]
 
     for unit, name in ((False, "encoder"), (True, "decoder")):
-        mine = [t.clone() for t in (w, m, v)]
+        updated = [t.clone() for t in (w, m, v)]
         bias = [] if unit else [t.clone() for t in (b, b_m, b_v)]
         lists, mode = [*inverse, coef, None, None, mat], BEFORE if unit else PLAIN
-        lean = latent_adam_(
-            *mine, None, bias, scalars, scalars, lists, c.k, [], 0, mode, *ADAM, check.resolved,
+        dpre_bias_sum = latent_adam_(
+            *updated, None, bias, scalars, scalars, lists, c.k, [], 0, mode, *ADAM, check.resolved,
         )  # fmt: skip
         parts = ("", " exp_avg", " exp_avg_sq", " bias", " bias exp_avg", " bias exp_avg_sq", " for pre_bias")
-        ours = [*mine, *bias, *(() if unit else (lean,))]
+        ours = [*updated, *bias, *(() if unit else (dpre_bias_sum,))]
         truth, own = dense(F64, unit), dense(check.own_dtype, unit)
         for part, *three in zip(parts[: len(ours)], ours, truth, own, strict=True):
             check.compare(name + part, *three)
@@ -384,18 +408,18 @@ def _auxk_topk(check: Check, how_many: str) -> None:
     h = reference.preactivations(*p64.stream(s))
     error = logit_error(check, p64, s, h)
     count = {"none": 0, "few": max(c.auxk // 2, 1), "many": max(c.N // 2, c.auxk)}[how_many]
-    # few: those that reach far above 0, so that no value is a small difference of large numbers only
+    # few: latents that reach far above 0, so that no latent's values are all small differences of large numbers
     order = h.amax(0) if how_many == "few" else torch.rand(c.N, generator=check.generator, device=check.device)
     dead = torch.zeros(c.N, dtype=torch.bool, device=check.device)
     dead[order.topk(count).indices] = True
     leaves = as_leaves(p.stream(s))
     indices, values = auxk_topk(*leaves, dead, c.auxk, check.impl)
-    # only positive pre-activations of dead latents matter; what fills a row has the value 0
-    chosen, score = _Selection(c.N), torch.relu(h * dead)
+    # only positive pre-activations of dead latents count; entries that fill up a row have value 0
+    selection, score = _Selection(c.N), torch.relu(h * dead)
     own_idx, _ = reference.auxk(reference.preactivations(*own_p.stream(s)), dead, c.auxk)
-    chosen.judge(score, logit_error(check, p64, s, h, selecting=True) * dead, indices, own_idx)
-    chosen.report(check)
-    if chosen.invalid:
+    selection.judge(score, logit_error(check, p64, s, h, selecting=True) * dead, indices, own_idx)
+    selection.report(check)
+    if selection.invalid:
         return
     near = ((h.abs() < 2 * error) & dead).gather(1, indices)
     dvalues = _cotangent(check, indices.shape).masked_fill(near, 0.0)
@@ -427,7 +451,7 @@ DEAD_STEPS = 10
 
 
 def _training_step(check: Check, topk_type: str) -> None:
-    """Loss, metrics, counters and every parameter's gradient, AuxK included; and the same bits when done again."""
+    """Loss, metrics, counters and every parameter's gradient, AuxK included; two steps must give the same bits."""
     c, p = check.case, check.problem(margin_problem)
     S = len(c.dims)
     streams = [f"s{s}" for s in range(S)]
@@ -468,14 +492,14 @@ def _training_step(check: Check, topk_type: str) -> None:
         check.add("twice", same, "exact" if same else "two runs gave different bits")
 
     indices = outputs.indices
-    chosen, p64, own_p = _Selection(c.N), p.to(F64), check.own(p)
+    selection, p64, own_p = _Selection(c.N), p.to(F64), check.own(p)
     hs = p64.logits()
     errors = [logit_error(check, p64, s, h, selecting=True) for s, h in enumerate(hs)]
     own_hs = own_p.logits()
     own_idx = reference.select(own_hs, c.k, topk_type)
-    chosen.judge_streams(hs, errors, indices, own_idx, torch.finfo(check.dtype).eps / 2)
-    chosen.report(check)
-    if chosen.invalid:
+    selection.judge_streams(hs, errors, indices, own_idx, torch.finfo(check.dtype).eps / 2)
+    selection.report(check)
+    if selection.invalid:
         return
 
     after = []
@@ -485,12 +509,12 @@ def _training_step(check: Check, topk_type: str) -> None:
         check.exact(f"counters[{s}]", buffer, after[s])
     dead = [(counters if topk_type == "local" else a) > DEAD_STEPS for a in after]  # global reads them after the update
     auxk_indices = [outputs[f"auxk_indices_{s}"] for s in streams]
-    picked = _Selection(c.N)
+    aux_selection = _Selection(c.N)
     for s in range(S):
         own_aux, _ = reference.auxk(own_hs[s], dead[s], c.auxk)
-        picked.judge(torch.relu(hs[s] * dead[s]), errors[s] * dead[s], auxk_indices[s], own_aux)
-    picked.report(check, "auxk selection")
-    if picked.invalid:
+        aux_selection.judge(torch.relu(hs[s] * dead[s]), errors[s] * dead[s], auxk_indices[s], own_aux)
+    aux_selection.report(check, "auxk selection")
+    if aux_selection.invalid:
         return
 
     truth_terms, truth_grads = reference_step(p64, c, indices, auxk_indices, dead, scale)
@@ -500,7 +524,7 @@ def _training_step(check: Check, topk_type: str) -> None:
     for term, names in _metric_names(streams).items():
         if names and not missing:
             ours = torch.stack([metrics[name] for name in names])
-            size = truth_terms[term].abs() if term == "averages" else 1.0  # averages differ in size: each for itself
+            size = truth_terms[term].abs() if term == "averages" else 1.0  # averages differ in size: relative to each
             check.compare(term, ours / size, truth_terms[term] / size, own_terms[term] / size)
     check.compare("loss", first[0], truth_terms["averages"][-1], own_terms["averages"][-1])
     names = [f"{name}[{s}]" for name in parameters for s in range(S)]
@@ -521,7 +545,19 @@ def _metric_names(streams: list[str]) -> dict[str, list[str]]:
 
 
 def reference_step(p: Problem, c: Case, indices, auxk_indices, dead, scale):
-    """The same terms and gradients from the dense reference, in the dtype of p."""
+    """Compute terms and gradients of a training step by the dense reference, in the dtype of p.
+
+    Args:
+        p: problem.
+        c: its case.
+        indices: selected latents, [B, k] or [S, B, k].
+        auxk_indices: AuxK's of each stream, [B, auxk].
+        dead: bool [N] of each stream.
+        scale: of the loss, for the gradients.
+
+    Returns:
+        {term: values}, and gradients of w_encs, w_decs, pre_biases and latent_biases, each of S streams.
+    """
     S = len(c.dims)
     groups = [as_leaves(group) for group in (p.w_encs, p.w_decs, p.pre_biases, p.latent_biases)]
     loss = reference.training_loss(
@@ -549,7 +585,7 @@ def reference_step(p: Problem, c: Case, indices, auxk_indices, dead, scale):
 
 
 def _int64_offsets(check: Check) -> None:
-    """A decoder of more than 2^31 entries, read and written at its far end."""
+    """Decode with more than 2^31 decoder entries, read and written at the far end."""
     c, g = check.case, check.generator
     d = c.dims[0]
     w = torch.empty(c.N, d, dtype=check.dtype, device=check.device).normal_(generator=g)
@@ -561,12 +597,12 @@ def _int64_offsets(check: Check) -> None:
     leaves = as_leaves([values, w.t()])
     recon = decode(indices, leaves[0], [leaves[1]], [bias], impl=check.impl)[0, 0]
     dvalues, dw = torch.autograd.grad(recon, leaves, upstream)
-    used, places = indices.unique(return_inverse=True)  # the reference needs only the rows that are used
+    used, places = indices.unique(return_inverse=True)  # the reference needs the used rows only
 
     def dense(dtype):
-        few = as_leaves([values.to(dtype), w[used].to(dtype).t()])
-        out = reference.decode(places, few[0], [few[1]], [bias.to(dtype)])[0, 0]
-        return [out, *torch.autograd.grad(out, few, upstream.to(dtype))]
+        leaves_used = as_leaves([values.to(dtype), w[used].to(dtype).t()])
+        out = reference.decode(places, leaves_used[0], [leaves_used[1]], [bias.to(dtype)])[0, 0]
+        return [out, *torch.autograd.grad(out, leaves_used, upstream.to(dtype))]
 
     ours = [recon, dvalues, dw[:, used]]
     for name, *three in zip(("recon", "dvalues", "dw_dec"), ours, dense(F64), dense(check.dtype), strict=True):
@@ -575,7 +611,7 @@ def _int64_offsets(check: Check) -> None:
     check.exact("rows written", written.nonzero().squeeze(1), used)
 
 
-# name, the word that asks for it in Case.ops, what runs it
+# name, its word in Case.ops, function
 OPERATOR_CHECKS: list[tuple[str, str, Callable[[Check], None]]] = [
     ("encode_topk global", "encode", partial(judge_encode, topk_type="global")),
     ("encode_topk local", "encode", partial(judge_encode, topk_type="local")),

@@ -1,13 +1,13 @@
-"""How `sparc-kernels verify` judges what an operator returned, and the problems on which it does.
+"""Criteria of `sparc-kernels verify`, and the data it runs on.
 
 - A tensor: its error against `reference.py` in float64, computed from the same rounded inputs, may be at most twice the
   error that `reference.py` itself makes in that dtype, plus a few units of rounding (`allowance`). Maximum error is
   taken relative to the largest magnitude of the true tensor, RMS error relative to its RMS.
-- A selection: by value, never by index, because near ties make correct kernels differ. No latent that was left out may
-  be truly larger than one that was taken by more than both logits' rounding (`logit_error`).
-- Integer-valued problems leave no rounding: there the selection must be the stable sort's, index for index.
+- A selection: by value, never by index, because near ties make correct kernels differ. The true value of a latent left
+  out may exceed that of one taken by no more than both logits' rounding (`logit_error`).
+- Integer-valued problems have no rounding: the selection must equal the stable sort's, index for index.
 - Gradients are compared with the selection held fixed. The derivative of relu jumps at 0, where rounding may decide
-  the side, so the data keep away from it: see `margin_problem`, and the cotangents of `_values_at`.
+  the side, so the data avoid 0: see `margin_problem`, and the cotangents of `_values_at`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ SHORT = {F64: "fp64", F32: "fp32", BF16: "bf16", F16: "fp16"}
 
 @dataclass(frozen=True)
 class Case:
+    """One shape, with the checks and dtypes that run on it."""
+
     name: str
     B: int
     N: int
@@ -39,24 +41,26 @@ class Case:
     dims: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...]
     ops: str  # words of CHECKS
-    quick: bool = False
-    hot: bool = False  # one latent on every row
+    quick: bool = False  # part of --quick
+    hot: bool = False  # one latent is active on every row
     strided: bool = False  # no input is contiguous
-    gib: float = 0.0  # free GPU memory it needs
-    threads: bool = False  # on a CPU: all threads, not one
+    gib: float = 0.0  # free GPU memory needed
+    threads: bool = False  # on a CPU: all threads instead of one
 
     @property
     def auxk(self) -> int:
+        """AuxK's k."""
         return max(2, min(self.k, self.N // 8))
 
     @property
     def shape(self) -> str:
+        """Sizes as text."""
         return f"B{self.B} N{self.N} k{self.k} S{len(self.dims)}"
 
 
 @dataclass
 class Result:
-    """One tensor, selection or exact comparison. Errors and limits are relative, None where nothing is measured."""
+    """Result for one tensor, selection or exact comparison. Errors and limits are relative; None: not measured."""
 
     op: str
     tensor: str
@@ -71,15 +75,16 @@ class Result:
     max_limit: float | None = None
     rms_limit: float | None = None
     note: str = ""
-    seconds: float = 0.0  # of the whole check that this is a part of
+    seconds: float = 0.0  # of the whole check
 
     @property
     def passed(self) -> bool:
+        """True unless it failed; skipped ones pass."""
         return self.verdict != "FAIL"
 
     @property
     def share(self) -> float:
-        """How much of its limit the error uses; inf where it failed."""
+        """Error over its limit, the larger of maximum and RMS; inf if it failed."""
         if not self.passed:
             return math.inf
         pairs = ((self.max_error, self.max_limit), (self.rms_error, self.rms_limit))
@@ -87,32 +92,45 @@ class Result:
 
 
 MULTIPLE = 2  # of PyTorch's own error
-UNITS = 2  # of the dtype's rounding, half an ulp each, for the maximum; half as many for the RMS
+UNITS = 2  # roundings of the dtype, half an ulp each, for the maximum; half as many for the RMS
 
 
 def allowance(check: Check) -> float:
-    """What an error may have beside a multiple of PyTorch's own: units of rounding, and the accumulator's share.
+    """Return the error allowed beside a multiple of PyTorch's own: units of rounding, and the accumulator's share.
 
-    A sum of n terms one after the other is a random walk of sqrt(n) roundings of the accumulator, where the dense
-    reference, summing in blocks, gets by with fewer.
+    A sequential sum of n terms is a random walk of sqrt(n) roundings of the accumulator; the dense reference, which
+    sums in blocks, has fewer.
     """
     c = check.case
-    n = max(*c.dims, c.k, len(c.dims) * c.B, min(c.N, c.B * c.k))  # the longest: dot, latent's list, W_enc^T dc
+    n = max(*c.dims, c.k, len(c.dims) * c.B, min(c.N, c.B * c.k))  # longest sum: dot, latent's list, W_enc^T dc
     acc = torch.finfo(acc_dtype(check.dtype)).eps / 2
     slack = UNITS * torch.finfo(check.dtype).eps / 2 + acc * math.sqrt(n)
     if check.kernels and check.device.type == "cuda" and check.dtype == F32:
-        # tf32x3 drops the product of both low parts; tensor cores truncate their sum after every 8 products (modelled)
+        # tf32x3 drops the product of both low parts; tensor cores truncate the sum after every 8 products (modelled)
         slack += 2**-22 + max(*c.dims, c.k) / 8 * 2**-24
     return slack
 
 
 def limit(own: float, slack: float) -> float:
-    """Largest error that passes: `MULTIPLE` times PyTorch's own, where that is finite, and `slack` beside it."""
+    """Return the largest error that passes.
+
+    Args:
+        own: PyTorch's own error; counted `MULTIPLE` times if finite.
+        slack: added, see `allowance`.
+    """
     return slack + MULTIPLE * own if math.isfinite(own) else slack
 
 
 def errors(value: Tensor, truth: Tensor) -> tuple[float, float]:
-    """Largest error over the largest magnitude, RMS error over the RMS; inf where shapes or inf and NaN differ."""
+    """Return maximum error over largest magnitude, and RMS error over RMS.
+
+    Args:
+        value: to judge.
+        truth: of the same shape.
+
+    Returns:
+        Both inf if shapes differ, or if inf or NaN are at other entries.
+    """
     if value.shape != truth.shape:
         return math.inf, math.inf
     if truth.numel() == 0:
@@ -128,7 +146,16 @@ def errors(value: Tensor, truth: Tensor) -> tuple[float, float]:
 
 
 class Check:
-    """One operator on one case in one dtype: its data and its results."""
+    """One operator on one case in one dtype: its data and its results.
+
+    Args:
+        op: name of the check.
+        case: shape.
+        dtype: of the operator's inputs.
+        device: that runs it.
+        impl: "auto", "triton" or "torch".
+        problems: cache of data, shared by the checks of a case.
+    """
 
     def __init__(self, op: str, case: Case, dtype: torch.dtype, device: torch.device, impl: str, problems: dict):
         self.op, self.case, self.dtype, self.device, self.impl = op, case, dtype, device, impl
@@ -139,30 +166,51 @@ class Check:
         self.kernels = resolved == "triton"
         self.resolved = resolved
         self.interpreted = self.kernels and device.type == "cpu"
-        # in float64 the reference is the truth: PyTorch's own error is taken in float32, and scaled
+        # in float64 the reference is the truth itself: PyTorch's own error is measured in float32 and scaled
         self.own_dtype = F32 if dtype == F64 else dtype
         self.own_scale = 2.0**-29 if dtype == F64 else 1.0
 
     def seeded(self, text: str) -> torch.Generator:
+        """Return a generator on the device, seeded by a text."""
         return torch.Generator(self.device).manual_seed(zlib.crc32(text.encode()))
 
     def problem(self, kind: Callable[[Check], Problem]) -> Problem:
-        """The data of this case; operators share them."""
+        """Return the data of this case, made once and shared by its checks.
+
+        Args:
+            kind: function that makes them, such as `generic`.
+        """
         if kind not in self.problems:
             self.problems[kind] = kind(self)
         return self.problems[kind]
 
     def own(self, problem: Problem) -> Problem:
-        """What plain PyTorch works on for its own error."""
+        """Return the problem in the dtype in which plain PyTorch's own error is measured."""
         return problem if problem.xs[0].dtype == self.own_dtype else problem.to(self.own_dtype)
 
     def add(self, tensor: str, passed: bool, note: str = "", **figures) -> None:
+        """Add a result.
+
+        Args:
+            tensor: name of what was judged.
+            passed: whether it passed.
+            note: reason or remark.
+            figures: further fields of Result.
+        """
         verdict = "ok" if passed else "FAIL"
         names = {"dtype": SHORT[self.dtype], "case": self.case.name, "shape": self.case.shape}
         self.results.append(Result(self.op, tensor, **names, verdict=verdict, note=note, **figures))
 
     def compare(self, tensor: str, ours: Tensor, truth: Tensor, own: Tensor, note: str = "") -> None:
-        """`truth` from float64, `own` from plain PyTorch in `own_dtype`."""
+        """Judge a tensor by its maximum and RMS error.
+
+        Args:
+            tensor: its name.
+            ours: the operator's result.
+            truth: from the reference in float64.
+            own: from plain PyTorch in `own_dtype`.
+            note: of the result if it passes.
+        """
         max_error, rms_error = errors(ours, truth)
         torch_max, torch_rms = (x * self.own_scale for x in errors(own, truth))
         slack = allowance(self)
@@ -178,7 +226,13 @@ class Check:
         )  # fmt: skip
 
     def exact(self, tensor: str, ours: Tensor, expected: Tensor) -> None:
-        """Equal in every entry; NaN equals NaN, dtypes may differ."""
+        """Judge a tensor that must be equal in every entry; NaN equals NaN, dtypes may differ.
+
+        Args:
+            tensor: its name.
+            ours: the operator's result.
+            expected: the same, by other means.
+        """
         if ours.shape != expected.shape:
             self.add(tensor, False, f"shape {tuple(ours.shape)}, expected {tuple(expected.shape)}")
             return
@@ -193,6 +247,7 @@ class Check:
 
 
 def describe(x: Tensor) -> str:
+    """Format the shape and the numbers of NaN and inf."""
     return f"shape {tuple(x.shape)} with {int(x.isnan().sum())} NaN, {int(x.isinf().sum())} inf"
 
 
@@ -201,35 +256,46 @@ def describe(x: Tensor) -> str:
 
 @dataclass
 class Problem:
-    xs: list[Tensor]
-    w_encs: list[Tensor]
-    w_decs: list[Tensor]
-    pre_biases: list[Tensor]
-    latent_biases: list[Tensor]
-    quiet: Tensor  # bool [N]: latents that never come near the top k
+    """Inputs and parameters of S streams."""
+
+    xs: list[Tensor]  # [B, d]
+    w_encs: list[Tensor]  # [N, d]
+    w_decs: list[Tensor]  # [d, N]
+    pre_biases: list[Tensor]  # [d]
+    latent_biases: list[Tensor]  # [N]
+    quiet: Tensor  # bool [N]: inactive latents, never near the top k
 
     @property
     def encoder(self) -> tuple[list[Tensor], ...]:
+        """Arguments of the encoder: xs, w_encs, pre_biases, latent_biases."""
         return self.xs, self.w_encs, self.pre_biases, self.latent_biases
 
     def stream(self, s: int) -> tuple[Tensor, ...]:
+        """Return the encoder's arguments of one stream."""
         return tuple(group[s] for group in self.encoder)
 
     def to(self, dtype: torch.dtype) -> Problem:
-        """Copies, contiguous, in another dtype."""
+        """Return contiguous copies in another dtype."""
         groups = [[t.detach().to(dtype, copy=True) for t in g] for g in (*self.encoder[:2], self.w_decs)]
         biases = [[t.detach().to(dtype, copy=True) for t in g] for g in self.encoder[2:]]
         return Problem(*groups, *biases, self.quiet)
 
     def rows(self, rows) -> Problem:
+        """Return the problem with some rows of the inputs: a slice or indices."""
         return replace(self, xs=[x[rows] for x in self.xs])
 
     def logits(self) -> list[Tensor]:
+        """Return the pre-activations [B, N] of each stream by the reference."""
         return [reference.preactivations(*self.stream(s)) for s in range(len(self.xs))]
 
 
 def generic(check: Check, rows: int | None = None) -> Problem:
-    """Gaussian data; rows of different length, biases about as large as the products."""
+    """Make Gaussian data; rows of different norm, biases about as large as the products.
+
+    Args:
+        check: gives case, dtype and device.
+        rows: number of rows; None: the case's.
+    """
     c, g = check.case, check.seeded(check.case.name)
     wide = F64 if check.dtype == F64 else F32
 
@@ -241,13 +307,13 @@ def generic(check: Check, rows: int | None = None) -> Problem:
 
     B = rows or c.B
     quiet = uniform(c.N) < 0.25
-    loud = torch.where(quiet, 0.25, 1.0).to(wide)
+    scale = torch.where(quiet, 0.25, 1.0).to(wide)
     p = Problem(
         xs=[randn(B, d) * (0.5 + uniform(B, 1)) for d in c.dims],
-        w_encs=[randn(c.N, d) / d**0.5 * loud[:, None] for d in c.dims],
+        w_encs=[randn(c.N, d) / d**0.5 * scale[:, None] for d in c.dims],
         w_decs=[(randn(c.N, d) / d**0.5).t() for d in c.dims],
         pre_biases=[0.5 * randn(d) for d in c.dims],
-        latent_biases=[0.5 * randn(c.N) * loud for d in c.dims],
+        latent_biases=[0.5 * randn(c.N) * scale for d in c.dims],
         quiet=quiet,
     )
     if c.hot:
@@ -260,7 +326,7 @@ def generic(check: Check, rows: int | None = None) -> Problem:
 
 
 def stride(p: Problem) -> Problem:
-    """The same values in memory nobody would choose: sliced columns, transposed weights, every other bias."""
+    """Return the same values in strided memory: sliced columns, transposed weights, every other entry of biases."""
 
     def columns(x):
         return torch.cat([x, torch.full_like(x, float("nan"))], 1)[:, : x.shape[1]]
@@ -279,7 +345,7 @@ def stride(p: Problem) -> Problem:
 
 
 def integers(check: Check) -> Problem:
-    """Small integers: every pre-activation and every sum over streams is exact in the dtype, and ties are frequent."""
+    """Make small integers, so that pre-activations and their sums over streams are exact, and ties are frequent."""
     c, g = check.case, check.seeded(check.case.name)
 
     def integers(high, *shape):
@@ -301,10 +367,10 @@ def integers(check: Check) -> Problem:
 
 
 def margin_problem(check: Check) -> Problem:
-    """Data on which rounding cannot move a selected pre-activation across 0 (nor across AuxK's threshold).
+    """Make data on which rounding cannot move a selected pre-activation across 0 or AuxK's threshold.
 
-    float32 and float64: of four times as many Gaussian rows those with a margin of 8 times the logits' rounding.
-    Half precision: multiples of a power of two, a latent bias half a step beside them; fp32 sums of those are exact.
+    float32 and float64: from four times as many Gaussian rows, those with a margin of 8 times the logits' rounding.
+    Half precision: multiples of a power of two, latent biases offset by half a step, whose fp32 sums are exact.
     """
     c = check.case
     if check.dtype in (F64, F32):
@@ -325,7 +391,7 @@ def margin_problem(check: Check) -> Problem:
         return p.rows(rows)
     g = check.seeded(c.name)
     quiet = torch.rand(c.N, generator=g, device=check.device) < 0.25
-    loud = torch.where(quiet, 0.25, 1.0)
+    scale = torch.where(quiet, 0.25, 1.0)
 
     def integers(high, *shape):
         return torch.randint(-high, high + 1, shape, generator=g, device=check.device).float()
@@ -333,10 +399,10 @@ def margin_problem(check: Check) -> Problem:
     steps = [2.0 ** -round(math.log2(4.3 * d**0.5)) for d in c.dims]  # about unit variance of x, 1 / d of w
     p = Problem(
         xs=[integers(7, c.B, d) / 4 for d in c.dims],
-        w_encs=[integers(7, c.N, d) * step * loud[:, None] for d, step in zip(c.dims, steps, strict=True)],
+        w_encs=[integers(7, c.N, d) * step * scale[:, None] for d, step in zip(c.dims, steps, strict=True)],
         w_decs=[(torch.randn(c.N, d, generator=g, device=check.device) / d**0.5).t() for d in c.dims],
         pre_biases=[integers(3, d) / 4 for d in c.dims],
-        latent_biases=[(integers(60, c.N) + 0.5) * step / 4 * loud for step in steps],
+        latent_biases=[(integers(60, c.N) + 0.5) * step / 4 * scale for step in steps],
         quiet=quiet,
     )
     if c.hot:
@@ -347,12 +413,20 @@ def margin_problem(check: Check) -> Problem:
 
 
 def logit_error(check: Check, p64: Problem, s: int, h: Tensor, selecting: bool = False) -> Tensor:
-    """How far rounding may move each pre-activation of stream s: [B, N].
-
-    `selecting`: for the product that is selected on, which follows torch.get_float32_matmul_precision.
+    """Bound the rounding error of each pre-activation of one stream.
 
     Storage: a unit of the largest intermediate, |h| + |c|. Centring: x - b is rounded in the dtype, independently for
     every column, so by the random walk sqrt(sum (x_d w_d)^2), 4 units of it. Accumulation: a random walk in fp32.
+
+    Args:
+        check: gives dtype, device and implementation.
+        p64: the problem in float64.
+        s: stream.
+        h: its pre-activations in float64, [B, N].
+        selecting: for the product that selection uses, which follows torch.get_float32_matmul_precision.
+
+    Returns:
+        [B, N].
     """
     x, w, pre_bias, latent_bias = p64.stream(s)
     spread = ((x - pre_bias).square() @ w.square().T).sqrt()
@@ -368,7 +442,15 @@ def logit_error(check: Check, p64: Problem, s: int, h: Tensor, selecting: bool =
 
 
 def random_latents(check: Check, streams: int = 0) -> Tensor:
-    """Distinct latents in random order, [B, k] or [streams, B, k]; the hot latent in every row of a hot case."""
+    """Draw distinct latents in random order; in a hot case every row has the hot latent.
+
+    Args:
+        check: gives the case and the generator.
+        streams: leading dimension; 0: none.
+
+    Returns:
+        int64 [B, k] or [streams, B, k].
+    """
     c, g = check.case, check.generator
     shape = (streams, c.B) if streams else (c.B,)
     if c.k * 4 > c.N:
@@ -383,14 +465,21 @@ def random_latents(check: Check, streams: int = 0) -> Tensor:
 
 
 def is_first(idx: Tensor) -> Tensor:
+    """Mask the first column: bool [k]."""
     return torch.arange(idx.shape[-1], device=idx.device) == 0
 
 
 def swap(idx: Tensor, latent: int) -> Tensor:
-    """idx with `latent` in the first place, and what stood there where `latent` was."""
+    """Swap `latent` with the first entry of each row.
+
+    Args:
+        idx: latents [..., k].
+        latent: replaces the first entry where it is not in the row.
+    """
     moved = torch.where(idx == latent, idx[..., :1], idx)
     return torch.where(is_first(idx), latent, moved)
 
 
 def as_leaves(tensors: list[Tensor]) -> list[Tensor]:
+    """Detach tensors and require their gradients."""
     return [t.detach().requires_grad_() for t in tensors]

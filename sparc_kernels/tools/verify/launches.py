@@ -1,7 +1,7 @@
-"""Which kernels `verify` launches, found without a GPU: its checks run on meta tensors, with recorders for kernels.
+"""List the kernels that `verify` launches, without a GPU: its checks run on meta tensors with recorders for kernels.
 
-The checks themselves run, so nothing can be forgotten here. What a check reads back to judge has no value on meta
-tensors; it gets an answer that lets the check go on, and judging is left out.
+The checks themselves run, so the list is complete. Values that a check reads back are replaced by ones that let it
+continue, and nothing is judged.
 """
 
 from __future__ import annotations
@@ -22,25 +22,26 @@ META = torch.device("meta")
 
 
 def launches_of(case: Case, dtype: torch.dtype, arch: int, name: str | None = None, tf32: bool = False) -> list[Launch]:
-    """The distinct launches of the checks of one case in one dtype on a GPU of that architecture.
+    """Return the distinct launches of the checks of one case in one dtype.
 
     Args:
-        case, dtype: of `verify`'s cases.
-        arch: as `device.capability` gives it.
-        name: of one check; None: all that the case asks for.
-        tf32: what torch's float32 matmul precision allows.
+        case: one of `verify`'s.
+        dtype: one of the case's.
+        arch: as `launch.device.capability` gives it.
+        name: of one check; None: all of the case.
+        tf32: whether torch's float32 matmul precision allows tf32.
     """
-    found: list[Launch] = []
+    recorded: list[Launch] = []
     problems: dict = {}
-    with as_on_gpu(arch, tf32, found), _unjudged(), _Answers():
+    with as_on_gpu(arch, tf32, recorded), _unjudged(), _Answers():
         for op, word, fn in CHECKS:
             if word in case.ops.split() and name in (None, op):
                 fn(_Dry(op, case, dtype, META, "auto", problems))
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(recorded))
 
 
 class _Dry(Check):
-    """A check that judges nothing."""
+    """A check whose judgements do nothing."""
 
     def seeded(self, text):
         return None
@@ -53,13 +54,13 @@ class _Dry(Check):
 
 @contextmanager
 def _unjudged():
-    """Selections are not judged; autocast, which meta tensors do not know, follows the CPU's."""
-    chosen = verify_checks._Selection
+    """Disable the judgement of selections; autocast, which meta tensors lack, follows the CPU's."""
+    selection = verify_checks._Selection
     get = torch.get_autocast_dtype
     with ExitStack() as patched:
         for holder, name, value in (
-            (chosen, "judge", lambda *_, **__: None),
-            (chosen, "report", lambda *_, **__: None),
+            (selection, "judge", lambda *_, **__: None),
+            (selection, "report", lambda *_, **__: None),
             (module, "autocast_enabled", lambda device: torch.is_autocast_enabled("cpu")),
             (half_weights, "autocast_enabled", lambda device: torch.is_autocast_enabled("cpu")),
             (torch, "get_autocast_dtype", lambda kind: get("cpu" if kind == "meta" else kind)),
@@ -69,7 +70,7 @@ def _unjudged():
 
 
 class _Answers(InsideOperators):
-    """Runs the package's operators by their launchers, and answers what only data could."""
+    """Run the package's operators by their launchers, and substitute results that depend on data."""
 
     def dispatch(self, func, args, kwargs):
         first = args[0] if args and isinstance(args[0], torch.Tensor) else None
@@ -83,7 +84,7 @@ class _Answers(InsideOperators):
                 return first.new_empty(first.shape[0] if first.dim() else 1, max(first.dim(), 1), dtype=torch.int64)
             if name == "aten::_unique2":
                 return first.new_empty(first.numel()), torch.empty_like(first), first.new_empty(0)
-            if name == "aten::index":  # a mask leaves everything
+            if name == "aten::index":  # a mask selects everything
                 args = tree_map_only(torch.Tensor, _as_places, args)
         return func(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Runs the checks of `verify`: one after the other, or in processes, any of which may be lost at any check."""
+"""Run the checks of `verify` in this process, or in worker processes, any of which may die during a check."""
 
 from __future__ import annotations
 
@@ -29,14 +29,28 @@ class Task:
 
 
 def failure(task: Task, op: str, note: str) -> Result:
+    """Make the failed result of a check that judged nothing.
+
+    Args:
+        task: the check's.
+        op: name of the check.
+        note: the reason.
+    """
     return Result(op, "-", SHORT[task.dtype], task.case.name, task.case.shape, verdict="FAIL", note=note)
 
 
 def checks_of(task: Task) -> Iterator[tuple[list[Result], str]]:
-    """Run a task. Gives the results of each check, and "" or why nothing more can run on the device, which ends it."""
+    """Run a task, check by check.
+
+    Args:
+        task: to run.
+
+    Yields:
+        Results of a check, and "" or why the device is unusable, which ends the task.
+    """
     threads = torch.get_num_threads()
     if task.device.type == "cpu" and not task.case.threads:
-        torch.set_num_threads(1)  # on a busy machine, threads that wait for each other take ten times as long
+        torch.set_num_threads(1)  # on a busy machine synchronising threads take ten times as long
     functions = {op: fn for op, _, fn in CHECKS}
     problems: dict = {}
     lost = ""
@@ -68,11 +82,11 @@ def _too_large(task: Task) -> bool:
 
 def _run(fn: Callable[[Check], None], check: Check, task: Task) -> str:
     try:
-        with warnings.catch_warnings():  # half precision parameters are what some checks are about
+        with warnings.catch_warnings():  # some checks use half precision parameters on purpose
             warnings.filterwarnings("ignore", ".*float16 parameters lose updates", RuntimeWarning)
             fn(check)
         if task.device.type == "cuda":
-            torch.cuda.synchronize(task.device)  # a kernel's fault shows up here, not in the next check
+            torch.cuda.synchronize(task.device)  # a kernel's fault is raised here, not in the next check
     except Exception as error:
         text = " ".join(str(error).split())[:300]
         check.results.append(failure(task, check.op, f"{type(error).__name__}: {text}"))
@@ -81,7 +95,7 @@ def _run(fn: Callable[[Check], None], check: Check, task: Task) -> str:
 
 
 def device_lost(device: torch.device) -> str:
-    """Why nothing can run on the device, or nothing."""
+    """Return why the device is unusable, or ""."""
     if device.type != "cuda":
         return ""
     try:
@@ -92,24 +106,31 @@ def device_lost(device: torch.device) -> str:
 
 
 def silence_numpy() -> None:
-    """inf and NaN are among the data, and numpy, which the interpreter computes with, says so at each of them."""
+    """Silence numpy, with which the interpreter computes, about inf and NaN in the data."""
     warnings.filterwarnings("ignore", category=RuntimeWarning)
 
 
 # ----------------------------------------------------------------------------------------------------------- processes
 
-STARTS = 3  # in a row that fail before a check begins: the device is gone for good
+STARTS = 3  # consecutive failed starts of workers after which the device counts as lost
 
 
 def work(pipe, precision: str, interpret: bool, device: torch.device) -> None:
-    """Be a worker: take tasks from the pipe, send what `checks_of` gives, end with the pipe or with the device."""
+    """Serve as a worker: receive tasks, send what `checks_of` yields, until the pipe closes or the device is lost.
+
+    Args:
+        pipe: to the parent.
+        precision: float32 matmul precision of torch.
+        interpret: whether kernels are interpreted.
+        device: of the tasks.
+    """
     torch.set_float32_matmul_precision(precision)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms ask for it
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # needed by deterministic algorithms
     if interpret:
         silence_numpy()
     try:
         lost = device_lost(device)
-        pipe.send(lost)  # ready, or not
+        pipe.send(lost)  # "": ready
         while not lost:
             for results, lost in checks_of(pipe.recv()):
                 pipe.send((results, lost))
@@ -118,18 +139,18 @@ def work(pipe, precision: str, interpret: bool, device: torch.device) -> None:
 
 
 class _Worker:
-    """A process and what it is at. It has the device when it has said so."""
+    """A process and its task; `ready` once it has reported that its device works."""
 
     def __init__(self, settings: tuple):
         context = get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(theirs, *settings), daemon=True)
+        self.pipe, child_pipe = context.Pipe()
+        self.process = context.Process(target=work, args=(child_pipe, *settings), daemon=True)
         self.process.start()
-        theirs.close()
-        self.ready, self.task = False, None  # the task with the names that are still to come
+        child_pipe.close()
+        self.ready, self.task = False, None  # the task with its remaining names
 
     def give(self, task: Task) -> None:
-        """Without effect on a process that has died meanwhile: the next message says so."""
+        """Send a task; no effect on a process that has died, which `_hear` notices."""
         with suppress(OSError):
             self.pipe.send(task)
             self.task = task
@@ -138,7 +159,7 @@ class _Worker:
         self.pipe.close()
         self.process.join(1)
         if self.process.exitcode is None:
-            self.process.kill()  # a broken context may not let it end
+            self.process.kill()  # a broken CUDA context may prevent exit
             self.process.join()
         return self.process.exitcode
 
@@ -147,8 +168,17 @@ Key = tuple[Case, torch.dtype, str]  # of a check
 
 
 class Pool:
-    """Processes that share the tasks. One that dies or loses its device costs the check that it was at: what is left of
-    its task goes to a fresh one. Cases that need much memory run alone, after the others."""
+    """Worker processes that share the tasks.
+
+    One that dies or loses its device fails its current check; the rest of its task goes to a fresh process. Cases that
+    need much memory run alone, after the others.
+
+    Args:
+        tasks: to run.
+        jobs: processes.
+        settings: arguments of `work` after the pipe.
+        ended: called with the key and the results of each check.
+    """
 
     def __init__(self, tasks: list[Task], jobs: int, settings: tuple, ended: Callable[[Key, list[Result]], None]):
         self.queue = deque(sorted(tasks, key=lambda task: task.case.gib > 0))
@@ -157,6 +187,7 @@ class Pool:
         self.failed_starts, self.why = 0, ""
 
     def run(self) -> None:
+        """Run all tasks; checks that no process could run fail."""
         try:
             while self.queue or any(w.task for w in self.workers):
                 while self.queue and len(self.workers) < self.jobs and self.failed_starts < STARTS:
@@ -205,7 +236,7 @@ class Pool:
         self.ended((task.case, task.dtype, name), results)
 
     def _gone(self, worker: _Worker, why: str) -> None:
-        """A worker that said why it cannot go on, or said nothing and died."""
+        """Remove a worker that reported why it cannot continue, or died (`why` is "")."""
         self.workers.remove(worker)
         code = worker.end()
         self.why = why or f"its process died (exit code {code})"

@@ -1,4 +1,4 @@
-"""Checks of the routes that an operator's own check does not take: which way a step went is asserted, not assumed."""
+"""Checks of code paths that the operators' own checks do not take; each asserts that its path was taken."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DEAD_STEPS = 10
 
 
 def _model(check: Check, p: Problem, dtype=None, auxk: bool = True, topk_type: str = "global"):
-    """A model with the problem's weights, and its inputs."""
+    """A model with the problem's weights and counters, and its inputs by stream."""
     c = check.case
     streams = {f"s{s}": d for s, d in enumerate(c.dims)}
     with torch.random.fork_rng(devices=[check.device] if check.device.type == "cuda" else []):
@@ -53,7 +53,7 @@ def _autocast(check: Check):
 
 
 def _gradients(model, p: Problem, inputs, scale: float = 1.0) -> list[Tensor]:
-    """Loss and gradients of one step, always from the same counters."""
+    """Loss and gradients of one step, from reset counters."""
     model.zero_grad(set_to_none=True)
     _reset(model, p)
     loss, _ = model.compute_loss(model(inputs), inputs)
@@ -81,23 +81,23 @@ class _Counted:
 
 
 def _beside(check: Check) -> None:
-    """Two buffers of logits, the selector on a second stream beside the next rows' GEMM."""
-    p, sound, buffers = check.problem(generic), selection.rows_per_chunk, []
+    """Two logit buffers, the selector on a side stream beside the GEMM of the next rows."""
+    p, rows_per_chunk, buffers = check.problem(generic), selection.rows_per_chunk, []
 
-    def noted(*args):
-        buffers.append(sound(*args)[1])
-        return sound(*args)
+    def recorded(*args):
+        buffers.append(rows_per_chunk(*args)[1])
+        return rows_per_chunk(*args)
 
     def indices():
         with torch.no_grad():
             return encode_topk(*p.encoder, check.case.k, "global", check.impl)[0]
 
-    with mock.patch.object(selection, "rows_per_chunk", noted):
+    with mock.patch.object(selection, "rows_per_chunk", recorded):
         judge_encode(check, topk_type="global")
         first = indices()
         _same(check, "10 runs", [first] * 10, [indices() for _ in range(10)])
     check.add("two buffers", set(buffers) == {2}, f"buffers: {buffers}")
-    with mock.patch.object(selection, "rows_per_chunk", lambda rows, row_bytes, block_m, tiles=0: sound(
+    with mock.patch.object(selection, "rows_per_chunk", lambda rows, row_bytes, block_m, tiles=0: rows_per_chunk(
         rows, row_bytes, block_m, 0
     )):  # fmt: skip
         _same(check, "one buffer", [first], [indices()])
@@ -105,7 +105,7 @@ def _beside(check: Check) -> None:
 
 @contextmanager
 def _by_library(check: Check):
-    """Asserts that the library's GEMM was taken, where there are kernels for its maxima."""
+    """Assert that the library's GEMM is taken, by the launches of the kernel for its maxima."""
     counted = _Counted(selection._row_maxima_kernel)
     with mock.patch.object(selection, "_row_maxima_kernel", counted):
         yield
@@ -118,23 +118,26 @@ def _library(check: Check) -> None:
 
 
 def _autocast_step(check: Check) -> None:
-    """Loss and weights' gradients under autocast are those of a bfloat16 model, bit for bit; joint cast where wide."""
+    """Loss and weight gradients under autocast equal those of a bfloat16 model bit for bit; joint cast where wide."""
     p = check.problem(margin_problem)
     wide = check.device.type == "cuda" and selection.encode_by_library(check.case.B, sum(check.case.dims), 2, False)
     (model, inputs), (half, half_inputs) = _model(check, p.to(BF16), check.dtype), _model(check, p.to(BF16), BF16)
     with _by_library(check) if wide else nullcontext(), _autocast(check):
         ours = _gradients(model, p, inputs)
     theirs = _gradients(half, p, half_inputs)
-    kept = [0, *(i + 1 for i, (name, _) in enumerate(model.named_parameters()) if "pre_bias" not in name)]
-    # the pre-biases' two gradients are added up in float32 here, in bfloat16 there
-    _same(check, "as in bf16", [ours[i] for i in kept], [theirs[i].to(ours[i].dtype) for i in kept])
+    compared = [0, *(i + 1 for i, (name, _) in enumerate(model.named_parameters()) if "pre_bias" not in name)]
+    # without pre-biases, whose two gradients are summed in float32 under autocast, in bfloat16 otherwise
+    _same(check, "as in bf16", [ours[i] for i in compared], [theirs[i].to(ours[i].dtype) for i in compared])
 
 
 # ----------------------------------------------------------------------------------------------------- the optimizer's
 
 
 def _adam_in(dtype, weights: list[Tensor], grads: list[list[Tensor]], max_norm: float | None):
-    """Steps of AdamW in plain PyTorch with the official order of clipping; weights of each stream, decoders as rows."""
+    """AdamW in plain PyTorch, with normalisation, projection, then clipping; four weights a stream, decoders as rows.
+
+    Returns the norms (if clipped), weights and moments after one step for each entry of `grads`.
+    """
     weights, norms = [w.to(dtype) for w in weights], []
     moments = [(torch.zeros_like(w), torch.zeros_like(w)) for w in weights]
     for t, given in enumerate(grads, 1):
@@ -158,12 +161,12 @@ def _moved(w, m, v, t: int):
 
 
 def _rows(tensors: list[Tensor]) -> list[Tensor]:
-    """Of one stream: the decoder's as rows."""
+    """The four tensors of one stream with the decoder's transposed to rows."""
     return [t.t() if i == 1 else t for i, t in enumerate(tensors)]
 
 
 def _clipping(check: Check) -> None:
-    """Two steps of SparcAdam that clip all gradients together."""
+    """Two steps of SparcAdam that clip by the norm of all gradients."""
     p = check.problem(margin_problem)
     model, _ = _model(check, p, auxk=False)
     adam = SparcAdam(model, LR, BETAS, EPS, DECAY, max_grad_norm=0.25, impl=check.impl)
@@ -193,27 +196,27 @@ def _clipping(check: Check) -> None:
 
 
 def _scaled(check: Check) -> None:
-    """Steps on what torch.amp.GradScaler leaves for an optimizer: the bits of steps without, for the scale is a power
-    of two, and none at all where it has found an infinity."""
-    p, ends, scale = check.problem(margin_problem), [], 2.0**8
-    found = torch.zeros((), device=check.device)
+    """Steps with the attributes that torch.amp.GradScaler sets: the same bits as unscaled, since the scale is a power
+    of two, and no step if `found_inf` is set."""
+    p, final_params, scale = check.problem(margin_problem), [], 2.0**8
+    found_inf = torch.zeros((), device=check.device)
     for factor in (1.0, scale):
         model, inputs = _model(check, p)
         adam = SparcAdam(model, LR, impl=check.impl)
         if factor != 1:
-            adam.grad_scale, adam.found_inf = torch.full_like(found, factor), found
+            adam.grad_scale, adam.found_inf = torch.full_like(found_inf, factor), found_inf
         for _ in range(2):
             _gradients(model, p, inputs, factor)
             adam.step()
-        ends.append([q.detach().clone() for q in model.parameters()])
-    _same(check, "as unscaled", *ends)
-    found.fill_(1)
+        final_params.append([q.detach().clone() for q in model.parameters()])
+    _same(check, "as unscaled", *final_params)
+    found_inf.fill_(1)
     adam.step()
-    _same(check, "infinity", ends[1], [q.detach() for q in model.parameters()])
+    _same(check, "infinity", final_params[1], [q.detach() for q in model.parameters()])
 
 
 def _direct(check: Check, topk_type: str) -> None:
-    """`training_step` with AuxK: moments are those of the reference's gradients, weights what Adam makes of them."""
+    """`training_step` with AuxK: moments by the reference's gradients, weights by Adam from these moments."""
     c, p = check.case, check.problem(margin_problem)
     model, inputs = _model(check, p, topk_type=topk_type)
     with torch.no_grad():
@@ -241,7 +244,7 @@ def _direct(check: Check, topk_type: str) -> None:
             m, v = (state[n].t() if i == 1 else state[n] for n in ("exp_avg", "exp_avg_sq"))
             for j, (part, moment) in enumerate((("exp_avg", m), ("exp_avg_sq", v))):
                 check.compare(f"{what}[{s}] {part}", moment, expected[0][2 * i + j], expected[1][2 * i + j])
-            moved = []  # from our own moments: Adam's first step is the gradients' signs, which rounding decides near 0
+            moved = []  # from our moments: Adam's first step is the gradients' signs, which rounding decides near 0
             for dtype in (F64, check.own_dtype):
                 w = first[i].to(dtype)
                 w = w / (w.norm(dim=1, keepdim=True) + 1e-8) if i == 1 else w
@@ -250,8 +253,8 @@ def _direct(check: Check, topk_type: str) -> None:
 
 
 def _shadow(check: Check) -> None:
-    """Half precision weights that the step keeps under autocast: the bits of casting them in every step."""
-    p, ends = check.problem(margin_problem), []
+    """Half precision weights kept by the step under autocast: the same bits as casting in every step."""
+    p, final_params = check.problem(margin_problem), []
     for shadow in (None, BF16):
         model, inputs = _model(check, p)
         adam = SparcAdam(model, LR, shadow=shadow, impl=check.impl)
@@ -259,24 +262,24 @@ def _shadow(check: Check) -> None:
             for _ in range(3):
                 model.training_step(inputs, adam)
             if shadow:
-                held = adam.half_weights()
-                check.add("kept", held is not None, "exact" if held else "no shadow was kept")
-        ends.append([q.detach() for q in model.parameters()])
-    _same(check, "as cast", *ends)
+                half_weights = adam.half_weights()
+                check.add("kept", half_weights is not None, "exact" if half_weights else "no shadow was kept")
+        final_params.append([q.detach() for q in model.parameters()])
+    _same(check, "as cast", *final_params)
 
 
-# ------------------------------------------------------------------------------------------------- bits, memory, waits
+# --------------------------------------------------------------------------------------------- bits, memory, host syncs
 
 
 def _again(check: Check, topk_type: str) -> None:
-    """The same bits in every run, also where memory is full of NaN before it is written."""
+    """The same bits in every run, also with fresh memory filled with NaN."""
     p = check.problem(margin_problem)
     (model, inputs), scale = _model(check, p, topk_type=topk_type), 2.0**8
     first = _gradients(model, p, inputs, scale)
     finite = all(bool(t.isfinite().all()) for t in first)
     check.add("finite", finite, "exact" if finite else "NaN or infinity without any in the data")
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty is filled then
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
     try:
         _same(check, "poisoned memory", first, _gradients(model, p, inputs, scale))
     finally:
@@ -289,8 +292,8 @@ FORMS = {"fp32": {}, "autocast": {"bf16": True}, "without gradients": {"bf16": T
 
 
 def _captured(check: Check, form: str) -> None:
-    """30 steps replayed from a CUDA graph against eager ones, with rows made new at step 20: bit for bit."""
-    p, how, ends = check.problem(margin_problem), FORMS[form], []
+    """30 steps replayed from a CUDA graph against eager ones, with re-initialisation at step 20: bit for bit."""
+    p, how, final_states = check.problem(margin_problem), FORMS[form], []
     for graph in (False, True):
         model, inputs = _model(check, p)
         free = how.get("gradient_free", False)
@@ -298,20 +301,20 @@ def _captured(check: Check, form: str) -> None:
         reinit_rng = torch.Generator(check.device).manual_seed(1) if check.device.type != "meta" else None
         step = Step(model, adam, reinit_rng, reinit_every=20, graph=graph, **how)
         step.reads_loss = step.reads_loss and check.device.type == "cpu"
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as notes:
             warnings.simplefilter("always")
             for i in range(30 if check.device.type != "meta" else 1):
                 step({s: x.roll(i, 0) for s, x in inputs.items()})
-        ends.append(list(model.state_dict().values()))
+        final_states.append(list(model.state_dict().values()))
         if graph:
             captured = step._graph is not None and step._graph.graph is not None
-            why = next((str(w.message)[:300] for w in said if "CUDA graph" in str(w.message)), "no graph was captured")
+            why = next((str(w.message)[:300] for w in notes if "CUDA graph" in str(w.message)), "no graph was captured")
             check.add("captured", captured, "exact" if captured else why)
-    _same(check, "as eager", *ends)
+    _same(check, "as eager", *final_states)
 
 
 def _no_waits(check: Check) -> None:
-    """After a warm-up torch raises at whatever waits for the device, and nothing does."""
+    """After a warm-up no operation synchronises with the device; torch would raise."""
     p = check.problem(margin_problem)
     model, inputs = _model(check, p)
     adam = SparcAdam(model, LR, impl=check.impl)
@@ -329,7 +332,7 @@ def _no_waits(check: Check) -> None:
     check.add("no waits", True, "exact")
 
 
-# name, the word that asks for it in Case.ops, what runs it
+# name, its word in Case.ops, function
 ROUTES: list[tuple[str, str, Callable[[Check], None]]] = [
     ("two buffers", "beside", _beside),
     ("library GEMM", "library", _library),

@@ -1,7 +1,6 @@
-"""`sparc-kernels verify`: every operator and a whole training step against the float64 reference, on this machine.
+"""`sparc-kernels verify`: check every operator and a whole training step against the float64 reference.
 
-Which shapes and dtypes, and in how many processes, stands here; what is compared and how it is judged in
-`checks.py` and `judge.py`.
+Shapes, dtypes and processes are set here; comparisons and criteria in `checks.py` and `judge.py`.
 """
 
 from __future__ import annotations
@@ -41,8 +40,8 @@ from .suite import CHECKS
 OPERATORS = "encode exact values decode nmse index reduce auxk counters"
 ALL = OPERATORS + " train"
 
-# Every distinct setting of a kernel is compiled first: shapes share settings where they can (k 64, S 3, multiples of
-# 16), and not every one has every dtype. `verify --compile` counts them.
+# Every distinct kernel is compiled first, so shapes share settings where possible (k 64, S 3, multiples of 16) and few
+# have every dtype. `verify --compile` counts the kernels.
 CUDA_CASES = [
     Case("tiny", 6, 70, 5, (20, 13), (F32, BF16), ALL, quick=True),
     Case("strided", 6, 70, 5, (20, 13), (F32, BF16), "encode values decode nmse auxk", quick=True, strided=True),
@@ -59,7 +58,7 @@ CUDA_CASES = [
     Case("wide", 16, 131072, 64, (256, 128, 64), (F32, BF16), "encode exact values decode nmse reduce", gib=10),
     Case("wider", 8, 300000, 512, (64,), (BF16,), "encode exact", gib=6),
     Case("chunked", 2100, 131072, 32, (48,), (BF16,), "encode", gib=8),  # logits beyond SCRATCH_BYTES
-    # the official shape again, whose kernels are there
+    # the official shape again, whose kernels are compiled already
     Case("routes", 256, 8192, 64, (1024, 768, 768), (F32, BF16), "clip scaled direct again waits"),
     Case("routes fp16", 256, 8192, 64, (1024, 768, 768), (F16,), "again"),
     Case("mixed", 256, 8192, 64, (1024, 768, 768), (F32,), "autocast shadow graph"),
@@ -86,7 +85,7 @@ CPU_CASES = [
     Case("mixed", 24, 256, 8, (24, 16), (F32,), "autocast shadow", quick=True),
 ]
 _INT = (F32, F64)
-INTERPRET_CASES = [  # a launch takes milliseconds for every program here
+INTERPRET_CASES = [  # interpreted, each program of a launch takes milliseconds
     Case("tiny", 4, 40, 5, (20, 13), _INT, OPERATORS),
     Case("step", 3, 20, 3, (17, 6), _INT, "train", quick=True),
     Case("routes", 3, 20, 3, (17, 6), (F32,), "clip scaled direct", quick=True),
@@ -99,10 +98,18 @@ INTERPRET_CASES = [  # a launch takes milliseconds for every program here
 
 
 def cases(device: torch.device, interpret: bool = False, quick: bool = False, arch: int | None = None) -> list[Case]:
-    every = INTERPRET_CASES if interpret else CUDA_CASES if device.type == "cuda" else CPU_CASES
+    """List the cases of a device.
+
+    Args:
+        device: CUDA or CPU.
+        interpret: whether kernels are interpreted.
+        quick: the smallest shapes only.
+        arch: as `launch.device.capability` gives it; None: the device's. bf16 needs 80.
+    """
+    all_cases = INTERPRET_CASES if interpret else CUDA_CASES if device.type == "cuda" else CPU_CASES
     if device.type == "cuda" and (arch or capability(device)) < 80:
-        every = [replace(c, dtypes=tuple(d for d in c.dtypes if d != BF16)) for c in every]
-    return [c for c in every if c.quick or not quick]
+        all_cases = [replace(c, dtypes=tuple(d for d in c.dtypes if d != BF16)) for c in all_cases]
+    return [c for c in all_cases if c.quick or not quick]
 
 
 # -------------------------------------------------------------------------------------------------------------- runner
@@ -120,29 +127,31 @@ def run_checks(
     """Check every operator and a training step against the float64 reference.
 
     Args:
-        device: where; CUDA if there is any, else the CPU.
+        device: that runs the checks; None: CUDA if available, else the CPU.
         impl: "auto", "triton" or "torch", as the operators take it.
         quick: the smallest shapes only.
-        filter: a regular expression searched in "op dtype case", for example "decode.*bf16".
-        interpret: the Triton kernels in Triton's interpreter, on the CPU; TRITON_INTERPRET=1 must have been set before
-            the package was imported (`sparc-kernels verify --interpret` starts such a process).
-        jobs: worker processes; None is this process on a CPU, and on CUDA half the cores up to 6: a kernel's fault ends
-            the CUDA context of its process. A script that has any must guard its main module, as multiprocessing asks.
+        filter: regular expression searched in "op dtype case", for example "decode.*bf16".
+        interpret: run the Triton kernels in Triton's interpreter, on the CPU; TRITON_INTERPRET=1 must have been set
+            before the package was imported (`sparc-kernels verify --interpret` starts such a process).
+        jobs: worker processes; None: this process on a CPU, and on CUDA half the cores up to 6, since a kernel's fault
+            ends the CUDA context of its process. With workers a script must guard its main module (multiprocessing).
         on_done: called as each check ends, with its results, its number in order of ending, and how many there are.
 
-    Returns: one Result for each tensor that was judged. An exception in a check is a failed Result.
+    Returns:
+        One Result for each tensor that was judged. An exception in a check is a failed Result.
 
-    Raises: ValueError where the device or interpreter is not to be had, or the filter leaves nothing.
+    Raises:
+        ValueError: the device or interpreter is not available, or the filter matches nothing.
     """
     tasks = _plan(device, impl, quick, filter, interpret)
     device = tasks[0].device
     keys = [(task.case, task.dtype, name) for task in tasks for name in task.names]
-    found: dict[Key, list[Result]] = {}
+    results_of: dict[Key, list[Result]] = {}
 
     def ended(key: Key, results: list[Result]) -> None:
-        found[key] = results
+        results_of[key] = results
         if on_done:
-            on_done(results, len(found), len(keys))
+            on_done(results, len(results_of), len(keys))
 
     if device.type == "cuda" or (jobs or 1) > 1:
         jobs = jobs or max(1, min(6, cores() // 2))
@@ -151,13 +160,13 @@ def run_checks(
         for task in tasks:
             for name, (results, _) in zip(task.names, checks_of(task), strict=True):
                 ended((task.case, task.dtype, name), results)
-    return [result for key in keys for result in found[key]]
+    return [result for key in keys for result in results_of[key]]
 
 
 def _plan(device, impl: str, quick: bool, filter: str | None, interpret: bool) -> list[Task]:
     device = _device(device, interpret)
     tasks = _tasks(cases(device, interpret, quick), device, "triton" if interpret else impl, filter)
-    resolve_impl(tasks[0].impl, torch.empty(0, dtype=tasks[0].dtype, device=device))  # refuses what cannot be
+    resolve_impl(tasks[0].impl, torch.empty(0, dtype=tasks[0].dtype, device=device))  # raises if impl cannot run
     return tasks
 
 
@@ -187,10 +196,10 @@ def _tasks(of: list[Case], device: torch.device, impl: str, filter: str | None) 
 def _chosen(case: Case, dtype: torch.dtype, filter: str | None) -> tuple[str, ...]:
     words, names = case.ops.split(), (SHORT[dtype], str(dtype).removeprefix("torch."))
 
-    def found(op):
+    def matches(op):
         return any(re.search(filter or "", f"{op} {name} {case.name}") for name in names)
 
-    return tuple(op for op, word, _ in CHECKS if word in words and found(op))
+    return tuple(op for op, word, _ in CHECKS if word in words and matches(op))
 
 
 def compile_checks(
@@ -201,15 +210,22 @@ def compile_checks(
     on_done: Callable[[int, int], None] | None = None,
     adversarial_sets: bool = False,
 ) -> Compilation:
-    """Bring every kernel that `run_checks` launches on such a GPU into Triton's cache. Needs none.
+    """Compile every kernel that `run_checks` launches on a GPU into Triton's cache. Needs no GPU.
 
     Args:
         arch: 10 * major + minor of a compute capability, or an AMD GPU's gfx number in hexadecimal.
-        quick, filter: as in `run_checks`.
-        jobs, on_done: as in `compile_all`.
-        adversarial_sets: those of the adversarial sets instead.
+        quick: as in `run_checks`.
+        filter: as in `run_checks`.
+        jobs: as in `compile_all`.
+        on_done: as in `compile_all`.
+        adversarial_sets: compile the kernels of the adversarial sets instead.
 
-    Raises: ValueError where the filter leaves nothing, RuntimeError without Triton.
+    Returns:
+        A Compilation.
+
+    Raises:
+        ValueError: the filter matches nothing.
+        RuntimeError: Triton is not installed.
     """
     gpu, tf32 = torch.device("cuda"), torch.get_float32_matmul_precision() != "highest"
     if adversarial_sets:
@@ -220,8 +236,12 @@ def compile_checks(
 
 
 def environment(device: torch.device) -> dict:
-    """Versions and machine, for the record."""
-    found = {
+    """Return versions and machine for the record.
+
+    Args:
+        device: that runs the checks.
+    """
+    info = {
         "sparc_kernels": __version__,
         "commit": f"{head}{'+' if changed(PACKAGE.name) else ''}" if (head := commit()) else None,
         "python": platform.python_version(),
@@ -236,14 +256,14 @@ def environment(device: torch.device) -> dict:
     }
     if device.type == "cuda":
         about = torch.cuda.get_device_properties(device)
-        found.update(
+        info.update(
             gpu=about.name,
             capability=f"{about.major}.{about.minor}",
             gpu_memory_gib=round(about.total_memory / 2**30, 1),
             cuda=torch.version.cuda,
             hip=torch.version.hip,
         )
-    return found
+    return info
 
 
 # ------------------------------------------------------------------------------------------------------------- command
@@ -253,6 +273,7 @@ ARCHS = {f"gfx{arch:x}" if arch >= AMD else str(arch): arch for arch in SHARED_L
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of the subcommand."""
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     parser.add_argument("--impl", choices=("auto", "triton", "torch"), default="auto", help="implementation to check")
     parser.add_argument("--quick", action="store_true", help="the smallest shapes only")
@@ -281,11 +302,19 @@ def _positive(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run the checks, or the mode that --compile, --interpret or --adversarial selects.
+
+    Args:
+        args: as `add_arguments` declares them.
+
+    Returns:
+        Exit code: 0; 1 where a check failed; 2 for arguments that cannot run.
+    """
     if args.compile:
         return _run_compile(args)
-    idle = "--arch" if args.arch else "--jobs" if args.jobs and args.adversarial else None
-    if idle:
-        print(f"verify: {idle} is for --compile{' or the checks' * (idle == '--jobs')}", file=sys.stderr)
+    unused = "--arch" if args.arch else "--jobs" if args.jobs and args.adversarial else None
+    if unused:
+        print(f"verify: {unused} is for --compile{' or the checks' * (unused == '--jobs')}", file=sys.stderr)
         return 2
     if args.interpret and not INTERPRETED:
         return _run_interpreted(args)
@@ -294,9 +323,9 @@ def run(args: argparse.Namespace) -> int:
     if args.adversarial:
         return _run_adversarial(args)
     started = time.perf_counter()
-    choice = (args.device, args.impl, args.quick, args.filter, args.interpret)
+    plan_args = (args.device, args.impl, args.quick, args.filter, args.interpret)
     try:
-        device = _plan(*choice)[0].device
+        device = _plan(*plan_args)[0].device
     except (ValueError, RuntimeError, re.error) as error:
         print(f"verify: {error}", file=sys.stderr)
         return 2
@@ -308,17 +337,17 @@ def run(args: argparse.Namespace) -> int:
     table.names()
 
     def done(results: list[Result], number: int, total: int) -> None:
-        record.add(results)  # first: what is printed is on disk
+        record.add(results)  # written before it is printed
         table.done(results, number, total)
 
-    results = run_checks(*choice, args.jobs, on_done=done)
+    results = run_checks(*plan_args, args.jobs, on_done=done)
     table.footer(results, time.perf_counter() - started)
     record.end(results)
     return 0 if all(r.passed for r in results) else 1
 
 
 def _run_compile(args: argparse.Namespace) -> int:
-    """Kernels alone, which needs no GPU."""
+    """Compile kernels only; needs no GPU."""
     if args.arch is None and not torch.cuda.is_available():
         print("verify: --compile needs --arch where there is no GPU", file=sys.stderr)
         return 2
@@ -334,7 +363,7 @@ def _run_compile(args: argparse.Namespace) -> int:
 
 
 def _run_adversarial(args: argparse.Namespace) -> int:
-    """Ours and, where installed, others on the sets of `adversarial.py`; 1 where ours is not exact."""
+    """Run `encode_topk` and installed peers on the adversarial sets; exit code 1 if `encode_topk` is not exact."""
     started = time.perf_counter()
     try:
         device = _device(args.device, args.interpret)
@@ -344,23 +373,23 @@ def _run_adversarial(args: argparse.Namespace) -> int:
         print(f"verify: {error}", file=sys.stderr)
         return 2
     providers += adversarial.peers(device)
-    shown = _Table(sys.stderr if args.json == "-" else sys.stdout, args.verbose)
+    output = _Table(sys.stderr if args.json == "-" else sys.stdout, args.verbose)
     record = _Record(args, environment(device), started)
-    shown.header(record.found["environment"], args, adversarial.HEADER)
+    output.header(record.found["environment"], args, adversarial.HEADER)
     arch = capability(device)
     if device.type == "cuda" and HAS_TRITON and args.impl != "torch":
-        shown.compiled(compile_checks(arch, args.quick, args.filter, args.jobs, shown.progress("kernels"), True))
+        output.compiled(compile_checks(arch, args.quick, args.filter, args.jobs, output.progress("kernels"), True))
     plan = adversarial.plan_of("interpret" if args.interpret else device.type, args.quick, arch)
     outcomes = adversarial.run_sets(providers, plan, device, args.filter, on_done=record.add)
     record.end(outcomes)
     lines, failed = adversarial.table(outcomes, providers, args.verbose), sum(not o.passed for o in outcomes)
-    print(*lines, file=shown.stream, sep="\n")
-    print(f"ours: {failed} not exact, in {time.perf_counter() - started:.0f} s", file=shown.stream)
+    print(*lines, file=output.stream, sep="\n")
+    print(f"ours: {failed} not exact, in {time.perf_counter() - started:.0f} s", file=output.stream)
     return 1 if failed else 0
 
 
 def _run_interpreted(args: argparse.Namespace) -> int:
-    """The same command in a process that has TRITON_INTERPRET from the start, as Triton reads it on import."""
+    """Run the same command in a process with TRITON_INTERPRET set from the start, since Triton reads it on import."""
     if not HAS_TRITON:
         print("verify: --interpret needs Triton, which is not installed", file=sys.stderr)
         return 2
@@ -382,7 +411,7 @@ def _run_interpreted(args: argparse.Namespace) -> int:
 
 
 class _Record:
-    """The JSON file: whole after every check, so that what ends the run costs one check."""
+    """The JSON file, rewritten after every check, so that a crash loses at most one."""
 
     def __init__(self, args: argparse.Namespace, about: dict, started: float):
         self.target, self.started, self.rows = args.json, started, []
@@ -397,7 +426,7 @@ class _Record:
             self._write()
 
     def end(self, results: list[Result]) -> None:
-        """All results, in the order of the cases."""
+        """Write all results, in the order of the cases."""
         if self.target:
             self.rows = [self._row(r) for r in results]
             self.found.update(complete=True, passed=all(r.passed for r in results))
@@ -406,7 +435,7 @@ class _Record:
     @staticmethod
     def _row(result: Result) -> str:
         def plain(x):
-            return str(x) if isinstance(x, float) and not math.isfinite(x) else x  # JSON has no inf and no NaN
+            return str(x) if isinstance(x, float) and not math.isfinite(x) else x  # JSON has neither inf nor NaN
 
         return json.dumps({name: plain(x) for name, x in asdict(result).items()}, allow_nan=False)
 
@@ -419,7 +448,7 @@ class _Record:
             return
         part = Path(f"{self.target}.part")
         part.write_text(text)
-        part.replace(self.target)  # a reader sees the whole of one or of the other
+        part.replace(self.target)  # atomic for readers
 
 
 def _figure(x: float | None) -> str:
@@ -427,7 +456,7 @@ def _figure(x: float | None) -> str:
 
 
 class _Table:
-    """One line for each check as it ends: its worst tensor, and every failure. At most 110 columns."""
+    """Print one line for each check as it ends: its worst tensor, and every failure. At most 110 columns."""
 
     ROW = "{:<18} {:<4} {:<27} {:<15} {:>7} {:>7} {:>7} {:>7}  {}"
 

@@ -1,7 +1,6 @@
-"""The rows of `sparc-kernels verify --adversarial`: logits on which top-k kernels have been wrong, or would be.
+"""Sets of `sparc-kernels verify --adversarial`: logits on which top-k kernels have been or could be wrong.
 
-A set is ROWS rows of N logits, made for N, k and a dtype. `adversarial.py` says who is asked and how it is
-judged.
+A set is ROWS rows of N logits, made for N, k and a dtype. `adversarial.py` runs and judges them.
 """
 
 from __future__ import annotations
@@ -19,13 +18,15 @@ ROWS = 4  # of every set
 
 @dataclass(frozen=True)
 class Set:
+    """One kind of rows."""
+
     name: str
-    about: str  # and who reported it
+    about: str  # what is special, and who reported it
     logits: Callable  # (n, k, dtype, generator) -> [ROWS, n], rounded to the dtype by the caller
     large: bool = False  # needs more than 4,096 columns
-    shape: tuple[int, int] | None = None  # n, k of its own
-    nan: bool = False
-    half: bool = False  # in the interpreter, which has one dtype for a set: in fp16
+    shape: tuple[int, int] | None = None  # fixed n, k; None: the plan's
+    nan: bool = False  # contains NaN
+    half: bool = False  # in the interpreter, which runs a set in one dtype: fp16
 
 
 def _steps(g, n: int, low: float, high: float, steps: int) -> Tensor:
@@ -49,7 +50,7 @@ def _bucket(n, k, dtype, g):
 
 
 def _ties(n, k, dtype, g):
-    """k // 2 columns above the threshold; half of the others on it, all of them, the first 2,049 and the last."""
+    """k // 2 columns above the threshold; of the others on it: half, all, the first 2,049, the last 2,049."""
     h = _steps(g, n, -2, -1, 64)
     h[0, _places(g, n)[0, : n // 2]] = 1
     h[1], h[2, :2049], h[3, -2049:] = 1, 1, 1
@@ -66,7 +67,7 @@ def _descending(n, k, dtype, g):
 
 
 def _frequency(n, k, dtype, g):
-    """Latents in order of their use: large first, large last, a live head, halved from block to block."""
+    """Latents ordered by use: large first, large last, a live head, halved from block to block."""
     slope = 1 - torch.arange(n).double() / n
     noise, block = torch.randn(ROWS, n, generator=g).double(), torch.arange(n) * 8 // n
     head = torch.where(torch.arange(n) < max(n // 16, k), noise[2].abs() + 2, noise[2] / 8 - 6)
@@ -80,7 +81,7 @@ def _near(value: float, ulp: float, steps: int, n, k, dtype, g):
 
 
 def _infinities(n, k, dtype, g):
-    """Fewer +inf than k beside -inf; exactly k; one, in the last column; k columns finite, the rest -inf."""
+    """Fewer +inf than k, with -inf; exactly k; one, in the last column; k finite columns, the rest -inf."""
     h, at = _normal(n, k, dtype, g), _places(g, n)
     h[0, at[0, : k // 2]], h[0, at[0, k : 2 * k]] = torch.inf, -torch.inf
     h[1, at[1, :k]], h[2, -1], h[3, at[3, k:]] = torch.inf, torch.inf, -torch.inf
@@ -96,7 +97,7 @@ def _many_infinities(n, k, dtype, g):
 
 
 def _minus_infinity(n, k, dtype, g):
-    """Nothing finite; k - 1 columns; the last one; the lowest finite numbers last."""
+    """Rows of -inf with no finite column; k - 1; the last one; the last k, with the lowest finite number."""
     h = torch.full((ROWS, n), -torch.inf, dtype=F64)
     h[1, _places(g, n)[1, : k - 1]], h[2, -1], h[3, -k:] = 1.0, -5.0, torch.finfo(dtype).min
     return h
@@ -115,7 +116,7 @@ def _equal(n, k, dtype, g):
 
 
 def _one_a_group(n, k, dtype, g):
-    """A huge value in every 16, 32, 64 or 128 columns, more of them than k, with ties."""
+    """One huge value in every 16, 32, 64 or 128 columns, more than k in all, with ties."""
     h, i = _normal(n, k, dtype, g), torch.arange(n)
     for row, width in zip(h, (16, 32, 64, 128), strict=True):
         row[i % width == (i // width * 7) % width] = 1000
@@ -124,7 +125,7 @@ def _one_a_group(n, k, dtype, g):
 
 
 def _one_group(n, k, dtype, g):
-    """The k largest side by side: first, last, across borders, ascending in the middle."""
+    """The k largest adjacent: first, last, across borders, ascending in the middle."""
     h, top = _steps(g, n, -2, 0, 64), 4 + torch.arange(k).double() % 64 / 16
     middle, across = n // 2 // 128 * 128, max(n // 4 // 128 * 128 - k // 2, 0)
     h[0, :k], h[1, -k:], h[2, across : across + k], h[3, middle : middle + k] = top.flip(0), top, 5.0, top
@@ -132,7 +133,7 @@ def _one_group(n, k, dtype, g):
 
 
 def _borders(n, k, dtype, g):
-    """The same value on both sides of every border between groups, more of them than k."""
+    """Equal values on both sides of every border between groups, more than k in all."""
     h, i = _steps(g, n, -2, 0, 64), torch.arange(n)
     for row, width in zip(h, (4, 16, 32, 128), strict=True):
         row[(i % width == 0) | (i % width == width - 1)] = 1
@@ -152,7 +153,7 @@ def _subnormal(n, k, dtype, g):
 
 
 def _zeros(n, k, dtype, g):
-    """+0 and -0 alone; above, below and around them."""
+    """+0 and -0 alone; with smaller, larger and both kinds of values."""
     h = torch.where(torch.rand(ROWS, n, generator=g) < 0.5, -0.0, 0.0).double()
     at = _places(g, n)
     h[1, at[1, k // 2 :]], h[2, at[2, : k // 2]] = -1.0, 1.0
@@ -171,7 +172,7 @@ def _largest(n, k, dtype, g):
 
 
 def _any_bits(n, k, dtype, g):
-    """Every normal number is as likely as any other."""
+    """Uniform random bits, with all but normal numbers set to 0."""
     kind = torch.int32 if dtype == F32 else torch.int16
     low, high = torch.iinfo(kind).min, torch.iinfo(kind).max
     h = torch.randint(low, high + 1, (ROWS, n), generator=g).to(kind).view(dtype)
@@ -179,7 +180,7 @@ def _any_bits(n, k, dtype, g):
 
 
 def _at_k(n, k, dtype, g):
-    """k larger than the rest; k - 1 and two equal; k + 1 equal; one larger and the rest equal."""
+    """k columns above the rest; k - 1 and two equal; k + 1 equal; one above the rest, which are equal."""
     h, at = _steps(g, n, -2, -1, 64), _places(g, n)
     h[0, at[0, :k]], h[1, at[1, : k - 1]], h[1, at[1, k - 1 : k + 1]] = 1, 2, 1
     h[2, at[2, : k + 1]], h[3], h[3, at[3, 0]] = 1, 0, 1
@@ -187,7 +188,7 @@ def _at_k(n, k, dtype, g):
 
 
 def _tail(n, k, dtype, g):
-    """Large in the last k columns, the last, the first and last, and a last group that is not whole."""
+    """Large in the last k columns; the last; the first and last; the last group of 16, partial for most N."""
     h, size = _steps(g, n, -2, -1, 64), torch.arange(k).double() % 64 / 16
     h[0, -k:], h[1, -1], h[3, (n - 1) // 16 * 16 :] = size, 1, 1
     h[2, 0] = h[2, -1] = 1
@@ -200,7 +201,7 @@ def _alternating(n, k, dtype, g):
 
 
 def _batch(n, k, dtype, g) -> Tensor:
-    """ROWS rows to judge, then what stands beside them: NaN, +inf, the largest numbers of both signs."""
+    """ROWS judged rows, then rows that share batches with them: NaN, +inf, the largest numbers of both signs."""
     fine = _steps(g, n, 1, 2, 1024)[0]  # 11 bits
     judged = torch.stack([fine, _ties(n, k, dtype, g)[0], *_alternating(n, k, dtype, g)[[0, 2]]])
     sign = torch.where(torch.arange(n) % 2 == 0, 1.0, -1.0).double()

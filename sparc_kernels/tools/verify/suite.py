@@ -3,4 +3,4 @@
 from .checks import OPERATOR_CHECKS
 from .routes import ROUTES
 
-CHECKS = [*OPERATOR_CHECKS, *ROUTES]  # name, the word that asks for it in Case.ops, what runs it
+CHECKS = [*OPERATOR_CHECKS, *ROUTES]  # name, its word in Case.ops, function
