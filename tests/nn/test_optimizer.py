@@ -31,7 +31,7 @@ def model(dtype=F64, N=24, k=4, auxk=4, widths=WIDTHS, never=True, **options):
     return m
 
 
-def batches(steps, dtype=F64, rows=3, widths=WIDTHS):
+def batches(steps, dtype=F64, rows=6, widths=WIDTHS):
     g = torch.Generator().manual_seed(1)
     for _ in range(steps):
         yield {s: torch.randn(rows, d, generator=g, dtype=F64).to(DEVICE, dtype) for s, d in widths.items()}
@@ -162,8 +162,7 @@ def test_training_step_is_the_step_with_gradients(impl, form):
     mine, dense = SparcAdam(ours, 1e-2, impl=impl), SparcAdam(theirs, 1e-2, impl="torch")
     tol = 1e-12 if dtype == F64 else 2e-4
     dead = 0
-    rows = 6 if "N" in form else 3
-    for x in batches(20 if impl == "torch" else 4, dtype, rows, ours.d_streams):
+    for x in batches(20 if impl == "torch" else 4, dtype, widths=ours.d_streams):
         loss, metrics = ours.training_step(x, mine)
         wanted, their_metrics = backward(theirs, x)
         dense.step()
