@@ -482,7 +482,7 @@ ROUTE_FAULTS = {
     infinity_stepped_on: "scaled",
     step_without_auxk: "direct",
     shadow_not_rounded_again: "half weights",
-    output_left_unwritten: "again|(scaled)",
+    output_left_unwritten: "again|(scaled|direct|half weights)",
     another_run_other_bits: "again|autocast",
     autocast_in_full_precision: "autocast|half weights",
 }
