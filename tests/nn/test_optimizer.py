@@ -667,7 +667,7 @@ def test_the_optimizer_never_waits_for_the_device(dtype, update):
 def test_launches_of_the_optimizer():
     """Beside the step's own launches: scalars and one a stream; with clipping one more a stream."""
     for widths in ((64, 48), (64, 48, 32)):
-        shape = replace(SMALL, d=widths, S=len(widths))
+        shape = replace(SMALL, d_streams=widths)
         plain = len(trace(shape).launches)
         assert len(trace(shape, update="dense").launches) == plain + 1 + shape.S
         assert len(trace(shape, update="dense", max_grad_norm=1.0).launches) == plain + 1 + 2 * shape.S

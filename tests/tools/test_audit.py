@@ -121,14 +121,14 @@ def test_an_audit_is_summarised():
 
 def plant(monkeypatch, fault):
     """Runs `fault` on the loss and the values of every compute_loss."""
-    sound = module.AlignedSAE._loss
+    sound = module.AlignedSAE.compute_loss
 
     def faulty(self, outputs, *args):
         loss, metrics = sound(self, outputs, *args)
         kept = fault(loss, outputs["values_s0"])
         return loss if kept is None else loss + kept[(0,) * kept.dim()], metrics
 
-    monkeypatch.setattr(module.AlignedSAE, "_loss", faulty)
+    monkeypatch.setattr(module.AlignedSAE, "compute_loss", faulty)
 
 
 @pytest.mark.parametrize(
