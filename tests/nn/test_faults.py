@@ -10,6 +10,7 @@ from common import assert_close, problem
 from conftest import CUDA, DEVICE, KERNEL_DTYPE
 
 from sparc_kernels import AlignedSAE, auxk_topk, decode, decode_nmse, encode_topk, inverse_index, reference, values_at
+from sparc_kernels.core import numerics
 from sparc_kernels.core._triton import tl, triton
 from sparc_kernels.ops import aligned_loss, joint
 from sparc_kernels.ops.selection import _take
@@ -70,7 +71,7 @@ def test_the_new_precision_setting_of_torch_can_be_used():
     try:
         for precision in ("tf32", "ieee"):
             setting.fp32_precision = precision
-            assert joint._allow_tf32() == (precision == "tf32")
+            assert numerics.allow_tf32() == (precision == "tf32")
             indices, values = encode_topk(*p.encoder, 5, impl="triton")
             assert torch.equal(indices, want[0])
             assert_close(values, want[1])
