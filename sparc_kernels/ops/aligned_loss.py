@@ -11,9 +11,8 @@ from torch.autograd.function import once_differentiable
 from .bias_grads import column_sums
 from .decode import errors_of
 from .decode_grads import grads_of_errors, grads_of_target, target_weights
-from .inverse_index import NO_INVERSE, InverseIndex
 from .loss_terms import add_auxk, loss_terms, scale_
-from .records import DecodeTarget, GradOut, SparseCodes
+from .records import CODES_FLAT, DecodeTarget, GradOut, SparseCodes
 
 
 @dataclass
@@ -150,20 +149,16 @@ class LossInputs(NamedTuple):
         aux = self.aux or SparseCodes(None, None)
         flat = [self.codes.values, aux.values]
         for codes in (self.codes, aux):
-            flat += [codes.indices, codes.count, *(codes.inverse or NO_INVERSE)]
+            flat += codes.flatten()
         return [*flat, *self.w_decs, *self.pre_biases, *self.xs]
 
     @classmethod
     def unflatten(cls, tensors, T: int) -> LossInputs:
         """Rebuild the record from what `flatten` returned for T targets."""
         values, aux_values, *rest = tensors
-        both = []
-        for own, part in ((values, rest[:5]), (aux_values, rest[5:10])):
-            indices, count, *lists = part
-            both.append(None if own is None else SparseCodes(
-                indices, own, count, None if lists[0] is None else InverseIndex(*lists)
-            ))  # fmt: skip
-        return cls(*both, *(list(rest[i : i + T]) for i in range(10, 10 + 3 * T, T)))
+        codes = SparseCodes.unflatten(values, rest[:CODES_FLAT])
+        aux = None if aux_values is None else SparseCodes.unflatten(aux_values, rest[CODES_FLAT : 2 * CODES_FLAT])
+        return cls(codes, aux, *(list(rest[i : i + T]) for i in range(2 * CODES_FLAT, len(rest), T)))
 
     def targets(self) -> list[DecodeTarget]:
         """Decoder and rows of every target."""

@@ -19,10 +19,10 @@ from ..launch.budgets import MAX_K, MAX_STREAMS, SCRATCH_BYTES
 from ..launch.device import cdiv, next_power_of_2
 from .bias_grads import pre_bias_grads
 from .gather import gather_dot_torch, gather_sum, launch_gather
-from .inverse_index import NO_INVERSE, InverseIndex, inverse_index_op, inverse_sizes
+from .inverse_index import InverseIndex, inverse_index_op, inverse_sizes
 from .joint import joint, wants_joint
 from .latent_reduce import latent_reduce_
-from .records import EncoderParams, SparseCodes, WeightedLists
+from .records import CODES_FLAT, EncoderParams, SparseCodes, WeightedLists
 from .selection import select
 
 
@@ -229,8 +229,8 @@ class Values(torch.autograd.Function):
         S: number of streams.
         values: [S, B, k].
         aux_values: AuxK's values [S, B, auxk], or None.
-        tensors: other parts of the codes and, with AuxK, of its codes (`_flat`); then S each of xs, w_encs, pre_biases,
-            latent_biases and centred inputs.
+        tensors: other parts of the codes and, with AuxK, of its codes (`SparseCodes.flatten`); then S each of xs,
+            w_encs, pre_biases, latent_biases and centred inputs.
     """
 
     @staticmethod
@@ -245,12 +245,12 @@ class Values(torch.autograd.Function):
     def backward(ctx, dvalues, daux):
         S, impl = ctx.S, ctx.impl
         values, aux_values, *tensors = ctx.saved_tensors
-        n = _FLAT if aux_values is None else 2 * _FLAT
+        n = CODES_FLAT if aux_values is None else 2 * CODES_FLAT
         w_encs, pre_biases, latent_biases, centred = (tensors[i : i + S] for i in range(n + S, n + 5 * S, S))
         uses = []
         for i, (v, dv) in enumerate(((values, dvalues), (aux_values, daux))):
             if dv is not None:
-                codes = _unflat(v, tensors[i * _FLAT : (i + 1) * _FLAT])
+                codes = SparseCodes.unflatten(v, tensors[i * CODES_FLAT : (i + 1) * CODES_FLAT])
                 uses.append((codes.with_inverse(len(w_encs[0]), impl), dv))
         needs = ctx.needs_input_grad[4 + n :]
         dxs, dws, dbs, dcs, sums = ([None] * S for _ in range(5))
@@ -278,18 +278,6 @@ class Values(torch.autograd.Function):
         return *[None] * (4 + n), *dxs, *dws, *dbs, *dcs, *[None] * S
 
 
-_FLAT = 5  # tensors of SparseCodes besides their values
-
-
-def _flat(codes: SparseCodes) -> tuple[torch.Tensor | None, ...]:
-    return codes.indices, codes.count, *(codes.inverse or NO_INVERSE)
-
-
-def _unflat(values: torch.Tensor, tensors) -> SparseCodes:
-    indices, count, *inverse = tensors
-    return SparseCodes(indices, values, count, None if inverse[0] is None else InverseIndex(*inverse))
-
-
 def differentiable_values(
     codes: SparseCodes,
     aux: SparseCodes | None,
@@ -311,7 +299,7 @@ def differentiable_values(
     Returns:
         codes and aux with differentiable values.
     """
-    flat = [*_flat(codes), *(_flat(aux) if aux else ())]
+    flat = [*codes.flatten(), *(aux.flatten() if aux else ())]
     for group in (xs, *encoder, centred):
         flat += group
     values, aux_values = Values.apply(impl, len(xs), codes.values, aux and aux.values, *flat)

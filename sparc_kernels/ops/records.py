@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .inverse_index import InverseIndex, inverse_index_op, lists_of
+from .inverse_index import NO_INVERSE, InverseIndex, inverse_index_op, lists_of
 
 
 class EncoderParams(NamedTuple):
@@ -17,6 +17,9 @@ class EncoderParams(NamedTuple):
     latent_biases: list[torch.Tensor]  # [N]
 
 
+CODES_FLAT = 5  # tensors that `SparseCodes.flatten` returns
+
+
 class SparseCodes(NamedTuple):
     """The k selected latents of every row and their values in S streams."""
 
@@ -24,6 +27,16 @@ class SparseCodes(NamedTuple):
     values: torch.Tensor | None  # [S, B, k]; None until they are gathered
     count: torch.Tensor | None = None  # int32 [S] ([] of one stream), the valid columns; None: all
     inverse: InverseIndex | None = None  # of the valid columns, its parts [1, ...] or [S, ...]
+
+    def flatten(self) -> tuple[torch.Tensor | None, ...]:
+        """Return everything but the values, as autograd functions take it."""
+        return self.indices, self.count, *(self.inverse or NO_INVERSE)
+
+    @classmethod
+    def unflatten(cls, values: torch.Tensor, tensors) -> SparseCodes:
+        """Rebuild codes from their values and the tensors of `flatten`."""
+        indices, count, *inverse = tensors
+        return cls(indices, values, count, None if inverse[0] is None else InverseIndex(*inverse))
 
     @property
     def shared(self) -> bool:
