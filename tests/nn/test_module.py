@@ -392,9 +392,10 @@ def test_scaled_accumulated_and_repeated_backwards(impl):
 @pytest.mark.parametrize(
     ("impl", "topk_type", "reentrant"),
     [
-        *(("torch", kind, reentrant) for kind in ("global", "local") for reentrant in (False, True)),
-        ("triton", "global", True),
-        ("triton", "local", False),
+        (how, kind, reentrant)
+        for how in ("torch", "triton")
+        for kind in ("global", "local")
+        for reentrant in (False, True)
     ],
 )
 def test_activation_checkpointing_moves_the_counters_once(impl, topk_type, reentrant):
