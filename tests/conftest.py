@@ -132,13 +132,13 @@ if not CUDA:
 # By CPU seconds, the most first: what is long must not begin when the other worker is about to end.
 LONG = [
     "gpu_report",
+    "wheel",
     "module",
     "verify",
     "optimizer",
     "stand_in",
     "audit",
     "benchmarks",
-    "demo",
     "decode",
     "encode",
     "documents",
