@@ -44,7 +44,7 @@ def arguments(folder: Path, epochs: int = 100_000, checkpoint_every: int = 0) ->
 
 
 def start(folder: Path, out: Path, resume: bool = False) -> subprocess.Popen:
-    command = [*COMMAND, *arguments(folder, 10, EVERY), "--out", str(out)]
+    command = [*COMMAND, *arguments(folder, 3, EVERY), "--out", str(out)]
     command += ["--resume"] if resume else []
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
 
