@@ -2,7 +2,6 @@
 
 import ast
 import inspect
-import os
 import re
 import runpy
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import warm_process
 
 import sparc_kernels
 from sparc_kernels.io import weights
@@ -167,7 +167,6 @@ def test_a_base_install_trains(tmp_path):
     assert re.findall(r'"([a-z]+)', base) == ["torch", "numpy", "safetensors", "filelock", "triton"]
     for name in "ab":
         np.save(tmp_path / f"{name}.npy", np.random.default_rng(0).standard_normal((40, 8), dtype=np.float32))
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", BASE], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = warm_process.run("-c", BASE, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "model.safetensors").exists() and len(list((tmp_path / "codes").iterdir())) == 2
