@@ -48,7 +48,7 @@ class Run:
         words = [*arguments(folder, 3, EVERY), "--out", str(out), *(["--resume"] if resume else [])]
         self.output = out.with_suffix(".txt")
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["sparc_kernels.cli.train", "sparc_kernels.train"])
+        context.set_forkserver_preload(["sparc_kernels.cli.train", "sparc_kernels.train", "torch._dynamo"])
         self.process = context.Process(target=train, args=(words, self.output))
         self.process.start()
 
