@@ -187,9 +187,9 @@ def pytest_unconfigure():
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """torch.empty is filled with NaN (and the largest integers), so a place left unwritten is noticed."""
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms would import the compiler
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
 
 
 @pytest.fixture(scope="session")
