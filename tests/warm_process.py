@@ -68,7 +68,7 @@ def _become(order):
 
 
 def _serve():
-    import torch._dynamo  # noqa: F401  which the first optimizer would import
+    import torch.fx.experimental.symbolic_shapes  # noqa: F401  the part without Triton of what an optimizer imports
 
     for line in sys.stdin:
         sys.stdout.flush()
