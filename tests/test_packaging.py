@@ -85,10 +85,12 @@ def installed(tmp_path_factory) -> Path:
     return scripts
 
 
-def test_the_wheel_has_every_module(installed):
+@pytest.mark.parametrize(("pattern", "least"), [("*.py", 80), ("*.html", 4)])
+def test_the_wheel_has_every_module_and_template(installed, pattern, least):
     (package,) = installed.parent.glob("**/site-packages/sparc_kernels")
-    have = {path.relative_to(package) for path in package.rglob("*.py")}
-    assert have == {path.relative_to(ROOT / "sparc_kernels") for path in (ROOT / "sparc_kernels").rglob("*.py")}
+    have = {path.relative_to(package) for path in package.rglob(pattern)}
+    want = {path.relative_to(ROOT / "sparc_kernels") for path in (ROOT / "sparc_kernels").rglob(pattern)}
+    assert have == want and len(want) >= least
     assert (package / "py.typed").exists()
 
 
@@ -123,7 +125,7 @@ def test_the_metadata_is_fit_for_an_index(tmp_path):
 
     sources = set((made / "SOURCES.txt").read_text().splitlines())
     tracked = [p for folder in ("benchmarks", "docs", "sparc_kernels", "tests") for p in (ROOT / folder).rglob("*")]
-    kinds = {".py", ".npz", ".md", ".png", ".svg", ".typed"}
+    kinds = {".py", ".npz", ".md", ".png", ".svg", ".typed", ".html"}
     needed = {p.relative_to(ROOT).as_posix() for p in tracked if p.suffix in kinds}
     needed |= {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "constraints.txt", "setup.py", ".ci/run"}
     needed |= {"mkdocs.yml", ".pre-commit-config.yaml"}
