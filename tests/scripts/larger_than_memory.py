@@ -54,7 +54,7 @@ def train(folder: Path, prefix: str, memory: int) -> dict:
     config = TrainConfig(n_latents=1024, k=16, auxk=0, epochs=99, max_steps=STEPS, memory=memory)
     files = {s: folder / f"{prefix}{s}.npy" for s in "ab"}
     trainer = Trainer(config, files, device="cpu", full_check=False, quiet=True)
-    trainer.on_step = lambda *_: marks.append((time.perf_counter(), time.thread_time(), trainer.loader.waited))
+    trainer.on_step = lambda *_: marks.append((time.perf_counter(), time.thread_time(), trainer.data.loader.waited))
     trainer.train()
     seconds, busy, waited = (end - start for start, end in zip(marks[SKIPPED - 1], marks[-1], strict=True))
     samples = (STEPS - SKIPPED) * 256
@@ -63,7 +63,7 @@ def train(folder: Path, prefix: str, memory: int) -> dict:
         "undisturbed": samples / (busy + waited),
         "waited": waited / seconds,
         "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "resident": trainer.loader.resident,
+        "resident": trainer.data.loader.resident,
     }
 
 

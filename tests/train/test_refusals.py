@@ -19,7 +19,8 @@ from scripts.kill_and_resume import COMMAND, ENVIRONMENT, arguments, make_featur
 from sparc_kernels import cli
 from sparc_kernels.io import features
 from sparc_kernels.train.config import TrainConfig
-from sparc_kernels.train.trainer import Trainer, split
+from sparc_kernels.train.data import split
+from sparc_kernels.train.trainer import Trainer
 
 ROWS, WIDTHS = 700, {"a": 20, "b": 12}
 DAMAGED = "expected a complete training checkpoint, got a damaged, truncated or foreign file"

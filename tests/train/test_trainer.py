@@ -27,7 +27,8 @@ from sparc_kernels.io.run_checkpoints import load_checkpoint, load_latest, save_
 from sparc_kernels.io.weights import export_official, load_model
 from sparc_kernels.train import log as runlog
 from sparc_kernels.train.config import TrainConfig
-from sparc_kernels.train.trainer import Interrupted, Trainer, TrainingStopped, split
+from sparc_kernels.train.data import split
+from sparc_kernels.train.trainer import Interrupted, Trainer, TrainingStopped
 
 ROWS, WIDTHS = 700, {"a": 20, "b": 12}
 SMALL = TrainConfig(
