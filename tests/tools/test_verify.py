@@ -14,14 +14,19 @@ import pytest
 import torch
 import warm_process
 
-from sparc_kernels import cli
+from sparc_kernels import cli, reference
 from sparc_kernels.core import _triton
 from sparc_kernels.core._triton import INTERPRETED
 from sparc_kernels.nn import fused_step, half_weights, module, optimizer
 from sparc_kernels.ops import aligned_loss, dead, decode, decode_grads, encode
-from sparc_kernels.tools.verify import checks, judge, routes, suite
+from sparc_kernels.tools.verify import judge, problems, suite
 from sparc_kernels.tools.verify import pool as run
 from sparc_kernels.tools.verify import run as verify
+from sparc_kernels.tools.verify.checks import adam as adam_checks
+from sparc_kernels.tools.verify.checks import dead as dead_checks
+from sparc_kernels.tools.verify.checks import decode as decode_checks
+from sparc_kernels.tools.verify.checks import latent_reduce as reduce_checks
+from sparc_kernels.tools.verify.checks import routes
 
 
 def command(*words: str) -> subprocess.CompletedProcess:
@@ -145,10 +150,10 @@ def test_little_is_left_out_at_the_border_of_relu(sound):
 def test_gapped_data_keep_away_from_zero(dtype):
     case = verify.CPU_CASES[0]
     check = judge.Check("training global", case, dtype, torch.device("cpu"), "torch", {})
-    p = judge.margin_problem(check)
+    p = problems.margin_problem(check)
     exact = p.to(torch.float64).logits()
     for rounded, h in zip(p.logits(), exact, strict=True):
-        indices = judge.reference.topk_indices(h, case.k)
+        indices = reference.topk_indices(h, case.k)
         assert torch.equal(rounded.gather(1, indices) > 0, h.gather(1, indices) > 0)
         if dtype != torch.float32:
             assert h.abs().min() > 0
@@ -177,7 +182,7 @@ def test_errors_are_infinite_where_they_cannot_be_compared():
 )
 def test_selection_by_value(indices, complaint):
     score = torch.tensor([[0.0, 2.0, 1.0, 3.0], [9.0, 1.0, 5.0, 2.0]], dtype=torch.float64)
-    chosen = checks.SelectionJudge(4)
+    chosen = judge.SelectionJudge(4)
     chosen.judge(score, torch.full_like(score, 0.01), torch.tensor(indices), torch.tensor([[3, 1], [0, 2]]))
     assert complaint in chosen.invalid + chosen.note
     assert bool(complaint) == bool(chosen.invalid + chosen.note)
@@ -185,7 +190,7 @@ def test_selection_by_value(indices, complaint):
 
 def test_near_ties_are_no_fault():
     score = torch.tensor([[1.0, 1.001, 0.5]], dtype=torch.float64)
-    chosen = checks.SelectionJudge(3)
+    chosen = judge.SelectionJudge(3)
     chosen.judge(score, torch.full_like(score, 0.001), torch.tensor([[0]]), torch.tensor([[1]]))
     assert not chosen.invalid + chosen.note
 
@@ -234,7 +239,7 @@ def patch_sums(patch, faulty):
         coef, mat = faulty(named["coef"], named["mat"])
         return inner(**{**named, "coef": coef, "mat": mat})
 
-    for where in (decode, checks):
+    for where in (decode, reduce_checks):
         patch(where, "latent_reduce", latent_reduce)
     patch(encode, "latent_reduce_", latent_reduce_)
     patch(decode_grads, "reduce_torch", reduce_torch)
@@ -361,8 +366,8 @@ def dead_mask_ignored(patch):
 
 
 def counters_at_the_threshold(patch):
-    sound = checks.update_counters_
-    patch(checks, "update_counters_", lambda c, i, v, threshold: sound(c, i, v, threshold - 1e-6))
+    sound = dead_checks.update_counters_
+    patch(dead_checks, "update_counters_", lambda c, i, v, threshold: sound(c, i, v, threshold - 1e-6))
 
 
 def nothing_ever_fires(patch):
@@ -373,7 +378,7 @@ def nothing_ever_fires(patch):
 
 
 def unstable_lists(patch):
-    sound = checks.inverse_index
+    sound = reduce_checks.inverse_index
 
     def inverse_index(indices, n):
         order, offsets, ids = sound(indices, n)
@@ -382,7 +387,8 @@ def unstable_lists(patch):
         order[offsets[hot] : offsets[hot + 1]] = order[offsets[hot] : offsets[hot + 1]].flip(0)
         return type(sound(indices, n))(order, offsets, ids)
 
-    patch(checks, "inverse_index", inverse_index)
+    for where in (reduce_checks, adam_checks):
+        patch(where, "inverse_index", inverse_index)
 
 
 def aux_weight_doubled(patch):
@@ -521,7 +527,7 @@ def test_exception_is_a_failed_row_and_the_rest_goes_on(monkeypatch):
     def decode(*args, **more):
         raise RuntimeError("the kernel\nfell over")
 
-    monkeypatch.setattr(checks, "decode", decode)
+    monkeypatch.setattr(decode_checks, "decode", decode)
     results = verify.run_checks("cpu", quick=True, filter="fp32 tiny")
     failed = [r for r in results if not r.passed]
     assert {r.op for r in failed} == {"decode global", "decode local"}

@@ -1,6 +1,6 @@
 """`sparc-kernels verify`: check every operator and a whole training step against the float64 reference.
 
-Shapes, dtypes and processes are set here; comparisons and criteria in `checks.py` and `judge.py`.
+Shapes, dtypes and processes are set here; comparisons in `checks/`, criteria in `judge.py`.
 """
 
 from __future__ import annotations
