@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Callable, Iterable
 from itertools import permutations
 
@@ -14,6 +14,8 @@ from ..io.features import Features
 from ..metrics import Codes, Rows, activation_cosine, dead_fractions, explained_variance, jaccard, probe_1d, retrieval
 from ..nn.module import AlignedSAE
 from ..ops.decode import decode
+
+logger = logging.getLogger(__name__)
 
 BATCH = 1024  # rows encoded at a time
 
@@ -243,7 +245,7 @@ def guessing(n: int) -> dict[str, float]:
 
 
 def check_rows(features: Features) -> None:
-    """Check all rows, and print a note on stderr for each stream with zero rows.
+    """Check all rows, and log a warning for each stream with zero rows.
 
     Args:
         features: files that were opened.
@@ -253,4 +255,4 @@ def check_rows(features: Features) -> None:
     """
     for s, summary in features.check().items():
         if summary.n_zero_rows:
-            print(f"Note: stream {s!r} has {summary.zeros(features.rows)}", file=sys.stderr)
+            logger.warning(f"Note: stream {s!r} has {summary.zeros(features.rows)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 
 from ..core.validation import plain, require
 from .atomic import reason_of, write_atomically
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 SPACE = ".space"
@@ -117,7 +120,9 @@ def load_checkpoint(path: Path) -> dict:
     return state
 
 
-def load_latest(folder: Path, tell: Callable[[str], None] = print, after: float = -1) -> tuple[Path, dict] | None:
+def load_latest(
+    folder: Path, tell: Callable[[str], None] = logger.warning, after: float = -1
+) -> tuple[Path, dict] | None:
     """Load the newest undamaged checkpoint.
 
     Args:

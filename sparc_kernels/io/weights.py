@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
-import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +18,8 @@ from ..core.validation import check_bool, check_device, check_int, missing, requ
 from ..nn.module import AlignedSAE
 from .atomic import read_json, reason_of, write_atomically, write_json
 from .run_checkpoints import CHECKPOINTS, MAGIC, TRAILER, load_checkpoint, load_latest
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 OFFICIAL, OFFICIAL_CONFIG = "msae_checkpoint.pth", "run_config.json"
@@ -212,7 +214,7 @@ def _read_folder(folder: Path) -> tuple[Path, dict, dict]:
         step = config.get("step") if isinstance(config, dict) else None
         after = step if isinstance(step, int) else math.inf  # without a step: treated as the latest
     try:
-        latest = load_latest(folder / CHECKPOINTS, _tell, after)
+        latest = load_latest(folder / CHECKPOINTS, logger.warning, after)
     except ValueError:
         if file is None:
             raise
@@ -223,12 +225,8 @@ def _read_folder(folder: Path) -> tuple[Path, dict, dict]:
         return file, state, config
     path, saved = latest
     if file is not None:
-        _tell(f"Note: {path} is loaded, since {file} is older, of step {after:,}")
+        logger.warning(f"Note: {path} is loaded, since {file} is older, of step {after:,}")
     return path, saved.get("model"), saved.get("model_config")
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 def _read_file(path: Path) -> tuple[dict, dict]:

@@ -6,6 +6,7 @@ line is in cli/train.py.
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import time
@@ -31,6 +32,8 @@ from .log import LOGGERS, RunLog, import_logger
 from .process import Signals, versions
 from .resume import RunState
 from .step import Step
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingStopped(RuntimeError):
@@ -78,7 +81,7 @@ class Trainer:
         export: write the official msae_checkpoint.pth too.
         on_step: called after every step with its number, loss and metrics.
         init: origin of the model's weights, for the manifest.
-        quiet: print nothing.
+        quiet: print and log nothing.
 
     The constructor checks files, sizes, every feature for NaN and infinity, the folder and the packages needed, so that
     `train` does not fail late. Resuming requires the same data and settings. Nothing is written before `start`, which
@@ -143,7 +146,7 @@ class Trainer:
             self.data.check(self.full_check)
             if self.folder is not None and manifest is not None:
                 self.folder.check_data(self.data.described)
-            self.data.check_zero_rows(self._say)
+            self.data.check_zero_rows(self._note)
             self._build(model, optimizer, graph)
             self._resume()
         except BaseException:
@@ -227,12 +230,16 @@ class Trainer:
 
     def _resume(self) -> None:
         """Restore the newest checkpoint, if the folder has one."""
-        checkpoint = self.folder and self.folder.go_on(self._manifest(), len(self.data.loader), self._say)
+        checkpoint = self.folder and self.folder.go_on(self._manifest(), len(self.data.loader), self._note)
         if checkpoint:
             path, _ = checkpoint
             self.state.load(*checkpoint)
             self.saved = self.state.batches
-            self._say(f"Resuming after step {self.saved:,} of {self.steps:,} ({path})")
+            self._note(f"Resuming after step {self.saved:,} of {self.steps:,} ({path})", logging.INFO)
+
+    def _note(self, text: str, level: int = logging.WARNING) -> None:
+        if not self.quiet:
+            logger.log(level, text)
 
     def _manifest(self) -> dict:
         return {

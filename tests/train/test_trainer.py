@@ -291,14 +291,14 @@ def test_no_damaged_checkpoint_loads(tmp_path):
             load_checkpoint(path)
 
 
-def test_resuming_passes_over_a_damaged_checkpoint(tmp_path, capsys):
+def test_resuming_passes_over_a_damaged_checkpoint(tmp_path, caplog):
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, step, {"x": step}, keep=2)
     assert [p.name for p in run_checkpoints.checkpoints(tmp_path)] == ["step-000000002.pt", "step-000000003.pt"]
     (tmp_path / "step-000000003.pt").write_bytes(b"x" * 1000)
     path, state = load_latest(tmp_path)
     assert path.name == "step-000000002.pt" and state["x"] == 2
-    assert "Skipped: checkpoint" in capsys.readouterr().out
+    assert "Skipped: checkpoint" in caplog.text
     (tmp_path / "step-000000002.pt").write_bytes(b"x" * 1000)
     with pytest.raises(ValueError, match="expected a complete training checkpoint"):
         load_latest(tmp_path)
