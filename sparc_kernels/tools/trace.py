@@ -209,7 +209,7 @@ class Recorder:
     """Replaces a kernel and records its launches."""
 
     def __init__(self, name, kernel, small, recorded):
-        self.name, self.kernel, self.small, self.found = name, kernel, small, recorded
+        self.name, self.kernel, self.small, self.recorded = name, kernel, small, recorded
         self.params = list(inspect.signature(kernel.fn).parameters.values())
         plain = getattr(kernel, "do_not_specialize", None)
         if plain is None:  # an interpreted kernel keeps the decorator's arguments
@@ -238,7 +238,8 @@ class Recorder:
             else:
                 signature[param.name] = _specialise(value, (i,), constants, divisible, small)
         parts = tuple(signature.items()), tuple(constants.items()), tuple(divisible), num_warps, num_stages
-        self.found.append(Launch(self.name, *parts, tuple(sorted(options.items())), tuple(small) if self.small else ()))
+        options = tuple(sorted(options.items()))
+        self.recorded.append(Launch(self.name, *parts, options, tuple(small) if self.small else ()))
 
 
 def _specialise(arg, path, constants, divisible, small):

@@ -41,7 +41,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 @dataclass
-class Found:
+class SearchResult:
     """Result of the search for one operator."""
 
     op: str
@@ -255,7 +255,7 @@ def prepare(op: str, shape: Shape, arch: int, seconds: float, tell=_silent) -> l
 def search(
     op: str, task: Problem, timer: Callable[[Callable], float], tries: list[Try], tell=_silent,
     until: float = math.inf, now: Callable[[], float] = time.monotonic,
-) -> Found:  # fmt: skip
+) -> SearchResult:  # fmt: skip
     """Search the fastest settings of one operator whose results agree with the default's.
 
     Args:
@@ -268,14 +268,14 @@ def search(
         now: clock, in seconds.
 
     Returns:
-        A Found; its times are in milliseconds.
+        A SearchResult; its times are in milliseconds.
     """
     with tuned.observed(op) as wanted:
         reference = task.run()
     began, slowest = now(), 0.0
     default_ms = timer(task.run)
     keys = list(dict.fromkeys(tuned.key(op, args) for args in wanted))
-    result = Found(op, keys, default_ms, default_ms, None, 0, len(tries), [])
+    result = SearchResult(op, keys, default_ms, default_ms, None, 0, len(tries), [])
     for candidate in tries:
         slowest, began = max(slowest, now() - began), now()
         if began + 3 * slowest > until:  # leaves time for one more and the second round
@@ -308,7 +308,7 @@ def search(
 def tune(
     shape: Shape, ops, device: torch.device, name: str, timer, tell=_silent, minutes: float = math.inf,
     now: Callable[[], float] = time.monotonic,
-) -> list[Found]:  # fmt: skip
+) -> list[SearchResult]:  # fmt: skip
     """Search every operator and record the winners; each applies while the next operator is searched.
 
     Args:
@@ -322,7 +322,7 @@ def tune(
         now: clock, in seconds.
 
     Returns:
-        A Found for each operator searched.
+        A SearchResult for each operator searched.
 
     Raises:
         OSError: the cache is not writable; raised before the search.

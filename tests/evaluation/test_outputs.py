@@ -182,13 +182,13 @@ def test_class_numbers_may_be_large(here, large):
     """Columns are the numbers that occur, and scores those of small ones."""
     kinds = np.arange(ROWS) % 3
     command = ["eval", *GIVEN, "--no-retrieval", "--no-probe", "--texts=a=texts.txt"]
-    found, pages = [], []
+    scores, pages = [], []
     for name, numbers in (("small", [0, 1, 2]), ("large", [0, 5, large])):
         np.save(f"{name}.npy", np.array(numbers, np.uint64)[kinds])
         assert cli.main([*command, f"--labels={name}.npy", f"--out={name}"]) == 0
-        found.append(json.loads((here / name / "scores.json").read_text()))
+        scores.append(json.loads((here / name / "scores.json").read_text()))
         pages.append((here / name / "report.html").read_text())
-    assert found[0] == found[1] and "jaccard" in found[0]["own"]
+    assert scores[0] == scores[1] and "jaccard" in scores[0]["own"]
     got, numbers = read_labels(here / "large.npy", ROWS)
     assert got.shape == (ROWS, 3) and got.int().argmax(1).tolist() == kinds.tolist() and numbers == [0, 5, large]
     named = {re.sub("<.*", "", title) for title in re.findall("<h3>(class [0-9]+)", pages[1])}

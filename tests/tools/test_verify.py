@@ -42,15 +42,15 @@ def test_command_passes_and_writes_json(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert max(map(len, done.stdout.splitlines())) <= 110
     assert re.search(r"^\d+ passed, 0 failed, 0 skipped, in \d+ checks, \d+ s$", done.stdout, re.MULTILINE)
-    found = json.loads(file.read_text())
-    assert found["passed"] is True
-    assert {"torch", "triton", "device", "gpu", "commit", "python"} <= set(found["environment"])
-    assert all(r["verdict"] == "ok" for r in found["results"])
+    report = json.loads(file.read_text())
+    assert report["passed"] is True
+    assert {"torch", "triton", "device", "gpu", "commit", "python"} <= set(report["environment"])
+    assert all(r["verdict"] == "ok" for r in report["results"])
     for op, word, _ in suite.CHECKS:
         if word in ("autocast", "shadow"):
-            assert {r["dtype"] for r in found["results"] if r["op"] == op} == {"fp32"}, op
+            assert {r["dtype"] for r in report["results"] if r["op"] == op} == {"fp32"}, op
         elif word not in ("int64", "beside", "library", "graph", "waits"):  # need a GPU
-            assert {r["dtype"] for r in found["results"] if r["op"] == op} == {"fp64", "fp32", "bf16"}, op
+            assert {r["dtype"] for r in report["results"] if r["op"] == op} == {"fp64", "fp32", "bf16"}, op
 
 
 @pytest.mark.subprocess
@@ -67,8 +67,8 @@ def test_worker_processes_give_the_same_results_in_the_same_order():
     done = command("--quick", "--jobs", "2", "--filter", "decode_nmse", "--json")
     assert done.returncode == 0, done.stderr
     alone = verify.run_checks("cpu", quick=True, filter="decode_nmse")
-    found = json.loads(done.stdout)["results"]
-    assert [(r["op"], r["dtype"], r["case"], r["tensor"]) for r in found] == [
+    rows = json.loads(done.stdout)["results"]
+    assert [(r["op"], r["dtype"], r["case"], r["tensor"]) for r in rows] == [
         (r.op, r.dtype, r.case, r.tensor) for r in alone
     ]
 
@@ -266,8 +266,8 @@ def last_rank_off(patch):
     def select(sound, xs, w_encs, biases, k, ids, count, impl):
         if ids is not None or k == w_encs[0].shape[0]:
             return sound(xs, w_encs, biases, k, ids, count, impl)
-        found = sound(xs, w_encs, biases, k + 1, ids, count, impl)
-        return torch.cat([found[:, : k - 1], found[:, k:]], 1)
+        selected = sound(xs, w_encs, biases, k + 1, ids, count, impl)
+        return torch.cat([selected[:, : k - 1], selected[:, k:]], 1)
 
     patch_select(patch, select)
 
@@ -299,9 +299,9 @@ def nan_below_everything(patch):
 
 def one_row_selected_twice(patch):
     def select(sound, *args):
-        found = sound(*args)
-        found[-1] = found[0]
-        return found
+        selected = sound(*args)
+        selected[-1] = selected[0]
+        return selected
 
     patch_select(patch, select)
 
@@ -310,8 +310,8 @@ def local_selects_globally(patch):
     sound = encode.select_latents
 
     def select_latents(centred, w_encs, latent_biases, k, topk_type, impl):
-        found = sound(centred, w_encs, latent_biases, k, "global", impl)
-        return found if topk_type == "global" else torch.stack([found] * len(centred))
+        indices = sound(centred, w_encs, latent_biases, k, "global", impl)
+        return indices if topk_type == "global" else torch.stack([indices] * len(centred))
 
     for where in (encode, module):
         patch(where, "select_latents", select_latents)
@@ -599,10 +599,10 @@ def test_a_kill_costs_one_check(seconds, tmp_path):
                 timer.start()
     timer.cancel()
     assert process.wait() in (-9, 0)
-    found = json.loads(file.read_text())
-    checked = {(r["op"], r["dtype"], r["case"]) for r in found["results"]}
+    report = json.loads(file.read_text())
+    checked = {(r["op"], r["dtype"], r["case"]) for r in report["results"]}
     assert len(printed) <= len(checked) <= len(printed) + 1
-    assert found["complete"] == found["passed"] == (process.returncode == 0)
+    assert report["complete"] == report["passed"] == (process.returncode == 0)
 
 
 def test_failure_is_the_exit_code_and_is_printed(monkeypatch, capsys, tmp_path):
@@ -613,9 +613,9 @@ def test_failure_is_the_exit_code_and_is_printed(monkeypatch, capsys, tmp_path):
     out = capsys.readouterr().out
     assert re.search(r"decode_nmse global fp32 .* nmse .* FAIL\n    error .* of at most", out)
     assert max(map(len, out.splitlines())) <= 110
-    found = json.loads(file.read_text())
-    assert found["passed"] is False
-    assert any(r["verdict"] == "FAIL" for r in found["results"])
+    report = json.loads(file.read_text())
+    assert report["passed"] is False
+    assert any(r["verdict"] == "FAIL" for r in report["results"])
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the kernels are compiled here")

@@ -362,8 +362,8 @@ def test_a_second_signal_leaves_at_once(tmp_path, monkeypatch):
 
 def test_kill_at_random_moments_and_resume(tmp_path):
     """One of the moments, and one more after resuming; `python tests/scripts/kill_and_resume.py` tries twenty."""
-    found = kill_and_resume(tmp_path, moments=1, seed=1)
-    assert found == [], found
+    wrong = kill_and_resume(tmp_path, moments=1, seed=1)
+    assert wrong == [], wrong
 
 
 def wait_for_row(out: Path) -> None:

@@ -331,7 +331,7 @@ def run(args: argparse.Namespace) -> int:
         return 2
     table = _Table(sys.stderr if args.json == "-" else sys.stdout, args.verbose)
     record = _Record(args, environment(device), started)
-    table.header(record.found["environment"], args)
+    table.header(record.head["environment"], args)
     if device.type == "cuda" and HAS_TRITON and args.impl != "torch":
         table.compiled(compile_checks(capability(device), args.quick, args.filter, on_done=table.progress("kernels")))
     table.names()
@@ -375,7 +375,7 @@ def _run_adversarial(args: argparse.Namespace) -> int:
     providers += adversarial.peers(device)
     output = _Table(sys.stderr if args.json == "-" else sys.stdout, args.verbose)
     record = _Record(args, environment(device), started)
-    output.header(record.found["environment"], args, adversarial.HEADER)
+    output.header(record.head["environment"], args, adversarial.HEADER)
     arch = capability(device)
     if device.type == "cuda" and HAS_TRITON and args.impl != "torch":
         output.compiled(compile_checks(arch, args.quick, args.filter, args.jobs, output.progress("kernels"), True))
@@ -418,7 +418,7 @@ class _Record:
         options = {
             name: getattr(args, name) for name in ("device", "impl", "quick", "filter", "interpret", "adversarial")
         }
-        self.found = {"schema": 1, "complete": False, "environment": about, "options": options, "passed": False}
+        self.head = {"schema": 1, "complete": False, "environment": about, "options": options, "passed": False}
 
     def add(self, results: list[Result]) -> None:
         if self.target and self.target != "-":
@@ -429,7 +429,7 @@ class _Record:
         """Write all results, in the order of the cases."""
         if self.target:
             self.rows = [self._row(r) for r in results]
-            self.found.update(complete=True, passed=all(r.passed for r in results))
+            self.head.update(complete=True, passed=all(r.passed for r in results))
             self._write()
 
     @staticmethod
@@ -440,7 +440,7 @@ class _Record:
         return json.dumps({name: plain(x) for name, x in asdict(result).items()}, allow_nan=False)
 
     def _write(self) -> None:
-        head = json.dumps(self.found | {"seconds": round(time.perf_counter() - self.started, 1)}, indent=1)
+        head = json.dumps(self.head | {"seconds": round(time.perf_counter() - self.started, 1)}, indent=1)
         rows = ",\n  ".join(self.rows)
         text = f'{head.removesuffix("}").rstrip()},\n "results": [\n  {rows}\n ]\n}}\n'
         if self.target == "-":
