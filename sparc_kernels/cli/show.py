@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
             pictures = read_pictures(args.images, args.texts, features)
             check_rows(features)
             watch = watched(features.rows, "show")
-            best = top_activations(model, features, args.latent, args.top, args.batch_size, watch)
+            best = top_activations(model, features, args.latent, args.top, batch_size=args.batch_size, watch=watch)
         for s, (rows, values, fired) in best.items():
             print(f"{s}: latent {args.latent} fires on {fired:,} of {features.rows:,} rows")
             for row, value in zip(rows.tolist(), values.tolist(), strict=True):

@@ -150,6 +150,7 @@ def write_codes(
     features: Features,
     out: str | Path,
     form: str = "npz",
+    *,
     batch_size: int = 1024,
     watch: Watch = iter,
 ) -> dict:

@@ -53,7 +53,9 @@ class MappedRows:
 
     chunk_rows, indices = 1, None
 
-    def __init__(self, path: Path, offset: int, rows: int, width: int, dtype: torch.dtype, strides=None, record=None):
+    def __init__(
+        self, path: Path, offset: int, rows: int, width: int, dtype: torch.dtype, *, strides=None, record=None
+    ):
         self.rows, self.width, self.dtype, self._record = rows, width, dtype, record
         self._path, self._offset, self._strides = path, offset, strides or (width * dtype.itemsize, dtype.itemsize)
         self._open()
@@ -210,7 +212,7 @@ def _open_npy(label: str, path: Path):
     _check_shape(label, shape, str(dtype), kind)
     _check_length(label, path, offset + shape[0] * shape[1] * kind.itemsize)
     strides = (kind.itemsize, shape[0] * kind.itemsize) if by_columns else None
-    return MappedRows(path, offset, *shape, kind, strides)
+    return MappedRows(path, offset, *shape, kind, strides=strides)
 
 
 def _check_length(label: str, path: Path, expected: int) -> None:
@@ -296,7 +298,8 @@ def _open_torch(label: str, path: Path, name: str | None):
         stop = first + sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True)) + size
         within = start in records and (not x.numel() or stop <= records[start][0])
         require(within, label, f"the values of {name!r} in the file", "none, compressed ones or too few")
-        return MappedRows(path, start + first, len(x), width, x.dtype, (*strides, size)[:2], (start, *records[start]))
+        part = (start, *records[start])
+        return MappedRows(path, start + first, len(x), width, x.dtype, strides=(*strides, size)[:2], record=part)
 
     x = tensors[name]
     _check_shape(label, tuple(x.shape), str(x.dtype).removeprefix("torch."), x.dtype if x.dtype in FLOATS else None)

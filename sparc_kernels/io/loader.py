@@ -259,7 +259,7 @@ class _Worker:
                     continue
                 buffer = self.buffers[0]
                 self.buffers.reverse()
-                yield _Window(loader, buffer, blocks, rows[skip:], epoch, state, last=i == len(order) - 1)
+                yield _Window(loader, buffer, blocks, rows[skip:], epoch=epoch, state=state, last=i == len(order) - 1)
                 skip = 0
 
     def _batches(self) -> Iterator[Batch]:
@@ -309,7 +309,7 @@ class _Worker:
 class _Window:
     """Blocks of rows, read one by one into `data`, {s: [rows, d_s]}, and the order in which to draw the rows."""
 
-    def __init__(self, loader: Loader, buffer: dict, blocks, order: Tensor, epoch: int, state: Tensor, last: bool):
+    def __init__(self, loader: Loader, buffer: dict, blocks, order: Tensor, *, epoch: int, state: Tensor, last: bool):
         self.loader, self.blocks, self.order = loader, blocks, order
         self.epoch, self.state, self.last = epoch, state, last
         self.read, self.rows = 0, 0

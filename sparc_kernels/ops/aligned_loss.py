@@ -92,14 +92,16 @@ def losses_and_gradients(
     aux_gs = []
     if aux is not None:
         own_errors = [error[t] if keep_errors else error for t, error in enumerate(errors)]
-        aux_gs = _add_auxk(result, aux, targets, own_errors, weights, auxk_coef, gradients, impl)
+        aux_gs = _add_auxk(
+            result, aux, targets, own_errors, weights=weights, auxk_coef=auxk_coef, gradients=gradients, impl=impl
+        )
     if gradients is not None:
         like = [norm] * T if gradients.bias_like is None else gradients.bias_like
         result.dbiases = column_sums(gs, aux_gs, like, impl)
     return result
 
 
-def _add_auxk(result, aux, targets, own_errors, weights, auxk_coef, gradients, impl):
+def _add_auxk(result, aux, targets, own_errors, *, weights, auxk_coef, gradients, impl):
     """Add AuxK to the result; return sum_s coef E of its errors, [B, d] of each target."""
     residuals = [residual(target.bias, error) for target, error in zip(targets, own_errors, strict=True)]
     targets = [target._replace(x=x) for target, x in zip(targets, residuals, strict=True)]

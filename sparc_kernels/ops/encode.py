@@ -284,6 +284,7 @@ def differentiable_values(
     xs: list[torch.Tensor],
     centred: list[torch.Tensor],
     encoder: EncoderParams,
+    *,
     impl: str,
 ) -> tuple[SparseCodes, SparseCodes | None]:
     """Attach gradients to the values of codes from `gather_codes`.
@@ -321,7 +322,7 @@ def values_of(x: torch.Tensor, encoder: EncoderParams, chosen: SparseCodes, impl
     with torch.no_grad():
         centred = centre([x], encoder.pre_biases, False, impl)
         codes = gather_codes(chosen, centred, encoder, False, impl)
-    return differentiable_values(codes, None, [x], centred, encoder, impl)[0].values[0]
+    return differentiable_values(codes, None, [x], centred, encoder, impl=impl)[0].values[0]
 
 
 def values_at(
@@ -421,10 +422,10 @@ def encode_topk(
     impl, lists = resolve_impl(impl, xs[0]), torch.is_grad_enabled()
     with torch.no_grad():
         centred = centre_for(xs, w_encs, pre_biases, impl)
-        indices = select_latents(centred, w_encs, latent_biases, k, topk_type, impl)
+        indices = select_latents(centred, w_encs, latent_biases, k, topk_type, impl=impl)
         encoder = EncoderParams(w_encs, pre_biases, latent_biases)
         codes = gather_codes(SparseCodes(indices, None), centred, encoder, lists, impl)
-    return indices, differentiable_values(codes, None, xs, centred, encoder, impl)[0].values
+    return indices, differentiable_values(codes, None, xs, centred, encoder, impl=impl)[0].values
 
 
 def centre_for(xs, w_encs, pre_biases, impl):
@@ -443,7 +444,7 @@ def centre_for(xs, w_encs, pre_biases, impl):
     return centre(list(xs), list(pre_biases), wide, impl)
 
 
-def select_latents(centred, w_encs, latent_biases, k, topk_type, impl):
+def select_latents(centred, w_encs, latent_biases, k, topk_type, *, impl):
     """Select latents once for all streams or for every stream.
 
     Args:

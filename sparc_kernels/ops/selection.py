@@ -317,7 +317,7 @@ def _select_triton(*, xs, w_encs, biases, k, ids, count):
                 num_warps=encode.num_warps, num_stages=encode.num_stages, **limit,
             )  # fmt: skip
 
-        def best(rows=rows, row0=row0, coarse=coarse, maxima=maxima, logits=logits, slots=slots):
+        def best(*, rows=rows, row0=row0, coarse=coarse, maxima=maxima, logits=logits, slots=slots):
             _select_kernel[(rows,)](
                 coarse, maxima, logits, slots, ids, count, out, row0, n, n_groups, n_spans, k,
                 NC_PAD=select.n_spans_pad, K_PAD=select.k_pad, GROUP=select.group, SPAN=select.span,

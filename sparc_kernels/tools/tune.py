@@ -111,7 +111,7 @@ def problem(op: str, shape: Shape, device: torch.device) -> Problem:
                 return (encode_topk(xs, w_encs, pre_biases, latent_biases, shape.k, impl="triton")[0],)
 
         def differs(reference, result):
-            return _selections_differ(reference[0], result[0], xs, w_encs, shape.N, tolerance)
+            return _selections_differ(reference[0], result[0], xs, w_encs, tolerance)
 
         return Problem(encode, differs)
 
@@ -148,8 +148,9 @@ def _tensors_differ(reference, result, tolerance) -> str:
     return ""
 
 
-def _selections_differ(reference, result, xs, w_encs, n, tolerance) -> str:
+def _selections_differ(reference, result, xs, w_encs, tolerance) -> str:
     """Compare pre-activations at the selected latents, since near ties may be decided either way."""
+    n = w_encs[0].shape[0]
     if result.shape != reference.shape or bool((result < 0).any() | (result >= n).any()):
         return f"expected latents in 0..{n - 1}"
     ordered = result.sort(dim=1).values
@@ -253,7 +254,7 @@ def prepare(op: str, shape: Shape, arch: int, seconds: float, tell=_silent) -> l
 
 
 def search(
-    op: str, task: Problem, timer: Callable[[Callable], float], tries: list[Try], tell=_silent,
+    op: str, task: Problem, timer: Callable[[Callable], float], tries: list[Try], *, tell=_silent,
     until: float = math.inf, now: Callable[[], float] = time.monotonic,
 ) -> SearchResult:  # fmt: skip
     """Search the fastest settings of one operator whose results agree with the default's.
@@ -306,7 +307,7 @@ def search(
 
 
 def tune(
-    shape: Shape, ops, device: torch.device, name: str, timer, tell=_silent, minutes: float = math.inf,
+    shape: Shape, ops, device: torch.device, name: str, timer, *, tell=_silent, minutes: float = math.inf,
     now: Callable[[], float] = time.monotonic,
 ) -> list[SearchResult]:  # fmt: skip
     """Search every operator and record the winners; each applies while the next operator is searched.
@@ -336,7 +337,7 @@ def tune(
             break
         share = (end - began) / (len(ops) - i)
         tries = prepare(op, shape, capability(device), COMPILING * share, tell)
-        result = search(op, problem(op, shape, device), timer, tries, tell, began + share, now)
+        result = search(op, problem(op, shape, device), timer, tries, tell=tell, until=began + share, now=now)
         if result.settings is not None:
             measured = {"ms": result.best_ms, "default_ms": result.default_ms, "shape": shape.record()}
             tuned.write(name, {key: {"settings": result.settings, **measured} for key in result.keys}, about)
@@ -459,7 +460,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{name}, {shape}")
     device, ops = torch.device("cuda"), args.op or OPS
     try:
-        results = tune(shape, ops, device, name, GraphTimer(device, say), tell, args.minutes)
+        results = tune(shape, ops, device, name, GraphTimer(device, say), tell=tell, minutes=args.minutes)
     except OSError as error:
         return _fail(f"{tuned.cache_dir()} cannot be written ({error}); set SPARC_KERNELS_CACHE to a folder that can")
     tell("")

@@ -171,7 +171,9 @@ class Trainer:
             if self.data.val_loader is not None:
                 columns += ["val_loss", "val_explained_variance", "val_explained_variance_cross"]
             settings = asdict(self.config)
-            self.log = RunLog(self.out, columns, self.steps, self.state.batches, self.log_to, settings, self.quiet)
+            self.log = RunLog(
+                self.out, columns, self.steps, self.state.batches, to=self.log_to, settings=settings, quiet=self.quiet
+            )
             self._closing.callback(self.log.close)
         except BaseException:
             self.close()

@@ -168,7 +168,7 @@ def really_launched(case, dtype):
     with as_on_gpu(90, False, recorded), _Both():
         for name, word, fn in suite.CHECKS:
             if word in case.ops.split():
-                fn(Check(name, case, dtype, torch.device("cpu"), "auto", problems))
+                fn(Check(name, case, dtype, torch.device("cpu"), "auto", problems=problems))
     return set(recorded)
 
 

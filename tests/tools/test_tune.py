@@ -176,10 +176,10 @@ def test_candidate_known_not_to_work_is_not_run(cache):
 
 
 def test_minutes_are_shared_out_over_the_operators_left(cache, monkeypatch):
-    clock, compiling, until, takes = Clock(), [], [], iter([30.0, 150.0, 70.0])
+    clock, compiling, ends, takes = Clock(), [], [], iter([30.0, 150.0, 70.0])
 
-    def search(op, task, timer, tries, tell, end, now):
-        until.append(end)
+    def search(op, task, timer, tries, *, tell, until, now):
+        ends.append(until)
         clock.seconds += next(takes)
         return tune.SearchResult(op, [], 1.0, 1.0, None, 1, 1, [])
 
@@ -188,7 +188,7 @@ def test_minutes_are_shared_out_over_the_operators_left(cache, monkeypatch):
     monkeypatch.setattr(tune, "search", search)
     results = tune.tune(TINY, tune.OPS, DEVICE, GPU, None, minutes=4.0, now=clock)
     # 240 s over 4, 210 over 3, 60 over 2; then they are over
-    assert until == [60.0, 100.0, 210.0] and [result.op for result in results] == ["encode", "select", "gather"]
+    assert ends == [60.0, 100.0, 210.0] and [result.op for result in results] == ["encode", "select", "gather"]
     assert compiling == [tune.COMPILING * share for share in (60.0, 70.0, 30.0)]
 
 
@@ -200,7 +200,7 @@ def test_limit_is_told(cache, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: GPU)
     monkeypatch.setattr("sparc_kernels.core._triton.INTERPRETED", False)
-    monkeypatch.setattr(tune, "tune", lambda *args: asked.append(args[-1]) or [result])
+    monkeypatch.setattr(tune, "tune", lambda *args, minutes, **more: asked.append(minutes) or [result])
     assert cli.main(["tune", "--shape", "8,64,4,32,2", "--op", "encode", "--op", "reduce", "--minutes", "1.5"]) == 0
     said = capsys.readouterr().out
     assert asked == [1.5] and "37 of 120 tried, time limit" in said and "reduce   not searched, time limit" in said

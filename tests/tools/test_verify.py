@@ -149,7 +149,7 @@ def test_little_is_left_out_at_the_border_of_relu(sound):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gapped_data_keep_away_from_zero(dtype):
     case = verify.CPU_CASES[0]
-    check = judge.Check("training global", case, dtype, torch.device("cpu"), "torch", {})
+    check = judge.Check("training global", case, dtype, torch.device("cpu"), "torch", problems={})
     p = problems.margin_problem(check)
     exact = p.to(torch.float64).logits()
     for rounded, h in zip(p.logits(), exact, strict=True):
@@ -310,7 +310,7 @@ def local_selects_globally(patch):
     sound = encode.select_latents
 
     def select_latents(centred, w_encs, latent_biases, k, topk_type, impl):
-        indices = sound(centred, w_encs, latent_biases, k, "global", impl)
+        indices = sound(centred, w_encs, latent_biases, k, "global", impl=impl)
         return indices if topk_type == "global" else torch.stack([indices] * len(centred))
 
     for where in (encode, module):

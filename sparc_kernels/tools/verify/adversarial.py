@@ -467,7 +467,7 @@ def run_sets(
                     outcome.verdict, outcome.note = "refused", lost
                     continue
                 try:
-                    _ask(provider, some, outcome, _logits(some, n, k, dtype, device), k, plan)
+                    _ask(provider, some, outcome, _logits(some, n, k, dtype, device), k=k, plan=plan)
                 except Exception as error:
                     text = " ".join(str(error).split())[:200]
                     outcome.verdict, outcome.note = "refused", f"{type(error).__name__}: {text}"
@@ -478,7 +478,7 @@ def run_sets(
     return all_outcomes
 
 
-def _ask(provider: Provider, some: Set, outcome: Outcome, logits: Tensor, k: int, plan: Plan) -> None:
+def _ask(provider: Provider, some: Set, outcome: Outcome, logits: Tensor, *, k: int, plan: Plan) -> None:
     if some == BATCH:
         counts = judge_batches(provider, logits, plan.batches_of(provider.way), k)
         outcome.wrong, outcome.rows, outcome.note = counts
@@ -489,7 +489,7 @@ def _ask(provider: Provider, some: Set, outcome: Outcome, logits: Tensor, k: int
 
 
 def launches_of(
-    way: str, n: int, k: int, dtype: torch.dtype, sizes: tuple[int, ...], arch: int, tf32: bool
+    way: str, n: int, k: int, dtype: torch.dtype, sizes: tuple[int, ...], *, arch: int, tf32: bool
 ) -> list[Launch]:
     """Return the distinct launches of one way at one shape, traced on meta tensors.
 
@@ -526,7 +526,9 @@ def launch_lists(arch: int, quick: bool, filter: str | None, tf32: bool) -> list
             for run_key in plan.asked(way, some):
                 more = map(len, plan.batches_of(way)) if some == BATCH else (ROWS, 2)
                 sizes.setdefault((way, *run_key), set()).update(more)
-    return [partial(launches_of, *run_key, tuple(sorted(some)), arch, tf32) for run_key, some in sizes.items()]
+    return [
+        partial(launches_of, *run_key, tuple(sorted(some)), arch=arch, tf32=tf32) for run_key, some in sizes.items()
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------- table

@@ -158,7 +158,7 @@ class Check:
         problems: cache of data, shared by the checks of a case.
     """
 
-    def __init__(self, op: str, case: Case, dtype: torch.dtype, device: torch.device, impl: str, problems: dict):
+    def __init__(self, op: str, case: Case, dtype: torch.dtype, device: torch.device, impl: str, *, problems: dict):
         self.op, self.case, self.dtype, self.device, self.impl = op, case, dtype, device, impl
         self.problems = problems
         self.generator = self.seeded(f"{op} {case.name}")
@@ -328,7 +328,7 @@ class SelectionJudge:
         self.own_shortfalls.append(self._shortfall(score, own_idx) / size)
         self.limits.append((error.gather(1, low.argmax(1, keepdim=True)).squeeze(1) + err.amax(1)) / size)
 
-    def judge_streams(self, hs, errors, idx: Tensor, own_idx: Tensor, unit: float, row0: int = 0) -> None:
+    def judge_streams(self, hs, errors, idx: Tensor, own_idx: Tensor, *, unit: float, row0: int = 0) -> None:
         """Judge global or local selection.
 
         Args:

@@ -35,7 +35,7 @@ def launches_of(case: Case, dtype: torch.dtype, arch: int, name: str | None = No
     with as_on_gpu(arch, tf32, recorded), _autocast_as_on_cpu(), Answers():
         for op, word, fn in CHECKS:
             if word in case.ops.split() and name in (None, op):
-                fn(_Dry(op, case, dtype, META, "auto", problems))
+                fn(_Dry(op, case, dtype, META, "auto", problems=problems))
     return list(dict.fromkeys(recorded))
 
 

@@ -121,6 +121,7 @@ def run_checks(
     quick: bool = False,
     filter: str | None = None,
     interpret: bool = False,
+    *,
     jobs: int | None = None,
     on_done: Callable[[list[Result], int, int], None] | None = None,
 ) -> list[Result]:
@@ -206,6 +207,7 @@ def compile_checks(
     arch: int,
     quick: bool = False,
     filter: str | None = None,
+    *,
     jobs: int | None = None,
     on_done: Callable[[int, int], None] | None = None,
     adversarial_sets: bool = False,
@@ -340,7 +342,7 @@ def run(args: argparse.Namespace) -> int:
         record.add(results)  # written before it is printed
         table.done(results, number, total)
 
-    results = run_checks(*plan_args, args.jobs, on_done=done)
+    results = run_checks(*plan_args, jobs=args.jobs, on_done=done)
     table.footer(results, time.perf_counter() - started)
     record.end(results)
     return 0 if all(r.passed for r in results) else 1
@@ -354,7 +356,8 @@ def _run_compile(args: argparse.Namespace) -> int:
     arch = ARCHS[args.arch] if args.arch else capability(torch.device("cuda"))
     table = _Table(sys.stdout, args.verbose)
     try:
-        done = compile_checks(arch, args.quick, args.filter, args.jobs, table.progress("kernels"), args.adversarial)
+        how = {"jobs": args.jobs, "on_done": table.progress("kernels"), "adversarial_sets": args.adversarial}
+        done = compile_checks(arch, args.quick, args.filter, **how)
     except (ValueError, RuntimeError, re.error) as error:
         print(f"verify: {error}", file=sys.stderr)
         return 2
@@ -378,7 +381,8 @@ def _run_adversarial(args: argparse.Namespace) -> int:
     output.header(record.head["environment"], args, adversarial.HEADER)
     arch = capability(device)
     if device.type == "cuda" and HAS_TRITON and args.impl != "torch":
-        output.compiled(compile_checks(arch, args.quick, args.filter, args.jobs, output.progress("kernels"), True))
+        how = {"jobs": args.jobs, "on_done": output.progress("kernels"), "adversarial_sets": True}
+        output.compiled(compile_checks(arch, args.quick, args.filter, **how))
     plan = adversarial.plan_of("interpret" if args.interpret else device.type, args.quick, arch)
     outcomes = adversarial.run_sets(providers, plan, device, args.filter, on_done=record.add)
     record.end(outcomes)

@@ -34,7 +34,7 @@ def judge_encode(check: Check, topk_type: str) -> None:
         idx = indices[..., part, :]
         own_idx = reference.select(own, c.k, topk_type)
         errors = [logit_error(check, block64, s, h, selecting=True) for s, h in enumerate(hs)]
-        selection.judge_streams(hs, errors, idx, own_idx, torch.finfo(check.dtype).eps / 2, part.start)
+        selection.judge_streams(hs, errors, idx, own_idx, unit=torch.finfo(check.dtype).eps / 2, row0=part.start)
         if selection.invalid:
             break
         truths.append([torch.relu(h.gather(1, reference.of_stream(idx, s))) for s, h in enumerate(hs)])

@@ -227,7 +227,7 @@ def judge_training_step(check: Check, topk_type: str) -> None:
     adam = SparcAdam(model, LR, BETAS, EPS, DECAY, normalize="before", impl=check.impl)
     loss, _ = model.training_step(inputs, adam)
     (truth, grads), (own, own_grads) = (
-        reference_step(q, c, outputs.indices, aux, dead, 1.0) for q in (p.to(F64), check.own(p))
+        reference_step(q, c, outputs.indices, aux, dead, scale=1.0) for q in (p.to(F64), check.own(p))
     )
     check.compare("loss", loss, truth["averages"][-1], own["averages"][-1])
     S = len(c.dims)

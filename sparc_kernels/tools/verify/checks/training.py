@@ -64,7 +64,7 @@ def judge_step(check: Check, topk_type: str) -> None:
     errors = [logit_error(check, p64, s, h, selecting=True) for s, h in enumerate(hs)]
     own_hs = own_p.logits()
     own_idx = reference.select(own_hs, c.k, topk_type)
-    selection.judge_streams(hs, errors, indices, own_idx, torch.finfo(check.dtype).eps / 2)
+    selection.judge_streams(hs, errors, indices, own_idx, unit=torch.finfo(check.dtype).eps / 2)
     selection.report(check)
     if selection.invalid:
         return
@@ -84,8 +84,8 @@ def judge_step(check: Check, topk_type: str) -> None:
     if aux_selection.invalid:
         return
 
-    truth_terms, truth_grads = reference_step(p64, c, indices, auxk_indices, dead, scale)
-    own_terms, own_grads = reference_step(own_p, c, indices, auxk_indices, dead, scale)
+    truth_terms, truth_grads = reference_step(p64, c, indices, auxk_indices, dead, scale=scale)
+    own_terms, own_grads = reference_step(own_p, c, indices, auxk_indices, dead, scale=scale)
     missing = {name for names in _metric_names(streams).values() for name in names} ^ set(metrics)
     check.add("metric names", not missing, f"missing or unexpected: {sorted(missing)}" if missing else "exact")
     for term, names in _metric_names(streams).items():
@@ -111,7 +111,7 @@ def _metric_names(streams: list[str]) -> dict[str, list[str]]:
     }
 
 
-def reference_step(p: Problem, c: Case, indices, auxk_indices, dead, scale):
+def reference_step(p: Problem, c: Case, indices, auxk_indices, dead, *, scale):
     """Compute terms and gradients of a training step by the dense reference, in the dtype of p.
 
     Args:
