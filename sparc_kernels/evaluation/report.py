@@ -120,7 +120,7 @@ def _render(template: str, title: str, **values) -> str:
 
 
 def _table(head: list[str], rows: list[list[str]], sums: int = 0) -> dict:
-    """Arguments of the macro `table`; the last `sums` rows are emphasised."""
+    """A table for the template; its last `sums` rows are emphasised."""
     return {"head": head, "rows": rows, "sums": sums}
 
 
@@ -172,7 +172,7 @@ def _probe_table(record: dict, kinds: dict[str, str]) -> dict:
 
 
 def _image(figure) -> dict:
-    """Argument of the macro `figure`."""
+    """A figure for the template."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=140)
     return {"width": f"{figure.get_figwidth() * 80:.0f}", "src": _data(file.getvalue())}
@@ -269,7 +269,7 @@ def _gallery(codes, labels, names, pictures, per_latent) -> list[dict]:
 
 
 def _stream(s: str, rows: list[int], shown: Pictures | list[str] | None) -> dict:
-    """Argument of the macro `stream_rows`: rows of a stream as pictures, texts, or numbers where it has neither."""
+    """Rows of a stream for the template: as pictures, as texts, or as numbers where it has neither."""
     pictures = texts = None
     if isinstance(shown, Pictures):
         pictures = [(row, _thumbnail(shown, row)) for row in rows]
