@@ -144,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
         return 1
     except OSError as error:
         print(
-            f"sparc-kernels train: stopped at step {trainer.state.batches:,}, could not write: {error}", file=sys.stderr
+            f"sparc-kernels train: stopped at step {trainer.batches:,}, could not write: {error}", file=sys.stderr
         )
         return 1
     if not args.quiet:

@@ -153,6 +153,11 @@ class Trainer:
             self.close()
             raise
 
+    @property
+    def batches(self) -> int:
+        """Number of batches trained on so far, those before a checkpoint that was restored included."""
+        return self.state.batches
+
     def start(self) -> None:
         """Lock `out`, write the manifest and open the logs; `train` calls it first.
 

@@ -138,7 +138,7 @@ def test_validation_holds_out_rows_and_moves_nothing(tmp_path):
         loss, _ = model.compute_loss(model(x), x)
     assert float(row["val_loss"]) == pytest.approx(loss.item(), rel=1e-9)
     without = trainer(config(val_fraction=0.2, epochs=2, precision="fp64"), device="cpu")
-    without.val_loader = None
+    without.data.val_loader = None
     without.train()
     assert same(model.state_dict(), without.model.state_dict())
 
