@@ -143,9 +143,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"sparc-kernels train: stopped: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(
-            f"sparc-kernels train: stopped at step {trainer.batches:,}, could not write: {error}", file=sys.stderr
-        )
+        print(f"sparc-kernels train: stopped at step {trainer.batches:,}, could not write: {error}", file=sys.stderr)
         return 1
     if not args.quiet:
         files = " ".join(f"--stream {shlex.quote(s)}=FILE" for s in trainer.data.features.widths)

@@ -55,7 +55,8 @@ class CsrWriter:
     """
 
     def __init__(self, path: Path, n_latents: int, folder: Path):
-        self.path, self.n_latents, self.counts = path, n_latents, []
+        self.path, self.n_latents = path, n_latents
+        self.counts: list[np.ndarray] = []
         self.files = {name: tempfile.TemporaryFile(dir=folder) for name in ("indices", "data")}  # noqa: SIM115
 
     def add(self, codes: Codes) -> None:

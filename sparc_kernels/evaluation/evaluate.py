@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from itertools import permutations
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -136,7 +137,8 @@ def evaluate(
     device = next(model.parameters()).device
     labels = None if labels is None else labels.to(device)
     local = select_locally(model)
-    codes, scores = {}, {"rows": features.rows}
+    codes: dict[str, dict[str, Codes]] = {}
+    scores: dict = {"rows": features.rows}
     for name, chosen in (("own", model), ("local", local)):
         if name == "local" and model.topk_type == "local":
             codes["local"], scores["local"] = codes["own"], scores["own"]
@@ -209,11 +211,10 @@ def _retrieval(local: AlignedSAE, features: Features, codes: dict[str, Codes], t
 
     def recon(t, s):
         """Reconstruction of t from s, decoded as it is read."""
-        weights = [local.decoders[t].weight], [local.pre_biases[t]]
-        c = codes[s]
+        c, w_dec, pre_bias = codes[s], cast(torch.nn.Parameter, local.decoders[t].weight), local.pre_biases[t]
 
         def read(start, stop):
-            return decode(c.indices[start:stop], c.values[None, start:stop], *weights, impl=local.impl)[0, 0]
+            return decode(c.indices[start:stop], c.values[None, start:stop], [w_dec], [pre_bias], impl=local.impl)[0, 0]
 
         return Rows((features.rows, features.widths[t]), read)
 

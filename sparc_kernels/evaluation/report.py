@@ -252,7 +252,8 @@ def _gallery(codes, labels, names, pictures, per_latent) -> list[dict]:
     score = activation_cosine(codes) if len(codes) > 1 else fired[0].double()
     ranking = score if per_latent is None else score * per_latent
     ranking = ranking * (fired >= 5).all(0)
-    title, latents, words = "cosine" if len(codes) > 1 else "rows", [], set()
+    title, words = "cosine" if len(codes) > 1 else "rows", set()
+    latents: list[dict] = []
     for latent in ranking.argsort(descending=True, stable=True).tolist():
         if ranking[latent] <= 0 or len(latents) == _LATENTS:
             break

@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO, cast
 
 import torch
 
@@ -79,7 +80,8 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> Path:
 
     def write(file):
         hashing = _Hashing(file)
-        torch.save(plain({"kind": KIND, "step": step, **state}), hashing)
+        content = plain({"kind": KIND, "step": step, **state})
+        torch.save(content, cast(IO[bytes], hashing))  # torch writes and flushes, nothing else
         file.write(MAGIC + hashing.digest.digest())
 
     folder.mkdir(exist_ok=True)

@@ -48,11 +48,11 @@ def errors_of(
 
     def run(codes, source):
         keep = NO_ERROR if source is None else source
-        return gather_error(codes.indices, codes.values, *target, keep, codes.count, impl)
+        return gather_error(codes.indices, codes.values, *target, keep, codes.n_valid, impl)
 
     if codes.shared:
         return run(codes, error_source)
-    parts = [run(codes.source(s), 0 if s == error_source else None) for s in range(len(codes.values))]
+    parts = [run(codes.source(s), 0 if s == error_source else None) for s in range(len(codes.gathered))]
     return torch.cat([sq for sq, _ in parts]), parts[error_source or 0][1]
 
 

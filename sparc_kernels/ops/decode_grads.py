@@ -306,13 +306,13 @@ def grads_of_target(
     def run(codes, coef, out, source):
         keep = ALL_ERRORS if keep_all_errors else NO_ERROR if source is None else source
         return decode_grads(
-            codes.indices, codes.values, *target, coef, *codes.lists(0), codes.count, keep, *out, impl
+            codes.indices, codes.values, *target, coef, *codes.lists(0), codes.n_valid, keep, *out, impl
         )  # fmt: skip
 
     if codes.shared:
         return run(codes, coef, out, error_source)
     parts = []
-    for s in range(len(codes.values)):
+    for s in range(len(codes.gathered)):
         only = slice(s, s + 1)
         part = GradOut(out.dvalues[only], out.add_dvalues, out.dw, out.add_dw or s > 0)
         parts.append(run(codes.source(s), coef[only], part, 0 if s == error_source else None))
@@ -345,7 +345,7 @@ def grads_of_errors(
     need_v, need_w, need_b, need_x = needs
     w, bias, x = target
     norm, coef = (part[0] for part in target_weights([x], dnmse[None], impl))
-    dvalues = torch.empty_like(codes.values, dtype=norm.dtype, memory_format=torch.contiguous_format)
+    dvalues = torch.empty_like(codes.gathered, dtype=norm.dtype, memory_format=torch.contiguous_format)
     dw = into
     if need_w and into is None:
         dw = torch.empty_like(w, memory_format=torch.contiguous_format)
@@ -356,7 +356,7 @@ def grads_of_errors(
         dx = -(dbias_rows + through_norm).to(x.dtype)
     return (
         dvalues if need_v else None,
-        dw.t() if need_w else None,
+        dw.t() if need_w and dw is not None else None,
         dbias_rows.sum(0).to(bias.dtype) if need_b else None,
         dx,
     )

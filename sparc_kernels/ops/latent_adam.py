@@ -216,7 +216,7 @@ def _latent_adam_torch(
         rows = slice(first, min(first + size, n))
         parts = [_block(part, rows, n, acc) for part in sets]
         g, total = parts[0] if len(parts) == 1 else (parts[0][0] + parts[1][0], parts[0][1] + parts[1][1])
-        if bias:
+        if bias_numbers is not None:
             dpre_bias_sum += total @ w[rows].to(acc)
             b, b_m, b_v = (t[rows] for t in bias)
             step_torch([b, b_m, b_v], total, bias_numbers, hyper.plain())

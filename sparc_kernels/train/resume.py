@@ -69,7 +69,7 @@ class RunState:
     def advance(self, batch: Batch) -> None:
         """Move behind a batch that was trained on."""
         self.batches += 1
-        self.epoch, self.index, self.epoch_state = batch.epoch, batch.index + 1, batch.epoch_state
+        self.epoch, self.index, self.epoch_state = batch.epoch, batch.number + 1, batch.epoch_state
 
     def state_dict(self) -> dict:
         """Return what a checkpoint holds; tensors are not copied."""
