@@ -398,7 +398,7 @@ def test_every_row_once_an_epoch_and_resumed_anywhere(shuffle, memory, drop_last
     assert per_epoch == (31 if drop_last else 32) and len(batches) == 3 * per_epoch
     for epoch in range(3):
         part = batches[epoch * per_epoch : (epoch + 1) * per_epoch]
-        assert [b.index for b in part] == list(range(per_epoch)) and {b.epoch for b in part} == {epoch}
+        assert [b.number for b in part] == list(range(per_epoch)) and {b.epoch for b in part} == {epoch}
         assert [b.last for b in part] == [False] * (per_epoch - 1) + [True]
         rows = rows_of(part)
         assert len(rows.unique()) == len(rows) == (1984 if drop_last else 1990)
@@ -407,9 +407,9 @@ def test_every_row_once_an_epoch_and_resumed_anywhere(shuffle, memory, drop_last
     assert torch.equal(rows_of(drawn(loader(), 0, 3)), rows_of(batches))
     for at in (1, 17, per_epoch - 1, per_epoch, per_epoch + 9):  # so many batches were taken
         last = batches[at - 1]
-        rest = drawn(loader(last.epoch_state), last.epoch, 3, skip=last.index + 1)
+        rest = drawn(loader(last.epoch_state), last.epoch, 3, skip=last.number + 1)
         assert torch.equal(rows_of(rest), rows_of(batches[at:])), at
-        assert [(b.epoch, b.index) for b in rest] == [(b.epoch, b.index) for b in batches[at:]]
+        assert [(b.epoch, b.number) for b in rest] == [(b.epoch, b.number) for b in batches[at:]]
 
 
 @pytest.mark.parametrize(("shuffle", "memory"), KINDS)
