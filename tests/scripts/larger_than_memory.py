@@ -88,17 +88,17 @@ def main() -> int:
         folder = Path(name)
         write_features(folder)
         few = run(folder, "few-", 128 * MIB)["peak"]
-        found: dict[str, list[dict]] = {"128 MiB": [], "1 GiB": []}
+        by_limit: dict[str, list[dict]] = {"128 MiB": [], "1 GiB": []}
         for _ in range(args.repeats):
             for limit, memory in (("128 MiB", 128 * MIB), ("1 GiB", 1024 * MIB)):
                 result = run(folder, "", memory)
-                found[limit].append(result)
+                by_limit[limit].append(result)
                 print(f"memory {limit:8} {result['samples_per_s']:8,.0f} samples/s of wall time "
                       f"{result['undisturbed']:8,.0f} of its own  waited {result['waited']:.1%}  "
                       f"{(result['peak'] - few) / MIB:4.0f} MiB beyond a run on few rows  "
                       f"{'in memory' if result['resident'] else 'windows'}", flush=True)  # fmt: skip
         for key, what in (("samples_per_s", "wall time"), ("undisturbed", "its own time")):
-            rates = {limit: statistics.median(r[key] for r in results) for limit, results in found.items()}
+            rates = {limit: statistics.median(r[key] for r in results) for limit, results in by_limit.items()}
             print(f"memory a quarter of the features: {rates['128 MiB'] / rates['1 GiB']:.1%} of the rate in memory "
                   f"(median, {what})")  # fmt: skip
     return 0

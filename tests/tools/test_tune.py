@@ -358,10 +358,10 @@ def test_compilation_gives_up_what_has_not_begun():
     ended, begun, waiting = (Future() for _ in range(3))
     ended.set_result(1)
     begun.set_running_or_notify_cancel()
-    found = compiler._ended([ended, begun, waiting], 0.0)
-    assert next(found) is ended
+    results = compiler._ended([ended, begun, waiting], 0.0)
+    assert next(results) is ended
     threading.Timer(0.01, begun.set_result, [2]).start()
-    assert list(found) == [begun] and waiting.cancelled()
+    assert list(results) == [begun] and waiting.cancelled()
 
 
 def test_kernel_beyond_the_shared_memory_is_an_error(monkeypatch):
