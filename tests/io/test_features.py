@@ -527,7 +527,7 @@ def test_bad_arguments_are_named():
         (lambda: Loader(opened, 0, torch.Generator()), "batch_size: expected an int >= 1, got 0"),
         (
             lambda: Loader(opened, 50, torch.Generator(), memory=100),
-            "memory: expected at least 2,000 bytes for batch",
+            "memory: expected at least 2,000 bytes for batches",
         ),
         (lambda: Loader(opened, 200, torch.Generator(), drop_last=True), "batch_size: expected at most 100"),
         (lambda: Loader(opened, 5, torch.Generator(), shuffle="all"), "shuffle: expected one of 'window'"),
