@@ -169,7 +169,7 @@ def _select_ours(context: Context, problem: Problem, dtype: str) -> Job:
     xs, w_encs, pre_biases, latent_biases = encode_operands(problem, dtype)
     impl, k = resolve_impl("auto", xs[0]), problem.case.shape.k
     centred = centre_for(xs, w_encs, pre_biases, impl)
-    return forward_job(problem, dtype, lambda: select_latents(centred, w_encs, latent_biases, k, "global", impl))
+    return forward_job(problem, dtype, lambda: select_latents(centred, w_encs, latent_biases, k, "global", impl=impl))
 
 
 def _select_torch(context: Context, problem: Problem, dtype: str) -> Job:

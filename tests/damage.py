@@ -16,19 +16,19 @@ def damaged(content: bytes, generator: np.random.Generator) -> bytes:
 
 def flipped(content: bytes, generator: np.random.Generator) -> bytes:
     """One bit of it flipped."""
-    found = bytearray(content)
-    found[generator.integers(len(content))] ^= 1 << int(generator.integers(8))
-    return bytes(found)
+    changed = bytearray(content)
+    changed[generator.integers(len(content))] ^= 1 << int(generator.integers(8))
+    return bytes(changed)
 
 
 def scratched(content: bytes, generator: np.random.Generator) -> bytes:
     """Cut off, or up to 8 bytes overwritten: more of it and HDF5 itself crashes, which nothing above it can catch."""
     if generator.random() < 0.3:
         return content[: int(generator.integers(len(content)))]
-    found = bytearray(content)
+    changed = bytearray(content)
     for place in generator.integers(_end(content, generator), size=generator.integers(1, 9)):
-        found[place] = generator.integers(256)
-    return bytes(found)
+        changed[place] = generator.integers(256)
+    return bytes(changed)
 
 
 def _end(content: bytes, generator: np.random.Generator) -> int:

@@ -122,7 +122,7 @@ class Sources:
         return text in self.texts or text in self.own[1]
 
     def _is_member(self, file: str, name: str) -> bool:
-        return any(name in self.defined[found] for found in self._ending(file))
+        return any(name in self.defined[module] for module in self._ending(file))
 
     def _is_name(self, name: str) -> bool:
         head, _, rest = name.partition(".")

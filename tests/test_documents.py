@@ -98,8 +98,8 @@ def commands(block: Block) -> list[list[str]]:
     """The words of every command, programs without their environment's folder; those that make it left out."""
     lines = block.text.replace("\\\n", " ").splitlines()
     parts = [part for line in lines if line.strip() for part in re.split(r"\s&&\s", line)]
-    found = [shlex.split(re.sub(r"^\.venv/bin/", "", part.strip()), comments=True) for part in parts]
-    return [words for words in found if words and not f"{' '.join(words)} ".startswith(SETUP)]
+    commands = [shlex.split(re.sub(r"^\.venv/bin/", "", part.strip()), comments=True) for part in parts]
+    return [words for words in commands if words and not f"{' '.join(words)} ".startswith(SETUP)]
 
 
 def read(words: list[str]):

@@ -75,7 +75,7 @@ def test_the_metadata_is_fit_for_an_index(tmp_path):
 
     sources = set((made / "SOURCES.txt").read_text().splitlines())
     tracked = [p for folder in ("benchmarks", "docs", "sparc_kernels", "tests") for p in (ROOT / folder).rglob("*")]
-    kinds = {".py", ".npz", ".md", ".png", ".svg", ".typed"}
+    kinds = {".py", ".npz", ".md", ".png", ".svg", ".typed", ".html"}
     needed = {p.relative_to(ROOT).as_posix() for p in tracked if p.suffix in kinds}
     needed |= {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "constraints.txt", "setup.py", ".ci/run"}
     needed |= {"mkdocs.yml", ".pre-commit-config.yaml"}
@@ -92,9 +92,9 @@ def test_one_line_turns_the_links_on(tmp_path):
     project = (ROOT / "pyproject.toml").read_text().replace("[project.urls]\n", f"[project.urls]\n{line}\n")
     assert line in project
     (tmp_path / "pyproject.toml").write_text(project)
-    found = targets((egg_info(tmp_path, tmp_path) / "PKG-INFO").read_text())
+    links = targets((egg_info(tmp_path, tmp_path) / "PKG-INFO").read_text())
     relative = [t for t in targets((ROOT / "README.md").read_text()) if not t.startswith("https:")]
-    below = [t for t in found if t.startswith("https://example.org/x/y/")]
+    below = [t for t in links if t.startswith("https://example.org/x/y/")]
     assert len(below) == len(relative) >= 5 and "https://example.org/x/y/raw/HEAD/docs/demo_gallery.png" in below
 
 
@@ -134,10 +134,10 @@ def functions(thing):
 def test_the_public_surface_is_annotated():
     exported = [getattr(sparc_kernels, name) for name in sparc_kernels.__all__]
     documented = [weights.load_model, weights.save_weights, weights.export_official]
-    found = [f for v in [*exported, *documented, trainer.Trainer, trainer.TrainConfig] for f in functions(v)]
-    assert len(found) > 60
+    public = [f for v in [*exported, *documented, trainer.Trainer, trainer.TrainConfig] for f in functions(v)]
+    assert len(public) > 60
     missing = []
-    for f in found:
+    for f in public:
         signature = inspect.signature(f)
         names = [n for n, p in signature.parameters.items() if p.annotation is p.empty and n != "self"]
         names += ["return"] * (signature.return_annotation is signature.empty and f.__name__ != "__init__")

@@ -39,10 +39,12 @@ def installed(tmp_path_factory) -> Path:
     return scripts
 
 
-def test_the_wheel_has_every_module(installed):
+@pytest.mark.parametrize(("pattern", "least"), [("*.py", 80), ("*.html", 4)])
+def test_the_wheel_has_every_module_and_template(installed, pattern, least):
     (package,) = installed.parent.glob("**/site-packages/sparc_kernels")
-    have = {path.relative_to(package) for path in package.rglob("*.py")}
-    assert have == {path.relative_to(ROOT / "sparc_kernels") for path in (ROOT / "sparc_kernels").rglob("*.py")}
+    have = {path.relative_to(package) for path in package.rglob(pattern)}
+    want = {path.relative_to(ROOT / "sparc_kernels") for path in (ROOT / "sparc_kernels").rglob(pattern)}
+    assert have == want and len(want) >= least
     assert (package / "py.typed").exists()
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 
 from .. import __version__
 from ..core.console import ends_with_its_pipe
 
+PACKAGE = __package__.rpartition(".")[0]
 # name -> (module with add_arguments(parser) and run(args) -> exit code, line of help)
 SUBCOMMANDS = {
     "demo": ("cli.demo", "train on real data built on the spot, print the alignment table, write figures"),
@@ -70,6 +74,30 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+class _Lines(logging.Handler):
+    """Prints what the package logs: training's notes on stdout, above its lines, all others on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        training = record.name.startswith(f"{PACKAGE}.train.")
+        print(record.getMessage(), file=sys.stdout if training else sys.stderr, flush=True)
+
+
+@contextmanager
+def _logs_printed() -> Iterator[None]:
+    """Context in which the package's log is printed, and goes to no other handler."""
+    logger, lines = logging.getLogger(PACKAGE), _Lines()
+    before = logger.level, logger.propagate
+    logger.addHandler(lines)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(lines)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+
+
 @ends_with_its_pipe
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand.
@@ -83,6 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     wait_asleep()
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
-        return import_module(f"..{SUBCOMMANDS[args.command][0]}", __package__).run(args)
+        with _logs_printed():
+            return import_module(f"..{SUBCOMMANDS[args.command][0]}", __package__).run(args)
     except KeyboardInterrupt:  # also while torch loads, which takes seconds
         return 130

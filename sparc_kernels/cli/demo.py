@@ -140,7 +140,7 @@ def _demo(out: Path, seed: int, quick: bool, device: torch.device, only_data: bo
             device=device,
         )
         with _Progress(name, settings.steps) as progress:
-            curves[name] = train_steps(model, data.train, cross_coef, settings, seed, progress.update)
+            curves[name] = train_steps(model, data.train, cross_coef, settings, seed, on_step=progress.update)
         scores[name], codes[name] = score(model, data.test, data.test_labels)
 
     chance, first = guessing(len(data.test_rows)), leads(scores)
@@ -197,6 +197,7 @@ def train_steps(
     cross_coef: float,
     settings: Settings,
     seed: int,
+    *,
     on_step: Callable[[int, Tensor], None] = lambda step, loss: None,
 ) -> dict[str, list[float]]:
     """Train for `settings.steps` steps in the official order, on shuffled batches.

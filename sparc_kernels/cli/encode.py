@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
             check_rows(features)
             started = time.perf_counter()
             watch = watched(features.rows, "encode")
-            values = write_codes(model, features, args.out, args.format, args.batch_size, watch)
+            values = write_codes(model, features, args.out, args.format, batch_size=args.batch_size, watch=watch)
     for s, count in values.items():
         share = count / features.rows
         print(f"{paths[s]}: {features.rows:,} x {model.n_latents:,}, {share:.1f} values a row")

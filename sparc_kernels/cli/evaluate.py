@@ -13,6 +13,7 @@ from ..core.console import refusing
 from ..core.progress import counted, watched
 from ..core.validation import is_marked, plain, writing
 from ..evaluation.evaluate import check_rows, evaluate
+from ..evaluation.report import html, import_jinja2, import_matplotlib, selections
 from ..io.atomic import read_json, write_atomically
 from ..io.labels import read_labels, read_names, read_pictures
 from .arguments import add_stream_argument
@@ -39,9 +40,8 @@ def run(args: argparse.Namespace) -> None:
     Args:
         args: as `add_arguments` declares them.
     """
-    from ..evaluation.report import html, import_matplotlib
-
     import_matplotlib()  # a missing package is reported before the work
+    import_jinja2()
     started = time.perf_counter()
     files = [args.out / "scores.json", args.out / "report.html"]
     with writing("--out", files, inputs_of(args), _is_ours):  # checked before the work
@@ -91,8 +91,6 @@ def summary(record: dict) -> str:
     Args:
         record: as `eval` writes it to scores.json.
     """
-    from ..evaluation.report import selections
-
     rows = (
         ("Jaccard, all latents", "jaccard"),
         ("Jaccard, alive latents", "jaccard_alive"),

@@ -9,6 +9,7 @@ from ..core.console import refusing
 from ..core.progress import watched
 from ..core.validation import require, writing
 from ..evaluation.evaluate import check_rows
+from ..evaluation.report import import_jinja2, latent_page
 from ..evaluation.top_activations import top_activations
 from ..io.atomic import write_atomically
 from ..io.labels import Pictures, read_pictures
@@ -38,19 +39,22 @@ def run(args: argparse.Namespace) -> None:
     if args.html is not None:
         is_page = args.html.suffix.lower() in (".html", ".htm")
         require(is_page, "--html", "a file ending in .html or .htm", str(args.html))
+        import_jinja2()  # a missing package is reported before the work
     with writing("--html", [args.html] * (args.html is not None), inputs_of(args)):  # checked before the work
         model, features, _ = open_model(args)
         with features:
             pictures = read_pictures(args.images, args.texts, features)
             check_rows(features)
             watch = watched(features.rows, "show")
-            best = top_activations(model, features, args.latent, args.top, args.batch_size, watch)
+            best = top_activations(model, features, args.latent, args.top, batch_size=args.batch_size, watch=watch)
         for s, (rows, values, fired) in best.items():
             print(f"{s}: latent {args.latent} fires on {fired:,} of {features.rows:,} rows")
             for row, value in zip(rows.tolist(), values.tolist(), strict=True):
                 print(f"  {value:8.4f}  row {row}{_caption(pictures.get(s), row)}")
         if args.html is not None:
-            write_atomically(args.html, lambda file: file.write(_page(args, best, pictures).encode()))
+            shown = {s: rows.tolist() for s, (rows, _, _) in best.items()}
+            page = latent_page(f"Latent {args.latent} of {args.model}", shown, pictures)
+            write_atomically(args.html, lambda file: file.write(page.encode()))
             print(f"Wrote {args.html}")
 
 
@@ -58,10 +62,3 @@ def _caption(pictures, row: int) -> str:
     if isinstance(pictures, Pictures):
         return f"  {pictures.files[row].name}" if pictures.files else ""
     return f"  {pictures[row]}" if pictures else ""
-
-
-def _page(args, best: dict, pictures: dict) -> str:
-    from ..evaluation.report import page, stream_rows
-
-    body = "".join(stream_rows(s, rows.tolist(), pictures.get(s)) for s, (rows, _, _) in best.items())
-    return page(f"Latent {args.latent} of {args.model}", f"<div class=latent>{body}</div>")

@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"sparc-kernels train: stopped at step {trainer.batches:,}, could not write: {error}", file=sys.stderr)
         return 1
     if not args.quiet:
-        files = " ".join(f"--stream {shlex.quote(s)}=FILE" for s in trainer.features.widths)
+        files = " ".join(f"--stream {shlex.quote(s)}=FILE" for s in trainer.data.features.widths)
         command = f"sparc-kernels eval --model {shlex.quote(str(args.out))} {files}"
         print(f"Next, on rows that it was not trained on: {command}")
     return 0

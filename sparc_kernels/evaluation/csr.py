@@ -55,7 +55,8 @@ class CsrWriter:
     """
 
     def __init__(self, path: Path, n_latents: int, folder: Path):
-        self.path, self.n_latents, self.counts = path, n_latents, []
+        self.path, self.n_latents = path, n_latents
+        self.counts: list[np.ndarray] = []
         self.files = {name: tempfile.TemporaryFile(dir=folder) for name in ("indices", "data")}  # noqa: SIM115
 
     def add(self, codes: Codes) -> None:
@@ -150,6 +151,7 @@ def write_codes(
     features: Features,
     out: str | Path,
     form: str = "npz",
+    *,
     batch_size: int = 1024,
     watch: Watch = iter,
 ) -> dict:

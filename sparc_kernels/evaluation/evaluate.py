@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Callable, Iterable
 from itertools import permutations
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from ..io.features import Features
 from ..metrics import Codes, Rows, activation_cosine, dead_fractions, explained_variance, jaccard, probe_1d, retrieval
 from ..nn.module import AlignedSAE
 from ..ops.decode import decode
+
+logger = logging.getLogger(__name__)
 
 BATCH = 1024  # rows encoded at a time
 
@@ -134,7 +137,8 @@ def evaluate(
     device = next(model.parameters()).device
     labels = None if labels is None else labels.to(device)
     local = select_locally(model)
-    codes, scores = {}, {"rows": features.rows}
+    codes: dict[str, dict[str, Codes]] = {}
+    scores: dict = {"rows": features.rows}
     for name, chosen in (("own", model), ("local", local)):
         if name == "local" and model.topk_type == "local":
             codes["local"], scores["local"] = codes["own"], scores["own"]
@@ -207,11 +211,10 @@ def _retrieval(local: AlignedSAE, features: Features, codes: dict[str, Codes], t
 
     def recon(t, s):
         """Reconstruction of t from s, decoded as it is read."""
-        weights = [local.decoders[t].weight], [local.pre_biases[t]]
-        c = codes[s]
+        c, w_dec, pre_bias = codes[s], cast(torch.nn.Parameter, local.decoders[t].weight), local.pre_biases[t]
 
         def read(start, stop):
-            return decode(c.indices[start:stop], c.values[None, start:stop], *weights, impl=local.impl)[0, 0]
+            return decode(c.indices[start:stop], c.values[None, start:stop], [w_dec], [pre_bias], impl=local.impl)[0, 0]
 
         return Rows((features.rows, features.widths[t]), read)
 
@@ -243,7 +246,7 @@ def guessing(n: int) -> dict[str, float]:
 
 
 def check_rows(features: Features) -> None:
-    """Check all rows, and print a note on stderr for each stream with zero rows.
+    """Check all rows, and log a warning for each stream with zero rows.
 
     Args:
         features: files that were opened.
@@ -253,4 +256,4 @@ def check_rows(features: Features) -> None:
     """
     for s, summary in features.check().items():
         if summary.n_zero_rows:
-            print(f"Note: stream {s!r} has {summary.zeros(features.rows)}", file=sys.stderr)
+            logger.warning(f"Note: stream {s!r} has {summary.zeros(features.rows)}")

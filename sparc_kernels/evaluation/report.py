@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-from html import escape
 
 import torch
 from torch import Tensor
@@ -16,21 +15,6 @@ from ..metrics import Codes, activation_cosine, jaccard, top_rows
 _OWN, _LOCAL = "#c2410c", "#2563eb"  # colours of `selections`
 _GREY = "#78716c"
 _LATENTS, _ROWS = 16, 8  # of the gallery
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #292524; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem }
-p { margin: .3rem 0; max-width: 46rem } .note { color: #78716c; font-size: .9rem }
-table { border-collapse: collapse; margin: .6rem 0 } td, th { padding: .15rem .8rem; text-align: right }
-th { color: #57534e; font-weight: 600; border-bottom: 1px solid #d6d3d1 }
-td:first-child, th:first-child { text-align: left }
-tr.sum td { border-top: 1px solid #d6d3d1; font-weight: 600 } img.figure { max-width: 100%; height: auto }
-.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(31rem, 1fr)); gap: 1rem }
-.latent { border: 1px solid #e7e5e4; border-radius: 6px; padding: .5rem .7rem; overflow: hidden }
-.latent h3 { font-size: 1rem; margin: 0 0 .2rem } .latent h3 span { float: right; font-weight: 400; color: #78716c }
-.stream { display: flex; align-items: center; gap: .5rem; margin: .25rem 0; min-height: 1.6rem }
-.stream > b { flex: 0 0 4.5rem; font-weight: 500; color: #78716c; font-size: .85rem; overflow-wrap: anywhere }
-.stream img { height: 46px; border: 1px solid #e7e5e4 } .stream div { font-size: .82rem; line-height: 1.35 }
-"""
 
 
 def import_matplotlib():
@@ -44,6 +28,19 @@ def import_matplotlib():
     except ImportError as error:
         raise missing("drawing figures", "matplotlib") from error
     return Figure
+
+
+def import_jinja2():
+    """Return the module jinja2.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        import jinja2
+    except ImportError as error:
+        raise missing("writing a page", "jinja2") from error
+    return jinja2
 
 
 def selections(record: dict) -> dict[str, str]:
@@ -75,61 +72,59 @@ def html(
         pictures: stream -> pictures or texts of its rows; streams without either are left out.
     """
     kinds = selections(record)
-    trained = ", ".join(f"{key} {value}" for key, value in record["trained"].items())
-    parts = [
-        f"<p class=note>{record['rows']:,} rows; N {record['n_latents']:,}, k {record['k']}, {record['topk_type']} "
-        f"selection{f', but {trained}' if trained else ''} in training; "
-        f"streams {escape(', '.join(record['streams']))}</p>",
-        "<h2>Agreement of the streams</h2>",
-        _agreement_table(record, kinds),
-    ]
-    per_latent = None
+    per_latent = histogram = None
     if labels is not None and len(record["streams"]) > 1:
-        scores = {kind: jaccard(codes[kind], labels.to(codes[kind][next(iter(codes[kind]))].values.device))
-                  for kind in kinds}  # fmt: skip
+        scores = {
+            kind: jaccard(codes[kind], labels.to(codes[kind][next(iter(codes[kind]))].values.device)) for kind in kinds
+        }
         per_latent = scores["local"].per_latent
-        figure = _histogram({kinds[kind]: s.per_latent[s.alive].cpu() for kind, s in scores.items()})
-        parts += ["<h2>Jaccard of the latents</h2>", _image(figure)]
-        parts += ["<p class=note>Latents alive in some stream. 1: they fire equally often on every label, whichever "
-                  "stream they see.</p>"]  # fmt: skip
-    parts += ["<h2>Dead latents</h2>", _image(_bars(record, kinds))]
-    parts += ["<p class=note>Dead: never fired on these rows. Mixed: dead in some streams only.</p>"]
-    parts += ["<h2>Explained variance</h2>", _image(_matrices(record, kinds))]
-    parts += ["<p class=note>Row: the stream that is reconstructed. Column: the stream whose code is used. 1: perfect, "
-              "0: as good as the mean.</p>"]  # fmt: skip
-    if "retrieval" in record:
-        parts += ["<h2>Retrieval</h2>", _retrieval_table(record)]
-        parts += ["<p class=note>Each stream selects alone: shared selection would give the partner away.</p>"]
-    if "probe" in record["own"]:
-        parts += ["<h2>1-D probes</h2>", _probe_table(record, kinds)]
-        parts += ["<p class=note>Test log-loss of the best single latent of each class, in nats; chance is 0.693.</p>"]
-    if pictures:
-        parts += ["<h2>What excites latents</h2>", _gallery(codes["local"], labels, names, pictures, per_latent)]
-    return page(record["model"], "\n".join(parts))
+        histogram = _image(_histogram({kinds[kind]: s.per_latent[s.alive].cpu() for kind, s in scores.items()}))
+    return _render(
+        "report.html",
+        record["model"],
+        record=record,
+        trained=", ".join(f"{key} {value}" for key, value in record["trained"].items()),
+        agreement=_agreement_table(record, kinds),
+        jaccard=histogram,
+        dead=_image(_bars(record, kinds)),
+        variance=_image(_matrices(record, kinds)),
+        retrieval=_retrieval_table(record) if "retrieval" in record else None,
+        probes=_probe_table(record, kinds) if "probe" in record["own"] else None,
+        latents=_gallery(codes["local"], labels, names, pictures, per_latent) if pictures else None,
+    )
 
 
-def page(title: str, body: str) -> str:
-    """Wrap a body in a complete HTML document.
+def latent_page(title: str, rows: dict[str, list[int]], pictures: dict[str, Pictures | list[str]]) -> str:
+    """Render the page of one latent.
 
     Args:
         title: plain text.
-        body: HTML.
+        rows: stream -> rows to show.
+        pictures: as `html` takes them.
     """
-    head = f'<!doctype html><html lang=en><meta charset=utf-8><meta name=generator content="{MARK}">'
-    head += f"<title>{escape(title)}</title><style>{_STYLE}</style>"
-    return f"{head}\n<h1>{escape(title)}</h1>\n{body}\n</html>\n"
+    return _render("latent.html", title, streams=[_stream(s, some, pictures.get(s)) for s, some in rows.items()])
 
 
-def _table(head: list[str], rows: list[list[str]], sums: int = 0) -> str:
-    """HTML table of text cells; the last `sums` rows are emphasised."""
-    lines = ["<table><tr>" + "".join(f"<th>{escape(cell)}" for cell in head) + "</tr>"]
-    for i, row in enumerate(rows):
-        mark = " class=sum" if i >= len(rows) - sums else ""
-        lines.append(f"<tr{mark}>" + "".join(f"<td>{escape(cell)}" for cell in row) + "</tr>")
-    return "\n".join([*lines, "</table>"])
+def _render(template: str, title: str, **values) -> str:
+    """Render a file of templates/; all values are escaped."""
+    jinja2 = import_jinja2()
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader(__package__),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template).render(mark=MARK, title=title, **values)
 
 
-def _agreement_table(record: dict, kinds: dict[str, str]) -> str:
+def _table(head: list[str], rows: list[list[str]], sums: int = 0) -> dict:
+    """A table for the template; its last `sums` rows are emphasised."""
+    return {"head": head, "rows": rows, "sums": sums}
+
+
+def _agreement_table(record: dict, kinds: dict[str, str]) -> dict:
     titles = {
         "jaccard": "Jaccard, all latents",
         "jaccard_alive": "Jaccard, alive latents",
@@ -149,7 +144,7 @@ def _agreement_table(record: dict, kinds: dict[str, str]) -> str:
     return _table(["", *kinds.values()], rows)
 
 
-def _retrieval_table(record: dict) -> str:
+def _retrieval_table(record: dict) -> dict:
     columns = ["R@1", "R@5", "R@10", "median_rank", "MRR"]
     rows, kinds = [], {k: v for k, v in record["retrieval"].items() if k != "mean"}
 
@@ -165,7 +160,7 @@ def _retrieval_table(record: dict) -> str:
     return _table(["target<-query", *(c.replace("_", " ") for c in columns)], rows, sums=len(kinds) + 1)
 
 
-def _probe_table(record: dict, kinds: dict[str, str]) -> str:
+def _probe_table(record: dict, kinds: dict[str, str]) -> dict:
     def cell(value):
         return "no class has enough rows" if value is None else f"{value:.3f}"
 
@@ -176,10 +171,11 @@ def _probe_table(record: dict, kinds: dict[str, str]) -> str:
     return _table(["stream", "classes", *kinds.values()], rows)
 
 
-def _image(figure) -> str:
+def _image(figure) -> dict:
+    """A figure for the template."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=140)
-    return f'<img class=figure alt="" width={figure.get_figwidth() * 80:.0f} src="{_data(file.getvalue())}">'
+    return {"width": f"{figure.get_figwidth() * 80:.0f}", "src": _data(file.getvalue())}
 
 
 def _data(png: bytes) -> str:
@@ -250,54 +246,44 @@ def _matrices(record: dict, kinds: dict[str, str]):
 # -------------------------------------------------------------------------------------------------------------- gallery
 
 
-def _gallery(codes, labels, names, pictures, per_latent) -> str:
-    """Top rows of the latents that agree best between streams, among those that fire on 5 or more rows of each."""
+def _gallery(codes, labels, names, pictures, per_latent) -> list[dict]:
+    """Latents that agree best between streams, among those that fire on 5 or more rows of each, with their top rows."""
     fired = torch.stack([torch.bincount(c.indices[c.values > 0], minlength=c.n_latents) for c in codes.values()])
     score = activation_cosine(codes) if len(codes) > 1 else fired[0].double()
     ranking = score if per_latent is None else score * per_latent
     ranking = ranking * (fired >= 5).all(0)
-    title, cards, words = "cosine" if len(codes) > 1 else "rows", [], set()
+    title, words = "cosine" if len(codes) > 1 else "rows", set()
+    latents: list[dict] = []
     for latent in ranking.argsort(descending=True, stable=True).tolist():
-        if ranking[latent] <= 0 or len(cards) == _LATENTS:
+        if ranking[latent] <= 0 or len(latents) == _LATENTS:
             break
         word = _best_label(codes, labels, names, latent)
         if word in words:  # one latent for each class
             continue
         words.add(word)
-        head = f"{escape(word)}<span>latent {latent}, {title} {score[latent]:.2f}</span>"
-        rows = {s: top_rows(c, latent, _ROWS)[0].tolist() for s, c in codes.items()}
-        shown = {s: pictures.get(s) for s in codes}
-        body = "".join(
-            stream_rows(s, r if isinstance(shown[s], Pictures) else r[: _ROWS // 2], shown[s]) for s, r in rows.items()
-        )
-        cards.append(f"<div class=latent><h3>{head}</h3>{body}</div>")
-    note = "<p class=note>Latents whose activations agree best between streams; of each stream the rows on which they "
-    note += "fire most, each stream selecting alone.</p>"
-    return f"{note}<div class=gallery>{''.join(cards)}</div>"
+        streams = []
+        for s, c in codes.items():
+            shown, rows = pictures.get(s), top_rows(c, latent, _ROWS)[0].tolist()
+            streams.append(_stream(s, rows if isinstance(shown, Pictures) else rows[: _ROWS // 2], shown))
+        latents.append({"number": latent, "word": word, "score": f"{title} {score[latent]:.2f}", "streams": streams})
+    return latents
 
 
-def stream_rows(s: str, rows: list[int], shown: Pictures | list[str] | None) -> str:
-    """Render rows of a stream.
-
-    Args:
-        s: name of the stream.
-        rows: row numbers.
-        shown: the stream's pictures or texts; None: row numbers are shown.
-    """
+def _stream(s: str, rows: list[int], shown: Pictures | list[str] | None) -> dict:
+    """Rows of a stream for the template: as pictures, as texts, or as numbers where it has neither."""
+    pictures = texts = None
     if isinstance(shown, Pictures):
-        items = "".join(_thumbnail(shown, row) for row in rows)
+        pictures = [(row, _thumbnail(shown, row)) for row in rows]
     elif shown is not None:
-        items = "<div>" + "<br>".join(escape(_shorten(shown[row], 90)) for row in rows) + "</div>"
-    else:
-        items = "<div>rows " + ", ".join(map(str, rows)) + "</div>"
-    return f"<div class=stream><b>{escape(s)}</b>{items}</div>"
+        texts = [_shorten(shown[row], 90) for row in rows]
+    return {"name": s, "rows": rows, "pictures": pictures, "texts": texts}
 
 
 def _thumbnail(pictures: Pictures, row: int) -> str:
     picture, file = pictures.picture(row), io.BytesIO()
     picture.thumbnail((96, 96))
     picture.save(file, "PNG")
-    return f'<img alt="row {row}" title="row {row}" src="{_data(file.getvalue())}">'
+    return _data(file.getvalue())
 
 
 def _best_label(codes, labels, names, latent: int) -> str:

@@ -13,7 +13,7 @@ from .evaluate import codes_of
 
 @torch.no_grad()
 def top_activations(
-    model: AlignedSAE, features: Features, latent: int, n: int, batch_size: int = 1024, watch: Watch = iter
+    model: AlignedSAE, features: Features, latent: int, n: int, *, batch_size: int = 1024, watch: Watch = iter
 ) -> dict:
     """Find the rows with a latent's highest activations. Memory: one batch.
 

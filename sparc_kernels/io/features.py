@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..core.validation import check_bool, check_tensor, fail, require
 from ..launch.budgets import MAX_STREAMS
-from .files import MappedRows, open_file
+from .files import HDF5Rows, MappedRows, open_file
 from .shards import Shards, absolute, is_pattern, matching, stream_label
 
 Stream = str | Path | Sequence[str | Path] | Tensor  # file, pattern, list of files or tensor
@@ -51,19 +51,19 @@ class RowNumbers(NamedTuple):
 
     Attributes:
         first: the first few numbers.
-        count: how many rows there are.
+        total: how many rows there are.
     """
 
     first: list[int]
-    count: int
+    total: int
 
     def add(self, start: int, where: Tensor) -> RowNumbers:
         """Return these rows and those of a mask `where`, bool [b], whose first entry is row `start`."""
         more = where.nonzero().flatten()
-        return RowNumbers(self.first + (start + more[: _SHOWN - len(self.first)]).tolist(), self.count + len(more))
+        return RowNumbers(self.first + (start + more[: _SHOWN - len(self.first)]).tolist(), self.total + len(more))
 
     def __str__(self) -> str:
-        return ", ".join(map(str, self.first)) + ", ..." * (self.count > len(self.first))
+        return ", ".join(map(str, self.first)) + ", ..." * (self.total > len(self.first))
 
 
 class StreamSummary(NamedTuple):
@@ -98,12 +98,13 @@ class StreamSummary(NamedTuple):
     def within(self, intervals: Sequence[tuple[int, int]]) -> StreamSummary:
         """Restrict the row lists to intervals [start, stop), ascending and disjoint."""
         edges = torch.tensor(intervals, device="cpu").flatten()
-        zero, read = (
-            None if rows is None else rows[torch.searchsorted(edges, rows, right=True) % 2 == 1]
-            for rows in (self.zero, self.read)
-        )
+
+        def inside(rows: Tensor) -> Tensor:
+            return rows[torch.searchsorted(edges, rows, right=True) % 2 == 1]
+
+        read = None if self.read is None else inside(self.read)
         n_read = sum(stop - start for start, stop in intervals) if read is None else len(read)
-        return self._replace(zero=zero, read=read, n_read=n_read)
+        return self._replace(zero=inside(self.zero), read=read, n_read=n_read)
 
     def zeros(self, rows: int) -> str:
         """Describe the zero rows for a message; `rows` is the number that a full check reads."""
@@ -250,7 +251,7 @@ class Features:
         if full and isinstance(source, (MappedRows, Shards)):
             source.check(label)
         size = max(1, _CHECK_BYTES // (source.width * source.dtype.itemsize))
-        starts = range(0, self.rows, size)
+        starts: Sequence[int] = range(0, self.rows, size)
         if not full and len(starts) > 1:
             size = min(size, 64)
             pieces = {int(p) for p in np.linspace(0, self.rows - size, 256)}
@@ -259,7 +260,7 @@ class Features:
         digest = hashlib.blake2b(f"{source.rows} {source.width} {source.dtype}".encode(), digest_size=16)
         bad = large = RowNumbers([], 0)
         none = torch.empty(0, dtype=torch.int64, device="cpu")
-        zero, read, tiny, name = [none], [none], False, str(self.dtype).removeprefix("torch.")
+        zero, sample, tiny, name = [none], [none], False, str(self.dtype).removeprefix("torch.")
         total, power, count = torch.zeros(source.width, dtype=torch.float64, device="cpu"), 0.0, 0
         stop, sampled = 0, not full and len(starts) > 1
         for start in starts:
@@ -272,7 +273,7 @@ class Features:
             if len(at):
                 zero, tiny = [*zero, first + at], tiny or bool(raw[seen:][at].any())
             if sampled:
-                read.append(torch.arange(first, stop, device="cpu"))
+                sample.append(torch.arange(first, stop, device="cpu"))
             if not norm.isfinite().all():  # the norm may overflow although the values do not
                 finite, fits = raw.isfinite().all(1), norm.isfinite() if self.normalize else x.isfinite().all(1)
                 bad, large = bad.add(first, ~finite[seen:]), large.add(first, (finite & ~fits)[seen:])
@@ -283,12 +284,12 @@ class Features:
         what = "norm fits" if self.normalize else "values fit"
         expected = f"rows whose {what} {name}"
         for rows, wanted, got in ((bad, "finite features", "NaN or infinity"), (large, expected, "too large features")):
-            if rows.count:
+            if rows.total:
                 place = f" (the first is {source.place(rows.first[0])})" if isinstance(source, Shards) else ""
-                fail(label, wanted, f"{got} in {rows.count:,} rows: {rows}{place}")
+                fail(label, wanted, f"{got} in {rows.total:,} rows: {rows}{place}")
         spread = 1 - float((total / count).square().sum()) / (power / count) if power else 0.0
-        read, words = torch.cat(read) if sampled else None, f"rows whose norm is 0 in {name}" if tiny else "zero rows"
-        n_read = len(read) if sampled else self.rows
+        read, words = torch.cat(sample) if sampled else None, f"rows whose norm is 0 in {name}" if tiny else "zero rows"
+        n_read = self.rows if read is None else len(read)
         return StreamSummary(digest.hexdigest(), torch.cat(zero), words, read, n_read, max(spread, 0.0))
 
     def describe(self, summaries: Mapping[str, StreamSummary]) -> dict[str, dict]:
@@ -322,7 +323,9 @@ class Features:
 
 
 def _as_text(path: Path | list[Path] | None) -> str | list[str] | None:
-    return [str(p) for p in path] if isinstance(path, list) else path and str(path)
+    if isinstance(path, list):
+        return [str(p) for p in path]
+    return None if path is None else str(path)
 
 
 def normalized(x: Tensor) -> Tensor:
@@ -342,6 +345,7 @@ def _open(name: str, value):
     ok = all(isinstance(path, (str, os.PathLike)) for path in (value if several else [value]))
     require(ok, what, "a path, a list of paths or a torch.Tensor [n, d]", value)
     label = stream_label(name, value)
+    source: MappedRows | HDF5Rows | Shards
     if several or is_pattern(Path(value)):
         paths, series = ([Path(path) for path in value], None) if several else matching(label, Path(value))
         source = Shards(name, paths, label, series)

@@ -51,9 +51,12 @@ class MappedRows:
         indices: array [rows], the sample of each row, or None.
     """
 
-    chunk_rows, indices = 1, None
+    chunk_rows = 1
+    indices: np.ndarray | None = None
 
-    def __init__(self, path: Path, offset: int, rows: int, width: int, dtype: torch.dtype, strides=None, record=None):
+    def __init__(
+        self, path: Path, offset: int, rows: int, width: int, dtype: torch.dtype, *, strides=None, record=None
+    ):
         self.rows, self.width, self.dtype, self._record = rows, width, dtype, record
         self._path, self._offset, self._strides = path, offset, strides or (width * dtype.itemsize, dtype.itemsize)
         self._open()
@@ -102,7 +105,7 @@ class MappedRows:
         crc = 0
         for first in range(start, start + size, _CHECK_BYTES):
             n = min(_CHECK_BYTES, start + size - first)
-            crc = zlib.crc32(np.frombuffer(self._map, np.uint8, n, first), crc)
+            crc = zlib.crc32(np.frombuffer(self._map, np.uint8, n, first).data, crc)
             self._drop(first, first + n)
         require(crc == expected, label, f"values of the CRC-32 {expected:08x} in the file", f"{crc:08x}: it is damaged")
 
@@ -124,7 +127,7 @@ class HDF5Rows:
     Attributes as of `MappedRows`.
     """
 
-    indices = None
+    indices: np.ndarray | None = None
 
     def __init__(self, label: str, name: str, file, dataset, dtype: torch.dtype):
         (self.rows, self.width), self.dtype = dataset.shape, dtype
@@ -171,7 +174,8 @@ def open_file(label: str, value: Path) -> MappedRows | HDF5Rows:
     kind = SUFFIXES.get(path.suffix.lower())
     try:
         require(not path.is_dir(), label, f"a file, or a pattern for several ({path / '*.npy'})", "a folder")
-        require(kind is not None, label, f"a file ending in {', '.join(SUFFIXES)}", repr(path.name))
+        if kind is None:
+            fail(label, f"a file ending in {', '.join(SUFFIXES)}", repr(path.name))
         require(path.exists(), label, "a file", "nothing there")
         require(path.is_file(), label, "a file", "a device")
         require(path.stat().st_size > 0, label, f"a {kind} file", "an empty file")
@@ -188,10 +192,13 @@ def split_dataset(path: Path) -> tuple[Path, str | None]:
     return (Path(match[1]), match[2]) if match and not path.exists() else (path, None)
 
 
-def _check_shape(label: str, shape: tuple, dtype: str, kind: torch.dtype | None) -> None:
+def _checked_dtype(label: str, shape: tuple, dtype: str, kind: torch.dtype | None) -> torch.dtype:
+    """Check shape and dtype of features, and return torch's dtype."""
     require(len(shape) == 2, label, "rows and columns, [n, d]", f"shape {list(shape)}")
     require(shape[1] > 0, label, "at least one row and one column", f"shape {list(shape)}")  # a shard may be empty
-    require(kind is not None, label, "float64, float32, float16 or bfloat16 features", dtype)
+    if kind is None:
+        fail(label, "float64, float32, float16 or bfloat16 features", dtype)
+    return kind
 
 
 def _numpy_dtype(dtype: np.dtype) -> torch.dtype | None:
@@ -206,11 +213,10 @@ def _open_npy(label: str, path: Path):
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         shape, by_columns, dtype = read_header[version](file)
         offset = file.tell()
-    kind = _numpy_dtype(dtype)
-    _check_shape(label, shape, str(dtype), kind)
+    kind = _checked_dtype(label, shape, str(dtype), _numpy_dtype(dtype))
     _check_length(label, path, offset + shape[0] * shape[1] * kind.itemsize)
     strides = (kind.itemsize, shape[0] * kind.itemsize) if by_columns else None
-    return MappedRows(path, offset, *shape, kind, strides)
+    return MappedRows(path, offset, shape[0], shape[1], kind, strides=strides)
 
 
 def _check_length(label: str, path: Path, expected: int) -> None:
@@ -231,13 +237,13 @@ def _open_safetensors(label: str, path: Path, name: str | None):
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     entry = header[name]
-    kind = _SAFETENSORS_DTYPES.get(entry["dtype"])
-    _check_shape(label, tuple(entry["shape"]), entry["dtype"], kind)
-    source = MappedRows(path, 8 + length + entry["data_offsets"][0], *entry["shape"], kind)
+    shape = tuple(entry["shape"])
+    kind = _checked_dtype(label, shape, entry["dtype"], _SAFETENSORS_DTYPES.get(entry["dtype"]))
+    source = MappedRows(path, 8 + length + entry["data_offsets"][0], shape[0], shape[1], kind)
     if INDICES in names and name != INDICES:
         with safe_open(path, framework="np") as file:
-            shape, kind = header[INDICES]["shape"], header[INDICES]["dtype"]
-            source.indices = _read_indices(label, shape, source.rows, kind, lambda: file.get_tensor(INDICES))
+            shape, dtype = header[INDICES]["shape"], header[INDICES]["dtype"]
+            source.indices = _read_indices(label, shape, source.rows, dtype, lambda: file.get_tensor(INDICES))
     return source
 
 
@@ -292,14 +298,16 @@ def _open_torch(label: str, path: Path, name: str | None):
         require(x.layout == torch.strided, label, "a dense tensor", f"one of layout {x.layout}")
         require(not x.is_neg(), label, "a plain tensor", "a view that negates its values: save a clone of it")
         size, start = x.element_size(), starts[name]
-        first, strides = x.storage_offset() * size, [stride * size for stride in x.stride()]
+        first, strides = int(x.storage_offset()) * size, [stride * size for stride in x.stride()]
         stop = first + sum((n - 1) * stride for n, stride in zip(x.shape, strides, strict=True)) + size
-        within = start in records and (not x.numel() or stop <= records[start][0])
-        require(within, label, f"the values of {name!r} in the file", "none, compressed ones or too few")
-        return MappedRows(path, start + first, len(x), width, x.dtype, (*strides, size)[:2], (start, *records[start]))
+        record = None if start is None else records.get(start)
+        if start is None or record is None or (x.numel() and stop > record[0]):
+            fail(label, f"the values of {name!r} in the file", "none, compressed ones or too few")
+        part = (start, *record)
+        return MappedRows(path, start + first, len(x), width, x.dtype, strides=(*strides, size)[:2], record=part)
 
     x = tensors[name]
-    _check_shape(label, tuple(x.shape), str(x.dtype).removeprefix("torch."), x.dtype if x.dtype in FLOATS else None)
+    _checked_dtype(label, tuple(x.shape), str(x.dtype).removeprefix("torch."), x.dtype if x.dtype in FLOATS else None)
     source = rows_of(name, x.shape[1])
     if isinstance(beside, Tensor):
         indices, kind = rows_of(INDICES, 1), str(beside.dtype).removeprefix("torch.")
@@ -373,22 +381,22 @@ def _open_hdf5(label: str, path: Path, name: str | None):
             instead = "" if isinstance(dataset, h5py.Dataset) else _instead(file, name, dataset)
         require(not instead, label, f"a dataset {name!r}", instead)
         with reading(label, "a complete HDF5 file"):
-            shape, stored = dataset.shape or (), dataset.dtype
-        kind = _numpy_dtype(stored.newbyteorder("="))
-        _check_shape(label, shape, str(stored), kind)
+            shape, stored = tuple(dataset.shape or ()), dataset.dtype
+        kind = _checked_dtype(label, shape, str(stored), _numpy_dtype(stored.newbyteorder("=")))
         with reading(label, "a complete HDF5 file"):
             gap, offset = _gap(dataset), _mappable(file, dataset)
             near, *above = (file.get(str(group / INDICES)) for group in PurePosixPath("/", name).parents)
             given = [x for x in (near, *above) if isinstance(x, h5py.Dataset) and (x is near or x.shape == shape[:1])]
             kinds = [str(x.dtype) for x in given[:1]]
         require(not gap, label, f"all of the dataset {name!r}", gap)
+        source: MappedRows | HDF5Rows
         if offset is None:
             source = HDF5Rows(label, name, file, dataset, kind)
         else:
             _check_length(label, path, offset + shape[0] * shape[1] * kind.itemsize)
-            source = MappedRows(path, offset, *shape, kind)
-        for indices, kind in zip(given, kinds, strict=False):
-            source.indices = _read_indices(label, indices.shape, source.rows, kind, lambda x=indices: x[()])
+            source = MappedRows(path, offset, shape[0], shape[1], kind)
+        for indices, dtype in zip(given, kinds, strict=False):
+            source.indices = _read_indices(label, indices.shape, source.rows, dtype, lambda x=indices: x[()])
         if offset is None:
             stack.pop_all()
     return source

@@ -131,7 +131,8 @@ class Pictures:
     """
 
     def __init__(self, label: str, path: Path):
-        self.files = self.array = None
+        self.files: list[Path] | None = None
+        self.array: np.ndarray | None = None
         if path.is_dir():
             self.files = sorted(p for p in path.iterdir() if p.suffix.lower() in _PICTURES)
             return
@@ -143,7 +144,7 @@ class Pictures:
         require(ok, label, "uint8 [n, h, w] or [n, h, w, 3]", f"{self.array.dtype} {list(shape)}")
 
     def __len__(self) -> int:
-        return len(self.files if self.array is None else self.array)
+        return len(self.files or ()) if self.array is None else len(self.array)
 
     def picture(self, row: int):
         """Return the RGB PIL image of a row.
@@ -157,5 +158,6 @@ class Pictures:
             raise missing("showing pictures", "Pillow") from error
         if self.array is not None:
             return Image.fromarray(np.array(self.array[row])).convert("RGB")
+        assert self.files is not None, "pictures are an array or files"
         with Image.open(self.files[row]) as image:
             return image.convert("RGB")

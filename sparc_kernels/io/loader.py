@@ -7,7 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -29,14 +29,14 @@ class Batch(NamedTuple):
     Attributes:
         x: {s: [b, d_s]} on the loader's device.
         epoch: number of the epoch, from 0.
-        index: of the batch in its epoch, from 0.
+        number: of the batch in its epoch, from 0.
         last: whether it ends the epoch.
         epoch_state: the generator's state before the epoch's order was drawn.
     """
 
     x: dict[str, Tensor]
     epoch: int
-    index: int
+    number: int
     last: bool
     epoch_state: Tensor
 
@@ -80,14 +80,14 @@ class Loader:
         self.batch_size = check_int("batch_size", batch_size, 1)
         require(shuffle in SHUFFLES, "shuffle", f"one of {', '.join(map(repr, SHUFFLES))}", repr(shuffle))
         self.shuffle, self.device = shuffle, check_device("device", device)
-        self.intervals = [(0, features.rows)] if intervals is None else [tuple(i) for i in intervals]
+        self.intervals = [(0, features.rows)] if intervals is None else [(start, stop) for start, stop in intervals]
         self.rows = sum(stop - start for start, stop in self.intervals)
         require(self.rows > 0, "intervals", "at least one row", "none")
         if drop_last:
             require(self.rows >= batch_size, "batch_size", f"at most {self.rows}, the rows there are", str(batch_size))
         self.resident = False  # whether one window holds all rows
         self._plan_memory(check_int("memory", memory, 1))
-        self._kept = None  # its rows, if resident
+        self._kept: dict[str, Tensor] | None = None  # its rows, if resident
         self.waited = 0.0
 
     def _plan_memory(self, memory: int) -> None:
@@ -182,7 +182,8 @@ class _Worker:
 
     def __init__(self, loader: Loader, first: int, last: int, skip: int):
         self.loader, self.last = loader, last
-        self.epoch_state, self.order = loader.generator.get_state(), loader._order()
+        self.epoch_state = loader.generator.get_state()
+        self.order: list[tuple[list[tuple[int, int]], Tensor]] | None = loader._order()
         # skip a whole epoch: a checkpoint at its end
         self.first, self.skip = first, skip
         if skip >= len(loader):
@@ -216,7 +217,7 @@ class _Worker:
 
     def send(self, item: Batch) -> Batch:
         """Copy a batch to the GPU and return its pinned buffer to the thread with the event of the copy."""
-        slot, n = item.x
+        slot, n = cast(tuple[dict[str, Tensor], int], item.x)  # of `_place`
         with torch.cuda.stream(self.stream):
             x = {s: rows[:n].to(self.loader.device, non_blocking=True) for s, rows in slot.items()}
             copied = self.stream.record_event()
@@ -259,7 +260,7 @@ class _Worker:
                     continue
                 buffer = self.buffers[0]
                 self.buffers.reverse()
-                yield _Window(loader, buffer, blocks, rows[skip:], epoch, state, last=i == len(order) - 1)
+                yield _Window(loader, buffer, blocks, rows[skip:], epoch=epoch, state=state, last=i == len(order) - 1)
                 skip = 0
 
     def _batches(self) -> Iterator[Batch]:
@@ -309,19 +310,19 @@ class _Worker:
 class _Window:
     """Blocks of rows, read one by one into `data`, {s: [rows, d_s]}, and the order in which to draw the rows."""
 
-    def __init__(self, loader: Loader, buffer: dict, blocks, order: Tensor, epoch: int, state: Tensor, last: bool):
+    def __init__(self, loader: Loader, buffer: dict, blocks, order: Tensor, *, epoch: int, state: Tensor, last: bool):
         self.loader, self.blocks, self.order = loader, blocks, order
         self.epoch, self.state, self.last = epoch, state, last
         self.read, self.rows = 0, 0
-        self.data = loader._kept
-        if self.data is None:
+        kept = loader._kept
+        if kept is None:
             rows = min(loader.block_rows * loader.window_blocks, loader.rows)  # of the largest window
             for s, d in loader.features.widths.items():
                 if s not in buffer:
                     buffer[s] = torch.empty(rows, d, dtype=loader.features.dtype, device="cpu")
-            self.data = buffer
+            self.data: dict[str, Tensor] = buffer
         else:
-            self.read = len(blocks)
+            self.data, self.read = kept, len(blocks)
 
     def read_until(self, fraction: float) -> None:
         """Read blocks until this fraction of them is in memory."""

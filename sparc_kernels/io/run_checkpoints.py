@@ -5,14 +5,18 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO, cast
 
 import torch
 
 from ..core.validation import plain, require
 from .atomic import reason_of, write_atomically
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 SPACE = ".space"
@@ -76,7 +80,8 @@ def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> Path:
 
     def write(file):
         hashing = _Hashing(file)
-        torch.save(plain({"kind": KIND, "step": step, **state}), hashing)
+        content = plain({"kind": KIND, "step": step, **state})
+        torch.save(content, cast(IO[bytes], hashing))  # torch writes and flushes, nothing else
         file.write(MAGIC + hashing.digest.digest())
 
     folder.mkdir(exist_ok=True)
@@ -117,7 +122,9 @@ def load_checkpoint(path: Path) -> dict:
     return state
 
 
-def load_latest(folder: Path, tell: Callable[[str], None] = print, after: float = -1) -> tuple[Path, dict] | None:
+def load_latest(
+    folder: Path, tell: Callable[[str], None] = logger.warning, after: float = -1
+) -> tuple[Path, dict] | None:
     """Load the newest undamaged checkpoint.
 
     Args:

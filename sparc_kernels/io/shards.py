@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core.validation import fail, require
-from .files import MappedRows, open_file, split_dataset
+from .files import HDF5Rows, MappedRows, open_file, split_dataset
 
 _COUNT = "[0-9]+(?![0-9A-Za-z])"  # not the 3 of 3f2a
 LISTED = "--stream NAME=FILE,FILE"
@@ -41,11 +41,14 @@ def is_pattern(path: Path) -> bool:
     return any(c in str(path) for c in "*?[") and not split_dataset(path)[0].exists()
 
 
-def absolute(value: str | Path | Sequence) -> Path | list[Path]:
+def absolute(value: str | Path | Sequence[str | Path]) -> Path | list[Path]:
     """Make a path, a pattern or a list of paths absolute."""
-    if isinstance(value, (list, tuple)):
-        return [absolute(path) for path in value]
-    path = Path(value)
+    if isinstance(value, (str, os.PathLike)):
+        return _absolute(Path(value))
+    return [_absolute(Path(path)) for path in value]
+
+
+def _absolute(path: Path) -> Path:
     return Path(glob.escape(os.getcwd()), path) if is_pattern(path) else path.absolute()
 
 
@@ -85,7 +88,7 @@ def matching(label: str, pattern: Path) -> tuple[list[Path], Series | None]:
         begin = f"numbers from 0 or 1 on, or a list of the files ({LISTED})"
         require(numbers[0] < 2, label, begin, f"{files[0]} as the first")
     series = Series(files, numbers, varying[0]) if len(varying) == 1 else None
-    if numbers[0]:
+    if numbers[0] and series is not None:
         series.check(label)
     return [Path(f"{path}:{dataset}" if dataset else path) for path in files], series
 
@@ -97,7 +100,8 @@ def _by_numbers(path: str, number: str) -> list:
 
 def _of_wildcards(path: str, pattern: str) -> list[int]:
     """Indices, in `_by_numbers` of a path, of the numbers that the pattern's wildcards match."""
-    before, after = re.search(r"[*?[]", pattern).start(), len(re.search(r"[^*?\]]*$", pattern)[0])
+    before = min(pattern.index(c) for c in "*?[" if c in pattern)
+    after = len(pattern) - 1 - max(map(pattern.rfind, "*?]"))
     matches = re.finditer(_COUNT, os.path.splitext(path)[0])
     return [2 * i + 1 for i, m in enumerate(matches) if m.end() > before and m.start() < len(path) - after]
 
@@ -184,7 +188,9 @@ class Shards:
         folder = os.path.commonpath([file.parent for file in files])
         self.names = [os.path.relpath(file, folder) for file in files]
         self._stream, self._files, self._lock = stream, files, threading.Lock()
-        self._parts, self._seen, self._open = [], [], {}
+        self._parts: list[MappedRows | HDF5Rows] = []
+        self._seen: list[tuple[int, int]] = []
+        self._open: dict[int, None] = {}  # ordered by last use
         try:
             for i, path in enumerate(paths):
                 part = stream_label(stream, path)
@@ -221,7 +227,8 @@ class Shards:
             label, expected = stream_label(self._stream, self._files[i]), "the file as it was when opened"
             require(self._files[i].exists(), label, expected, "nothing there")
             require(_age(self._files[i]) == self._seen[i], label, expected, "a changed one")
-        self._open[i] = self._open.pop(i, None)
+        self._open.pop(i, None)
+        self._open[i] = None
         if len(self._open) > OPEN:
             self._parts[oldest := next(iter(self._open))].close()
             del self._open[oldest]

@@ -5,19 +5,22 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
-import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ..core.validation import check_bool, check_device, check_int, missing, require
+from ..core.validation import check_bool, check_device, check_int, fail, missing, require
 from ..nn.module import AlignedSAE
 from .atomic import read_json, reason_of, write_atomically, write_json
 from .run_checkpoints import CHECKPOINTS, MAGIC, TRAILER, load_checkpoint, load_latest
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 OFFICIAL, OFFICIAL_CONFIG = "msae_checkpoint.pth", "run_config.json"
@@ -87,7 +90,7 @@ def _digest(config: dict, state: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(config).encode())
     for name, value in sorted(state.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -204,34 +207,31 @@ def _is_parameter(name: str) -> bool:
     return name.startswith(("encoders.", "decoders.", "pre_biases.", "latent_biases."))
 
 
-def _read_folder(folder: Path) -> tuple[Path, dict, dict]:
+def _read_folder(folder: Path) -> tuple[Path, Any, Any]:
     """The file of a folder to load, with its content: final weights, unless an undamaged checkpoint is later."""
-    file, after = next((folder / name for name in (WEIGHTS, OFFICIAL) if (folder / name).exists()), None), -1
+    file, after = next((folder / name for name in (WEIGHTS, OFFICIAL) if (folder / name).exists()), None), -1.0
     if file is not None:
         state, config = _read_file(file)
         step = config.get("step") if isinstance(config, dict) else None
         after = step if isinstance(step, int) else math.inf  # without a step: treated as the latest
     try:
-        latest = load_latest(folder / CHECKPOINTS, _tell, after)
+        latest = load_latest(folder / CHECKPOINTS, logger.warning, after)
     except ValueError:
         if file is None:
             raise
         latest = None
     if latest is None:
-        expected = f"{WEIGHTS}, {CHECKPOINTS}/step-*.pt or {OFFICIAL} in it"
-        require(file is not None, f"model {folder}", expected, "none of them")
+        if file is None:
+            fail(f"model {folder}", f"{WEIGHTS}, {CHECKPOINTS}/step-*.pt or {OFFICIAL} in it", "none of them")
         return file, state, config
     path, saved = latest
     if file is not None:
-        _tell(f"Note: {path} is loaded, since {file} is older, of step {after:,}")
+        logger.warning(f"Note: {path} is loaded, since {file} is older, of step {after:,}")
     return path, saved.get("model"), saved.get("model_config")
 
 
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-def _read_file(path: Path) -> tuple[dict, dict]:
+def _read_file(path: Path) -> tuple[Any, Any]:
+    """state_dict and settings as the file has them, not yet checked."""
     return (_read_safetensors if path.suffix.lower() == ".safetensors" else _read_torch)(path)
 
 
@@ -252,7 +252,7 @@ def _read_safetensors(path: Path) -> tuple[dict, dict]:
     return state, config
 
 
-def _read_torch(path: Path) -> tuple[dict, dict]:
+def _read_torch(path: Path) -> tuple[Any, Any]:
     """state_dict and settings of a run's checkpoint or an official one."""
     with open(path, "rb") as file:
         ours = file.seek(0, os.SEEK_END) > TRAILER and file.seek(-TRAILER, os.SEEK_END) >= 0

@@ -75,7 +75,7 @@ def _update(optimizer: SparcAdam, state: ForwardState, result: LossResult) -> No
     torch.autograd.graph.increment_version([p for stream in streams for p in stream])
     if half:
         optimizer.half_weights_written()
-    optimizer._opt_called = True  # read by learning rate schedulers
+    optimizer._opt_called = True  # type: ignore[attr-defined]  # read by learning rate schedulers
 
 
 def _decoder_lists(
@@ -86,7 +86,7 @@ def _decoder_lists(
     `lists` covers all sources as one source of S * B rows; None if the sources share their indices.
     """
     codes, aux = state.codes, state.aux
-    coef, scale, error, k = codes.values, result.coef[t], result.errors[t], codes.values.shape[2]
+    coef, scale, error, k = codes.gathered, result.coef[t], result.errors[t], codes.gathered.shape[2]
     if lists is None:
         lists = codes.lists(0)
     else:
@@ -94,7 +94,8 @@ def _decoder_lists(
     main = WeightedLists(lists, coef, scale, None, error, k)
     if aux is None:
         return main, None
-    values = aux.values[t : t + 1]
+    assert result.aux_coef is not None, "AuxK's coefficients come with its codes"
+    values = aux.gathered[t : t + 1]
     return main, WeightedLists(aux.lists(t), values, result.aux_coef[t], None, result.aux_errors[t], values.shape[2])
 
 
@@ -103,7 +104,7 @@ def _encoder_lists(state: ForwardState, result: LossResult, s: int) -> tuple[Wei
     one, mat = slice(s, s + 1), state.centred[s][None]
 
     def lists(codes, dvalues):
-        return WeightedLists(codes.lists(s), dvalues[one], None, codes.values[one], mat, codes.values.shape[2])
+        return WeightedLists(codes.lists(s), dvalues[one], None, codes.gathered[one], mat, codes.gathered.shape[2])
 
     return lists(state.codes, result.dvalues), None if state.aux is None else lists(state.aux, result.daux)
 

@@ -13,6 +13,7 @@ def loss_of(
     state: ForwardState,
     decoders: list[tuple[torch.Tensor, torch.Tensor]],
     xs: list[torch.Tensor],
+    *,
     weights: torch.Tensor,
     auxk_coef: float,
     impl: str,

@@ -119,8 +119,8 @@ class AlignedSAE(nn.Module):
         """
         streams = self._check_inputs(inputs)
         state = self._encode(inputs, streams, torch.is_grad_enabled())
-        parts = state.codes, state.aux, state.xs, state.centred, state.encoder, state.impl
-        state.codes, state.aux = differentiable_values(*parts)
+        parts = state.codes, state.aux, state.xs, state.centred, state.encoder
+        state.codes, state.aux = differentiable_values(*parts, impl=state.impl)
         return AlignedOutputs(state.record())
 
     def _encode(
@@ -135,7 +135,7 @@ class AlignedSAE(nn.Module):
         impl = resolve_impl(self.impl, xs[0])
         with torch.no_grad():
             centred = centre_for(xs, encoder.w_encs, encoder.pre_biases, impl)
-            selected = select_latents(centred, encoder.w_encs, encoder.latent_biases, self.k, self.topk_type, impl)
+            selected = select_latents(centred, encoder.w_encs, encoder.latent_biases, self.k, self.topk_type, impl=impl)
             # one inverse index serves every gradient, and is only built for gradients
             codes = gather_codes(SparseCodes(selected, None), centred, encoder, lists, impl)
             dead = self._move_counters(inputs, streams, selected, codes.values, impl)
@@ -235,7 +235,7 @@ class AlignedSAE(nn.Module):
             weights = term_weights(values, cross_loss_coef)
             decoders, xs = [self.decoder_of(s) for s in streams], [inputs[s] for s in streams]
             impl = resolve_impl(self.impl, decoders[0][0])
-            loss, terms, aux_terms = loss_of(state, decoders, xs, weights, auxk_coef, impl)
+            loss, terms, aux_terms = loss_of(state, decoders, xs, weights=weights, auxk_coef=auxk_coef, impl=impl)
             return loss, metrics_of(streams, loss, terms, aux_terms, cross_loss_coef)
 
     def training_step(

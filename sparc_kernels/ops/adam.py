@@ -37,7 +37,8 @@ class AdamHyper(NamedTuple):
 
 def adam_hyper(group: dict) -> AdamHyper:
     """Read the hyperparameters of a `SparcAdam` parameter group."""
-    return AdamHyper(MODES[group["normalize"]], *group["betas"], group["eps"])
+    beta1, beta2 = group["betas"]
+    return AdamHyper(MODES[group["normalize"]], beta1, beta2, group["eps"])
 
 
 class StepScalars(NamedTuple):
@@ -337,7 +338,7 @@ def step_torch(row: list[torch.Tensor], g: torch.Tensor, scalars: StepScalars, h
     out = w
     if w.dtype != moment_dtype:
         w, g = w.to(moment_dtype), g.to(moment_dtype)
-    if not on_host:  # go may be 0: then every factor leaves the rows unchanged
+    if isinstance(go, torch.Tensor):  # go may be 0: then every factor leaves the rows unchanged
         g = torch.where(go != 0, g * scale, 0.0)
         step_size, keep = step_size * go, torch.where(go != 0, keep, 1.0)
     elif scale != 1:
@@ -345,7 +346,7 @@ def step_torch(row: list[torch.Tensor], g: torch.Tensor, scalars: StepScalars, h
     weight1, weight2 = (1 - beta1, 1 - beta2) if on_host else ((1 - beta1) * go, (1 - beta2) * go)
     if normalize == BEFORE:
         norm = torch.linalg.vector_norm(w, dim=1, keepdim=True).add_(1e-8)
-        w = w.div_(norm if on_host else torch.where(go != 0, norm, 1.0))
+        w = w.div_(torch.where(go != 0, norm, 1.0) if isinstance(go, torch.Tensor) else norm)
     if normalize != PLAIN:
         g = torch.addcmul(g, (w * g).sum(1, keepdim=True), w, value=-1)
     if not on_host or keep != 1:
@@ -366,7 +367,7 @@ def step_torch(row: list[torch.Tensor], g: torch.Tensor, scalars: StepScalars, h
         w.sub_(change.mul_(step_size))
     if normalize == AFTER:
         norm = torch.linalg.vector_norm(w, dim=1, keepdim=True).add_(1e-8)
-        w.div_(norm if on_host else torch.where(go != 0, norm, 1.0))
+        w.div_(torch.where(go != 0, norm, 1.0) if isinstance(go, torch.Tensor) else norm)
     if out is not w:
         out.copy_(w)
 

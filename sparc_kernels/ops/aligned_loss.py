@@ -21,10 +21,10 @@ class LossResult:
 
     loss: torch.Tensor  # []
     terms: torch.Tensor  # metrics in the layout of `loss_terms`
+    coef: torch.Tensor  # [T, S, B], dloss/dE over E
     aux_terms: torch.Tensor | None = None  # metrics in the layout of `add_auxk`
     aux_weights: torch.Tensor | None = None  # [T, 1], 0 where AuxK is left out
     errors: list[torch.Tensor] = field(default_factory=list)  # per target: its own [B, d], or all [S, B, d]
-    coef: torch.Tensor | None = None  # [T, S, B], dloss/dE over E
     aux_errors: list[torch.Tensor] = field(default_factory=list)  # [1, B, d] each, if all errors are kept
     aux_coef: torch.Tensor | None = None  # [T, 1, B]
     dvalues: torch.Tensor | None = None  # [S, B, k]
@@ -69,15 +69,16 @@ def losses_and_gradients(
     """
     T = len(targets)
     norm, coef = target_weights([target.x for target in targets], weights, impl)
-    dvalues, keep_errors = None, gradients is not None and gradients.keep_errors
+    keep_errors = gradients is not None and gradients.keep_errors
+    dvalues: torch.Tensor | None = None
     dws: list[torch.Tensor | None] = [None] * T
     if gradients is not None:
-        dvalues = _empty_like(codes.values)
+        dvalues = _empty_like(codes.gathered)
         dws = [_empty_like(t.w) if want else None for t, want in zip(targets, gradients.weights, strict=True)]
     sqs, gs, errors = [], [], []
     for t, target in enumerate(targets):
         own = None if aux is None else t  # AuxK reconstructs the residual of the target's own reconstruction
-        if gradients is None:
+        if dvalues is None:  # the loss alone
             sq, error = errors_of(codes, target, own, impl)
         else:
             out = GradOut(dvalues, t > 0, dws[t], False)
@@ -88,18 +89,20 @@ def losses_and_gradients(
         sqs.append(sq)
         errors.append(error)
     loss, terms = loss_terms(sqs, norm, weights, codes.values, impl)
-    result = LossResult(loss, terms, errors=errors, coef=coef, dvalues=dvalues, dws=dws)
+    result = LossResult(loss, terms, coef, errors=errors, dvalues=dvalues, dws=dws)
     aux_gs = []
     if aux is not None:
         own_errors = [error[t] if keep_errors else error for t, error in enumerate(errors)]
-        aux_gs = _add_auxk(result, aux, targets, own_errors, weights, auxk_coef, gradients, impl)
+        aux_gs = _add_auxk(
+            result, aux, targets, own_errors, weights=weights, auxk_coef=auxk_coef, gradients=gradients, impl=impl
+        )
     if gradients is not None:
         like = [norm] * T if gradients.bias_like is None else gradients.bias_like
         result.dbiases = column_sums(gs, aux_gs, like, impl)
     return result
 
 
-def _add_auxk(result, aux, targets, own_errors, weights, auxk_coef, gradients, impl):
+def _add_auxk(result, aux, targets, own_errors, *, weights, auxk_coef, gradients, impl):
     """Add AuxK to the result; return sum_s coef E of its errors, [B, d] of each target."""
     residuals = [residual(target.bias, error) for target, error in zip(targets, own_errors, strict=True)]
     targets = [target._replace(x=x) for target, x in zip(targets, residuals, strict=True)]
@@ -146,11 +149,11 @@ class LossInputs(NamedTuple):
 
     def flatten(self) -> list[torch.Tensor | None]:
         """All tensors in one list: both values first, the 3 T tensors of the targets last."""
-        aux = self.aux or SparseCodes(None, None)
-        flat = [self.codes.values, aux.values]
-        for codes in (self.codes, aux):
-            flat += codes.flatten()
-        return [*flat, *self.w_decs, *self.pre_biases, *self.xs]
+        aux: list[torch.Tensor | None] = [None] * (1 + CODES_FLAT)
+        if self.aux is not None:
+            aux = [self.aux.values, *self.aux.flatten()]
+        codes = [self.codes.values, aux[0], *self.codes.flatten(), *aux[1:]]
+        return [*codes, *self.w_decs, *self.pre_biases, *self.xs]
 
     @classmethod
     def unflatten(cls, tensors, T: int) -> LossInputs:
@@ -259,18 +262,21 @@ def _made_again(inputs, errors, weights, needs, impl):
     weights, aux_weights = weights
     for t, (target, (need_v, need_aux, *wanted)) in enumerate(zip(inputs.targets(), needs, strict=True)):
         dv, dw, db, dx = grads_of_errors(inputs.codes, target, weights[t], (need_v, *wanted), impl)
-        dvalues = dv if dvalues is None else dvalues + dv
+        dvalues = _plus(dvalues, dv)
         if inputs.aux is not None:
             own = target._replace(x=residual(target.bias, errors[t]))
             into = None if dw is None else dw.t()
             dv, dw, more, dx_aux = grads_of_errors(
                 inputs.aux.source(t), own, aux_weights[t], (need_aux, *wanted), impl, into=into
             )
-            dauxs.append(dv)
-            db = None if more is None else db + more
-            dx = None if dx_aux is None else dx + dx_aux  # d residual / dx = 1
+            dauxs += [] if dv is None else [dv]
+            db, dx = _plus(db, more), _plus(dx, dx_aux)  # d residual / dx = 1
         dws.append(dw)
         dbs.append(db)
         dxs.append(dx)
-    daux = torch.cat(dauxs) if dauxs and needs[0][1] else None
-    return dvalues, daux, dws, dbs, dxs
+    return dvalues, torch.cat(dauxs) if dauxs else None, dws, dbs, dxs
+
+
+def _plus(total: torch.Tensor | None, part: torch.Tensor | None) -> torch.Tensor | None:
+    """Add two gradients, of which None is 0."""
+    return part if total is None else total if part is None else total + part

@@ -48,11 +48,11 @@ def errors_of(
 
     def run(codes, source):
         keep = NO_ERROR if source is None else source
-        return gather_error(codes.indices, codes.values, *target, keep, codes.count, impl)
+        return gather_error(codes.indices, codes.values, *target, keep, codes.n_valid, impl)
 
     if codes.shared:
         return run(codes, error_source)
-    parts = [run(codes.source(s), 0 if s == error_source else None) for s in range(len(codes.values))]
+    parts = [run(codes.source(s), 0 if s == error_source else None) for s in range(len(codes.gathered))]
     return torch.cat([sq for sq, _ in parts]), parts[error_source or 0][1]
 
 
@@ -125,7 +125,7 @@ class DecodeNMSE(torch.autograd.Function):
         return (None, *grads, None, None, None, None)
 
 
-def _check(indices, values, w_decs, pre_biases, pairs, inverse):
+def _check(indices, values, w_decs, pre_biases, *, pairs, inverse):
     T = check_same_length("w_decs", w_decs=w_decs, pre_biases=pre_biases)
     check_tensor("w_decs[0]", w_decs[0], ("d", "N"))
     n, like = w_decs[0].shape[1], w_decs[0]
@@ -208,7 +208,7 @@ def decode(
         `{(t, s): codes[s] @ w_decs[t].T + pre_biases[t]}` with
         `codes[s] = zeros(B, N).scatter(1, indices, values[s])`
     """
-    _, _, sources_of = _check(indices, values, w_decs, pre_biases, pairs, inverse)
+    _, _, sources_of = _check(indices, values, w_decs, pre_biases, pairs=pairs, inverse=inverse)
     impl = resolve_impl(impl, w_decs[0])
     recons = {}
     for t, sources in sources_of.items():
@@ -250,7 +250,7 @@ def decode_nmse(
     Equivalent to:
         `((recon[t, s] - xs[t]).square().mean(1) / xs[t].square().mean(1)).mean()`
     """
-    T, S, sources_of = _check(indices, values, w_decs, pre_biases, pairs, inverse)
+    T, S, sources_of = _check(indices, values, w_decs, pre_biases, pairs=pairs, inverse=inverse)
     check_same_length("w_decs", w_decs=w_decs, xs=xs)
     for t in range(T):
         check_tensor(f"xs[{t}]", xs[t], (values.shape[1], w_decs[t].shape[0]), like=w_decs[0])

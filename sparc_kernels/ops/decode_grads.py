@@ -70,11 +70,13 @@ def _decode_grads_triton(
 ):  # fmt: skip
     (S, B, k), d, M, device = values.shape, w.shape[1], indices.numel(), w.device
     acc = acc_dtype(w.dtype)
-    error_out = w.new_empty(_kept_shape(keep, values, x))
+    error_out = w.new_empty(_error_shape(keep, values, x))
     dbias_rows = torch.empty(B, d, device=device, dtype=acc)
     sq_err = torch.empty(S, B, device=device, dtype=acc)
     coef, values = coef.contiguous(), values.contiguous()
-    use_h_route, width = route_of(S, M, B, k, d, w.dtype, capability(device)) if dw is not None else (False, d)
+    use_h_route, width = False, d
+    if dw is not None:
+        use_h_route, width = route_of(S, B, k, d, w.dtype, arch=capability(device))
     list_position = None
     if use_h_route:
         list_position = torch.empty_like(order)
@@ -113,16 +115,19 @@ def _decode_grads_triton(
     return sq_err, dbias_rows, error_out
 
 
-def _kept_shape(keep, values, x):
+def _error_shape(keep, values, x):
     return (len(values), *x.shape) if keep == ALL_ERRORS else x.shape if keep >= 0 else (0,)
 
 
-def route_of(S, M, B, k, d, dtype, arch=80) -> tuple[bool, int]:
+def route_of(S, B, k, d, dtype, *, arch=80) -> tuple[bool, int]:
     """Choose (use_h_route, columns per pass within the scratch) for dw.
 
     H carries the loss coefficients in the weights' dtype; float16 would lose them, so it takes the route of the errors.
     """
-    scratch = SCRATCH_BYTES * (2 if S > 3 else 1)  # many sources: fewer passes pay (modelled: 4 % of the step)
+    M, scratch = (
+        B * k,
+        SCRATCH_BYTES * (2 if S > 3 else 1),
+    )  # many sources: fewer passes pay (modelled: 4 % of the step)
     width = scratch // (M * dtype.itemsize)
     short_rows = dtype.itemsize == 2 or k <= H_MAX_K_FP32
     enough_entries = S > H_MIN_SOURCES or (S == H_MIN_SOURCES and M >= H_MIN_ENTRIES and short_rows)
@@ -159,7 +164,7 @@ def _decode_grads_fake(
     return (
         w.new_empty(values.shape[:2], dtype=acc),
         w.new_empty(x.shape, dtype=acc),
-        w.new_empty(_kept_shape(keep, values, x)),
+        w.new_empty(_error_shape(keep, values, x)),
     )
 
 
@@ -301,13 +306,13 @@ def grads_of_target(
     def run(codes, coef, out, source):
         keep = ALL_ERRORS if keep_all_errors else NO_ERROR if source is None else source
         return decode_grads(
-            codes.indices, codes.values, *target, coef, *codes.lists(0), codes.count, keep, *out, impl
+            codes.indices, codes.values, *target, coef, *codes.lists(0), codes.n_valid, keep, *out, impl
         )  # fmt: skip
 
     if codes.shared:
         return run(codes, coef, out, error_source)
     parts = []
-    for s in range(len(codes.values)):
+    for s in range(len(codes.gathered)):
         only = slice(s, s + 1)
         part = GradOut(out.dvalues[only], out.add_dvalues, out.dw, out.add_dw or s > 0)
         parts.append(run(codes.source(s), coef[only], part, 0 if s == error_source else None))
@@ -340,7 +345,7 @@ def grads_of_errors(
     need_v, need_w, need_b, need_x = needs
     w, bias, x = target
     norm, coef = (part[0] for part in target_weights([x], dnmse[None], impl))
-    dvalues = torch.empty_like(codes.values, dtype=norm.dtype, memory_format=torch.contiguous_format)
+    dvalues = torch.empty_like(codes.gathered, dtype=norm.dtype, memory_format=torch.contiguous_format)
     dw = into
     if need_w and into is None:
         dw = torch.empty_like(w, memory_format=torch.contiguous_format)
@@ -351,7 +356,7 @@ def grads_of_errors(
         dx = -(dbias_rows + through_norm).to(x.dtype)
     return (
         dvalues if need_v else None,
-        dw.t() if need_w else None,
+        dw.t() if need_w and dw is not None else None,
         dbias_rows.sum(0).to(bias.dtype) if need_b else None,
         dx,
     )

@@ -214,7 +214,7 @@ def gather_codes(
     Returns:
         `chosen` with values [S, B, k] and, with `lists`, the inverse index.
     """
-    args = list(encoder.w_encs), list(encoder.latent_biases), chosen.count, lists, impl
+    args = list(encoder.w_encs), list(encoder.latent_biases), chosen.n_valid, lists, impl
     values, *inverse = gather_values(chosen.indices, centred, *args)
     return chosen._replace(values=values, inverse=InverseIndex(*inverse) if lists else chosen.inverse)
 
@@ -253,13 +253,14 @@ class Values(torch.autograd.Function):
                 codes = SparseCodes.unflatten(v, tensors[i * CODES_FLAT : (i + 1) * CODES_FLAT])
                 uses.append((codes.with_inverse(len(w_encs[0]), impl), dv))
         needs = ctx.needs_input_grad[4 + n :]
-        dxs, dws, dbs, dcs, sums = ([None] * S for _ in range(5))
+        none: list[torch.Tensor | None] = [None] * S
+        dxs, dws, dbs, dcs, sums = (none.copy() for _ in range(5))
         for s in range(S) if uses else ():
             w, one = w_encs[s], slice(s, s + 1)
             if needs[S + s] or needs[2 * S + s] or needs[3 * S + s]:
                 dw, dc = torch.empty_like(w, memory_format=torch.contiguous_format), latent_biases[s].new_empty(len(w))
                 for i, (codes, dv) in enumerate(uses):
-                    v, mat = codes.values, centred[s][None]
+                    v, mat = codes.gathered, centred[s][None]
                     lists = WeightedLists(codes.lists(s), dv[one], None, v[one], mat, v.shape[2])
                     latent_reduce_(dw, dc, *lists.tensors, lists.k, i > 0, impl)
                 dws[s] = dw if needs[S + s] else None
@@ -267,7 +268,7 @@ class Values(torch.autograd.Function):
                 sums[s] = dc
             if needs[s]:
                 for codes, dv in uses:
-                    dpre = torch.where(codes.values[one] <= 0, 0.0, dv[one])
+                    dpre = torch.where(codes.gathered[one] <= 0, 0.0, dv[one])
                     part = gather_sum(codes.indices_of(s), dpre, w, None, impl)[0]
                     dxs[s] = part if dxs[s] is None else dxs[s] + part
         bias_streams = [s for s in range(S) if uses and needs[2 * S + s]]
@@ -284,6 +285,7 @@ def differentiable_values(
     xs: list[torch.Tensor],
     centred: list[torch.Tensor],
     encoder: EncoderParams,
+    *,
     impl: str,
 ) -> tuple[SparseCodes, SparseCodes | None]:
     """Attach gradients to the values of codes from `gather_codes`.
@@ -321,7 +323,7 @@ def values_of(x: torch.Tensor, encoder: EncoderParams, chosen: SparseCodes, impl
     with torch.no_grad():
         centred = centre([x], encoder.pre_biases, False, impl)
         codes = gather_codes(chosen, centred, encoder, False, impl)
-    return differentiable_values(codes, None, [x], centred, encoder, impl)[0].values[0]
+    return differentiable_values(codes, None, [x], centred, encoder, impl=impl)[0].gathered[0]
 
 
 def values_at(
@@ -417,14 +419,14 @@ def encode_topk(
         n = w_encs[0].shape[0]
         check_tensor(f"pre_biases[{s}]", pre_biases[s], (xs[s].shape[1],), like=xs[0])
         check_tensor(f"latent_biases[{s}]", latent_biases[s], (n,), like=xs[0])
-    check_int("k", k, 1, min(n, MAX_K), f"at most N and {MAX_K}")
+    check_int("k", k, 1, min(w_encs[0].shape[0], MAX_K), f"at most N and {MAX_K}")
     impl, lists = resolve_impl(impl, xs[0]), torch.is_grad_enabled()
     with torch.no_grad():
         centred = centre_for(xs, w_encs, pre_biases, impl)
-        indices = select_latents(centred, w_encs, latent_biases, k, topk_type, impl)
+        indices = select_latents(centred, w_encs, latent_biases, k, topk_type, impl=impl)
         encoder = EncoderParams(w_encs, pre_biases, latent_biases)
         codes = gather_codes(SparseCodes(indices, None), centred, encoder, lists, impl)
-    return indices, differentiable_values(codes, None, xs, centred, encoder, impl)[0].values
+    return indices, differentiable_values(codes, None, xs, centred, encoder, impl=impl)[0].gathered
 
 
 def centre_for(xs, w_encs, pre_biases, impl):
@@ -443,7 +445,7 @@ def centre_for(xs, w_encs, pre_biases, impl):
     return centre(list(xs), list(pre_biases), wide, impl)
 
 
-def select_latents(centred, w_encs, latent_biases, k, topk_type, impl):
+def select_latents(centred, w_encs, latent_biases, k, topk_type, *, impl):
     """Select latents once for all streams or for every stream.
 
     Args:

@@ -255,7 +255,7 @@ def _launch_gather_in_chunks(
             launch_gather(indices[:, part], None, w, None, error, count=left, dot=True)[1].sum(0)
             for part, left in zip(parts, counts, strict=True)
         ]
-    return error.square().sum(2)[None] if sq_err else None, torch.cat(dots, 2)[None] if dot else None
+    return error.square().sum(2)[None] if sq_err else None, None if dots is None else torch.cat(dots, 2)[None]
 
 
 def _sum_slabs(part):

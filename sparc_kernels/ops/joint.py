@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..launch.select import (
-    LIBRARY_WIDTH,
-)
+from ..launch.select import LIBRARY_WIDTH
 
 
 def joint(parts: list[torch.Tensor]) -> torch.Tensor | None:

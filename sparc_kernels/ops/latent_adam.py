@@ -19,6 +19,7 @@ from ..launch.adam import ADAM_WIDTH, adam_rows, latent_adam_config
 from ..launch.device import capability, cdiv
 from ..launch.reduce import reduce_chunk, reduce_config
 from .adam import PLAIN, AdamHyper, StepScalars, step, step_torch
+from .inverse_index import InverseIndex
 from .latent_reduce import by_product, listed_torch, lists_torch, sum_entries
 from .records import WeightedLists
 
@@ -203,9 +204,10 @@ def _latent_adam_torch(
 ):  # fmt: skip
     (n, d), acc = w.shape, m.dtype
     sets = []
-    for (order, offsets, _, coef, scale, gate, mat), places in ((lists, k), (aux, aux_k)) if aux else ((lists, k),):
-        entries, weights, totals = listed_torch(order, offsets, coef, scale, gate, mat, places)
-        sets.append((offsets, entries, weights, totals, mat.reshape(-1, d), mat.shape[0]))
+    for (*inverse, coef, scale, gate, mat), places in ((lists, k), (aux, aux_k)) if aux else ((lists, k),):
+        inverse = InverseIndex(*inverse)
+        entries, weights, totals = listed_torch(WeightedLists(inverse, coef, scale, gate, mat, places))
+        sets.append((inverse.offsets, entries, weights, totals, mat.reshape(-1, d), mat.shape[0]))
     numbers, bias_numbers = StepScalars.of(scalars), StepScalars.of(bias_scalars) if bias else None
     hyper = AdamHyper(normalize, beta1, beta2, eps)
     dpre_bias_sum = torch.zeros(d, device=w.device, dtype=acc) if bias else w.new_empty(0, dtype=acc)
@@ -214,7 +216,7 @@ def _latent_adam_torch(
         rows = slice(first, min(first + size, n))
         parts = [_block(part, rows, n, acc) for part in sets]
         g, total = parts[0] if len(parts) == 1 else (parts[0][0] + parts[1][0], parts[0][1] + parts[1][1])
-        if bias:
+        if bias_numbers is not None:
             dpre_bias_sum += total @ w[rows].to(acc)
             b, b_m, b_v = (t[rows] for t in bias)
             step_torch([b, b_m, b_v], total, bias_numbers, hyper.plain())

@@ -10,6 +10,7 @@ from ..core.numerics import acc_dtype, csr, is_host_readable
 from ..core.registry import register
 from ..launch.device import capability, cdiv
 from ..launch.reduce import finish_warps, reduce_chunk, reduce_config
+from .inverse_index import InverseIndex
 from .records import WeightedLists
 
 
@@ -175,13 +176,17 @@ def launch_reduce(*, out, sums, order, offsets, ids, coef, scale, gate, mat, k, 
     )
 
 
-def listed_torch(order, offsets, coef, scale, gate, mat, k):
-    """Entries of the lists for `lists_torch`; see `latent_reduce_` for the arguments.
+def listed_torch(lists: WeightedLists):
+    """Return the entries of the lists for `lists_torch`.
+
+    Args:
+        lists: as in `latent_reduce_`.
 
     Returns:
         Rows of mat [S * rows, d] and their weights, [M * S] each, the S entries of a place side by side; the weights
         summed over the sources, [M].
     """
+    (order, offsets, _), coef, scale, gate, mat, k = lists
     S, rows, _ = mat.shape
     acc = acc_dtype(mat.dtype)
     coef = coef.reshape(S, rows, -1).to(acc)
@@ -230,7 +235,7 @@ def lists_torch(entries, weights, offsets, mat):
 def reduce_torch(*, out, sums, order, offsets, ids, coef, scale, gate, mat, k, add):
     """Run `latent_reduce_` in torch; see there for the arguments."""
     S, _, d = mat.shape
-    entries, weights, totals = listed_torch(order, offsets, coef, scale, gate, mat, k)
+    entries, weights, totals = listed_torch(WeightedLists(InverseIndex(order, offsets, ids), coef, scale, gate, mat, k))
     if sums is not None:
         totals = torch.segment_reduce(totals, "sum", offsets=offsets.long(), axis=0)
         sums.copy_(sums + totals if add else totals)

@@ -25,18 +25,24 @@ class SparseCodes(NamedTuple):
 
     indices: torch.Tensor  # int64 [B, k] shared by the streams, or [S, B, k]
     values: torch.Tensor | None  # [S, B, k]; None until they are gathered
-    count: torch.Tensor | None = None  # int32 [S] ([] of one stream), the valid columns; None: all
+    n_valid: torch.Tensor | None = None  # int32 [S] ([] of one stream), the valid columns; None: all
     inverse: InverseIndex | None = None  # of the valid columns, its parts [1, ...] or [S, ...]
 
     def flatten(self) -> tuple[torch.Tensor | None, ...]:
         """Return everything but the values, as autograd functions take it."""
-        return self.indices, self.count, *(self.inverse or NO_INVERSE)
+        return self.indices, self.n_valid, *(self.inverse or NO_INVERSE)
 
     @classmethod
     def unflatten(cls, values: torch.Tensor, tensors) -> SparseCodes:
         """Rebuild codes from their values and the tensors of `flatten`."""
-        indices, count, *inverse = tensors
-        return cls(indices, values, count, None if inverse[0] is None else InverseIndex(*inverse))
+        indices, n_valid, *inverse = tensors
+        return cls(indices, values, n_valid, None if inverse[0] is None else InverseIndex(*inverse))
+
+    @property
+    def gathered(self) -> torch.Tensor:
+        """The values, which must have been gathered."""
+        assert self.values is not None, "codes without values"
+        return self.values
 
     @property
     def shared(self) -> bool:
@@ -49,13 +55,15 @@ class SparseCodes(NamedTuple):
 
     def lists(self, s: int) -> InverseIndex:
         """Return the inverse index of stream s."""
+        assert self.inverse is not None, "codes without an inverse index"
         return lists_of(self.inverse, s % len(self.inverse.order))
 
     def source(self, s: int) -> SparseCodes:
         """Return the codes of stream s alone; every stream must have its own indices."""
         stream = slice(s, s + 1)
         inverse = self.inverse and InverseIndex(*(part[stream] for part in self.inverse))
-        return SparseCodes(self.indices[s], self.values[stream], None if self.count is None else self.count[s], inverse)
+        n_valid = None if self.n_valid is None else self.n_valid[s]
+        return SparseCodes(self.indices[s], self.gathered[stream], n_valid, inverse)
 
     def with_inverse(self, n_latents: int, impl: str) -> SparseCodes:
         """Return the same codes with their inverse index, built here if missing.
@@ -67,7 +75,7 @@ class SparseCodes(NamedTuple):
         if self.inverse is not None:
             return self
         groups = 1 if self.shared else len(self.indices)
-        parts = inverse_index_op(self.indices, groups, n_latents, self.count, impl)
+        parts = inverse_index_op(self.indices, groups, n_latents, self.n_valid, impl)
         return self._replace(inverse=InverseIndex(*parts))
 
 

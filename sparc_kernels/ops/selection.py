@@ -287,15 +287,14 @@ def _select_triton(*, xs, w_encs, biases, k, ids, count):
     wide_x = wide_w = None
     if ids is None and encode_by_library(B, sum(x.shape[1] for x in xs), dtype.itemsize, tf32):
         wide_x, wide_w = joint(xs), joint(w_encs)
-    library = wide_x is not None and wide_w is not None
-    side, done = SideStream(device, enabled=buffers > 1), []
+    side, done = SideStream(device, enabled=buffers > 1), list[torch.cuda.Event | None]()
     limit = encode.registers(capability(device)) if buffers > 1 and select.group >= CAP_MIN_GROUP else {}
     for i, row0 in enumerate(range(0, B, chunk)):
         rows = min(chunk, B - row0)
         logits, maxima, coarse, slots = scratch[i % buffers]
         if i >= buffers:
             side.wait(done[i - buffers])  # until the selector has read this buffer
-        if library:
+        if wide_x is not None and wide_w is not None:
             wide_logits = torch.addmm(
                 _sum(biases).to(dtype), wide_x[row0 : row0 + rows], wide_w.t(), **_out(logits[:rows], dtype)
             )
@@ -317,7 +316,7 @@ def _select_triton(*, xs, w_encs, biases, k, ids, count):
                 num_warps=encode.num_warps, num_stages=encode.num_stages, **limit,
             )  # fmt: skip
 
-        def best(rows=rows, row0=row0, coarse=coarse, maxima=maxima, logits=logits, slots=slots):
+        def best(*, rows=rows, row0=row0, coarse=coarse, maxima=maxima, logits=logits, slots=slots):
             _select_kernel[(rows,)](
                 coarse, maxima, logits, slots, ids, count, out, row0, n, n_groups, n_spans, k,
                 NC_PAD=select.n_spans_pad, K_PAD=select.k_pad, GROUP=select.group, SPAN=select.span,

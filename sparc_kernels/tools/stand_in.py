@@ -169,15 +169,16 @@ class _Launcher:
         self.driver, self.kernel, self.key = driver, _name(source.fn), metadata.hash
         self.kinds, self.names = tuple(source.signature.values()), tuple(source.signature)
 
-    def __call__(self, x, y, z, stream, function, packed, metadata, enter_hook, exit_hook, *args):
-        for axis, size, limit in zip("xyz", (x, y, z), GRID, strict=True):
+    def __call__(self, *launch):
+        grid, args = launch[:3], launch[9:]  # between: stream, function, two pieces of metadata, two hooks
+        for axis, size, limit in zip("xyz", grid, GRID, strict=True):
             if type(size) is not int or not 1 <= size <= limit:
                 raise ValueError(f"grid: expected an int in 1..{limit} for {axis}, got {size!r}")
         for name, kind, arg in zip(self.names, self.kinds, args, strict=True):
             for tensor in _tensors(kind, arg):
                 if not tensor.is_meta:
                     raise ValueError(f"{name}: expected a tensor on the device, got one on {tensor.device}")
-        self.driver.launched.append(Launched(self.kernel, (x, y, z), self.key))
+        self.driver.launched.append(Launched(self.kernel, grid, self.key))
 
 
 def _tensors(kind, arg):

@@ -12,7 +12,9 @@ import inspect
 import os
 import sys
 import weakref
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from ..core.registry import operator_of
 from ..core.target import Target, as_target
 from ..launch.budgets import MAX_K
 from ..launch.device import AMD
+from .replaced import replaced
 from .shape import Shape
 
 FOLDER = Path(__file__).resolve().parents[1]
@@ -206,7 +209,7 @@ class Recorder:
     """Replaces a kernel and records its launches."""
 
     def __init__(self, name, kernel, small, recorded):
-        self.name, self.kernel, self.small, self.found = name, kernel, small, recorded
+        self.name, self.kernel, self.small, self.recorded = name, kernel, small, recorded
         self.params = list(inspect.signature(kernel.fn).parameters.values())
         plain = getattr(kernel, "do_not_specialize", None)
         if plain is None:  # an interpreted kernel keeps the decorator's arguments
@@ -235,7 +238,8 @@ class Recorder:
             else:
                 signature[param.name] = _specialise(value, (i,), constants, divisible, small)
         parts = tuple(signature.items()), tuple(constants.items()), tuple(divisible), num_warps, num_stages
-        self.found.append(Launch(self.name, *parts, tuple(sorted(options.items())), tuple(small) if self.small else ()))
+        options = tuple(sorted(options.items()))
+        self.recorded.append(Launch(self.name, *parts, options, tuple(small) if self.small else ()))
 
 
 def _specialise(arg, path, constants, divisible, small):
@@ -279,7 +283,7 @@ def as_on_gpu(arch: int, tf32: bool, recorded: list[Launch] | None = None, gpu_n
         raise RuntimeError("Triton is not installed here: its launchers cannot be traced")
     from triton.runtime.jit import KernelInterface
 
-    launched, recorders = KernelInterface.__getitem__, {}
+    recorders: dict = {}
 
     def recorder(kernel, grid):
         if kernel not in recorders:
@@ -287,13 +291,24 @@ def as_on_gpu(arch: int, tf32: bool, recorded: list[Launch] | None = None, gpu_n
             recorders[kernel] = Recorder(name, kernel, arch >= AMD, recorded)
         return recorders[kernel][grid]
 
-    with as_target(Target(arch, tf32, gpu_name=gpu_name)):
-        if recorded is not None:
-            KernelInterface.__getitem__ = recorder
-        try:
-            yield
-        finally:
-            KernelInterface.__getitem__ = launched
+    recording = nullcontext() if recorded is None else replaced(KernelInterface, __getitem__=recorder)
+    with as_target(Target(arch, tf32, gpu_name=gpu_name)), recording:
+        yield
+
+
+@contextmanager
+def counted_launches() -> Iterator[Counter[str]]:
+    """Context that counts the launches of each kernel, "module:function"; they go on as before."""
+    from triton.runtime.jit import KernelInterface
+
+    look_up, counts = KernelInterface.__getitem__, Counter[str]()
+
+    def count(kernel, grid):
+        counts[f"{kernel.fn.__module__}:{kernel.fn.__name__}"] += 1
+        return look_up(kernel, grid)
+
+    with replaced(KernelInterface, __getitem__=count):
+        yield counts
 
 
 # ---------------------------------------------------------------------------------------------------------------- steps

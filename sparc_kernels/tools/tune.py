@@ -41,7 +41,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 @dataclass
-class Found:
+class SearchResult:
     """Result of the search for one operator."""
 
     op: str
@@ -111,7 +111,7 @@ def problem(op: str, shape: Shape, device: torch.device) -> Problem:
                 return (encode_topk(xs, w_encs, pre_biases, latent_biases, shape.k, impl="triton")[0],)
 
         def differs(reference, result):
-            return _selections_differ(reference[0], result[0], xs, w_encs, shape.N, tolerance)
+            return _selections_differ(reference[0], result[0], xs, w_encs, tolerance)
 
         return Problem(encode, differs)
 
@@ -148,8 +148,9 @@ def _tensors_differ(reference, result, tolerance) -> str:
     return ""
 
 
-def _selections_differ(reference, result, xs, w_encs, n, tolerance) -> str:
+def _selections_differ(reference, result, xs, w_encs, tolerance) -> str:
     """Compare pre-activations at the selected latents, since near ties may be decided either way."""
+    n = w_encs[0].shape[0]
     if result.shape != reference.shape or bool((result < 0).any() | (result >= n).any()):
         return f"expected latents in 0..{n - 1}"
     ordered = result.sort(dim=1).values
@@ -253,9 +254,9 @@ def prepare(op: str, shape: Shape, arch: int, seconds: float, tell=_silent) -> l
 
 
 def search(
-    op: str, task: Problem, timer: Callable[[Callable], float], tries: list[Try], tell=_silent,
+    op: str, task: Problem, timer: Callable[[Callable], float], tries: list[Try], *, tell=_silent,
     until: float = math.inf, now: Callable[[], float] = time.monotonic,
-) -> Found:  # fmt: skip
+) -> SearchResult:  # fmt: skip
     """Search the fastest settings of one operator whose results agree with the default's.
 
     Args:
@@ -268,14 +269,14 @@ def search(
         now: clock, in seconds.
 
     Returns:
-        A Found; its times are in milliseconds.
+        A SearchResult; its times are in milliseconds.
     """
     with tuned.observed(op) as wanted:
         reference = task.run()
     began, slowest = now(), 0.0
     default_ms = timer(task.run)
     keys = list(dict.fromkeys(tuned.key(op, args) for args in wanted))
-    result = Found(op, keys, default_ms, default_ms, None, 0, len(tries), [])
+    result = SearchResult(op, keys, default_ms, default_ms, None, 0, len(tries), [])
     for candidate in tries:
         slowest, began = max(slowest, now() - began), now()
         if began + 3 * slowest > until:  # leaves time for one more and the second round
@@ -306,9 +307,9 @@ def search(
 
 
 def tune(
-    shape: Shape, ops, device: torch.device, name: str, timer, tell=_silent, minutes: float = math.inf,
+    shape: Shape, ops, device: torch.device, name: str, timer, *, tell=_silent, minutes: float = math.inf,
     now: Callable[[], float] = time.monotonic,
-) -> list[Found]:  # fmt: skip
+) -> list[SearchResult]:  # fmt: skip
     """Search every operator and record the winners; each applies while the next operator is searched.
 
     Args:
@@ -322,7 +323,7 @@ def tune(
         now: clock, in seconds.
 
     Returns:
-        A Found for each operator searched.
+        A SearchResult for each operator searched.
 
     Raises:
         OSError: the cache is not writable; raised before the search.
@@ -336,7 +337,7 @@ def tune(
             break
         share = (end - began) / (len(ops) - i)
         tries = prepare(op, shape, capability(device), COMPILING * share, tell)
-        result = search(op, problem(op, shape, device), timer, tries, tell, began + share, now)
+        result = search(op, problem(op, shape, device), timer, tries, tell=tell, until=began + share, now=now)
         if result.settings is not None:
             measured = {"ms": result.best_ms, "default_ms": result.default_ms, "shape": shape.record()}
             tuned.write(name, {key: {"settings": result.settings, **measured} for key in result.keys}, about)
@@ -459,7 +460,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{name}, {shape}")
     device, ops = torch.device("cuda"), args.op or OPS
     try:
-        results = tune(shape, ops, device, name, GraphTimer(device, say), tell, args.minutes)
+        results = tune(shape, ops, device, name, GraphTimer(device, say), tell=tell, minutes=args.minutes)
     except OSError as error:
         return _fail(f"{tuned.cache_dir()} cannot be written ({error}); set SPARC_KERNELS_CACHE to a folder that can")
     tell("")

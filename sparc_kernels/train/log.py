@@ -47,6 +47,7 @@ class RunLog:
         metrics: Sequence[str],
         steps: int,
         start: int = 0,
+        *,
         to: Sequence[str] = (),
         settings: dict | None = None,
         quiet: bool = False,

@@ -6,32 +6,34 @@ line is in cli/train.py.
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..core.validation import check_bool, check_device, check_int, fail, require
-from ..io.features import Features, Stream
-from ..io.loader import Batch, Loader
+from ..core.validation import check_bool, check_device, check_int, require
+from ..io.features import Stream
+from ..io.loader import Batch
 from ..io.run_checkpoints import CHECKPOINTS, save_checkpoint
-from ..io.shards import stream_label
 from ..io.weights import OFFICIAL, WEIGHTS, export_official, import_save, model_config, save_weights
 from ..nn.module import AlignedSAE
 from ..nn.optimizer import SparcAdam
 from .config import TrainConfig as TrainConfig  # documented as this module's
+from .data import RunData
 from .folder import TIME, RunFolder
 from .log import LOGGERS, RunLog, import_logger
 from .process import Signals, versions
+from .resume import RunState
 from .step import Step
 
-_HELD_OUT_PIECE = 256  # consecutive rows held out together, since neighbours are often similar
+logger = logging.getLogger(__name__)
 
 
 class TrainingStopped(RuntimeError):
@@ -79,7 +81,7 @@ class Trainer:
         export: write the official msae_checkpoint.pth too.
         on_step: called after every step with its number, loss and metrics.
         init: origin of the model's weights, for the manifest.
-        quiet: print nothing.
+        quiet: print and log nothing.
 
     The constructor checks files, sizes, every feature for NaN and infinity, the folder and the packages needed, so that
     `train` does not fail late. Resuming requires the same data and settings. Nothing is written before `start`, which
@@ -123,7 +125,7 @@ class Trainer:
         self.out = None if out is None else Path(out)
         require(self.out is not None or not resume, "resume", "a folder to resume from (out)", "none")
         self.log: RunLog | None = None
-        self.log_to, self.loss = log_to, math.nan
+        self.log_to = log_to
         for name in log_to:
             require(name in LOGGERS, "log_to", f"some of {', '.join(LOGGERS)}", repr(name))
             import_logger(name)
@@ -140,13 +142,21 @@ class Trainer:
         self.init = init or ("a model" if model is not None else None)
         self._closing = ExitStack()
         try:
-            self._open_features(streams, val_streams)
-            self._check_data(self.full_check, manifest)
+            self.data = RunData(config, streams, val_streams, self.device, self._closing)
+            self.data.check(self.full_check)
+            if self.folder is not None and manifest is not None:
+                self.folder.check_data(self.data.described)
+            self.data.check_zero_rows(self._note)
             self._build(model, optimizer, graph)
-            self._plan()
+            self._resume()
         except BaseException:
             self.close()
             raise
+
+    @property
+    def batches(self) -> int:
+        """Number of batches trained on so far, those before a checkpoint that was restored included."""
+        return self.state.batches
 
     def start(self) -> None:
         """Lock `out`, write the manifest and open the logs; `train` calls it first.
@@ -161,12 +171,14 @@ class Trainer:
             if self.folder is not None:
                 size = sum(p.numel() * p.element_size() for p in self.model.parameters())
                 # a checkpoint (weights, two moments) and the final weights
-                self.folder.claim(self._closing, (5 if self.export else 4) * size, self.batches)
+                self.folder.claim(self._closing, (5 if self.export else 4) * size, self.state.batches)
             columns = list(self.names)
-            if self.val_loader is not None:
+            if self.data.val_loader is not None:
                 columns += ["val_loss", "val_explained_variance", "val_explained_variance_cross"]
             settings = asdict(self.config)
-            self.log = RunLog(self.out, columns, self.steps, self.batches, self.log_to, settings, self.quiet)
+            self.log = RunLog(
+                self.out, columns, self.steps, self.state.batches, to=self.log_to, settings=settings, quiet=self.quiet
+            )
             self._closing.callback(self.log.close)
         except BaseException:
             self.close()
@@ -178,96 +190,21 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------------ preparation
 
-    def _open_features(self, streams, val_streams) -> None:
-        config = self.config
-        self.features = Features(streams, config.normalize, config.dtype)
-        self._closing.callback(self.features.close)
-        self.val_features: Features | None = None
-        intervals = held_out = None
-        if val_streams:
-            require(config.val_fraction == 0, "val_fraction", "0 where there are files to validate on", "both")
-            self.val_features = Features(val_streams, config.normalize, config.dtype)
-            self._closing.callback(self.val_features.close)
-            self.val_features.require_widths(self.features.widths, "the training data")
-        elif config.val_fraction:
-            self.val_features = self.features
-            intervals, held_out = split(self.features.rows, config.val_fraction, config.seed)
-        self.data_rng = torch.Generator().manual_seed(config.seed)
-        self.loader = Loader(
-            self.features,
-            config.batch_size,
-            self.data_rng,
-            shuffle=config.shuffle,
-            drop_last=config.drop_last,
-            memory=config.memory,
-            intervals=intervals,
-            device=self.device,
-        )
-        self.val_loader: Loader | None = None
-        if self.val_features is not None:
-            self.val_loader = Loader(
-                self.val_features,
-                config.batch_size,
-                self.data_rng,
-                shuffle="official" if config.shuffle == "official" else "none",
-                intervals=held_out,
-                device=self.device,
-            )
-
-    def _check_data(self, full: bool, manifest: dict | None) -> None:
-        """Check the features for NaN, infinity and zero rows, and that they are those of the run to resume."""
-        summaries = self.features.check(full)
-        self.data = {"train": self.features.describe(summaries)}
-        self.spread = {s: summary.spread for s, summary in summaries.items()}
-        held_out, self.val_spread = summaries, self.spread
-        if self.val_features is not None and self.val_features is not self.features:
-            held_out = self.val_features.check(full)
-            self.data["validation"] = self.val_features.describe(held_out)
-            self.val_spread = {s: summary.spread for s, summary in held_out.items()}
-        if self.folder is not None and manifest is not None:
-            self.folder.check_data(self.data)
-        self._check_zero_rows(summaries, self.loader)
-        if self.val_loader is not None:
-            self._check_zero_rows(held_out, self.val_loader)
-
-    def _check_zero_rows(self, summaries, loader: Loader) -> None:
-        """Report zero rows, which make a batch's loss infinite; raise if too many batches would be skipped."""
-        affected = {s: summary.within(loader.intervals) for s, summary in summaries.items() if summary.n_zero_rows}
-        affected = {s: summary for s, summary in affected.items() if summary.n_zero_rows}
-        if not affected:
-            return
-        who = " and ".join(stream_label(s, loader.features.paths[s]) for s in affected)
-        text = " and ".join(summary.zeros(loader.rows) for summary in affected.values())
-        rows = len(torch.cat([summary.zero for summary in affected.values()]).unique())  # in any of the streams
-        part = min(1, rows / min(summary.n_read for summary in affected.values()))
-        share = 1 - (1 - part) ** min(self.config.batch_size, loader.rows)
-        if loader is self.val_loader:
-            who, left_out = f"validation {who}", "left out of val_loss"
-            require(share <= 0.5, who, "few zero rows", f"{text}: most batches would have no finite loss")
-        else:
-            most = (share if self.config.shuffle == "window" else part) > 0.5  # unshuffled they may be neighbours
-            steps, limit, left_out = self.config.steps(len(loader)), self.config.max_skipped, "skipped, as officially"
-            expected = share * steps
-            if expected > limit or most:
-                got = f"{text}: without a finite loss, about {expected:,.0f} of {steps:,} batches would be skipped"
-                fail(who, f"few zero rows (max_skipped {limit:,})", got)
-        self._say(f"Note: {who} {'have' if len(affected) > 1 else 'has'} {text}; batches with one are {left_out}")
-
     def _build(self, model: AlignedSAE | None, optimizer, graph: bool) -> None:
-        config, widths = self.config, self.features.widths
+        """Make model, optimizer and step, at the beginning of the run."""
+        config, widths = self.config, self.data.features.widths
         if model is None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
                 model = config.build(widths, self.device)
                 state = torch.get_rng_state()
             if config.shuffle == "official":  # one random state for weights, order and re-initialisation
-                self.data_rng.set_state(state)
+                self.data.rng.set_state(state)
         else:
-            self.features.require_widths(model.d_streams, "the model")
+            self.data.features.require_widths(model.d_streams, "the model")
             config.check_model(model)
         self.model = model.train()
-        self.shared = config.shuffle == "official" and self.device.type == "cpu"
-        self.reinit_rng = self.data_rng if self.shared else torch.Generator(self.device).manual_seed(config.seed)
+        shared = config.shuffle == "official" and self.device.type == "cpu"
         graph = graph and self.device.type == "cuda" and optimizer is None
         self.optimizer = (
             optimizer(model)
@@ -285,7 +222,7 @@ class Trainer:
         self.step = Step(
             model,
             self.optimizer,
-            self.reinit_rng,
+            self.data.rng if shared else torch.Generator(self.device).manual_seed(config.seed),
             auxk_coef=config.auxk_coef,
             cross_coef=config.cross_coef,
             reinit_every=config.reinit_every,
@@ -293,26 +230,23 @@ class Trainer:
             gradient_free=config.gradient_free,
             graph=graph,
         )
+        self.steps = config.steps(len(self.data.loader))
+        self.names = _metric_names(list(model.d_streams), bool(config.auxk), not config.gradient_free)
+        self.state = RunState(self.step, config, self.data.rng, len(self.names))
+        self.saved = 0  # batches of the newest checkpoint
 
-    def _plan(self) -> None:
-        """Set the position to the beginning, or restore the newest checkpoint."""
-        self.steps = self.config.steps(len(self.loader))
-        self.batches = self.epoch = self.index = self.saved = 0
-        self.epoch_state = self.data_rng.get_state()
-        self.order_state: Tensor | None = None
-        self.names = _metric_names(list(self.model.d_streams), bool(self.config.auxk), not self.config.gradient_free)
-        self.sums = torch.zeros(len(self.names) + 1, dtype=torch.float64, device=self.device)
-        checkpoint = self.folder and self.folder.go_on(self._manifest(), len(self.loader), self._say)
-        if not checkpoint:
-            return
-        path, state = checkpoint
-        try:
-            self._restore(state)
-        except Exception as error:  # torch and optimizers raise many types
-            text = f"expected the state of this run, got one that does not fit ({type(error).__name__}: {error})"
-            raise ValueError(f"checkpoint {path}: {text}") from error
-        self.saved = self.batches
-        self._say(f"Resuming after step {self.batches:,} of {self.steps:,} ({path})")
+    def _resume(self) -> None:
+        """Restore the newest checkpoint, if the folder has one."""
+        checkpoint = self.folder and self.folder.go_on(self._manifest(), len(self.data.loader), self._note)
+        if checkpoint:
+            path, _ = checkpoint
+            self.state.load(*checkpoint)
+            self.saved = self.state.batches
+            self._note(f"Resuming after step {self.saved:,} of {self.steps:,} ({path})", logging.INFO)
+
+    def _note(self, text: str, level: int = logging.WARNING) -> None:
+        if not self.quiet:
+            logger.log(level, text)
 
     def _manifest(self) -> dict:
         return {
@@ -321,7 +255,7 @@ class Trainer:
             "optimizer": type(self.optimizer).__name__,
             "init": self.init,
             "export": self.export,
-            "data": self.data,
+            "data": self.data.described,
             "full_check": self.full_check,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
@@ -346,68 +280,52 @@ class Trainer:
         """
         self.start()
         assert self.log is not None, "start opens it"
-        started = time.perf_counter()
-        samples, first = 0, self.batches
+        state, started = self.state, time.perf_counter()
+        samples, first = 0, state.batches
         self._since, self._samples = started, 0
         with self._closing, Signals() as signals, _matmul_precision(self.config.precision):
-            for batch in self._draw():
+            for batch in state.remaining(self.data.loader, self.steps):
                 rate = self.config.lr_at(self.step.updates, self.steps)
                 _set_lr(self.optimizer, rate)
                 loss, metrics = self.step(batch.x)
+                state.advance(batch)
                 self._count(batch, loss, metrics)
                 samples += len(next(iter(batch.x.values())))
                 self.log.advance()
                 if self.on_step is not None:
-                    self.on_step(self.batches, loss, metrics)
-                ends = batch.last or self.batches == self.steps
-                if self.batches % self.log_every == 0 or ends:
-                    self.log.row(self._row(batch, rate, ends), important=self.batches == self.steps)
-                if self.checkpoint_every and self.batches % self.checkpoint_every == 0:
+                    self.on_step(state.batches, loss, metrics)
+                ends = batch.last or state.batches == self.steps
+                if state.batches % self.log_every == 0 or ends:
+                    self.log.row(self._row(batch, rate, ends), important=state.batches == self.steps)
+                if self.checkpoint_every and state.batches % self.checkpoint_every == 0:
                     self.save()
                 if signals.received:
                     self.save()
-                    raise Interrupted(signals.received, self.batches, self.out is not None)
-                if self.batches == self.steps:
+                    raise Interrupted(signals.received, state.batches, self.out is not None)
+                if state.batches == self.steps:
                     break
             self._finish()
             seconds = time.perf_counter() - started
             result = {
-                "steps": self.batches,
+                "steps": state.batches,
                 "skipped": self.step.skipped,
-                "loss": self.loss,
+                "loss": state.loss,
                 "seconds": seconds,
                 "samples_per_s": samples / seconds,
-                "waited": min(1.0, self.loader.waited / seconds),
+                "waited": min(1.0, self.data.loader.waited / seconds),
             }
-            if self.batches > first:
+            if state.batches > first:
                 bound = "data (reading them)" if result["waited"] > 0.1 else "compute"
                 self.log.say(
-                    f"{self.batches - first:,} steps in {seconds:,.1f} s, {result['samples_per_s']:,.0f} samples/s; "
+                    f"{state.batches - first:,} steps in {seconds:,.1f} s, {result['samples_per_s']:,.0f} samples/s; "
                     f"bound: {bound}, waited for data {result['waited']:.1%} of the time"
                 )
             return result
 
-    def _draw(self) -> Iterator[Batch]:
-        """Iterate over the remaining batches."""
-        if self.batches >= self.steps:
-            return
-        self.data_rng.set_state(self.epoch_state)
-        # with a shared random state, an epoch's order must not be drawn before the epoch
-        spans = [(e, e + 1) for e in range(self.epoch, self.config.epochs)] if self.shared else None
-        for first, last in spans or [(self.epoch, self.config.epochs)]:
-            batches = self.loader.epochs(first, last, self.index if first == self.epoch else 0)
-            if self.order_state is not None and self.shared:
-                self.data_rng.set_state(self.order_state)
-            self.order_state = None
-            with closing(batches):
-                yield from batches
-
     def _count(self, batch: Batch, loss: Tensor, metrics: dict[str, Tensor]) -> None:
-        self.batches += 1
-        self.epoch, self.index, self.epoch_state = batch.epoch, batch.index + 1, batch.epoch_state
         self._samples += len(next(iter(batch.x.values())))
         values = torch.stack([loss.new_ones(()), *(metrics[name].to(loss.dtype) for name in self.names)])
-        self.sums += torch.where(loss.isfinite(), values, 0)
+        self.state.sums += torch.where(loss.isfinite(), values, 0)
         if self.step.reads_loss and not loss.isfinite():
             self._check_skipped()
 
@@ -417,24 +335,24 @@ class Trainer:
 
     def _too_many(self, skipped: str) -> TrainingStopped:
         return TrainingStopped(
-            f"{skipped} batches had a loss that is not finite, the last by step {self.batches}; look at lr "
+            f"{skipped} batches had a loss that is not finite, the last by step {self.state.batches}; look at lr "
             f"({self.config.lr:g}) and at zero rows in the data"
         )
 
     def _row(self, batch: Batch, rate: float, ends: bool) -> dict:
         """Make a row of the log: means over the steps since the previous row."""
-        count, *sums = self.sums.tolist()
+        count, *sums = self.state.sums.tolist()
         self._check_skipped()
         means = dict(zip(self.names, (m / count if count else math.nan for m in sums), strict=True))
-        self.sums.zero_()
+        self.state.sums.zero_()
         now = time.perf_counter()
         dead = torch.stack(list(self.model.get_dead_neurons().values()))
         row = {
-            "step": self.batches,
+            "step": self.state.batches,
             "epoch": batch.epoch + 1,
             "lr": rate,
             "loss": means["total_loss"],
-            **self._explained(means, self.spread),
+            **self._explained(means, self.data.spread),
             "l0": means["l0"] if "l0" in means else self._l0(batch.x),
             "dead": int(dead.all(0).sum()),
             "skipped": self.step.skipped,
@@ -442,8 +360,8 @@ class Trainer:
             "seconds": now - self._since,
             **means,
         }
-        self._since, self._samples, self.loss = now, 0, row["loss"]
-        if ends and self.val_loader is not None:
+        self._since, self._samples, self.state.loss = now, 0, row["loss"]
+        if ends and self.data.val_loader is not None:
             row |= self._validate(batch.epoch)
             self._since = time.perf_counter()
         return row
@@ -473,13 +391,13 @@ class Trainer:
     @torch.no_grad()
     def _validate(self, epoch: int) -> dict:
         """Mean metrics over the held-out rows; dead counters are not updated."""
-        assert self.val_loader is not None, "there are rows to validate on"
+        assert self.data.val_loader is not None, "there are rows to validate on"
         config = self.config
         rows: int | Tensor = 0
         total = torch.zeros(len(self.names), dtype=torch.float64, device=self.device)
         self.model.eval()
         bf16 = torch.autocast(self.device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext()
-        for batch in self.val_loader.epochs(epoch, epoch + 1):
+        for batch in self.data.val_loader.epochs(epoch, epoch + 1):
             with bf16:
                 outputs = self.model(batch.x)
                 loss, metrics = self.model.compute_loss(outputs, batch.x, config.auxk_coef, config.cross_coef)
@@ -491,105 +409,42 @@ class Trainer:
         if not rows:
             self._say("Note: val_loss is nan, no batch to validate on had a finite loss; look at zero rows in the data")
         means = dict(zip(self.names, (total / rows).tolist(), strict=True))
-        return {"val_loss": means["total_loss"], **self._explained(means, self.val_spread, "val_")}
+        return {"val_loss": means["total_loss"], **self._explained(means, self.data.val_spread, "val_")}
 
     # ----------------------------------------------------------------------------------------------------------- saving
 
     def save(self) -> None:
         """Write a checkpoint of the current state, unless it is written already or there is no folder."""
-        if self.out is None or self.folder is None or self.saved == self.batches:
+        if self.out is None or self.folder is None or self.saved == self.state.batches:
             return
-        state = {
-            "run": self.folder.run,
-            "model": self.model.state_dict(),
-            "model_config": model_config(self.model) | {"normalize": self.config.normalize},
-            "optimizer": self.optimizer.state_dict(),
-            "counts": {
-                "batches": self.batches,
-                "epoch": self.epoch,
-                "index": self.index,
-                "updates": self.step.updates,
-                "skipped": self.step.skipped,
-            },
-            "epoch_state": self.epoch_state,
-            "order_state": self.data_rng.get_state(),
-            "fresh_state": self.reinit_rng.get_state(),
-            "sums": self.sums,
-            "loss": self.loss,
-        }
-        save_checkpoint(self.out / CHECKPOINTS, self.batches, state, self.keep)
-        self.saved = self.batches
-
-    def _restore(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        counts = {name: check_int(name, count, 0) for name, count in state["counts"].items()}
-        self.batches, self.epoch, self.index = counts["batches"], counts["epoch"], counts["index"]
-        self.step.updates, self.step.skipped = counts["updates"], counts["skipped"]
-        self.epoch_state, self.order_state = state["epoch_state"], state["order_state"]
-        for drawn in (state["epoch_state"], state["order_state"]):
-            self.data_rng.set_state(drawn)
-        same_kind = state["fresh_state"].shape == self.reinit_rng.get_state().shape  # states of CPU and GPU differ
-        if not self.shared and same_kind:
-            self.reinit_rng.set_state(state["fresh_state"])
-        self.sums.copy_(state["sums"])
-        self.loss = float(state.get("loss", math.nan))
+        state = {"run": self.folder.run} | self.state.state_dict()
+        save_checkpoint(self.out / CHECKPOINTS, self.state.batches, state, self.keep)
+        self.saved = self.state.batches
 
     def _finish(self) -> None:
         """Save a checkpoint and the final weights; raise TrainingStopped instead if most batches were skipped."""
         skipped = self.step.skipped
-        if skipped < self.batches:
+        if skipped < self.state.batches:
             self.save()
-        if 2 * skipped > self.batches:
+        if 2 * skipped > self.state.batches:
             older = f" ({WEIGHTS} is of an earlier step)" if self.out and (self.out / WEIGHTS).exists() else ""
-            raise self._too_many(f"no final weights{older}: {skipped} of {self.batches}")
+            raise self._too_many(f"no final weights{older}: {skipped} of {self.state.batches}")
         if self.out is None:
             return
-        save_weights(self.model, self.out / WEIGHTS, self.config.normalize, self.batches)
+        save_weights(self.model, self.out / WEIGHTS, self.config.normalize, self.state.batches)
         if self.export:
             config = self.config
             settings = {"batch_size": config.batch_size, "num_epochs": config.epochs, "lr": config.lr}
             settings |= {"seed": config.seed, "auxk_coef": config.auxk_coef, "cross_loss_coef": config.cross_coef}
             export_official(self.model, self.out, settings, config.normalize)
         names = " and ".join([WEIGHTS, *([OFFICIAL] if self.export else [])])
-        self._say(f"Saved {names} in {self.out}, loss {self.loss:.4f} after {self.batches:,} steps")
+        self._say(f"Saved {names} in {self.out}, loss {self.state.loss:.4f} after {self.state.batches:,} steps")
 
     def _say(self, text: str) -> None:
         if self.log is not None:
             self.log.say(text)
         elif not self.quiet:
             print(text, flush=True)
-
-
-def split(rows: int, fraction: float, seed: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Hold out random pieces of up to 256 consecutive rows.
-
-    Args:
-        rows: number of rows.
-        fraction: of the rows to hold out.
-        seed: of the random choice.
-
-    Returns:
-        Intervals [start, stop) to train on, and to validate on.
-
-    Raises:
-        ValueError: no row is left to train on.
-    """
-    held_out = max(1, round(rows * fraction))
-    require(held_out < rows, "val_fraction", "rows left to train on", f"{held_out} of {rows} rows held out")
-    piece = max(1, min(_HELD_OUT_PIECE, held_out // 8))
-    pieces = -(-rows // piece)
-    chosen = torch.zeros(pieces, dtype=torch.bool, device="cpu")
-    count = min(max(1, round(held_out / piece)), pieces - 1)
-    chosen[torch.randperm(pieces, generator=torch.Generator().manual_seed(seed), device="cpu")[:count]] = True
-    parts: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
-    for i, out in enumerate(chosen.tolist()):
-        intervals, start, stop = parts[out], i * piece, min((i + 1) * piece, rows)
-        if intervals and intervals[-1][1] == start:
-            intervals[-1] = (intervals[-1][0], stop)
-        else:
-            intervals.append((start, stop))
-    return parts
 
 
 @contextmanager

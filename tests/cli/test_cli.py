@@ -1,6 +1,7 @@
 """What all commands have in common: pipes, precisions, sizes."""
 
 import argparse
+import logging
 import os
 import re
 import subprocess
@@ -53,6 +54,30 @@ def test_a_pipe_that_is_closed_ends_a_command_quietly(folder, tmp_path, command)
     done = warm_process.run(*words, cwd=tmp_path, stdout=closed, stderr=closed if both else None)
     assert done.returncode == 141, done.stderr
     assert both or not re.search("Traceback|Broken|Error", done.stderr), done.stderr
+
+
+def test_what_the_library_logs_is_printed_by_commands_alone(monkeypatch, capsys, caplog):
+    """Training's notes on stdout with its lines, others on stderr, and a closed pipe is noticed."""
+    train, data = (logging.getLogger(f"sparc_kernels.{name}") for name in ("train.trainer", "io.weights"))
+
+    def run(args):
+        train.info("resuming, 100 %s")
+        data.warning("older")
+
+    monkeypatch.setattr("sparc_kernels.cli.show.run", run)
+    command = ["show", "1", "--model=m", "--stream=x=x.npy"]
+    assert cli.main(command) is None
+    assert tuple(capsys.readouterr()) == ("resuming, 100 %s\n", "older\n") and not caplog.messages
+
+    def broken(*words, **options):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", broken)
+    with pytest.raises(BrokenPipeError), cli._logs_printed():
+        data.warning("unread")
+    monkeypatch.undo()
+    run(None)
+    assert tuple(capsys.readouterr()) == ("", "") and caplog.messages == ["older"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP says how it waits")

@@ -111,24 +111,26 @@ def test_jaccard_is_scipys(evaluated, dense, folder):
     for n in range(64):
         pairs = [(counts[s][n], counts[t][n]) for s, t in combinations(WIDTHS, 2) if alive[s][n] and alive[t][n]]
         scores.append(np.mean([np.minimum(p, q).sum() / max(np.maximum(p, q).sum(), 1) for p, q in pairs] or [0.0]))
-    found = evaluated[0][kind]
-    assert found["jaccard"] == pytest.approx(np.mean(scores), abs=1e-9) and 0.1 < found["jaccard"] < 1
-    assert found["jaccard_alive"] == pytest.approx(np.mean(np.array(scores)[np.any(list(alive.values()), 0)]), abs=1e-9)
+    recorded = evaluated[0][kind]
+    assert recorded["jaccard"] == pytest.approx(np.mean(scores), abs=1e-9) and 0.1 < recorded["jaccard"] < 1
+    assert recorded["jaccard_alive"] == pytest.approx(
+        np.mean(np.array(scores)[np.any(list(alive.values()), 0)]), abs=1e-9
+    )
     number = sum(v.astype(int) for v in alive.values())
-    assert found["all_dead"] == pytest.approx((number == 0).mean())
-    assert found["mixed"] == pytest.approx(((number > 0) & (number < 3)).mean())
-    assert found["all_alive"] == pytest.approx((number == 3).mean())
-    assert found["l0"] == pytest.approx({s: (c > 0).sum(1).mean() for s, c in codes.items()})
+    assert recorded["all_dead"] == pytest.approx((number == 0).mean())
+    assert recorded["mixed"] == pytest.approx(((number > 0) & (number < 3)).mean())
+    assert recorded["all_alive"] == pytest.approx((number == 3).mean())
+    assert recorded["l0"] == pytest.approx({s: (c > 0).sum(1).mean() for s, c in codes.items()})
 
 
 def test_explained_variance_is_scikit_learns(evaluated, dense):
     kind, x, _, recons = dense
-    found = evaluated[0][kind]
+    recorded = evaluated[0][kind]
     want = {f"{t}<-{s}": r2_score(x[t], r, multioutput="variance_weighted") for (t, s), r in recons.items()}
-    assert found["explained_variance"] == pytest.approx(want, abs=1e-5)
-    assert found["explained_variance_self"] == pytest.approx(np.mean([want[f"{s}<-{s}"] for s in WIDTHS]), abs=1e-5)
+    assert recorded["explained_variance"] == pytest.approx(want, abs=1e-5)
+    assert recorded["explained_variance_self"] == pytest.approx(np.mean([want[f"{s}<-{s}"] for s in WIDTHS]), abs=1e-5)
     cross = [want[f"{t}<-{s}"] for s, t in permutations(WIDTHS, 2)]
-    assert found["explained_variance_cross"] == pytest.approx(np.mean(cross), abs=1e-5)
+    assert recorded["explained_variance_cross"] == pytest.approx(np.mean(cross), abs=1e-5)
 
 
 def test_activation_cosine_is_scikit_learns(evaluated, dense):
@@ -140,16 +142,16 @@ def test_activation_cosine_is_scikit_learns(evaluated, dense):
 def ranks(query, target) -> np.ndarray:
     cosines = cosine_similarity(query, target)
     own = np.diag(cosines)[:, None]
-    found = (cosines >= own - 1e-6).sum(1)
+    rank = (cosines >= own - 1e-6).sum(1)
     plain = np.array([rankdata(-row, method="max")[i] for i, row in enumerate(cosines)])
-    assert (found >= plain).all() and (found == plain).mean() > 0.95  # ties within 1e-6 are few
-    return found
+    assert (rank >= plain).all() and (rank == plain).mean() > 0.95  # ties within 1e-6 are few
+    return rank
 
 
 @pytest.mark.parametrize("dense", ["local"], indirect=True)  # retrieval always selects locally
 def test_retrieval_is_scikit_learns(evaluated, dense):
     _, x, codes, recons = dense
-    found = evaluated[0]["retrieval"]
+    recorded = evaluated[0]["retrieval"]
     cases = [("latent", f"{t}<-{s}", codes[s], codes[t]) for s, t in permutations(WIDTHS, 2)]
     cases += [("cross_reconstruction", f"{t}<-{s}", recons[t, s], x[t]) for s, t in permutations(WIDTHS, 2)]
     cases += [("self_reconstruction", f"{s}<-{s}", recons[s, s], x[s]) for s in WIDTHS]
@@ -159,11 +161,11 @@ def test_retrieval_is_scikit_learns(evaluated, dense):
         want = {f"R@{k}": (rank <= k).mean() for k in (1, 5, 10)}
         want |= {"median_rank": np.sort(rank)[(ROWS - 1) // 2], "MRR": (1 / rank).mean()}
         # a float32 rounding may move a row across a tie
-        assert found[name][pair] == pytest.approx(want, abs=2 / ROWS), (name, pair)
+        assert recorded[name][pair] == pytest.approx(want, abs=2 / ROWS), (name, pair)
         means.setdefault(name, []).append(want["R@1"])
-    assert len(cases) == sum(len(found[name]) for name in means)
+    assert len(cases) == sum(len(recorded[name]) for name in means)
     for name, values in means.items():
-        assert found["mean"][name]["R@1"] == pytest.approx(np.mean(values), abs=2 / ROWS)
+        assert recorded["mean"][name]["R@1"] == pytest.approx(np.mean(values), abs=2 / ROWS)
     assert evaluated[0]["chance"]["R@5"] == 5 / ROWS
 
 
@@ -191,9 +193,9 @@ def test_probe_is_scikit_learns(evaluated, dense, folder):
         ]
         best = int(np.argmin(scored))
         losses.append(log_loss(labels[test, c], fits[best].predict_proba(x[test][:, [candidates[best]]])))
-    found = evaluated[0][kind]["probe"]["b"]
-    assert found["classes"] == len(losses) > 0
-    assert found["log_loss"] == pytest.approx(np.mean(losses), abs=1e-4)
+    recorded = evaluated[0][kind]["probe"]["b"]
+    assert recorded["classes"] == len(losses) > 0
+    assert recorded["log_loss"] == pytest.approx(np.mean(losses), abs=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------------------- report

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from scipy import sparse
 from sparc_kernels import AlignedSAE, cli
 from sparc_kernels.cli.evaluate import finite
 from sparc_kernels.evaluation.csr import write_codes
+from sparc_kernels.evaluation.report import latent_page
 from sparc_kernels.io import labels
 from sparc_kernels.io.features import Features
 from sparc_kernels.io.labels import read_labels, read_names
@@ -174,6 +177,37 @@ def test_streams_whose_names_are_too_long_for_a_file_are_refused_at_once(here, c
     assert cli.main(["encode", "--model=m.safetensors", f"--stream={'n' * most}=a.npy", "--out=o"]) == 0
 
 
+@pytest.mark.parametrize("command", [["eval", "--out=o"], ["show", "3", "--html=page.html"]])
+def test_the_package_that_makes_pages_is_named_before_the_work(here, capsys, monkeypatch, command):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.setattr(Features, "check", lambda self: pytest.fail("read before it was refused"))
+    assert cli.main([*command, *GIVEN]) == 2
+    assert capsys.readouterr().err.endswith("error: writing a page needs jinja2: pip install jinja2\n")
+
+
+class Parsed(HTMLParser):
+    """The elements and the texts of a page."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.elements, self.texts = [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.texts += [data.strip()] if data.strip() else []
+
+
+def test_names_and_texts_are_no_html():
+    name, title, texts = 'a<i>"', "run <b>&amp; 'more'", ["<script>alert(1)</script>", "2 < 3 & 4"]
+    page = Parsed(latent_page(title, {name: [0, 1], "b": [7, 5]}, {name: texts}))
+    assert {tag for tag, _ in page.elements} == {"html", "meta", "title", "style", "h1", "div", "b", "br"}
+    assert page.elements[2] == ("meta", {"name": "generator", "content": "written by sparc_kernels"})
+    assert page.texts[:1] + page.texts[2:] == [title, title, name, *texts, "b", "rows 7, 5"]
+
+
 # --------------------------------------------------------------------------------------------------------------- labels
 
 
@@ -182,13 +216,13 @@ def test_class_numbers_may_be_large(here, large):
     """Columns are the numbers that occur, and scores those of small ones."""
     kinds = np.arange(ROWS) % 3
     command = ["eval", *GIVEN, "--no-retrieval", "--no-probe", "--texts=a=texts.txt"]
-    found, pages = [], []
+    scores, pages = [], []
     for name, numbers in (("small", [0, 1, 2]), ("large", [0, 5, large])):
         np.save(f"{name}.npy", np.array(numbers, np.uint64)[kinds])
         assert cli.main([*command, f"--labels={name}.npy", f"--out={name}"]) == 0
-        found.append(json.loads((here / name / "scores.json").read_text()))
+        scores.append(json.loads((here / name / "scores.json").read_text()))
         pages.append((here / name / "report.html").read_text())
-    assert found[0] == found[1] and "jaccard" in found[0]["own"]
+    assert scores[0] == scores[1] and "jaccard" in scores[0]["own"]
     got, numbers = read_labels(here / "large.npy", ROWS)
     assert got.shape == (ROWS, 3) and got.int().argmax(1).tolist() == kinds.tolist() and numbers == [0, 5, large]
     named = {re.sub("<.*", "", title) for title in re.findall("<h3>(class [0-9]+)", pages[1])}

@@ -46,38 +46,38 @@ def write(path, x: torch.Tensor, **options):
 def test_every_format_gives_the_same_rows(tmp_path, name, dtype):
     x = values(dtype=dtype)
     path = write(tmp_path / name, x)
-    with Features({"a": path}, normalize=False, dtype=torch.float64) as found:
-        assert isinstance(found.sources["a"], MappedRows)
-        assert (found.rows, found.widths) == (ROWS, {"a": WIDTH}) and found.sources["a"].dtype == dtype
-        assert torch.equal(found.read(0, ROWS)["a"], x.double())
-        assert torch.equal(found.read(37, 41)["a"], x[37:41].double())
-    with Features({"a": path}) as found:
+    with Features({"a": path}, normalize=False, dtype=torch.float64) as opened:
+        assert isinstance(opened.sources["a"], MappedRows)
+        assert (opened.rows, opened.widths) == (ROWS, {"a": WIDTH}) and opened.sources["a"].dtype == dtype
+        assert torch.equal(opened.read(0, ROWS)["a"], x.double())
+        assert torch.equal(opened.read(37, 41)["a"], x[37:41].double())
+    with Features({"a": path}) as opened:
         expected = x.float() / (x.float().norm(dim=1, keepdim=True) + 1e-8)
-        assert torch.equal(found.read(5, 9)["a"], expected[5:9])
+        assert torch.equal(opened.read(5, 9)["a"], expected[5:9])
 
 
 def test_bfloat16(tmp_path):
     x = values(dtype=torch.bfloat16)
     save_file({"anything": x}, tmp_path / "x.safetensors")  # the only tensor, whatever its name
     torch.save({"anything": x.T.contiguous().T, "note": "a"}, tmp_path / "x.pt")
-    with Features({"a": tmp_path / "x.safetensors", "b": tmp_path / "x.pt"}, normalize=False) as found:
-        assert all(torch.equal(rows, x[3:8].float()) for rows in found.read(3, 8).values())
+    with Features({"a": tmp_path / "x.safetensors", "b": tmp_path / "x.pt"}, normalize=False) as opened:
+        assert all(torch.equal(rows, x[3:8].float()) for rows in opened.read(3, 8).values())
 
 
 @pytest.mark.parametrize("options", [{"chunks": (32, WIDTH)}, {"chunks": (32, WIDTH), "compression": "gzip"}])
 def test_chunked_hdf5_is_read_in_whole_chunks(tmp_path, options):
     x = values()
     path = write(tmp_path / "x.h5", x, **options)
-    with Features({"a": path}, normalize=False) as found:
-        assert isinstance(found.sources["a"], HDF5Rows)
-        assert torch.equal(found.read(30, 70)["a"], x[30:70])
-        loader = Loader(found, 20, torch.Generator(), memory=ROWS * WIDTH * 4 // 2)
+    with Features({"a": path}, normalize=False) as opened:
+        assert isinstance(opened.sources["a"], HDF5Rows)
+        assert torch.equal(opened.read(30, 70)["a"], x[30:70])
+        loader = Loader(opened, 20, torch.Generator(), memory=ROWS * WIDTH * 4 // 2)
         assert loader.block_rows < 32  # less than a chunk fits
-        whole = Loader(found, 20, torch.Generator())
+        whole = Loader(opened, 20, torch.Generator())
         assert whole.block_rows == ROWS // 16
     x = values(3000)
-    with Features({"a": write(tmp_path / "y.h5", x, **options)}) as found:
-        assert Loader(found, 20, torch.Generator()).block_rows % 32 == 0
+    with Features({"a": write(tmp_path / "y.h5", x, **options)}) as opened:
+        assert Loader(opened, 20, torch.Generator()).block_rows % 32 == 0
 
 
 def with_indices(path: Path, x: torch.Tensor, indices) -> Path:
@@ -105,8 +105,8 @@ def test_rows_of_other_samples_are_not_paired(tmp_path, suffix):
     order = [4, 0, 3, 1, 2]
     a, b = indexed(tmp_path / f"a{suffix}", order), indexed(tmp_path / "b.h5", order)
     plain = write(tmp_path / "plain.npy", values(5))
-    with Features({"plain": plain, "a": a, "b": b, "tensor": values(5)}) as found:
-        assert found.rows == 5
+    with Features({"plain": plain, "a": a, "b": b, "tensor": values(5)}) as opened:
+        assert opened.rows == 5
     words = [b"four", b"zero", b"three", b"one", b"two"]
     text = [indexed(tmp_path / f"text{i}.h5", given) for i, given in enumerate((words, words, words[::-1]))]
     Features({"a": text[0], "b": text[1]}).close()
@@ -204,8 +204,8 @@ def test_indices_of_shards_are_compared_over_all_of_them(tmp_path):
         return tmp_path / f"{name}_*.h5"
 
     a, b = write("a", [5, 0], [], [3, 1, 2]), write("b", [5], [0, 3, 1, 2])
-    with Features({"a": a, "b": b}) as found:
-        assert found.rows == 5
+    with Features({"a": a, "b": b}) as opened:
+        assert opened.rows == 5
     with pytest.raises(ValueError, match=r"`indices` 3 in row 2 as in stream 'a' .*, got 1: rows are paired by pos"):
         Features({"a": a, "b": write("b", [5], [0, 1, 3, 2])})
     with pytest.raises(ValueError, match=r"b_1\.h5\): expected `indices` as in .*b_0\.h5, got none"):
@@ -235,12 +235,12 @@ def test_another_dataset_of_a_file(tmp_path):
     colon = write(tmp_path / "x.h5:z.npy", x)
     given = {"a": path, "b": f"{path}:layers/3/acts", "c": f"{tensors}:layers.3", "d": colon}
     given |= {"e": tmp_path / "x.pt:layers.3", "f": tmp_path / "[x].h5:layers/3/acts"}
-    with Features(given, normalize=False) as found:
-        rows = found.read(0, ROWS)
+    with Features(given, normalize=False) as opened:
+        rows = opened.read(0, ROWS)
         assert [s for s, t in rows.items() if torch.equal(t, y)] == ["b", "c", "e", "f"]
-        again = {s: entry["path"] for s, entry in found.describe(found.check()).items()}
-    with Features(again, normalize=False) as found:  # as a manifest has them
-        assert all(torch.equal(found.read(0, ROWS)[s], t) for s, t in rows.items())
+        again = {s: entry["path"] for s, entry in opened.describe(opened.check()).items()}
+    with Features(again, normalize=False) as opened:  # as a manifest has them
+        assert all(torch.equal(opened.read(0, ROWS)[s], t) for s, t in rows.items())
     with h5py.File(tmp_path / "y.h5", "w") as file:
         file["features/clip"], file["features/dino"], file["gone"] = x.numpy(), y.numpy(), h5py.SoftLink("/nowhere")
         file["flat"], file["indices"] = x.numpy(), np.arange(ROWS)
@@ -263,10 +263,10 @@ def test_zero_rows_stay_zero_and_streams_stay_together(tmp_path):
     a, b = values(seed=1), values(width=5, seed=2)
     a[7] = 0
     paths = {"a": write(tmp_path / "a.npy", a), "b": write(tmp_path / "b.h5", b)}
-    with Features(paths) as found:
-        rows = found.read(6, 9)
+    with Features(paths) as opened:
+        rows = opened.read(6, 9)
         assert rows["a"][1].abs().max() == 0 and rows["b"][1].norm() == pytest.approx(1)
-        summaries = found.check()
+        summaries = opened.check()
     assert (summaries["a"].zero_rows, summaries["a"].n_zero_rows, summaries["b"].n_zero_rows) == ([7], 1, 0)
     assert summaries["a"].zeros(ROWS) == "1 zero rows (7) of 300"
 
@@ -277,9 +277,9 @@ def test_reading_leaves_no_file_pages_behind(tmp_path, name):
     if sys.platform != "linux":
         pytest.skip("smaps is Linux's")
     path = write(tmp_path / name, torch.zeros(200_000, 16))
-    with Features({"a": path}) as found:
-        for start in range(0, found.rows, 10_000):
-            found.read(start, start + 10_000)
+    with Features({"a": path}) as opened:
+        for start in range(0, opened.rows, 10_000):
+            opened.read(start, start + 10_000)
         text = Path("/proc/self/smaps").read_text().split(str(path))[1]
         resident = int(text.split("Rss:")[1].split()[0])  # kB
         assert resident <= 64, f"{resident} kB of {path.stat().st_size // 1024} kB"
@@ -306,8 +306,8 @@ def test_rows_that_are_not_finite_are_named_with_their_positions(tmp_path, monke
     for row in range(40, 290, 20):
         x[row, row % WIDTH] = value
     path = write(tmp_path / "x.npy", x)
-    with pytest.raises(ValueError) as error, Features({"a": path}) as found:
-        found.check()
+    with pytest.raises(ValueError) as error, Features({"a": path}) as opened:
+        opened.check()
     rows = ", ".join(map(str, range(40, 240, 20)))
     assert (
         str(error.value)
@@ -339,22 +339,22 @@ def test_batches_are_refused_before_the_first(monkeypatch):
     x[290, 5] = float("nan")
     with pytest.raises(ValueError, match=r"stream 'a': expected finite features, got NaN or infinity in 1 rows: 290"):
         next(Features({"a": x}).batches(10))
-    found = Features({"a": values()})
-    found.check()
-    monkeypatch.setattr(found, "check", lambda: pytest.fail("checked twice"))
-    assert sum(len(rows["a"]) for _, rows in found.batches(7)) == ROWS
+    opened = Features({"a": values()})
+    opened.check()
+    monkeypatch.setattr(opened, "check", lambda: pytest.fail("checked twice"))
+    assert sum(len(rows["a"]) for _, rows in opened.batches(7)) == ROWS
 
 
 def test_quick_check_reads_a_sample(monkeypatch):
     monkeypatch.setattr(module, "_CHECK_BYTES", 64)
     x = values(100_000, 4)
-    found = Features({"a": x})
-    read, real = [], found.sources["a"].read
-    monkeypatch.setattr(found.sources["a"], "read", lambda a, b: (read.append(b - a), real(a, b))[1])
-    first = found.check(full=False)["a"].fingerprint
+    opened = Features({"a": x})
+    read, real = [], opened.sources["a"].read
+    monkeypatch.setattr(opened.sources["a"], "read", lambda a, b: (read.append(b - a), real(a, b))[1])
+    first = opened.check(full=False)["a"].fingerprint
     assert sum(read) <= 256 * 64
     x[0, 0] += 1
-    assert found.check(full=False)["a"].fingerprint != first
+    assert opened.check(full=False)["a"].fingerprint != first
 
 
 # --------------------------------------------------------------------------------------------------------------- loader
@@ -384,13 +384,13 @@ KINDS = [("window", 1 << 30), ("window", 4000), ("official", 1 << 30), ("none", 
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize(("shuffle", "memory"), KINDS)
 def test_every_row_once_an_epoch_and_resumed_anywhere(shuffle, memory, drop_last):
-    found = numbered(1990)
+    opened = numbered(1990)
 
     def loader(state=None):
         generator = torch.Generator().manual_seed(3)
         if state is not None:
             generator.set_state(state)
-        return Loader(found, 64, generator, shuffle=shuffle, memory=memory, drop_last=drop_last)
+        return Loader(opened, 64, generator, shuffle=shuffle, memory=memory, drop_last=drop_last)
 
     assert loader().resident == (shuffle == "window" and memory > 10**6)
     batches = drawn(loader(), 0, 3)
@@ -398,7 +398,7 @@ def test_every_row_once_an_epoch_and_resumed_anywhere(shuffle, memory, drop_last
     assert per_epoch == (31 if drop_last else 32) and len(batches) == 3 * per_epoch
     for epoch in range(3):
         part = batches[epoch * per_epoch : (epoch + 1) * per_epoch]
-        assert [b.index for b in part] == list(range(per_epoch)) and {b.epoch for b in part} == {epoch}
+        assert [b.number for b in part] == list(range(per_epoch)) and {b.epoch for b in part} == {epoch}
         assert [b.last for b in part] == [False] * (per_epoch - 1) + [True]
         rows = rows_of(part)
         assert len(rows.unique()) == len(rows) == (1984 if drop_last else 1990)
@@ -407,9 +407,9 @@ def test_every_row_once_an_epoch_and_resumed_anywhere(shuffle, memory, drop_last
     assert torch.equal(rows_of(drawn(loader(), 0, 3)), rows_of(batches))
     for at in (1, 17, per_epoch - 1, per_epoch, per_epoch + 9):  # so many batches were taken
         last = batches[at - 1]
-        rest = drawn(loader(last.epoch_state), last.epoch, 3, skip=last.index + 1)
+        rest = drawn(loader(last.epoch_state), last.epoch, 3, skip=last.number + 1)
         assert torch.equal(rows_of(rest), rows_of(batches[at:])), at
-        assert [(b.epoch, b.index) for b in rest] == [(b.epoch, b.index) for b in batches[at:]]
+        assert [(b.epoch, b.number) for b in rest] == [(b.epoch, b.number) for b in batches[at:]]
 
 
 @pytest.mark.parametrize(("shuffle", "memory"), KINDS)
@@ -419,8 +419,8 @@ def test_batches_of_shards_are_those_of_their_rows(tmp_path, shuffle, memory):
         write(tmp_path / f"x_{i}.npy", part)
     batches = []
     for value in (x, tmp_path / "x_*.npy"):
-        with Features({"a": value}) as found:
-            loader = Loader(found, 64, torch.Generator().manual_seed(3), shuffle=shuffle, memory=memory)
+        with Features({"a": value}) as opened:
+            loader = Loader(opened, 64, torch.Generator().manual_seed(3), shuffle=shuffle, memory=memory)
             batches.append([batch.x["a"] for batch in loader.epochs(0, 2)])
     assert len(batches[0]) == 22
     assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
@@ -431,10 +431,10 @@ def test_a_quick_check_reads_of_every_shard(tmp_path, monkeypatch):
     for i in range(300):
         write(tmp_path / f"x_{i}.npy", values(3, 4))
     write(tmp_path / "x_300.npy", values(0, 4))
-    with Features({"a": tmp_path / "x_*.npy"}) as found:
-        read, real = [], found.sources["a"].read
-        monkeypatch.setattr(found.sources["a"], "read", lambda a, b: (read.append(a), real(a, b))[1])
-        found.check(full=False)
+    with Features({"a": tmp_path / "x_*.npy"}) as opened:
+        read, real = [], opened.sources["a"].read
+        monkeypatch.setattr(opened.sources["a"], "read", lambda a, b: (read.append(a), real(a, b))[1])
+        opened.check(full=False)
     assert set(range(0, 900, 3)) <= set(read)
 
 
@@ -449,8 +449,8 @@ def test_official_order_is_the_official_samplers():
 
 def test_windows_mix_well():
     """Files are often sorted. A batch of a window covers as many parts of the file as chance in 16 blocks would."""
-    found = numbered(20_000)
-    loader = Loader(found, 200, torch.Generator().manual_seed(0), memory=20_000 * 20 // 4)
+    opened = numbered(20_000)
+    loader = Loader(opened, 200, torch.Generator().manual_seed(0), memory=20_000 * 20 // 4)
     assert not loader.resident and loader.window_blocks >= 16
     batches = drawn(loader)
     parts = [len((rows_of([b]) // loader.block_rows).unique()) for b in batches]
@@ -471,8 +471,8 @@ def test_intervals_keep_to_their_rows(shuffle):
 
 
 def test_windows_stay_within_memory():
-    found, memory = numbered(20_000, widths=(30, 10)), 400_000
-    loader = Loader(found, 64, torch.Generator(), memory=memory)
+    opened, memory = numbered(20_000, widths=(30, 10)), 400_000
+    loader = Loader(opened, 64, torch.Generator(), memory=memory)
     batches = loader.epochs(0, 1)
     for _ in range(200):
         next(batches)
@@ -484,8 +484,8 @@ def test_windows_stay_within_memory():
 
 
 def test_the_thread_ends_with_its_consumer_and_reports_its_errors(monkeypatch):
-    found = numbered()
-    loader = Loader(found, 10, torch.Generator(), memory=5000)
+    opened = numbered()
+    loader = Loader(opened, 10, torch.Generator(), memory=5000)
     batches = loader.epochs(0, 5)
     thread = batches.gi_frame.f_locals["worker"].thread
     next(batches)
@@ -495,21 +495,21 @@ def test_the_thread_ends_with_its_consumer_and_reports_its_errors(monkeypatch):
     def fail(*args):
         raise OSError("the disk went away")
 
-    monkeypatch.setattr(found, "read_stream", fail)
+    monkeypatch.setattr(opened, "read_stream", fail)
     with pytest.raises(OSError, match="the disk went away"):
         list(loader.epochs(0, 1))
 
 
 def test_waiting_for_data_is_told_from_computing(monkeypatch):
-    found = numbered(400)
-    real = found.read_stream
+    opened = numbered(400)
+    real = opened.read_stream
 
     def slow(*args):
         time.sleep(0.003)
         return real(*args)
 
-    monkeypatch.setattr(found, "read_stream", slow)
-    starved = Loader(found, 20, torch.Generator(), memory=4000)
+    monkeypatch.setattr(opened, "read_stream", slow)
+    starved = Loader(opened, 20, torch.Generator(), memory=4000)
     list(starved.epochs(0, 1))
 
     def busy() -> float:
@@ -522,13 +522,16 @@ def test_waiting_for_data_is_told_from_computing(monkeypatch):
 
 
 def test_bad_arguments_are_named():
-    found = numbered(100)
+    opened = numbered(100)
     cases = [
-        (lambda: Loader(found, 0, torch.Generator()), "batch_size: expected an int >= 1, got 0"),
-        (lambda: Loader(found, 50, torch.Generator(), memory=100), "memory: expected at least 2,000 bytes for batches"),
-        (lambda: Loader(found, 200, torch.Generator(), drop_last=True), "batch_size: expected at most 100"),
-        (lambda: Loader(found, 5, torch.Generator(), shuffle="all"), "shuffle: expected one of 'window'"),
-        (lambda: Loader(found, 5, torch.Generator(), intervals=[]), "intervals: expected at least one row"),
+        (lambda: Loader(opened, 0, torch.Generator()), "batch_size: expected an int >= 1, got 0"),
+        (
+            lambda: Loader(opened, 50, torch.Generator(), memory=100),
+            "memory: expected at least 2,000 bytes for batches",
+        ),
+        (lambda: Loader(opened, 200, torch.Generator(), drop_last=True), "batch_size: expected at most 100"),
+        (lambda: Loader(opened, 5, torch.Generator(), shuffle="all"), "shuffle: expected one of 'window'"),
+        (lambda: Loader(opened, 5, torch.Generator(), intervals=[]), "intervals: expected at least one row"),
         (lambda: Features({}), "streams: expected a dict of 1 to 8 streams, name to file, got 0 streams"),
         (lambda: Features(["a.npy"]), "streams: expected a dict of 1 to 8 streams, name to file, got a list"),
         (
@@ -549,11 +552,11 @@ def test_bad_arguments_are_named():
         (lambda: Features({"a": torch.ones(2, 2)}, dtype=torch.float16), "dtype: expected torch.float32"),
         (lambda: Features({"a": torch.ones(2)}), "streams['a']: expected shape [n, d]"),
         (
-            lambda: found.require_widths({"s3": 3, "x": 2}, "the model"),
+            lambda: opened.require_widths({"s3": 3, "x": 2}, "the model"),
             "streams: expected s3, x, the streams of the model",
         ),
         (
-            lambda: found.require_widths({"s3": 3, "s2": 4}, "the model"),
+            lambda: opened.require_widths({"s3": 3, "s2": 4}, "the model"),
             "stream 's2': expected width 4 as in the model",
         ),
     ]

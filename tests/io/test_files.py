@@ -202,10 +202,10 @@ def test_every_layout_is_read_bit_for_bit(layout, dtype, shape, seed):
         want = as_the_library_reads(path)
         if layout is not bfloat16:
             assert want.tobytes() == x.astype(want.dtype).tobytes(), "not what was written"
-        with Features({"a": path}, normalize=False) as found:
+        with Features({"a": path}, normalize=False) as opened:
             start = int(generator.integers(shape[0]))
             stop = int(generator.integers(start, shape[0])) + 1
-            source = found.sources["a"]
+            source = opened.sources["a"]
             for a, b in ((start, stop), (0, shape[0])):
                 assert source.read(a, b).numpy().tobytes() == want[a:b].tobytes()
 
@@ -213,9 +213,9 @@ def test_every_layout_is_read_bit_for_bit(layout, dtype, shape, seed):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_only_what_lies_in_one_piece_in_its_file_is_mapped(tmp_path, layout):
     x = np.ones((6, 4), "<f4")
-    with Features({"a": layout(tmp_path, x)}, normalize=False) as found:
-        assert found.read(0, 6)["a"].tolist() == x.tolist()
-        mapped = isinstance(found.sources["a"], MappedRows)
+    with Features({"a": layout(tmp_path, x)}, normalize=False) as opened:
+        assert opened.read(0, 6)["a"].tolist() == x.tolist()
+        mapped = isinstance(opened.sources["a"], MappedRows)
         assert mapped == (layout in [*MAPPED, *NATIVE])
 
 
@@ -283,9 +283,9 @@ def test_a_damaged_file_is_refused_by_name_or_read_as_its_library_does(tmp_path,
     file = generator.choice(sorted(file for file in tmp_path.rglob("*") if file.is_file()))
     file.write_bytes(scratched(file.read_bytes(), generator))
     try:
-        with Features({"a": path}, normalize=False) as found:
-            found.check()
-            got = found.sources["a"].read(0, found.rows).numpy()
+        with Features({"a": path}, normalize=False) as opened:
+            opened.check()
+            got = opened.sources["a"].read(0, opened.rows).numpy()
     except ValueError as error:
         named = path, file  # of shards the one that is damaged
         assert str(error).startswith(tuple(f"stream 'a' ({name}): expected " for name in named)), error
@@ -304,9 +304,9 @@ def test_a_damaged_torch_file_is_never_read_as_other_values(tmp_path, seed):
     content = file.read_bytes()
     file.write_bytes((flipped if seed % 8 < 6 else scratched)(content, generator))
     try:
-        with Features({"a": path}, normalize=False) as found:
-            found.check()
-            assert found.sources["a"].read(0, found.rows).numpy().tobytes() == x.tobytes()
+        with Features({"a": path}, normalize=False) as opened:
+            opened.check()
+            assert opened.sources["a"].read(0, opened.rows).numpy().tobytes() == x.tobytes()
     except ValueError as error:
         assert str(error).startswith((f"stream 'a' ({path}): expected ", f"stream 'a' ({file}): expected ")), error
 
@@ -321,9 +321,9 @@ def test_checksums_are_compared_over_all_values(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=refused):
             Features({"a": path}).check()
     path.write_bytes(whole)
-    with Features({"a": path}) as found:
-        found.close()
-        found.check()
+    with Features({"a": path}) as opened:
+        opened.close()
+        opened.check()
 
 
 @pytest.mark.parametrize(
@@ -425,8 +425,8 @@ def test_torch_files_packed_again_or_without_checksums_are_read(tmp_path):
     torch.serialization.set_crc32_options(False)
     torch.save(torch.ones(1, 3).expand(4, 3), tmp_path / "y.pt")
     torch.serialization.set_crc32_options(True)
-    with Features({"a": tmp_path / "x.pt", "b": tmp_path / "y.pt"}, normalize=False) as found:
-        assert all(torch.equal(x, torch.ones(4, 3)) for x in found.read(0, 4).values())
+    with Features({"a": tmp_path / "x.pt", "b": tmp_path / "y.pt"}, normalize=False) as opened:
+        assert all(torch.equal(x, torch.ones(4, 3)) for x in opened.read(0, 4).values())
 
 
 def test_a_torch_that_does_not_tell_places_is_named(tmp_path, monkeypatch):
@@ -434,9 +434,9 @@ def test_a_torch_that_does_not_tell_places_is_named(tmp_path, monkeypatch):
     path, load = torch_file(tmp_path, torch.ones(4, 3)), torch.load
 
     def without(*args, **options):
-        found = load(*args, **options)
-        del found.untyped_storage()._checkpoint_offset
-        return found
+        loaded = load(*args, **options)
+        del loaded.untyped_storage()._checkpoint_offset
+        return loaded
 
     monkeypatch.setattr(torch, "load", without)
     with pytest.raises(ValueError) as error:
@@ -454,17 +454,17 @@ def test_virtual_rows_without_an_end_are_read(tmp_path):
     layout[endless] = h5py.VirtualSource("inner.h5", "features", (6, 4), maxshape=(None, 4))[endless]
     with h5py.File(tmp_path / "x.h5", "w") as file:
         file.create_virtual_dataset("features", layout)
-    with Features({"a": tmp_path / "x.h5"}, normalize=False) as found:
-        assert found.read(0, 6)["a"].tolist() == x.tolist()
+    with Features({"a": tmp_path / "x.h5"}, normalize=False) as opened:
+        assert opened.read(0, 6)["a"].tolist() == x.tolist()
 
 
 def numbered(folder: Path, *names: str, rows=4) -> dict[str, np.ndarray]:
     """Files of these names, each of other rows."""
-    found = {name: np.random.default_rng(i).standard_normal((rows, 3)).astype("<f4") for i, name in enumerate(names)}
-    for name, x in found.items():
+    arrays = {name: np.random.default_rng(i).standard_normal((rows, 3)).astype("<f4") for i, name in enumerate(names)}
+    for name, x in arrays.items():
         (folder / name).parent.mkdir(exist_ok=True)
         np.save(folder / name, x)
-    return found
+    return arrays
 
 
 @pytest.mark.parametrize(
@@ -487,11 +487,11 @@ def test_a_pattern_takes_its_files_in_the_order_of_their_numbers(tmp_path, monke
     want = np.concatenate([parts[i] for i in order])
     monkeypatch.chdir(tmp_path)
     for value in (tmp_path / pattern, pattern, [names[i] for i in order]):
-        with Features({"a": value}, normalize=False) as found:
-            again = found.describe(found.check())["a"]["path"]
+        with Features({"a": value}, normalize=False) as opened:
+            again = opened.describe(opened.check())["a"]["path"]
         monkeypatch.chdir("/")
-        with Features({"a": again}, normalize=False) as found:  # as a manifest has it
-            assert found.read(0, found.rows)["a"].numpy().tobytes() == want.tobytes()
+        with Features({"a": again}, normalize=False) as opened:  # as a manifest has it
+            assert opened.read(0, opened.rows)["a"].numpy().tobytes() == want.tobytes()
         monkeypatch.chdir(tmp_path)
 
 
@@ -554,8 +554,8 @@ def test_shards_of_another_kind_are_named(tmp_path):
          "1 rows: 9 (the first is row 1 of f_2.npy)"),
     ):  # fmt: skip
         np.save(last, x)
-        with pytest.raises(ValueError) as error, Features({"a": pattern}) as found:
-            found.check()
+        with pytest.raises(ValueError) as error, Features({"a": pattern}) as opened:
+            opened.check()
         assert str(error.value).startswith(f"stream 'a' {words}")
     for i in range(3):
         np.save(tmp_path / f"f_{i}.npy", np.ones((0, 3), "<f4"))
@@ -577,20 +577,20 @@ def test_many_shards_keep_few_files_open_and_must_not_change(tmp_path, monkeypat
     before = open_files(tmp_path)
     monkeypatch.chdir(tmp_path)
     name = "x.h5" if layout in (compressed, linked_outside) else "x.*"
-    with Features({"a": f"s*/{name}"}, normalize=False) as found:
+    with Features({"a": f"s*/{name}"}, normalize=False) as opened:
         monkeypatch.chdir("/")
         generator = np.random.default_rng(0)
         for start in generator.integers(0, 18, 30):
             stop = int(generator.integers(start, 20)) + 1
-            assert found.read(int(start), stop)["a"].tolist() == x[start:stop].tolist()
+            assert opened.read(int(start), stop)["a"].tolist() == x[start:stop].tolist()
             assert open_files(tmp_path) - before <= 2 * (1 + (layout is linked_outside))
         os.utime(folders[0] / layout(folders[0], x[:2]).name, ns=(1, 1))
-        found.read(8, 20)
+        opened.read(8, 20)
         with pytest.raises(ValueError, match=r"s0/x\.\w+\): expected the file as it was when opened, got a ch"):
-            found.read(0, 1)
+            opened.read(0, 1)
         next(folders[1].glob("x.*")).unlink()
         with pytest.raises(ValueError, match=r"s1/x\.\w+\): expected the file as it was when opened, got nothing t"):
-            found.read(2, 3)
+            opened.read(2, 3)
     assert open_files(tmp_path) == before
 
 

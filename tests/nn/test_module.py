@@ -541,7 +541,7 @@ def test_autocast_lays_the_encoders_side_by_side_for_the_library(monkeypatch):
     monkeypatch.setattr(
         module,
         "select_latents",
-        lambda xs, ws, *a: seen.extend(map(joint.joint, (xs, ws))) or encode.select_latents(xs, ws, *a),
+        lambda xs, ws, *a, **b: seen.extend(map(joint.joint, (xs, ws))) or encode.select_latents(xs, ws, *a, **b),
     )
     monkeypatch.setattr(encode, "wants_joint", lambda w: True)
     for s in WIDTHS:

@@ -35,8 +35,8 @@ WITH_AUXK = [case for case, config in CONFIGS.items() if config["auxk"]]
 
 
 def arrays(prefix: str) -> dict[str, Tensor]:
-    found = {key.removeprefix(prefix): FILE[key] for key in FILE if key.startswith(prefix)}
-    return {key: torch.from_numpy(value) for key, value in found.items() if value.dtype.kind != "U"}
+    values = {key.removeprefix(prefix): FILE[key] for key in FILE if key.startswith(prefix)}
+    return {key: torch.from_numpy(value) for key, value in values.items() if value.dtype.kind != "U"}
 
 
 def build(case: str, impl: str) -> AlignedSAE:
@@ -60,10 +60,10 @@ class Comparison:
     """Collects every departure from the record, so that a failure shows which came first."""
 
     def __init__(self, rtol: float):
-        self.rtol, self.found = rtol, []
+        self.rtol, self.departures = rtol, []
 
     def fail(self, where: str, what: str):
-        self.found.append(f"{where}: {what}")
+        self.departures.append(f"{where}: {what}")
 
     def exact(self, where: str, ours: Tensor, official: Tensor):
         if ours.shape != official.shape or ours.dtype != official.dtype:
@@ -182,7 +182,7 @@ def replay(case: str, run: Run) -> list[str]:
         if config["subset"]:
             optimizer.zero_grad()
             subset(case, model, {s: inputs[s][0] for s in META["subset"]}, compare)
-    return compare.found
+    return compare.departures
 
 
 def subset(case: str, model: AlignedSAE, x: dict[str, Tensor], compare: Comparison):
@@ -219,8 +219,9 @@ RUNS += [(case, Run("triton", steps, (0, steps - 1))) for case, steps in KERNEL_
 
 @pytest.mark.parametrize(("case", "run"), RUNS, ids=lambda value: getattr(value, "impl", value))
 def test_every_step_agrees_with_the_official_classes(case, run):
-    found = replay(case, run)
-    assert not found, f"{len(found)} departures from the official run, first:\n  " + "\n  ".join(found[:20])
+    departures = replay(case, run)
+    first = "\n  ".join(departures[:20])
+    assert not departures, f"{len(departures)} departures from the official run, first:\n  {first}"
 
 
 @functools.cache

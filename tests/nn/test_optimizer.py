@@ -253,9 +253,9 @@ def test_a_shadow_of_the_weights_changes_no_bit(impl, form, monkeypatch):
         assert torch.equal(*losses) or i == 3
         assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), shadowed.parameters(), strict=True))
     with torch.autocast(DEVICE, half):
-        found = two.half_weights()
-    assert (found[0][0].stride(0) == 24) == bool(form)
-    for held, (w_enc, w_dec, *_) in zip(found, two.streams(), strict=True):
+        halves = two.half_weights()
+    assert (halves[0][0].stride(0) == 24) == bool(form)
+    for held, (w_enc, w_dec, *_) in zip(halves, two.streams(), strict=True):
         assert held[0].dtype == half
         assert torch.equal(held[0], w_enc.to(half)) and torch.equal(held[1], w_dec.t().to(half))
 
@@ -658,10 +658,10 @@ def test_the_optimizer_never_waits_for_the_device(dtype, update):
     clip = 1.0 if update == "dense" else None
     for topk_type in ("global", "local"):
         for auxk in (True, False):
-            found = trace(shape, topk_type=topk_type, auxk=auxk, update=update, max_grad_norm=clip)
+            traced = trace(shape, topk_type=topk_type, auxk=auxk, update=update, max_grad_norm=clip)
             # nothing outlives the step but AuxK's masks of dead latents, which the module remembers for checkpointing
             extra = 4 if update == "dense" else 0  # the norm
-            assert found.live_bytes_at_end == (2 * 2048 if auxk else 0) + extra, found.largest
+            assert traced.live_bytes_at_end == (2 * 2048 if auxk else 0) + extra, traced.largest
 
 
 def test_launches_of_the_optimizer():

@@ -182,11 +182,11 @@ def test_the_route_keeps_its_scratch_within_the_limit():
     from sparc_kernels.launch.budgets import SCRATCH_BYTES
     from sparc_kernels.ops.decode_grads import route_of
 
-    assert route_of(2, 4096 * 64, 4096, 64, 2560, torch.bfloat16) == (False, 2560)
-    assert route_of(3, 256 * 64, 256, 64, 1024, torch.bfloat16) == (False, 1024)
-    assert route_of(3, 4096 * 64, 4096, 64, 1024, torch.bfloat16) == (True, 512)
+    assert route_of(2, 4096, 64, 2560, torch.bfloat16) == (False, 2560)
+    assert route_of(3, 256, 64, 1024, torch.bfloat16) == (False, 1024)
+    assert route_of(3, 4096, 64, 1024, torch.bfloat16) == (True, 512)
     for B, k, S, d in [(8192, 100, 8, 2304), (65536, 64, 8, 2304), (65536, 512, 8, 8192), (4096, 512, 4, 8192)]:
-        spread, width = route_of(S, B * k, B, k, d, torch.bfloat16)
+        spread, width = route_of(S, B, k, d, torch.bfloat16)
         assert width * (B * k if spread else S * B) * 2 <= 2 * SCRATCH_BYTES and (width % 128 == 0 or width == d)
         assert spread == (B * k * 128 * 2 <= 2 * SCRATCH_BYTES)
-    assert not route_of(8, 8192 * 100, 8192, 100, 2304, torch.float16)[0]  # float16 would lose the coefficients
+    assert not route_of(8, 8192, 100, 2304, torch.float16)[0]  # float16 would lose the coefficients

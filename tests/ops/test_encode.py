@@ -41,7 +41,7 @@ def test_agrees_with_the_reference_and_so_do_all_gradients(impl, topk_type, shap
 
 def chosen(p, w_encs, impl, k=5):
     """The global selection of a problem, its encoders laid out as given."""
-    return select_latents(centre_for(p.xs, w_encs, p.pre_biases, impl), w_encs, p.latent_biases, k, "global", impl)
+    return select_latents(centre_for(p.xs, w_encs, p.pre_biases, impl), w_encs, p.latent_biases, k, "global", impl=impl)
 
 
 def exact_select(h, k, impl, dtype=torch.float32):

@@ -97,8 +97,8 @@ def test_the_dead_come_first(impl):
     for n in (1, 15, 16, 70):
         dead = [(torch.rand(n, generator=g) < p).to(DEVICE) for p in (0.0, 0.3, 1.0)]
         ids, count = dead_first(dead, impl)
-        for mask, row, found in zip(dead, ids, count, strict=True):
-            assert int(found) == int(mask.sum())
+        for mask, row, n in zip(dead, ids, count, strict=True):
+            assert int(n) == int(mask.sum())
             assert row.tolist() == [*mask.nonzero().flatten().tolist(), *(~mask).nonzero().flatten().tolist()]
 
 

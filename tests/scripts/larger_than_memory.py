@@ -54,7 +54,7 @@ def train(folder: Path, prefix: str, memory: int) -> dict:
     config = TrainConfig(n_latents=1024, k=16, auxk=0, epochs=99, max_steps=STEPS, memory=memory)
     files = {s: folder / f"{prefix}{s}.npy" for s in "ab"}
     trainer = Trainer(config, files, device="cpu", full_check=False, quiet=True)
-    trainer.on_step = lambda *_: marks.append((time.perf_counter(), time.thread_time(), trainer.loader.waited))
+    trainer.on_step = lambda *_: marks.append((time.perf_counter(), time.thread_time(), trainer.data.loader.waited))
     trainer.train()
     seconds, busy, waited = (end - start for start, end in zip(marks[SKIPPED - 1], marks[-1], strict=True))
     samples = (STEPS - SKIPPED) * 256
@@ -63,7 +63,7 @@ def train(folder: Path, prefix: str, memory: int) -> dict:
         "undisturbed": samples / (busy + waited),
         "waited": waited / seconds,
         "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "resident": trainer.loader.resident,
+        "resident": trainer.data.loader.resident,
     }
 
 
@@ -88,17 +88,17 @@ def main() -> int:
         folder = Path(name)
         write_features(folder)
         few = run(folder, "few-", 128 * MIB)["peak"]
-        found: dict[str, list[dict]] = {"128 MiB": [], "1 GiB": []}
+        by_limit: dict[str, list[dict]] = {"128 MiB": [], "1 GiB": []}
         for _ in range(args.repeats):
             for limit, memory in (("128 MiB", 128 * MIB), ("1 GiB", 1024 * MIB)):
                 result = run(folder, "", memory)
-                found[limit].append(result)
+                by_limit[limit].append(result)
                 print(f"memory {limit:8} {result['samples_per_s']:8,.0f} samples/s of wall time "
                       f"{result['undisturbed']:8,.0f} of its own  waited {result['waited']:.1%}  "
                       f"{(result['peak'] - few) / MIB:4.0f} MiB beyond a run on few rows  "
                       f"{'in memory' if result['resident'] else 'windows'}", flush=True)  # fmt: skip
         for key, what in (("samples_per_s", "wall time"), ("undisturbed", "its own time")):
-            rates = {limit: statistics.median(r[key] for r in results) for limit, results in found.items()}
+            rates = {limit: statistics.median(r[key] for r in results) for limit, results in by_limit.items()}
             print(f"memory a quarter of the features: {rates['128 MiB'] / rates['1 GiB']:.1%} of the rate in memory "
                   f"(median, {what})")  # fmt: skip
     return 0

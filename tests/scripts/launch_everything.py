@@ -306,16 +306,16 @@ def main(everything):
     counting = {name: counted(name, operator, operators) for name, operator in OPERATORS.items()}
     with mock.patch.dict(OPERATORS, counting), mock.patch.object(trace.Recorder, "__getitem__", both):
         for (arch, tf32), group in groupby(scenarios(), lambda scenario: scenario.gpu):
-            found = []
-            with stand_in(arch, tf32=tf32, stage=stage) as driver, trace.as_on_gpu(arch, tf32, found):
+            recorded = []
+            with stand_in(arch, tf32=tf32, stage=stage) as driver, trace.as_on_gpu(arch, tf32, recorded):
                 for scenario in group:
                     try:
                         scenario.run()
                     except Refused as error:
                         refused.append(f"{scenario.name}: {error}")
-                        found.pop()
+                        recorded.pop()
             launches += len(driver.launched)
-            for launch, launched in zip(found, driver.launched, strict=True):
+            for launch, launched in zip(recorded, driver.launched, strict=True):
                 asked.setdefault((launch, arch), set()).add(launched.key)
             for key, kernel in driver.kernels.items():
                 compiled.setdefault(key, kernel)

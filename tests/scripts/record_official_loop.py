@@ -45,11 +45,11 @@ class Rows(Dataset):
         return len(next(iter(self.streams.values())))
 
     def __getitem__(self, i):
-        found = {}
+        rows = {}
         for s, x in self.streams.items():
             norm = np.linalg.norm(x[i])
-            found[s] = x[i] / (norm + 1e-8) if norm > 0 else x[i]
-        return found
+            rows[s] = x[i] / (norm + 1e-8) if norm > 0 else x[i]
+        return rows
 
 
 class Recorder:
@@ -177,8 +177,8 @@ def main():
         queries |= {f"self {s}<-{s}": (f"recon_{s}", f"raw {s}") for s in widths}
         outputs |= {f"raw {s}": np.stack([Rows(wide_test)[i][s] for i in range(len(test[s]))]) for s in widths}
         for name, (query, target) in queries.items():
-            found = retrieval.run_downstream_retrieval_eval(outputs[query], outputs[target], return_ranks=True)
-            arrays[f"{kind}/ranks/{name}"] = found["ranks"].numpy().astype(np.int16)
+            ranked = retrieval.run_downstream_retrieval_eval(outputs[query], outputs[target], return_ranks=True)
+            arrays[f"{kind}/ranks/{name}"] = ranked["ranks"].numpy().astype(np.int16)
         steps = len(recorder.loss)
         dead, score = sum(map(sum, recorder.dead.values())), arrays[f"{kind}/jaccard"].mean()
         print(f"{kind}: {steps} steps, loss {recorder.loss[-1]:.4f}, reinitialised {dead}, Jaccard {score:.4f}")

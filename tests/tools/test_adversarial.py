@@ -24,8 +24,8 @@ def best(scores, k):
 
 def among(columns, row, k):
     """The best k of some columns of a row, the first column where there are too few."""
-    found = columns[best(row[columns][None], min(k, len(columns)))[0]]
-    return torch.cat([found, found.new_zeros(k - len(found))])
+    selected = columns[best(row[columns][None], min(k, len(columns)))[0]]
+    return torch.cat([selected, selected.new_zeros(k - len(selected))])
 
 
 def by_row(fn):
@@ -257,12 +257,12 @@ def test_the_command_passes_and_writes_json(tmp_path, capsys):
     assert max(map(len, said.out.splitlines())) <= 110
     for some in adversarial.SETS:
         assert f"\n{some.name:<11} {some.about:<34} exact           exact  " in said.out
-    found = json.loads(file.read_text())
-    assert found["complete"] and found["passed"] and found["options"]["adversarial"]
-    assert {r["set"] for r in found["results"]} == {some.name for some in adversarial.SETS}
-    ways = {r["way"] for r in found["results"] if r["provider"] == "ours"}
+    report = json.loads(file.read_text())
+    assert report["complete"] and report["passed"] and report["options"]["adversarial"]
+    assert {r["set"] for r in report["results"]} == {some.name for some in adversarial.SETS}
+    ways = {r["way"] for r in report["results"] if r["provider"] == "ours"}
     assert ways == {way for way, (_, kernels) in adversarial.WAYS.items() if not kernels}
-    assert {r["dtype"] for r in found["results"]} == {"fp32", "bf16"}
+    assert {r["dtype"] for r in report["results"]} == {"fp32", "bf16"}
 
 
 def test_a_fault_of_ours_is_seen_in_every_way_and_ends_with_1(tmp_path, capsys, monkeypatch):
@@ -312,12 +312,12 @@ def fused_encoder(x, w, bias, k, activation):
 
 
 def test_peers_are_called_and_judged_by_what_they_promise(monkeypatch):
-    found = installed(
+    providers = installed(
         monkeypatch,
         flashinfer=SimpleNamespace(top_k=lambda h, k: tuple(part.flip(1) for part in h.topk(k))),
         sparsify=SimpleNamespace(fused_encoder=fused_encoder),
     )
-    outcomes = adversarial.run_sets(found, QUICK, CPU, "negative|infinities|NaN|zeros|N = 3|batch")
+    outcomes = adversarial.run_sets(providers, QUICK, CPU, "negative|infinities|NaN|zeros|N = 3|batch")
     assert not failed(outcomes), outcomes
     assert {(o.provider, o.set) for o in outcomes if o.set == "NaN"} == set()
     adversarial._sparsify.cache_clear()

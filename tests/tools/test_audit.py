@@ -185,9 +185,9 @@ def test_peak_memory_is_a_twentieth_of_the_reference():
 
 
 def test_launches_know_the_architecture_and_the_shape():
-    found = launches(PAPER, 90)
-    assert len(found) == len(set(found))
-    encode = [launch for launch in found if launch.kernel.endswith(":_encode_kernel")]
+    listed = launches(PAPER, 90)
+    assert len(listed) == len(set(listed))
+    encode = [launch for launch in listed if launch.kernel.endswith(":_encode_kernel")]
     streams = {len(dict(launch.signature)["x_ptrs"]) for launch in encode}
     assert streams == {1, 3}  # AuxK and local, global
-    assert {x.num_warps for x in launches(PAPER, 80)} and set(found) != set(launches(PAPER, 80))
+    assert {x.num_warps for x in launches(PAPER, 80)} and set(listed) != set(launches(PAPER, 80))

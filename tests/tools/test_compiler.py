@@ -64,17 +64,17 @@ def launch(self, *args, **named):
     self.kernel.run(*map(real, args), grid=(1,), warmup=True, **{k: real(v) for k, v in named.items()})
 
 noted, trace.Recorder._launch = trace.Recorder._launch, launch
-found = []
+recorded = []
 for text in ("6,70,5,20/13,2,float32", "256,2048,16,64,1,bfloat16"):
     shape = parse_shape(text)
-    found += trace.trace(shape, 90, auxk=True, update="dense", max_grad_norm=1.0).launches
-    found += trace.trace(shape, 90, topk_type="local", update="direct").launches
+    recorded += trace.trace(shape, 90, auxk=True, update="dense", max_grad_norm=1.0).launches
+    recorded += trace.trace(shape, 90, topk_type="local", update="direct").launches
 wanted, compiled = set(compiled), []
-for launch in dict.fromkeys(found):
+for launch in dict.fromkeys(recorded):
     compiler.ask_jit(launch, 90)
 assert len(wanted) > 50
 assert set(compiled) == wanted, sorted({name for name, *_ in set(compiled) ^ wanted})
-other = dataclasses.replace(found[0], divisible=())
+other = dataclasses.replace(recorded[0], divisible=())
 compiler.ask_jit(other, 90)
 assert compiled[-1] not in wanted
 """
@@ -165,12 +165,12 @@ def laid(x, like, device):
 
 def really_launched(case, dtype):
     """What the checks launch when they have values and judge them."""
-    found, problems = [], {}
-    with as_on_gpu(90, False, found), _Both():
+    recorded, problems = [], {}
+    with as_on_gpu(90, False, recorded), _Both():
         for name, word, fn in suite.CHECKS:
             if word in case.ops.split():
-                fn(Check(name, case, dtype, torch.device("cpu"), "auto", problems))
-    return set(found)
+                fn(Check(name, case, dtype, torch.device("cpu"), "auto", problems=problems))
+    return set(recorded)
 
 
 SMALL = [case for case in verify.CUDA_CASES if case.quick]

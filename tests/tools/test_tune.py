@@ -71,8 +71,8 @@ def test_winner_is_recorded_and_used_by_the_next_launch(cache, monkeypatch):
     fields = dict(block_m=32, block_n=default.block_n, num_warps=default.num_warps)
     monkeypatch.setattr(tune, "candidates", lambda op, args: [fields])
     monkeypatch.setattr(tune, "compile_all", lambda *args: Compilation())
-    (found,) = tune.tune(TINY, ["encode"], DEVICE, GPU, preferring(block_m=32))
-    assert found.settings == fields and (found.best_ms, found.default_ms) == (1.0, 2.0) and not found.refused
+    (result,) = tune.tune(TINY, ["encode"], DEVICE, GPU, preferring(block_m=32))
+    assert result.settings == fields and (result.best_ms, result.default_ms) == (1.0, 2.0) and not result.refused
     assert select_settings.encode_config(*args).block_m == 32
 
     seen = []
@@ -99,9 +99,9 @@ def test_every_operator_can_be_searched(op, cache):
     with tuned.observed(op) as wanted:
         task.run()
     tries = [tune.Try(fields) for fields in tune.candidates(op, next(iter(wanted)))][:4]
-    found = tune.search(op, task, lambda run: 2.0, tries)
-    assert found.tried == len(tries) > 1 and not found.refused, found.refused
-    assert found.settings is None and set(found.keys) == {tuned.key(op, args) for args in wanted}
+    result = tune.search(op, task, lambda run: 2.0, tries)
+    assert result.tried == len(tries) > 1 and not result.refused, result.refused
+    assert result.settings is None and set(result.keys) == {tuned.key(op, args) for args in wanted}
 
 
 def test_wrong_candidate_is_refused(cache):
@@ -117,18 +117,18 @@ def test_wrong_candidate_is_refused(cache):
             return (out[0].roll(1, 0), *out[1:]) if op == "encode" else (out[0] * 1.01, *out[1:])
 
         task.run = faulty
-        found = tune.search(op, task, preferring(**wrong), [tune.Try(wrong)])
-        assert found.settings is None and found.refused[0][0] == wrong and "off by" in found.refused[0][1], op
+        result = tune.search(op, task, preferring(**wrong), [tune.Try(wrong)])
+        assert result.settings is None and result.refused[0][0] == wrong and "off by" in result.refused[0][1], op
     tries = [tune.Try(dict(block_m=17))]
-    found = tune.search("encode", tune.problem("encode", TINY, DEVICE), lambda run: 2.0, tries)
-    assert "block_m a power of two" in found.refused[0][1]
+    result = tune.search("encode", tune.problem("encode", TINY, DEVICE), lambda run: 2.0, tries)
+    assert "block_m a power of two" in result.refused[0][1]
 
 
 def test_a_lucky_timing_is_not_recorded(cache):
     """The winner has to win once more."""
     task, times = tune.problem("reduce", TINY, DEVICE), iter([2.0, 1.0, 2.0, 1.99])
-    found = tune.search("reduce", task, lambda run: next(times), [tune.Try(dict(block_e=4))])
-    assert found.settings is None and found.best_ms == 2.0
+    result = tune.search("reduce", task, lambda run: next(times), [tune.Try(dict(block_e=4))])
+    assert result.settings is None and result.best_ms == 2.0
 
 
 class Clock:
@@ -160,50 +160,50 @@ def quick(ran):
 def test_search_ends_in_time_with_the_second_round(cache):
     clock, ran = Clock(), []
     tries = [tune.Try(dict(block_e=e)) for e in (2, 8, 4, 2, 4, 2, 4)]
-    found = tune.search("reduce", quick(ran), clock.timer, tries, until=75.0, now=clock)
-    assert (found.tried, found.candidates, clock.seconds) == (4, 7, 70.0)  # default, 4 candidates, both once more
-    assert found.settings == dict(block_e=8) and ran[-2:] == [{}, {"reduce": dict(block_e=8)}]
+    result = tune.search("reduce", quick(ran), clock.timer, tries, until=75.0, now=clock)
+    assert (result.tried, result.candidates, clock.seconds) == (4, 7, 70.0)  # default, 4 candidates, both once more
+    assert result.settings == dict(block_e=8) and ran[-2:] == [{}, {"reduce": dict(block_e=8)}]
 
 
 def test_candidate_known_not_to_work_is_not_run(cache):
     ran = []
     tries = [tune.Try(dict(block_e=8), wrong="_latent_reduce_kernel: shared memory"), tune.Try(dict(block_e=4))]
-    found = tune.search("reduce", quick(ran), Clock().timer, tries)
-    assert found.refused == [(dict(block_e=8), "_latent_reduce_kernel: shared memory")] and found.tried == 2
+    result = tune.search("reduce", quick(ran), Clock().timer, tries)
+    assert result.refused == [(dict(block_e=8), "_latent_reduce_kernel: shared memory")] and result.tried == 2
     assert {"reduce": dict(block_e=4)} in ran and {"reduce": dict(block_e=8)} not in ran
 
 
 def test_minutes_are_shared_out_over_the_operators_left(cache, monkeypatch):
-    clock, compiling, until, takes = Clock(), [], [], iter([30.0, 150.0, 70.0])
+    clock, compiling, ends, takes = Clock(), [], [], iter([30.0, 150.0, 70.0])
 
-    def search(op, task, timer, tries, tell, end, now):
-        until.append(end)
+    def search(op, task, timer, tries, *, tell, until, now):
+        ends.append(until)
         clock.seconds += next(takes)
-        return tune.Found(op, [], 1.0, 1.0, None, 1, 1, [])
+        return tune.SearchResult(op, [], 1.0, 1.0, None, 1, 1, [])
 
     monkeypatch.setattr(tune, "prepare", lambda op, shape, arch, seconds, tell: compiling.append(seconds))
     monkeypatch.setattr(tune, "problem", lambda *args: None)
     monkeypatch.setattr(tune, "search", search)
     results = tune.tune(TINY, tune.OPS, DEVICE, GPU, None, minutes=4.0, now=clock)
     # 240 s over 4, 210 over 3, 60 over 2; then they are over
-    assert until == [60.0, 100.0, 210.0] and [found.op for found in results] == ["encode", "select", "gather"]
+    assert ends == [60.0, 100.0, 210.0] and [result.op for result in results] == ["encode", "select", "gather"]
     assert compiling == [tune.COMPILING * share for share in (60.0, 70.0, 30.0)]
 
 
 def test_limit_is_told(cache, monkeypatch, capsys):
-    found = tune.Found(
+    result = tune.SearchResult(
         "encode", [], 2.0, 1.5, dict(block_m=64), 37, 120, [(dict(block_m=16), f"{tune.WRONG}: off by 1")]
     )
     asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: GPU)
     monkeypatch.setattr("sparc_kernels.core._triton.INTERPRETED", False)
-    monkeypatch.setattr(tune, "tune", lambda *args: asked.append(args[-1]) or [found])
+    monkeypatch.setattr(tune, "tune", lambda *args, minutes, **more: asked.append(minutes) or [result])
     assert cli.main(["tune", "--shape", "8,64,4,32,2", "--op", "encode", "--op", "reduce", "--minutes", "1.5"]) == 0
     said = capsys.readouterr().out
     assert asked == [1.5] and "37 of 120 tried, time limit" in said and "reduce   not searched, time limit" in said
     assert "wrong result: off by 1 with {'block_m': 16}" in said
-    found.tried = 120
+    result.tried = 120
     assert cli.main(["tune", "--shape", "8,64,4,32,2", "--op", "encode"]) == 0
     assert "120 tried, 1 refused" in capsys.readouterr().out and asked[1] == float("inf")
     for wrong in ("0", "x", "inf"):
@@ -356,10 +356,10 @@ def test_compilation_gives_up_what_has_not_begun():
     ended, begun, waiting = (Future() for _ in range(3))
     ended.set_result(1)
     begun.set_running_or_notify_cancel()
-    found = compiler._ended([ended, begun, waiting], 0.0)
-    assert next(found) is ended
+    results = compiler._ended([ended, begun, waiting], 0.0)
+    assert next(results) is ended
     threading.Timer(0.01, begun.set_result, [2]).start()
-    assert list(found) == [begun] and waiting.cancelled()
+    assert list(results) == [begun] and waiting.cancelled()
 
 
 def test_kernel_beyond_the_shared_memory_is_an_error(monkeypatch):

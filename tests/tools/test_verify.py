@@ -17,14 +17,19 @@ import pytest
 import torch
 import warm_process
 
-from sparc_kernels import cli
+from sparc_kernels import cli, reference
 from sparc_kernels.core import _triton
 from sparc_kernels.core._triton import INTERPRETED
 from sparc_kernels.nn import fused_step, half_weights, module, optimizer
 from sparc_kernels.ops import aligned_loss, dead, decode, decode_grads, encode
-from sparc_kernels.tools.verify import checks, judge, routes, suite
+from sparc_kernels.tools.verify import judge, problems, suite
 from sparc_kernels.tools.verify import pool as run
 from sparc_kernels.tools.verify import run as verify
+from sparc_kernels.tools.verify.checks import adam as adam_checks
+from sparc_kernels.tools.verify.checks import dead as dead_checks
+from sparc_kernels.tools.verify.checks import decode as decode_checks
+from sparc_kernels.tools.verify.checks import latent_reduce as reduce_checks
+from sparc_kernels.tools.verify.checks import routes
 
 
 def command(*words: str) -> subprocess.CompletedProcess:
@@ -40,15 +45,15 @@ def test_command_passes_and_writes_json(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert max(map(len, done.stdout.splitlines())) <= 110
     assert re.search(r"^\d+ passed, 0 failed, 0 skipped, in \d+ checks, \d+ s$", done.stdout, re.MULTILINE)
-    found = json.loads(file.read_text())
-    assert found["passed"] is True
-    assert {"torch", "triton", "device", "gpu", "commit", "python"} <= set(found["environment"])
-    assert all(r["verdict"] == "ok" for r in found["results"])
+    report = json.loads(file.read_text())
+    assert report["passed"] is True
+    assert {"torch", "triton", "device", "gpu", "commit", "python"} <= set(report["environment"])
+    assert all(r["verdict"] == "ok" for r in report["results"])
     for op, word, _ in suite.CHECKS:
         if word in ("autocast", "shadow"):
-            assert {r["dtype"] for r in found["results"] if r["op"] == op} == {"fp32"}, op
+            assert {r["dtype"] for r in report["results"] if r["op"] == op} == {"fp32"}, op
         elif word not in ("int64", "beside", "library", "graph", "waits"):  # need a GPU
-            assert {r["dtype"] for r in found["results"] if r["op"] == op} == {"fp64", "fp32", "bf16"}, op
+            assert {r["dtype"] for r in report["results"] if r["op"] == op} == {"fp64", "fp32", "bf16"}, op
 
 
 @pytest.mark.subprocess
@@ -65,8 +70,8 @@ def test_worker_processes_give_the_same_results_in_the_same_order():
     done = command("--quick", "--jobs", "2", "--filter", "decode_nmse", "--json")
     assert done.returncode == 0, done.stderr
     alone = verify.run_checks("cpu", quick=True, filter="decode_nmse")
-    found = json.loads(done.stdout)["results"]
-    assert [(r["op"], r["dtype"], r["case"], r["tensor"]) for r in found] == [
+    rows = json.loads(done.stdout)["results"]
+    assert [(r["op"], r["dtype"], r["case"], r["tensor"]) for r in rows] == [
         (r.op, r.dtype, r.case, r.tensor) for r in alone
     ]
 
@@ -147,11 +152,11 @@ def test_little_is_left_out_at_the_border_of_relu(sound):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_gapped_data_keep_away_from_zero(dtype):
     case = verify.CPU_CASES[0]
-    check = judge.Check("training global", case, dtype, torch.device("cpu"), "torch", {})
-    p = judge.margin_problem(check)
+    check = judge.Check("training global", case, dtype, torch.device("cpu"), "torch", problems={})
+    p = problems.margin_problem(check)
     exact = p.to(torch.float64).logits()
     for rounded, h in zip(p.logits(), exact, strict=True):
-        indices = judge.reference.topk_indices(h, case.k)
+        indices = reference.topk_indices(h, case.k)
         assert torch.equal(rounded.gather(1, indices) > 0, h.gather(1, indices) > 0)
         if dtype != torch.float32:
             assert h.abs().min() > 0
@@ -180,7 +185,7 @@ def test_errors_are_infinite_where_they_cannot_be_compared():
 )
 def test_selection_by_value(indices, complaint):
     score = torch.tensor([[0.0, 2.0, 1.0, 3.0], [9.0, 1.0, 5.0, 2.0]], dtype=torch.float64)
-    chosen = checks.SelectionJudge(4)
+    chosen = judge.SelectionJudge(4)
     chosen.judge(score, torch.full_like(score, 0.01), torch.tensor(indices), torch.tensor([[3, 1], [0, 2]]))
     assert complaint in chosen.invalid + chosen.note
     assert bool(complaint) == bool(chosen.invalid + chosen.note)
@@ -188,7 +193,7 @@ def test_selection_by_value(indices, complaint):
 
 def test_near_ties_are_no_fault():
     score = torch.tensor([[1.0, 1.001, 0.5]], dtype=torch.float64)
-    chosen = checks.SelectionJudge(3)
+    chosen = judge.SelectionJudge(3)
     chosen.judge(score, torch.full_like(score, 0.001), torch.tensor([[0]]), torch.tensor([[1]]))
     assert not chosen.invalid + chosen.note
 
@@ -237,7 +242,7 @@ def patch_sums(patch, faulty):
         coef, mat = faulty(named["coef"], named["mat"])
         return inner(**{**named, "coef": coef, "mat": mat})
 
-    for where in (decode, checks):
+    for where in (decode, reduce_checks):
         patch(where, "latent_reduce", latent_reduce)
     patch(encode, "latent_reduce_", latent_reduce_)
     patch(decode_grads, "reduce_torch", reduce_torch)
@@ -264,8 +269,8 @@ def last_rank_off(patch):
     def select(sound, xs, w_encs, biases, k, ids, count, impl):
         if ids is not None or k == w_encs[0].shape[0]:
             return sound(xs, w_encs, biases, k, ids, count, impl)
-        found = sound(xs, w_encs, biases, k + 1, ids, count, impl)
-        return torch.cat([found[:, : k - 1], found[:, k:]], 1)
+        selected = sound(xs, w_encs, biases, k + 1, ids, count, impl)
+        return torch.cat([selected[:, : k - 1], selected[:, k:]], 1)
 
     patch_select(patch, select)
 
@@ -297,9 +302,9 @@ def nan_below_everything(patch):
 
 def one_row_selected_twice(patch):
     def select(sound, *args):
-        found = sound(*args)
-        found[-1] = found[0]
-        return found
+        selected = sound(*args)
+        selected[-1] = selected[0]
+        return selected
 
     patch_select(patch, select)
 
@@ -308,8 +313,8 @@ def local_selects_globally(patch):
     sound = encode.select_latents
 
     def select_latents(centred, w_encs, latent_biases, k, topk_type, impl):
-        found = sound(centred, w_encs, latent_biases, k, "global", impl)
-        return found if topk_type == "global" else torch.stack([found] * len(centred))
+        indices = sound(centred, w_encs, latent_biases, k, "global", impl=impl)
+        return indices if topk_type == "global" else torch.stack([indices] * len(centred))
 
     for where in (encode, module):
         patch(where, "select_latents", select_latents)
@@ -364,8 +369,8 @@ def dead_mask_ignored(patch):
 
 
 def counters_at_the_threshold(patch):
-    sound = checks.update_counters_
-    patch(checks, "update_counters_", lambda c, i, v, threshold: sound(c, i, v, threshold - 1e-6))
+    sound = dead_checks.update_counters_
+    patch(dead_checks, "update_counters_", lambda c, i, v, threshold: sound(c, i, v, threshold - 1e-6))
 
 
 def nothing_ever_fires(patch):
@@ -376,7 +381,7 @@ def nothing_ever_fires(patch):
 
 
 def unstable_lists(patch):
-    sound = checks.inverse_index
+    sound = reduce_checks.inverse_index
 
     def inverse_index(indices, n):
         order, offsets, ids = sound(indices, n)
@@ -385,7 +390,8 @@ def unstable_lists(patch):
         order[offsets[hot] : offsets[hot + 1]] = order[offsets[hot] : offsets[hot + 1]].flip(0)
         return type(sound(indices, n))(order, offsets, ids)
 
-    patch(checks, "inverse_index", inverse_index)
+    for where in (reduce_checks, adam_checks):
+        patch(where, "inverse_index", inverse_index)
 
 
 def aux_weight_doubled(patch):
@@ -524,7 +530,7 @@ def test_exception_is_a_failed_row_and_the_rest_goes_on(monkeypatch):
     def decode(*args, **more):
         raise RuntimeError("the kernel\nfell over")
 
-    monkeypatch.setattr(checks, "decode", decode)
+    monkeypatch.setattr(decode_checks, "decode", decode)
     results = verify.run_checks("cpu", quick=True, filter="fp32 tiny")
     failed = [r for r in results if not r.passed]
     assert {r.op for r in failed} == {"decode global", "decode local"}
@@ -598,10 +604,10 @@ def test_a_kill_costs_one_check(seconds, tmp_path):
                 timer.start()
     timer.cancel()
     assert process.wait() in (-9, 0)
-    found = json.loads(file.read_text())
-    checked = {(r["op"], r["dtype"], r["case"]) for r in found["results"]}
+    report = json.loads(file.read_text())
+    checked = {(r["op"], r["dtype"], r["case"]) for r in report["results"]}
     assert len(printed) <= len(checked) <= len(printed) + 1
-    assert found["complete"] == found["passed"] == (process.returncode == 0)
+    assert report["complete"] == report["passed"] == (process.returncode == 0)
 
 
 def test_failure_is_the_exit_code_and_is_printed(monkeypatch, capsys, tmp_path):
@@ -612,9 +618,9 @@ def test_failure_is_the_exit_code_and_is_printed(monkeypatch, capsys, tmp_path):
     out = capsys.readouterr().out
     assert re.search(r"decode_nmse global fp32 .* nmse .* FAIL\n    error .* of at most", out)
     assert max(map(len, out.splitlines())) <= 110
-    found = json.loads(file.read_text())
-    assert found["passed"] is False
-    assert any(r["verdict"] == "FAIL" for r in found["results"])
+    report = json.loads(file.read_text())
+    assert report["passed"] is False
+    assert any(r["verdict"] == "FAIL" for r in report["results"])
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the kernels are compiled here")

@@ -394,7 +394,7 @@ def test_a_run_that_ended_goes_on_to_more_steps(tmp_path, shuffle):
         trainer(out, epochs=9, max_steps=9, resume=True, **settings)
 
 
-def test_a_folder_loads_what_is_newest_in_it_and_whole(copy, capsys):
+def test_a_folder_loads_what_is_newest_in_it_and_whole(copy, caplog):
     def stop(step, *_):
         if step == 16:
             raise KeyboardInterrupt
@@ -406,20 +406,21 @@ def test_a_folder_loads_what_is_newest_in_it_and_whole(copy, capsys):
         return all(torch.equal(one[name], other[name]) for name in other)
 
     final = load_model(copy / "model.safetensors")[0].state_dict()
-    assert same(loaded(), final) and capsys.readouterr().err == ""
+    assert same(loaded(), final) and not caplog.messages
     with pytest.raises(KeyboardInterrupt):
         trainer(copy, resume=True, epochs=9, checkpoint_every=3, keep=9, on_step=stop).train()
     path = checkpoints(copy / "checkpoints")[-1]
     newer = load_checkpoint(path)["model"]
     assert same(loaded(), newer) and not same(newer, final)
-    assert capsys.readouterr().err == f"Note: {path} is loaded, since {copy}/model.safetensors is older, of step 12\n"
+    assert caplog.messages == [f"Note: {path} is loaded, since {copy}/model.safetensors is older, of step 12"]
     (copy / "unfinished").mkdir()
     (copy / "unfinished" / "checkpoints").symlink_to(copy / "checkpoints")
     content = path.read_bytes()
     path.write_bytes(content[:-1])
     for folder in (copy, copy / "unfinished"):  # with final weights of step 12, and with that checkpoint alone
+        caplog.clear()
         assert same(load_model(folder)[0].state_dict(), final)
-        assert f"Skipped: checkpoint {folder}/checkpoints/{path.name}: expected a compl" in capsys.readouterr().err
+        assert caplog.messages[0].startswith(f"Skipped: checkpoint {folder}/checkpoints/{path.name}: expected a compl")
     path.write_bytes(content)
 
     def spoil(*_):
@@ -432,7 +433,8 @@ def test_a_folder_loads_what_is_newest_in_it_and_whole(copy, capsys):
         run.train()
     checkpoints(copy / "checkpoints")[-1].unlink()
     trainer(copy, resume=True, epochs=9).train()
-    assert same(loaded(), load_model(copy / "model.safetensors")[0].state_dict()) and capsys.readouterr().err == ""
+    caplog.clear()
+    assert same(loaded(), load_model(copy / "model.safetensors")[0].state_dict()) and not caplog.messages
 
 
 def test_the_command_extends_a_run_and_starts_from_weights(tmp_path, capsys):
@@ -480,18 +482,19 @@ def test_torchrun_is_refused(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_what_is_not_as_it_was_is_told(copy, capsys, monkeypatch):
+def test_what_is_not_as_it_was_is_told(copy, caplog, monkeypatch):
+    caplog.set_level("INFO", "sparc_kernels")
     now = train_trainer.versions()
     monkeypatch.setattr(train_trainer, "versions", lambda: now | {"torch": "9.9"})
     trainer(copy, resume=True, quiet=False)
-    assert f"Note: torch 9.9 ({now['torch']} when the run began); results may differ" in capsys.readouterr().out
+    assert f"Note: torch 9.9 ({now['torch']} when the run began); results may differ" in caplog.text
     forget_ids(copy)
     manifest = read_manifest(copy / "manifest.json")
     (copy / "manifest.json").write_text(json.dumps(manifest | {"device": "NVIDIA H100", "threads": 96}))
     path = checkpoints(copy / "checkpoints")[-1]
     rewrite(path, load_checkpoint(path) | {"fresh_state": torch.zeros(16, dtype=torch.uint8)})  # a GPU generator's
     trainer(copy, resume=True, quiet=False)
-    text = capsys.readouterr().out
+    text = caplog.text
     assert "Note: device cpu (NVIDIA H100 when the run began), threads 1 (96 when the run began), torch 9.9" in text
     assert "Resuming after step 12 of 12" in text
 

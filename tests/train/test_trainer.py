@@ -27,7 +27,8 @@ from sparc_kernels.io.run_checkpoints import load_checkpoint, load_latest, save_
 from sparc_kernels.io.weights import export_official, load_model
 from sparc_kernels.train import log as runlog
 from sparc_kernels.train.config import TrainConfig
-from sparc_kernels.train.trainer import Interrupted, Trainer, TrainingStopped, split
+from sparc_kernels.train.data import split
+from sparc_kernels.train.trainer import Interrupted, Trainer, TrainingStopped
 
 ROWS, WIDTHS = 700, {"a": 20, "b": 12}
 SMALL = TrainConfig(
@@ -137,7 +138,7 @@ def test_validation_holds_out_rows_and_moves_nothing(tmp_path):
         loss, _ = model.compute_loss(model(x), x)
     assert float(row["val_loss"]) == pytest.approx(loss.item(), rel=1e-9)
     without = trainer(config(val_fraction=0.2, epochs=2, precision="fp64"), device="cpu")
-    without.val_loader = None
+    without.data.val_loader = None
     without.train()
     assert same(model.state_dict(), without.model.state_dict())
 
@@ -290,14 +291,14 @@ def test_no_damaged_checkpoint_loads(tmp_path):
             load_checkpoint(path)
 
 
-def test_resuming_passes_over_a_damaged_checkpoint(tmp_path, capsys):
+def test_resuming_passes_over_a_damaged_checkpoint(tmp_path, caplog):
     for step in (1, 2, 3):
         save_checkpoint(tmp_path, step, {"x": step}, keep=2)
     assert [p.name for p in run_checkpoints.checkpoints(tmp_path)] == ["step-000000002.pt", "step-000000003.pt"]
     (tmp_path / "step-000000003.pt").write_bytes(b"x" * 1000)
     path, state = load_latest(tmp_path)
     assert path.name == "step-000000002.pt" and state["x"] == 2
-    assert "Skipped: checkpoint" in capsys.readouterr().out
+    assert "Skipped: checkpoint" in caplog.text
     (tmp_path / "step-000000002.pt").write_bytes(b"x" * 1000)
     with pytest.raises(ValueError, match="expected a complete training checkpoint"):
         load_latest(tmp_path)
@@ -383,8 +384,8 @@ def test_a_second_signal_leaves_at_once(tmp_path, monkeypatch):
 
 def test_kill_at_random_moments_and_resume(tmp_path):
     """One of the moments, and one more after resuming; `python tests/scripts/kill_and_resume.py` tries twenty."""
-    found = kill_and_resume(tmp_path, moments=1, seed=1)
-    assert found == [], found
+    wrong = kill_and_resume(tmp_path, moments=1, seed=1)
+    assert wrong == [], wrong
 
 
 def wait_for_row(out: Path) -> None:

@@ -221,7 +221,7 @@ def route(s: Shape, d: int) -> tuple[bool, int]:
         s: shape of the step.
         d: width of the decoder.
     """
-    return route_of(s.S, s.M, s.B, s.k, d, getattr(torch, s.dtype), s.arch)
+    return route_of(s.S, s.B, s.k, d, getattr(torch, s.dtype), arch=s.arch)
 
 
 def _pieces(d: int, width: int) -> list[int]:

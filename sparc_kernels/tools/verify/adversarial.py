@@ -19,7 +19,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
-from unittest import mock
 
 import torch
 
@@ -29,6 +28,7 @@ from ...core.registry import resolve_impl
 from ...launch import select as select_settings
 from ...ops import selection
 from ...ops.encode import encode_topk, values_at
+from ..replaced import replaced
 from ..trace import Launch, as_on_gpu
 from .judge import BF16, F16, F32, SHORT, Tensor
 from .launches import META, Answers
@@ -118,25 +118,20 @@ def _local(x, w, bias, k, impl):
 
 def _chunks(x, w, bias, k, impl):
     """Chunks of two rows (one row without kernels), with two logit buffers."""
-    with (
-        mock.patch.object(selection, "rows_per_chunk", lambda rows, *_: (min(rows, 2), 1 + (rows > 2))),
-        mock.patch.object(selection, "SCRATCH_BYTES", 1),
-    ):
+    with replaced(selection, rows_per_chunk=lambda rows, *_: (min(rows, 2), 1 + (rows > 2)), SCRATCH_BYTES=1):
         return _one_stream(x, w, bias, k, impl)
 
 
 def _library(x, w, bias, k, impl):
     """Logits by a library's GEMM, maxima by a pass over them."""
-    with (
-        mock.patch.object(selection, "encode_by_library", lambda *_: True),
-        mock.patch.object(selection, "MAXIMA_BLOCK", 128 if INTERPRETED else selection.MAXIMA_BLOCK),
-    ):
+    block = 128 if INTERPRETED else selection.MAXIMA_BLOCK
+    with replaced(selection, encode_by_library=lambda *_: True, MAXIMA_BLOCK=block):
         return _one_stream(x, w, bias, k, impl)
 
 
 def _spans(x, w, bias, k, impl):
     """Three levels of selection, as for large N."""
-    with mock.patch.object(select_settings, "MAX_CANDIDATES", 1):
+    with replaced(select_settings, MAX_CANDIDATES=1):
         return _one_stream(x, w, bias, k, impl)
 
 
@@ -472,7 +467,7 @@ def run_sets(
                     outcome.verdict, outcome.note = "refused", lost
                     continue
                 try:
-                    _ask(provider, some, outcome, _logits(some, n, k, dtype, device), k, plan)
+                    _ask(provider, some, outcome, _logits(some, n, k, dtype, device), k=k, plan=plan)
                 except Exception as error:
                     text = " ".join(str(error).split())[:200]
                     outcome.verdict, outcome.note = "refused", f"{type(error).__name__}: {text}"
@@ -483,7 +478,7 @@ def run_sets(
     return all_outcomes
 
 
-def _ask(provider: Provider, some: Set, outcome: Outcome, logits: Tensor, k: int, plan: Plan) -> None:
+def _ask(provider: Provider, some: Set, outcome: Outcome, logits: Tensor, *, k: int, plan: Plan) -> None:
     if some == BATCH:
         counts = judge_batches(provider, logits, plan.batches_of(provider.way), k)
         outcome.wrong, outcome.rows, outcome.note = counts
@@ -494,7 +489,7 @@ def _ask(provider: Provider, some: Set, outcome: Outcome, logits: Tensor, k: int
 
 
 def launches_of(
-    way: str, n: int, k: int, dtype: torch.dtype, sizes: tuple[int, ...], arch: int, tf32: bool
+    way: str, n: int, k: int, dtype: torch.dtype, sizes: tuple[int, ...], *, arch: int, tf32: bool
 ) -> list[Launch]:
     """Return the distinct launches of one way at one shape, traced on meta tensors.
 
@@ -531,7 +526,9 @@ def launch_lists(arch: int, quick: bool, filter: str | None, tf32: bool) -> list
             for run_key in plan.asked(way, some):
                 more = map(len, plan.batches_of(way)) if some == BATCH else (ROWS, 2)
                 sizes.setdefault((way, *run_key), set()).update(more)
-    return [partial(launches_of, *run_key, tuple(sorted(some)), arch, tf32) for run_key, some in sizes.items()]
+    return [
+        partial(launches_of, *run_key, tuple(sorted(some)), arch=arch, tf32=tf32) for run_key, some in sizes.items()
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------- table

@@ -1,4 +1,4 @@
-"""Criteria of `sparc-kernels verify`, and the data it runs on.
+"""Criteria of `sparc-kernels verify`; its data are in `problems.py`.
 
 - A tensor: its error against `reference.py` in float64, computed from the same rounded inputs, may be at most twice the
   error that `reference.py` itself makes in that dtype, plus a few units of rounding (`allowance`). Maximum error is
@@ -7,7 +7,7 @@
   out may exceed that of one taken by no more than both logits' rounding (`logit_error`).
 - Integer-valued problems have no rounding: the selection must equal the stable sort's, index for index.
 - Gradients are compared with the selection held fixed. The derivative of relu jumps at 0, where rounding may decide
-  the side, so the data avoid 0: see `margin_problem`, and the cotangents of `_values_at`.
+  the side, so the data avoid 0: see `margin_problem`, and the cotangents of `judge_values_at`.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from ... import reference
 from ...core.numerics import acc_dtype
 from ...core.registry import resolve_impl
+
+if TYPE_CHECKING:
+    from .problems import Problem
 
 Tensor = torch.Tensor
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 SHORT = {F64: "fp64", F32: "fp32", BF16: "bf16", F16: "fp16"}
-
-# ------------------------------------------------------------------------------------------------------------- judging
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class Check:
         problems: cache of data, shared by the checks of a case.
     """
 
-    def __init__(self, op: str, case: Case, dtype: torch.dtype, device: torch.device, impl: str, problems: dict):
+    def __init__(self, op: str, case: Case, dtype: torch.dtype, device: torch.device, impl: str, *, problems: dict):
         self.op, self.case, self.dtype, self.device, self.impl = op, case, dtype, device, impl
         self.problems = problems
         self.generator = self.seeded(f"{op} {case.name}")
@@ -187,6 +188,10 @@ class Check:
     def own(self, problem: Problem) -> Problem:
         """Return the problem in the dtype in which plain PyTorch's own error is measured."""
         return problem if problem.xs[0].dtype == self.own_dtype else problem.to(self.own_dtype)
+
+    def selection_judge(self) -> SelectionJudge:
+        """Return a new judge of selections among the case's latents."""
+        return SelectionJudge(self.case.N)
 
     def add(self, tensor: str, passed: bool, note: str = "", **figures) -> None:
         """Add a result.
@@ -251,167 +256,6 @@ def describe(x: Tensor) -> str:
     return f"shape {tuple(x.shape)} with {int(x.isnan().sum())} NaN, {int(x.isinf().sum())} inf"
 
 
-# ---------------------------------------------------------------------------------------------------------------- data
-
-
-@dataclass
-class Problem:
-    """Inputs and parameters of S streams."""
-
-    xs: list[Tensor]  # [B, d]
-    w_encs: list[Tensor]  # [N, d]
-    w_decs: list[Tensor]  # [d, N]
-    pre_biases: list[Tensor]  # [d]
-    latent_biases: list[Tensor]  # [N]
-    quiet: Tensor  # bool [N]: inactive latents, never near the top k
-
-    @property
-    def encoder(self) -> tuple[list[Tensor], ...]:
-        """Arguments of the encoder: xs, w_encs, pre_biases, latent_biases."""
-        return self.xs, self.w_encs, self.pre_biases, self.latent_biases
-
-    def stream(self, s: int) -> tuple[Tensor, ...]:
-        """Return the encoder's arguments of one stream."""
-        return tuple(group[s] for group in self.encoder)
-
-    def to(self, dtype: torch.dtype) -> Problem:
-        """Return contiguous copies in another dtype."""
-        groups = [[t.detach().to(dtype, copy=True) for t in g] for g in (*self.encoder[:2], self.w_decs)]
-        biases = [[t.detach().to(dtype, copy=True) for t in g] for g in self.encoder[2:]]
-        return Problem(*groups, *biases, self.quiet)
-
-    def rows(self, rows) -> Problem:
-        """Return the problem with some rows of the inputs: a slice or indices."""
-        return replace(self, xs=[x[rows] for x in self.xs])
-
-    def logits(self) -> list[Tensor]:
-        """Return the pre-activations [B, N] of each stream by the reference."""
-        return [reference.preactivations(*self.stream(s)) for s in range(len(self.xs))]
-
-
-def generic(check: Check, rows: int | None = None) -> Problem:
-    """Make Gaussian data; rows of different norm, biases about as large as the products.
-
-    Args:
-        check: gives case, dtype and device.
-        rows: number of rows; None: the case's.
-    """
-    c, g = check.case, check.seeded(check.case.name)
-    wide = F64 if check.dtype == F64 else F32
-
-    def randn(*shape):
-        return torch.randn(*shape, generator=g, device=check.device, dtype=wide)
-
-    def uniform(*shape):
-        return torch.rand(*shape, generator=g, device=check.device, dtype=wide)
-
-    B = rows or c.B
-    quiet = uniform(c.N) < 0.25
-    scale = torch.where(quiet, 0.25, 1.0).to(wide)
-    p = Problem(
-        xs=[randn(B, d) * (0.5 + uniform(B, 1)) for d in c.dims],
-        w_encs=[randn(c.N, d) / d**0.5 * scale[:, None] for d in c.dims],
-        w_decs=[(randn(c.N, d) / d**0.5).t() for d in c.dims],
-        pre_biases=[0.5 * randn(d) for d in c.dims],
-        latent_biases=[0.5 * randn(c.N) * scale for d in c.dims],
-        quiet=quiet,
-    )
-    if c.hot:
-        for bias in p.latent_biases:
-            bias[c.N // 2] = 30
-        quiet[c.N // 2] = False
-    for group in (*p.encoder, p.w_decs):
-        group[:] = [t.to(check.dtype) for t in group]
-    return stride(p) if c.strided else p
-
-
-def stride(p: Problem) -> Problem:
-    """Return the same values in strided memory: sliced columns, transposed weights, every other entry of biases."""
-
-    def columns(x):
-        return torch.cat([x, torch.full_like(x, float("nan"))], 1)[:, : x.shape[1]]
-
-    def alternate(bias):
-        return torch.stack([bias, torch.full_like(bias, float("nan"))], 1)[:, 0]
-
-    return Problem(
-        [columns(x) if s % 2 == 0 else x.t().contiguous().t() for s, x in enumerate(p.xs)],
-        [w.t().contiguous().t() if s % 2 == 0 else columns(w) for s, w in enumerate(p.w_encs)],
-        [w.contiguous() if s % 2 == 0 else columns(w.t().contiguous()).t() for s, w in enumerate(p.w_decs)],
-        [alternate(b) for b in p.pre_biases],
-        [alternate(b) for b in p.latent_biases],
-        p.quiet,
-    )
-
-
-def integers(check: Check) -> Problem:
-    """Make small integers, so that pre-activations and their sums over streams are exact, and ties are frequent."""
-    c, g = check.case, check.seeded(check.case.name)
-
-    def integers(high, *shape):
-        return torch.randint(-high, high + 1, shape, generator=g, device=check.device).to(check.dtype)
-
-    high = 2 if sum(c.dims) < 600 else 1
-    p = Problem(
-        xs=[integers(high, c.B, d) for d in c.dims],
-        w_encs=[integers(1, c.N, d) for d in c.dims],
-        w_decs=[integers(1, c.N, d).t() for d in c.dims],
-        pre_biases=[torch.zeros(d, dtype=check.dtype, device=check.device) for d in c.dims],
-        latent_biases=[integers(4, c.N) for d in c.dims],
-        quiet=torch.zeros(c.N, dtype=torch.bool, device=check.device),
-    )
-    exact_to = {BF16: 2**8, F16: 2**11}.get(check.dtype, 2**24)
-    hs = p.to(F64).logits()
-    assert all(h.abs().max() <= exact_to for h in (*hs, sum(hs))), "integer problem: sums beyond what is exact"
-    return p
-
-
-def margin_problem(check: Check) -> Problem:
-    """Make data on which rounding cannot move a selected pre-activation across 0 or AuxK's threshold.
-
-    float32 and float64: from four times as many Gaussian rows, those with a margin of 8 times the logits' rounding.
-    Half precision: multiples of a power of two, latent biases offset by half a step, whose fp32 sums are exact.
-    """
-    c = check.case
-    if check.dtype in (F64, F32):
-        p = generic(check, rows=4 * c.B)
-        p64 = p.to(F64)
-        hs = p64.logits()
-        safe = torch.ones(4 * c.B, dtype=torch.bool, device=check.device)
-        chosen = [*reference.select(hs, min(c.k + 4, c.N), "local"), reference.select(hs, min(c.k + 4, c.N))]
-        for s, h in enumerate(hs):
-            near = torch.minimum(h.abs(), (h - 1e-3).abs()) < 8 * logit_error(check, p64, s, h)
-            dead = reference.topk_indices(h.masked_fill(~p.quiet, float("-inf")), min(c.auxk + 4, c.N))
-            unused = ~p.quiet[dead]
-            for idx in (chosen[s], chosen[-1]):
-                safe &= ~near.gather(1, idx).any(1)
-            safe &= ~(near.gather(1, dead) & ~unused).any(1)
-        rows = safe.nonzero().squeeze(1)[: c.B]
-        assert rows.numel() == c.B, f"only {rows.numel()} of {4 * c.B} rows keep away from the border of relu"
-        return p.rows(rows)
-    g = check.seeded(c.name)
-    quiet = torch.rand(c.N, generator=g, device=check.device) < 0.25
-    scale = torch.where(quiet, 0.25, 1.0)
-
-    def integers(high, *shape):
-        return torch.randint(-high, high + 1, shape, generator=g, device=check.device).float()
-
-    steps = [2.0 ** -round(math.log2(4.3 * d**0.5)) for d in c.dims]  # about unit variance of x, 1 / d of w
-    p = Problem(
-        xs=[integers(7, c.B, d) / 4 for d in c.dims],
-        w_encs=[integers(7, c.N, d) * step * scale[:, None] for d, step in zip(c.dims, steps, strict=True)],
-        w_decs=[(torch.randn(c.N, d, generator=g, device=check.device) / d**0.5).t() for d in c.dims],
-        pre_biases=[integers(3, d) / 4 for d in c.dims],
-        latent_biases=[(integers(60, c.N) + 0.5) * step / 4 * scale for step in steps],
-        quiet=quiet,
-    )
-    if c.hot:
-        for bias in p.latent_biases:
-            bias[c.N // 2] = 30
-        quiet[c.N // 2] = False
-    return p.to(check.dtype)
-
-
 def logit_error(check: Check, p64: Problem, s: int, h: Tensor, selecting: bool = False) -> Tensor:
     """Bound the rounding error of each pre-activation of one stream.
 
@@ -441,45 +285,79 @@ def logit_error(check: Check, p64: Problem, s: int, h: Tensor, selecting: bool =
     return error
 
 
-def random_latents(check: Check, streams: int = 0) -> Tensor:
-    """Draw distinct latents in random order; in a hot case every row has the hot latent.
+class SelectionJudge:
+    """Judge selected latents by their true scores, by blocks of rows."""
 
-    Args:
-        check: gives the case and the generator.
-        streams: leading dimension; 0: none.
+    def __init__(self, n: int):
+        self.n, self.invalid, self.note = n, "", ""
+        self.shortfalls, self.own_shortfalls, self.limits = [], [], []
 
-    Returns:
-        int64 [B, k] or [streams, B, k].
-    """
-    c, g = check.case, check.generator
-    shape = (streams, c.B) if streams else (c.B,)
-    if c.k * 4 > c.N:
-        idx = torch.rand(*shape, c.N, generator=g, device=check.device).argsort(-1)[..., : c.k].contiguous()
-    else:  # a random start and random steps: distinct while they sum to less than N
-        gaps = torch.randint(1, c.N // c.k + 1, (*shape, c.k), generator=g, device=check.device)
-        start = torch.randint(0, c.N, (*shape, 1), generator=g, device=check.device)
-        idx = ((start + gaps.cumsum(-1)) % c.N)[..., torch.randperm(c.k, generator=g, device=check.device)]
-    if c.hot:
-        idx = torch.where((idx == c.N // 2).any(-1, keepdim=True) | is_first(idx), swap(idx, c.N // 2), idx)
-    return idx.contiguous()
+    def judge(self, score: Tensor, error: Tensor, idx: Tensor, own_idx: Tensor, row0: int = 0) -> None:
+        """Judge a block of rows.
 
+        Args:
+            score: in float64, [B, N].
+            error: bound of its rounding error, [B, N].
+            idx: selected latents, [B, k].
+            own_idx: selected by plain PyTorch in the dtype, [B, k].
+            row0: number of the first row, for messages.
+        """
+        ordered = idx.sort(1).values
+        if idx.numel() and (int(ordered[:, 0].min()) < 0 or int(ordered[:, -1].max()) >= self.n):
+            self.invalid = f"latents outside 0..{self.n - 1}: {int(ordered[:, 0].min())}..{int(ordered[:, -1].max())}"
+            return
+        twice = (ordered[:, 1:] == ordered[:, :-1]).any(1)
+        if twice.any():
+            self.invalid = f"row {row0 + int(twice.nonzero()[0])}: a latent twice"
+            return
+        taken = torch.zeros_like(score, dtype=torch.bool).scatter(1, idx, True)
+        low, high = (score - error).masked_fill(taken, float("-inf")), (score + error).gather(1, idx)
+        wrong = low.amax(1) > high.amin(1)
+        if wrong.any() and not self.note:
+            r = int(wrong.nonzero()[0])
+            i, j = int(idx[r, high[r].argmin()]), int(low[r].argmax())
+            what = f"latent {j} ({score[r, j]:.6g}) left out, {i} ({score[r, i]:.6g}) taken"
+            self.note = f"{int(wrong.sum())} of {len(wrong)} rows; row {row0 + r}: {what}"
+        at, err = score.gather(1, idx), error.gather(1, idx)
+        disorder = (at[:, 1:] - err[:, 1:] > at[:, :-1] + err[:, :-1]).any(1)
+        if disorder.any() and not self.note:
+            self.note = f"{int(disorder.sum())} rows not in descending order, first {row0 + int(disorder.nonzero()[0])}"
+        size = score.abs().amax(1)
+        size = torch.where(size > 0, size, 1.0)
+        self.shortfalls.append(self._shortfall(score, idx) / size)
+        self.own_shortfalls.append(self._shortfall(score, own_idx) / size)
+        self.limits.append((error.gather(1, low.argmax(1, keepdim=True)).squeeze(1) + err.amax(1)) / size)
 
-def is_first(idx: Tensor) -> Tensor:
-    """Mask the first column: bool [k]."""
-    return torch.arange(idx.shape[-1], device=idx.device) == 0
+    def judge_streams(self, hs, errors, idx: Tensor, own_idx: Tensor, *, unit: float, row0: int = 0) -> None:
+        """Judge global or local selection.
 
+        Args:
+            hs: pre-activations of each stream in float64, [B, N].
+            errors: bounds of their rounding errors, [B, N].
+            idx: [B, k], judged on the streams' sum, or [S, B, k], judged on each stream.
+            own_idx: selected by plain PyTorch in the dtype, of the same shape.
+            unit: rounding of the dtype, which storing the sum adds.
+            row0: number of the first row, for messages.
+        """
+        if idx.dim() == 2:
+            self.judge(sum(hs), sum(errors) + unit * sum(hs).abs(), idx, own_idx, row0)
+        else:
+            for h, error, i, own in zip(hs, errors, idx, own_idx, strict=True):
+                self.judge(h, error, i, own, row0)
 
-def swap(idx: Tensor, latent: int) -> Tensor:
-    """Swap `latent` with the first entry of each row.
+    @staticmethod
+    def _shortfall(score: Tensor, idx: Tensor) -> Tensor:
+        rest = torch.scatter(score, 1, idx, float("-inf"))
+        return (rest.amax(1) - score.gather(1, idx).amin(1)).clamp(min=0)
 
-    Args:
-        idx: latents [..., k].
-        latent: replaces the first entry where it is not in the row.
-    """
-    moved = torch.where(idx == latent, idx[..., :1], idx)
-    return torch.where(is_first(idx), latent, moved)
-
-
-def as_leaves(tensors: list[Tensor]) -> list[Tensor]:
-    """Detach tensors and require their gradients."""
-    return [t.detach().requires_grad_() for t in tensors]
+    def report(self, check: Check, tensor: str = "selection") -> None:
+        """Add the result of all blocks to a check."""
+        if self.invalid:
+            check.add(tensor, False, self.invalid)
+            return
+        ours, own, limit = (torch.cat(parts) for parts in (self.shortfalls, self.own_shortfalls, self.limits))
+        check.add(
+            tensor, not self.note, self.note,
+            max_error=ours.max().item(), rms_error=ours.square().mean().sqrt().item(), max_limit=limit.max().item(),
+            torch_max=own.max().item() * check.own_scale, torch_rms=own.square().mean().sqrt().item() * check.own_scale,
+        )  # fmt: skip

@@ -6,16 +6,15 @@ continue, and nothing is judged.
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
-from unittest import mock
+from contextlib import contextmanager
 
 import torch
 from torch.utils._pytree import tree_map_only
 
 from ...nn import half_weights, module
+from ..replaced import replaced
 from ..trace import InsideOperators, Launch, as_on_gpu
-from ..verify import checks as verify_checks
-from .judge import Case, Check
+from .judge import Case, Check, SelectionJudge
 from .suite import CHECKS
 
 META = torch.device("meta")
@@ -33,10 +32,10 @@ def launches_of(case: Case, dtype: torch.dtype, arch: int, name: str | None = No
     """
     recorded: list[Launch] = []
     problems: dict = {}
-    with as_on_gpu(arch, tf32, recorded), _unjudged(), Answers():
+    with as_on_gpu(arch, tf32, recorded), _autocast_as_on_cpu(), Answers():
         for op, word, fn in CHECKS:
             if word in case.ops.split() and name in (None, op):
-                fn(_Dry(op, case, dtype, META, "auto", problems))
+                fn(_Dry(op, case, dtype, META, "auto", problems=problems))
     return list(dict.fromkeys(recorded))
 
 
@@ -51,21 +50,32 @@ class _Dry(Check):
 
     exact = add = compare
 
+    def selection_judge(self):
+        return _Unjudged(self.case.N)
+
+
+class _Unjudged(SelectionJudge):
+    """A judge of selections that judges none."""
+
+    def judge(self, *args, **named):
+        return None
+
+    report = judge
+
 
 @contextmanager
-def _unjudged():
-    """Disable the judgement of selections; autocast, which meta tensors lack, follows the CPU's."""
-    selection = verify_checks.SelectionJudge
+def _autocast_as_on_cpu():
+    """Context in which meta tensors, for which torch has no autocast, follow the CPU's."""
     get = torch.get_autocast_dtype
-    with ExitStack() as patched:
-        for holder, name, value in (
-            (selection, "judge", lambda *_, **__: None),
-            (selection, "report", lambda *_, **__: None),
-            (module, "autocast_enabled", lambda device: torch.is_autocast_enabled("cpu")),
-            (half_weights, "autocast_enabled", lambda device: torch.is_autocast_enabled("cpu")),
-            (torch, "get_autocast_dtype", lambda kind: get("cpu" if kind == "meta" else kind)),
-        ):
-            patched.enter_context(mock.patch.object(holder, name, value))
+
+    def enabled(device):
+        return torch.is_autocast_enabled("cpu")
+
+    with (
+        replaced(module, autocast_enabled=enabled),
+        replaced(half_weights, autocast_enabled=enabled),
+        replaced(torch, get_autocast_dtype=lambda kind: get("cpu" if kind == "meta" else kind)),
+    ):
         yield
 
 

@@ -57,7 +57,7 @@ def checks_of(task: Task) -> Iterator[tuple[list[Result], str]]:
     try:
         for name in task.names:
             started = time.perf_counter()
-            check = Check(name, task.case, task.dtype, task.device, task.impl, problems)
+            check = Check(name, task.case, task.dtype, task.device, task.impl, problems=problems)
             if _too_large(task):
                 check.add("-", True, f"needs {task.case.gib:g} GiB of free GPU memory")
                 check.results[-1].verdict = "skip"

@@ -1,6 +1,6 @@
 """`sparc-kernels verify`: check every operator and a whole training step against the float64 reference.
 
-Shapes, dtypes and processes are set here; comparisons and criteria in `checks.py` and `judge.py`.
+Shapes, dtypes and processes are set here; comparisons in `checks/`, criteria in `judge.py`.
 """
 
 from __future__ import annotations
@@ -121,6 +121,7 @@ def run_checks(
     quick: bool = False,
     filter: str | None = None,
     interpret: bool = False,
+    *,
     jobs: int | None = None,
     on_done: Callable[[list[Result], int, int], None] | None = None,
 ) -> list[Result]:
@@ -206,6 +207,7 @@ def compile_checks(
     arch: int,
     quick: bool = False,
     filter: str | None = None,
+    *,
     jobs: int | None = None,
     on_done: Callable[[int, int], None] | None = None,
     adversarial_sets: bool = False,
@@ -331,7 +333,7 @@ def run(args: argparse.Namespace) -> int:
         return 2
     table = _Table(sys.stderr if args.json == "-" else sys.stdout, args.verbose)
     record = _Record(args, environment(device), started)
-    table.header(record.found["environment"], args)
+    table.header(record.head["environment"], args)
     if device.type == "cuda" and HAS_TRITON and args.impl != "torch":
         table.compiled(compile_checks(capability(device), args.quick, args.filter, on_done=table.progress("kernels")))
     table.names()
@@ -340,7 +342,7 @@ def run(args: argparse.Namespace) -> int:
         record.add(results)  # written before it is printed
         table.done(results, number, total)
 
-    results = run_checks(*plan_args, args.jobs, on_done=done)
+    results = run_checks(*plan_args, jobs=args.jobs, on_done=done)
     table.footer(results, time.perf_counter() - started)
     record.end(results)
     return 0 if all(r.passed for r in results) else 1
@@ -354,7 +356,8 @@ def _run_compile(args: argparse.Namespace) -> int:
     arch = ARCHS[args.arch] if args.arch else capability(torch.device("cuda"))
     table = _Table(sys.stdout, args.verbose)
     try:
-        done = compile_checks(arch, args.quick, args.filter, args.jobs, table.progress("kernels"), args.adversarial)
+        how = {"jobs": args.jobs, "on_done": table.progress("kernels"), "adversarial_sets": args.adversarial}
+        done = compile_checks(arch, args.quick, args.filter, **how)
     except (ValueError, RuntimeError, re.error) as error:
         print(f"verify: {error}", file=sys.stderr)
         return 2
@@ -375,10 +378,11 @@ def _run_adversarial(args: argparse.Namespace) -> int:
     providers += adversarial.peers(device)
     output = _Table(sys.stderr if args.json == "-" else sys.stdout, args.verbose)
     record = _Record(args, environment(device), started)
-    output.header(record.found["environment"], args, adversarial.HEADER)
+    output.header(record.head["environment"], args, adversarial.HEADER)
     arch = capability(device)
     if device.type == "cuda" and HAS_TRITON and args.impl != "torch":
-        output.compiled(compile_checks(arch, args.quick, args.filter, args.jobs, output.progress("kernels"), True))
+        how = {"jobs": args.jobs, "on_done": output.progress("kernels"), "adversarial_sets": True}
+        output.compiled(compile_checks(arch, args.quick, args.filter, **how))
     plan = adversarial.plan_of("interpret" if args.interpret else device.type, args.quick, arch)
     outcomes = adversarial.run_sets(providers, plan, device, args.filter, on_done=record.add)
     record.end(outcomes)
@@ -418,7 +422,7 @@ class _Record:
         options = {
             name: getattr(args, name) for name in ("device", "impl", "quick", "filter", "interpret", "adversarial")
         }
-        self.found = {"schema": 1, "complete": False, "environment": about, "options": options, "passed": False}
+        self.head = {"schema": 1, "complete": False, "environment": about, "options": options, "passed": False}
 
     def add(self, results: list[Result]) -> None:
         if self.target and self.target != "-":
@@ -429,7 +433,7 @@ class _Record:
         """Write all results, in the order of the cases."""
         if self.target:
             self.rows = [self._row(r) for r in results]
-            self.found.update(complete=True, passed=all(r.passed for r in results))
+            self.head.update(complete=True, passed=all(r.passed for r in results))
             self._write()
 
     @staticmethod
@@ -440,7 +444,7 @@ class _Record:
         return json.dumps({name: plain(x) for name, x in asdict(result).items()}, allow_nan=False)
 
     def _write(self) -> None:
-        head = json.dumps(self.found | {"seconds": round(time.perf_counter() - self.started, 1)}, indent=1)
+        head = json.dumps(self.head | {"seconds": round(time.perf_counter() - self.started, 1)}, indent=1)
         rows = ",\n  ".join(self.rows)
         text = f'{head.removesuffix("}").rstrip()},\n "results": [\n  {rows}\n ]\n}}\n'
         if self.target == "-":

@@ -76,7 +76,7 @@ def _frequency(n, k, dtype, g):
     ])  # fmt: skip
 
 
-def _near(value: float, ulp: float, steps: int, n, k, dtype, g):
+def _near(n, k, dtype, g, *, value: float, ulp: float, steps: int):
     return _steps(g, n, value, value + steps * ulp, steps)
 
 
@@ -219,8 +219,8 @@ SETS = [
     Set("many inf", "more +inf than k", _many_infinities),
     Set("-inf", "fewer finite numbers than k", _minus_infinity),
     Set("frequency", "latents in order of use, LiteTopK", _frequency),
-    Set("near 100", "100 to 100.25, LiteTopK", partial(_near, 100.0, 2.0**-17, 2**15)),
-    Set("one value", "distinct in fp32, one in bf16", partial(_near, 1.0, 2.0**-23, 2**14)),
+    Set("near 100", "100 to 100.25, LiteTopK", partial(_near, value=100.0, ulp=2.0**-17, steps=2**15)),
+    Set("one value", "distinct in fp32, one in bf16", partial(_near, value=1.0, ulp=2.0**-23, steps=2**14)),
     Set("last bit", "differ in the last bit", _last_bit),
     Set("equal", "all columns equal", _equal),
     Set("one a group", "one huge value in each group", _one_a_group),

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from functools import partial
-from unittest import mock
 
 import torch
 
-from ...nn.module import AlignedSAE
-from ...nn.optimizer import SparcAdam
-from ...ops import selection
-from ...train.step import Step
-from .checks import encode_topk, generic, judge_encode, reference_step
-from .judge import BF16, F64, Check, Problem, Tensor, margin_problem
+from ....nn.module import AlignedSAE
+from ....nn.optimizer import SparcAdam
+from ....ops import selection
+from ....ops.encode import encode_topk
+from ....train.step import Step
+from ...replaced import replaced
+from ...trace import counted_launches
+from ..judge import BF16, F64, Check, Tensor
+from ..problems import Problem, generic, margin_problem
+from .encode import judge_encode
+from .training import reference_step
 
 LR, DECAY, BETAS, EPS = 1e-3, 0.01, (0.9, 0.999), 1e-8
 DEAD_STEPS = 10
@@ -45,7 +47,7 @@ def _of_stream(model, s: str) -> list[Tensor]:
 
 def _reset(model, p: Problem) -> None:
     for s in model.streams:
-        getattr(model, f"stats_last_nonzero_{s}").copy_(torch.where(p.quiet, DEAD_STEPS + 5, 3))
+        getattr(model, f"stats_last_nonzero_{s}").copy_(torch.where(p.inactive, DEAD_STEPS + 5, 3))
 
 
 def _autocast(check: Check):
@@ -66,22 +68,11 @@ def _same(check: Check, what: str, ours: list[Tensor], theirs: list[Tensor]) -> 
     check.add(what, same, "exact" if same else "other bits")
 
 
-class _Counted:
-    """A kernel that counts its launches."""
-
-    def __init__(self, kernel):
-        self.kernel, self.launches = kernel, 0
-
-    def __getitem__(self, grid):
-        self.launches += 1
-        return self.kernel[grid]
-
-
 # ------------------------------------------------------------------------------------------------------ the encoder's
 
 
-def _beside(check: Check) -> None:
-    """Two logit buffers, the selector on a side stream beside the GEMM of the next rows."""
+def judge_two_buffers(check: Check) -> None:
+    """Judge two logit buffers, the selector on a side stream beside the GEMM of the next rows."""
     p, rows_per_chunk, buffers = check.problem(generic), selection.rows_per_chunk, []
 
     def recorded(*args):
@@ -92,33 +83,34 @@ def _beside(check: Check) -> None:
         with torch.no_grad():
             return encode_topk(*p.encoder, check.case.k, "global", check.impl)[0]
 
-    with mock.patch.object(selection, "rows_per_chunk", recorded):
+    with replaced(selection, rows_per_chunk=recorded):
         judge_encode(check, topk_type="global")
         first = indices()
         _same(check, "10 runs", [first] * 10, [indices() for _ in range(10)])
     check.add("two buffers", set(buffers) == {2}, f"buffers: {buffers}")
-    with mock.patch.object(selection, "rows_per_chunk", lambda rows, row_bytes, block_m, tiles=0: rows_per_chunk(
-        rows, row_bytes, block_m, 0
-    )):  # fmt: skip
+    with replaced(
+        selection, rows_per_chunk=lambda rows, row_bytes, block_m, _: rows_per_chunk(rows, row_bytes, block_m)
+    ):
         _same(check, "one buffer", [first], [indices()])
 
 
 @contextmanager
 def _by_library(check: Check):
     """Assert that the library's GEMM is taken, by the launches of the kernel for its maxima."""
-    counted = _Counted(selection._row_maxima_kernel)
-    with mock.patch.object(selection, "_row_maxima_kernel", counted):
+    with counted_launches() as counts:
         yield
-    check.add("by library", counted.launches > 0, f"{counted.launches} passes over logits that a library made")
+    passes = counts[f"{selection.__name__}:_row_maxima_kernel"]
+    check.add("by library", passes > 0, f"{passes} passes over logits that a library made")
 
 
-def _library(check: Check) -> None:
+def judge_library_gemm(check: Check) -> None:
+    """Judge selections from logits that a library made."""
     with _by_library(check):
         judge_encode(check, topk_type="global")
 
 
-def _autocast_step(check: Check) -> None:
-    """Loss and weight gradients under autocast equal those of a bfloat16 model bit for bit; joint cast where wide."""
+def judge_autocast(check: Check) -> None:
+    """Judge autocast: loss and weight gradients equal those of a bfloat16 model bit for bit; joint cast where wide."""
     p = check.problem(margin_problem)
     wide = check.device.type == "cuda" and selection.encode_by_library(check.case.B, sum(check.case.dims), 2, False)
     (model, inputs), (half, half_inputs) = _model(check, p.to(BF16), check.dtype), _model(check, p.to(BF16), BF16)
@@ -165,8 +157,8 @@ def _rows(tensors: list[Tensor]) -> list[Tensor]:
     return [t.t() if i == 1 else t for i, t in enumerate(tensors)]
 
 
-def _clipping(check: Check) -> None:
-    """Two steps of SparcAdam that clip by the norm of all gradients."""
+def judge_clipping(check: Check) -> None:
+    """Judge two steps of SparcAdam that clip by the norm of all gradients."""
     p = check.problem(margin_problem)
     model, _ = _model(check, p, auxk=False)
     adam = SparcAdam(model, LR, BETAS, EPS, DECAY, max_grad_norm=0.25, impl=check.impl)
@@ -195,9 +187,11 @@ def _clipping(check: Check) -> None:
         check.compare(name, *three)
 
 
-def _scaled(check: Check) -> None:
-    """Steps with the attributes that torch.amp.GradScaler sets: the same bits as unscaled, since the scale is a power
-    of two, and no step if `found_inf` is set."""
+def judge_scaled_gradients(check: Check) -> None:
+    """Judge steps with the attributes that torch.amp.GradScaler sets.
+
+    The same bits as unscaled, since the scale is a power of two, and no step if `found_inf` is set.
+    """
     p, final_params, scale = check.problem(margin_problem), [], 2.0**8
     found_inf = torch.zeros((), device=check.device)
     for factor in (1.0, scale):
@@ -215,8 +209,13 @@ def _scaled(check: Check) -> None:
     _same(check, "infinity", final_params[1], [q.detach() for q in model.parameters()])
 
 
-def _direct(check: Check, topk_type: str) -> None:
-    """`training_step` with AuxK: moments by the reference's gradients, weights by Adam from these moments."""
+def judge_training_step(check: Check, topk_type: str) -> None:
+    """Judge `training_step` with AuxK: moments by the reference's gradients, weights by Adam from these moments.
+
+    Args:
+        check: gives the case; takes the results.
+        topk_type: "global" or "local".
+    """
     c, p = check.case, check.problem(margin_problem)
     model, inputs = _model(check, p, topk_type=topk_type)
     with torch.no_grad():
@@ -228,7 +227,7 @@ def _direct(check: Check, topk_type: str) -> None:
     adam = SparcAdam(model, LR, BETAS, EPS, DECAY, normalize="before", impl=check.impl)
     loss, _ = model.training_step(inputs, adam)
     (truth, grads), (own, own_grads) = (
-        reference_step(q, c, outputs.indices, aux, dead, 1.0) for q in (p.to(F64), check.own(p))
+        reference_step(q, c, outputs.indices, aux, dead, scale=1.0) for q in (p.to(F64), check.own(p))
     )
     check.compare("loss", loss, truth["averages"][-1], own["averages"][-1])
     S = len(c.dims)
@@ -252,8 +251,8 @@ def _direct(check: Check, topk_type: str) -> None:
             check.compare(f"{what}[{s}]", ours[i], *moved)
 
 
-def _shadow(check: Check) -> None:
-    """Half precision weights kept by the step under autocast: the same bits as casting in every step."""
+def judge_half_weights(check: Check) -> None:
+    """Judge half precision weights kept by the step under autocast: the same bits as casting in every step."""
     p, final_params = check.problem(margin_problem), []
     for shadow in (None, BF16):
         model, inputs = _model(check, p)
@@ -271,8 +270,13 @@ def _shadow(check: Check) -> None:
 # --------------------------------------------------------------------------------------------- bits, memory, host syncs
 
 
-def _again(check: Check, topk_type: str) -> None:
-    """The same bits in every run, also with fresh memory filled with NaN."""
+def judge_again(check: Check, topk_type: str) -> None:
+    """Judge that every run gives the same bits, also with fresh memory filled with NaN.
+
+    Args:
+        check: gives the case; takes the results.
+        topk_type: "global" or "local".
+    """
     p = check.problem(margin_problem)
     (model, inputs), scale = _model(check, p, topk_type=topk_type), 2.0**8
     first = _gradients(model, p, inputs, scale)
@@ -291,8 +295,13 @@ def _again(check: Check, topk_type: str) -> None:
 FORMS = {"fp32": {}, "autocast": {"bf16": True}, "without gradients": {"bf16": True, "gradient_free": True}}
 
 
-def _captured(check: Check, form: str) -> None:
-    """30 steps replayed from a CUDA graph against eager ones, with re-initialisation at step 20: bit for bit."""
+def judge_graph(check: Check, form: str) -> None:
+    """Judge 30 steps replayed from a CUDA graph by eager ones, with re-initialisation at step 20: bit for bit.
+
+    Args:
+        check: gives the case; takes the results.
+        form: key of FORMS.
+    """
     p, how, final_states = check.problem(margin_problem), FORMS[form], []
     for graph in (False, True):
         model, inputs = _model(check, p)
@@ -313,8 +322,8 @@ def _captured(check: Check, form: str) -> None:
     _same(check, "as eager", *final_states)
 
 
-def _no_waits(check: Check) -> None:
-    """After a warm-up no operation synchronises with the device; torch would raise."""
+def judge_no_waits(check: Check) -> None:
+    """Judge that after a warm-up no operation synchronises with the device; torch would raise."""
     p = check.problem(margin_problem)
     model, inputs = _model(check, p)
     adam = SparcAdam(model, LR, impl=check.impl)
@@ -330,20 +339,3 @@ def _no_waits(check: Check) -> None:
         finally:
             torch.cuda.set_sync_debug_mode("default") if cuda else None
     check.add("no waits", True, "exact")
-
-
-# name, its word in Case.ops, function
-ROUTES: list[tuple[str, str, Callable[[Check], None]]] = [
-    ("two buffers", "beside", _beside),
-    ("library GEMM", "library", _library),
-    ("autocast", "autocast", _autocast_step),
-    ("clipping", "clip", _clipping),
-    ("scaled gradients", "scaled", _scaled),
-    ("direct global", "direct", partial(_direct, topk_type="global")),
-    ("direct local", "direct", partial(_direct, topk_type="local")),
-    ("half weights", "shadow", _shadow),
-    ("again global", "again", partial(_again, topk_type="global")),
-    ("again local", "again", partial(_again, topk_type="local")),
-    *((f"graph {form}"[:18], "graph", partial(_captured, form=form)) for form in FORMS),
-    ("no waits", "waits", _no_waits),
-]

@@ -1,0 +1,86 @@
+"""Checks of the optimizer's step of one stream, from gradients and from the lists of the latents."""
+
+from __future__ import annotations
+
+import torch
+
+from .... import reference
+from ....core.numerics import acc_dtype
+from ....ops.adam import BEFORE, PLAIN, adam_stream_
+from ....ops.inverse_index import inverse_index
+from ....ops.latent_adam import latent_adam_
+from ..judge import F64, Check
+from ..problems import cotangent, random_latents
+
+ADAM = (0.9, 0.99, 1e-8)  # betas and eps
+# as `adam_scalars_` writes them: step size, 1 / sqrt(correction), decay, scale, go
+SCALARS = (0.01, 1.5, 0.999, 0.5, 1.0)
+
+
+def _adam_reference(w, g, m, v, unit: bool):
+    """One step of Adam in plain PyTorch, in the dtype of the tensors; `unit`: official normalisation and projection."""
+    (beta1, beta2, eps), (step_size, correction, keep, scale, _) = ADAM, SCALARS
+    g = g * scale
+    if unit:
+        w = w / (w.norm(dim=1, keepdim=True) + 1e-8)
+        g = g - (w * g).sum(1, keepdim=True) * w
+    m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+    return w * keep - step_size * m / (v.sqrt() * correction + eps), m, v
+
+
+def _adam_tensors(check: Check, *shapes):
+    """Weights and gradients in the check's dtype, moments in the accumulator's."""
+
+    def normal(shape):
+        return torch.randn(shape, generator=check.generator, device=check.device)
+
+    acc = acc_dtype(check.dtype)
+    weights, grads = ([normal(shape).to(check.dtype) for shape in shapes] for _ in range(2))
+    return weights, grads, [normal(s).to(acc) for s in shapes], [normal(s).square().add(0.1).to(acc) for s in shapes]
+
+
+def judge_adam(check: Check) -> None:
+    """Judge SparcAdam's step of one stream in the official order, from gradients in memory."""
+    c, d = check.case, check.case.dims[0]
+    tensors = _adam_tensors(check, (c.N, d), (c.N, d), (d,), (c.N,))
+    before = [[t.clone() for t in group] for group in tensors]
+    params, grads, exp_avgs, exp_avg_sqs = tensors
+    scalars = torch.tensor([SCALARS] * 4, device=check.device, dtype=acc_dtype(check.dtype))
+    adam_stream_(params, grads, exp_avgs, exp_avg_sqs, scalars, BEFORE, *ADAM, check.resolved)
+    for i, name in enumerate(("w_enc", "w_dec", "pre_bias", "latent_bias")):
+        of = [[group[i].to(dtype) for group in before] for dtype in (F64, check.own_dtype)]
+        truth, own = (_adam_reference(*four, unit=i == 1) for four in of)
+        ours = params[i], exp_avgs[i], exp_avg_sqs[i]
+        for part, *three in zip(("", " exp_avg", " exp_avg_sq"), ours, truth, own, strict=True):
+            check.compare(name + part, *three)
+
+
+def judge_latent_adam(check: Check) -> None:
+    """Judge the same step from latent lists, for an encoder with its latent bias and for a decoder."""
+    c, d, S = check.case, check.case.dims[0], len(check.case.dims)
+    inverse = inverse_index(indices := random_latents(check), c.N)
+    acc = acc_dtype(check.dtype)
+    coef = cotangent(check, (S, c.B, c.k))
+    mat = torch.randn(S, c.B, d, generator=check.generator, device=check.device).to(check.dtype)
+    (w, b), _, (m, b_m), (v, b_v) = _adam_tensors(check, (c.N, d), (c.N,))
+    scalars = torch.tensor(SCALARS, device=check.device, dtype=acc)
+
+    def dense(dtype, unit):
+        codes = [reference.codes(indices, x.to(dtype), c.N) for x in coef]
+        rows, sums = sum(a.T @ x.to(dtype) for a, x in zip(codes, mat, strict=True)), sum(codes).sum(0)
+        ours = _adam_reference(w.to(dtype), rows, m.to(dtype), v.to(dtype), unit)
+        bias = () if unit else _adam_reference(b.to(dtype), sums, b_m.to(dtype), b_v.to(dtype), False)
+        return [*ours, *bias, *(() if unit else (sums @ w.to(dtype),))]
+
+    for unit, name in ((False, "encoder"), (True, "decoder")):
+        updated = [t.clone() for t in (w, m, v)]
+        bias = [] if unit else [t.clone() for t in (b, b_m, b_v)]
+        lists, mode = [*inverse, coef, None, None, mat], BEFORE if unit else PLAIN
+        dpre_bias_sum = latent_adam_(
+            *updated, None, bias, scalars, scalars, lists, c.k, [], 0, mode, *ADAM, check.resolved,
+        )  # fmt: skip
+        parts = ("", " exp_avg", " exp_avg_sq", " bias", " bias exp_avg", " bias exp_avg_sq", " for pre_bias")
+        ours = [*updated, *bias, *(() if unit else (dpre_bias_sum,))]
+        truth, own = dense(F64, unit), dense(check.own_dtype, unit)
+        for part, *three in zip(parts[: len(ours)], ours, truth, own, strict=True):
+            check.compare(name + part, *three)
