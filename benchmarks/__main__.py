@@ -16,14 +16,11 @@ import os
 import re
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 from sparc_kernels.core.console import ends_with_its_pipe
-
-try:
-    from tqdm import tqdm
-except ImportError:  # an extra
-    tqdm = None
+from sparc_kernels.core.progress import terminal_bar
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -100,7 +97,7 @@ def main(argv=None) -> int:
         device, args.quick, args.minutes, args.filter, args.official, args.threads or os.cpu_count() or 1, args.seed,
         args.tiny, tuple(args.sweep or ()), args.seconds, args.resume, args.patience, args.clock,
     )  # fmt: skip
-    run = runner.Run(options, args.out or _default_file(device), _say)
+    run = runner.Run(options, args.out or _default_file(device), partial(print, flush=True))
     if args.begin:
         run.save()
         return 0
@@ -116,20 +113,15 @@ def main(argv=None) -> int:
         return 2
     gc.freeze()  # collecting between groups would look through everything imported
     atexit.register(gc.unfreeze)  # or libraries call it leaked
-    if tqdm is None:
-        data = run.go()
-    else:
-        with tqdm(total=len(groups), unit="group", disable=None, dynamic_ncols=True) as bar:
+    if bar := terminal_bar(len(groups), unit="group"):
+        run.say = bar.write  # above it
+        with bar:
             data = run.go(bar.update)
+    else:
+        data = run.go()
     print("\n" + report.terminal(data))
     print(f"{data['seconds']:.0f} s; {run.out}")
     return 0 if old is None else _verdicts(args, old, data)
-
-
-def _say(text: str) -> None:
-    """A line above the bar, where there is one."""
-    (tqdm.write if tqdm else print)(text.replace("\n", " "))
-    sys.stdout.flush()
 
 
 def _default_file(device: str) -> Path:

@@ -46,7 +46,6 @@ class Job:
     gradient_bytes: int = 0  # of the gradients that the peak counts
     captured_peak: int | None = None  # bytes, where a measurement around the run cannot see them (CUDA graphs)
     host_ms: dict[str, float] = field(default_factory=dict)  # CUDA: of the host, to launch each phase
-    close: Callable[[], Any] = lambda: None
 
     def of_modes(self) -> dict[str, tuple[str, ...]]:
         """Phases by mode, as far as this job has them."""

@@ -210,7 +210,7 @@ def test_a_run_goes_on_where_it_was_cut(tmp_path, monkeypatch):
     cut["results"] = [r for r in cut["results"] if r["provider"] == "ours"]
     stamp = cut["results"][0]["median_ms"]
     cut.update(
-        active={"group": "training, batch, float32", "provider": "reference, eager", "until": 0}, died="signal 9"
+        active={"group": "training, batch, float32", "providers": [p.name for p in made], "until": 0}, died="signal 9"
     )
     out = tmp_path / "cut.json"
     record.save(out, cut)
@@ -372,7 +372,7 @@ def test_a_known_gpu_is_given_the_time_of_its_model(tmp_path, monkeypatch):
     assert [(p["provider"], p["mode"]) for p in rec["profiles"]] == [
         ("ours", "full"), ("ours, training_step", "step")
     ]  # fmt: skip
-    for p, op in zip(rec["profiles"], (cost.step(case), cost.direct_step(case)), strict=True):
+    for p, op in zip(rec["profiles"], (cost.step(case), cost.step(case, direct=True)), strict=True):
         model = p["modelled"]
         assert p["reason"] is None
         assert model["gpu"] == "H200" and model["modelled_ms"] == pytest.approx(1e3 * op.seconds(gpu), rel=1e-4)
@@ -384,7 +384,7 @@ def test_a_known_gpu_is_given_the_time_of_its_model(tmp_path, monkeypatch):
 
 def test_every_operation_of_the_model_is_set_beside_an_operator():
     shapes = [c.cost_shape(t) for c in cases.CASES.values() for t in ("float32", "bfloat16 autocast")]
-    names = {op.name.split(" (")[0] for s in shapes for op in (*cost.step_ops(s), *cost.direct_ops(s))}
+    names = {op.name.split(" (")[0] for s in shapes for how in (False, True) for op in cost.ops_of(s, how).values()}
     assert names == set(modelled.DOING)
     assert {name for some in modelled.DOING.values() for name in some} <= {*OPERATORS, "torch"}
 
@@ -781,9 +781,7 @@ def test_models_of_what_is_timed_exist_for_every_case():
     """Fractions of the roofline need one; on the data sheet's GPU and on rates that a run measured."""
     for c in cases.CASES.values():
         for p in providers.own():
-            op = (
-                p.model(c.cost_shape("bfloat16" if "bfloat16" in p.dtypes else "float32", **p.how)) if p.model else None
-            )
+            op = p.model(c.cost_shape("bfloat16" if "bfloat16" in p.dtypes else "float32")) if p.model else None
             if op is not None:
                 assert modelled.roofline_seconds(op, cost.GPUS["H200"]) > 0
             assert op is not None or p.name not in ("ours", "GEMM", "copy") or p.op in ("encode", "decode")
@@ -808,7 +806,7 @@ def test_tensors_are_seeded_unit_norm_and_exact_in_bfloat16(kind):
     for _ in range(2):
         outputs = model(x)
         assert not any(map(torch.equal, model.buffers(), start)), "the forward moves counters"
-        one.reset(model, model.parameters())
+        one.reset(model)
         assert all(map(torch.equal, model.buffers(), start))
     assert outputs.indices.shape == (48, 16)
     assert one.counters.gt(1000).sum() == 50
@@ -948,4 +946,4 @@ def test_pytest_benchmark_runs_the_same_cases(tmp_path):
 def test_ours_is_the_package():
     problem = cases.Problem(cases.TINY["batch"], "cpu")
     assert isinstance(problem.model(torch.float32), AlignedSAE)
-    assert problem.model(torch.float32).encoders["s0"].weight.data_ptr() == problem.tensors.w_encs[0].data_ptr()
+    assert torch.equal(problem.model(torch.float32).encoders["s0"].weight, problem.tensors.w_encs[0])

@@ -439,34 +439,9 @@ def ops_of(s: Shape, direct: bool = False) -> dict[str, Op]:
     return {op.name: op for op in ops if op.parts}
 
 
-def step_ops(s: Shape) -> list[Op]:
-    """List the ops of `step`."""
-    return list(ops_of(s).values())
-
-
-def direct_ops(s: Shape) -> list[Op]:
-    """List the ops of `direct_step`."""
-    return list(ops_of(s, direct=True).values())
-
-
-def step(s: Shape) -> Op:
-    """Model forward, losses and backward, without an optimizer."""
-    return total("step", step_ops(s))
-
-
-def direct_step(s: Shape) -> Op:
-    """Model `AlignedSAE.training_step`, which updates weights from lists, without writing gradients."""
-    return total("training_step", direct_ops(s))
-
-
-def direct_update(s: Shape) -> Op:
-    """Model the update of `direct_step`: latent sums, projection and Adam of both matrices of every stream, biases."""
-    return ops_of(s, direct=True)["update without gradients"]
-
-
-def dense_gradient_step(s: Shape) -> Op:
-    """Model forward, loss, backward, and SparcAdam from their gradients."""
-    return total("step + SparcAdam", [step(s), sparc_adam(s)])
+def step(s: Shape, direct: bool = False) -> Op:
+    """Model forward, losses and backward, without an optimizer; `direct`: `AlignedSAE.training_step`."""
+    return total("training_step" if direct else "step", ops_of(s, direct).values())
 
 
 def roofline_seconds(s: Shape, gpu: GPU) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import wraps
@@ -92,11 +93,10 @@ class Op:
 
     def bound(self, gpu: GPU) -> str:
         """Return the limit with the largest share of the time: HBM, L2, FLOPs, instructions or launches."""
-        seconds = {"launches": 0.0}
+        seconds = Counter(launches=0.0)
         for part in self.parts:
-            for name, share in part.shares(gpu).items():
-                seconds[name] = seconds.get(name, 0.0) + share
-        return max(seconds, key=seconds.get)
+            seconds.update(part.shares(gpu))
+        return max(seconds, key=seconds.__getitem__)
 
 
 def of_gpu(made):
