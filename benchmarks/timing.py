@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.profiler import ProfilerActivity
+from torch.autograd import profiler
 
 from sparc_kernels.core.gpu_timer import event_ms, flush_buffer, host_ms
 
@@ -214,9 +214,9 @@ class Timer:
 
 def _peak_on_cpu(run: Callable[[], Any], held: int) -> tuple[int, int]:
     """(most bytes at one time, bytes left) of one call, when `held` were there before."""
-    with quiet_stderr(), torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+    with quiet_stderr(), profiler.profile(use_kineto=True, profile_memory=True) as prof:
         run()
-    events = prof.profiler.kineto_results.events()
+    events = prof.kineto_results.events()
     changes = sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(events) if e.name() == "[memory]")
     levels = np.cumsum([held, *(change for *_, change in changes)])
     return int(levels.max()), int(levels[-1])
@@ -242,8 +242,8 @@ def profile(job: Job, cuda: bool, mode: str = "full", calls: int = 3) -> tuple[l
     """
     run = job.of_mode(mode)
     run()
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with quiet_stderr(), torch.profiler.profile(activities=activities) as prof:
+    # torch.profiler, which wraps this, first imports inductor: seconds of a run that has minutes
+    with quiet_stderr(), profiler.profile(use_kineto=True, use_device="cuda" if cuda else None) as prof:
         for _ in range(calls):
             run()
         if cuda:
@@ -259,7 +259,7 @@ def profile(job: Job, cuda: bool, mode: str = "full", calls: int = 3) -> tuple[l
         for child in event.cpu_children:
             visit(child, operator)
 
-    for event in prof.events():
+    for event in prof.function_events:
         if "CUDA" in str(event.device_type):
             kernel = kernels[event.name[:120]]
             kernel[0] += event.self_device_time_total
