@@ -310,8 +310,8 @@ class Run:
 
     def _warm(self, one: _Ready, peaks: bool = True) -> _Ready:
         started = time.time()
-        # a CPU is warm by now; on CUDA before the peak, which does not count an optimizer's state
-        one.single = self.timer.once(one.job) if self.cuda else 0.0
+        # on CUDA before the peak, which does not count an optimizer's state; a CPU is warm by now
+        one.single = self.timer.once(one.job) if self.cuda or not peaks else 0.0
         one.peaks = self.timer.peaks(one.job) if peaks else {}
         one.single = one.single or time.time() - started
         return one

@@ -23,6 +23,7 @@ from torch.autograd import profiler
 from sparc_kernels.core.gpu_timer import event_ms, flush_buffer, host_ms
 
 MIB = 2**20
+FLUSH_BYTES = 64 * MIB  # of a CPU: more than most last level caches
 QUIET = 0.06  # share of the cores that others may have in a quiet round
 FEW = 0.3  # noise, relative, of a row with one or two executions
 METHOD = 1  # raised when times of one version may not be compared with another's
@@ -131,8 +132,7 @@ class Timer:
         self.cuda, self.patience = device.type == "cuda", patience
         self.own_clock = clock == "cpu" and not self.cuda
         self.now = time.process_time if self.own_clock else time.perf_counter
-        # on a CPU more than most last level caches
-        self._flush = flush_buffer(device) if self.cuda else torch.empty(64 * MIB, dtype=torch.int8)
+        self._flush = flush_buffer(device) if self.cuda else torch.empty(FLUSH_BYTES, dtype=torch.int8)
 
     def sync(self) -> None:
         if self.cuda:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import importlib.util
 import io
 import json
@@ -60,6 +61,18 @@ class MultiStreamSparseAutoencoder(AlignedSAE):
 @pytest.fixture(autouse=True)
 def _plain_memory(poisoned_memory):
     torch.use_deterministic_algorithms(False)  # inductor and torch.empty of ceilings: nothing is left unwritten here
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick():
+    """No test needs a cold cache, nor a collection through all that was imported."""
+    import torch._dynamo  # as the first optimizer does
+
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "FLUSH_BYTES", 1)
+        yield
+    gc.unfreeze()
 
 
 def provider(name: str, op: str = "training") -> Provider:
