@@ -66,7 +66,7 @@ def _plain_memory(poisoned_memory):
 @pytest.fixture(scope="module", autouse=True)
 def _quick():
     """No test needs a cold cache, nor a collection through all that was imported."""
-    import torch._dynamo  # as the first optimizer does
+    import torch._dynamo  # noqa: F401  as the first optimizer does
 
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
