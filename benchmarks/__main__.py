@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import warnings
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--minutes", type=float, help="time limit (default 20, with --quick 1.5); what no longer fits is skipped")
     add("--out", type=Path, metavar="FILE.json", help="default benchmarks/results/<device>_<date>_<commit>.json")
     add("--official", type=Path, metavar="PATH", help="a clone of github.com/AtlasAnalyticsLab/SPARC")
-    add("--sweep", action="append", choices=("N", "B", "k", "S", "d"), help="only these of the scaling sweeps")
+    add("--sweep", dest="sweeps", action="append", choices=[*"NBkSd"], help="only these of the scaling sweeps")
     add("--threads", type=int, help="of torch on the CPU (default: all cores)")
     add("--seed", type=int, default=0)
     add(
@@ -93,10 +94,8 @@ def main(argv=None) -> int:
         return 2
     if args.begin and device == "cpu":
         args.tiny, args.threads = True, 1
-    options = runner.Options(
-        device, args.quick, args.minutes, args.filter, args.official, args.threads or os.cpu_count() or 1, args.seed,
-        args.tiny, tuple(args.sweep or ()), args.seconds, args.resume, args.patience, args.clock,
-    )  # fmt: skip
+    args.device, args.threads = device, args.threads or os.cpu_count() or 1
+    options = runner.Options(**{field.name: getattr(args, field.name) for field in fields(runner.Options)})
     run = runner.Run(options, args.out or _default_file(device), partial(print, flush=True))
     if args.begin:
         run.save()

@@ -15,7 +15,7 @@ from sparc_kernels.core.console import ends_with_its_pipe
 from sparc_kernels.core.validation import missing
 
 from . import record
-from .record import MIB, ROOT, case_of, load_of, ms, ok, where, widths_of
+from .record import MIB, ROOT, case_of, key_beside, load_of, ms, ok, where, widths_of
 
 GREY = "#808890"
 # colours of middle lightness, told apart by colour-blind readers too; ours is the strongest
@@ -96,8 +96,8 @@ def speedup(data: dict, plt):
     """Bars: each provider's forward + loss + backward over ours in the same precision; None without any."""
     bars = []
     for r in ok(data, op="training", mode="full", provider="ours", sweep=""):
-        same = {name: r[name] for name in ("op", "case", "data", "dtype", "mode")}
-        others = [(x["provider"], x["median_ms"] / r["median_ms"]) for x in ok(data, **same) if x["provider"] != "ours"]
+        rows = [x for x in ok(data, **key_beside(r)) if x["provider"] != "ours"]
+        others = [(x["provider"], x["median_ms"] / r["median_ms"]) for x in rows]
         if others:
             bars.append((f"{case_of(r)}\n{r['dtype']}, N {r['shape']['N']:,}, B {r['shape']['B']:,}", others))
     if not bars:

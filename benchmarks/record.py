@@ -47,6 +47,11 @@ def key(row: dict) -> tuple[str, ...]:
     return tuple(row[name] for name in KEY)
 
 
+def key_beside(row: dict) -> dict:
+    """What rows of other providers beside this one have in common with it."""
+    return {name: row[name] for name in KEY if name != "provider"}
+
+
 def of_provider(data: dict, group, provider: str) -> list[dict]:
     """The rows of one provider in a `plan.Group`."""
     mine = (group.op, group.case.name, group.case.data, provider, group.dtype)

@@ -10,7 +10,7 @@ import re
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -75,11 +75,7 @@ class Run:
             "schema": record.SCHEMA, "complete": False, "stopped": "still running, or killed",
             "started": environment.now(), "finished": None, "seconds": None,
             "deadline": int(self.started + 60 * o.minutes),
-            "settings": {
-                "device": o.device, "threads": o.threads, "seed": o.seed, "method": METHOD, "quick": o.quick,
-                "tiny": o.tiny, "minutes": o.minutes, "filter": o.filter, "official": o.official is not None,
-                "sweeps": list(o.sweeps), "patience": o.patience, "clock": o.clock,
-            },
+            "settings": {**asdict(o), "method": METHOD, "official": o.official is not None, "sweeps": o.sweeps or []},
             "environment": environment.environment(o.device, o.threads), "providers": providers, "active": None,
             "roofline": None, "results": [], "profiles": [], "groups": [],
         }  # fmt: skip
