@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+import warm_process
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -21,7 +18,6 @@ from sparc_kernels.core import _triton
 from sparc_kernels.tools.cost import CASES, GPUS, dense, gpus, ours, report, step_seconds, total
 from sparc_kernels.tools.shape import ITEMSIZE, Shape, parse_shape
 
-ROOT = Path(__file__).resolve().parents[2]
 H200 = GPUS["H200"]
 # operators that launch nothing: views, allocations, numbers of the host
 NO_KERNEL = {
@@ -533,8 +529,7 @@ def test_without_triton(tmp_path):
         "import sys; sys.modules['triton'] = None; from sparc_kernels.cli import main; "
         f"sys.exit(main(['cost', '--gpu', 'A100', '--json', {str(tmp_path / 'all.json')!r}]))"
     )
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+    done = warm_process.run("-c", code)
     assert done.returncode == 0, done.stderr
     made = json.loads((tmp_path / "all.json").read_text())
     assert len(made["shapes"]) == len(CASES) and made["claims"][0]["case"] == "A"

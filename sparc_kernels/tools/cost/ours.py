@@ -36,12 +36,7 @@ MOMENT = 4  # bytes of one of Adam's moments
 
 
 def kernel_unit(s: Shape, tf32: bool) -> str:
-    """Return the unit of `tl.dot`.
-
-    Args:
-        s: gives dtype and architecture.
-        tf32: whether float32 may be computed in tf32.
-    """
+    """Return the unit of `tl.dot`, where float32 may be computed in tf32 or not."""
     precision = dot_precision(s.arch, tf32)
     return s.dtype if s.dtype != "float32" else "float32" if precision == "ieee" else precision
 
@@ -215,12 +210,7 @@ def _losses(s: Shape, d: int, n: int, present: int) -> Iterator[Part]:
 
 
 def route(s: Shape, d: int) -> tuple[bool, int]:
-    """Return whether a decoder's gradient is computed through H, and how many columns at a time.
-
-    Args:
-        s: shape of the step.
-        d: width of the decoder.
-    """
+    """Return whether the gradient of a decoder of width d is computed through H, and how many columns at a time."""
     return route_of(s.S, s.M, s.B, s.k, d, getattr(torch, s.dtype), s.arch)
 
 

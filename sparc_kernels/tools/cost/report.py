@@ -24,24 +24,12 @@ PASS, DECODE = ("losses + dv",), ("losses + dv", "dW_dec")  # ops whose share of
 
 
 def over_gemm(op: Op, s: Shape, gpu: GPU) -> float:
-    """Return the time of encode + TopK as a multiple of the bare library GEMM's.
-
-    Args:
-        op: one of the variants of selection.
-        s: its shape.
-        gpu: that runs it.
-    """
+    """Return the time of a variant of selection as a multiple of the bare library GEMM's."""
     return op.seconds(gpu) / ours.gemm(s).seconds(gpu)
 
 
 def gather_share(s: Shape, gpu: GPU, names: tuple[str, ...]) -> float:
-    """Return the share of ops' time that L2 needs for the rows they gather.
-
-    Args:
-        s: shape of the step.
-        gpu: that runs it.
-        names: of the ops; they gather decoder rows, and errors where these are read per list entry.
-    """
+    """Return the share of the named ops' time that L2 needs for what they gather: decoder rows, errors of entries."""
     op = total("", [ours.ops_of(s)[name] for name in names])
     return sum(p.reuse.used for p in op.parts) / gpu.bytes_per_s("L2") / op.seconds(gpu)
 
@@ -185,10 +173,6 @@ def bytes_per_parameter(op: Op, s: Shape) -> float:
     """Return an optimizer's bytes a parameter: weights, gradients and moments.
 
     Half precision copies and data of the batch do not count.
-
-    Args:
-        op: the optimizer.
-        s: shape of the step.
     """
     if any(p.reuse.used for p in op.parts):  # computed from lists, without gradients
         return float(2 * ours.parameter_bytes(s) + 4 * ours.MOMENT)
