@@ -110,6 +110,8 @@ def main(argv=None) -> int:
     if not groups:
         print(f"benchmarks: error: --filter: nothing matches {args.filter!r}", file=sys.stderr)
         return 2
+    import torch._dynamo  # as the first optimizer does
+
     gc.freeze()  # collecting between groups would look through everything imported
     atexit.register(gc.unfreeze)  # or libraries call it leaked
     if bar := terminal_bar(len(groups), unit="group"):
