@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -234,7 +235,7 @@ class Run:
     def _built(self, p: Provider, truth: Truth, dtype: str, verdict: Verdict | None, at: dict | None = None) -> _Ready:
         """Built and executed once; verified unless it was at the twin."""
         job = p.build(self.context, truth.problem, dtype)
-        self.timer.once(job, ("optimizer",))
+        self.timer.once(job, "full")
         if p.check is not None and verdict is None:
             verdict = judge(*p.check(truth, dtype, job.result()), dtype, at)
         job.reset()
@@ -336,7 +337,7 @@ class Run:
         n = max(3, min(500, int(0.5 / max(one.single, 1e-5))))
         whole = [mode for mode in one.job.of_modes() if mode in ("full", "step")] or ["forward"]
         return {
-            mode: self.monitor.joules(one.job.of_mode(mode), n, self.timer.sync)
+            mode: self.monitor.joules(partial(one.job.again, mode), n, self.timer.sync)
             for mode in whole if n * one.single <= self.left / 10
         }  # fmt: skip
 

@@ -57,17 +57,17 @@ def test_provider(benchmark, request, problems, case, provider, dtype):
     problem, truth = problems(case)
     benchmark.group = f"{provider.op}, {case.name}, {dtype}"
     job = provider.build(context, problem, dtype)
-    TIMER.once(job, ("optimizer",))
+    TIMER.once(job, "full")
     if provider.check is not None:
         verdict = judge(*provider.check(truth, dtype, job.result()), dtype)
         assert verdict.verified, verdict.reason
         benchmark.extra_info["verification"] = verdict.as_dict()
     benchmark.extra_info.update(provider=provider.what, shape=case.as_dict())
 
-    without = () if "step" in job.modes else ("optimizer",)  # what is a step and nothing else is timed whole
+    mode = "step" if "step" in job.modes else "full"  # what is a step and nothing else is timed whole
 
     def run():
-        job.execute(without)
+        job.execute(mode)
         TIMER.sync()
 
     def setup():

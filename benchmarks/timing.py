@@ -53,15 +53,15 @@ class Job:
         whole = [mode for mode, phases in MODES.items() if set(phases) <= set(self.phases)]
         return {mode: MODES[mode] for mode in self.modes or whole}
 
-    def execute(self, without: tuple[str, ...] = ()) -> None:
-        for name, run in self.phases.items():
-            if name not in without:
-                run()
+    def execute(self, mode: str) -> None:
+        """The phases of one mode, as far as there are any."""
+        for name in MODES[mode]:
+            if name in self.phases:
+                self.phases[name]()
 
-    def of_mode(self, mode: str) -> Callable[[], None]:
-        """Resets and executes the phases of one mode."""
-        without = tuple(set(self.phases) - set(MODES[mode]))
-        return lambda: (self.reset(), self.execute(without))
+    def again(self, mode: str) -> None:
+        self.reset()
+        self.execute(mode)
 
 
 @dataclass
@@ -138,11 +138,10 @@ class Timer:
         if self.cuda:
             torch.cuda.synchronize()
 
-    def once(self, job: Job, without: tuple[str, ...] = ()) -> float:
+    def once(self, job: Job, mode: str = "step") -> float:
         """Seconds of one synchronised execution, reset included; its result is kept."""
         started = time.perf_counter()
-        job.reset()
-        job.execute(without)
+        job.again(mode)
         self.sync()
         return time.perf_counter() - started
 
@@ -240,12 +239,11 @@ def profile(job: Job, cuda: bool, mode: str = "full", calls: int = 3) -> tuple[l
 
     Device time and kernels on CUDA, host time and no kernels on a CPU.
     """
-    run = job.of_mode(mode)
-    run()
+    job.again(mode)
     # torch.profiler, which wraps this, first imports inductor: seconds of a run that has minutes
     with quiet_stderr(), profiler.profile(use_kineto=True, use_device="cuda" if cuda else None) as prof:
         for _ in range(calls):
-            run()
+            job.again(mode)
         if cuda:
             torch.cuda.synchronize()
     parts, kernels = (defaultdict(lambda: [0.0, 0]) for _ in range(2))
