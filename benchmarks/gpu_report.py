@@ -341,28 +341,21 @@ def timing(report: Report, command: list[str]) -> None:
 
 def measure(report: Report, entry: dict, command: list[str]) -> None:
     """Workers, until one ends well, time is up, or two died before they began anything."""
-    died: list[str] = []
+    died, reason = [], None
     idle = entry["workers"] = 0
     while idle < 2 and report.data["deadline"] - time.time() > 3:
         entry["workers"] += 1
         rows = len(report.data["results"])
-        if report.data.get("active"):  # the turn in which the last one died: the next marks it, and needs time to start
-            report.data["active"]["until"] = int(time.time() + START_SECONDS)
         report.save()
         reason = watch(report, start(command))
         report.data = record.load(report.path)
         if reason is None:
             break
+        record.bury(report.data, reason)
         died.append(reason)
-        report.data["died"] = reason
-        idle = 0 if report.data.get("active") or len(report.data["results"]) > rows else idle + 1
+        idle = 0 if len(report.data["results"]) > rows else idle + 1
         print(f"[worker {entry['workers']}] {reason}", flush=True)
-    killed, active = report.data.pop("died", None), report.data.get("active")
-    if active:  # no worker came after the last that died
-        failed = {"name": active["group"], "status": "failed", "reason": f"{', '.join(active['providers'])}: {killed}"}
-        report.data["groups"].append(failed)
-        report.data["active"] = None
-    cut = None if report.data["complete"] else killed or report.data["stopped"]
+    cut = None if report.data["complete"] else reason or report.data["stopped"]
     if report.data["results"]:
         entry.update(status="ran in part" if cut else "ran", reason=cut, died=died)
     else:
@@ -371,7 +364,7 @@ def measure(report: Report, entry: dict, command: list[str]) -> None:
 
 def watch(report: Report, child: subprocess.Popen) -> str | None:
     """Why a worker did not end well; one whose turn takes too long is taken for a hang and stopped."""
-    active = {"group": "its start", "providers": [], "until": time.time() + START_SECONDS}
+    active = {"group": "its start", "rows": [], "until": time.time() + START_SECONDS}
     try:
         while child.poll() is None:
             time.sleep(0.3)
@@ -379,7 +372,7 @@ def watch(report: Report, child: subprocess.Popen) -> str | None:
             if time.time() > report.data["deadline"] + 5:
                 return "stopped at the time limit"
             if time.time() > active["until"]:
-                turn = ", ".join([active["group"], *active["providers"]])
+                turn = ", ".join([active["group"], *(row["provider"] for row in active["rows"])])
                 return f"no sign of life in {turn}: taken for a hang and stopped"
     finally:
         stop(child)

@@ -52,7 +52,7 @@ class Run:
         self._truth: Truth | None = None
         if options.resume and out.exists():
             self.data = record.load(out)
-            self._bury()
+            record.bury(self.data, "the process ended in it")
         else:
             self.data = self._new()
         self.deadline = self.data["deadline"]
@@ -85,30 +85,22 @@ class Run:
         record.save(self.out, self.data)
 
     def active(self, group: Group, providers: list[Provider], seconds: float) -> None:
-        """What is at work, and until when at most: for gpu_report, and for the next process after a crash."""
-        names, until = [p.name for p in providers], int(time.time() + max(120, seconds))
-        self.data["active"] = {"group": str(group), "providers": names, "until": until}
+        """What is at work, and until when at most: for gpu_report and `record.bury`."""
+        rows, until = [self._row(group, p) for p in providers], int(time.time() + max(120, seconds))
+        self.data["active"] = {"group": str(group), "until": until, "rows": rows}
         self.save()
-
-    def _bury(self) -> None:
-        """After a crash: what was at work is marked and not tried again."""
-        reason = self.data.pop("died", None) or "the process ended in it"
-        active, self.data["active"] = self.data.get("active"), None
-        for group in plan(self.options) if active else ():
-            if str(group) == active["group"]:
-                for p in self._todo(group, [p for p in self.providers if p.name in active["providers"]]):
-                    self._add(group, p, "failed", reason)
 
     @property
     def left(self) -> float:
         return self.deadline - time.time()
 
-    def _add(self, group: Group, p: Provider, status: str, reason: str | None, **known) -> None:
+    def _row(self, group: Group, p: Provider) -> dict:
         c, mode = group.case, MAIN_MODE.get(group.op, "forward")
-        row = record.empty_row(
-            provider=p.name, op=group.op, case=c.name, data=c.data, sweep=c.sweep, shape=c.as_dict(), dtype=group.dtype,
-            status=status, reason=reason, **{"mode": mode, **known},
-        )  # fmt: skip
+        known = {"case": c.name, "data": c.data, "sweep": c.sweep, "shape": c.as_dict()}
+        return record.empty_row(provider=p.name, op=group.op, mode=mode, dtype=group.dtype, **known)
+
+    def _add(self, group: Group, p: Provider, status: str, reason: str | None, **known) -> None:
+        row = {**self._row(group, p), "status": status, "reason": reason, **known}
         self.data["results"].append(row)
         self.save()
         outcome = f"{row['median_ms']:.4g} ms" if status == "ok" else f"{status}: {(reason or '').splitlines()[-1]}"
@@ -116,8 +108,8 @@ class Run:
         self.say(" | ".join(words)[:220])
 
     def _todo(self, group: Group, providers: list[Provider]) -> list[Provider]:
-        """Those of the group's operation without a row in it."""
-        return [p for p in providers if p.op == group.op and not record.of_provider(self.data, group, p.name)]
+        """Those without a row in the group."""
+        return [p for p in providers if not record.of_job(self.data, self._row(group, p))]
 
     def _wanted(self, group: Group, p: Provider, modes) -> list[str]:
         c, search = group.case, self.pattern.search
@@ -263,9 +255,9 @@ class Run:
 
     def _ours_again(self, group: Group, p: Provider, problem: Problem) -> _Ready | None:
         """Ours beside a slow provider, for turns alone: its rows were written earlier."""
-        rows = record.of_provider(self.data, group, "ours")
         ours = [ours for ours in self.providers if (ours.op, ours.name) == (group.op, "ours")]
-        if not (ours and any(r["status"] == "ok" for r in rows) and self.interleaved(group.case.shape)):
+        rows = record.of_job(self.data, self._row(group, ours[0])) if ours else []
+        if not (any(r["status"] == "ok" for r in rows) and self.interleaved(group.case.shape)):
             return None
         try:
             return _Ready(p, ours[0].build(self.context, problem, group.dtype))

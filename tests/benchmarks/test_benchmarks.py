@@ -220,11 +220,11 @@ def test_a_run_goes_on_where_it_was_cut(tmp_path, monkeypatch):
     made = [provider("ours"), provider("reference, eager")]
     first = run(tmp_path, monkeypatch, made, "batch")
     cut = copy.deepcopy(first)
+    rows = {r["provider"]: r for r in cut["results"]}
     cut["results"] = [r for r in cut["results"] if r["provider"] == "ours"]
     stamp = cut["results"][0]["median_ms"]
-    cut.update(
-        active={"group": "training, batch, float32", "providers": [p.name for p in made], "until": 0}, died="signal 9"
-    )
+    empty = [record.empty_row(**{n: rows[p.name][n] for n in (*record.KEY, "shape")}) for p in made]
+    cut["active"] = {"group": "training, batch, float32", "until": 0, "rows": empty}
     out = tmp_path / "cut.json"
     record.save(out, cut)
     options = runner.Options(tiny=True, threads=1, filter="batch", resume=True)
@@ -232,7 +232,7 @@ def test_a_run_goes_on_where_it_was_cut(tmp_path, monkeypatch):
     again = record.load(out)
     assert again["results"][0]["median_ms"] == stamp
     dead = [r for r in again["results"] if r["provider"] == "reference, eager"]
-    assert [(r["status"], r["reason"]) for r in dead] == [("failed", "signal 9")]
+    assert [(r["status"], r["reason"]) for r in dead] == [("failed", "the process ended in it")]
 
 
 def test_a_lost_gpu_ends_the_process_behind_the_row_that_lost_it(tmp_path, monkeypatch):
