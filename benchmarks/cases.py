@@ -194,16 +194,18 @@ class Problem:
 
     def model(self, dtype: torch.dtype) -> AlignedSAE:
         """A new one in training mode; its optimizer takes lr 0, so that every execution computes the same."""
-        c, t = self.case, self.tensors
-        sizes = (c.streams, c.shape.N, c.shape.k, c.shape.auxk or None)
-        with torch.device("meta"):
-            model = AlignedSAE(*sizes, dead_steps_threshold=DEAD_THRESHOLD)
-        for i, s in enumerate(c.streams):
-            model.encoders[s].weight = torch.nn.Parameter(t.w_encs[i].to(dtype, copy=True))
-            model.decoders[s].weight = torch.nn.Parameter(t.w_decs[i].t().to(dtype, copy=True).t())
-            model.pre_biases[s] = torch.nn.Parameter(t.pre_biases[i].to(dtype, copy=True))
-            model.latent_biases[s] = torch.nn.Parameter(t.latent_biases[i].to(dtype, copy=True))
-            setattr(model, f"stats_last_nonzero_{s}", self.counters.clone())
+        c = self.case
+        sizes, how = (c.streams, c.shape.N, c.shape.k, c.shape.auxk or None), {"device": "meta", "dtype": dtype}
+        model = AlignedSAE(*sizes, dead_steps_threshold=DEAD_THRESHOLD, **how)  # draws no weights
+        return self.fill(model.to_empty(device=self.device))
+
+    @torch.no_grad()
+    def fill(self, model):
+        """The problem's weights and counters into an AlignedSAE or the official class, which is returned."""
+        for ps, values in zip(groups(model).values(), self.tensors[1:5], strict=True):
+            for p, value in zip(ps, values, strict=True):
+                p.copy_(value)
+        self.reset(model)
         return model
 
     def reset(self, model) -> None:

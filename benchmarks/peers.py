@@ -117,19 +117,16 @@ def official(sparse: bool):
 
     def build(context: Context, problem: Problem, dtype: str) -> Job:
         module, c = load_official(context.official, kernels=sparse), problem.case
-        kind, t = PRECISIONS[dtype][0], problem.tensors
+        kind = PRECISIONS[dtype][0]
         with torch.device(problem.device):
             model = module.MultiStreamSparseAutoencoder(
                 c.streams, c.shape.N, c.shape.k, auxk=c.shape.auxk or None, dead_steps_threshold=DEAD_THRESHOLD,
                 use_sparse_decoder=sparse,
             ).to(kind)  # fmt: skip
-        with torch.no_grad():
-            for ps, values in zip(groups(model).values(), t[1:5], strict=True):
-                for p, value in zip(ps, values, strict=True):
-                    p.copy_(value)
-            if sparse:  # its kernels need a latent's decoder row contiguous
-                for decoder in model.decoders.values():
-                    decoder.weight.data = decoder.weight.data.t().contiguous().t()
+        problem.fill(model)
+        if sparse:  # its kernels need a latent's decoder row contiguous
+            for decoder in model.decoders.values():
+                decoder.weight.data = decoder.weight.data.t().contiguous().t()
         inputs = problem.inputs(kind)
         adam = torch.optim.Adam(model.parameters(), lr=0.0)
 
@@ -142,7 +139,6 @@ def official(sparse: bool):
                 module.helpers.unit_norm_decoder_grad_adjustment_(model.decoders[s])
             adam.step()
 
-        problem.reset(model)
         return training_job(problem, model, dtype, loss, finish)
 
     return build

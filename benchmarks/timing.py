@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.autograd import profiler
+from torch.profiler import ProfilerActivity
 
 from sparc_kernels.core.gpu_timer import event_ms, flush_buffer, host_ms
 
@@ -213,9 +213,9 @@ class Timer:
 
 def _peak_on_cpu(run: Callable[[], Any], held: int) -> tuple[int, int]:
     """(most bytes at one time, bytes left) of one call, when `held` were there before."""
-    with quiet_stderr(), profiler.profile(use_kineto=True, profile_memory=True) as prof:
+    with quiet_stderr(), torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         run()
-    events = prof.kineto_results.events()
+    events = prof.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), i, e.nbytes()) for i, e in enumerate(events) if e.name() == "[memory]")
     levels = np.cumsum([held, *(change for *_, change in changes)])
     return int(levels.max()), int(levels[-1])
@@ -240,8 +240,8 @@ def profile(job: Job, cuda: bool, mode: str = "full", calls: int = 3) -> tuple[l
     Device time and kernels on CUDA, host time and no kernels on a CPU.
     """
     job.again(mode)
-    # torch.profiler, which wraps this, first imports inductor: seconds of a run that has minutes
-    with quiet_stderr(), profiler.profile(use_kineto=True, use_device="cuda" if cuda else None) as prof:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with quiet_stderr(), torch.profiler.profile(activities=activities) as prof:
         for _ in range(calls):
             job.again(mode)
         if cuda:
@@ -257,7 +257,7 @@ def profile(job: Job, cuda: bool, mode: str = "full", calls: int = 3) -> tuple[l
         for child in event.cpu_children:
             visit(child, operator)
 
-    for event in prof.function_events:
+    for event in prof.events():
         if "CUDA" in str(event.device_type):
             kernel = kernels[event.name[:120]]
             kernel[0] += event.self_device_time_total

@@ -958,5 +958,8 @@ def test_pytest_benchmark_runs_the_same_cases(tmp_path, monkeypatch):
 
 def test_ours_is_the_package():
     problem = cases.Problem(cases.TINY["batch"], "cpu")
-    assert isinstance(problem.model(torch.float32), AlignedSAE)
-    assert torch.equal(problem.model(torch.float32).encoders["s0"].weight, problem.tensors.w_encs[0])
+    model = problem.model(torch.float32)
+    assert isinstance(model, AlignedSAE)
+    assert torch.equal(model.encoders["s0"].weight, problem.tensors.w_encs[0])
+    assert torch.equal(model.decoders["s0"].weight, problem.tensors.w_decs[0])
+    assert model.decoders["s0"].weight.stride(0) == 1, "a latent's weights lie side by side"

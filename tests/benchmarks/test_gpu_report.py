@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch._dynamo  # noqa: F401  as the first optimizer does: here, and not in every child
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
