@@ -149,10 +149,8 @@ def _answers(nv, handle, questions: dict) -> dict:
 class Monitor:
     """NVML of one GPU while a run lasts. `reason` says why where there is none; then every answer is None."""
 
-    def __init__(self, uuid: str | None = None, absent: str | None = None):
-        self.nv, self.reason = None, absent
-        if absent:
-            return
+    def __init__(self, uuid: str | None = None):
+        self.nv = self.reason = None
         try:
             import pynvml as nv
 

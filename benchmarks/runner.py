@@ -60,7 +60,7 @@ class Run:
         self.sheet = cost.gpu_of_device(about["device_name"]) if self.cuda else None
         if self.sheet:
             self.data["roofline"] = modelled.sheet_of(self.sheet)
-        self.monitor = environment.Monitor((about["gpu"] or {}).get("uuid"), None if self.cuda else environment.NO_NVML)
+        self.monitor = environment.Monitor(about["gpu"]["uuid"]) if self.cuda else None
 
     # ------------------------------------------------------------------------------------------------------- the record
 
@@ -307,7 +307,7 @@ class Run:
 
     def _rows(self, group: Group, one: _Ready, interleaved: bool, beside: _Ready | None) -> None:
         energy, verdict, host = self._energy(one), one.verdict, one.job.host_ms
-        clocks = self.monitor.clocks()
+        clocks = self.monitor.clocks() if self.monitor else None
         for mode, phases in one.job.of_modes().items():
             if not self._wanted(group, one.provider, [mode]):
                 continue
@@ -324,7 +324,7 @@ class Run:
 
     def _energy(self, one: _Ready) -> dict[str, float | None]:
         """Joules of one execution by mode, over half a second of executions: too long for --quick."""
-        if self.options.quick:
+        if self.options.quick or not self.monitor:
             return {}
         n = max(3, min(500, int(0.5 / max(one.single, 1e-5))))
         whole = [mode for mode in one.job.of_modes() if mode in ("full", "step")] or ["forward"]
