@@ -16,14 +16,12 @@ import os
 import re
 import sys
 import warnings
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 from sparc_kernels.core.console import ends_with_its_pipe
-
-try:
-    from tqdm import tqdm
-except ImportError:  # an extra
-    tqdm = None
+from sparc_kernels.core.progress import terminal_bar
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -37,7 +35,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--minutes", type=float, help="time limit (default 20, with --quick 1.5); what no longer fits is skipped")
     add("--out", type=Path, metavar="FILE.json", help="default benchmarks/results/<device>_<date>_<commit>.json")
     add("--official", type=Path, metavar="PATH", help="a clone of github.com/AtlasAnalyticsLab/SPARC")
-    add("--sweep", action="append", choices=("N", "B", "k", "S", "d"), help="only these of the scaling sweeps")
+    add("--sweep", dest="sweeps", action="append", choices=[*"NBkSd"], help="only these of the scaling sweeps")
     add("--threads", type=int, help="of torch on the CPU (default: all cores)")
     add("--seed", type=int, default=0)
     add(
@@ -96,11 +94,9 @@ def main(argv=None) -> int:
         return 2
     if args.begin and device == "cpu":
         args.tiny, args.threads = True, 1
-    options = runner.Options(
-        device, args.quick, args.minutes, args.filter, args.official, args.threads or os.cpu_count() or 1, args.seed,
-        args.tiny, tuple(args.sweep or ()), args.seconds, args.resume, args.patience, args.clock,
-    )  # fmt: skip
-    run = runner.Run(options, args.out or _default_file(device), _say)
+    args.device, args.threads = device, args.threads or os.cpu_count() or 1
+    options = runner.Options(**{field.name: getattr(args, field.name) for field in fields(runner.Options)})
+    run = runner.Run(options, args.out or _default_file(device), partial(print, flush=True))
     if args.begin:
         run.save()
         return 0
@@ -114,22 +110,19 @@ def main(argv=None) -> int:
     if not groups:
         print(f"benchmarks: error: --filter: nothing matches {args.filter!r}", file=sys.stderr)
         return 2
+    import torch._dynamo  # as the first optimizer does
+
     gc.freeze()  # collecting between groups would look through everything imported
     atexit.register(gc.unfreeze)  # or libraries call it leaked
-    if tqdm is None:
-        data = run.go()
-    else:
-        with tqdm(total=len(groups), unit="group", disable=None, dynamic_ncols=True) as bar:
+    if bar := terminal_bar(len(groups), unit="group"):
+        run.say = bar.write  # above it
+        with bar:
             data = run.go(bar.update)
+    else:
+        data = run.go()
     print("\n" + report.terminal(data))
     print(f"{data['seconds']:.0f} s; {run.out}")
     return 0 if old is None else _verdicts(args, old, data)
-
-
-def _say(text: str) -> None:
-    """A line above the bar, where there is one."""
-    (tqdm.write if tqdm else print)(text.replace("\n", " "))
-    sys.stdout.flush()
 
 
 def _default_file(device: str) -> Path:

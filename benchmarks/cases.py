@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
-from sparc_kernels import AlignedSAE, SparcAdam, reference
+from sparc_kernels import AlignedSAE, reference
 from sparc_kernels.tools import cost
 
 from . import data as data_
@@ -36,27 +37,20 @@ class Case:
 
     name: str
     shape: cost.Shape
-    what: str = ""
-    data: str = "gaussian"  # or "real": `benchmarks.data`
+    data: str = "gaussian"  # or "real": a key of `benchmarks.data.KINDS`
     sweep: str = ""
 
     @property
     def streams(self) -> dict[str, int]:
         return {f"s{i}": d for i, d in enumerate(self.shape.d_streams)}
 
-    def cost_shape(self, dtype: str, **how) -> cost.Shape:
-        """The cost model's shape of a row in one of PRECISIONS."""
-        plain = {"tf32": False, "autocast": False, "compiled": False}
-        return replace(self.shape, **{**plain, **PRECISIONS[dtype][3], **how})
+    def cost_shape(self, dtype: str, gpu: cost.GPU | None = None) -> cost.Shape:
+        """The cost model's shape of a row in one of PRECISIONS, with the launch settings of a GPU."""
+        return replace(self.shape, **PRECISIONS[dtype][3], **({"arch": gpu.arch} if gpu else {}))
 
     def as_dict(self) -> dict:
         s = self.shape
         return {"B": s.B, "N": s.N, "k": s.k, "d_streams": list(s.d_streams), "auxk": s.auxk, "dead": s.dead}
-
-    def __str__(self):
-        s = self.shape
-        aux = f", auxk {s.auxk} of {s.dead} dead" if s.auxk else ""
-        return f"{self.name}: B {s.B:,}, N {s.N:,}, k {s.k}, d {'/'.join(map(str, s.d_streams))}{aux}"
 
 
 def _shape(B: int, N: int, k: int, *widths: int, auxk: int = 0) -> cost.Shape:
@@ -67,28 +61,27 @@ def _shape(B: int, N: int, k: int, *widths: int, auxk: int = 0) -> cost.Shape:
 CASES = {
     case.name: case
     for case in (
-        Case("open-images", _shape(256, 8192, 64, 1024, 768, 768, auxk=64),
-             "official Open Images: DINOv2 L, CLIP-L image and text"),
-        Case("coco", _shape(256, 8192, 64, 768, 512, 512, auxk=64), "official COCO: DINOv2 B, CLIP-B image and text"),
-        Case("open-images-32k", _shape(256, 32768, 64, 1024, 768, 768, auxk=64), "the same, four times the latents"),
-        Case("open-images-32k-B1024", _shape(1024, 32768, 64, 1024, 768, 768, auxk=64), "and four times the rows"),
-        Case("batch", cost.CASES["B"], "a batch that fills a GPU"),
-        Case("giant", cost.CASES["C"], "DINOv2 giant with both SigLIP so400m towers"),
-        Case("openai", _shape(16384, 32768, 32, 768), "OpenAI's GPT-2 autoencoder"),
-        Case("sparsify", _shape(16384, 131072, 192, 4096), "sparsify's command for Llama"),
-        Case("crosscoder", _shape(4096, 65536, 100, *[2304] * 2), "a crosscoder of two layers"),
-        Case("crosscoder-8", cost.CASES["D"], "a crosscoder over eight layers"),
-        Case("bionemo-21k", _shape(4096, 21504, 32, 2688), "BioNeMo's smallest published shape"),
-        Case("bionemo-86k", _shape(4096, 86016, 32, 2688), "its next"),
-        Case("stress", _shape(4096, 344064, 32, 2688), "its large one"),
-        Case("stress-1M", cost.CASES["E"], "its largest"),
-        Case("flexsae", _shape(2048, 65536, 64, 2304), "FlexSAE's published shape; rows as in its example"),
-        Case("flash-sae", _shape(1024, 65536, 64, 4096), "flash-sae's published shape"),
-        Case("FlashSAE", _shape(4096, 131072, 128, 4096), "FlashSAE's published shape"),
+        Case("open-images", _shape(256, 8192, 64, 1024, 768, 768, auxk=64)),  # official: DINOv2 L, CLIP-L image, text
+        Case("coco", _shape(256, 8192, 64, 768, 512, 512, auxk=64)),  # official: DINOv2 B, CLIP-B image and text
+        Case("open-images-32k", _shape(256, 32768, 64, 1024, 768, 768, auxk=64)),
+        Case("open-images-32k-B1024", _shape(1024, 32768, 64, 1024, 768, 768, auxk=64)),
+        Case("batch", cost.CASES["B"]),  # fills a GPU
+        Case("giant", cost.CASES["C"]),  # DINOv2 giant with both SigLIP so400m towers
+        Case("openai", _shape(16384, 32768, 32, 768)),  # OpenAI's GPT-2 autoencoder
+        Case("sparsify", _shape(16384, 131072, 192, 4096)),  # its command for Llama
+        Case("crosscoder", _shape(4096, 65536, 100, *[2304] * 2)),  # of two layers
+        Case("crosscoder-8", cost.CASES["D"]),  # of eight
+        Case("bionemo-21k", _shape(4096, 21504, 32, 2688)),  # BioNeMo's published shapes, the smallest
+        Case("bionemo-86k", _shape(4096, 86016, 32, 2688)),
+        Case("stress", _shape(4096, 344064, 32, 2688)),
+        Case("stress-1M", cost.CASES["E"]),  # to the largest
+        Case("flexsae", _shape(2048, 65536, 64, 2304)),  # published; rows as in its example
+        Case("flash-sae", _shape(1024, 65536, 64, 4096)),  # published
+        Case("FlashSAE", _shape(4096, 131072, 128, 4096)),  # published
     )
-}  # fmt: skip
+}
 # a quarter of the official widths and latents, for a CPU
-SMALL = Case("small", _shape(64, 2048, 32, 256, 192, 192, auxk=32), "a quarter of the official shape")
+SMALL = Case("small", _shape(64, 2048, 32, 256, 192, 192, auxk=32))
 # each keeps what is special about a case; for tests and for gpu_report on a CPU
 TINY = {
     case.name: case
@@ -137,19 +130,15 @@ def sweep(device: str, axis: str) -> list[Case]:
 
 class Problem:
     """The tensors of one case on one device: float32 masters whose values bfloat16 holds exactly, so that every dtype
-    computes the same problem, and models over them. Rows on which float32 could select otherwise are drawn again.
+    computes the same problem. Rows on which float32 could select otherwise are drawn again.
     """
 
     def __init__(self, case: Case, device: str | torch.device, seed: int = 0):
         self.case, self.device, self.seed = case, torch.device(device), seed
-        make = {"gaussian": data_.gaussian, "real": data_.real}[case.data]
-        self.tensors = make(case.shape, self.device, seed)
+        self.tensors = data_.KINDS[case.data](case.shape, self.device, seed)
         self._redraw()
         self.counters = torch.zeros(case.shape.N, dtype=torch.long, device=self.device)
         self.counters[data_.dead_ids(case.shape)] = 10 * DEAD_THRESHOLD
-        self._model: tuple[torch.dtype, AlignedSAE] | None = None
-        self._adams: dict[bool, torch.optim.Optimizer] = {}  # of the model
-        self._kept = [w.t().bfloat16() for w in self.tensors.w_decs]  # exact; the step's unit norm changes the masters
 
     def _redraw(self) -> None:
         """Draws unclear rows again, four times at most."""
@@ -183,18 +172,19 @@ class Problem:
                 near[-1] |= _near(h[:, dead].relu(), s.auxk)
         return torch.cat(near).nonzero()[:, 0]
 
+    @cached_property
     @torch.no_grad()
-    def restore(self) -> None:
-        """The weights as they were before optimizer phases, the present model's too."""
-        model = [d.weight for d in self._model[1].decoders.values()] if self._model else []
-        for weights in (self.tensors.w_decs, model):
-            for w, kept in zip(weights, self._kept, strict=False):
-                w.copy_(kept.t())
-
-    def forget(self) -> None:
-        """Lets go of the model and its optimizer; the masters stay."""
-        self._model = None
-        self._adams.clear()
+    def dead(self) -> list[Tensor] | None:
+        """The masks that AuxK reads: after this batch has moved the counters."""
+        s = self.case.shape
+        if not s.auxk:
+            return None
+        fired = [torch.zeros_like(self.counters, dtype=torch.bool) for _ in range(s.S)]
+        for _, hs in self.preactivations(torch.float64):
+            chosen = sum(hs[1:], hs[0]).topk(s.k).indices
+            for mask, h in zip(fired, hs, strict=True):
+                mask[chosen[h.gather(1, chosen) > 1e-3]] = True
+        return [(self.counters + 1 > DEAD_THRESHOLD) & ~mask for mask in fired]
 
     def xs(self, dtype: torch.dtype) -> list[Tensor]:
         return [x.to(dtype) for x in self.tensors.xs]
@@ -203,34 +193,23 @@ class Problem:
         return dict(zip(self.case.streams, self.xs(dtype), strict=True))
 
     def model(self, dtype: torch.dtype) -> AlignedSAE:
-        """In training mode; one at a time. In float32 its parameters are the masters themselves."""
-        if self._model is None or self._model[0] != dtype:
-            self.forget()
-            c, t = self.case, self.tensors
-            sizes = (c.streams, c.shape.N, c.shape.k, c.shape.auxk or None)
-            with torch.device("meta"):
-                model = AlignedSAE(*sizes, dead_steps_threshold=DEAD_THRESHOLD)
-            for i, s in enumerate(c.streams):
-                model.encoders[s].weight = torch.nn.Parameter(t.w_encs[i].to(dtype))
-                model.decoders[s].weight = torch.nn.Parameter(t.w_decs[i].t().to(dtype).t())
-                model.pre_biases[s] = torch.nn.Parameter(t.pre_biases[i].to(dtype))
-                model.latent_biases[s] = torch.nn.Parameter(t.latent_biases[i].to(dtype))
-                setattr(model, f"stats_last_nonzero_{s}", self.counters.clone())
-            self._model = dtype, model
-        return self._model[1]
+        """A new one in training mode; its optimizer takes lr 0, so that every execution computes the same."""
+        c = self.case
+        sizes, how = (c.streams, c.shape.N, c.shape.k, c.shape.auxk or None), {"device": "meta", "dtype": dtype}
+        model = AlignedSAE(*sizes, dead_steps_threshold=DEAD_THRESHOLD, **how)  # draws no weights
+        return self.fill(model.to_empty(device=self.device))
 
-    def adam(self, ours: bool = False) -> torch.optim.Optimizer:
-        """Of the present model, shared: torch's, fused, or SparcAdam. With lr 0 the weights stay as they are for the
-        next provider (but for unit norm, see `restore`); the work is the same."""
-        if ours not in self._adams:
-            model = self._model[1]
-            self._adams[ours] = SparcAdam(model, 0.0) if ours else torch.optim.Adam(model.parameters(), 0.0, fused=True)
-        return self._adams[ours]
+    @torch.no_grad()
+    def fill(self, model):
+        """The problem's weights and counters into an AlignedSAE or the official class, which is returned."""
+        for ps, values in zip(groups(model).values(), self.tensors[1:5], strict=True):
+            for p, value in zip(ps, values, strict=True):
+                p.copy_(value)
+        self.reset(model)
+        return model
 
-    def reset(self, model, parameters) -> None:
-        """No gradients, counters as at the start: every execution computes the same."""
-        for p in parameters:
-            p.grad = None
+    def reset(self, model) -> None:
+        """Counters as at the start."""
         for s in self.case.streams:
             getattr(model, f"stats_last_nonzero_{s}").copy_(self.counters)
 

@@ -27,7 +27,6 @@ from sparc_kernels.tools import cost
 Tensor = torch.Tensor
 FILE = Path(__file__).with_name("real_statistics.npz")
 ROWS = 768  # of the data that are kept
-KINDS = ("gaussian", "real")
 
 
 class Tensors(NamedTuple):
@@ -123,6 +122,9 @@ def real(s: cost.Shape, device: torch.device, seed: int) -> Tensors:
         bias[dead] -= 1.6 * sample.std() if sample.numel() > 1 else 0
         made.latent_biases.append(rounded(bias))
     return made
+
+
+KINDS = {"gaussian": gaussian, "real": real}
 
 
 def build() -> None:

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from sparc_kernels.core import provenance
@@ -148,10 +149,8 @@ def _answers(nv, handle, questions: dict) -> dict:
 class Monitor:
     """NVML of one GPU while a run lasts. `reason` says why where there is none; then every answer is None."""
 
-    def __init__(self, uuid: str | None = None, absent: str | None = None):
-        self.nv, self.reason = None, absent
-        if absent:
-            return
+    def __init__(self, uuid: str | None = None):
+        self.nv = self.reason = None
         try:
             import pynvml as nv
 
@@ -172,6 +171,18 @@ class Monitor:
         except Exception as error:
             self.reason = f"energy: {error}"
             return None
+
+    def joules(self, run: Callable[[], object], n: int, sync: Callable[[], object]) -> float | None:
+        """Of one of n executions."""
+        sync()
+        before = self.energy_j()
+        if before is None:
+            return None
+        for _ in range(n):
+            run()
+        sync()
+        after = self.energy_j()
+        return (after - before) / n if after and after > before else None
 
     def clocks(self) -> dict | None:
         return _answers(self.nv, self.handle, NOW) if self.nv else None

@@ -49,7 +49,6 @@ CALLS = {  # minutes, sections in their order
     "timing": (5.0, ("compile", "measurements")),
 }
 GOOD = ("ran", "absent", "skipped")
-MAX_WORKERS = 10
 START_SECONDS = 150  # of a process that imports torch and meets the GPU
 
 
@@ -302,14 +301,13 @@ def begin(args: argparse.Namespace) -> dict:
         with output.open("w") as said:
             child = start(suite(args.device, file, args, "--begin"), said)
         try:
-            code = child.wait(timeout=START_SECONDS)
-        except subprocess.TimeoutExpired:
-            code = 124
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=START_SECONDS)
         finally:
             stop(child)
-        if code or not file.exists():
+        if child.returncode or not file.exists():
             said = last_lines(output.read_text(), 8, 1500)
-            raise SystemExit(f"the benchmarks do not start: exit code {code}\n{said}")
+            raise SystemExit(f"the benchmarks do not start: exit code {child.returncode}\n{said}")
         return json.loads(file.read_text())
 
 
@@ -342,29 +340,22 @@ def timing(report: Report, command: list[str]) -> None:
 
 
 def measure(report: Report, entry: dict, command: list[str]) -> None:
-    """Workers, until one ends well, time is up, too many have died, or two died before they began anything."""
-    died: list[str] = []
+    """Workers, until one ends well, time is up, or two died before they began anything."""
+    died, reason = [], None
     idle = entry["workers"] = 0
-    while entry["workers"] < MAX_WORKERS and idle < 2 and report.data["deadline"] - time.time() > 3:
+    while idle < 2 and report.data["deadline"] - time.time() > 3:
         entry["workers"] += 1
         rows = len(report.data["results"])
-        if report.data.get("active"):  # the turn in which the last one died: the next marks it, and needs time to start
-            report.data["active"]["until"] = int(time.time() + START_SECONDS)
         report.save()
         reason = watch(report, start(command))
         report.data = record.load(report.path)
         if reason is None:
             break
+        record.bury(report.data, reason)
         died.append(reason)
-        report.data["died"] = reason
-        idle = 0 if report.data.get("active") or len(report.data["results"]) > rows else idle + 1
+        idle = 0 if len(report.data["results"]) > rows else idle + 1
         print(f"[worker {entry['workers']}] {reason}", flush=True)
-    killed, active = report.data.pop("died", None), report.data.get("active")
-    if active:  # no worker came after the last that died
-        failed = {"name": active["group"], "status": "failed", "reason": f"{active['provider']}: {killed}"}
-        report.data.setdefault("groups", []).append(failed)
-        report.data["active"] = None
-    cut = None if report.data["complete"] else killed or report.data["stopped"]
+    cut = None if report.data["complete"] else reason or report.data["stopped"]
     if report.data["results"]:
         entry.update(status="ran in part" if cut else "ran", reason=cut, died=died)
     else:
@@ -373,7 +364,7 @@ def measure(report: Report, entry: dict, command: list[str]) -> None:
 
 def watch(report: Report, child: subprocess.Popen) -> str | None:
     """Why a worker did not end well; one whose turn takes too long is taken for a hang and stopped."""
-    active = {"group": "its start", "provider": "", "until": time.time() + START_SECONDS}
+    active = {"group": "its start", "rows": [], "until": time.time() + START_SECONDS}
     try:
         while child.poll() is None:
             time.sleep(0.3)
@@ -381,7 +372,7 @@ def watch(report: Report, child: subprocess.Popen) -> str | None:
             if time.time() > report.data["deadline"] + 5:
                 return "stopped at the time limit"
             if time.time() > active["until"]:
-                turn = ", ".join(filter(None, (active["group"], active["provider"])))
+                turn = ", ".join([active["group"], *(row["provider"] for row in active["rows"])])
                 return f"no sign of life in {turn}: taken for a hang and stopped"
     finally:
         stop(child)

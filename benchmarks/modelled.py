@@ -32,16 +32,11 @@ def roofline_seconds(op: cost.Op, gpu: cost.GPU) -> float:
     )  # fmt: skip
 
 
-def shape_of(group: Group, gpu: cost.GPU | None, **how) -> cost.Shape:
-    """The shape of a group's rows with the launch settings of this GPU."""
-    return group.case.cost_shape(group.dtype, **how, **({"arch": gpu.arch} if gpu else {}))
-
-
 def row_fields(group: Group, p: Provider, mode: str, median: float, gpu: cost.GPU | None) -> dict:
     """Fields of a row by the cost model; none for a mode or a provider that it does not know."""
     if p.model is None or mode not in (MAIN_MODE.get(group.op, "forward"), "step"):
         return {}
-    op = p.model(s := shape_of(group, gpu, **p.how))
+    op = p.model(s := group.case.cost_shape(group.dtype, gpu))
     if op is None:
         return {}
     if mode == "step":
@@ -58,12 +53,12 @@ def row_fields(group: Group, p: Provider, mode: str, median: float, gpu: cost.GP
     }  # fmt: skip
 
 
-def profile_ops(ops: list[cost.Op], parts: list[dict], gpu: cost.GPU | None) -> dict | None:
+def profile_ops(ops: dict[str, cost.Op], parts: list[dict], gpu: cost.GPU | None) -> dict | None:
     """The model's operations with the measured time of the operators that do them; None for an unknown device."""
     if gpu is None or gpu.name not in cost.GPUS:
         return None
     measured, shared = {part["name"]: part["ms"] for part in parts}, defaultdict(list)
-    for op in ops:
+    for op in ops.values():
         shared[DOING.get(op.name.split(" (")[0]) or (op.name,)].append(op)
     rows = []
     for doing, some in shared.items():

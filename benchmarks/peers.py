@@ -29,6 +29,7 @@ from .provider import (
     check_training,
     forward_job,
     needs_cuda,
+    torch_adam,
     training_job,
     wide_gemm,
 )
@@ -41,6 +42,17 @@ def _error_of(load: Callable) -> str | None:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def _no_package(module: str, package: str, load: Callable) -> Callable[[Context], str | None]:
+    """Why a package that needs a GPU is absent."""
+
+    def reason(context: Context) -> str | None:
+        if importlib.util.find_spec(module) is None:
+            return f"{package} is not installed (pip install {package})"
+        return needs_cuda(context) or _error_of(load)
+
+    return reason
 
 
 # ------------------------------------------------------------------------------------------------------ official SPARC
@@ -94,18 +106,10 @@ def load_official(root: Path, kernels: bool) -> types.ModuleType:
                 sys.modules[name] = module
 
 
-def no_official(context: Context) -> str | None:
+def no_official(context: Context, kernels: bool = False) -> str | None:
     if context.official is None:
         return "needs --official CLONE of github.com/AtlasAnalyticsLab/SPARC"
-    return _error_of(lambda: load_official(context.official, kernels=False))
-
-
-def no_openai(context: Context) -> str | None:
-    reason = no_official(context) or needs_cuda(context)
-    if reason:
-        return reason
-    reason = _error_of(lambda: load_official(context.official, kernels=True))
-    return f"sparc/kernels.py: {reason}" if reason else None
+    return (needs_cuda(context) if kernels else None) or _error_of(lambda: load_official(context.official, kernels))
 
 
 def official(sparse: bool):
@@ -113,21 +117,18 @@ def official(sparse: bool):
 
     def build(context: Context, problem: Problem, dtype: str) -> Job:
         module, c = load_official(context.official, kernels=sparse), problem.case
-        kind, t = PRECISIONS[dtype][0], problem.tensors
+        kind = PRECISIONS[dtype][0]
         with torch.device(problem.device):
             model = module.MultiStreamSparseAutoencoder(
                 c.streams, c.shape.N, c.shape.k, auxk=c.shape.auxk or None, dead_steps_threshold=DEAD_THRESHOLD,
                 use_sparse_decoder=sparse,
             ).to(kind)  # fmt: skip
-        with torch.no_grad():
-            for ps, values in zip(groups(model).values(), t[1:5], strict=True):
-                for p, value in zip(ps, values, strict=True):
-                    p.copy_(value)
-            if sparse:  # its kernels need a latent's decoder row contiguous
-                for decoder in model.decoders.values():
-                    decoder.weight.data = decoder.weight.data.t().contiguous().t()
+        problem.fill(model)
+        if sparse:  # its kernels need a latent's decoder row contiguous
+            for decoder in model.decoders.values():
+                decoder.weight.data = decoder.weight.data.t().contiguous().t()
         inputs = problem.inputs(kind)
-        adam = functools.cache(lambda: torch.optim.Adam(model.parameters(), lr=0.0))
+        adam = torch.optim.Adam(model.parameters(), lr=0.0)
 
         def loss():
             return model.compute_loss(model(inputs), inputs)[0]
@@ -136,10 +137,9 @@ def official(sparse: bool):
             for s in model.streams:
                 module.helpers.unit_norm_decoder_(model.decoders[s])
                 module.helpers.unit_norm_decoder_grad_adjustment_(model.decoders[s])
-            adam().step()
+            adam.step()
 
-        problem.reset(model, [])
-        return training_job(problem, model, loss, dtype, groups(model), finish)
+        return training_job(problem, model, dtype, loss, finish)
 
     return build
 
@@ -153,12 +153,6 @@ def _sparsify():
         encoder = importlib.import_module("sparsify.fused_encoder")
         utils = importlib.import_module("sparsify.utils")
     return encoder.fused_encoder, utils.decoder_impl
-
-
-def no_sparsify(context: Context) -> str | None:
-    if importlib.util.find_spec("sparsify") is None:
-        return "eai-sparsify is not installed (pip install eai-sparsify)"
-    return needs_cuda(context) or _error_of(_sparsify)
 
 
 def sparsify_fits(case: Case) -> str | None:
@@ -175,8 +169,8 @@ def _sparsify_step(context: Context, problem: Problem, dtype: str) -> Job:
     encode, decode = _sparsify()
     kind, k = PRECISIONS[dtype][0], problem.case.shape.k
     model, (x,) = problem.model(kind), problem.xs(kind)
-    parameters = groups(model)
-    (w_enc,), (w_dec,), (pre_bias,), (latent_bias,) = parameters.values()
+    adam = torch_adam(model)
+    (w_enc,), (w_dec,), (pre_bias,), (latent_bias,) = groups(model).values()
 
     def loss():
         acts, ids, _ = encode(x - pre_bias, w_enc, latent_bias, k, "topk")
@@ -184,22 +178,20 @@ def _sparsify_step(context: Context, problem: Problem, dtype: str) -> Job:
 
     def finish():
         model.unit_norm_decoder_().project_decoder_grad_()
-        problem.adam().step()
+        adam.step()
 
-    return training_job(problem, model, loss, dtype, parameters, finish)
+    return training_job(problem, model, dtype, loss, finish)
 
 
 # ----------------------------------------------------------------------------------------------------------- FlashInfer
 
 
-def no_flashinfer(context: Context) -> str | None:
-    if importlib.util.find_spec("flashinfer") is None:
-        return "flashinfer-python is not installed (pip install flashinfer-python)"
-    return needs_cuda(context) or _error_of(lambda: importlib.import_module("flashinfer").top_k)
+def _top_k() -> Callable:
+    return importlib.import_module("flashinfer").top_k
 
 
 def _flashinfer(context: Context, problem: Problem, dtype: str) -> Job:
-    top_k = importlib.import_module("flashinfer").top_k
+    top_k = _top_k()
     gemm, k = wide_gemm(problem, dtype), problem.case.shape.k
     return forward_job(problem, dtype, lambda: top_k(gemm(), k)[1], lambda ids: ids.long())
 
@@ -213,10 +205,11 @@ def peers() -> list[Provider]:
                  "and under autocast", official(False), check_training, ("float32", "tf32", "bfloat16 autocast"),
                  absent=no_official, model=cost.official_step),
         Provider("official SPARC, OpenAI's kernels", "training", "use_sparse_decoder=True", official(True),
-                 check_training, ("float32",), absent=no_openai, setup_s=8),
+                 check_training, ("float32",), absent=functools.partial(no_official, kernels=True), setup_s=8),
         Provider("sparsify", "training", "eai-sparsify's fused encoder and Triton decoder under our loss",
-                 _sparsify_step, check_training, ("float32", "tf32", "bfloat16"), absent=no_sparsify,
-                 fits=sparsify_fits, setup_s=8),
+                 _sparsify_step, check_training, ("float32", "tf32", "bfloat16"),
+                 absent=_no_package("sparsify", "eai-sparsify", _sparsify), fits=sparsify_fits, setup_s=8),
         Provider("FlashInfer", "select", "one library GEMM over all streams, flashinfer.top_k", _flashinfer,
-                 check_selection, ("float32", "bfloat16", "float16"), absent=no_flashinfer, setup_s=30),
+                 check_selection, ("float32", "bfloat16", "float16"),
+                 absent=_no_package("flashinfer", "flashinfer-python", _top_k), setup_s=30),
     ]  # fmt: skip

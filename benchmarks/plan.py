@@ -19,6 +19,8 @@ def everyone() -> list[Provider]:
 
 @dataclass(frozen=True)
 class Options:
+    """Of the command line, by their names there."""
+
     device: str = "cpu"
     quick: bool = False
     minutes: float = 20.0
@@ -27,7 +29,7 @@ class Options:
     threads: int = 1
     seed: int = 0
     tiny: bool = False  # shapes for tests: the same code in seconds
-    sweeps: tuple[str, ...] = ()
+    sweeps: list[str] | None = None  # None: all that the device and `quick` have
     seconds: float | None = None  # of timing for each provider; None: by device
     resume: bool = False
     patience: float = 0.0  # seconds of waiting for quiet cores

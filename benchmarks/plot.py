@@ -15,7 +15,7 @@ from sparc_kernels.core.console import ends_with_its_pipe
 from sparc_kernels.core.validation import missing
 
 from . import record
-from .record import MIB, ROOT, case_of, load_of, ms, ok, where, widths_of
+from .record import MIB, ROOT, case_of, key_beside, load_of, ms, ok, where, widths_of
 
 GREY = "#808890"
 # colours of middle lightness, told apart by colour-blind readers too; ours is the strongest
@@ -49,16 +49,13 @@ def _finish(fig, data: dict):
     return fig
 
 
-def scaling(data: dict):
+def scaling(data: dict, plt):
     """Time and memory of forward + loss + backward against N, with the modelled roofline of ours; None without a
     series of at least two N."""
     rows = [r for r in ok(data, op="training", mode="full") if r["sweep"] == "N"]
     values = sorted({r["shape"]["N"] for r in rows})
     if len(values) < 2:
         return None
-    plt = _pyplot()
-    from matplotlib.ticker import FixedLocator, NullLocator
-
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4))
     for i, name in enumerate(dict.fromkeys(r["provider"] for r in rows)):
         mine = sorted((r for r in rows if r["provider"] == name), key=lambda r: r["shape"]["N"])
@@ -77,9 +74,8 @@ def scaling(data: dict):
         axis.set(xscale="log", yscale="log", xlabel="latents N")
         axis.set_title(title, loc="left", fontsize=10)
         axis.grid(True, which="major", color=GREY, alpha=0.25, lw=0.6)
-        axis.xaxis.set_major_locator(FixedLocator(values))
-        axis.xaxis.set_minor_locator(NullLocator())
-        axis.xaxis.set_major_formatter(lambda v, _: f"{v / 1024:g}k" if v >= 1024 else f"{v:g}")
+        axis.set_xticks(values, [f"{v / 1024:g}k" if v >= 1024 else f"{v:g}" for v in values])
+        axis.xaxis.set_minor_locator(plt.NullLocator())
         axis.legend(fontsize=8, loc="upper left")
     s = rows[0]["shape"]
     fig.suptitle(
@@ -96,19 +92,16 @@ def _line(axis, rows: list[dict], field: str, unit: float, **style) -> None:
         axis.plot(*zip(*points, strict=True), **style)
 
 
-def speedup(data: dict):
+def speedup(data: dict, plt):
     """Bars: each provider's forward + loss + backward over ours in the same precision; None without any."""
     bars = []
     for r in ok(data, op="training", mode="full", provider="ours", sweep=""):
-        same = {name: r[name] for name in ("op", "case", "data", "dtype", "mode")}
-        others = [(x["provider"], x["median_ms"] / r["median_ms"]) for x in ok(data, **same) if x["provider"] != "ours"]
+        rows = [x for x in ok(data, **key_beside(r)) if x["provider"] != "ours"]
+        others = [(x["provider"], x["median_ms"] / r["median_ms"]) for x in rows]
         if others:
             bars.append((f"{case_of(r)}\n{r['dtype']}, N {r['shape']['N']:,}, B {r['shape']['B']:,}", others))
     if not bars:
         return None
-    plt = _pyplot()
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     count = sum(len(others) for _, others in bars)
     fig, axis = plt.subplots(figsize=(8.5, 1.6 + 0.3 * count + 0.25 * len(bars)))
     y, ticks, seen = 0.0, [], set()
@@ -125,9 +118,9 @@ def speedup(data: dict):
     axis.set_yticks(ticks, [label for label, _ in bars], fontsize=8.5)
     axis.invert_yaxis()
     axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+    axis.xaxis.set_major_locator(plt.LogLocator(10, subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(lambda v, _: f"{v:g}x")
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.xaxis.set_minor_formatter(plt.NullFormatter())
     low, high = axis.get_xlim()
     axis.set_xlim(min(low, 0.9), high * 1.25)
     axis.set_title("Time over ours, forward + loss + backward (ours: the line at 1)", loc="left", fontsize=11)
@@ -138,12 +131,11 @@ def speedup(data: dict):
 PARTS = ("#d95f02", "#1f9e89", "#a06cc8", "#3b8fd6", "#6aa84f", "#e6ab02", "#d066a8", "#7f6a50", "#50a0a8")
 
 
-def breakdown(data: dict):
+def breakdown(data: dict, plt):
     """Where the time of our forward + loss + backward goes, operator by operator; None without a profile."""
     profiles = [p for p in data["profiles"] if p["parts"]]
     if not profiles:
         return None
-    plt = _pyplot()
     fig, axis = plt.subplots(figsize=(9.5, 1.9 + 0.75 * len(profiles)))
     wholes = [sum(part["ms"] for part in p["parts"]) for p in profiles]
     shares = [{part["name"]: 100 * part["ms"] / whole for part in p["parts"]}
@@ -178,17 +170,17 @@ KINDS = {"scaling": scaling, "speedup": speedup, "breakdown": breakdown}
 
 def draw(path: Path, out: Path) -> list[Path]:
     """Writes what the record has data for; returns the files."""
-    data, written = record.load(path), []
+    data, written, plt = record.load(path), [], _pyplot()
     out.mkdir(parents=True, exist_ok=True)
     for kind, make in KINDS.items():
-        fig = make(data)
+        fig = make(data, plt)
         if fig is None:
             continue
         for ending, how in (("png", {"dpi": 130}), ("svg", {"metadata": {"Date": None}})):
             file = out / f"{path.stem}_{kind}.{ending}"
             fig.savefig(file, **how)
             written.append(file)
-        _pyplot().close(fig)
+        plt.close(fig)
     return written
 
 

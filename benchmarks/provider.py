@@ -7,8 +7,8 @@ device's limit).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ import torch
 from sparc_kernels import reference
 from sparc_kernels.tools import cost
 
-from .cases import PRECISIONS, Case, Problem
+from .cases import PRECISIONS, Case, Problem, groups
 from .timing import Job
 from .verification import Truth, distances, library_topk, precision
 
@@ -51,8 +51,7 @@ class Provider:
     # bytes and FLOPs without the optimizer, and of what follows the backward in a step
     model: Callable[[cost.Shape], cost.Op | None] | None = None
     after: Callable[[cost.Shape], list[cost.Op]] = lambda s: [cost.unit_norm(s), cost.adam(s)]
-    ops: Callable[[cost.Shape], list[cost.Op]] | None = None  # of its profile; None: not profiled
-    how: dict = field(default_factory=dict)  # fields of cost.Shape
+    ops: Callable[[cost.Shape], dict[str, cost.Op]] | None = None  # of its profile; None: not profiled
     graph: bool = False
     setup_s: float = 1.0  # before it can be timed, compilation included: on a GPU, at a large shape
 
@@ -64,18 +63,16 @@ class Provider:
 # ---------------------------------------------------------------------------------------------------------------- jobs
 
 
-def training_job(problem: Problem, model, loss: Callable[[], Tensor], dtype: str, parameters: dict, finish) -> Job:
+def training_job(problem: Problem, model, dtype: str, loss: Callable[[], Tensor], finish: Callable) -> Job:
     """The phases of a training step.
 
     Args:
-        problem: resets gradients and counters before each execution.
-        model: whose counters are reset.
-        loss: the forward and the loss.
+        problem: that the model trains on.
+        model: an AlignedSAE or the official class.
         dtype: one of PRECISIONS.
-        parameters: by name, as in `Truth`; verification reads their gradients.
+        loss: the forward and the loss.
         finish: the optimizer's phase.
     """
-    leaves = [p for group in parameters.values() for p in group]
     held: dict = {}
 
     def forward():
@@ -88,13 +85,14 @@ def training_job(problem: Problem, model, loss: Callable[[], Tensor], dtype: str
 
     def reset():
         held.clear()
-        problem.reset(model, leaves)
+        problem.reset(model)
+        model.zero_grad()
 
     def result():
-        return {"loss": held["loss"].detach(), **{name: [p.grad for p in ps] for name, ps in parameters.items()}}
+        return {"loss": held["loss"].detach(), **{n: [p.grad for p in ps] for n, ps in groups(model).items()}}
 
     phases = {"forward": forward, "backward": backward, "optimizer": finish}
-    return Job(phases, reset, result, queued=False, gradient_bytes=size_of(leaves), close=held.clear)
+    return Job(phases, reset, result, queued=False, gradient_bytes=size_of(model.parameters()))
 
 
 def forward_job(problem: Problem, dtype: str, run: Callable, result: Callable = lambda out: out) -> Job:
@@ -105,7 +103,7 @@ def forward_job(problem: Problem, dtype: str, run: Callable, result: Callable = 
         with torch.no_grad(), precision(dtype, problem.device):
             held["out"] = run()
 
-    return Job({"forward": forward}, held.clear, lambda: result(held["out"]), close=held.clear)
+    return Job({"forward": forward}, held.clear, lambda: result(held["out"]))
 
 
 def decode_job(problem: Problem, dtype: str, losses: Callable[..., Tensor]) -> Job:
@@ -127,10 +125,15 @@ def decode_job(problem: Problem, dtype: str, losses: Callable[..., Tensor]) -> J
         return {"loss": held["loss"].detach(), **{name: [p.grad for p in ps] for name, ps in grads.items()}}
 
     phases = {"forward": forward, "backward": lambda: held["loss"].backward()}
-    return Job(phases, reset, result, gradient_bytes=size_of(leaves), close=held.clear)
+    return Job(phases, reset, result, gradient_bytes=size_of(leaves))
 
 
-def size_of(tensors: list[Tensor]) -> int:
+def torch_adam(model) -> torch.optim.Adam:
+    """Torch's, fused."""
+    return torch.optim.Adam(model.parameters(), 0.0, fused=True)
+
+
+def size_of(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
-from sparc_kernels import SparcAdam, decode_nmse, encode_topk, reference
+from sparc_kernels import AlignedSAE, SparcAdam, decode_nmse, encode_topk, reference
 from sparc_kernels.tools import cost
 
 from .cases import PRECISIONS, Problem, groups
@@ -20,6 +23,7 @@ from .provider import (
     encode_operands,
     forward_job,
     needs_cuda,
+    torch_adam,
     training_job,
     wide_gemm,
 )
@@ -31,31 +35,26 @@ Tensor = torch.Tensor
 # --------------------------------------------------------------------------------------------------- the training step
 
 
-def _ours(context: Context, problem: Problem, dtype: str) -> Job:
-    model, inputs = problem.model(PRECISIONS[dtype][0]), problem.inputs(PRECISIONS[dtype][0])
+def _ours(context: Context, problem: Problem, dtype: str, model: AlignedSAE | None = None) -> Job:
+    model, inputs = model or problem.model(PRECISIONS[dtype][0]), problem.inputs(PRECISIONS[dtype][0])
+    adam = SparcAdam(model, 0.0)  # with unit norm and projection
 
     def loss():
         return model.compute_loss(model(inputs), inputs)[0]
 
-    def finish():
-        problem.adam(ours=True).step()  # with unit norm and projection
-
-    return training_job(problem, model, loss, dtype, groups(model), finish)
+    return training_job(problem, model, dtype, loss, adam.step)
 
 
 def _ours_graph(context: Context, problem: Problem, dtype: str) -> Job:
     """Forward, loss and backward in one CUDA graph: warm-up on a side stream, capture, replays."""
-    job = _ours(context, problem, dtype)
-
-    def run():
-        job.execute(("optimizer",))
+    model = problem.model(PRECISIONS[dtype][0])
+    job = _ours(context, problem, dtype, model)
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            job.reset()
-            run()
+            job.again("full")
     torch.cuda.current_stream().wait_stream(side)
     job.reset()
     torch.cuda.synchronize()
@@ -63,19 +62,13 @@ def _ours_graph(context: Context, problem: Problem, dtype: str) -> Job:
     base = torch.cuda.memory_allocated()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
+        job.execute("full")
     peak = torch.cuda.max_memory_allocated() - base
     kept = job.result()  # gradients live in the graph's pool
-    model = problem.model(PRECISIONS[dtype][0])
-
-    def close():
-        job.reset()
-        kept.clear()
-
     phases = {"forward": graph.replay, "backward": lambda: None}
     return Job(
-        phases, lambda: problem.reset(model, []), lambda: kept, ("full",), queued=False,
-        gradient_bytes=job.gradient_bytes, captured_peak=peak, close=close,
+        phases, lambda: problem.reset(model), lambda: kept, ("full",), queued=False,
+        gradient_bytes=job.gradient_bytes, captured_peak=peak,
     )  # fmt: skip
 
 
@@ -91,38 +84,33 @@ def _ours_direct(context: Context, problem: Problem, dtype: str) -> Job:
 
     def reset():
         held.pop("loss", None)
-        problem.reset(model, model.parameters())  # the step refuses gradients that others left
+        problem.reset(model)
 
     reset()
     step()
     share = 1 - adam.param_groups[0]["betas"][0]
     moments = {name: [adam.state[p]["exp_avg"] / share for p in ps] for name, ps in groups(model).items()}
     held["result"] = {"loss": held["loss"], **moments}
-    problem.restore()
-    adam.refresh_shadow()
     phases = {"forward": lambda: None, "backward": lambda: None, "optimizer": step}
-    return Job(phases, reset, lambda: held.pop("result"), ("step",), queued=False, close=held.clear)
+    return Job(phases, reset, lambda: held.pop("result"), ("step",), queued=False)
 
 
 def _reference(compiled: str | None = None):
     def build(context: Context, problem: Problem, dtype: str) -> Job:
         kind, s = PRECISIONS[dtype][0], problem.case.shape
         model, xs = problem.model(kind), problem.xs(kind)
-        parameters = groups(model)
+        parameters, adam, dead = groups(model), torch_adam(model), problem.dead
 
-        def whole(*counters):
-            dead = [c > model.dead_steps_threshold for c in counters] if s.auxk else None
+        def whole():
             return reference.training_loss(xs, *parameters.values(), s.k, auxk_k=s.auxk or None, dead=dead)
 
         if compiled:
             torch._dynamo.reset()
             whole = torch.compile(whole, dynamic=False, mode=None if compiled == "default" else compiled)
-        # the reference keeps no counters: it is given those that the forward of this batch leaves
-        moved = counters_after(model, problem, kind) if s.auxk else []
 
         def loss():
             with library_topk():
-                return whole(*moved)
+                return whole()
 
         @torch.no_grad()
         def finish():
@@ -130,20 +118,11 @@ def _reference(compiled: str | None = None):
                 w = model.decoders[name].weight
                 w.copy_(reference.unit_norm_decoder(w))
                 w.grad.copy_(reference.project_decoder_grad(w, w.grad))
-            problem.adam().step()
+            adam.step()
 
-        return training_job(problem, model, loss, dtype, parameters, finish)
+        return training_job(problem, model, dtype, loss, finish)
 
     return build
-
-
-@torch.no_grad()
-def counters_after(model, problem: Problem, kind: torch.dtype) -> list[Tensor]:
-    """The dead counters as a forward of the batch leaves them."""
-    model(problem.inputs(kind))
-    counters = [getattr(model, f"stats_last_nonzero_{s}").clone() for s in model.streams]
-    problem.reset(model, [])
-    return counters
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
@@ -194,14 +173,13 @@ def _bag_losses(ids, values, weights, biases, xs) -> Tensor:
 
 
 def _optimizer(step):
-    """step: (problem, model, parameters) -> what is timed."""
+    """step: model -> what is timed."""
 
     def build(context: Context, problem: Problem, dtype: str) -> Job:
         model = problem.model(PRECISIONS[dtype][0])
-        parameters = list(model.parameters())
-        for p in parameters:
+        for p in model.parameters():
             p.grad = torch.ones_like(p)
-        return Job({"forward": step(problem, model, parameters)}, close=lambda: problem.reset(model, parameters))
+        return Job({"forward": step(model)})
 
     return build
 
@@ -229,8 +207,8 @@ def _gather(context: Context, problem: Problem, dtype: str) -> Job:
 # ----------------------------------------------------------------------------------------------------------------- all
 
 
-def _dense_step(s: cost.Shape) -> cost.Op | None:
-    return None if s.auxk else cost.dense_step(s)  # the model of the dense step knows no AuxK
+def _dense_step(s: cost.Shape, compiled: bool = False) -> cost.Op | None:
+    return None if s.auxk else cost.dense_step(replace(s, compiled=compiled))  # its model knows no AuxK
 
 
 PLAIN = ("float32", "tf32", "bfloat16", "bfloat16 autocast")
@@ -239,15 +217,16 @@ MAX_AUTOTUNE = "max-autotune-no-cudagraphs"
 
 
 def own() -> list[Provider]:
-    compiled = {"how": {"compiled": True}, "dtypes": PLAIN, "model": _dense_step}
+    compiled = {"dtypes": PLAIN, "model": partial(_dense_step, compiled=True)}
     one_pass = {"after": lambda s: [cost.adam(s)]}  # SparcAdam: all of it in Adam's pass over the parameters
     training = [
         Provider("ours", "training", "AlignedSAE and SparcAdam: Triton on CUDA, torch elsewhere", _ours,
-                 check_training, model=cost.step, ops=cost.step_ops, setup_s=20, **one_pass),
+                 check_training, model=cost.step, ops=cost.ops_of, setup_s=20, **one_pass),
         Provider("ours, CUDA graph", "training", "the same, replayed from a CUDA graph", _ours_graph, check_training,
                  absent=needs_cuda, model=cost.step, graph=True, setup_s=6, **one_pass),
         Provider("ours, training_step", "training", "AlignedSAE.training_step: no gradients in memory", _ours_direct,
-                 check_direct, model=cost.direct_step, after=lambda s: [], ops=cost.direct_ops, setup_s=6),
+                 check_direct, model=partial(cost.step, direct=True), after=lambda s: [],
+                 ops=partial(cost.ops_of, direct=True), setup_s=6),
         Provider("reference, eager", "training", "the reference with torch.topk, torch's fused Adam", _reference(),
                  check_training, PLAIN, model=_dense_step),
         Provider("reference, compiled", "training", "the same under torch.compile", _reference("default"),
@@ -278,12 +257,11 @@ def own() -> list[Provider]:
         Provider(name, "optimizer", what, _optimizer(step), None, ("float32",), model=model)
         for name, what, step, model in (
             ("unit norm, projection", "AlignedSAE's",
-             lambda problem, model, ps: lambda: model.unit_norm_decoder_().project_decoder_grad_(),
-             cost.unit_norm),
-            ("SparcAdam", "all of it in one pass", lambda problem, model, ps: problem.adam(ours=True).step, None),
-            ("Adam, fused", "torch's", lambda problem, model, ps: problem.adam().step, cost.adam),
+             lambda model: lambda: model.unit_norm_decoder_().project_decoder_grad_(), cost.unit_norm),
+            ("SparcAdam", "all of it in one pass", lambda model: SparcAdam(model, 0.0).step, None),
+            ("Adam, fused", "torch's", lambda model: torch_adam(model).step, cost.adam),
             ("Adam, foreach", "torch's default",
-             lambda problem, model, ps: torch.optim.Adam(ps, lr=0.0, eps=1e-8, foreach=True).step, cost.adam),
+             lambda model: torch.optim.Adam(model.parameters(), 0.0, foreach=True).step, cost.adam),
         )
     ]  # fmt: skip
     return [*training, *parts[:7], *optimizers, *parts[7:]]

@@ -47,10 +47,22 @@ def key(row: dict) -> tuple[str, ...]:
     return tuple(row[name] for name in KEY)
 
 
-def of_provider(data: dict, group, provider: str) -> list[dict]:
-    """The rows of one provider in a `plan.Group`."""
-    mine = (group.op, group.case.name, group.case.data, provider, group.dtype)
-    return [r for r in data["results"] if (r["op"], r["case"], r["data"], r["provider"], r["dtype"]) == mine]
+def key_beside(row: dict) -> dict:
+    """What rows of other providers beside this one have in common with it."""
+    return {name: row[name] for name in KEY if name != "provider"}
+
+
+def of_job(data: dict, row: dict) -> list[dict]:
+    """The rows of all modes of what a row is of."""
+    return [r for r in data["results"] if all(r[name] == row[name] for name in KEY if name != "mode")]
+
+
+def bury(data: dict, reason: str) -> None:
+    """Marks what was at work when its process ended, so that the next does not try it again."""
+    active, data["active"] = data.get("active"), None
+    for row in active["rows"] if active else ():
+        if not of_job(data, row):
+            data["results"].append({**row, "status": "failed", "reason": reason})
 
 
 def empty_row(**known) -> dict:

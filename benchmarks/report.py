@@ -17,7 +17,7 @@ from pathlib import Path
 from sparc_kernels.core.console import ends_with_its_pipe
 
 from . import record
-from .record import RESULTS, ROOT, case_of, load_of, mib, ms, ok, where, widths_of
+from .record import RESULTS, ROOT, case_of, key_beside, load_of, mib, ms, ok, where, widths_of
 
 BEGIN, END = "<!-- made by `python -m benchmarks.report`: begin -->", "<!-- end -->"
 
@@ -136,16 +136,12 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
                       *("| " + " | ".join(cells) + " |" for cells in rows)])  # fmt: skip
 
 
-def _of_step(data: dict, sweep: bool = False) -> tuple[list[dict], list[str]]:
-    """Our rows of forward, loss and backward, and the peers beside them."""
-    rows = [r for r in ok(data, op="training", mode="full", provider="ours") if bool(r["sweep"]) == sweep]
-    return rows, [p for p in PEERS if any(_beside(data, r, p) for r in rows)]
-
-
-def _beside(data: dict, row: dict, provider: str) -> dict | None:
-    """The measured row of a provider with the same key else."""
-    wanted = {name: row[name] for name in ("op", "case", "data", "dtype", "mode")}
-    return next(iter(ok(data, provider=provider, **wanted)), None)
+def _of_step(data: dict, sweep: bool = False) -> tuple[list[str], list[tuple[dict | None, ...]]]:
+    """The peers, and our rows of forward, loss and backward, each with what was measured of the peers."""
+    ours = [r for r in ok(data, op="training", mode="full", provider="ours") if bool(r["sweep"]) == sweep]
+    beside = {p: [next(iter(ok(data, provider=p, **key_beside(r))), None) for r in ours] for p in PEERS}
+    beside = {p: rows for p, rows in beside.items() if any(rows)}
+    return list(beside), list(zip(ours, *beside.values(), strict=True))
 
 
 def _times(r: dict | None) -> str:
@@ -158,14 +154,12 @@ def _row_head(r: dict) -> list[str]:
 
 def step_table(data: dict, everything: bool) -> str:
     """Forward, loss and backward of the training step: ours, then each peer as a time and a ratio."""
-    rows, peers = _of_step(data)
-    lines = []
-    for r in rows:
+    (peers, rows), lines = _of_step(data), []
+    for r, *others in rows:
         if not everything and r["dtype"] != "float32" and data["environment"]["device"] != "cuda":
             continue
         cells = [*_row_head(r), _times(r)]
-        for p in peers:
-            other = _beside(data, r, p)
+        for p, other in zip(peers, others, strict=True):
             cells += [_times(other), f"{other['median_ms'] / r['median_ms']:.1f}"] if other else [_why(data, r, p), "-"]
         lines.append(cells)
     return markdown(["case", "B", "N", "precision", "ours", *(f"{p} | ratio" for p in peers)], lines)
@@ -173,19 +167,17 @@ def step_table(data: dict, everything: bool) -> str:
 
 def _why(data: dict, row: dict, provider: str) -> str:
     """The status of a peer that was not measured."""
-    same = ("op", "case", "data", "dtype")
-    mine = (r for r in data["results"] if r["provider"] == provider and all(r[n] == row[n] for n in same))
-    return next((r["status"] for r in mine), "-")
+    key = {**key_beside(row), "provider": provider}
+    del key["mode"]  # what failed has one row
+    return next((r["status"] for r in data["results"] if key.items() <= r.items()), "-")
 
 
 def memory_table(data: dict) -> str:
     """Peak of forward, loss and backward beyond parameters and inputs, and the gradients that are left of it."""
-    rows, peers = _of_step(data)
-    rows = [r for r in rows if r["peak_bytes"]]
+    peers, rows = _of_step(data)
     lines = [
-        [*_row_head(r), mib(r["gradient_bytes"]), mib(r["peak_bytes"]),
-         *(mib((_beside(data, r, p) or {}).get("peak_bytes")) for p in peers)]
-        for r in rows
+        [*_row_head(r), mib(r["gradient_bytes"]), *(mib(x and x["peak_bytes"]) for x in (r, *others))]
+        for r, *others in rows if r["peak_bytes"]
     ]  # fmt: skip
     return markdown(["case", "B", "N", "precision", "gradients", "ours", *peers], lines)
 
@@ -201,10 +193,9 @@ def parts_table(data: dict) -> str:
 
 
 def sweep_table(data: dict) -> str:
-    rows, peers = _of_step(data, sweep=True)
-    lines = []
-    for r in rows:
-        s, times = r["shape"], [r, *(_beside(data, r, p) for p in peers)]
+    (peers, rows), lines = _of_step(data, sweep=True), []
+    for times in rows:
+        r, s = times[0], times[0]["shape"]
         lines.append([r["sweep"], f"{s['B']:,}", f"{s['N']:,}", str(s["k"]), widths_of(r),
                       *(f"{ms(t['median_ms'])} ms" if t else "-" for t in times)])  # fmt: skip
     return markdown(["varied", "B", "N", "k", "d", "ours", *peers], lines) if lines else ""

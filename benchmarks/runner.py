@@ -5,13 +5,13 @@ Every row goes to the file as soon as it is known.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import re
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,15 +49,18 @@ class Run:
         self.pattern = re.compile(options.filter)
         self.providers = everyone()
         self.started = time.time()
-        self._problem: tuple[object, Problem, Truth] | None = None
+        self._truth: Truth | None = None
         if options.resume and out.exists():
             self.data = record.load(out)
-            self._bury()
+            record.bury(self.data, "the process ended in it")
         else:
             self.data = self._new()
         self.deadline = self.data["deadline"]
-        uuid = (self.data["environment"].get("gpu") or {}).get("uuid")
-        self.monitor = environment.Monitor(uuid, None if self.cuda else environment.NO_NVML)
+        about = self.data["environment"]
+        self.sheet = cost.gpu_of_device(about["device_name"]) if self.cuda else None
+        if self.sheet:
+            self.data["roofline"] = modelled.sheet_of(self.sheet)
+        self.monitor = environment.Monitor(about["gpu"]["uuid"]) if self.cuda else None
 
     # ------------------------------------------------------------------------------------------------------- the record
 
@@ -73,11 +76,7 @@ class Run:
             "schema": record.SCHEMA, "complete": False, "stopped": "still running, or killed",
             "started": environment.now(), "finished": None, "seconds": None,
             "deadline": int(self.started + 60 * o.minutes),
-            "settings": {
-                "device": o.device, "threads": o.threads, "seed": o.seed, "method": METHOD, "quick": o.quick,
-                "tiny": o.tiny, "minutes": o.minutes, "filter": o.filter, "official": o.official is not None,
-                "sweeps": list(o.sweeps), "patience": o.patience, "clock": o.clock,
-            },
+            "settings": {**asdict(o), "method": METHOD, "official": o.official is not None, "sweeps": o.sweeps or []},
             "environment": environment.environment(o.device, o.threads), "providers": providers, "active": None,
             "roofline": None, "results": [], "profiles": [], "groups": [],
         }  # fmt: skip
@@ -85,46 +84,32 @@ class Run:
     def save(self) -> None:
         record.save(self.out, self.data)
 
-    def active(self, group: Group, p: Provider | None, seconds: float) -> None:
-        """The provider that is set up, None in the rounds of its group, and until when at most: for gpu_report, and for
-        the next process after a crash."""
-        until = int(time.time() + max(120, seconds))
-        self.data["active"] = {"group": str(group), "provider": p.name if p else "rounds", "until": until}
+    def active(self, group: Group, providers: list[Provider], seconds: float) -> None:
+        """What is at work, and until when at most: for gpu_report and `record.bury`."""
+        rows, until = [self._row(group, p) for p in providers], int(time.time() + max(120, seconds))
+        self.data["active"] = {"group": str(group), "until": until, "rows": rows}
         self.save()
-
-    def _bury(self) -> None:
-        """After a crash: the provider that was set up, or its group in the rounds, is marked and not tried again."""
-        reason = self.data.pop("died", None) or "the process ended in it"
-        active, self.data["active"] = self.data.get("active"), None
-        if active and active["provider"] == "rounds":
-            self.data["groups"].append({"name": active["group"], "status": "failed", "reason": reason})
-        for group in plan(self.options) if active else ():
-            if str(group) == active["group"]:
-                for p in self._todo(group, [p for p in self.providers if p.name == active["provider"]]):
-                    self._add(self._row(group, p), "failed", reason)
 
     @property
     def left(self) -> float:
         return self.deadline - time.time()
 
-    def _row(self, group: Group, p: Provider, mode: str | None = None) -> dict:
-        c, mode = group.case, mode or MAIN_MODE.get(group.op, "forward")
+    def _row(self, group: Group, p: Provider) -> dict:
+        c, mode = group.case, MAIN_MODE.get(group.op, "forward")
         known = {"case": c.name, "data": c.data, "sweep": c.sweep, "shape": c.as_dict()}
         return record.empty_row(provider=p.name, op=group.op, mode=mode, dtype=group.dtype, **known)
 
-    def _add(self, row: dict, status: str, reason: str | None, **known) -> None:
-        row.update(known, status=status, reason=reason)
+    def _add(self, group: Group, p: Provider, status: str, reason: str | None, **known) -> None:
+        row = {**self._row(group, p), "status": status, "reason": reason, **known}
         self.data["results"].append(row)
         self.save()
         outcome = f"{row['median_ms']:.4g} ms" if status == "ok" else f"{status}: {(reason or '').splitlines()[-1]}"
-        case = row["case"] + ("" if row["data"] == "gaussian" else f" ({row['data']})")
-        self.say(" | ".join([case, *(row[name] for name in ("op", "provider", "dtype", "mode")), outcome])[:220])
+        words = (record.case_of(row, " ({})"), group.op, p.name, group.dtype, row["mode"], outcome)
+        self.say(" | ".join(words)[:220])
 
     def _todo(self, group: Group, providers: list[Provider]) -> list[Provider]:
-        """Those of the group's operation without a row in it; none where its rounds failed."""
-        failed = any(g["name"] == str(group) and g["status"] == "failed" for g in self.data["groups"])
-        rows = record.of_provider
-        return [p for p in providers if p.op == group.op and not failed and not rows(self.data, group, p.name)]
+        """Those without a row in the group."""
+        return [p for p in providers if not record.of_job(self.data, self._row(group, p))]
 
     def _wanted(self, group: Group, p: Provider, modes) -> list[str]:
         c, search = group.case, self.pattern.search
@@ -151,7 +136,8 @@ class Run:
     def go(self, step: Callable[[], object] = lambda: None) -> dict:
         """Times every group; `step` is called after each. Returns the record."""
         absent = {p["name"]: p["reason"] for p in self.data["providers"] if p["status"] == "absent"}
-        self.say("absent: " + ("; ".join(f"{name} ({reason})" for name, reason in absent.items()) or "none"))
+        said = "; ".join(f"{name} ({reason})" for name, reason in absent.items()) or "none"
+        self.say(f"absent: {said}".replace("\n", " "))
         self.save()
         missed = []
         try:
@@ -175,14 +161,14 @@ class Run:
             self.save()
         return self.data
 
-    def problem(self, case: Case) -> tuple[Problem, Truth]:
-        """The latest one is kept: groups of a case follow each other."""
-        if self._problem is None or self._problem[0] != (case.shape, case.data):
-            self._problem = None
+    def truth(self, case: Case) -> Truth:
+        """Of the case's problem. The latest one is kept: groups of a case follow each other."""
+        known = self._truth and self._truth.problem.case
+        if not known or (known.shape, known.data) != (case.shape, case.data):
+            self._truth = None
             self.tidy()
-            problem = Problem(case, self.context.device, self.options.seed)
-            self._problem = (case.shape, case.data), problem, Truth(problem)
-        return self._problem[1:]
+            self._truth = Truth(Problem(case, self.context.device, self.options.seed))
+        return self._truth
 
     def tidy(self) -> None:
         """Frees memory. A lost CUDA context raises here, which ends the process: gpu_report starts another."""
@@ -197,113 +183,105 @@ class Run:
         return total / 2 > 6 * 4 * 4 * 2 * s.N * s.D
 
     def group(self, group: Group, providers: list[Provider]) -> None:
-        together, verdicts, failure = self.interleaved(group.case.shape), {}, None
-        self.active(group, providers[0], 120)
+        case, verdicts, failure = group.case, {}, None
+        self.active(group, providers, 120)
         try:
-            small = twin(group.case.shape, self.context.device)
-            if small != group.case.shape:
-                verdicts = self._verify_at_twin(group, providers, replace(group.case, shape=small))
-            problem, truth = self.problem(group.case)
+            small = replace(case, shape=twin(case.shape, self.context.device))
+            if small != case:
+                verdicts = self._verify_at_twin(group, providers, self.truth(small))
+            truth = self.truth(case)
         except Exception as error:
             failure = _failure(error)
+        todo = self._todo(group, providers)
         if failure:
-            for p in self._todo(group, providers):
-                self._add(self._row(group, p), *failure)
-            self._problem = None
+            for p in todo:
+                self._add(group, p, *failure)
+            self._truth = None
             self.tidy()
             return
-        ready: list[_Ready] = []
-        for p in self._todo(group, providers):  # all are verified before any optimizer moves the weights
-            one = self._verified(group, p, problem, truth, verdicts.get(p.name))
-            if one is None:
-                continue
-            ready.append(one)
-            if group.slow or not together:  # a slow one's rows come before the next is built
-                self._measure(group, ready, problem, self._ours_again(group, p, problem) if together else None)
-                ready = []
-        if ready:
-            self._measure(group, ready, problem)
-        if group.op == "ceiling":
+        together, ready = not group.slow and self.interleaved(case.shape), []
+        for p in todo:
+            ready += self._verified(group, p, truth, verdicts.get(p.name))
+            if ready and (p is todo[-1] or not together):  # alone: its rows come before the next is built
+                self._measure(group, ready, self._ours_again(group, p, truth.problem) if group.slow else None)
+                ready.clear()
+                self.tidy()
+        if group.op == "ceiling" and not self.sheet:
             self.data["roofline"] = modelled.roofline_of(self.data) or self.data["roofline"]
 
-    @contextlib.contextmanager
-    def _guard(self, group: Group, p: Provider) -> Iterator[None]:
-        """A turn of a provider: an exception becomes its row."""
-        self.active(group, p, 60 + 4 * p.setup_s)
+    def _attempt(self, group: Group, p: Provider, work: Callable[[], object]):
+        """What a turn of a provider returns; None after an exception, which becomes its row."""
+        self.active(group, [p], 60 + 4 * p.setup_s)
         try:
-            yield
+            return work()
         except Exception as error:
-            self._add(self._row(group, p), *_failure(error))
-            self.data["active"] = None
+            failure = _failure(error)
+        self._add(group, p, *failure)
+        self.data["active"] = None
+        self.tidy()
+        return None
 
     def _setup(self, p: Provider) -> float:
         return p.setup_s if self.cuda else (10.0 if "compiled" in p.name else 1.0)
 
-    def _verify_at_twin(self, group: Group, providers: list[Provider], case: Case) -> dict[str, Verdict]:
-        problem, truth = self.problem(case)
-        verdicts = {}
-        for p in providers:
-            if p.check is None or self.left < self._setup(p):
-                continue
-            with self._guard(group, p):
-                one = self._built(group, p, problem, truth, None, case.as_dict())
-                verdicts[p.name] = one.verdict
-                one.job.close()
-            problem.forget()
-            self.tidy()
-        return verdicts
-
-    def _built(self, group: Group, p: Provider, problem: Problem, truth: Truth, verdict, at: dict | None) -> _Ready:
+    def _built(self, p: Provider, truth: Truth, dtype: str, verdict: Verdict | None, at: dict | None = None) -> _Ready:
         """Built and executed once; verified unless it was at the twin."""
-        job = p.build(self.context, problem, group.dtype)
-        self.timer.once(job, ("optimizer",))
+        job = p.build(self.context, truth.problem, dtype)
+        self.timer.once(job, "full")
         if p.check is not None and verdict is None:
-            verdict = judge(*p.check(truth, group.dtype, job.result()), group.dtype, at)
+            verdict = judge(*p.check(truth, dtype, job.result()), dtype, at)
+        job.reset()
         return _Ready(p, job, verdict)
 
-    def _verified(self, group: Group, p: Provider, problem: Problem, truth: Truth, verdict) -> _Ready | None:
-        """None where that failed or the result is wrong, and then a row says why."""
+    def _verify_at_twin(self, group: Group, providers: list[Provider], truth: Truth) -> dict[str, Verdict]:
+        verdicts, at = {}, truth.problem.case.as_dict()
+        for p in providers:
+            if p.check is not None and self.left >= self._setup(p):
+                one = self._attempt(group, p, lambda p=p: self._built(p, truth, group.dtype, None, at))
+                if one:
+                    verdicts[p.name] = one.verdict
+        return verdicts
+
+    def _verified(self, group: Group, p: Provider, truth: Truth, verdict: Verdict | None) -> list[_Ready]:
+        """The provider's job; none where it failed or its result is wrong, and then a row says why."""
         if self.left < self._setup(p):
-            self._add(self._row(group, p), "skipped", f"{max(self.left, 0):.0f} s left of the time limit")
-            return None
-        with self._guard(group, p):
-            one = self._built(group, p, problem, truth, verdict, None)
-            wrong = one.verdict is not None and not one.verdict.verified
-            one.job.close() if wrong else one.job.reset()
-            if not wrong:
-                return one
-            known = {"verified": False, "verification": one.verdict.as_dict()}
-            self._add(self._row(group, p), "wrong", one.verdict.reason, **known)
-            return None
-        self.tidy()
-        return None
+            self._add(group, p, "skipped", f"{max(self.left, 0):.0f} s left of the time limit")
+            return []
+        one = self._attempt(group, p, lambda: self._built(p, truth, group.dtype, verdict))
+        if one and one.verdict and not one.verdict.verified:
+            self._add(group, p, "wrong", one.verdict.reason, verified=False, verification=one.verdict.as_dict())
+            return []
+        return [one] if one else []
 
     def _ours_again(self, group: Group, p: Provider, problem: Problem) -> _Ready | None:
         """Ours beside a slow provider, for turns alone: its rows were written earlier."""
-        rows = record.of_provider(self.data, group, "ours")
         ours = [ours for ours in self.providers if (ours.op, ours.name) == (group.op, "ours")]
-        if not (group.slow and ours and any(r["status"] == "ok" for r in rows)):
+        rows = record.of_job(self.data, self._row(group, ours[0])) if ours else []
+        if not (any(r["status"] == "ok" for r in rows) and self.interleaved(group.case.shape)):
             return None
         try:
             return _Ready(p, ours[0].build(self.context, problem, group.dtype))
         except Exception as error:
-            self.say(f"ours beside the slow providers of {group}: {type(error).__name__}: {error}"[:220])
+            self.say(f"ours beside the slow providers of {group}: {_failure(error)[1].splitlines()[-1]}"[:220])
             return None
 
     # -------------------------------------------------------------------------------------------------------- measuring
 
-    def _measure(self, group: Group, ready: list[_Ready], problem: Problem, beside: _Ready | None = None) -> None:
+    def _measure(self, group: Group, ready: list[_Ready], beside: _Ready | None = None) -> None:
         """Rounds in which every job has its turn, until each has had its seconds; its rows follow at once."""
         each = self.options.seconds
         if each is None:
             each = 1.0 if self.cuda else 0.02 if self.options.tiny else 5.0 if self.options.quick else 8.0
         least, most = (5, 40) if self.cuda else (3, 15)
         burst = 0.1 if self.cuda else 0.01  # seconds of one job's turn
-        turns = [one for one in ready if self._warm(group, one)]
-        turns += [beside] if turns and beside and self._warm(group, beside, peaks=False) else []
-        beside = beside if beside in turns else None
+        turns = [one for one in ready if self._attempt(group, one.provider, lambda one=one: self._warm(one))]
+        if turns and beside and self._attempt(group, beside.provider, lambda: self._warm(beside, peaks=False)):
+            turns.append(beside)
+        else:
+            beside = None
         going = list(turns)
-        self.active(group, None, 60 + 2 * most * sum(max(burst, one.single) for one in turns))
+        seconds = 60 + 2 * most * sum(max(burst, one.single) for one in turns)
+        self.active(group, [one.provider for one in turns], seconds)
         for i in range(1, most + 1):
             started = time.time()
             for one in going:
@@ -318,61 +296,42 @@ class Run:
         for one in turns:
             if group.profiled and one.provider.ops and one is not beside and self.left > 5 * one.single:
                 self._profile(group, one)
-            one.job.close()
-        problem.forget()
-        problem.restore()
-        self.tidy()
 
-    def _warm(self, group: Group, one: _Ready, peaks: bool = True) -> bool:
-        with self._guard(group, one.provider):
-            started = time.time()
-            # a CPU is warm by now; on CUDA before the peak, which does not count an optimizer's state
-            one.single = self.timer.once(one.job) if self.cuda else 0.0
-            one.peaks = self.timer.peaks(one.job) if peaks else {}
-            one.single = one.single or time.time() - started
-            return True
-        one.job.close()
-        self.tidy()
-        return False
+    def _warm(self, one: _Ready, peaks: bool = True) -> _Ready:
+        started = time.time()
+        # on CUDA before the peak, which does not count an optimizer's state; a CPU is warm by now
+        one.single = self.timer.once(one.job) if self.cuda or not peaks else 0.0
+        one.peaks = self.timer.peaks(one.job) if peaks else {}
+        one.single = one.single or time.time() - started
+        return one
 
     def _rows(self, group: Group, one: _Ready, interleaved: bool, beside: _Ready | None) -> None:
         energy, verdict, host = self._energy(one), one.verdict, one.job.host_ms
+        clocks = self.monitor.clocks() if self.monitor else None
         for mode, phases in one.job.of_modes().items():
             if not self._wanted(group, one.provider, [mode]):
                 continue
             numbers = one.samples.summary(phases)
             self._add(
-                self._row(group, one.provider, mode), "ok", None, **numbers,
+                group, one.provider, "ok", None, mode=mode, **numbers,
                 verified=verdict.verified if verdict else None, verification=verdict.as_dict() if verdict else None,
                 peak_bytes=one.peaks.get(mode), gradient_bytes=one.job.gradient_bytes or None,
-                energy_j=energy.get(mode), clocks=energy.get("clocks"), interleaved=interleaved,
+                energy_j=energy.get(mode), clocks=clocks, interleaved=interleaved,
                 host_ms=sum(host[name] for name in phases) if host else None,
                 ours_ms=beside.samples.summary(phases)["median_ms"] if beside else None,
                 **self._modelled(group, one.provider, mode, numbers["median_ms"]),
             )  # fmt: skip
 
-    def _energy(self, one: _Ready) -> dict:
-        """Joules of one execution, from NVML's counter over half a second of executions; clocks right after."""
-        if self.monitor.nv is None:
+    def _energy(self, one: _Ready) -> dict[str, float | None]:
+        """Joules of one execution by mode, over half a second of executions: too long for --quick."""
+        if self.options.quick or not self.monitor:
             return {}
-        joules: dict = {}
-        modes = one.job.of_modes()
-        if self.options.quick:  # half a second for each mode is too much
-            modes = {}
-        for mode in [mode for mode in ("forward", "full", "step") if mode in modes]:
-            n = max(3, min(500, int(0.5 / max(one.single, 1e-5))))
-            if (mode == "forward" and len(modes) > 1) or n * one.single > self.left / 10:
-                continue
-            run = one.job.of_mode(mode)
-            self.timer.sync()
-            before = self.monitor.energy_j()
-            for _ in range(n):
-                run()
-            self.timer.sync()
-            after = self.monitor.energy_j()
-            if before is not None and after is not None and after > before:
-                joules[mode] = (after - before) / n
-        return {**joules, "clocks": self.monitor.clocks()}
+        n = max(3, min(500, int(0.5 / max(one.single, 1e-5))))
+        whole = [mode for mode in one.job.of_modes() if mode in ("full", "step")] or ["forward"]
+        return {
+            mode: self.monitor.joules(partial(one.job.again, mode), n, self.timer.sync)
+            for mode in whole if n * one.single <= self.left / 10
+        }  # fmt: skip
 
     def _modelled(self, group: Group, p: Provider, mode: str, median: float) -> dict:
         try:
@@ -384,13 +343,8 @@ class Run:
     @property
     def gpu(self) -> cost.GPU | None:
         """The device's rates: the data sheet's where the cost model knows the GPU, else the ceilings of this run."""
-        name = self.data["environment"]["device_name"]
-        known = cost.gpu_of_device(name) if self.cuda else None
-        if known:
-            self.data["roofline"] = modelled.sheet_of(known)
-            return known
         rates = (self.data["roofline"] or {}).get("rates")
-        return modelled.measured_gpu(name, rates) if rates else None
+        return modelled.measured_gpu(self.data["environment"]["device_name"], rates) if rates else self.sheet
 
     def _profile(self, group: Group, one: _Ready) -> None:
         """Where the time of one step goes, by operator and kernel, beside the cost model."""
@@ -398,7 +352,7 @@ class Run:
         parts, kernels, ops, reason = [], [], None, None
         try:
             parts, kernels = profile(one.job, self.cuda, mode, calls=1 if self.options.tiny else 3)
-            ops = modelled.profile_ops(one.provider.ops(modelled.shape_of(group, self.gpu)), parts, self.gpu)
+            ops = modelled.profile_ops(one.provider.ops(c.cost_shape(group.dtype, self.gpu)), parts, self.gpu)
         except Exception as error:
             parts, kernels, reason = [], [], f"{type(error).__name__}: {error}"
         self.data["profiles"].append(

@@ -57,27 +57,21 @@ def test_provider(benchmark, request, problems, case, provider, dtype):
     problem, truth = problems(case)
     benchmark.group = f"{provider.op}, {case.name}, {dtype}"
     job = provider.build(context, problem, dtype)
-    try:
-        TIMER.once(job, ("optimizer",))
-        if provider.check is not None:
-            errors, plain = provider.check(truth, dtype, job.result())
-            verdict = judge(errors, plain, dtype)
-            assert verdict.verified, verdict.reason
-            benchmark.extra_info["verification"] = verdict.as_dict()
-        benchmark.extra_info.update(provider=provider.what, shape=case.as_dict())
+    TIMER.once(job, "full")
+    if provider.check is not None:
+        verdict = judge(*provider.check(truth, dtype, job.result()), dtype)
+        assert verdict.verified, verdict.reason
+        benchmark.extra_info["verification"] = verdict.as_dict()
+    benchmark.extra_info.update(provider=provider.what, shape=case.as_dict())
 
-        without = () if "step" in job.modes else ("optimizer",)  # what is a step and nothing else is timed whole
+    mode = "step" if "step" in job.modes else "full"  # what is a step and nothing else is timed whole
 
-        def run():
-            job.execute(without)
-            TIMER.sync()
+    def run():
+        job.execute(mode)
+        TIMER.sync()
 
-        def setup():
-            job.reset()
-            TIMER.sync()
+    def setup():
+        job.reset()
+        TIMER.sync()
 
-        benchmark.pedantic(run, setup=setup, rounds=20 if CUDA else 5, warmup_rounds=2)
-    finally:
-        job.close()
-        problem.restore()
-        problem.forget()
+    benchmark.pedantic(run, setup=setup, rounds=20 if CUDA else 5, warmup_rounds=2)

@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity
 from sparc_kernels.core.gpu_timer import event_ms, flush_buffer, host_ms
 
 MIB = 2**20
+FLUSH_BYTES = 64 * MIB  # of a CPU: more than most last level caches
 QUIET = 0.06  # share of the cores that others may have in a quiet round
 FEW = 0.3  # noise, relative, of a row with one or two executions
 METHOD = 1  # raised when times of one version may not be compared with another's
@@ -46,22 +47,21 @@ class Job:
     gradient_bytes: int = 0  # of the gradients that the peak counts
     captured_peak: int | None = None  # bytes, where a measurement around the run cannot see them (CUDA graphs)
     host_ms: dict[str, float] = field(default_factory=dict)  # CUDA: of the host, to launch each phase
-    close: Callable[[], Any] = lambda: None
 
     def of_modes(self) -> dict[str, tuple[str, ...]]:
         """Phases by mode, as far as this job has them."""
         whole = [mode for mode, phases in MODES.items() if set(phases) <= set(self.phases)]
         return {mode: MODES[mode] for mode in self.modes or whole}
 
-    def execute(self, without: tuple[str, ...] = ()) -> None:
-        for name, run in self.phases.items():
-            if name not in without:
-                run()
+    def execute(self, mode: str) -> None:
+        """The phases of one mode, as far as there are any."""
+        for name in MODES[mode]:
+            if name in self.phases:
+                self.phases[name]()
 
-    def of_mode(self, mode: str) -> Callable[[], None]:
-        """Resets and executes the phases of one mode."""
-        without = tuple(set(self.phases) - set(MODES[mode]))
-        return lambda: (self.reset(), self.execute(without))
+    def again(self, mode: str) -> None:
+        self.reset()
+        self.execute(mode)
 
 
 @dataclass
@@ -132,18 +132,16 @@ class Timer:
         self.cuda, self.patience = device.type == "cuda", patience
         self.own_clock = clock == "cpu" and not self.cuda
         self.now = time.process_time if self.own_clock else time.perf_counter
-        # on a CPU more than most last level caches
-        self._flush = flush_buffer(device) if self.cuda else torch.empty(64 * MIB, dtype=torch.int8)
+        self._flush = flush_buffer(device) if self.cuda else torch.empty(FLUSH_BYTES, dtype=torch.int8)
 
     def sync(self) -> None:
         if self.cuda:
             torch.cuda.synchronize()
 
-    def once(self, job: Job, without: tuple[str, ...] = ()) -> float:
+    def once(self, job: Job, mode: str = "step") -> float:
         """Seconds of one synchronised execution, reset included; its result is kept."""
         started = time.perf_counter()
-        job.reset()
-        job.execute(without)
+        job.again(mode)
         self.sync()
         return time.perf_counter() - started
 
@@ -241,12 +239,11 @@ def profile(job: Job, cuda: bool, mode: str = "full", calls: int = 3) -> tuple[l
 
     Device time and kernels on CUDA, host time and no kernels on a CPU.
     """
-    run = job.of_mode(mode)
-    run()
+    job.again(mode)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with quiet_stderr(), torch.profiler.profile(activities=activities) as prof:
         for _ in range(calls):
-            run()
+            job.again(mode)
         if cuda:
             torch.cuda.synchronize()
     parts, kernels = (defaultdict(lambda: [0.0, 0]) for _ in range(2))

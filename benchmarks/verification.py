@@ -17,7 +17,7 @@ from sparc_kernels import reference
 from sparc_kernels.tools import cost
 from sparc_kernels.tools.verify.judge import limit
 
-from .cases import DEAD_THRESHOLD, PRECISIONS, Problem
+from .cases import PRECISIONS, Problem
 
 Tensor = torch.Tensor
 # allowed beside PyTorch's own error, which may happen to be tiny: some roundings of the precision
@@ -157,7 +157,7 @@ class Truth:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         leaves = [[t.to(wide).detach().requires_grad_() for t in group] for group in p.tensors[1:5]]
         rows = p.rows_at_once(s.S * (s.S + 4))  # logits and their gradients; codes of every pair
-        dead, loss = self._dead() if s.auxk else None, 0.0
+        dead, loss = p.dead, 0.0
         for start in range(0, s.B, rows):
             xs = [x[start : start + rows].to(dtype) for x in p.tensors.xs]
             with precision(mode, p.device), library_topk():
@@ -168,17 +168,6 @@ class Truth:
             loss += float(part.detach())
         names = ("w_enc", "w_dec", "pre_bias", "latent_bias")
         return {"loss": loss, **{n: [t.grad for t in group] for n, group in zip(names, leaves, strict=True)}}
-
-    @torch.no_grad()
-    def _dead(self) -> list[Tensor]:
-        """The masks that AuxK reads: after this batch has moved the counters."""
-        p, s = self.problem, self.problem.case.shape
-        fired = [torch.zeros(s.N, dtype=torch.bool, device=p.device) for _ in p.tensors.xs]
-        for _, hs in p.preactivations(torch.float64):
-            chosen = sum(hs[1:], hs[0]).topk(s.k).indices
-            for mask, h in zip(fired, hs, strict=True):
-                mask[chosen[h.gather(1, chosen) > 1e-3]] = True
-        return [(p.counters + 1 > DEAD_THRESHOLD) & ~mask for mask in fired]
 
 
 @torch.no_grad()

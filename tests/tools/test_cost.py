@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
@@ -15,10 +15,9 @@ from torch.utils._pytree import tree_leaves
 from sparc_kernels import reference
 from sparc_kernels.cli import main
 from sparc_kernels.core import _triton
-from sparc_kernels.tools.cost import CASES, GPUS, dense, gpus, ours, report, step_seconds
+from sparc_kernels.tools.cost import CASES, GPUS, dense, gpus, ours, report, step_seconds, total
 from sparc_kernels.tools.shape import ITEMSIZE, Shape, parse_shape
 
-ROOT = Path(__file__).resolve().parents[2]
 H200 = GPUS["H200"]
 # operators that launch nothing: views, allocations, numbers of the host
 NO_KERNEL = {
@@ -73,6 +72,14 @@ def with_auxk(s: Shape, **how) -> Shape:
 
 def op(s: Shape, name: str):
     return ours.ops_of(s)[name]
+
+
+def update(s: Shape):
+    return ours.ops_of(s, direct=True)["update without gradients"]
+
+
+def step_and_adam(s: Shape):
+    return total("", [ours.step(s), ours.sparc_adam(s)])
 
 
 def triton_launches(op) -> int:
@@ -145,10 +152,10 @@ def test_optimizers_by_hand():
     # by operator 3 + 2 + 4 + 2 + 2 + 2 + 4 numbers of Adam; 8 of the helpers for decoders
     assert dense.official_optimizer(s).l2 == 4 * 19 * 96 + 4 * 8 * 48
     assert dense.fused_adam(s).l2 == 28 * 96 + 32 * 48
-    update = ours.direct_update(s)
-    assert sum(p.reuse.used for p in update.parts) == (2 + 1) * 4 * 6 * 4  # of 4 entries: 2 errors and one x, 6 columns
+    made = update(s)
+    assert sum(p.reuse.used for p in made.parts) == (2 + 1) * 4 * 6 * 4  # of 4 entries: 2 errors and one x, 6 columns
     lean = 4 * 2 * 6  # a partial sum of each of two programs
-    own = [p for p in update.parts if p.name == "weights and moments"]
+    own = [p for p in made.parts if p.name == "weights and moments"]
     assert sum(p.streamed for p in own) == 24 * (96 + 16) + 2 * (4 * (4 + 16) + 4 * 8) + 2 * (4 * 12 + 4 * 8) + lean
 
 
@@ -157,13 +164,11 @@ def test_bytes_of_a_parameter():
     large = Shape(4096, 65536, 64, (1024, 768, 768), auxk=64, dead=6553)
     official = with_auxk(CASES["A"])
     for s in (replace(official, autocast=True), replace(large, autocast=True), replace(large, dtype="float32")):
-        optimizers = ours.direct_update, dense.fused_adam, dense.official_optimizer
+        optimizers = update, dense.fused_adam, dense.official_optimizer
         assert [report.bytes_per_parameter(made(s), s) for made in optimizers] == [24, 44, 92]
         assert report.bytes_per_parameter(ours.sparc_adam(s), s) == pytest.approx(28, rel=2e-3)  # biases are moved too
-    assert report.bytes_per_parameter(ours.direct_update(large), large) == 20  # bfloat16 weights
-    plain, rounded = (
-        sum(p.streamed for p in ours.direct_update(replace(large, autocast=how)).parts) for how in (False, True)
-    )
+    assert report.bytes_per_parameter(update(large), large) == 20  # bfloat16 weights
+    plain, rounded = (sum(p.streamed for p in update(replace(large, autocast=how)).parts) for how in (False, True))
     assert rounded - plain == pytest.approx((8 - 4 + 2) * ours.weights(large), rel=1e-3)
 
 
@@ -173,7 +178,7 @@ def test_bytes_of_a_parameter():
 @pytest.mark.parametrize("case", CASES)
 def test_parts_add_up(case):
     s = CASES[case]
-    ops, whole = ours.step_ops(s), ours.step(s)
+    ops, whole = ours.ops_of(s).values(), ours.step(s)
     for what in ("l2", "flops", "launches"):
         assert getattr(whole, what) == pytest.approx(sum(getattr(one, what) for one in ops))
     assert whole.seconds(H200) == pytest.approx(sum(one.seconds(H200) for one in ops))
@@ -191,9 +196,8 @@ def test_parts_add_up(case):
 def test_more_work_takes_longer(larger, dtype):
     s = replace(CASES["B"], dtype=dtype)
     same_chunks = len({ours.select_fused(x).parts[0].launches for x in (s, replace(s, **larger))}) == 1
-    for formula in (
-        ours.step, ours.direct_step, dense.dense_step, ours.select_fused, ours.select_library, ours.mm_topk
-    ):  # fmt: skip
+    direct, selections = partial(ours.step, direct=True), (ours.select_fused, ours.select_library, ours.mm_topk)
+    for formula in (ours.step, direct, dense.dense_step, *selections):
         one, more = formula(s), formula(replace(s, **larger))
         assert more.seconds(H200) >= one.seconds(H200) and more.flops >= one.flops
         if same_chunks:  # fewer chunks of rows read W_enc fewer times
@@ -385,8 +389,8 @@ def test_launches_with_the_optimizer_are_those_of_the_traced_step(s):
     pytest.importorskip("triton")
     from sparc_kernels.tools.trace import trace
 
-    for step, update in ((ours.direct_step(s), "direct"), (ours.dense_gradient_step(s), "dense")):
-        assert triton_launches(step) == len(trace(s, s.arch, auxk=s.auxk, update=update).launches), update
+    for step, how in ((ours.step(s, direct=True), "direct"), (step_and_adam(s), "dense")):
+        assert triton_launches(step) == len(trace(s, s.arch, auxk=s.auxk, update=how).launches), how
 
 
 def test_a_shadow_takes_the_place_of_casts():
@@ -425,11 +429,11 @@ def test_goals_as_modelled():
     for s, least, most, over in (
         (with_auxk(CASES["A"]), 10, 20, None), (with_auxk(large), 30, None, 1.5), (large, 30, None, 1.5)
     ):  # fmt: skip
-        direct = ours.direct_step(s).seconds(H200)
+        direct = ours.step(s, direct=True).seconds(H200)
         speed = step_seconds(dense.official_loop(s), H200, graph=False) / direct
         assert speed > least and (most is None or speed < most)
         assert over is None or direct / ours.roofline_seconds(s, H200) < over
-        assert direct < ours.dense_gradient_step(s).seconds(H200)
+        assert direct < step_and_adam(s).seconds(H200)
 
 
 def test_the_best_dense_variant_is_at_its_best():

@@ -21,12 +21,12 @@ sm_120), clocks.
 from ..shape import Shape
 from .dense import adam, copy, dense_step, gather, official_step, unit_norm
 from .gpus import DEFAULT_GPU, GPU, GPUS, gpu_named, gpu_of_device
-from .ours import direct_ops, direct_step, gemm, mm_topk, select, step, step_ops
+from .ours import gemm, mm_topk, ops_of, select, step
 from .parts import Op, step_seconds, total
 from .report import CASES, table
 
 __all__ = [
-    "CASES", "DEFAULT_GPU", "GPU", "GPUS", "Op", "Shape", "adam", "copy", "dense_step", "direct_ops", "direct_step",
-    "gather", "gemm", "gpu_named", "gpu_of_device", "mm_topk", "official_step", "select", "step", "step_ops",
-    "step_seconds", "table", "total", "unit_norm",
+    "CASES", "DEFAULT_GPU", "GPU", "GPUS", "Op", "Shape", "adam", "copy", "dense_step", "gather", "gemm", "gpu_named",
+    "gpu_of_device", "mm_topk", "official_step", "ops_of", "select", "step", "step_seconds", "table", "total",
+    "unit_norm",
 ]  # fmt: skip

@@ -36,12 +36,7 @@ MOMENT = 4  # bytes of one of Adam's moments
 
 
 def kernel_unit(s: Shape, tf32: bool) -> str:
-    """Return the unit of `tl.dot`.
-
-    Args:
-        s: gives dtype and architecture.
-        tf32: whether float32 may be computed in tf32.
-    """
+    """Return the unit of `tl.dot`, where float32 may be computed in tf32 or not."""
     precision = dot_precision(s.arch, tf32)
     return s.dtype if s.dtype != "float32" else "float32" if precision == "ieee" else precision
 
@@ -59,12 +54,12 @@ def mm_topk(s: Shape) -> Op:
     return Op("mm + topk", (*gemm(s).parts, topk_part(s, s.k)))
 
 
-def _chunks(s: Shape, k: int, compact: bool) -> tuple[int, bool]:
+def _chunks(s: Shape, compact: bool) -> tuple[int, bool]:
     """Number of chunks of rows, and whether selectors overlap with the next chunk's GEMM, as in `_select_triton`.
 
     `compact`: selection among the dead latents of one stream.
     """
-    config = select_config(s.N, k, compact)
+    config = select_config(s.N, s.k, compact)
     encode = with_span(encode_config(s.B, s.e, s.arch, compact), config.span)
     columns = s.N + cdiv(s.N, config.group) + (cdiv(s.N, config.span) if config.span > config.group else 0)
     tiles = cdiv(s.B, encode.block_m) * cdiv(s.N, encode.block_n) if config.small and not compact else 0
@@ -72,7 +67,7 @@ def _chunks(s: Shape, k: int, compact: bool) -> tuple[int, bool]:
     return cdiv(s.B, rows), buffers > 1
 
 
-def _selection(s: Shape, k: int, n: int, d: int, *, library: bool = False, compact: bool = False) -> Iterator[Part]:
+def _selection(s: Shape, n: int, d: int, *, library: bool = False, compact: bool = False) -> Iterator[Part]:
     """Top k of n columns by chunks of rows, each of which reads W_enc [n, d].
 
     The Triton GEMM's epilogue writes the groups' maxima; `library`: a GEMM over joint storage, then one pass over its
@@ -80,7 +75,7 @@ def _selection(s: Shape, k: int, n: int, d: int, *, library: bool = False, compa
     multiprocessor beside one of the GEMM's (compiled, sm_90: 216 of the GEMM's registers times 256 threads leave
     10,240, the selector needs 80 times 128); that the GEMM is not slowed down is an assumption.
     """
-    (chunks, beside), config, B, e = _chunks(s, k, compact), select_config(s.N, k), s.B, s.e
+    (chunks, beside), config, B, k, e = _chunks(s, compact), select_config(s.N, s.k), s.B, s.k, s.e
     two_levels, again = config.group == config.span, (chunks - 1) * n * d * e
     groups, spans = cdiv(n, config.group), 0 if two_levels else cdiv(n, config.span)
     maxima = B * (groups + spans) * e
@@ -107,13 +102,13 @@ def _selection(s: Shape, k: int, n: int, d: int, *, library: bool = False, compa
 @of_gpu
 def select_fused(s: Shape) -> Op:
     """Model selection, from centred inputs to ids, by the package's own GEMM."""
-    return Op("select (fused)", tuple(_selection(s, s.k, s.N, s.D)))
+    return Op("select (fused)", tuple(_selection(s, s.N, s.D)))
 
 
 @of_gpu
 def select_library(s: Shape) -> Op:
     """Model selection, from centred inputs to ids, by a library's GEMM."""
-    return Op("select (library)", tuple(_selection(s, s.k, s.N, s.D, library=True)))
+    return Op("select (library)", tuple(_selection(s, s.N, s.D, library=True)))
 
 
 def select(s: Shape) -> Op:
@@ -137,17 +132,17 @@ def even_gemm_share(s: Shape, gpu: GPU) -> float:
 # --------------------------------------------------------------------------------------------- gathers, lists and sums
 
 
-def _slabs(s: Shape, d: int, k: int) -> tuple[int, int]:
+def _slabs(s: Shape, d: int) -> tuple[int, int]:
     """Columns of one slab of a gather of k rows over d columns of W, and number of slabs."""
-    config = gather_config(k, d, s.N, s.e, s.arch)
+    config = gather_config(s.k, d, s.N, s.e, s.arch)
     columns = min(config.tiles * config.block_d, d)
     return columns, cdiv(d, columns)
 
 
 def _gather(
-    s: Shape, name: str, d: int, n: int, present: int, *, once: float, per_slab: float, flops: int, k: int = 0
+    s: Shape, name: str, d: int, n: int, present: int, *, sources: int, flops: int, once: float, per_slab: float
 ) -> Part:
-    """Rows of W [n, d] gathered by slabs of columns, for S sources at once.
+    """Rows of W [n, d] gathered by slabs of columns, for all sources at once.
 
     Args:
         s: shape of the step.
@@ -155,28 +150,28 @@ def _gather(
         d: columns of W.
         n: latents.
         present: how many of a row's k entries are one of the n latents.
+        sources: whose values are used with a row.
+        flops: for each number gathered and source.
         once: bytes moved besides, in total.
         per_slab: bytes moved besides, for each slab.
-        flops: for each number gathered.
-        k: entries of a row, and then one source; 0: s.k entries and S sources.
     """
-    (columns, n_slabs), uses, reuse = _slabs(s, d, k or s.k), s.B * present, NO_REUSE
+    (columns, n_slabs), uses, reuse = _slabs(s, d), s.B * present, NO_REUSE
     if present:
         rows = distinct(n, uses)
         reuse = Reuse(uses * d * s.e, rows * d * s.e, rows * columns * s.e)
-    padding = 16 / (1 if k else s.S)  # the product's columns
-    return Part(name, once + n_slabs * per_slab, reuse, flops * uses * d, kernel_unit(s, False), padding)
+    flops *= sources * uses * d
+    return Part(name, once + n_slabs * per_slab, reuse, flops, kernel_unit(s, False), 16 / sources)  # columns padded
 
 
-def _values(s: Shape, k: int, n: int, present: int) -> Iterator[Part]:
+def _values(s: Shape, n: int, present: int) -> Iterator[Part]:
     """Per stream k encoder rows gathered per row: x and ids read, the dots of every slab written.
 
     Then one kernel for all streams (or as many as fit the scratch) adds slabs and bias, and writes fp32 values.
     """
-    M, held, finishes = s.B * k, 0, 1
-    sums = [4 * M * _slabs(s, d, k)[1] for d in s.d_streams]
+    M, held, finishes = s.M, 0, 1
+    sums = [4 * M * _slabs(s, d)[1] for d in s.d_streams]
     for d in s.d_streams:
-        yield _gather(s, "dots", d, n, present, once=s.B * d * s.e, per_slab=12 * M, flops=2, k=k)
+        yield _gather(s, "dots", d, n, present, sources=1, flops=2, once=s.B * d * s.e, per_slab=12 * M)
     for size in sums[:-1]:
         held += size
         if held >= SCRATCH_BYTES:
@@ -184,14 +179,14 @@ def _values(s: Shape, k: int, n: int, present: int) -> Iterator[Part]:
     yield Part("finish", sum(sums) + s.S * M * (8 + s.e + 4), launches=finishes)
 
 
-def _lists(s: Shape, k: int, groups: int, beside: bool) -> Iterator[Part]:
+def _lists(s: Shape, groups: int, beside: bool) -> Iterator[Part]:
     """`inverse_index` of `groups` of B k entries each.
 
     Ids are narrowed to keys of 2 or 4 bytes and sorted; both lists are narrowed, offsets come from a bisection.
     Assumption for torch.sort: one radix pass a byte of a key, which reads and writes keys and int64 positions;
     positions, histogram, scan and a copy besides.
     """
-    M, offsets = s.B * k, groups * (s.N + 1)
+    M, offsets = s.M, groups * (s.N + 1)
     size, key = groups * M, 2 if offsets < 2**15 else 4
     bisection = OFFSETS_INSTRUCTIONS + LISTS_STEP * (M.bit_length() + 1)
     executed = (LISTS_INSTRUCTIONS * max(size, offsets) + bisection * offsets) / 32
@@ -205,22 +200,17 @@ def computes_ahead(s: Shape) -> bool:
     return not s.compiled and s.dtype != "float16"
 
 
-def _losses(s: Shape, name: str, d: int, n: int, present: int) -> Iterator[Part]:
+def _losses(s: Shape, d: int, n: int, present: int) -> Iterator[Part]:
     """k decoder rows gathered per row of one target, shared by all S sources; x, ids and values read."""
     once = s.B * d * s.e * (2 if s.auxk else 1)  # AuxK needs the target's own error
     per_slab = s.M * (8 + 4 * s.S) + 4 * s.S * s.B
-    yield _gather(s, name, d, n, present, once=once, per_slab=per_slab, flops=2 * s.S)
-    slabs = _slabs(s, d, s.k)[1]
+    yield _gather(s, "losses", d, n, present, sources=s.S, flops=2, once=once, per_slab=per_slab)
+    slabs = _slabs(s, d)[1]
     yield from when(slabs > 1, of_torch("sum of slabs", 4 * s.S * s.B * (slabs + 1)))
 
 
 def route(s: Shape, d: int) -> tuple[bool, int]:
-    """Return whether a decoder's gradient is computed through H, and how many columns at a time.
-
-    Args:
-        s: shape of the step.
-        d: width of the decoder.
-    """
+    """Return whether the gradient of a decoder of width d is computed through H, and how many columns at a time."""
     return route_of(s.S, s.B, s.k, d, getattr(torch, s.dtype), arch=s.arch)
 
 
@@ -241,9 +231,9 @@ def _one_pass(s: Shape, d: int, n: int, present: int, *, first: bool, direct: bo
     for i, columns in enumerate(pieces):
         kept = (M if through_h else S * B) + (B if s.auxk and not direct else 0)
         once, per_slab = B * columns * (s.e + 4) + kept * columns * s.e, M * (12 if through_h else 8) + 2 * (dv + sq)
-        flops = (6 if through_h else 4) * S
-        yield _gather(s, "gather", columns, n, present, once=once, per_slab=per_slab, flops=flops)
-        pending.append(_slabs(s, columns, s.k)[1])
+        flops = 6 if through_h else 4
+        yield _gather(s, "gather", columns, n, present, sources=S, flops=flops, once=once, per_slab=per_slab)
+        pending.append(_slabs(s, columns)[1])
         slab_sums += pending[-1] * (dv + sq)
         if i == len(pieces) - 1 or sum(pending) * dv > PARTIAL_BYTES or len(pending) == 4:
             yield Part("collect", slab_sums + dv + 2 * sq + dv * (added or not first) + sq * added)
@@ -293,7 +283,7 @@ def _auxk(s: Shape, direct: bool) -> Iterator[Part]:
     the update computes them.
     """
     ahead, S, SB, BD = direct or computes_ahead(s), s.S, s.S * s.B, s.B * s.D
-    present, ids = min(s.auxk, s.dead), 8 * s.B * s.auxk
+    own, present, ids = replace(s, k=s.auxk, auxk=0, dead=0), min(s.auxk, s.dead), 8 * s.B * s.auxk
     entries = s.B * present
     touched = 2 * s.e * distinct(s.dead, entries) if entries else 0  # bytes of a column, read and written
     residuals = of_torch("residuals", (2 * BD + s.D) * s.e, S)
@@ -303,15 +293,15 @@ def _auxk(s: Shape, direct: bool) -> Iterator[Part]:
     yield Part("dead first", S * s.N * (1 + 4))
     for d in s.d_streams:
         if s.dead:
-            yield from _selection(s, s.auxk, s.dead, d, compact=True)
+            yield from _selection(own, s.dead, d, compact=True)
         else:  # programs read the count and exit; rows are filled with live latents
-            yield Part("nothing dead", ids, launches=2 * _chunks(s, s.auxk, compact=True)[0])
+            yield Part("nothing dead", ids, launches=2 * _chunks(own, compact=True)[0])
     yield of_torch("stack", 2 * S * ids)
-    yield from _values(s, s.auxk, s.dead, present)
-    yield from _lists(s, s.auxk, S, beside=present == s.auxk)
+    yield from _values(own, s.dead, present)
+    yield from _lists(own, S, beside=present == s.auxk)
     for d in s.d_streams:
-        one = replace(s, k=s.auxk, d_streams=(d,), auxk=0, dead=0)
-        yield from _losses(one, "loss", d, s.dead, present)
+        one = replace(own, d_streams=(d,))
+        yield from _losses(one, d, s.dead, present)
         yield from _one_pass(one, d, s.dead, present, first=True)
         if not direct:
             for columns in _pieces(d, route(one, d)[1]):  # dW_dec: value and scale of an entry
@@ -396,13 +386,13 @@ def ops_of(s: Shape, direct: bool = False) -> dict[str, Op]:
         # x - b of every stream, for the selection, the values and dW_enc
         "centre": [Part("centre", 2 * B * D * e)],
         selected.name: selected.parts,
-        "values": _values(s, k, N, k),
+        "values": _values(s, N, k),
         # a byte a latent and stream zeroed, set where a value fires, read with the int64 counters, which are written
         "counters": [of_torch("zeros", S * N), Part("fired", S * M * (4 + 8 + 1)), Part("count", S * N * (1 + 8 + 8))],
         # beside the gathers of the values
-        "inverse index": _lists(s, k, 1, beside=True),
+        "inverse index": _lists(s, 1, beside=True),
         # losses in the forward, everything again in the backward
-        "losses": [] if ahead else [p for d in widths for p in _losses(s, "gather", d, N, k)],
+        "losses": [] if ahead else [p for d in widths for p in _losses(s, d, N, k)],
         # one pass per target for losses, dv and E (or H); unless ahead every target has its own dv
         "losses + dv": [
             p for t, d in enumerate(widths) for p in _one_pass(s, d, N, k, first=not ahead or t == 0, direct=direct)
@@ -439,34 +429,9 @@ def ops_of(s: Shape, direct: bool = False) -> dict[str, Op]:
     return {op.name: op for op in ops if op.parts}
 
 
-def step_ops(s: Shape) -> list[Op]:
-    """List the ops of `step`."""
-    return list(ops_of(s).values())
-
-
-def direct_ops(s: Shape) -> list[Op]:
-    """List the ops of `direct_step`."""
-    return list(ops_of(s, direct=True).values())
-
-
-def step(s: Shape) -> Op:
-    """Model forward, losses and backward, without an optimizer."""
-    return total("step", step_ops(s))
-
-
-def direct_step(s: Shape) -> Op:
-    """Model `AlignedSAE.training_step`, which updates weights from lists, without writing gradients."""
-    return total("training_step", direct_ops(s))
-
-
-def direct_update(s: Shape) -> Op:
-    """Model the update of `direct_step`: latent sums, projection and Adam of both matrices of every stream, biases."""
-    return ops_of(s, direct=True)["update without gradients"]
-
-
-def dense_gradient_step(s: Shape) -> Op:
-    """Model forward, loss, backward, and SparcAdam from their gradients."""
-    return total("step + SparcAdam", [step(s), sparc_adam(s)])
+def step(s: Shape, direct: bool = False) -> Op:
+    """Model forward, losses and backward, without an optimizer; `direct`: `AlignedSAE.training_step`."""
+    return total("training_step" if direct else "step", ops_of(s, direct).values())
 
 
 def roofline_seconds(s: Shape, gpu: GPU) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import wraps
@@ -92,11 +93,10 @@ class Op:
 
     def bound(self, gpu: GPU) -> str:
         """Return the limit with the largest share of the time: HBM, L2, FLOPs, instructions or launches."""
-        seconds = {"launches": 0.0}
+        seconds = Counter(launches=0.0)
         for part in self.parts:
-            for name, share in part.shares(gpu).items():
-                seconds[name] = seconds.get(name, 0.0) + share
-        return max(seconds, key=seconds.get)
+            seconds.update(part.shares(gpu))
+        return max(seconds, key=seconds.__getitem__)
 
 
 def of_gpu(made):
@@ -114,23 +114,12 @@ def of_gpu(made):
 
 
 def total(name: str, ops: Iterable[Op]) -> Op:
-    """Concatenate the parts of several ops.
-
-    Args:
-        name: of the result.
-        ops: in order.
-    """
+    """Concatenate the parts of several ops."""
     return Op(name, tuple(part for op in ops for part in op.parts))
 
 
 def step_seconds(op: Op, gpu: GPU, graph: bool) -> float:
-    """Return the seconds of a whole step: the device's, or without a graph the host's launches if they take longer.
-
-    Args:
-        op: the step.
-        gpu: that runs it.
-        graph: whether it is replayed from a CUDA graph.
-    """
+    """Return the seconds of a whole step: the device's, or without a graph the host's launches if they take longer."""
     device = op.seconds(gpu)
     return device if graph else max(device, 1e-6 * gpu.host_us * op.launches)
 
@@ -144,14 +133,7 @@ def when(holds: bool, *parts: Part) -> tuple[Part, ...]:
 
 
 def of_torch(name: str, streamed: float, launches: int = 1, **how) -> Part:
-    """Make a part of torch's own kernels.
-
-    Args:
-        name: of the part.
-        streamed: bytes that cross HBM and L2 once.
-        launches: of kernels.
-        how: further fields of Part.
-    """
+    """Make a part of torch's own kernels, by fields of Part."""
     return Part(name, streamed, launches=launches, library=True, **how)
 
 
@@ -161,17 +143,7 @@ def library_unit(s: Shape) -> str:
 
 
 def product(s: Shape, name: str, m: int, n: int, d: int, *, extra: float = 0, **how) -> Part:
-    """Make the part of a GEMM [m, d] x [d, n]: operands read, product written.
-
-    Args:
-        s: gives the bytes of a number.
-        name: of the part.
-        m: rows of the product.
-        n: columns of the product.
-        d: summed dimension.
-        extra: bytes moved besides.
-        how: further fields of Part.
-    """
+    """Make the part of a GEMM [m, d] x [d, n]: operands read, product written, `extra` bytes moved besides."""
     return Part(name, (m * d + n * d + m * n) * s.e + extra, flops=2 * m * n * d, **how)
 
 
@@ -181,22 +153,12 @@ TOPK_INSTRUCTIONS = 12
 
 
 def topk_part(s: Shape, k: int) -> Part:
-    """Model torch.topk of [B, N] logits: rows stay in L2 between the passes; values and int64 ids are written.
-
-    Args:
-        s: gives B, N and the bytes of a logit.
-        k: selected entries a row.
-    """
+    """Model torch.topk of k of each row of [B, N] logits, which stay in L2 between the passes; ids are int64."""
     passes, size = 4 * s.e + 2, s.B * s.N * s.e
     executed = TOPK_INSTRUCTIONS * passes * s.B * s.N / 32
     return of_torch("topk", s.B * k * (s.e + 8), 3, reuse=Reuse(passes * size, size), instructions=executed)
 
 
 def distinct(n: int, uses: float) -> float:
-    """Return the expected number of distinct ids among uniform draws.
-
-    Args:
-        n: number of ids.
-        uses: number of draws.
-    """
+    """Return the expected number of distinct ids among that many uniform draws from n."""
     return -n * math.expm1(uses * math.log1p(-1 / n)) if n > 1 else 1.0

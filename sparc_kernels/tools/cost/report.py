@@ -24,24 +24,12 @@ PASS, DECODE = ("losses + dv",), ("losses + dv", "dW_dec")  # ops whose share of
 
 
 def over_gemm(op: Op, s: Shape, gpu: GPU) -> float:
-    """Return the time of encode + TopK as a multiple of the bare library GEMM's.
-
-    Args:
-        op: one of the variants of selection.
-        s: its shape.
-        gpu: that runs it.
-    """
+    """Return the time of a variant of selection as a multiple of the bare library GEMM's."""
     return op.seconds(gpu) / ours.gemm(s).seconds(gpu)
 
 
 def gather_share(s: Shape, gpu: GPU, names: tuple[str, ...]) -> float:
-    """Return the share of ops' time that L2 needs for the rows they gather.
-
-    Args:
-        s: shape of the step.
-        gpu: that runs it.
-        names: of the ops; they gather decoder rows, and errors where these are read per list entry.
-    """
+    """Return the share of the named ops' time that L2 needs for what they gather: decoder rows, errors of entries."""
     op = total("", [ours.ops_of(s)[name] for name in names])
     return sum(p.reuse.used for p in op.parts) / gpu.bytes_per_s("L2") / op.seconds(gpu)
 
@@ -131,13 +119,13 @@ def _row(op: Op, gpu: GPU) -> dict:
 def summary(s: Shape, gpu: GPU) -> dict:
     """Return the numbers that `table` prints."""
     s = replace(s, arch=gpu.arch)
-    whole = ours.step(s)
+    ops, whole = ours.ops_of(s).values(), ours.step(s)
     graph, eager = (step_seconds(whole, gpu, graph) for graph in (True, False))
     baselines = {"official, fp32 as shipped": official_seconds(s, gpu), **dense_seconds(s, gpu)}
     selections = ours.select_fused(s), ours.select_library(s), ours.mm_topk(s)
     return {
         "modelled": True, "gpu": gpu.name, "shape": str(s),
-        "rows": [_row(op, gpu) for op in (*ours.step_ops(s), whole)],
+        "rows": [_row(op, gpu) for op in (*ops, whole)],
         "apart": [_row(op, gpu) for op in (dense.adam(s), dense.unit_norm(s))],
         "step_us": {"CUDA graph": 1e6 * graph, "eager": 1e6 * eager},
         "dense_us": {name: 1e6 * seconds for name, seconds in baselines.items()},
@@ -185,10 +173,6 @@ def bytes_per_parameter(op: Op, s: Shape) -> float:
     """Return an optimizer's bytes a parameter: weights, gradients and moments.
 
     Half precision copies and data of the batch do not count.
-
-    Args:
-        op: the optimizer.
-        s: shape of the step.
     """
     if any(p.reuse.used for p in op.parts):  # computed from lists, without gradients
         return float(2 * ours.parameter_bytes(s) + 4 * ours.MOMENT)
@@ -199,16 +183,17 @@ def optimizer_table(s: Shape, gpu: GPU) -> str:
     """Format bytes a parameter and microseconds of each optimizer, and whole steps beside the official loop."""
     s = replace(s, arch=gpu.arch)
     official = step_seconds(dense.official_loop(s), gpu, graph=False)
-    least, direct = ours.roofline_seconds(s, gpu), ours.direct_step(s)
+    least, direct, adam = ours.roofline_seconds(s, gpu), ours.step(s, direct=True), ours.sparc_adam(s)
+    update = ours.ops_of(s, direct=True)["update without gradients"]
     lines = [
         f"modelled, nothing measured: optimizer of {s}{', autocast' if s.autocast else ''} on {gpu.name}",
         f"{'optimizer':<28} {'B / parameter':>13} {'launches':>8} {'predicted us':>12}",
     ]
-    for op in (ours.direct_update(s), ours.sparc_adam(s), dense.fused_adam(s), dense.official_optimizer(s)):
+    for op in (update, adam, dense.fused_adam(s), dense.official_optimizer(s)):
         moved, us = bytes_per_parameter(op, s), 1e6 * op.seconds(gpu)
         lines.append(f"{op.name:<28} {moved:>13.1f} {op.launches:>8} {us:>12.1f}")
     lines.append(f"{'whole step':<28} {'eager us':>13} {'graph us':>8}   official loop over it: eager, in a graph")
-    for op in (direct, ours.dense_gradient_step(s)):
+    for op in (direct, total("step + SparcAdam", [ours.step(s), adam])):
         eager, graph = (step_seconds(op, gpu, how) for how in (False, True))
         times = f"{1e6 * eager:>13.1f} {1e6 * graph:>8.1f}"
         lines.append(f"{op.name:<28} {times} {official / eager:>21.1f} {official / graph:>12.1f}")
