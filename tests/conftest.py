@@ -29,15 +29,19 @@ def quicken_interpreter() -> None:
     The functions of Triton's language are replaced again at every call of one jit function by another, through a
     wrapper in a wrapper; sums of integers are checked for overflow and the answer is dropped unless `debug` is set; a
     dictionary of all types is made whenever one is looked up. Shapes are checked, made tuples with types of their own
-    and compared element by element at every operation.
+    and compared element by element at every operation; numbers
+    become tensors anew.
     """
     from triton.runtime import interpreter
 
     language, patch, look_up = interpreter.tl, interpreter._patch_lang, interpreter._get_np_dtype
     core, semantic, dtypes = language.core, interpreter.TritonSemantic, {}
+    uses = {}
 
     def patch_once(fn):
-        modules = [m for m in (language, core) if any(m is value for value in fn.__globals__.values())]
+        if fn not in uses:
+            uses[fn] = [m for m in (language, core) if any(m is value for value in fn.__globals__.values())]
+        modules = uses[fn]
         done = not any(core.is_builtin(m.arange) for m in modules)
         return interpreter._LangPatchScope() if done else patch(fn)
 
@@ -89,6 +93,27 @@ def quicken_interpreter() -> None:
             return lhs, rhs
         return broadcast(self, lhs, rhs)
 
+    check, arguments = semantic.binary_op_type_checking_impl, {}
+    kept = {"fp32", "fp64", "int32", "int64", "int1"}  # two of one of these are neither promoted nor rounded
+
+    def binary_op_type_checking_impl(self, lhs, rhs, *allow, **how):
+        a, b = type(lhs) is core.tensor, type(rhs) is core.tensor
+        if a and b and lhs.dtype is rhs.dtype and lhs.dtype.name in kept:
+            if getattr(lhs.type, "dims", ()) == getattr(rhs.type, "dims", ()):
+                return lhs, rhs
+        if a == b or type(rhs if a else lhs) not in (int, float):
+            return check(self, lhs, rhs, *allow, **how)
+        given, number = (lhs, rhs) if a else (rhs, lhs)
+        key = number or repr(number), type(number), given.dtype.name, getattr(given.type, "dims", ()), *how.items()
+        if key not in arguments:
+            made = check(self, lhs, rhs, *allow, **how)
+            if made[not a] is not given:
+                return made
+            arguments[key] = made[a]
+            made[a].handle.data.flags.writeable = False
+        return (lhs, arguments[key]) if a else (arguments[key], rhs)
+
+    semantic.binary_op_type_checking_impl = binary_op_type_checking_impl
     equal, unwrap, plain = core.dtype.__eq__, core._unwrap_if_constexpr, {core.tensor, int, float, bool, str}
 
     def unwrap_if_constexpr(o):
@@ -107,13 +132,13 @@ if not CUDA:
 # By CPU seconds, the most first: what is long must not begin when the other worker is about to end.
 LONG = [
     "gpu_report",
+    "wheel",
     "module",
     "verify",
     "optimizer",
     "stand_in",
     "audit",
     "benchmarks",
-    "demo",
     "decode",
     "encode",
     "documents",
@@ -162,9 +187,9 @@ def pytest_unconfigure():
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """torch.empty is filled with NaN (and the largest integers), so a place left unwritten is noticed."""
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms would import the compiler
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
 
 
 @pytest.fixture(scope="session")

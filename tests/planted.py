@@ -8,9 +8,9 @@ from sparc_kernels.tools.verify import pool as verify_pool
 work = verify_pool.work
 
 
-def planted(pipe, *settings):
-    """PLANT: what happens at which "op dtype case", for example "lost decode local fp32 tiny;kill ..."; or "start"."""
-    wanted = dict(part.split(" ", 1)[::-1] for part in os.environ["PLANT"].split(";"))
+def planted(plant, pipe, *settings):
+    """plant: what happens at which "op dtype case", for example "lost decode local fp32 tiny;kill ..."; or "start"."""
+    wanted = dict(part.split(" ", 1)[::-1] for part in plant.split(";"))
     lost = "it does not answer" if "start" in wanted else ""
 
     def surrounded(name, sound):

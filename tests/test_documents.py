@@ -41,7 +41,7 @@ PARSERS = {
 }
 RECORDED = "docs/results.md"  # its commands made the records
 ELSEWHERE = {  # command -> what runs it, or a smaller one; here its arguments are read
-    "sparc-kernels demo --out demo": "tests/cli/test_demo.py::quick",
+    "sparc-kernels demo --out demo": "tests/test_wheel.py::quick",
     "python -m pytest -q -n 2": ".ci/run",
     "python -m pytest -q tests/ops/test_latent_reduce.py": ".ci/run",
     "sparc-kernels verify": "tests/tools/test_verify.py::test_command_passes_and_writes_json",

@@ -2,20 +2,17 @@
 
 import ast
 import inspect
-import json
-import os
 import re
 import runpy
 import shutil
-import site
 import subprocess
 import sys
-import venv
 from email import message_from_bytes
 from pathlib import Path
 
 import numpy as np
 import pytest
+import warm_process
 
 import sparc_kernels
 from sparc_kernels.io import weights
@@ -59,53 +56,6 @@ def egg_info(root: Path, out: Path) -> Path:
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return out / "sparc_kernels.egg-info"
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory) -> Path:
-    """The scripts of a fresh environment that has the wheel, and else what the tests have."""
-    pytest.importorskip("setuptools", minversion="77")
-    folder = tmp_path_factory.mktemp("wheel")
-    source, env = folder / "source", folder / "env"
-    shutil.copytree(ROOT / "sparc_kernels", source / "sparc_kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    venv.create(env)
-    scripts = env / ("Scripts" if os.name == "nt" else "bin")
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    offline = ("--no-deps", "--no-index", "--quiet")
-    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # what lies there would count as installed
-    wheel = [*pip, "wheel", *offline, "--no-build-isolation", "--wheel-dir", str(folder), str(source)]
-    subprocess.run(wheel, check=True, capture_output=True, env=clean, cwd=folder)
-    (made,) = folder.glob("sparc_kernels-*.whl")
-    install = [*pip, "--python", str(scripts / "python"), "install", *offline, str(made)]
-    subprocess.run(install, check=True, capture_output=True, env=clean, cwd=folder)
-    (packages,) = env.rglob("site-packages")
-    (packages / "torch_and_others.pth").write_text("\n".join(site.getsitepackages()))
-    return scripts
-
-
-@pytest.mark.parametrize(("pattern", "least"), [("*.py", 80), ("*.html", 4)])
-def test_the_wheel_has_every_module_and_template(installed, pattern, least):
-    (package,) = installed.parent.glob("**/site-packages/sparc_kernels")
-    have = {path.relative_to(package) for path in package.rglob(pattern)}
-    want = {path.relative_to(ROOT / "sparc_kernels") for path in (ROOT / "sparc_kernels").rglob(pattern)}
-    assert have == want and len(want) >= least
-    assert (package / "py.typed").exists()
-
-
-@pytest.mark.subprocess
-@pytest.mark.slow
-def test_the_quick_demo_runs_from_the_wheel(installed, tmp_path):
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
-    env |= {"OMP_NUM_THREADS": "1"}
-    where = [str(installed / "python"), "-c", "import sparc_kernels; print(sparc_kernels.__file__)"]
-    done = subprocess.run(where, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
-    assert Path(done.stdout.strip()).is_relative_to(installed.parent)
-    command = [str(installed / "sparc-kernels"), "demo", "--quick", "--device", "cpu", "--out", "demo"]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "demo" / "alignment.json").read_text())["global_cross_first"]
 
 
 def targets(description: str) -> list[str]:
@@ -217,7 +167,6 @@ def test_a_base_install_trains(tmp_path):
     assert re.findall(r'"([a-z]+)', base) == ["torch", "numpy", "safetensors", "filelock", "triton"]
     for name in "ab":
         np.save(tmp_path / f"{name}.npy", np.random.default_rng(0).standard_normal((40, 8), dtype=np.float32))
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", BASE], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = warm_process.run("-c", BASE, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "model.safetensors").exists() and len(list((tmp_path / "codes").iterdir())) == 2

@@ -68,7 +68,7 @@ def _become(order):
 
 
 def _serve():
-    import torch  # noqa: F401
+    import torch._dynamo  # noqa: F401  which the first optimizer would import
 
     for line in sys.stdin:
         sys.stdout.flush()

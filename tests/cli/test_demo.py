@@ -1,16 +1,13 @@
 """The demo as a user starts it, and its parts."""
 
 import argparse
-import io
-import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,66 +21,6 @@ ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "sparc_kernels", "demo"]
 # one thread: two wait for each other beside another test
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory, quick_streams):
-    out = tmp_path_factory.mktemp("demo") / "not" / "there"
-    done, given = SimpleNamespace(stdout=io.StringIO(), stderr=io.StringIO()), []
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(done.stdout), redirect_stderr(done.stderr):
-        patch.setattr(demo, "unicode_streams", lambda *args, **named: given.append((args, named)) or quick_streams)
-        code = cli.main(["demo", "--quick", "--device", "cpu", "--out", str(out)])
-    done.stdout, done.stderr = done.stdout.getvalue(), done.stderr.getvalue()
-    assert code == 0, done.stderr
-    assert given == [((0,), {"quick": True})] or given == [((0, True), {})]  # the data that the fixture has
-    return out, done, json.loads((out / "alignment.json").read_text())
-
-
-@pytest.mark.slow
-def test_global_cross_comes_first(quick):
-    _, done, record = quick
-    scores = record["scores"]
-    assert record["global_cross_first"] and record["quick"]
-    assert "global+cross first in Jaccard and in latent R@1: yes" in done.stdout
-    own = [scores[name]["own"]["jaccard"] for name in ("global+cross", "global", "local+cross", "local")]
-    assert own == sorted(own, reverse=True) and own[0] > 0.7 and own[-1] < 0.15
-    recall = {name: score["latent"]["R@1"] for name, score in scores.items()}
-    assert recall["global+cross"] > 1.2 * max(recall["global"], recall["local+cross"])
-    assert min(recall["global"], recall["local+cross"]) > 10 * record["chance"]["R@1"]
-    assert recall["local"] < 5 * record["chance"]["R@1"]
-    for score in scores.values():
-        assert score["own"]["explained_variance_self"] > 0.7
-
-
-def test_chance_and_local_selection_are_reported(quick):
-    _, _, record = quick
-    assert record["held_out"] == 300 and record["chance"]["R@10"] == pytest.approx(10 / 300)
-    for name, score in record["scores"].items():
-        if name.startswith("local"):  # trained locally: both selections are one
-            assert score["own"] == pytest.approx(score["local"])
-        else:
-            assert score["own"]["jaccard"] > score["local"]["jaccard"] + 0.2
-        assert score["local"]["jaccard_chance"] < 0.2
-
-
-def test_files_and_text(quick):
-    out, done, _ = quick
-    assert {f.name for f in out.iterdir()} == {"alignment.json", "alignment.txt", "curves.png", "gallery.png"}
-    for name in ("curves.png", "gallery.png"):
-        picture = (out / name).read_bytes()
-        assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
-    table = (out / "alignment.txt").read_text()
-    assert table in done.stdout
-    for title in (
-        "Jaccard, alive latents",
-        "dead in some (mixed)",
-        "latent R@10",
-        "cross-reconstruction MRR",
-        "chance",
-    ):
-        assert title in table
-    assert "Quick run" in done.stdout
-    assert done.stderr == ""  # no bar where there is no terminal, no warning
 
 
 @pytest.mark.subprocess
@@ -104,7 +41,8 @@ def test_ctrl_c_leaves_cleanly(tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130
-    assert stderr.strip() == "Interrupted."
+    lost = r"Exception ignored in.*?\nKeyboardInterrupt: *\n"  # Python's own words on one that it lost
+    assert re.sub(lost, "", stderr, flags=re.DOTALL).strip() == "Interrupted."
 
 
 def test_ctrl_c_while_training_leaves_cleanly(tmp_path, capsys, monkeypatch):

@@ -105,4 +105,4 @@ def compare(kind: str, rank: int) -> None:
 @pytest.mark.subprocess
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
-    mp.spawn(work, (f"file://{tmp_path / 'meeting'}",), nprocs=2)
+    mp.start_processes(work, (f"file://{tmp_path / 'meeting'}",), nprocs=2, start_method="forkserver")

@@ -15,12 +15,12 @@ from sparc_kernels.ops import joint, latent_adam
 from sparc_kernels.tools.shape import Shape
 from sparc_kernels.tools.trace import trace
 
-WIDTHS = {"a": 20, "b": 13, "c": 7}
-NEVER = slice(20, 24)  # latents that no row selects
+WIDTHS = {"a": 20, "b": 7}
+NEVER = slice(10, 12)  # latents that no row selects
 F32, F64 = torch.float32, torch.float64
 
 
-def model(dtype=F64, N=24, k=4, auxk=4, widths=WIDTHS, never=True, **options):
+def model(dtype=F64, N=12, k=3, auxk=2, widths=WIDTHS, never=True, **options):
     torch.manual_seed(0)
     m = AlignedSAE(widths, N, k, auxk, dead_steps_threshold=2, dtype=dtype, device=DEVICE, **options)
     with torch.no_grad():
@@ -28,10 +28,12 @@ def model(dtype=F64, N=24, k=4, auxk=4, widths=WIDTHS, never=True, **options):
             p.copy_(0.1 * torch.randn(p.shape))
         for c in m.latent_biases.values() if never else ():
             c[NEVER] = -1e4
+        for counter in m.buffers():
+            counter.fill_(2)  # what the first step does not select is dead in the second
     return m
 
 
-def batches(steps, dtype=F64, rows=6, widths=WIDTHS):
+def batches(steps, dtype=F64, rows=4, widths=WIDTHS):
     g = torch.Generator().manual_seed(1)
     for _ in range(steps):
         yield {s: torch.randn(rows, d, generator=g, dtype=F64).to(DEVICE, dtype) for s, d in widths.items()}
@@ -69,15 +71,13 @@ def assert_same_state(a, b, tol=1e-12):
         assert int(a.state[p]["step"]) == int(b.state[q]["step"])
 
 
-def steps_for(impl):
-    return 100 if impl == "torch" else 3  # the interpreter takes a second a step
-
-
 @pytest.mark.parametrize(
-    ("normalize", "decay", "clip"),
-    [("before", 0.0, None), ("after", 0.0, None), (None, 0.1, None), ("before", 0.1, 0.5), ("after", 0.0, 0.5)],
-)
-def test_equals_torchs_adam_and_the_official_helpers(impl, normalize, decay, clip):
+    ("normalize", "decay", "clip", "steps"),
+    [("before", 0.0, None, 100), ("after", 0.0, None, 20), (None, 0.1, None, 20), ("before", 0.1, 0.5, 20),
+     ("after", 0.0, 0.5, 20)],
+)  # fmt: skip
+def test_equals_torchs_adam_and_the_official_helpers(impl, normalize, decay, clip, steps):
+    steps = steps if impl == "torch" else 2
     dtype = F64 if impl == "torch" else KERNEL_DTYPE
     ours, theirs = model(dtype, impl="torch"), model(dtype, impl="torch")
     mine = SparcAdam(ours, 1e-2, weight_decay=decay, normalize=normalize, max_grad_norm=clip, impl=impl)
@@ -85,7 +85,7 @@ def test_equals_torchs_adam_and_the_official_helpers(impl, normalize, decay, cli
     official.model = theirs
     before, idle = copy.deepcopy(theirs), 0
     tol = 1e-12 if dtype == F64 else 1e-5
-    for x in batches(steps_for(impl)):
+    for x in batches(steps):
         x = {s: t.to(dtype) for s, t in x.items()}
         backward(ours, x)
         backward(theirs, x)
@@ -99,7 +99,7 @@ def test_equals_torchs_adam_and_the_official_helpers(impl, normalize, decay, cli
     assert_same_weights(ours, theirs, tol)
     assert_same_state(mine, official, tol)
     never = theirs.encoders["a"].weight[NEVER]
-    assert idle == steps_for(impl) and not official.state[theirs.encoders["a"].weight]["exp_avg_sq"][NEVER].any()
+    assert idle == steps + 2 and not official.state[theirs.encoders["a"].weight]["exp_avg_sq"][NEVER].any()
     assert decay or torch.equal(never, before.encoders["a"].weight[NEVER])
     if normalize:
         norms = torch.cat([d.weight.norm(dim=0) for d in ours.decoders.values()])
@@ -150,7 +150,7 @@ def test_half_precision_parameters_have_float32_moments(impl, dtype):
 
 FORMS = [
     dict(), dict(topk_type="local"), dict(auxk=None), dict(topk_type="local", auxk=None),
-    dict(N=6, never=False),  # lists of many entries: split over programs in the interpreter
+    dict(N=5, never=False),  # lists of many entries: split over programs in the interpreter
     dict(widths={"a": 20}),
 ]  # fmt: skip
 
@@ -162,7 +162,7 @@ def test_training_step_is_the_step_with_gradients(impl, form):
     mine, dense = SparcAdam(ours, 1e-2, impl=impl), SparcAdam(theirs, 1e-2, impl="torch")
     tol = 1e-12 if dtype == F64 else 2e-4
     dead = 0
-    for x in batches(20 if impl == "torch" else 4, dtype, widths=ours.d_streams):
+    for x in batches(20 if impl == "torch" else 2, dtype, widths=ours.d_streams):
         loss, metrics = ours.training_step(x, mine)
         wanted, their_metrics = backward(theirs, x)
         dense.step()
@@ -179,14 +179,13 @@ def test_training_step_is_the_step_with_gradients(impl, form):
         assert torch.equal(counter, theirs.get_buffer(name))
 
 
-@pytest.mark.parametrize("normalize", ["after", None])
-@pytest.mark.parametrize("cross", [0.0, 0.3])
+@pytest.mark.parametrize(("normalize", "cross"), [("after", 0.3), (None, 0.0)])
 def test_training_step_with_other_coefficients_and_modes(impl, normalize, cross):
     dtype = F64 if impl == "torch" else KERNEL_DTYPE
     ours, theirs = model(dtype, never=False, impl=impl), model(dtype, never=False, impl="torch")
     mine = SparcAdam(ours, 1e-2, normalize=normalize, weight_decay=0.1, impl=impl)
     dense = SparcAdam(theirs, 1e-2, normalize=normalize, weight_decay=0.1, impl="torch")
-    for x in batches(3, dtype):
+    for x in batches(2, dtype):
         ours.training_step(x, mine, auxk_coef=0.5, cross_loss_coef=cross)
         backward(theirs, x, auxk_coef=0.5, cross_loss_coef=cross)
         dense.step()
@@ -330,7 +329,8 @@ def test_resumed_from_a_saved_state_bit_for_bit(impl):
     dtype = F32
     straight = model(dtype, never=False, impl=impl)
     optimizer = SparcAdam(straight, 1e-2, capturable=True, impl=impl)
-    for x in batches(2, dtype):
+    steps = 2 if impl == "torch" else 1
+    for x in batches(steps, dtype):
         straight.training_step(x, optimizer)
     file = io.BytesIO()
     torch.save([straight.state_dict(), optimizer.state_dict()], file)
@@ -344,7 +344,7 @@ def test_resumed_from_a_saved_state_bit_for_bit(impl):
     assert float(again.param_groups[0]["lr"]) == float(optimizer.param_groups[0]["lr"])
     copied = copy.deepcopy(again)
     assert copied.model is not resumed
-    for x in list(batches(4, dtype))[2:]:
+    for x in list(batches(2 * steps, dtype))[steps:]:
         for m, o in ((straight, optimizer), (resumed, again), (copied.model, copied)):
             m.training_step(x, o)
     for m, o in ((resumed, again), (copied.model, copied)):
@@ -422,7 +422,7 @@ def test_learning_rate_schedules(capturable, impl):
         for o in (mine, official)
     ]  # fmt: skip
     address = mine.param_groups[0]["lr"].data_ptr() if capturable else None
-    for i, x in enumerate(batches(4, KERNEL_DTYPE)):
+    for i, x in enumerate(batches(4 if impl == "torch" else 2, KERNEL_DTYPE)):
         if i % 2:
             backward(ours, x)
             mine.step()
@@ -503,7 +503,7 @@ def test_layouts_and_widths_that_the_kernels_do_not_take(impl, monkeypatch):
         SparcAdam(theirs, 1e-2, impl="torch", max_grad_norm=0.5),
     )
     direct = SparcAdam(ours, 1e-2, impl=impl)
-    for i, x in enumerate(batches(4, KERNEL_DTYPE)):
+    for i, x in enumerate(batches(3, KERNEL_DTYPE)):
         if i == 1:
             ours.decoder_layout_("contiguous")  # the moments follow
         if i == 2:
@@ -532,7 +532,7 @@ def test_layouts_and_widths_that_the_kernels_do_not_take(impl, monkeypatch):
 
 def test_parameters_without_a_gradient_are_left_alone(impl):
     m, reference = model(KERNEL_DTYPE, never=False), model(KERNEL_DTYPE, never=False)
-    frozen = ("encoders.a.weight", "decoders.b.weight", "pre_biases.c", "latent_biases.a")
+    frozen = ("encoders.a.weight", "decoders.b.weight", "pre_biases.b", "latent_biases.a")
     mine, official = SparcAdam(m, 1e-2, impl=impl), torch.optim.Adam(reference.parameters(), 1e-2)
     before = copy.deepcopy(m)
     mine.step()  # no gradient anywhere
@@ -543,7 +543,7 @@ def test_parameters_without_a_gradient_are_left_alone(impl):
             for name in frozen:
                 one.get_parameter(name).grad = None
         mine.step()
-        for s in ("a", "c"):  # the official helper would divide a decoder without gradient too
+        for s in ("a",):  # the official helper would divide a decoder without gradient too
             w = reference.decoders[s].weight
             w.data.div_(w.norm(dim=0, keepdim=True) + 1e-8)
         reference.project_decoder_grad_()
@@ -604,7 +604,7 @@ REFUSALS = {
     "amsgrad": (lambda: loaded(amsgrad=True), "state_dict: expected amsgrad=False, got True"),
     "maximize": (lambda: loaded(maximize=True), "state_dict: expected maximize=False"),
     "L2": (lambda: loaded(weight_decay=0.1), "state_dict: expected decoupled weight decay"),
-    "shape": (loaded, r"state_dict: exp_avg of parameter 0: expected shape \(24, 20\), got .*\(3,\)"),
+    "shape": (loaded, r"state_dict: exp_avg of parameter 0: expected shape \(12, 20\), got .*\(3,\)"),
     "another optimizer": (
         lambda: model(F32).training_step(next(batches(1, F32)), torch.optim.Adam(model().parameters())),
         "optimizer: expected a SparcAdam, got a Adam",

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import csv
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,8 +24,6 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parents[2]
-COMMAND = [sys.executable, "-m", "sparc_kernels", "train"]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 EVERY = 5  # steps between checkpoints
 SETTINGS = ["--n-latents", "256", "--k", "8", "--auxk", "16", "--batch-size", "64", "--lr", "1e-3", "--device", "cpu",
             "--dead-steps-threshold", "20", "--reinit-every", "10", "--memory", "100K", "--log-every", "1"]  # fmt: skip
@@ -43,10 +41,36 @@ def arguments(folder: Path, epochs: int = 100_000, checkpoint_every: int = 0) ->
             str(epochs), "--checkpoint-every", str(checkpoint_every)]  # fmt: skip
 
 
-def start(folder: Path, out: Path, resume: bool = False) -> subprocess.Popen:
-    command = [*COMMAND, *arguments(folder, 10, EVERY), "--out", str(out)]
-    command += ["--resume"] if resume else []
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
+class Run:
+    """A training process, forked from one that has imported what it needs."""
+
+    def __init__(self, folder: Path, out: Path, resume: bool = False):
+        words = [*arguments(folder, 3, EVERY), "--out", str(out), *(["--resume"] if resume else [])]
+        self.output = out.with_suffix(".txt")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["sparc_kernels.cli.train", "sparc_kernels.train", "torch._dynamo"])
+        self.process = context.Process(target=train, args=(words, self.output))
+        self.process.start()
+
+    def ended(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self) -> tuple[int, str]:
+        """Its exit code, and what it printed."""
+        self.process.join()
+        return self.process.exitcode, self.output.read_text()
+
+
+def train(words: list[str], output: Path) -> None:
+    import torch
+
+    from sparc_kernels import cli
+
+    torch.set_num_threads(1)
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.exit(cli.main(["train", *words]))
 
 
 def steps_of(out: Path) -> int:
@@ -58,14 +82,14 @@ def steps_of(out: Path) -> int:
         return 0
 
 
-def kill_at(process: subprocess.Popen, out: Path, step: int, delay: float) -> int:
+def kill_at(run: Run, out: Path, step: int, delay: float) -> int:
     """SIGKILL a little after the run has logged a step; returns the steps it had logged, 0 if it had ended by then."""
-    while steps_of(out) < step and process.poll() is None:
+    while steps_of(out) < step and run.ended() is None:
         time.sleep(0.002)
     time.sleep(delay)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    return steps_of(out) if process.returncode == -signal.SIGKILL else 0
+    run.process.kill()
+    code, _ = run.wait()
+    return steps_of(out) if code == -signal.SIGKILL else 0
 
 
 def check_checkpoints(out: Path) -> list[str]:
@@ -85,26 +109,25 @@ def kill_and_resume(folder: Path, moments: int, seed: int, tell=lambda text: Non
     """Returns what went wrong, one line each."""
     make_features(folder)
     reference = folder / "reference"
-    process = start(folder, reference)
-    output, _ = process.communicate()
-    if process.returncode:
+    code, output = Run(folder, reference).wait()
+    if code:
         return [f"the run that was left alone failed: {output}"]
     want, steps = (reference / "model.safetensors").read_bytes(), steps_of(reference)
     rng, wrong = random.Random(seed), []
     for i in range(moments):
         out, kills = folder / f"run-{i}", []
-        process = start(folder, out)
+        run = Run(folder, out)
         for _ in range(1 + (rng.random() < 0.3)):
             before = steps_of(out)
-            reached = kill_at(process, out, rng.randint(before + 1, steps - 1), rng.random() * 0.02)
+            reached = kill_at(run, out, rng.randint(before + 1, steps - 1), rng.random() * 0.02)
             kills.append(reached)
             wrong += [f"run {i}: {problem}" for problem in check_checkpoints(out)]
-            process = start(folder, out, resume=True)
-        output, _ = process.communicate()
+            run = Run(folder, out, resume=True)
+        code, output = run.wait()
         resumed = [int(line.split("step ")[1].split()[0].replace(",", "")) for line in output.splitlines()
                    if line.startswith("Resuming after")]  # fmt: skip
         at = resumed[0] if resumed else 0
-        if process.returncode:
+        if code:
             wrong.append(f"run {i}: resuming failed: {output}")
         elif (out / "model.safetensors").read_bytes() != want:
             wrong.append(f"run {i}, killed at {kills}: other weights")

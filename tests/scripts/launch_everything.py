@@ -291,9 +291,10 @@ def main(everything):
 
     def stage(source):
         """To the end the first of each kernel; to TTIR what differs in types, in arguments that are constants to the
-        JIT, or in flags."""
+        JIT, or in flags; the number of streams behind the first is no difference."""
         flags = tuple((path, value) for path, value in source.constants.items() if isinstance(value, bool))
-        kind = source.fn, tuple(source.signature.values()), flags
+        types = (frozenset(t) if isinstance(t, tuple) and len(t) > 1 else t for t in source.signature.values())
+        kind = source.fn, tuple(types), flags
         if everything or source.fn not in seen:
             seen.update((source.fn, kind))
             return "cubin"

@@ -87,12 +87,13 @@ def test_the_jit_looks_for_what_was_compiled():
 
 
 _CACHE = """
-import dataclasses, pathlib, os
+import dataclasses, multiprocessing, pathlib, os
 from sparc_kernels.tools import compiler
 from sparc_kernels.tools.shape import parse_shape
 from sparc_kernels.tools.trace import trace
 
 def main():
+    compiler.get_context = lambda kind: multiprocessing.get_context("fork")  # test_interpreted_process... spawns
     every = [l for l in trace(parse_shape("8,64,4,32,1"), 90).launches if "_centre" in l.kernel or "_means" in l.kernel]
     broken = dataclasses.replace(every[0], num_warps=3)
     told = []

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import warm_process
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -527,8 +525,7 @@ def test_without_triton(tmp_path):
         "import sys; sys.modules['triton'] = None; from sparc_kernels.cli import main; "
         f"sys.exit(main(['cost', '--gpu', 'A100', '--json', {str(tmp_path / 'all.json')!r}]))"
     )
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+    done = warm_process.run("-c", code)
     assert done.returncode == 0, done.stderr
     made = json.loads((tmp_path / "all.json").read_text())
     assert len(made["shapes"]) == len(CASES) and made["claims"][0]["case"] == "A"

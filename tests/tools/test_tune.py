@@ -1,9 +1,6 @@
 """Launch settings recorded and found again; the search with an injected timer, kernels in the interpreter or real."""
 
 import json
-import os
-import subprocess
-import sys
 import threading
 import warnings
 from concurrent.futures import Future
@@ -13,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import warm_process
 from conftest import DEVICE
 
 pytest.importorskip("triton")
@@ -482,15 +480,16 @@ def test_without_a_gpu(capsys):
 @pytest.mark.subprocess
 def test_no_file_is_read_on_import(tmp_path):
     code = (
-        "import builtins, io, pathlib, sparc_kernels, sparc_kernels.nn.module\n"
+        "import warnings; warnings.simplefilter('error', RuntimeWarning)\n"
+        "import sparc_kernels, sparc_kernels.nn.module\n"
         "from sparc_kernels.launch import tuned\n"
         "assert tuned.table.cache_info().misses == 0 and tuned.recorded.cache_info().misses == 0\n"
         "import torch; sparc_kernels.AlignedSAE({'a': 8}, 16, 2)({'a': torch.randn(4, 8)})\n"
         "assert tuned.table.cache_info().misses == 0"
     )
     (tmp_path / "anything.json").write_text("{")
-    env = os.environ | {"PYTHONPATH": str(ROOT), "SPARC_KERNELS_CACHE": str(tmp_path)}
-    subprocess.run([sys.executable, "-W", "error::RuntimeWarning", "-c", code], env=env, check=True)
+    done = warm_process.run("-c", code, env={"SPARC_KERNELS_CACHE": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
 
 
 def test_shapes_are_parsed():

@@ -3,18 +3,17 @@
 import functools
 import math
 import os
-import resource
 import shutil
-import subprocess
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import torch
+import warm_process
 from conftest import CUDA
 from safetensors.torch import save_file
-from scripts.kill_and_resume import COMMAND, ENVIRONMENT, arguments, make_features
+from scripts.kill_and_resume import arguments, make_features
 
 from sparc_kernels import cli
 from sparc_kernels.io import features
@@ -337,12 +336,12 @@ def test_damaged_rows_that_the_sample_missed_stop_training_by_name(tmp_path, cap
 def test_no_space_is_refused_before_training(tmp_path):
     """A limit on the size of files, as a full disk would give it."""
     make_features(tmp_path)
-    command = [*COMMAND, *arguments(tmp_path), "--out", str(tmp_path / "run")]
-    limit = 100_000
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120, check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )  # fmt: skip
+    words = ["train", *arguments(tmp_path), "--out", str(tmp_path / "run")]
+    code = (
+        "import resource, sys; from sparc_kernels import cli; "
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); sys.exit(cli.main({words}))"
+    )
+    done = warm_process.run("-c", code)
     assert done.returncode == 2, done.stderr
     assert "out: expected space for a checkpoint and the weights (" in done.stderr and "File too large" in done.stderr
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CUDA, DEVICE
-from scripts.kill_and_resume import COMMAND, ENVIRONMENT, arguments, kill_and_resume, make_features
+from scripts.kill_and_resume import ROOT, arguments, kill_and_resume, make_features
 from sklearn.metrics import r2_score
 
 from sparc_kernels import AlignedSAE, cli
@@ -325,20 +325,42 @@ def test_a_full_disk_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypat
     resumed.train()
 
 
+def left_on(signum, code, stderr, out):
+    """What a run that a signal has ended says and leaves."""
+    assert code == 128 + signum
+    assert f"{signal.Signals(signum).name} after step" in stderr and "saved, resume goes on from here" in stderr
+    assert len(run_checkpoints.checkpoints(out / "checkpoints")) == 1  # only the one made on leaving
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_signals_save_and_leave(tmp_path, signum):
+def test_signals_save_and_leave(tmp_path, capsys, monkeypatch, signum):
     make_features(tmp_path)
-    command = [*COMMAND, *arguments(tmp_path), "--out", str(tmp_path / "run")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    compute_loss, steps = AlignedSAE.compute_loss, []
+
+    def interrupted(*args, **named):
+        steps.append(1)
+        if len(steps) == 3:
+            signal.raise_signal(signum)
+        return compute_loss(*args, **named)
+
+    monkeypatch.setattr(AlignedSAE, "compute_loss", interrupted)
+    code = cli.main(["train", *arguments(tmp_path), "--out", str(tmp_path / "run")])
+    left_on(signum, code, capsys.readouterr().err, tmp_path / "run")
+
+
+@pytest.mark.subprocess
+def test_a_signal_from_outside_saves_and_leaves(tmp_path):
+    make_features(tmp_path)
+    command = [sys.executable, "-m", "sparc_kernels", "train", *arguments(tmp_path), "--out", str(tmp_path / "run")]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     try:
         wait_for_row(tmp_path / "run")
-        process.send_signal(signum)
+        process.send_signal(signal.SIGTERM)
         _, stderr = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 128 + signum
-    assert f"{signal.Signals(signum).name} after step" in stderr and "saved, resume goes on from here" in stderr
-    assert len(run_checkpoints.checkpoints(tmp_path / "run" / "checkpoints")) == 1  # only the one made on leaving
+    left_on(signal.SIGTERM, process.returncode, stderr, tmp_path / "run")
 
 
 def test_a_second_signal_leaves_at_once(tmp_path, monkeypatch):
