@@ -34,6 +34,7 @@ from sparc_kernels.launch.select import EncodeConfig
 from sparc_kernels.nn.fused_step import fused_step  # noqa: F401  the last operators are registered there
 from sparc_kernels.ops import aligned_loss, dead, selection
 from sparc_kernels.tools import trace
+from sparc_kernels.tools.audit import compile_launch
 from sparc_kernels.tools.compiler import ask_jit
 from sparc_kernels.tools.stand_in import Refused, cache_key, stand_in
 
@@ -321,12 +322,21 @@ def main(everything):
                 compiled.setdefault(key, kernel)
     ran = time.process_time() - began
     said, forgotten = refusals(), left()
-    differ = [launch for key, (launch, keys) in zip(keys_of(asked), asked.items(), strict=True) if keys != {key}]
+    keys = keys_of(asked)
+    differ = [launch for key, (launch, given) in zip(keys, asked.items(), strict=True) if given != {key}]
+    ended = {key for key, kernel in compiled.items() if kernel.stage == "cubin"}
+    audited = []
+    for key, (launch, arch) in zip(keys, asked, strict=True):
+        if key in ended:
+            module, name = launch.kernel.split(":")
+            getattr(sys.modules[module], name).device_caches.clear()  # of what keys_of has left
+            audited.append(compile_launch(launch, arch, None))  # out of the files that the JIT has left
     print(json.dumps({
         "triton": triton.__version__, "launches": launches, "noted": len(asked), "compiled": len(compiled),
         "stages": Counter(kernel.stage for kernel in compiled.values()), "refused": refused, "said": said,
         "operators": sorted(operators), "kernels": sorted({kernel.name for kernel in compiled.values()}),
-        "ended": sorted({kernel.name for kernel in compiled.values() if kernel.stage == "cubin"}),
+        "ended": sorted({result.launch.kernel for result in audited}),
+        "faults": [(result.launch.kernel, result.fault) for result in audited if result.fault or not result.registers],
         "ways": ways(launch for launch, _ in asked), "left": forgotten, "differ": list(map(repr, differ[:3])),
         "shared": max(kernel.shared or 0 for kernel in compiled.values()),
         "seconds": [round(ran), round(time.process_time() - began)],

@@ -44,6 +44,7 @@ def test_every_operator_and_every_kernel_is_launched(seen):
     assert seen["operators"] == sorted(OPERATORS)
     assert set(seen["kernels"]) == kernels
     assert set(seen["ended"]) == kernels  # and compiled to the end once
+    assert seen["faults"] == []
 
 
 def test_sizes_come_to_the_launches_that_they_are_there_for(seen):
