@@ -55,25 +55,22 @@ def test_the_digest_is_that_of_code(tmp_path):
 @pytest.mark.subprocess
 @pytest.mark.slow
 def test_nothing_spills_and_everything_fits(tmp_path):
-    """The encoder's GEMM on every architecture, gathers and sums on one: kernels that use the most registers."""
-    matrix = {80: "mma", 90: "wgmma", 100: "tcgen05", 120: "mma", 0x942: "mfma"}
-    archs = [word for arch in ("80", "90", "100", "120", "gfx942") for word in ("--arch", arch)]
+    """The encoder's GEMM on one architecture of each kind, gathers on one; test_stand_in.py has every kernel once."""
+    matrix = {90: "wgmma", 100: "tcgen05", 0x942: "mfma"}
+    archs = [word for arch in ("90", "100", "gfx942") for word in ("--arch", arch)]
     shape = ("--shape", "4096,32768,64,768,1")
     rows = []
-    for more in ((*archs, "--kernel", "^_encode"), ("--arch", "90", "--kernel", "^_gather|^_latent_reduce|^_select")):
+    for more in ((*archs, "--kernel", "^_encode"), ("--arch", "90", "--kernel", "^_gather")):
         done, some = audit(*shape, *more, tmp_path=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
         rows += some
-    assert {row["launch"]["kernel"].split(":")[1] for row in rows} == {
-        "_encode_kernel", "_gather_kernel", "_latent_reduce_kernel", "_select_kernel",
-    }  # fmt: skip
+    assert {row["launch"]["kernel"].split(":")[1] for row in rows} == {"_encode_kernel", "_gather_kernel"}
     assert {row["arch"] for row in rows} == set(matrix)
     for row in rows:
         assert row["registers"] > 0 and row["spill_bytes"] == 0
         if row["launch"]["kernel"].endswith("_encode_kernel"):
             assert row["matrix"] == matrix[row["arch"]]
-        if not row["launch"]["kernel"].endswith("_select_kernel"):
-            assert row["load_bits"] >= 128, row
+        assert row["load_bits"] >= 128, row
 
 
 @pytest.mark.compile

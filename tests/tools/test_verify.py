@@ -72,15 +72,22 @@ def test_json_on_stdout_is_nothing_else():
 
 
 @pytest.mark.subprocess
-def test_worker_processes_give_the_same_results_in_the_same_order(quick):
-    done = command("--quick", "--jobs", "2", "--filter", "decode_nmse", "--json")
-    assert done.returncode == 0, done.stderr
+def test_worker_processes_give_the_same_results_in_the_same_order(quick, monkeypatch, capsys):
+    fork_workers(monkeypatch)
+    assert cli.main(["verify", "--device", "cpu", "--quick", "--jobs", "2", "--filter", "decode_nmse", "--json"]) == 0
     alone = [r for r in quick[1]["results"] if "decode_nmse" in r["op"]]
 
     def names(rows):
         return [(r["op"], r["dtype"], r["case"], r["tensor"]) for r in rows]
 
-    assert names(json.loads(done.stdout)["results"]) == names(alone) != []
+    assert names(json.loads(capsys.readouterr().out)["results"]) == names(alone) != []
+
+
+def fork_workers(monkeypatch):
+    """Workers are forked from a process that has imported what they need, where there are such processes."""
+    context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+    context.set_forkserver_preload([run.__name__])
+    monkeypatch.setattr(run, "get_context", lambda kind: context)
 
 
 @pytest.mark.skipif(not verify.HAS_TRITON, reason="Triton is not installed")
@@ -546,10 +553,7 @@ def test_exception_is_a_failed_row_and_the_rest_goes_on(monkeypatch):
 
 
 def with_planted(monkeypatch, plant, **choice):
-    """Workers are forked from a process that has imported what they need, where there are such processes."""
-    context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-    context.set_forkserver_preload([run.__name__])
-    monkeypatch.setattr(run, "get_context", lambda kind: context)
+    fork_workers(monkeypatch)
     monkeypatch.setattr(run, "work", functools.partial(planted.planted, plant))
     return verify.run_checks("cpu", quick=True, jobs=2, **choice)
 
