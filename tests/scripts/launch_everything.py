@@ -178,10 +178,9 @@ def scenarios():
             (1, 1, 1, (1,)), (7, 33, 3, (1, 17, 5)), (256, 2048, 16, (64,) * 8), (64, 2048, 4, (12000, 8200)),
             (64, 2048, 200, WIDTHS), (64, 2048, 512, WIDTHS),
         ):  # fmt: skip
-            yield Scenario(step, B, N, k, widths, dtype, auxk=k)
-            if dtype is BF16:
-                yield Scenario(direct, B, N, k, widths, dtype, auxk=k)
-                yield Scenario(operators, B, N, k, widths, dtype)
+            for run in (step, direct):
+                yield Scenario(run, B, N, k, widths, dtype, auxk=k)
+            yield Scenario(operators, B, N, k, widths, dtype)
         yield Scenario(step, 64, 2**20, 256, (512,), dtype, auxk=64)  # three levels of selection
         yield Scenario(step, 256, 2048, 16, (64,) * 8, dtype, topk_type="local", auxk=16)
     # sizes at which launchers take other ways
