@@ -14,6 +14,7 @@ import torch
 
 from ..core._triton import tl, tl_dtype, triton
 from ..core.numerics import acc_dtype, is_host_readable
+from ..core.plan import launch
 from ..core.registry import register
 from ..launch.adam import ADAM_WIDTH, adam_config
 from ..launch.device import capability, next_power_of_2
@@ -110,7 +111,7 @@ def _adam_scalars_triton(
     *, steps, out, lr, lr_value, decay, active, found_inf, grad_scale, loss, square, max_norm, norm, beta1, beta2
 ):  # fmt: skip
     high = float(np.float32(lr_value))  # Triton rounds numbers to float32
-    _adam_scalars_kernel[(1,)](
+    launch(_adam_scalars_kernel, (1,))(
         steps, out, lr, high, lr_value - high, decay, active, found_inf, grad_scale, loss, square, max_norm, norm,
         len(steps), LOG_BETA1=_log2(beta1), LOG_BETA2=_log2(beta2), PAD=next_power_of_2(len(steps)),
         ACC=tl_dtype(out.dtype), num_warps=1,
@@ -287,7 +288,7 @@ def _adam_stream_triton(*, params, grads, exp_avgs, exp_avg_sqs, scalars, normal
     grads = [None if g is None else g.contiguous() for g in grads]
     if all(grads[i] is None for i in (0, DECODER, 3)):
         n = 0  # the pre-bias alone
-    _adam_stream_kernel[(n + 1, 1 if grads[DECODER] is None else 2)](
+    launch(_adam_stream_kernel, (n + 1, 1 if grads[DECODER] is None else 2))(
         *(t for four in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True) for t in four), scalars, n, d,
         NORMALIZE=normalize, BETA1=beta1, BETA2=beta2, EPS=eps, BLOCK_D=config.block_d, ACC=tl_dtype(exp_avgs[0].dtype),
         num_warps=config.num_warps, **config.registers(capability(params[0].device)),
@@ -443,7 +444,7 @@ def _grad_square_triton(dec, grads, normalize):
     config, acc = adam_config(d), acc_dtype(dec.dtype)
     out = torch.empty(2, n + 1, device=dec.device, dtype=acc)
     grads = [None if g is None else g.contiguous() for g in grads]
-    _grad_square_kernel[(n + 1, 2)](
+    launch(_grad_square_kernel, (n + 1, 2))(
         dec, *grads, out, n, d, NORMALIZE=normalize, BLOCK_D=config.block_d, ACC=tl_dtype(acc),
         num_warps=config.num_warps,
     )  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 
 from ..core._triton import tl, tl_dtype, triton
 from ..core.numerics import acc_dtype
+from ..core.plan import launch
 from ..core.registry import register
 from ..core.target import interpreted
 from ..launch.device import capability, cdiv, next_power_of_2
@@ -73,12 +74,12 @@ def _launch_column_sums(xs, weights, out, negate):
     xs = [x if x.stride(1) == 1 else x.contiguous() for x in xs]
     chunks, tiles = cdiv(rows, chunk), cdiv(max(widths), block_d)
     part = xs[0].new_empty(chunks, sum(widths), dtype=acc)
-    _column_parts_kernel[(chunks, tiles, len(xs))](
+    launch(_column_parts_kernel, (chunks, tiles, len(xs)))(
         tuple(xs), None if weights is None else tuple(w.contiguous() for w in weights), widths,
         tuple(x.stride(0) for x in xs), part, rows, sum(widths), chunk, T=len(xs), BLOCK_B=block_b, BLOCK_D=block_d,
         ACC=tl_dtype(acc), num_warps=4, **ColumnSumsConfig().registers(capability(part.device)),
     )  # fmt: skip
-    _column_sums_kernel[(tiles, T)](
+    launch(_column_sums_kernel, (tiles, T))(
         part, tuple(out), widths[:T], chunks, sum(widths), sum(widths[:T]), T=T, TWICE=len(xs) > T, NEGATE=negate,
         BLOCK_D=block_d, ACC=tl_dtype(acc), num_warps=1,
     )  # fmt: skip

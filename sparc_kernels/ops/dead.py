@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..core._triton import tl, triton
+from ..core.plan import launch
 from ..core.registry import register, resolve_impl
 from ..core.target import interpreted
 from ..core.validation import check_indices, check_int, check_tensor, require
@@ -40,10 +41,10 @@ def _count_fired_triton(counters, indices, values, threshold):
     S, n, M = len(counters), counters[0].numel(), values[0].numel()
     fired = torch.zeros(S, n, dtype=torch.int8, device=values.device)
     stride, block = (0 if indices.dim() == 2 else M), 1024
-    _fired_kernel[(cdiv(M, block), S)](
+    launch(_fired_kernel, (cdiv(M, block), S))(
         indices.contiguous(), values.contiguous(), fired, threshold, stride, M, n, BLOCK=block, num_warps=4
     )
-    _count_kernel[(cdiv(n, block),)](tuple(counters), fired, n, S=S, BLOCK=block, num_warps=4)
+    launch(_count_kernel, (cdiv(n, block),))(tuple(counters), fired, n, S=S, BLOCK=block, num_warps=4)
 
 
 def count_fired_torch(counters, indices, values, threshold):
@@ -216,8 +217,8 @@ def _dead_first_triton(dead):
     blocks = cdiv(n, block)
     n_dead = torch.empty(S, blocks, device=device, dtype=torch.int32)
     masks = tuple(mask.contiguous().view(torch.uint8) for mask in dead)
-    _count_dead_kernel[(blocks, S)](masks, n_dead, n, S=S, BLOCK=block, num_warps=4)
-    _dead_first_kernel[(blocks, S)](
+    launch(_count_dead_kernel, (blocks, S))(masks, n_dead, n, S=S, BLOCK=block, num_warps=4)
+    launch(_dead_first_kernel, (blocks, S))(
         masks, n_dead, ids, count, n, count.stride(0), S=S, BLOCKS=next_power_of_2(blocks), BLOCK=block, num_warps=4
     )
     return ids, count

@@ -8,6 +8,7 @@ import torch
 
 from ..core._triton import tl, tl_dtype, triton
 from ..core.numerics import acc_dtype
+from ..core.plan import launch
 from ..core.registry import register
 from ..core.target import interpreted
 from ..launch.budgets import (
@@ -80,7 +81,7 @@ def _decode_grads_triton(
     list_position = None
     if use_h_route:
         list_position = torch.empty_like(order)
-        _positions_kernel[(cdiv(M, 1024),)](order, list_position, M, BLOCK=1024, num_warps=4)
+        launch(_positions_kernel, (cdiv(M, 1024),))(order, list_position, M, BLOCK=1024, num_warps=4)
     if dw is not None:
         pool = w.new_empty((M if use_h_route else S * B) * width)
     parts, add_sums = [], False
@@ -101,7 +102,7 @@ def _decode_grads_triton(
         held_bytes = sum(dots.numel() * dots.element_size() for _, dots in parts)
         if cols.stop == d or held_bytes > PARTIAL_BYTES or len(parts) == 4:
             sqs, dots = zip(*parts, strict=True)
-            _collect_kernel[(S * B,)](
+            launch(_collect_kernel, (S * B,))(
                 sqs, dots, tuple(len(p) for p in sqs), coef, sq_err, dvalues, S * B, k, P=len(parts), ADD_SQ=add_sums,
                 ADD_DV=add_dvalues or add_sums, BLOCK_K=next_power_of_2(k), ACC=tl_dtype(acc), num_warps=1,
             )  # fmt: skip
@@ -234,7 +235,7 @@ def _target_weights_triton(xs, weights):
     xs = [x if x.stride(1) == 1 else x.contiguous() for x in xs]
     norm = torch.empty(T, B, device=weights.device, dtype=acc)
     coef = torch.empty(T, S, B, device=weights.device, dtype=acc)
-    _target_weights_kernel[(B, T)](
+    launch(_target_weights_kernel, (B, T))(
         tuple(xs), tuple(x.shape[1] for x in xs), tuple(x.stride(0) for x in xs), weights.contiguous(), norm, coef, B,
         T=T, S=S, BLOCK_D=16 if interpreted() else 1024, ACC=tl_dtype(acc), num_warps=4,
     )  # fmt: skip

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ..core._triton import tl, triton
 from ..core.numerics import acc_dtype
+from ..core.plan import launch
 from ..core.registry import register, resolve_impl
 from ..core.side_stream import SideStream
 from ..core.target import interpreted
@@ -54,7 +55,7 @@ def _centre_triton(xs, biases, wide):
     biases = [b.contiguous() for b in biases]
     out = _centre_fake(xs, biases, wide)
     block_b, block_d = (2, 16) if interpreted() else (4, 1024)
-    _centre_kernel[(cdiv(B, block_b), cdiv(max(widths), block_d), len(xs))](
+    launch(_centre_kernel, (cdiv(B, block_b), cdiv(max(widths), block_d), len(xs)))(
         tuple(xs), tuple(biases), tuple(out), widths, tuple(x.stride(0) for x in xs), tuple(c.stride(0) for c in out),
         B, S=len(xs), BLOCK_B=block_b, BLOCK_D=block_d, num_warps=8,
     )  # fmt: skip
@@ -136,7 +137,7 @@ def _gather_values_triton(*, indices, centred, w_encs, latent_biases, count, lis
         held_bytes = sum(part.numel() * part.element_size() for part in parts)
         if s < S - 1 and held_bytes < SCRATCH_BYTES:
             continue
-        _finish_values_kernel[(B, len(parts))](
+        launch(_finish_values_kernel, (B, len(parts)))(
             tuple(parts), tuple(latent_biases[first : s + 1]), idx if shared else indices[first:],
             None if count is None else count[first:],
             values[first:], tuple(part.shape[0] for part in parts), 0 if shared else B * k,

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from ..core._triton import tl, tl_dtype, triton
 from ..core.numerics import acc_dtype, csr, is_host_readable
+from ..core.plan import launch
 from ..core.registry import register
 from ..core.target import interpreted
 from ..launch.device import capability, cdiv, dot_precision
@@ -210,7 +211,7 @@ def launch_gather(
     operand = tl.float32 if half and interpreted() else tl_dtype(w.dtype)
     # bandwidth-bound: tf32 would not be faster, so float32 never uses it here
     precision = "ieee" if w.dtype != torch.float32 else dot_precision(capability(device), False)
-    _gather_kernel[(slabs * B,)](
+    launch(_gather_kernel, (slabs * B,))(
         indices, values, w, bias, x, count, coef, list_position, err_out, error_out, dbias_rows, h_out,
         sq_part, dot_part,
         B, k, d, n, w.stride(0),

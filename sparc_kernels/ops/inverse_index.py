@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..core._triton import tl, triton
+from ..core.plan import launch
 from ..core.registry import register, resolve_impl
 from ..core.validation import check_int, require
 from ..launch.device import cdiv
@@ -117,9 +118,11 @@ def _inverse_index_triton(indices, groups, n_latents, count):
     order, ids = (torch.empty(groups, M, device=device, dtype=torch.int32) for _ in range(2))
     offsets = torch.empty(groups, n_latents + 1, device=device, dtype=torch.int32)
     block, stride = 1024, 0 if count is None or count.dim() == 0 else count.stride(0)
-    _keys_kernel[(cdiv(size, block),)](indices, count, keys, M, k, n_latents, stride, groups, BLOCK=block, num_warps=4)
+    launch(_keys_kernel, (cdiv(size, block),))(
+        indices, count, keys, M, k, n_latents, stride, groups, BLOCK=block, num_warps=4
+    )
     keys, places = torch.sort(keys, stable=True)
-    _lists_kernel[(cdiv(max(size, offsets.numel()), block),)](
+    launch(_lists_kernel, (cdiv(max(size, offsets.numel()), block),))(
         keys, places, order, ids, offsets, M, n_latents, groups, STEPS=M.bit_length() + 1, BLOCK=block, num_warps=4
     )
     return order, offsets, ids

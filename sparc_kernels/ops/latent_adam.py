@@ -14,6 +14,7 @@ import torch
 
 from ..core._triton import tl, tl_dtype, triton
 from ..core.numerics import csr, is_host_readable
+from ..core.plan import launch
 from ..core.registry import register
 from ..launch.adam import ADAM_WIDTH, adam_rows, latent_adam_config
 from ..launch.device import capability, cdiv
@@ -161,7 +162,7 @@ def _parts(lists, k, n, d, acc):
     part = torch.empty(slots, d, device=mat.device, dtype=acc)
     part_sum = torch.empty(slots, device=mat.device, dtype=acc)
     sizes = M, rows, k, mat.stride(0), mat.stride(1)
-    _list_parts_kernel[(slots, cdiv(d, config.block_d))](
+    launch(_list_parts_kernel, (slots, cdiv(d, config.block_d)))(
         order, offsets, ids, coef, scale, gate, mat, part, part_sum, M, rows, k, d, n, *sizes[3:],
         S=S, CHUNK=chunk, BLOCK_E=config.block_e, BLOCK_D=config.block_d, ACC=tl_dtype(acc),
         num_warps=config.num_warps, num_stages=1,
@@ -186,7 +187,7 @@ def _latent_adam_triton(
     latents = adam_rows(n) if bias else 1
     config, programs = latent_adam_config(d, capability(w.device), normalize == PLAIN), cdiv(n, latents)
     dpre_bias_sum = torch.empty(programs, d, device=w.device, dtype=acc) if bias else None
-    _latent_adam_kernel[(programs, cdiv(d, config.block_d))](
+    launch(_latent_adam_kernel, (programs, cdiv(d, config.block_d)))(
         w, m, v, shadow, *(bias or (None,) * 3), dpre_bias_sum, scalars, bias_scalars, *main, *other, n, d,
         0 if shadow is None else shadow.stride(0), LATENTS=latents, S=S, AUX_S=aux_S, CHUNK=chunk, AUX_CHUNK=aux_chunk,
         NORMALIZE=normalize, BETA1=beta1, BETA2=beta2, EPS=eps, EARLY=config.early, BLOCK_E=config.block_e,

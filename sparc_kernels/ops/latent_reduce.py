@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from ..core._triton import tl, tl_dtype, triton
 from ..core.numerics import acc_dtype, csr, is_host_readable
+from ..core.plan import launch
 from ..core.registry import register
 from ..launch.device import capability, cdiv
 from ..launch.reduce import finish_warps, reduce_chunk, reduce_config
@@ -166,12 +167,12 @@ def launch_reduce(*, out, sums, order, offsets, ids, coef, scale, gate, mat, k, 
     part = torch.empty(2 * blocks, d, device=mat.device, dtype=acc)
     part_sums = torch.empty(2 * blocks, device=mat.device, dtype=acc)
     common = dict(ADD=add, CHUNK=chunk, BLOCK_D=config.block_d, ACC=tl_dtype(acc))
-    _latent_reduce_kernel[(n + blocks, tiles)](
+    launch(_latent_reduce_kernel, (n + blocks, tiles))(
         order, offsets, ids, coef, scale, gate, mat, out, sums, part, part_sums,
         M, rows, k, d, n, mat.stride(0), mat.stride(-2), out.stride(0), S=S, BLOCK_E=config.block_e,
         num_warps=config.num_warps, num_stages=1, **config.registers(capability(mat.device)), **common,
     )  # fmt: skip
-    _latent_finish_kernel[(blocks, tiles)](
+    launch(_latent_finish_kernel, (blocks, tiles))(
         offsets, ids, part, part_sums, out, sums, d, n, out.stride(0), num_warps=finish_warps(config.block_d), **common
     )
 

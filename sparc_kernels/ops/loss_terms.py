@@ -7,6 +7,7 @@ import torch
 
 from ..core._triton import tl, tl_dtype, triton
 from ..core.numerics import is_host_readable
+from ..core.plan import launch
 from ..core.registry import register
 from ..core.target import interpreted
 from ..launch.device import capability, cdiv, next_power_of_2
@@ -79,7 +80,7 @@ def _means(sqs, norm, values):
         chunk *= 2
     chunks = cdiv(size, chunk)
     nmse, parts = norm.new_empty(T * S), norm.new_empty(S * chunks)
-    _means_kernel[(T * S + S * chunks,)](
+    launch(_means_kernel, (T * S + S * chunks,))(
         tuple(sq.contiguous() for sq in sqs), norm, values, nmse, parts, B, size, chunk,
         T=T, S=S, BLOCK=16 if interpreted() else 1024, ACC=tl_dtype(norm.dtype), num_warps=4,
         **MeansConfig().registers(capability(norm.device)),
@@ -91,7 +92,7 @@ def _loss_terms_triton(sqs, norm, weights, values):
     (T, S), (_, B, k) = weights.shape, values.shape
     nmse, parts, chunks = _means(sqs, norm, values.contiguous())
     loss, terms = _loss_terms_fake(sqs, norm, weights, values)
-    _terms_kernel[(1,)](
+    launch(_terms_kernel, (1,))(
         nmse, parts, weights.contiguous(), loss, terms, k, B, chunks, T=T, S=S, PAIRS=next_power_of_2(T * S),
         CHUNKS=next_power_of_2(chunks), SOURCES=next_power_of_2(S), ACC=tl_dtype(norm.dtype), num_warps=1,
     )  # fmt: skip
@@ -174,7 +175,7 @@ def _add_auxk_triton(sqs, norm, loss, coef):
     nmse, _, _ = _means(sqs, norm, None)
     total, terms, weight = _add_auxk_fake(sqs, norm, loss, coef)
     # Triton rounds numbers to float32; `low` carries the remainder for float64 under the interpreter
-    _auxk_kernel[(1,)](
+    launch(_auxk_kernel, (1,))(
         nmse, loss, total, terms, weight, single, coef - single, T=T, PAD=next_power_of_2(T),
         ACC=tl_dtype(norm.dtype), num_warps=1,
     )  # fmt: skip
@@ -231,7 +232,9 @@ def _scale_kernel(x_ptrs, sizes, factor_ptr, T: tl.constexpr, BLOCK: tl.constexp
 def _scale_triton(xs, factor):
     block, sizes = 4096, tuple(x.numel() for x in xs)
     # enough programs to fill a GPU; in most steps they only read the factor
-    _scale_kernel[(min(cdiv(max(sizes), block), 2048),)](tuple(xs), sizes, factor, T=len(xs), BLOCK=block, num_warps=8)
+    launch(_scale_kernel, (min(cdiv(max(sizes), block), 2048),))(
+        tuple(xs), sizes, factor, T=len(xs), BLOCK=block, num_warps=8
+    )
 
 
 def _scale_torch(xs, factor):

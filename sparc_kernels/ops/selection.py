@@ -11,6 +11,7 @@ import torch
 
 from ..core._triton import tl, tl_dtype, triton
 from ..core.numerics import acc_dtype, allow_tf32, is_host_readable, pad_width
+from ..core.plan import launch
 from ..core.registry import register
 from ..core.side_stream import SideStream
 from ..core.target import interpreted
@@ -301,12 +302,12 @@ def _select_triton(*, xs, w_encs, biases, k, ids, count):
             if dtype != stored:
                 logits[:rows].copy_(wide_logits)
             block = max(MAXIMA_BLOCK, select.span)
-            _row_maxima_kernel[(rows, cdiv(n, block))](
+            launch(_row_maxima_kernel, (rows, cdiv(n, block)))(
                 logits, maxima, coarse, n, n_groups, n_spans, GROUP=select.group, SPAN=select.span, BLOCK=block,
                 num_warps=4,
             )  # fmt: skip
         else:
-            _encode_kernel[(cdiv(rows, encode.block_m) * cdiv(n, block_n),)](
+            launch(_encode_kernel, (cdiv(rows, encode.block_m) * cdiv(n, block_n),))(
                 tuple(xs), tuple(w_encs), tuple(x.shape[1] for x in xs), tuple(x.stride(0) for x in xs),
                 tuple(w.stride(0) for w in w_encs), tuple(biases), ids, count, logits, maxima, coarse,
                 row0, rows, n, n_groups, n_spans, S=len(xs), GROUP=select.group, SPAN=select.span,
@@ -317,7 +318,7 @@ def _select_triton(*, xs, w_encs, biases, k, ids, count):
             )  # fmt: skip
 
         def best(*, rows=rows, row0=row0, coarse=coarse, maxima=maxima, logits=logits, slots=slots):
-            _select_kernel[(rows,)](
+            launch(_select_kernel, (rows,))(
                 coarse, maxima, logits, slots, ids, count, out, row0, n, n_groups, n_spans, k,
                 NC_PAD=select.n_spans_pad, K_PAD=select.k_pad, GROUP=select.group, SPAN=select.span,
                 SHIFT={torch.bfloat16: 16, torch.float16: 13}.get(stored, 0), COMPACT=ids is not None,
