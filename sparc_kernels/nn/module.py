@@ -12,11 +12,10 @@ from ..core.numerics import autocast_enabled, memory_of
 from ..core.registry import IMPLS, resolve_impl
 from ..core.validation import check_bool, check_int, check_number, check_tensor, fail, require
 from ..launch.budgets import MAX_K, MAX_STREAMS
-from ..ops.dead import count_fired_, count_fired_torch, select_dead
-from ..ops.encode import centre_for, differentiable_values, gather_codes, select_latents
+from ..ops.encode import differentiable_values
 from ..ops.joint import JointCast, wants_joint
-from ..ops.records import DecodeTarget, EncoderParams, SparseCodes
-from .forward import ForwardState, version_of
+from ..ops.records import DecodeTarget, EncoderParams
+from .forward import EncodeSettings, ForwardState, encode, version_of
 from .loss import loss_of, metrics_of, term_weights
 from .outputs import AlignedOutputs
 
@@ -98,7 +97,7 @@ class AlignedSAE(nn.Module):
         self.unit_norm_decoder_()
         self.register_load_state_dict_post_hook(_restore_layout)
         # of the latest forwards, for recomputation by activation checkpointing
-        self._recent_dead_masks: dict[tuple, dict[str, torch.Tensor]] = {}
+        self._recent_dead_masks: dict[tuple, list[torch.Tensor]] = {}
 
     # ------------------------------------------------------------------------------------------------ forward and loss
 
@@ -134,56 +133,35 @@ class AlignedSAE(nn.Module):
         xs = [inputs[s].to(w.dtype) for s, w in zip(streams, encoder.w_encs, strict=True)]
         impl = resolve_impl(self.impl, xs[0])
         with torch.no_grad():
-            centred = centre_for(xs, encoder.w_encs, encoder.pre_biases, impl)
-            selected = select_latents(centred, encoder.w_encs, encoder.latent_biases, self.k, self.topk_type, impl=impl)
-            # one inverse index serves every gradient, and is only built for gradients
-            codes = gather_codes(SparseCodes(selected, None), centred, encoder, lists, impl)
-            dead = self._move_counters(inputs, streams, selected, codes.values, impl)
-            aux = None
-            if self.auxk and dead is not None:
-                chosen = select_dead(centred, encoder, [dead[s] for s in streams], self.auxk, impl)
-                aux = gather_codes(chosen, centred, encoder, lists, impl)
-        return ForwardState(self, dict(inputs), streams, impl, xs, encoder, centred, codes, aux)
+            counters = [self._buffers[f"stats_last_nonzero_{s}"] for s in streams]
+            counts, recomputes = self.training or self.count_in_eval, _recomputes()
+            dead = self._recalled_dead(inputs, counts) if recomputes and self.auxk else None
+            settings = EncodeSettings(
+                self.k, self.topk_type, self.auxk, lists, counts and not recomputes, self.auxk_threshold,
+                self.dead_steps_threshold, impl,
+            )  # fmt: skip
+            encoded = encode(xs, encoder, counters, dead, settings)
+            if encoded.dead is not None and not recomputes and not torch.compiler.is_compiling():
+                self._remember_dead(inputs, encoded.dead)
+        return ForwardState(self, dict(inputs), streams, impl, xs, encoder, encoded.centred, encoded.codes, encoded.aux)
 
-    def _move_counters(self, inputs, streams, indices, values, impl) -> dict[str, torch.Tensor] | None:
-        """Update the dead counters; return the latents that AuxK may select, {s: bool [N]}, or None without AuxK.
+    def _recalled_dead(self, inputs, counts: bool) -> list[torch.Tensor] | None:
+        """Return the dead masks of the forward that activation checkpointing runs again; None: by the counters."""
+        if (dead := self._recent_dead_masks.get(_identity(inputs))) is not None or not counts:
+            return dead  # None for a forward in eval mode from a hook
+        raise RuntimeError(
+            f"inputs: expected those of one of the last {_REMEMBERED} forwards when activation checkpointing runs "
+            "one again, got others, whose dead latents are not known; make inputs outside of what is checkpointed, "
+            "run backward sooner or set auxk=None"
+        )
 
-        A forward inside a backward is a recomputation by activation checkpointing: the counters were updated by the
-        first forward, whose dead masks are reused.
-        """
-        key, counting = None, self.training or self.count_in_eval
-        if self.auxk and not torch.compiler.is_compiling():
-            key = tuple((s, memory_of(x), *version_of(x)[1:], x.shape[0]) for s, x in inputs.items())
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            if not self.auxk or key is None:
-                return None
-            if key in self._recent_dead_masks:
-                return self._recent_dead_masks[key]
-            if not counting:  # a forward in eval mode from a hook
-                return self.get_dead_neurons()
-            raise RuntimeError(
-                f"inputs: expected those of one of the last {_REMEMBERED} forwards when activation checkpointing runs "
-                "one again, got others, whose dead latents are not known; make inputs outside of what is checkpointed, "
-                "run backward sooner or set auxk=None"
-            )
-        # officially AuxK reads the counters before the update in local mode, after it in global mode
-        dead = self.get_dead_neurons() if self.topk_type == "local" else None
-        if counting:
-            counters = [getattr(self, f"stats_last_nonzero_{s}") for s in streams]
-            if self.topk_type == "local" and torch.compiler.is_compiling():
-                # not the operator: inductor (torch 2.13) may run it before the counters are read above
-                count_fired_torch(counters, indices, values, self.auxk_threshold)
-            else:
-                count_fired_(counters, indices, values, self.auxk_threshold, impl)
-        if not self.auxk:
-            return None
-        dead = self.get_dead_neurons() if dead is None else dead
-        if key is not None:
-            self._recent_dead_masks.pop(key, None)
-            self._recent_dead_masks[key] = dead
-            while len(self._recent_dead_masks) > _REMEMBERED:
-                del self._recent_dead_masks[next(iter(self._recent_dead_masks))]
-        return dead
+    def _remember_dead(self, inputs, dead: list[torch.Tensor]) -> None:
+        """Keep the dead masks of a forward, for activation checkpointing."""
+        key = _identity(inputs)
+        self._recent_dead_masks.pop(key, None)
+        self._recent_dead_masks[key] = dead
+        while len(self._recent_dead_masks) > _REMEMBERED:
+            del self._recent_dead_masks[next(iter(self._recent_dead_masks))]
 
     def __getstate__(self):
         return {**self.__dict__, "_recent_dead_masks": {}}
@@ -458,6 +436,16 @@ class AlignedSAE(nn.Module):
             f"streams={self.d_streams}, n_latents={self.n_latents}, k={self.k}, auxk={self.auxk}, "
             f"topk_type={self.topk_type!r}, impl={self.impl!r}"
         )
+
+
+def _recomputes() -> bool:
+    """Whether a backward runs: then a forward is a recomputation, whose counters were updated by the first one."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _identity(inputs) -> tuple:
+    """Identify inputs by their memory, version and rows."""
+    return tuple((s, memory_of(x), *version_of(x)[1:], x.shape[0]) for s, x in inputs.items())
 
 
 _REMEMBERED = 8  # forwards whose dead masks are kept
