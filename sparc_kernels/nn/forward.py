@@ -120,9 +120,12 @@ class ForwardState:
         self.autocast = autocast_state(self.codes.indices.device)
         if not torch.compiler.is_compiling():
             self.inference = torch.is_inference_mode_enabled()
-            self.parameter_versions = [version_of(p) for p in self.model.parameters()]
+            self.parameter_versions = self._parameter_versions()
             self.input_versions = [version_of(x) for x in self.inputs.values()]
         return self
+
+    def _parameter_versions(self) -> list[tuple[int, int]]:
+        return [version_of(p) for s in self.model.streams for p in self.model.parameters_of(s)]
 
     def check_unchanged(self) -> None:
         """Check that no parameter or input was modified since the forward.
@@ -132,12 +135,17 @@ class ForwardState:
         """
         if self.parameter_versions is None:
             return
-        for (name, p), then in zip(self.model.named_parameters(), self.parameter_versions, strict=True):
-            if version_of(p) != then:
-                raise RuntimeError(
-                    f"outputs: parameter {name} was changed in place or replaced after this forward (an optimizer "
-                    "step, unit_norm_decoder_?); read outputs and compute the loss before that, or run forward again"
-                )
+        if (now := self._parameter_versions()) != self.parameter_versions:
+            changed = next(
+                i for i, pair in enumerate(zip(now, self.parameter_versions, strict=True)) if len({*pair}) > 1
+            )
+            s = self.model.streams[changed // 4]
+            names = f"encoders.{s}.weight", f"decoders.{s}.weight", f"pre_biases.{s}", f"latent_biases.{s}"
+            raise RuntimeError(
+                f"outputs: parameter {names[changed % 4]} was changed in place or replaced after this forward (an "
+                "optimizer step, unit_norm_decoder_?); read outputs and compute the loss before that, or run forward "
+                "again"
+            )
         for (name, x), then in zip(self.inputs.items(), self.input_versions, strict=True):
             if version_of(x) != then:
                 raise RuntimeError(

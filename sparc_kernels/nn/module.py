@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -199,7 +199,9 @@ class AlignedSAE(nn.Module):
         require(state.model is self, "outputs", "what this model's forward returned", "another model's outputs")
         check_number("auxk_coef", auxk_coef)
         check_number("cross_loss_coef", cross_loss_coef)
-        streams = self._check_inputs(inputs)
+        same = isinstance(inputs, Mapping) and inputs.keys() == state.inputs.keys()
+        same = same and all(inputs[s] is x for s, x in state.inputs.items())  # then they were checked
+        streams = state.streams if same else self._check_inputs(inputs)
         require(streams == self.streams, "inputs", f"all streams {self.streams} (the loss needs them)", repr(streams))
         encoded = state.streams
         require(encoded == self.streams, "outputs", f"a forward over all streams {self.streams}", repr(encoded))
@@ -272,18 +274,18 @@ class AlignedSAE(nn.Module):
 
     def _encoders(self, streams, w_encs=None) -> EncoderParams:
         """The streams' encoder parameters in the operators' dtype."""
-        weights: list[torch.Tensor] = [self._w_enc(s) for s in streams]
+        params = [self.parameters_of(s) for s in streams]
+        weights: list[torch.Tensor] = [w_enc for w_enc, *_ in params]
         if w_encs is not None:
             pass
         elif wants_joint(weights) and autocast_enabled(weights[0].device):
             # the cast writes all weights anyway: adjacent, so that one library GEMM can serve all streams
             w_encs = JointCast.apply(torch.get_autocast_dtype(weights[0].device.type), *weights)
         else:
-            w_encs = [_autocast(w)[0] for w in weights]
+            w_encs = list(_autocast(*weights))
+        dtype = w_encs[0].dtype
         return EncoderParams(
-            w_encs,
-            [self.pre_biases[s].to(w.dtype) for s, w in zip(streams, w_encs, strict=True)],
-            [self.latent_biases[s].to(w.dtype) for s, w in zip(streams, w_encs, strict=True)],
+            w_encs, [pre_bias.to(dtype) for _, _, pre_bias, _ in params], [bias.to(dtype) for *_, bias in params]
         )
 
     def encoder_of(self, s: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -295,7 +297,8 @@ class AlignedSAE(nn.Module):
         Returns:
             w_enc [N, d], pre_bias [d] and latent_bias [N].
         """
-        w_enc, pre_bias, latent_bias = _autocast(self._w_enc(s), self.pre_biases[s], self.latent_biases[s])
+        w_enc, _, pre_bias, latent_bias = self.parameters_of(s)
+        w_enc, pre_bias, latent_bias = _autocast(w_enc, pre_bias, latent_bias)
         return w_enc, pre_bias, latent_bias
 
     def decoder_of(self, s: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -307,14 +310,27 @@ class AlignedSAE(nn.Module):
         Returns:
             w_dec [d, N] and pre_bias [d].
         """
-        w_dec, pre_bias = _autocast(self._w_dec(s), self.pre_biases[s])
+        _, w_dec, pre_bias, _ = self.parameters_of(s)
+        w_dec, pre_bias = _autocast(w_dec, pre_bias)
         return w_dec, pre_bias
 
+    def parameters_of(self, s: str) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter, nn.Parameter]:
+        """Return w_enc [N, d], w_dec [d, N], pre_bias [d] and latent_bias [N] of a stream.
+
+        Args:
+            s: name of the stream.
+        """
+        own = self._modules
+        return (
+            _entry(_entry(own["encoders"], s), "weight"), _entry(_entry(own["decoders"], s), "weight"),
+            _entry(own["pre_biases"], s), _entry(own["latent_biases"], s),
+        )  # fmt: skip
+
     def _w_enc(self, s: str) -> nn.Parameter:
-        return cast(nn.Parameter, self.encoders[s].weight)
+        return self.parameters_of(s)[0]
 
     def _w_dec(self, s: str) -> nn.Parameter:
-        return cast(nn.Parameter, self.decoders[s].weight)
+        return self.parameters_of(s)[1]
 
     def _check_inputs(self, inputs) -> list[str]:
         """Check the inputs; return their streams in the model's order."""
@@ -325,28 +341,34 @@ class AlignedSAE(nn.Module):
         for name in inputs:
             require(name in self.d_streams, "inputs", f"streams among {self.streams}", repr(name))
         streams = [s for s in self.streams if s in inputs]
-        first = streams[0]
+        rows, autocast = None, autocast_enabled(self._w_enc(streams[0]).device)
         for s in streams:
-            name, weight = f"inputs[{s!r}]", self._w_enc(s)
-            self._check_parameters(s)
-            x = check_tensor(name, inputs[s], ("B", self.d_streams[s]))
-            require(x.device == weight.device, name, f"a tensor on {weight.device}", x)
-            ok = x.dtype == weight.dtype or (autocast_enabled(weight.device) and weight.dtype != torch.float64)
-            require(ok, name, f"dtype {str(weight.dtype).removeprefix('torch.')} as the parameters", x)
-            require(x.shape[0] > 0, name, "at least one row", x)
-            if x.shape[0] != inputs[first].shape[0]:
-                fail(name, f"{inputs[first].shape[0]} rows as inputs[{first!r}]", x)
+            x, (weight, *others) = inputs[s], self.parameters_of(s)
+            dtype, device = weight.dtype, weight.device
+            for p in others:
+                if p.dtype != dtype or p.device != device:
+                    self._refuse_parameter(s)
+            ok = isinstance(x, torch.Tensor) and x.dim() == 2 and x.device == device and x.shape[1] == weight.shape[1]
+            ok = ok and (x.dtype == dtype or (autocast and dtype != torch.float64 and x.dtype in _DTYPES))
+            if not ok or x.shape[0] != (rows or x.shape[0]) or x.shape[0] == 0:
+                self._refuse_input(inputs, s, streams[0])
+            rows = x.shape[0]
         return streams
 
-    def _check_parameters(self, s):
-        """Check that a stream's parameters share one dtype and device, as the operators require."""
-        like = self._w_enc(s)
-        others = {
-            f"decoders.{s}.weight": self._w_dec(s),
-            f"pre_biases.{s}": self.pre_biases[s],
-            f"latent_biases.{s}": self.latent_biases[s],
-        }
-        for name, p in others.items():
+    def _refuse_input(self, inputs, s: str, first: str) -> None:
+        """Raise the error that says what is wrong with the input of a stream."""
+        name, weight = f"inputs[{s!r}]", self._w_enc(s)
+        x = check_tensor(name, inputs[s], ("B", self.d_streams[s]))
+        require(x.device == weight.device, name, f"a tensor on {weight.device}", x)
+        ok = x.dtype == weight.dtype or (autocast_enabled(weight.device) and weight.dtype != torch.float64)
+        require(ok, name, f"dtype {str(weight.dtype).removeprefix('torch.')} as the parameters", x)
+        require(x.shape[0] > 0, name, "at least one row", x)
+        fail(name, f"{inputs[first].shape[0]} rows as inputs[{first!r}]", x)
+
+    def _refuse_parameter(self, s: str) -> None:
+        """Raise the error that names the parameter of another dtype or device, which the operators cannot take."""
+        like, *others = self.parameters_of(s)
+        for name, p in zip((f"decoders.{s}.weight", f"pre_biases.{s}", f"latent_biases.{s}"), others, strict=True):
             if p.dtype != like.dtype or p.device != like.device:
                 fail(
                     name,
@@ -446,6 +468,14 @@ def _recomputes() -> bool:
 def _identity(inputs) -> tuple:
     """Identify inputs by their memory, version and rows."""
     return tuple((s, memory_of(x), *version_of(x)[1:], x.shape[0]) for s, x in inputs.items())
+
+
+def _entry(module, name: str):
+    """Return getattr(module, name); module's own tables first, which takes a third of the time."""
+    found = module._parameters.get(name)
+    if found is None:
+        found = module._modules.get(name)
+    return getattr(module, name) if found is None else found
 
 
 _REMEMBERED = 8  # forwards whose dead masks are kept
