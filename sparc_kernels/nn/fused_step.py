@@ -62,7 +62,7 @@ def _update(optimizer: SparcAdam, state: ForwardState, result: LossResult) -> No
         n_latents = len(state.encoder.w_encs[0])
         lists = lists_of(inverse_index_op(codes.indices.flatten(1), 1, n_latents, None, state.impl), 0)
     for s, stream in enumerate(streams):
-        (ms, vs), scalars, impl = moments[s], optimizer.scalars(s), optimizer.impl_of(stream)
+        (ms, vs), scalars, impl = moments[s], optimizer.scalars(s), optimizer.impl_of(streams)
         params = [rows_of(p, i) for i, p in enumerate(stream)]
         w_enc, w_dec, _, latent_bias = params
         enc_half, dec_half = half[s] if half else (None, None)

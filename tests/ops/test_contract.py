@@ -218,7 +218,7 @@ def optimizer_operators(p, indices, inverse, values, coef, impl):
         ),
         "adam_stream_": (ops.adam_stream_, (params, grads, ms, vs, scalars, 1, *adam, impl)),
         "adam_stream_ some": (ops.adam_stream_, (params, [None, *grads[1:3], None], ms, vs, scalars, 2, *adam, impl)),
-        "grad_square": (ops.grad_square, (params[1], [None, *grads[1:]], 1, impl)),
+        "grad_square": (ops.grad_square, ([params[1]] * 2, [None, *grads[1:], *grads], 1, impl)),
         "latent_adam_": (
             ops.latent_adam_,
             (params[1], ms[1], vs[1], None, [], scalars[1], scalars[1], main, K, [], 0, 1, *adam, impl),
