@@ -40,7 +40,7 @@ def _split_columns(x, DTYPE: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr
 
 
 @triton.jit
-def _pick(items, i, T: tl.constexpr):
+def pick(items, i, T: tl.constexpr):
     """items[i] for an i known at run time only."""
     item = items[0]
     for t in tl.static_range(1, T):
@@ -101,26 +101,26 @@ def _gather_kernel(
             here = slab_out >= first
             problem = tl.where(here, t, problem)
             slab = tl.where(here, slab_out - first, slab)
-        D = _pick(widths, problem, T)
+        D = pick(widths, problem, T)
         tiles = tl.minimum(tiles, tl.cdiv(D, BLOCK_D))
-        w_ptr = _pick(w_ptrs, problem, T)
-        stride_wn = _pick(strides_wn, problem, T)
+        w_ptr = pick(w_ptrs, problem, T)
+        stride_wn = pick(strides_wn, problem, T)
         if bias_ptrs is not None:
-            bias_ptr = _pick(bias_ptrs, problem, T)
+            bias_ptr = pick(bias_ptrs, problem, T)
         if x_ptrs is not None:
-            x_ptr = _pick(x_ptrs, problem, T)
-            stride_xs = _pick(strides_xs, problem, T)
-            stride_xb = _pick(strides_xb, problem, T)
+            x_ptr = pick(x_ptrs, problem, T)
+            stride_xs = pick(strides_xs, problem, T)
+            stride_xb = pick(strides_xb, problem, T)
         if e_ptrs is not None:
-            e_ptr = _pick(e_ptrs, problem, T)
+            e_ptr = pick(e_ptrs, problem, T)
         if strides_ob is not None:
-            stride_ob = _pick(strides_ob, problem, T)
+            stride_ob = pick(strides_ob, problem, T)
         if error_ptrs is not None:
-            error_ptr = _pick(error_ptrs, problem, T)
+            error_ptr = pick(error_ptrs, problem, T)
         if g_ptrs is not None:
-            g_ptr = _pick(g_ptrs, problem, T)
+            g_ptr = pick(g_ptrs, problem, T)
         if h_ptrs is not None:
-            h_ptr = _pick(h_ptrs, problem, T)
+            h_ptr = pick(h_ptrs, problem, T)
             list_position_ptr += problem.to(tl.int64) * stride_idx
         idx_ptr += problem.to(tl.int64) * stride_idx
         if SUM:
