@@ -24,7 +24,7 @@ from .gather import gather_dot_torch, gather_sum, launch_gathers, pick, slabs_of
 from .inverse_index import InverseIndex, inverse_index_op, inverse_sizes
 from .joint import joint, wants_joint
 from .latent_reduce import latent_reduce_
-from .records import CODES_FLAT, EncoderParams, SparseCodes, WeightedLists
+from .records import CODES_FLAT, EncoderParams, SparseCodes
 from .selection import select
 
 
@@ -267,22 +267,26 @@ class Values(torch.autograd.Function):
                 uses.append((codes.with_inverse(len(w_encs[0]), impl), dv))
         needs = ctx.needs_input_grad[4 + n :]
         none: list[torch.Tensor | None] = [None] * S
-        dxs, dws, dbs, dcs, sums = (none.copy() for _ in range(5))
-        for s in range(S) if uses else ():
-            w, one = w_encs[s], slice(s, s + 1)
-            if needs[S + s] or needs[2 * S + s] or needs[3 * S + s]:
-                dw, dc = torch.empty_like(w, memory_format=torch.contiguous_format), latent_biases[s].new_empty(len(w))
-                for i, (codes, dv) in enumerate(uses):
-                    v, mat = codes.gathered, centred[s][None]
-                    lists = WeightedLists(codes.lists(s), dv[one], None, v[one], mat, v.shape[2])
-                    latent_reduce_(dw, dc, *lists.tensors, lists.k, i > 0, impl)
-                dws[s] = dw if needs[S + s] else None
-                dcs[s] = dc if needs[3 * S + s] else None
-                sums[s] = dc
+        dxs, dws, dbs, sums = (none.copy() for _ in range(4))
+        wanted = [s for s in range(S) if uses and any(needs[i * S + s] for i in (1, 2, 3))]
+        # all streams at once, or the few that are trained one by one
+        for part in [slice(0, S)] if len(wanted) == S else [slice(s, s + 1) for s in wanted]:
+            outs = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in w_encs[part]]
+            totals = [c.new_empty(len(c)) for c in latent_biases[part]]
+            for i, (codes, dv) in enumerate(uses):
+                inverse = (x[0] if codes.shared else x[part] for x in codes.inverse)
+                coef, gate = dv[part, None], codes.gathered[part, None]
+                latent_reduce_(outs, totals, *inverse, coef, None, gate, centred[part], dv.shape[2], i > 0, impl)
+            sums[part] = totals
+            dws[part] = outs
+        dcs = [dc if need else None for dc, need in zip(sums, needs[3 * S : 4 * S], strict=True)]
+        dws = [dw if need else None for dw, need in zip(dws, needs[S : 2 * S], strict=True)]
+        for s in range(S):
             if needs[s]:
                 for codes, dv in uses:
+                    one = slice(s, s + 1)
                     dpre = torch.where(codes.gathered[one] <= 0, 0.0, dv[one])
-                    part = gather_sum(codes.indices_of(s), dpre, w, None, impl)[0]
+                    part = gather_sum(codes.indices_of(s), dpre, w_encs[s], None, impl)[0]
                     dxs[s] = part if dxs[s] is None else dxs[s] + part
         bias_streams = [s for s in range(S) if uses and needs[2 * S + s]]
         if bias_streams:
