@@ -249,8 +249,9 @@ def patch_sums(patch, faulty):
         return plain(lists._replace(coef=coef, mat=mat), *rest)
 
     def latent_reduce_(*args):
-        coef, mat = faulty(args[5], args[8])
-        return sound(*args[:5], coef, *args[6:8], mat, *args[9:])
+        pairs = [faulty(coef, mat[None]) for coef, mat in zip(args[5], args[8], strict=True)]
+        coefs, mats = zip(*pairs, strict=True)
+        return sound(*args[:5], torch.stack(coefs), *args[6:8], list(mats), *args[9:])
 
     def reduce_torch(**named):
         coef, mat = faulty(named["coef"], named["mat"])
