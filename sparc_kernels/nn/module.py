@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from ..core.numerics import autocast_enabled, memory_of
+from ..core.numerics import acc_dtype, autocast_enabled, memory_of
 from ..core.registry import IMPLS, resolve_impl
 from ..core.validation import check_bool, check_int, check_number, check_tensor, fail, require
 from ..launch.budgets import MAX_K, MAX_STREAMS
@@ -16,6 +16,7 @@ from ..ops.encode import differentiable_values
 from ..ops.joint import JointCast, wants_joint
 from ..ops.records import DecodeTarget, EncoderParams
 from .forward import EncodeSettings, ForwardState, encode, version_of
+from .fused_step import FusedInputs
 from .loss import loss_of, metrics_of, term_weights
 from .outputs import AlignedOutputs
 
@@ -122,31 +123,38 @@ class AlignedSAE(nn.Module):
         state.codes, state.aux = differentiable_values(*parts, impl=state.impl)
         return AlignedOutputs(state.record())
 
-    def _encode(
-        self, inputs, streams: list[str], lists: bool, w_encs: list[torch.Tensor] | None = None
-    ) -> ForwardState:
+    def _encode(self, inputs, streams: list[str], lists: bool) -> ForwardState:
         """Select latents, gather values, update counters; only casts of parameters and inputs are differentiable.
 
-        `lists`: build the inverse indices for gradients. `w_encs`: encoder weights already in the operators' dtype.
+        `lists`: build the inverse indices for gradients.
         """
-        encoder = self._encoders(streams, w_encs)
-        xs = [inputs[s].to(w.dtype) for s, w in zip(streams, encoder.w_encs, strict=True)]
-        impl = resolve_impl(self.impl, xs[0])
+        encoder, recomputes = self._encoders(streams), _recomputes()
+        xs, settings = self._prepare(inputs, streams, encoder, lists, recomputes)
         with torch.no_grad():
-            counters = [self._buffers[f"stats_last_nonzero_{s}"] for s in streams]
-            counts, recomputes = self.training or self.count_in_eval, _recomputes()
-            dead = self._recalled_dead(inputs, counts) if recomputes and self.auxk else None
-            settings = EncodeSettings(
-                self.k, self.topk_type, self.auxk, lists, counts and not recomputes, self.auxk_threshold,
-                self.dead_steps_threshold, impl,
-            )  # fmt: skip
-            encoded = encode(xs, encoder, counters, dead, settings)
+            dead = self._recalled_dead(inputs) if recomputes and self.auxk else None
+            encoded = encode(xs, encoder, self._counters(streams), dead, settings)
             if encoded.dead is not None and not recomputes and not torch.compiler.is_compiling():
                 self._remember_dead(inputs, encoded.dead)
-        return ForwardState(self, dict(inputs), streams, impl, xs, encoder, encoded.centred, encoded.codes, encoded.aux)
+        return ForwardState(self, dict(inputs), streams, settings.impl, xs, encoder, *encoded[:3])
 
-    def _recalled_dead(self, inputs, counts: bool) -> list[torch.Tensor] | None:
+    def _prepare(
+        self, inputs, streams: list[str], encoder: EncoderParams, lists: bool, recomputes: bool
+    ) -> tuple[list[torch.Tensor], EncodeSettings]:
+        """Return the inputs in the operators' dtype, and the settings of the forward."""
+        dtype = encoder.w_encs[0].dtype
+        xs = [inputs[s].to(dtype) for s in streams]
+        impl = resolve_impl(self.impl, xs[0])
+        counts = (self.training or self.count_in_eval) and not recomputes
+        return xs, EncodeSettings(
+            self.k, self.topk_type, self.auxk, lists, counts, self.auxk_threshold, self.dead_steps_threshold, impl
+        )  # fmt: skip
+
+    def _counters(self, streams: list[str]) -> list[torch.Tensor]:
+        return [getattr(self, f"stats_last_nonzero_{s}") for s in streams]
+
+    def _recalled_dead(self, inputs) -> list[torch.Tensor] | None:
         """Return the dead masks of the forward that activation checkpointing runs again; None: by the counters."""
+        counts = self.training or self.count_in_eval
         if (dead := self._recent_dead_masks.get(_identity(inputs))) is not None or not counts:
             return dead  # None for a forward in eval mode from a hook
         raise RuntimeError(
@@ -212,7 +220,7 @@ class AlignedSAE(nn.Module):
             fail("inputs", f"{n_rows} rows as in outputs", str(rows))
         state.check_unchanged()
         with torch.set_grad_enabled(state.grad and torch.is_grad_enabled()):
-            weights = term_weights(values, cross_loss_coef)
+            weights = term_weights(len(values), values.dtype, values.device, cross_loss_coef)
             decoders, xs = [self.decoder_of(s) for s in streams], [inputs[s] for s in streams]
             impl = resolve_impl(self.impl, decoders[0][0])
             loss, terms, aux_terms = loss_of(state, decoders, xs, weights=weights, auxk_coef=auxk_coef, impl=impl)
@@ -260,17 +268,16 @@ class AlignedSAE(nn.Module):
         require(streams == self.streams, "inputs", f"all streams {self.streams} (the loss needs them)", repr(streams))
         with torch.no_grad():
             half = optimizer.half_weights()
-            w_encs = None if half is None else [w_enc for w_enc, _ in half]
-            state = self._encode(inputs, streams, True, w_encs)
-            assert state.codes.values is not None, "a forward makes them"
+            encoder = self._encoders(streams, None if half is None else [w_enc for w_enc, _ in half])
             rows = [w_dec for _, w_dec in half] if half else [self.decoder_of(s)[0].t() for s in streams]
+            xs, settings = self._prepare(inputs, streams, encoder, True, False)
             targets = [
-                DecodeTarget(w, bias, inputs[s])
-                for w, bias, s in zip(rows, state.encoder.pre_biases, streams, strict=True)
+                DecodeTarget(w, bias, inputs[s]) for w, bias, s in zip(rows, encoder.pre_biases, streams, strict=True)
             ]
-            weights = term_weights(state.codes.values, cross_loss_coef)
-            result = optimizer.fused_step(state, targets, weights, auxk_coef)
-            return result.loss, metrics_of(streams, result.loss, result.terms, result.aux_terms, cross_loss_coef)
+            weights = term_weights(len(streams), acc_dtype(xs[0].dtype), xs[0].device, cross_loss_coef)
+            prepared = FusedInputs(xs, encoder, self._counters(streams), targets, weights)
+            loss, terms, aux_terms = optimizer.fused_step(prepared, settings, auxk_coef)
+            return loss, metrics_of(streams, loss, terms, aux_terms, cross_loss_coef)
 
     def _encoders(self, streams, w_encs=None) -> EncoderParams:
         """The streams' encoder parameters in the operators' dtype."""

@@ -14,7 +14,8 @@ import torch
 
 from ..core._triton import tl, tl_dtype, triton
 from ..core.numerics import acc_dtype, is_host_readable
-from ..core.recorder import launch
+from ..core.plan import Planned
+from ..core.recorder import call, derived, launch
 from ..core.registry import register
 from ..launch.adam import ADAM_WIDTH, adam_config
 from ..launch.device import capability, next_power_of_2
@@ -103,6 +104,14 @@ def _adam_scalars_kernel(
     tl.store(out + 4, moves.to(ACC), mask=mask)
 
 
+def _to_float32(x: float) -> float:
+    return float(np.float32(x))
+
+
+def _beyond_float32(x: float) -> float:
+    return x - _to_float32(x)
+
+
 def _log2(beta):
     return math.log2(beta) if beta > 0 else -1e4  # 2 ** -1e4 is 0
 
@@ -110,9 +119,10 @@ def _log2(beta):
 def _adam_scalars_triton(
     *, steps, out, lr, lr_value, decay, active, found_inf, grad_scale, loss, square, max_norm, norm, beta1, beta2
 ):  # fmt: skip
-    high = float(np.float32(lr_value))  # Triton rounds numbers to float32
+    # Triton rounds numbers to float32
+    high, low = derived(lr_value, _to_float32), derived(lr_value, _beyond_float32)
     launch(_adam_scalars_kernel, (1,))(
-        steps, out, lr, high, lr_value - high, decay, active, found_inf, grad_scale, loss, square, max_norm, norm,
+        steps, out, lr, high, low, decay, active, found_inf, grad_scale, loss, square, max_norm, norm,
         len(steps), LOG_BETA1=_log2(beta1), LOG_BETA2=_log2(beta2), PAD=next_power_of_2(len(steps)),
         ACC=tl_dtype(out.dtype), num_warps=1,
     )  # fmt: skip
@@ -590,3 +600,31 @@ def rows_of(tensor: torch.Tensor | None, place: int):
         place: its position among the stream's parameters.
     """
     return tensor.t() if tensor is not None and place == DECODER else tensor
+
+
+@Planned
+def adam_update_(tensors, hyper, active, max_norm, impl, lr_value, decay):
+    """Count a step, clip and update all parameters from their gradients; for `SparcAdam`.
+
+    Args:
+        tensors: parameters, gradients (or None), first and second moments of P parameters, as `adam_stream_` takes
+            them; then steps, scalars, lr, found_inf, grad_scale and norm as `adam_scalars_` takes them.
+        hyper: AdamHyper.
+        active: as in `adam_scalars_`.
+        max_norm: to clip gradients to; None: not clipped.
+        impl: "triton" or "torch".
+        lr_value: learning rate where lr is None.
+        decay: decoupled weight decay.
+    """
+    P = (len(tensors) - 6) // 4
+    params, grads, exp_avgs, exp_avg_sqs = (list(tensors[i : i + P]) for i in range(0, 4 * P, P))
+    steps, scalars, lr, found_inf, grad_scale, norm = tensors[4 * P :]
+    square = None
+    if max_norm is not None:
+        square = grad_square(params[DECODER::4], grads, hyper.normalize, impl).to(scalars)
+    call(
+        adam_scalars_, steps, scalars, lr, lr_value, decay, active, found_inf, grad_scale, None, square,
+        max_norm or 0.0, norm, hyper.beta1, hyper.beta2, impl,
+    )  # fmt: skip
+    adam_stream_(params, grads, exp_avgs, exp_avg_sqs, scalars, *hyper, impl)
+    return []
