@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..core.validation import fail, require
-from ..ops.adam import adam_hyper, adam_stream_, rows_of
+from ..ops.adam import adam_hyper, rows_of
 from ..ops.aligned_loss import Gradients, LossResult, losses_and_gradients
 from ..ops.inverse_index import InverseIndex, inverse_index_op, lists_of
-from ..ops.latent_adam import LatentParams, update_rows_
+from ..ops.latent_adam import latent_adam_
 from ..ops.records import DecodeTarget, WeightedLists
 from .forward import ForwardState
 
@@ -61,17 +61,15 @@ def _update(optimizer: SparcAdam, state: ForwardState, result: LossResult) -> No
     if not codes.shared:  # each (source, row) has list entries of its own: treat them as one source of S * B rows
         n_latents = len(state.encoder.w_encs[0])
         lists = lists_of(inverse_index_op(codes.indices.flatten(1), 1, n_latents, None, state.impl), 0)
-    for s, stream in enumerate(streams):
-        (ms, vs), scalars, impl = moments[s], optimizer.scalars(s), optimizer.impl_of(stream)
-        params = [rows_of(p, i) for i, p in enumerate(stream)]
-        w_enc, w_dec, _, latent_bias = params
-        enc_half, dec_half = half[s] if half else (None, None)
-        decoder = LatentParams(w_dec, ms[1], vs[1], dec_half, [], scalars[1], scalars[1])
-        update_rows_(decoder, *_decoder_lists(state, result, s, lists), hyper, impl)
-        encoder = LatentParams(w_enc, ms[0], vs[0], enc_half, [latent_bias, ms[3], vs[3]], scalars[0], scalars[3])
-        dpre_bias_sum = update_rows_(encoder, *_encoder_lists(state, result, s), hyper.plain(), impl)
-        grads = [None, None, result.dbiases[s] - dpre_bias_sum, None]
-        adam_stream_(params, grads, ms, vs, scalars, *hyper, impl)
+    params = [rows_of(p, i) for stream in streams for i, p in enumerate(stream)]
+    exp_avgs, exp_avg_sqs = ([t for both in moments for t in both[i]] for i in range(2))
+    encoders = [_encoder_lists(state, result, s) for s in range(len(streams))]
+    decoders = [_decoder_lists(state, result, s, lists) for s in range(len(streams))]
+    (enc_lists, k, enc_aux, aux_k), (dec_lists, _, dec_aux, _) = _flat(encoders), _flat(decoders)
+    latent_adam_(
+        params, exp_avgs, exp_avg_sqs, [w for pair in half or () for w in pair], optimizer.scalars(), result.dbiases,
+        enc_lists, dec_lists, k, enc_aux, dec_aux, aux_k, *hyper, optimizer.impl_of(streams),
+    )  # fmt: skip
     torch.autograd.graph.increment_version([p for stream in streams for p in stream])
     if half:
         optimizer.half_weights_written()
@@ -107,6 +105,16 @@ def _encoder_lists(state: ForwardState, result: LossResult, s: int) -> tuple[Wei
         return WeightedLists(codes.lists(s), dvalues[one], None, codes.gathered[one], mat, codes.gathered.shape[2])
 
     return lists(state.codes, result.dvalues), None if state.aux is None else lists(state.aux, result.daux)
+
+
+def _flat(pairs: list[tuple[WeightedLists, WeightedLists | None]]) -> tuple[list, int, list, int]:
+    """The tensors and places of the codes' lists of all streams, and those of AuxK's."""
+    main, aux = zip(*pairs, strict=True)
+    more = [lists for lists in aux if lists is not None]
+    return (
+        [t for lists in main for t in lists.tensors], main[0].k, [t for lists in more for t in lists.tensors],
+        more[0].k if more else 0,
+    )  # fmt: skip
 
 
 def check(optimizer: SparcAdam, model: AlignedSAE) -> None:

@@ -11,7 +11,7 @@ import torch
 from ..core.numerics import acc_dtype
 from ..core.registry import IMPLS, resolve_impl
 from ..core.validation import check_bool, check_number, fail, plain, require
-from ..ops.adam import MODES, SCALARS, adam_hyper, adam_scalars_, adam_stream_, grad_square, rows_of
+from ..ops.adam import DECODER, MODES, SCALARS, adam_hyper, adam_scalars_, adam_stream_, grad_square, rows_of
 from ..ops.aligned_loss import LossResult
 from ..ops.records import DecodeTarget
 from .forward import ForwardState
@@ -143,17 +143,15 @@ class SparcAdam(torch.optim.Optimizer):
     def _update(self, grads):
         group, streams = self.param_groups[0], self.streams()
         moments = self.prepare([[g is not None for g in stream_grads] for stream_grads in grads])
-        params = [[rows_of(p, i) for i, p in enumerate(stream)] for stream in streams]
-        hyper, impls = adam_hyper(group), [self.impl_of(stream) for stream in streams]
+        params = [rows_of(p, i) for stream in streams for i, p in enumerate(stream)]
+        flat = [g for stream_grads in grads for g in stream_grads]
+        hyper, impl = adam_hyper(group), self.impl_of(streams)
         square = None
         if group["max_grad_norm"] is not None:
-            every = zip(params, grads, impls, strict=True)
-            square = torch.stack(
-                [grad_square(w[1], g, hyper.normalize, impl).to(self.scalars()) for w, g, impl in every]
-            ).sum()
-        self.count_step([g is not None for stream_grads in grads for g in stream_grads], square=square)
-        for s, impl in enumerate(impls):
-            adam_stream_(params[s], grads[s], *moments[s], self.scalars(s), *hyper, impl)
+            square = grad_square(params[DECODER::4], flat, hyper.normalize, impl).to(self.scalars())
+        self.count_step([g is not None for g in flat], square=square)
+        exp_avgs, exp_avg_sqs = ([t for both in moments for t in both[i]] for i in range(2))
+        adam_stream_(params, flat, exp_avgs, exp_avg_sqs, self.scalars(), *hyper, impl)
         moved = [p for stream in streams for p in stream if p.grad is not None]
         torch.autograd.graph.increment_version(moved)  # later reads of outputs detect the change
 
@@ -166,7 +164,7 @@ class SparcAdam(torch.optim.Optimizer):
             ValueError: two of them are one parameter.
         """
         m = self.model
-        params = [[m.encoders[s].weight, m.decoders[s].weight, m.pre_biases[s], m.latent_biases[s]] for s in m.streams]
+        params = [[*m.parameters_of(s)] for s in m.streams]
         if len({id(p) for stream in params for p in stream}) < 4 * len(params):
             _refuse_shared(m, params)
         return params
@@ -219,9 +217,10 @@ class SparcAdam(torch.optim.Optimizer):
     def _matrices(self):
         return [[w_enc, w_dec.t()] for w_enc, w_dec, *_ in self.streams()]
 
-    def impl_of(self, stream: list[torch.nn.Parameter]) -> str:
-        """Return "triton" or "torch" for a stream's parameters."""
-        return resolve_impl(self.impl, stream[0])
+    def impl_of(self, streams: list[list[torch.nn.Parameter]]) -> str:
+        """Return "triton" or "torch" for the parameters of all streams; "torch" unless every stream can take Triton."""
+        impls = {resolve_impl(self.impl, stream[0]) for stream in streams}
+        return "triton" if impls == {"triton"} else "torch"
 
     def scalars(self, s: int | None = None) -> torch.Tensor:
         """Return the step scalars that `count_step` wrote.
@@ -312,7 +311,7 @@ class SparcAdam(torch.optim.Optimizer):
         adam_scalars_(
             self.counts, self._scalars, lr, number, group["weight_decay"], sum(m << i for i, m in enumerate(moving)),
             getattr(self, "found_inf", None), getattr(self, "grad_scale", None), loss, square,
-            group["max_grad_norm"] or 0.0, norm, *group["betas"], self.impl_of(self.streams()[0]),
+            group["max_grad_norm"] or 0.0, norm, *group["betas"], self.impl_of(self.streams()),
         )  # fmt: skip
 
     # ------------------------------------------------------------------------------------------------------ state dicts

@@ -206,7 +206,7 @@ def optimizer_operators(p, indices, inverse, values, coef, impl):
     errors = torch.stack([p.xs[0]] * 3)
     main = [*inverse, values, coef, None, errors]
     aux = [*inverse, values[:1], None, values[:1], errors[:1]]
-    bias = [p.latent_biases[0], ms[3], vs[3]]
+    dbias, halves = [like(params[2])], [like(t) for t in params[:2]]
     return {
         "adam_scalars_": (
             ops.adam_scalars_,
@@ -218,14 +218,14 @@ def optimizer_operators(p, indices, inverse, values, coef, impl):
         ),
         "adam_stream_": (ops.adam_stream_, (params, grads, ms, vs, scalars, 1, *adam, impl)),
         "adam_stream_ some": (ops.adam_stream_, (params, [None, *grads[1:3], None], ms, vs, scalars, 2, *adam, impl)),
-        "grad_square": (ops.grad_square, (params[1], [None, *grads[1:]], 1, impl)),
+        "grad_square": (ops.grad_square, ([params[1]] * 2, [None, *grads[1:], *grads], 1, impl)),
         "latent_adam_": (
             ops.latent_adam_,
-            (params[1], ms[1], vs[1], None, [], scalars[1], scalars[1], main, K, [], 0, 1, *adam, impl),
+            (params, ms, vs, [], scalars, dbias, main, main, K, [], [], 0, 1, *adam, impl),
         ),
-        "latent_adam_ with bias": (
+        "latent_adam_ with auxk": (
             ops.latent_adam_,
-            (params[0], ms[0], vs[0], like(params[0]), bias, scalars[0], scalars[3], aux, K, aux, K, 0, *adam, impl),
+            (params, ms, vs, halves, scalars, dbias, aux, aux, K, aux, aux, K, 0, *adam, impl),
         ),
     }
 
