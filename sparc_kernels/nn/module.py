@@ -98,7 +98,7 @@ class AlignedSAE(nn.Module):
         self.unit_norm_decoder_()
         self.register_load_state_dict_post_hook(_restore_layout)
         # of the latest forwards, for recomputation by activation checkpointing
-        self._recent_dead_masks: dict[tuple, list[torch.Tensor]] = {}
+        self._recent_dead: dict[tuple, list[torch.Tensor]] = {}
 
     # ------------------------------------------------------------------------------------------------ forward and loss
 
@@ -153,9 +153,9 @@ class AlignedSAE(nn.Module):
         return [getattr(self, f"stats_last_nonzero_{s}") for s in streams]
 
     def _recalled_dead(self, inputs) -> list[torch.Tensor] | None:
-        """Return the dead masks of the forward that activation checkpointing runs again; None: by the counters."""
+        """Return the dead latents of the forward that activation checkpointing runs again; None: by the counters."""
         counts = self.training or self.count_in_eval
-        if (dead := self._recent_dead_masks.get(_identity(inputs))) is not None or not counts:
+        if (dead := self._recent_dead.get(_identity(inputs))) is not None or not counts:
             return dead  # None for a forward in eval mode from a hook
         raise RuntimeError(
             f"inputs: expected those of one of the last {_REMEMBERED} forwards when activation checkpointing runs "
@@ -164,15 +164,15 @@ class AlignedSAE(nn.Module):
         )
 
     def _remember_dead(self, inputs, dead: list[torch.Tensor]) -> None:
-        """Keep the dead masks of a forward, for activation checkpointing."""
+        """Keep the dead latents of a forward, for activation checkpointing."""
         key = _identity(inputs)
-        self._recent_dead_masks.pop(key, None)
-        self._recent_dead_masks[key] = dead
-        while len(self._recent_dead_masks) > _REMEMBERED:
-            del self._recent_dead_masks[next(iter(self._recent_dead_masks))]
+        self._recent_dead.pop(key, None)
+        self._recent_dead[key] = dead
+        while len(self._recent_dead) > _REMEMBERED:
+            del self._recent_dead[next(iter(self._recent_dead))]
 
     def __getstate__(self):
-        return {**self.__dict__, "_recent_dead_masks": {}}
+        return {**self.__dict__, "_recent_dead": {}}
 
     def compute_loss(
         self,
@@ -485,7 +485,7 @@ def _entry(module, name: str):
     return getattr(module, name) if found is None else found
 
 
-_REMEMBERED = 8  # forwards whose dead masks are kept
+_REMEMBERED = 8  # forwards whose dead latents are kept
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
