@@ -164,7 +164,7 @@ class SparcAdam(torch.optim.Optimizer):
             ValueError: two of them are one parameter.
         """
         m = self.model
-        params = [[m.encoders[s].weight, m.decoders[s].weight, m.pre_biases[s], m.latent_biases[s]] for s in m.streams]
+        params = [[*m.parameters_of(s)] for s in m.streams]
         if len({id(p) for stream in params for p in stream}) < 4 * len(params):
             _refuse_shared(m, params)
         return params

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ..core._triton import tl, triton
 from ..core.numerics import acc_dtype
-from ..core.plan import launch
+from ..core.recorder import launch
 from ..core.registry import register, resolve_impl
 from ..core.side_stream import SideStream
 from ..core.target import interpreted

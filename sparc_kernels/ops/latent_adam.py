@@ -14,7 +14,7 @@ import torch
 
 from ..core._triton import tl, tl_dtype, triton
 from ..core.numerics import csr, is_host_readable
-from ..core.plan import launch
+from ..core.recorder import launch
 from ..core.registry import register
 from ..core.target import interpreted
 from ..launch.adam import ADAM_WIDTH, adam_rows, latent_adam_config

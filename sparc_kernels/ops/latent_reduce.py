@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from ..core._triton import tl, tl_dtype, triton
 from ..core.numerics import acc_dtype, csr, is_host_readable
-from ..core.plan import launch
+from ..core.recorder import launch
 from ..core.registry import register
 from ..launch.budgets import PARTIAL_BYTES
 from ..launch.device import capability, cdiv
