@@ -13,7 +13,7 @@ from ..launch.budgets import MAX_K
 from ..launch.device import cdiv, next_power_of_2
 from .encode import centre, values_of
 from .records import EncoderParams, SparseCodes
-from .selection import select
+from .selection import select_each
 
 
 @triton.jit
@@ -174,9 +174,8 @@ def select_dead(
         device.
     """
     ids, count = dead_first(list(dead), impl)
-    streams = zip(centred, encoder.w_encs, encoder.latent_biases, ids, count, strict=True)
-    selected = [select([x], [w], [c], auxk, i, n, impl) for x, w, c, i, n in streams]
-    return SparseCodes(torch.stack(selected), None, count)
+    selected = select_each(centred, list(encoder.w_encs), list(encoder.latent_biases), auxk, ids, count, impl)
+    return SparseCodes(selected, None, count)
 
 
 @triton.jit

@@ -25,7 +25,7 @@ from .inverse_index import InverseIndex, inverse_index_op, inverse_sizes
 from .joint import joint, wants_joint
 from .latent_reduce import latent_reduce_
 from .records import CODES_FLAT, EncoderParams, SparseCodes
-from .selection import select
+from .selection import select, select_each
 
 
 @triton.jit
@@ -477,7 +477,5 @@ def select_latents(centred, w_encs, latent_biases, k, topk_type, *, impl):
         int64 [B, k] for "global", [S, B, k] for "local".
     """
     w_encs, latent_biases = list(w_encs), list(latent_biases)
-    if topk_type == "global":
-        return select(centred, w_encs, latent_biases, k, None, None, impl)
-    streams = zip(centred, w_encs, latent_biases, strict=True)
-    return torch.stack([select([x], [w], [c], k, None, None, impl) for x, w, c in streams])
+    op = select if topk_type == "global" else select_each
+    return op(centred, w_encs, latent_biases, k, None, None, impl)

@@ -26,6 +26,7 @@ from ..launch.select import (
     select_config,
     with_span,
 )
+from .gather import pick
 from .joint import joint
 
 
@@ -37,15 +38,17 @@ def _nan_max(a, b):
 @triton.jit(do_not_specialize=["row0", "M"])
 def _encode_kernel(
     x_ptrs, w_ptrs, widths, strides_x, strides_w, bias_ptrs, ids_ptr, count_ptr, logits_ptr, maxima_ptr,
-    coarse_ptr, row0, M, N, NG, NC,
-    S: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr,
+    coarse_ptr, row0, M, N, NG, NC, stride_ids, stride_count,
+    S: tl.constexpr, EACH: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, COMPACT: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """logits[m, n] = sum_s <x_s[row0 + m], w_s[n]> + bias_s[n], and the maxima of each GROUP and each SPAN columns.
 
     No spans when SPAN == GROUP. COMPACT: column n is latent ids[n], and only the first count[0] columns are valid.
+    EACH: no sum; program (tile, s) computes stream s, whose M rows follow those of the streams before.
     """
+    stream = tl.program_id(1)
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
     per_band = GROUP_M * tl.cdiv(N, BLOCK_N)  # bands of GROUP_M row tiles: neighbours share w tiles in L2
@@ -55,6 +58,9 @@ def _encode_kernel(
     pid_n = (pid % per_band) // band
     n_cols = N
     if COMPACT:
+        if EACH:
+            ids_ptr += stream.to(tl.int64) * stride_ids
+            count_ptr += stream * stride_count
         n_cols = tl.load(count_ptr)
     if pid_n * BLOCK_N < n_cols:
         offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -67,22 +73,32 @@ def _encode_kernel(
         else:
             latents = tl.where(mask_n, offs_n, 0).to(tl.int64)
         acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-        for s in tl.static_range(S):
-            x_rows = x_ptrs[s] + rows[:, None] * strides_x[s]
-            w_rows = w_ptrs[s] + latents[None, :] * strides_w[s]
-            width = widths[s]
+        for s in tl.static_range(1 if EACH else S):
+            if EACH:
+                x_rows = pick(x_ptrs, stream, S) + rows[:, None] * pick(strides_x, stream, S)
+                w_rows = pick(w_ptrs, stream, S) + latents[None, :] * pick(strides_w, stream, S)
+                width = pick(widths, stream, S)
+            else:
+                x_rows = x_ptrs[s] + rows[:, None] * strides_x[s]
+                w_rows = w_ptrs[s] + latents[None, :] * strides_w[s]
+                width = widths[s]
             for k0 in range(0, width, BLOCK_K):
                 offs_k = k0 + tl.arange(0, BLOCK_K)
                 mask_k = offs_k < width
                 x = tl.load(x_rows + offs_k[None, :], mask=mask_k[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
                 w = tl.load(w_rows + offs_k[:, None], mask=mask_k[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
                 acc = tl.dot(x.to(DTYPE), w.to(DTYPE), acc, input_precision=PRECISION, out_dtype=ACC)
-        bias = tl.load(bias_ptrs[0] + latents, mask=mask_n, other=0.0).to(ACC)
-        for s in tl.static_range(1, S):
+        if EACH:
+            bias = tl.load(pick(bias_ptrs, stream, S) + latents, mask=mask_n, other=0.0).to(ACC)
+        else:
+            bias = tl.load(bias_ptrs[0] + latents, mask=mask_n, other=0.0).to(ACC)
+        for s in tl.static_range(1, 1 if EACH else S):
             bias += tl.load(bias_ptrs[s] + latents, mask=mask_n, other=0.0).to(ACC)
         acc += bias[None, :]
         acc = tl.where(mask_n[None, :], acc, float("-inf"))  # after the sum: NaN rows must not leak into the tail
         out_rows = offs_m.to(tl.int64)[:, None]
+        if EACH:
+            out_rows += stream.to(tl.int64) * M
         groups: tl.constexpr = BLOCK_N // GROUP
         maxima = tl.reduce(tl.reshape(acc, (BLOCK_M, groups, GROUP)), 2, _nan_max)
         offs_g = pid_n * groups + tl.arange(0, groups)
@@ -190,14 +206,24 @@ def _narrow(
     return kth
 
 
-@triton.jit(do_not_specialize=["row0"])
+@triton.jit(do_not_specialize=["row0", "M"])
 def _select_kernel(
-    coarse_ptr, maxima_ptr, logits_ptr, scratch_ptr, ids_ptr, count_ptr, out_ptr, row0, N, NG, NC, K,
+    coarse_ptr, maxima_ptr, logits_ptr, scratch_ptr, ids_ptr, count_ptr, out_ptr, row0, M, N, NG, NC, K,
+    stride_ids, stride_count, EACH: tl.constexpr,
     NC_PAD: tl.constexpr, K_PAD: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, SHIFT: tl.constexpr,
     COMPACT: tl.constexpr,
 ):  # fmt: skip
-    """One row: the K groups with the largest maxima (ties to the lower) hold a top K; read only their logits."""
+    """One row: the K groups with the largest maxima (ties to the lower) hold a top K; read only their logits.
+
+    EACH: program (row, s) is one row of stream s, whose M rows follow those of the streams before.
+    """
     row = tl.program_id(0).to(tl.int64)
+    if EACH:
+        stream = tl.program_id(1).to(tl.int64)
+        row += stream * M
+        if COMPACT:
+            ids_ptr += stream * stride_ids
+            count_ptr += stream * stride_count
     LOWEST: tl.constexpr = -2147483648
     n_cols = N
     k = K
@@ -254,39 +280,80 @@ def _select_kernel(
 
 
 def _select_triton(*, xs, w_encs, biases, k, ids, count):
+    out = torch.empty(xs[0].shape[0], k, device=xs[0].device, dtype=torch.int64)
+    return _select_into(out, xs, w_encs, biases, k, ids, count, False)
+
+
+def _select_each_triton(*, xs, w_encs, biases, k, ids, count):
+    out, first = _select_each_fake(xs, w_encs, biases, k, ids, count), 0
+    while first < len(xs):
+        step = _streams_at_once(xs[first:], w_encs[0], k, ids is not None)
+        part = slice(first, first + step) if step > 1 else first
+        some = slice(first, first + step)
+        _select_into(
+            out[part], xs[some], w_encs[some], biases[some], k, None if ids is None else ids[part],
+            None if ids is None else count[part], step > 1,
+        )  # fmt: skip
+        first += step
+    return out
+
+
+def _streams_at_once(xs, w_enc, k, compact):
+    """How many streams may be selected by one launch: all of their rows at once, by one kernel, within the scratch."""
+    (B, _), n, dtype = xs[0].shape, w_enc.shape[0], xs[0].dtype
+    _, encode, _, row_bytes, tiles = _settings(B, n, k, dtype, xs[0].device, compact)
+    if rows_per_chunk(B, row_bytes, encode.block_m, tiles) != (B, 1):
+        return 1
+    tf32 = dtype == torch.float32 and allow_tf32()
+    for s, x in enumerate(xs):
+        library = not compact and encode_by_library(B, x.shape[1], dtype.itemsize, tf32)
+        if library or (s + 1) * B * row_bytes > SCRATCH_BYTES:
+            return max(s, 1)
+    return len(xs)
+
+
+def _settings(B, n, k, dtype, device, compact):
+    """Settings of selector and GEMM, the dtype of the logits, scratch bytes of a row, tiles that may overlap."""
+    # logits are stored and compared in the inputs' dtype (fp32 at most: keys have 32 bits)
+    stored = torch.float32 if dtype == torch.float64 else dtype
+    select = select_config(n, k, compact)
+    encode = with_span(encode_config(B, dtype.itemsize, capability(device), compact), select.span)
+    columns = n + cdiv(n, select.group) + (0 if select.span == select.group else cdiv(n, select.span))
+    # no overlap with a compact GEMM, most of whose columns may be invalid
+    tiles = cdiv(B, encode.block_m) * cdiv(n, encode.block_n) if not compact and select.small else 0
+    return select, encode, stored, columns * stored.itemsize + 16 * select.k_pad, tiles
+
+
+def _select_into(out, xs, w_encs, biases, k, ids, count, each):
+    """Run `select` into out [B, k], or with `each` `select_each` into out [S, B, k], all rows at once."""
     B, n = xs[0].shape[0], w_encs[0].shape[0]
     device, dtype = xs[0].device, xs[0].dtype
     biases = [b.contiguous() for b in biases]
     acc = acc_dtype(dtype)
-    # logits are stored and compared in the inputs' dtype (fp32 at most: keys have 32 bits)
-    stored = torch.float32 if dtype == torch.float64 else dtype
     xs = [x if x.stride(1) == 1 else x.contiguous() for x in xs]
     w_encs = [w if w.stride(1) == 1 else w.contiguous() for w in w_encs]
-    select = select_config(n, k, ids is not None)
-    encode = with_span(encode_config(B, xs[0].element_size(), capability(device), ids is not None), select.span)
+    select, encode, stored, row_bytes, tiles = _settings(B, n, k, dtype, device, ids is not None)
     block_n = encode.block_n
     n_groups, n_spans = cdiv(n, select.group), cdiv(n, select.span)
     two_levels = select.span == select.group
-    columns = n + n_groups + (0 if two_levels else n_spans)
-    # no overlap with a compact GEMM, most of whose columns may be invalid
-    tiles = cdiv(B, encode.block_m) * cdiv(n, block_n) if ids is None and select.small else 0
-    chunk, buffers = rows_per_chunk(B, columns * stored.itemsize + 16 * select.k_pad, encode.block_m, tiles)
+    chunk, buffers = rows_per_chunk(B, row_bytes, encode.block_m, tiles)
+    problems = len(xs) if each else 1
+    strides = (ids.stride(0), count.stride(0)) if each and ids is not None else (0, 0)
 
     def buffer():
-        maxima = torch.empty(chunk, n_groups, device=device, dtype=stored)
+        maxima = torch.empty(problems * chunk, n_groups, device=device, dtype=stored)
         return (
-            torch.empty(chunk, n, device=device, dtype=stored), maxima,
-            maxima if two_levels else torch.empty(chunk, n_spans, device=device, dtype=stored),
-            torch.empty(chunk, 4 * select.k_pad, device=device, dtype=torch.int32),
+            torch.empty(problems * chunk, n, device=device, dtype=stored), maxima,
+            maxima if two_levels else torch.empty(problems * chunk, n_spans, device=device, dtype=stored),
+            torch.empty(problems * chunk, 4 * select.k_pad, device=device, dtype=torch.int32),
         )  # fmt: skip
 
     scratch = [buffer() for _ in range(buffers)]
-    out = torch.empty(B, k, device=device, dtype=torch.int64)
     half = dtype in (torch.bfloat16, torch.float16)
     tf32 = dtype == torch.float32 and allow_tf32()
     precision = "ieee" if dtype != torch.float32 else dot_precision(capability(device), tf32)
     wide_x = wide_w = None
-    if ids is None and encode_by_library(B, sum(x.shape[1] for x in xs), dtype.itemsize, tf32):
+    if ids is None and not each and encode_by_library(B, sum(x.shape[1] for x in xs), dtype.itemsize, tf32):
         wide_x, wide_w = joint(xs), joint(w_encs)
     side, done = SideStream(device, enabled=buffers > 1), list[torch.cuda.Event | None]()
     limit = encode.registers(capability(device)) if buffers > 1 and select.group >= CAP_MIN_GROUP else {}
@@ -307,10 +374,10 @@ def _select_triton(*, xs, w_encs, biases, k, ids, count):
                 num_warps=4,
             )  # fmt: skip
         else:
-            launch(_encode_kernel, (cdiv(rows, encode.block_m) * cdiv(n, block_n),))(
+            launch(_encode_kernel, (cdiv(rows, encode.block_m) * cdiv(n, block_n), problems))(
                 tuple(xs), tuple(w_encs), tuple(x.shape[1] for x in xs), tuple(x.stride(0) for x in xs),
                 tuple(w.stride(0) for w in w_encs), tuple(biases), ids, count, logits, maxima, coarse,
-                row0, rows, n, n_groups, n_spans, S=len(xs), GROUP=select.group, SPAN=select.span,
+                row0, rows, n, n_groups, n_spans, *strides, S=len(xs), EACH=each, GROUP=select.group, SPAN=select.span,
                 BLOCK_M=encode.block_m, BLOCK_N=block_n, BLOCK_K=encode.block_k,
                 GROUP_M=encode.group_m, COMPACT=ids is not None,
                 DTYPE=tl.float32 if half and interpreted() else tl_dtype(dtype), ACC=tl_dtype(acc), PRECISION=precision,
@@ -318,9 +385,9 @@ def _select_triton(*, xs, w_encs, biases, k, ids, count):
             )  # fmt: skip
 
         def best(*, rows=rows, row0=row0, coarse=coarse, maxima=maxima, logits=logits, slots=slots):
-            launch(_select_kernel, (rows,))(
-                coarse, maxima, logits, slots, ids, count, out, row0, n, n_groups, n_spans, k,
-                NC_PAD=select.n_spans_pad, K_PAD=select.k_pad, GROUP=select.group, SPAN=select.span,
+            launch(_select_kernel, (rows, problems))(
+                coarse, maxima, logits, slots, ids, count, out, row0, rows, n, n_groups, n_spans, k, *strides,
+                EACH=each, NC_PAD=select.n_spans_pad, K_PAD=select.k_pad, GROUP=select.group, SPAN=select.span,
                 SHIFT={torch.bfloat16: 16, torch.float16: 13}.get(stored, 0), COMPACT=ids is not None,
                 num_warps=select.num_warps, **select.registers(capability(device)),
             )  # fmt: skip
@@ -424,4 +491,39 @@ Args:
 
 Returns:
     int64 [B, k], rows in descending order of the pre-activation compared, ties to the lowest latent, NaN above +inf.
+"""
+
+
+def _select_each_torch(*, xs, w_encs, biases, k, ids, count):
+    some = [(None, None)] * len(xs) if ids is None else zip(ids, count, strict=True)
+    streams = zip(xs, w_encs, biases, some, strict=True)
+    return torch.stack([
+        _select_torch(xs=[x], w_encs=[w], biases=[bias], k=k, ids=i, count=n) for x, w, bias, (i, n) in streams
+    ])  # fmt: skip
+
+
+def _select_each_fake(xs, w_encs, biases, k, ids, count):
+    return xs[0].new_empty(len(xs), xs[0].shape[0], k, dtype=torch.int64)
+
+
+select_each = register(
+    "select_each",
+    "(Tensor[] xs, Tensor[] w_encs, Tensor[] biases, int k, Tensor? ids, Tensor? count, str impl) -> Tensor",
+    torch_impl=_select_each_torch,
+    triton_impl=_select_each_triton,
+    fake=_select_each_fake,
+)
+select_each.__doc__ = """Run `select` for every stream by itself.
+
+Args:
+    xs: centred inputs, [B, d_s] each.
+    w_encs: [N, d_s] each.
+    biases: latent biases, [N] each.
+    k: how many latents per row and stream.
+    ids: int32 [S, N] or None, row s as in `select`.
+    count: int32 [S], with ids.
+    impl: "triton" or "torch".
+
+Returns:
+    int64 [S, B, k].
 """

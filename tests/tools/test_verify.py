@@ -265,8 +265,15 @@ def patch_sums(patch, faulty):
 
 def patch_select(patch, faulty):
     sound = encode.select
+
+    def select_each(xs, w_encs, biases, k, ids, count, impl):
+        some = [(None, None)] * len(xs) if ids is None else zip(ids, count, strict=True)
+        streams = zip(xs, w_encs, biases, some, strict=True)
+        return torch.stack([faulty(sound, [x], [w], [c], k, i, n, impl) for x, w, c, (i, n) in streams])
+
+    patch(encode, "select", lambda *args: faulty(sound, *args))
     for where in (encode, dead):
-        patch(where, "select", lambda *args: faulty(sound, *args))
+        patch(where, "select_each", select_each)
 
 
 def one_rank_off(patch):
@@ -379,8 +386,8 @@ def norm_with_epsilon(patch):
 
 
 def dead_mask_ignored(patch):
-    sound = dead.select
-    patch(dead, "select", lambda xs, ws, biases, k, ids, count, impl: sound(xs, ws, biases, k, None, None, impl))
+    sound = dead.select_each
+    patch(dead, "select_each", lambda xs, ws, biases, k, ids, count, impl: sound(xs, ws, biases, k, None, None, impl))
 
 
 def counters_at_the_threshold(patch):
