@@ -417,7 +417,7 @@ def _residuals_torch(pre_biases, errors):
 
 
 def _residuals_fake(pre_biases, errors):
-    norm = errors[0].new_empty(len(errors), len(errors[0]), dtype=acc_dtype(errors[0].dtype))
+    norm = errors[0].new_empty(len(errors), errors[0].shape[0], dtype=acc_dtype(errors[0].dtype))
     return [b.new_empty(e.shape) for b, e in zip(pre_biases, errors, strict=True)], norm
 
 
