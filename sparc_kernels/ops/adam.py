@@ -19,6 +19,7 @@ from ..core.recorder import call, derived, launch
 from ..core.registry import register
 from ..launch.adam import ADAM_WIDTH, adam_config
 from ..launch.device import capability, next_power_of_2
+from .gather import pick
 
 PLAIN, BEFORE, AFTER = 0, 1, 2  # decoder rows: as they are; unit norm before the step, or after it
 MODES = {"before": BEFORE, "after": AFTER, None: PLAIN}  # `normalize` of SparcAdam
@@ -248,15 +249,6 @@ def _move(
         tl.store(w_ptr + at, w.to(w_ptr.dtype.element_ty), mask=mask)
         tl.store(m_ptr + at, m, mask=mask)
         tl.store(v_ptr + at, v, mask=mask)
-
-
-@triton.jit
-def pick(items, i, T: tl.constexpr):
-    """items[i] of T equal types, by selections that keep what is known of alignment; None of None."""
-    item = items[0]
-    for t in tl.static_range(1, T):
-        item = tl.where(i == t, items[t], item)
-    return item
 
 
 @triton.jit
