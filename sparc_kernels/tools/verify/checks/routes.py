@@ -306,7 +306,7 @@ def judge_graph(check: Check, form: str) -> None:
     for graph in (False, True):
         model, inputs = _model(check, p)
         free = how.get("gradient_free", False)
-        adam = SparcAdam(model, LR, capturable=graph, shadow=BF16 if free else None, impl=check.impl)
+        adam = SparcAdam(model, LR, graph=graph, shadow=BF16 if free else None, impl=check.impl)
         reinit_rng = torch.Generator(check.device).manual_seed(1) if check.device.type != "meta" else None
         step = Step(model, adam, reinit_rng, reinit_every=20, graph=graph, **how)
         step.reads_loss = step.reads_loss and check.device.type == "cpu"
