@@ -184,17 +184,11 @@ class _Captured:
             for name, thing in held.items()
         ]
         self.moved = [*self.params, *model.buffers()]
-        self.tensors = self._tensors(optimizer)  # kept, so that no other tensor gets their addresses
+        # kept, so that no other tensor gets their addresses
+        self.tensors = [*self.moved, *optimizer.tensors_of_steps(self.params)]
         self.others = [getattr(optimizer, name, None) for name in ("found_inf", "grad_scale")]
-        self.memory, self.strides = self._memory(self.tensors), [p.stride() for p in self.params]
+        self.memory, self.strides = _addresses(self.tensors), [p.stride() for p in self.params]
         self.versions = [p._version for p in self.params]
-
-    def _tensors(self, optimizer) -> list[Tensor | None]:
-        return [*self.moved, *optimizer.tensors_of_steps(self.params)]
-
-    @staticmethod
-    def _memory(tensors) -> list[int]:
-        return [0 if t is None else t.data_ptr() for t in tensors]
 
     def valid(self, optimizer) -> bool:
         """Whether the model and the optimizer still have the tensors, in the memory, that the graph uses."""
@@ -204,7 +198,7 @@ class _Captured:
         group = optimizer.param_groups[0]["params"]
         if not all(map(operator.is_, group, self.params)) or [p.stride() for p in group] != self.strides:
             return False
-        return self._memory(self._tensors(optimizer)) == self.memory
+        return _addresses([*self.moved, *optimizer.tensors_of_steps(self.params)]) == self.memory
 
     def replay(self, optimizer, inputs) -> Result:
         """Take the step, with everything that an eager one does on the host."""
@@ -252,7 +246,7 @@ def _kind(
     """Everything that Python decides in a step, other than the memory it uses; None if the step must be eager."""
     group, model = optimizer.param_groups[0], optimizer.model
     device = group["params"][0].device
-    modes = _modes(device) if device.type == _DEVICE else None
+    modes = _modes() if device.type == _DEVICE else None
     if modes is None or not isinstance(inputs, Mapping) or len(inputs) != len(model.streams):
         return None
     if any(isinstance(value, Tensor) for value in key):
@@ -264,8 +258,10 @@ def _kind(
             return None
         layout.append((s, x.shape, x.stride(), x.dtype))
     params = group["params"]
-    if captured is None and {id(p) for p in params} != {id(p) for p in model.parameters()}:  # replaced ones
-        return None
+    if captured is None:  # later `valid` notices others
+        own = {id(p) for p in model.parameters() if type(p) is nn.Parameter}
+        if own != {id(p) for p in params}:  # replaced or sharded ones
+            return None
     if _hooked(model, optimizer, params):
         return None
     if not leaves_grads and any(p.grad is not None for p in params):  # the step refuses them
@@ -280,7 +276,7 @@ def _kind(
     return key, modes, layout, settings, _model_settings(model), [p.requires_grad for p in params]
 
 
-def _modes(device: torch.device) -> tuple | None:
+def _modes() -> tuple | None:
     """Settings of torch that a step depends on; None where it must be eager."""
     eager = (
         torch.is_anomaly_enabled()
@@ -297,7 +293,7 @@ def _modes(device: torch.device) -> tuple | None:
         return None
     return (
         torch.is_grad_enabled(),
-        torch.get_autocast_dtype(device.type) if autocast_enabled(device) else None,
+        torch.get_autocast_dtype(_DEVICE) if torch.is_autocast_enabled(_DEVICE) else None,
         torch.get_deterministic_debug_mode(),
         torch._C._get_deterministic_fill_uninitialized_memory(),
         torch.get_default_dtype(),
@@ -325,7 +321,11 @@ def _hooked(model: AlignedSAE, optimizer: SparcAdam, params: list[nn.Parameter])
     step = vars(optimizer).get("step")
     if step is not None and not hasattr(step, "_wrapped_by_lr_sched"):  # that of a learning rate scheduler only counts
         return True
-    return any(p._backward_hooks or p._post_accumulate_grad_hooks or type(p) is not nn.Parameter for p in params)
+    return any(p._backward_hooks or p._post_accumulate_grad_hooks for p in params)
+
+
+def _addresses(tensors: list[Tensor | None]) -> list[int]:
+    return [0 if t is None else t.data_ptr() for t in tensors]
 
 
 def _is_on(value, device: torch.device) -> bool:

@@ -193,8 +193,11 @@ class SparcAdam(torch.optim.Optimizer):
             params: of the model.
         """
         shadow = () if self._shadow is None else self._shadow.copies()
-        moments = [self.state[p].get(name) if p in self.state else None for p in params for name in _MOMENTS]
-        return [self.counts, self._scalars, self.grad_norm, *shadow, *moments]
+        tensors = [self.counts, self._scalars, self.grad_norm, *shadow]
+        for state in map(self.state.get, params):
+            if state:
+                tensors += state["exp_avg"], state["exp_avg_sq"]
+        return tensors
 
     # --------------------------------------------------------------------------------------- shared with the fused step
 
