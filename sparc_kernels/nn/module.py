@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -252,6 +253,9 @@ class AlignedSAE(nn.Module):
             ValueError: the optimizer clips by norm, which needs all gradients before the first update; a parameter has
                 a gradient in `.grad` or does not require one; also for bad inputs and coefficients.
 
+        On CUDA, steps are replayed from a CUDA graph after three of one kind, with the same bits (docs/integration.md;
+        off with `SparcAdam(graph=False)`).
+
         Equivalent to:
             optimizer.zero_grad()
             loss, metrics = self.compute_loss(self(inputs), inputs, auxk_coef, cross_loss_coef)
@@ -261,6 +265,12 @@ class AlignedSAE(nn.Module):
         """
         is_sparc_adam = hasattr(optimizer, "fused_step")
         require(is_sparc_adam, "optimizer", "a SparcAdam", optimizer)  # its module imports this one
+        if optimizer.model is self:
+            key = "training_step", auxk_coef, cross_loss_coef
+            body = functools.partial(_training_step, self, optimizer, auxk_coef, cross_loss_coef)
+            replayed = optimizer.graphed(body, inputs, key)
+            if replayed is not None:
+                return replayed
         optimizer.check_fused_step(self)
         check_number("auxk_coef", auxk_coef)
         check_number("cross_loss_coef", cross_loss_coef)
@@ -491,6 +501,10 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def _restore_layout(module: AlignedSAE, _) -> None:
     module.decoder_layout_(module.decoder_layout)  # load_state_dict(assign=True) replaces the strides
+
+
+def _training_step(model: AlignedSAE, optimizer, auxk_coef, cross_loss_coef, inputs):
+    return AlignedSAE.training_step(model, inputs, optimizer, auxk_coef, cross_loss_coef)
 
 
 def _autocast(*params: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..core._triton import tl, tl_dtype, triton
+from ..core._triton import INTERPRETED, tl, tl_dtype, triton
 from ..core.numerics import acc_dtype, is_host_readable
 from ..core.plan import Planned
 from ..core.recorder import call, derived, launch
@@ -115,6 +115,19 @@ def _beyond_float32(x: float) -> float:
 
 def _log2(beta):
     return math.log2(beta) if beta > 0 else -1e4  # 2 ** -1e4 is 0
+
+
+def number_as_launched(value: float, impl: str) -> float:
+    """Return the learning rate that `adam_scalars_` works with if it is given as a number.
+
+    Args:
+        value: the number.
+        impl: "triton", whose kernel takes it as the sum of two float32 numbers, or "torch".
+    """
+    if impl != "triton" or INTERPRETED or not math.isfinite(value):
+        return value
+    high = float(np.float32(value))
+    return high + float(np.float32(value - high))
 
 
 def _adam_scalars_triton(
