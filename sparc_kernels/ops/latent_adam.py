@@ -19,7 +19,7 @@ from ..core.registry import register
 from ..launch.adam import ADAM_WIDTH, adam_rows, latent_adam_config
 from ..launch.device import capability, cdiv
 from ..launch.reduce import reduce_chunk, reduce_config
-from .adam import PLAIN, AdamHyper, StepScalars, step, step_torch
+from .adam import PLAIN, AdamHyper, StepScalars, step, step_blocks_torch, step_torch
 from .inverse_index import InverseIndex
 from .latent_reduce import by_product, listed_torch, lists_torch, sum_entries
 from .records import WeightedLists
@@ -213,35 +213,46 @@ def _latent_adam_torch(
     hyper = AdamHyper(normalize, beta1, beta2, eps)
     dpre_bias_sum = torch.zeros(d, device=w.device, dtype=acc) if bias else w.new_empty(0, dtype=acc)
     size = TORCH_BLOCK_ROWS if is_host_readable(w) else n  # offsets of the lists can be read on a CPU only
+    buffers = [part[4].new_empty(min(size, n), d) if by_product(part[4], w) else None for part in sets]
     for first in range(0, n, size):
         rows = slice(first, min(first + size, n))
-        parts = [_block(part, rows, n, acc) for part in sets]
-        g, total = parts[0] if len(parts) == 1 else (parts[0][0] + parts[1][0], parts[0][1] + parts[1][1])
+        g, *more = (_block(part, rows, n, acc, buffer) for part, buffer in zip(sets, buffers, strict=True))
+        g = g.add_(more[0]) if more else g
         if bias_numbers is not None:
+            total, *more = (_totals(part, rows, n) for part in sets)
+            total = total.add_(more[0]) if more else total
             dpre_bias_sum += total @ w[rows].to(acc)
             b, b_m, b_v = (t[rows] for t in bias)
             step_torch([b, b_m, b_v], total, bias_numbers, hyper.plain())
-        step_torch([w[rows], m[rows], v[rows]], g, numbers, hyper)
+        step_blocks_torch([w[rows], m[rows], v[rows]], g, numbers, hyper)
     if shadow is not None:
         shadow.copy_(w)
     return dpre_bias_sum
 
 
-def _block(part, rows, n, acc):
-    """Return the gradients [rows, d] of some latents and the sums of their weights [rows]."""
-    offsets, entries, weights, totals, mat, S = part
+def _block(part, rows, n, acc, buffer):
+    """Return the gradients [rows, d] of some latents; `buffer` [at least rows, d] receives a sparse product."""
+    offsets, entries, weights, _, mat, S = part
     offsets = offsets[rows.start : rows.stop + 1]
     if rows.stop - rows.start < n:
         low, high = int(offsets[0]), int(offsets[-1])
-        entries, weights, totals = entries[low * S : high * S], weights[low * S : high * S], totals[low:high]
+        entries, weights = entries[low * S : high * S], weights[low * S : high * S]
         offsets = offsets - low
-    total = torch.segment_reduce(totals, "sum", offsets=offsets.long(), axis=0)
     offsets = offsets * S
-    if by_product(mat, mat):
-        grads = csr(offsets, entries, weights, len(mat)) @ mat
-    else:
-        grads = lists_torch(entries, weights, offsets, mat)
-    return grads.to(acc), total
+    if buffer is None:
+        return lists_torch(entries, weights, offsets, mat).to(acc)
+    out = buffer[: rows.stop - rows.start]
+    return torch.addmm(out, csr(offsets, entries, weights, len(mat)), mat, beta=0, out=out)  # `@` takes ten times as long
+
+
+def _totals(part, rows, n):
+    """Return the sums [rows] of the weights of some latents' lists."""
+    offsets, _, _, totals, _, _ = part
+    offsets = offsets[rows.start : rows.stop + 1]
+    if rows.stop - rows.start < n:
+        low, high = int(offsets[0]), int(offsets[-1])
+        totals, offsets = totals[low:high], offsets - low
+    return torch.segment_reduce(totals, "sum", offsets=offsets.long(), axis=0)
 
 
 latent_adam_ = register(
