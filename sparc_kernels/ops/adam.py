@@ -320,10 +320,7 @@ def step_blocks_torch(row: list[torch.Tensor], g: torch.Tensor, scalars: StepSca
     """Run `step_torch` on blocks of rows that stay in cache, or in one pass where no operand is read twice."""
     w, m, v = row
     one_pass = hyper.normalize == PLAIN and w.dtype == m.dtype and w.is_contiguous()
-    blocks = [] if one_pass else row_blocks(w)
-    if len(blocks) < 2:
-        return step_torch(row, g, scalars, hyper)
-    for rows in blocks:
+    for rows in [slice(None)] if one_pass else row_blocks(w):
         step_torch([w[rows], m[rows], v[rows]], g[rows], scalars, hyper)
 
 

@@ -242,7 +242,8 @@ def _block(part, rows, n, acc, buffer):
     if buffer is None:
         return lists_torch(entries, weights, offsets, mat).to(acc)
     out = buffer[: rows.stop - rows.start]
-    return torch.addmm(out, csr(offsets, entries, weights, len(mat)), mat, beta=0, out=out)  # `@` takes ten times as long
+    # `@` takes ten times as long
+    return torch.addmm(out, csr(offsets, entries, weights, len(mat)), mat, beta=0, out=out)
 
 
 def _totals(part, rows, n):
