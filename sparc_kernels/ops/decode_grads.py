@@ -154,7 +154,7 @@ def _decode_grads_torch(
         dvalues.add_(grad_values)
     else:
         dvalues.copy_(grad_values)
-    dbias_rows = torch.einsum("sb,sbd->bd", coef, error.to(acc))
+    dbias_rows = (coef[..., None] * error.to(acc)).sum(0)  # einsum would multiply row by row
     if dw is not None:
         reduce_torch(
             out=dw, sums=None, order=order, offsets=offsets, ids=ids, coef=values, scale=coef, gate=None, mat=error,

@@ -197,7 +197,8 @@ def _latent_adam_triton(
     return w.new_empty(0, dtype=acc) if dpre_bias_sum is None else dpre_bias_sum.sum(0)
 
 
-TORCH_BLOCK_ROWS = 1024  # rows whose gradients exist at a time on the torch path, on a CPU
+TORCH_BLOCK_ELEMENTS = 2**20  # numbers of the gradient that exist at a time on the torch path, on a CPU
+TORCH_BLOCK_ROWS = 1024  # at least so many rows of it
 
 
 def _latent_adam_torch(
@@ -212,18 +213,20 @@ def _latent_adam_torch(
     numbers, bias_numbers = StepScalars.of(scalars), StepScalars.of(bias_scalars) if bias else None
     hyper = AdamHyper(normalize, beta1, beta2, eps)
     dpre_bias_sum = torch.zeros(d, device=w.device, dtype=acc) if bias else w.new_empty(0, dtype=acc)
-    size = TORCH_BLOCK_ROWS if is_host_readable(w) else n  # offsets of the lists can be read on a CPU only
+    if bias_numbers is not None:
+        totals = [torch.segment_reduce(part[3], "sum", offsets=part[0].long(), axis=0) for part in sets]
+        total = totals[0] if len(totals) == 1 else totals[0].add_(totals[1])
+        size = TORCH_BLOCK_ROWS if is_host_readable(w) else n
+        for first in range(0, n, size):
+            dpre_bias_sum += total[first : first + size] @ w[first : first + size].to(acc)
+        step_torch(bias, total, bias_numbers, hyper.plain())
+    # offsets of the lists can be read on a CPU only
+    size = max(TORCH_BLOCK_ROWS, TORCH_BLOCK_ELEMENTS // d) if is_host_readable(w) else n
     buffers = [part[4].new_empty(min(size, n), d) if by_product(part[4], w) else None for part in sets]
     for first in range(0, n, size):
         rows = slice(first, min(first + size, n))
         g, *more = (_block(part, rows, n, acc, buffer) for part, buffer in zip(sets, buffers, strict=True))
         g = g.add_(more[0]) if more else g
-        if bias_numbers is not None:
-            total, *more = (_totals(part, rows, n) for part in sets)
-            total = total.add_(more[0]) if more else total
-            dpre_bias_sum += total @ w[rows].to(acc)
-            b, b_m, b_v = (t[rows] for t in bias)
-            step_torch([b, b_m, b_v], total, bias_numbers, hyper.plain())
         step_blocks_torch([w[rows], m[rows], v[rows]], g, numbers, hyper)
     if shadow is not None:
         shadow.copy_(w)
@@ -244,16 +247,6 @@ def _block(part, rows, n, acc, buffer):
     out = buffer[: rows.stop - rows.start]
     # `@` takes ten times as long
     return torch.addmm(out, csr(offsets, entries, weights, len(mat)), mat, beta=0, out=out)
-
-
-def _totals(part, rows, n):
-    """Return the sums [rows] of the weights of some latents' lists."""
-    offsets, _, _, totals, _, _ = part
-    offsets = offsets[rows.start : rows.stop + 1]
-    if rows.stop - rows.start < n:
-        low, high = int(offsets[0]), int(offsets[-1])
-        totals, offsets = totals[low:high], offsets - low
-    return torch.segment_reduce(totals, "sum", offsets=offsets.long(), axis=0)
 
 
 latent_adam_ = register(
@@ -286,7 +279,7 @@ Args:
     beta1: decay of the first moment.
     beta2: decay of the second moment.
     eps: added to the denominator.
-    impl: "triton" or "torch". torch holds the gradients of 1,024 latents at a time on a CPU, all at once elsewhere;
+    impl: "triton" or "torch". torch holds the gradients of 1,024 latents or 2^20 numbers at a time on a CPU, else all;
         rows wider than 8192 or not contiguous take it in both.
 
 Returns:
