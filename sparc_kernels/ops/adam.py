@@ -383,7 +383,8 @@ def _launch_adam_stream(streams, hyper):
     )  # fmt: skip
 
 
-CACHE_BLOCK_ELEMENTS = 2**15  # elements of a tensor per thread and block of the torch path on a CPU: they stay in cache
+CACHE_BLOCK_ELEMENTS = 2**18  # elements of a tensor per block of the torch path on a CPU: all five stay in cache
+THREAD_ELEMENTS = 2**15  # torch gives no thread fewer
 
 
 def _adam_stream_torch(*, params, grads, exp_avgs, exp_avg_sqs, scalars, normalize, beta1, beta2, eps):
@@ -395,21 +396,29 @@ def _step_stream(scalars, params, grads, exp_avgs, exp_avg_sqs, hyper):
     """Update the four parameters of one stream in torch."""
     for i, (w, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
         if g is not None:
-            numbers, own = StepScalars.of(scalars[i]), hyper if i == DECODER else hyper.plain()
-            one_pass = own.normalize == PLAIN and w.dtype == m.dtype and w.is_contiguous()  # no operand is read twice
-            for rows in [slice(None)] if one_pass else row_blocks(w):
-                step_torch([w[rows], m[rows], v[rows]], g[rows], numbers, own)
+            own = hyper if i == DECODER else hyper.plain()
+            step_blocks_torch([w, m, v], g, StepScalars.of(scalars[i]), own)
 
 
 def row_blocks(w):
     """Split the first dimension into slices that stay in cache on a CPU; one slice elsewhere."""
     size = len(w)
-    if is_host_readable(w):  # torch gives a thread at least CACHE_BLOCK_ELEMENTS
-        size = max(1, torch.get_num_threads() * CACHE_BLOCK_ELEMENTS // max(w[0].numel(), 1))
+    if is_host_readable(w):
+        elements = max(CACHE_BLOCK_ELEMENTS, torch.get_num_threads() * THREAD_ELEMENTS)
+        size = max(1, elements // max(w[0].numel(), 1))
     return [slice(i, i + size) for i in range(0, len(w), size)]
 
 
+def step_blocks_torch(row: list[torch.Tensor], g: torch.Tensor, scalars: StepScalars, hyper: AdamHyper) -> None:
+    """Run `step_torch` on blocks of rows that stay in cache, or in one pass where no operand is read twice."""
+    w, m, v = row
+    one_pass = hyper.normalize == PLAIN and w.dtype == m.dtype and w.is_contiguous()
+    for rows in [slice(None)] if one_pass else row_blocks(w):
+        step_torch([w[rows], m[rows], v[rows]], g[rows], scalars, hyper)
+
+
 _fused = getattr(torch, "_fused_adam_", None)  # private operator behind torch.optim.Adam(fused=True)
+_LATE_STEP = torch.full((), 2.0**60, dtype=torch.float32, device="cpu")  # its own bias corrections are 1 there
 
 
 def step_torch(row: list[torch.Tensor], g: torch.Tensor, scalars: StepScalars, hyper: AdamHyper) -> None:
@@ -445,12 +454,9 @@ def step_torch(row: list[torch.Tensor], g: torch.Tensor, scalars: StepScalars, h
     if not on_host or keep != 1:
         w.mul_(keep)
     dense = all(t.is_contiguous() for t in (w, m, v))
-    if (
-        on_host and dense and w.device.type == "cpu" and _fused is not None
-    ):  # one pass; at step 2^60 its own bias corrections are 1
-        done = torch.full((), 2.0**60, device=w.device)
+    if on_host and dense and w.device.type == "cpu" and _fused is not None:  # one pass
         _fused(
-            [w], [g.contiguous()], [m], [v], [], [done], lr=step_size / correction, beta1=beta1, beta2=beta2,
+            [w], [g.contiguous()], [m], [v], [], [_LATE_STEP], lr=step_size / correction, beta1=beta1, beta2=beta2,
             weight_decay=0.0, eps=eps / correction, amsgrad=False, maximize=False, grad_scale=None, found_inf=None,
         )  # fmt: skip
     else:

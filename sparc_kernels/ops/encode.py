@@ -171,16 +171,17 @@ def _no_lists(indices):
 
 
 def _gather_values_torch(*, indices, centred, w_encs, latent_biases, count, lists):
-    values = []
+    values = centred[0].new_empty(len(centred), *indices.shape[-2:], dtype=acc_dtype(centred[0].dtype))
     for s, (x, w, bias) in enumerate(zip(centred, w_encs, latent_biases, strict=True)):
         idx = indices if indices.dim() == 2 else indices[s]
-        pre = gather_dot_torch(idx, w, x[None], None if count is None else count[s])[0]
-        value = torch.relu(pre + bias.to(pre.dtype)[idx])
-        if count is not None:
-            value = torch.where(torch.arange(value.shape[1], device=x.device) < count[s], value, 0.0)
-        values.append(value)
+        pre = gather_dot_torch(idx, w, x[None], None if count is None else count[s])
+        torch.add(pre[0], bias[idx], out=values[s])
+    values.relu_()
+    if count is not None:
+        exists = torch.arange(indices.shape[-1], device=values.device) < count[:, None, None]
+        values = torch.where(exists, values, 0.0)
     inverse = _lists(indices, w_encs[0].shape[0], count, "torch") if lists else _no_lists(indices)
-    return torch.stack(values), *inverse
+    return values, *inverse
 
 
 def _gather_values_fake(*, indices, centred, w_encs, latent_biases, count, lists):
