@@ -4,8 +4,8 @@
     python -m benchmarks host --shape 4096,32768,64,1024,3 --auxk 0 --json host.json
     python -m benchmarks host --fit                               # constants of the cost model's host term
 
-Without a GPU everything on the host is real but CUDA's driver (sparc_kernels/tools/stub_driver.py), on tensors without
-memory. docs/benchmarks.md says what is measured and what is not.
+Without a GPU everything on the host is real but CUDA's driver (sparc_kernels/tools/stub_driver.py).
+docs/benchmarks.md says what is measured and what is not.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ SCHEMA = "sparc_kernels.host/1"
 OFFICIAL = "256,8192,64,1024/768/768,3"
 FIT_SHAPES = tuple(f"256,8192,64,{widths}" for widths in ("1024,1", "1024/768,2", "1024/768/768,3", "512,5"))
 DTYPES = ("bfloat16", "bfloat16 autocast")
-TINY = {"B": 16, "N": 128, "k": 8}  # of a dense step on a CPU, whose kernels then take next to nothing
+TINY = {"B": 16, "N": 128, "k": 8}  # of steps on a CPU
 TINY_WIDTH = 16
 WARM_UP = 4  # steps before anything is counted: kernels are compiled, moments allocated, graphs captured
 
@@ -58,8 +59,9 @@ class Row:
     auxk: int
     tensors: str  # "meta", "cpu" or "cuda"
     shape: str
-    at: str  # the shape that was timed: dense steps on a CPU are tiny
+    at: str  # the shape that was timed, on a CPU a tiny one
     host_ms: float = 0.0  # the shortest turn
+    cpu_ms: float = 0.0  # the least CPU time of this process in a turn
     median_ms: float = 0.0
     launches: int = 0  # of Triton
     torch_calls: int = 0  # operators of torch below autograd, those inside the package's operators too
@@ -68,28 +70,27 @@ class Row:
     launch_share: float = 0.0  # of the host time, inside `core.plan.launch` and what it returns
     device_ms: float | None = None  # on a GPU
     repeats: int = 0
-    turns: list[float] = field(default_factory=list, repr=False)
+    turns: list[tuple[float, float]] = field(default_factory=list, repr=False)
 
     def __str__(self):
+        share = f"{self.launch_share:.0%}" if self.launch_share else "-"
         device = "" if self.device_ms is None else f"{self.device_ms:10.3f}"
-        share = f"{self.launch_share:7.0%}" if self.launch_share else f"{'-':>7}"
+        counts = (self.launches, share, self.torch_calls, self.torch_kernels, self.operators)
         return (
-            f"{self.what:<32} {self.dtype:<18} {self.auxk:>4} {self.tensors:<5} {self.host_ms:8.3f} "
-            f"{self.median_ms:8.3f} {self.launches:>8} {share} {self.torch_calls:>8} {self.torch_kernels:>8} "
-            f"{self.operators:>6}{device}"
-        )
+            f"{self.what:<30} {self.dtype:<17} {self.auxk:>4} {self.tensors:<5}"
+            + "".join(f"{ms:9.3f}" for ms in (self.host_ms, self.median_ms, self.cpu_ms))
+            + "".join(f"{count:>9}" for count in counts) + device
+        )  # fmt: skip
 
 
+HEAD = f"{'step':<30} {'dtype':<17} {'auxk':>4} {'on':<5}" + "".join(
+    f"{name:>9}" for name in ("host ms", "median", "CPU ms", "launches", "in them", "torch", "kernels", "own")
+)
 NOTE = f"""\
-on meta: torch's operators are partly Python, slower than CUDA's; an upper bound for ours and for the dense step
-on cpu: a dense step of B {TINY["B"]}, N {TINY["N"]}, k {TINY["k"]}, d {TINY_WIDTH}, whose kernels take almost no time:
-compare ours with it
+on cpu: B {TINY["B"]}, N {TINY["N"]}, k {TINY["k"]}, d {TINY_WIDTH}, where torch's kernels take almost no time, ours none
+on meta: the shape itself; torch's operators are partly Python there, slower than CUDA's: an upper bound
 launches: of Triton; in them: share of the time spent there; torch: calls of its operators; kernels: those of them that
 launch something; own: calls of the package's operators"""
-HEAD = (
-    f"{'step':<32} {'dtype':<18} {'auxk':>4} {'on':<5} {'host ms':>8} {'median':>8} {'launches':>8} {'in them':>7} "
-    f"{'torch':>8} {'kernels':>8} {'own':>6}"
-)
 
 # --------------------------------------------------------------------------------------------------------------- steps
 
@@ -226,19 +227,18 @@ DENSE = "dense, eager"
 
 def steps_of(shape: Shape, dtypes: Iterable[str], auxks: Iterable[int], cuda: bool) -> Iterator[tuple[Row, Callable]]:
     """Rows, and what makes the step of each."""
+    tiny = replace(shape, **TINY, d_streams=(TINY_WIDTH,) * shape.S)
     for dtype, auxk in itertools.product(dtypes, auxks):
-        own = Setting(shape, dtype, auxk, "cuda" if cuda else "meta")
-        settings = [(what, build, own) for what, build in ({**OURS, **GRAPHS} if cuda else OURS).items()]
-        if cuda:
-            settings.append((DENSE, dense, own))
-        else:
-            tiny = replace(shape, **TINY, d_streams=(TINY_WIDTH,) * shape.S)
-            settings.append((DENSE, dense, Setting(tiny, dtype, min(auxk, tiny.k), "cpu")))
-            if own.half is None:  # torch's operators know no autocast on meta
-                settings.append((DENSE, dense, own))
-        for what, build, setting in settings:
-            row = Row(what, dtype, auxk, setting.device, *(str(s).rsplit(", ", 1)[0] for s in (shape, setting.shape)))
-            yield row, lambda build=build, setting=setting: build(setting)
+        places = [Setting(shape, dtype, auxk, "cuda")] if cuda else [
+            Setting(tiny, dtype, min(auxk, tiny.k), "cpu"), Setting(shape, dtype, auxk, "meta"),
+        ]  # fmt: skip
+        for where in places:
+            builds = OURS | (GRAPHS if cuda else {})
+            if where.device != "meta" or where.half is None:  # torch's operators know no autocast on meta
+                builds = builds | {DENSE: dense}
+            for what, build in builds.items():
+                row = Row(what, dtype, auxk, where.device, *(str(s).rsplit(", ", 1)[0] for s in (shape, where.shape)))
+                yield row, partial(build, where)
 
 
 # ------------------------------------------------------------------------------------------------------------ counting
@@ -332,27 +332,23 @@ class Measure:
         with in_launches() as watched:
             step()
         row.launches = watched.number if self.cuda else self.stub.launches - before
-        self.steps.append((row, step, max(1, int(self.seconds / max(self._turn(step, 3), 1e-6)))))
+        self.steps.append((row, step, max(1, int(self.seconds / max(self._turn(step, 3)[0], 1e-6)))))
 
     def _sync(self) -> None:
         if self.cuda:
             torch.cuda.synchronize()
 
-    def _turn(self, step: Callable, n: int) -> float:
-        """Seconds of the host in a step, of n. On a GPU each begins with an empty queue and nothing is waited for."""
-        if not self.cuda:
-            began = time.perf_counter()
-            for _ in range(n):
-                step()
-            return (time.perf_counter() - began) / n
-        spent = 0.0
+    def _turn(self, step: Callable, n: int) -> tuple[float, float]:
+        """Seconds of wall and of CPU time in a step, of n. On a GPU each begins with an empty queue and ends when the
+        host has launched it."""
+        spent = np.zeros(2)
         for _ in range(n):
-            torch.cuda.synchronize()
-            began = time.perf_counter()
+            self._sync()
+            began = time.perf_counter(), time.process_time()
             step()
-            spent += time.perf_counter() - began
-        torch.cuda.synchronize()
-        return spent / n
+            spent += np.subtract((time.perf_counter(), time.process_time()), began)
+        self._sync()
+        return tuple(spent / n)
 
     def run(self) -> list[Row]:
         """Take the turns."""
@@ -360,11 +356,16 @@ class Measure:
         gc.freeze()
         for _ in range(self.repeats):
             for row, step, n in self.steps:
-                row.turns.append(1e3 * self._turn(step, n))
+                row.turns.append(self._turn(step, n))
         for row, step, n in self.steps:
-            row.host_ms, row.median_ms, row.repeats = min(row.turns), statistics.median(row.turns), len(row.turns)
-            with in_launches() as watched:
-                row.launch_share = watched.seconds / (n * self._turn(step, n))
+            wall, cpu = (sorted(1e3 * t for t in times) for times in zip(*row.turns, strict=True))
+            row.host_ms, row.median_ms, row.cpu_ms, row.repeats = wall[0], statistics.median(wall), cpu[0], len(wall)
+            shares = []
+            for _ in range(min(3, self.repeats)):
+                with in_launches() as watched:
+                    spent = n * self._turn(step, n)[0]
+                shares.append(watched.seconds / spent)
+            row.launch_share = statistics.median(shares)
             if self.cuda:
                 flush = flush_buffer(torch.device("cuda"))
                 times = event_ms([step], 7, flush, cover_ms=row.host_ms)
@@ -377,14 +378,13 @@ class Measure:
 
 
 def fit(rows: list[Row]) -> dict:
-    """Fit host us = a * Triton launches + b * torch kernels + c by relative least squares, none of them negative.
+    """Fit host us = a * Triton launches + b * torch kernels + c by relative least squares, none negative.
 
     A torch kernel is a call that launches something; views and allocations are left to the launches beside them.
-    Dense steps on meta are left out, whose operators are Python's.
+    CPU time is fitted, which other processes lengthen less. Steps on meta are left out.
     """
-    rows = [row for row in rows if row.tensors != "meta" or row.what != DENSE]
-    rows = [row for row in rows if "graph" not in row.what]
-    y = np.array([1e3 * row.host_ms for row in rows])
+    rows = [row for row in rows if row.tensors != "meta" and "graph" not in row.what]
+    y = np.array([1e3 * row.cpu_ms for row in rows])
     x = np.array([[row.launches, row.torch_kernels, 1] for row in rows], float)
     best, least = np.zeros(3), np.inf
     for some in (list(c) for n in (1, 2, 3) for c in itertools.combinations(range(3), n)):
