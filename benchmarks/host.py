@@ -87,7 +87,7 @@ HEAD = f"{'step':<30} {'dtype':<17} {'auxk':>4} {'on':<5}" + "".join(
     f"{name:>9}" for name in ("host ms", "median", "CPU ms", "launches", "in them", "torch", "kernels", "own")
 )
 NOTE = f"""\
-on cpu: B {TINY["B"]}, N {TINY["N"]}, k {TINY["k"]}, d {TINY_WIDTH}, where torch's kernels take almost no time, ours none
+on cpu: B {TINY["B"]}, N {TINY["N"]}, k {TINY["k"]}, d {TINY_WIDTH}, where torch's kernels take little time, ours none
 on meta: the shape itself; torch's operators are partly Python there, slower than CUDA's: an upper bound
 launches: of Triton; in them: share of the time spent there; torch: calls of its operators; kernels: those of them that
 launch something; own: calls of the package's operators"""
@@ -225,12 +225,14 @@ GRAPHS = {
 DENSE = "dense, eager"
 
 
-def steps_of(shape: Shape, dtypes: Iterable[str], auxks: Iterable[int], cuda: bool) -> Iterator[tuple[Row, Callable]]:
-    """Rows, and what makes the step of each."""
+def steps_of(
+    shape: Shape, dtypes: Iterable[str], auxks: Iterable[int], cuda: bool, meta: bool
+) -> Iterator[tuple[Row, Callable]]:
+    """Rows, and what makes the step of each; `meta`: at the shape itself too, where there is no GPU."""
     tiny = replace(shape, **TINY, d_streams=(TINY_WIDTH,) * shape.S)
     for dtype, auxk in itertools.product(dtypes, auxks):
         places = [Setting(shape, dtype, auxk, "cuda")] if cuda else [
-            Setting(tiny, dtype, min(auxk, tiny.k), "cpu"), Setting(shape, dtype, auxk, "meta"),
+            Setting(tiny, dtype, min(auxk, tiny.k), "cpu"), *([Setting(shape, dtype, auxk, "meta")] if meta else []),
         ]  # fmt: skip
         for where in places:
             builds = OURS | (GRAPHS if cuda else {})
@@ -404,7 +406,7 @@ def fit(rows: list[Row]) -> dict:
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
-def measure(shapes: list[Shape], dtypes: list[str], auxks: list[int], args) -> list[Row]:
+def measure(shapes: list[Shape], dtypes: list[str], args) -> list[Row]:
     """All rows of all shapes, timed in turns."""
     cuda = torch.cuda.is_available()
     with ExitStack() as stack:
@@ -417,7 +419,7 @@ def measure(shapes: list[Shape], dtypes: list[str], auxks: list[int], args) -> l
         warnings.simplefilter("ignore")
         made = Measure(stub, args.repeats, args.seconds)
         for shape in shapes:
-            for row, build in steps_of(shape, dtypes, [min(auxk, shape.N) for auxk in auxks], cuda):
+            for row, build in steps_of(shape, dtypes, args.auxks, cuda, not args.fit):
                 made.add(row, build())
         return made.run()
 
@@ -459,7 +461,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     about, others = environment.environment("cuda" if torch.cuda.is_available() else "cpu", 1), CpuContention()
     try:
-        rows = measure(args.shapes, args.dtype or list(DTYPES), args.auxks, args)
+        rows = measure(args.shapes, args.dtype or list(DTYPES), args)
     except RuntimeError as error:
         print(f"benchmarks host: error: {error}", file=sys.stderr)
         return 2
