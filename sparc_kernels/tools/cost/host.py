@@ -8,8 +8,10 @@ from .parts import Op
 # Measured: host microseconds of an eager step = TRITON_US x Triton launches + TORCH_US x torch's kernels + STEP_US, as
 # fitted by `python -m benchmarks host --fit`; FITTED says when and where. Python, autograd, views and allocations are
 # in them, CUDA's driver is not.
-TRITON_US, TORCH_US, STEP_US = 60.0, 7.0, 0.0
-FITTED = "a guess, not measured yet"
+TRITON_US, TORCH_US, STEP_US = 61.0, 5.6, 280.0
+# The fit at 20ac135 gave 225, 20.9 and 1039 at a load of 5 to 8, off by 12 % (median): divided by 3.7, which makes the
+# dense step there the 1.7 ms that it took on the same cores when they were idle (2026-11-27).
+FITTED = "fitted on an AMD EPYC, 2 cores, torch 2.13, Triton 3.9, 2026-11-28, on busy cores"
 # Assumptions: CUDA's own time for a launch, and the host's for the replay of a graph.
 DRIVER_US, REPLAY_US = 2.0, 8.0
 
