@@ -406,22 +406,20 @@ def fit(rows: list[Row]) -> dict:
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
-def measure(shapes: list[Shape], dtypes: list[str], args) -> list[Row]:
-    """All rows of all shapes, timed in turns."""
-    cuda = torch.cuda.is_available()
-    with ExitStack() as stack:
-        stub = None if cuda else stack.enter_context(stub_driver(args.arch))
-        if not cuda:
-            stack.enter_context(autocast_on_meta())
-        stack.enter_context(library_topk())
-        stack.enter_context(replaced(reference, total_loss=_total_loss))
-        stack.enter_context(warnings.catch_warnings())
+def measure(shapes: list[Shape], dtypes: list[str], args, stub) -> list[Row]:
+    """All rows, those of a shape in turns; `stub`: the driver, None on a GPU."""
+    rows = []
+    with (
+        autocast_on_meta() if stub else nullcontext(), library_topk(), replaced(reference, total_loss=_total_loss),
+        warnings.catch_warnings(),
+    ):  # fmt: skip
         warnings.simplefilter("ignore")
-        made = Measure(stub, args.repeats, args.seconds)
         for shape in shapes:
-            for row, build in steps_of(shape, dtypes, args.auxks, cuda, not args.fit):
+            made = Measure(stub, args.repeats, args.seconds)
+            for row, build in steps_of(shape, dtypes, args.auxks, stub is None, not args.fit):
                 made.add(row, build())
-        return made.run()
+            rows += made.run()
+    return rows
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -459,12 +457,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args, began = parse(argv), time.time()
     torch.set_num_threads(1)
-    about, others = environment.environment("cuda" if torch.cuda.is_available() else "cpu", 1), CpuContention()
-    try:
-        rows = measure(args.shapes, args.dtype or list(DTYPES), args)
-    except RuntimeError as error:
-        print(f"benchmarks host: error: {error}", file=sys.stderr)
-        return 2
+    cuda = torch.cuda.is_available()
+    about, others = environment.environment("cuda" if cuda else "cpu", 1), CpuContention()
+    with ExitStack() as stack:
+        try:
+            stub = None if cuda else stack.enter_context(stub_driver(args.arch))
+        except (RuntimeError, ValueError) as error:
+            print(f"benchmarks host: error: {error}", file=sys.stderr)
+            return 2
+        rows = measure(args.shapes, args.dtype or list(DTYPES), args, stub)
     share, load = others.share(), environment.load_average()
     found = fit(rows) if args.fit else None
     print(report(about, rows, share, load, found))

@@ -137,3 +137,23 @@ def test_launches_are_watched_where_they_are_made(monkeypatch):
     with host.in_launches() as watched:
         assert gather.launch("kernel", (1,))(2) == "kernel"
     assert gather.launch is launch and watched.number == 1 and watched.seconds > 0
+
+
+def test_on_a_gpu_the_devices_time_stands_beside_the_hosts(monkeypatch):
+    """Each step from an empty queue; a graph's kernels are not counted as launches."""
+    waits, covered, x = [], [], torch.ones(3)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waits.append(1))
+    monkeypatch.setattr(host, "flush_buffer", lambda device: None)
+    monkeypatch.setattr(host, "event_ms", lambda phases, n, flush, cover_ms: covered.append(cover_ms) or [[0.5]] * n)
+    measure = host.Measure(None, 2, 1e-6)
+    rows = [row for row, _ in host.steps_of(Shape(16, 128, 8, (16, 16)), ["bfloat16 autocast"], [8], True, True)]
+    assert [one.what for one in rows] == [*host.OURS, *host.GRAPHS, host.DENSE]
+    assert {(one.tensors, one.at) for one in rows} == {("cuda", "B 16, N 128, k 8, d 2 x 16")}
+    for one in rows[0], rows[5]:
+        measure.add(one, lambda: x + 1)
+    eager, graph = measure.run()
+    assert (eager.torch_calls, graph.torch_calls, eager.launches) == (1, 0, 0) and len(waits) > 10
+    assert eager.device_ms == 0.5 and covered == [eager.host_ms, graph.host_ms] and eager.repeats == 2
+    about = {"cpu": "c", "device": "cuda", "device_name": "G", "versions": {"torch": "2"}, "date": "2026-01-01T"}
+    said = host.report({**about, "commit": None, "dirty": None, "load_before": 1}, [eager, graph], 0.5, 1, None)
+    assert "device ms" in said and "c, one thread; G" in said and "OTHERS HAD 50% OF THE CORES" in said
