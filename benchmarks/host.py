@@ -497,6 +497,7 @@ def report(about: dict, rows: list[Row], share: float | None, load: float | None
         lines += [
             "", f"host us of a step = {found['triton_us']} x Triton launches + {found['torch_us']} x torch kernels + "
             f"{found['step_us']}; off by {found['median_error']:.0%} (median), {found['largest_error']:.0%} (most)",
+            f"TRITON_US, TORCH_US, STEP_US = {found['triton_us']}, {found['torch_us']}, {found['step_us']}",
         ]  # fmt: skip
     lines.append(f"load average {about['load_before']} before, {load} after (its own 1 included)")
     if share is not None and share > QUIET:

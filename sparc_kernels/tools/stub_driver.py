@@ -39,7 +39,7 @@ NOTHING(cuInit) NOTHING(cuModuleUnload) NOTHING(cuFuncSetCacheConfig) NOTHING(cu
 NOTHING(cuCtxSetCurrent) NOTHING(cuCtxSetLimit) NOTHING(cuTensorMapEncodeTiled) NOTHING(cuTensorMapEncodeIm2col)
 NOTHING(cuOccupancyMaxActiveClusters)
 int cuDriverGetVersion(int *out) { *out = 13000; return 0; }
-int cuDeviceGetCount(int *out) { *out = 1; return 0; }
+int cuDeviceGetCount(int *out) { *out = 0; return 0; } // for others than Triton, which does not ask
 int cuDeviceGet(int *out, int number) { *out = number; return 0; }
 int cuDeviceGetAttribute(int *out, int what, int device) {
   *out = what == 10 ? 32 : what == 75 ? major : what == 76 ? minor : what == 97 ? shared : 132;
