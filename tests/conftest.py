@@ -185,6 +185,14 @@ def pytest_unconfigure():
 
 
 @pytest.fixture(autouse=True)
+def new_plans():
+    """Tests change launch settings and kernels by hand, which a plan of another test would not see."""
+    from sparc_kernels.core.plan import forget_plans
+
+    forget_plans()
+
+
+@pytest.fixture(autouse=True)
 def poisoned_memory():
     """torch.empty is filled with NaN (and the largest integers), so a place left unwritten is noticed."""
     torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms would import the compiler

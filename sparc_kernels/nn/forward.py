@@ -3,12 +3,93 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..core.numerics import autocast_enabled
-from ..ops.records import EncoderParams, SparseCodes
+from ..core.plan import Planned
+from ..ops.dead import count_fired_, count_fired_torch, select_dead
+from ..ops.encode import centre_for, gather_codes, select_latents
+from ..ops.records import CODES_FLAT, EncoderParams, SparseCodes
+
+
+class EncodeSettings(NamedTuple):
+    """What the launches of a forward depend on besides its tensors."""
+
+    k: int
+    topk_type: str
+    auxk: int | None  # None: AuxK selects nothing
+    lists: bool  # build the inverse indices for gradients
+    counts: bool  # update the dead counters
+    fires_above: float
+    dead_after: int
+    impl: str
+
+
+class Encoded(NamedTuple):
+    """Result of `encode` for S streams."""
+
+    centred: list[torch.Tensor]  # [B, d_s]
+    codes: SparseCodes
+    aux: SparseCodes | None
+    dead: list[torch.Tensor] | None  # bool [N], what AuxK may select
+
+
+def encode(
+    xs: list[torch.Tensor],
+    encoder: EncoderParams,
+    counters: list[torch.Tensor],
+    dead: list[torch.Tensor] | None,
+    settings: EncodeSettings,
+) -> Encoded:
+    """Select latents, gather their values, update the dead counters and select for AuxK, without gradients.
+
+    Args:
+        xs: [B, d_s] of S streams.
+        encoder: their encoders.
+        counters: int64 [N], of S streams.
+        dead: bool [N] of S streams, what AuxK may select; None: by the counters.
+        settings: of the forward.
+    """
+    masks = [None] * len(xs) if dead is None else dead
+    flat = _encode([*xs, *encoder.w_encs, *encoder.pre_biases, *encoder.latent_biases, *counters, *masks],
+                   (len(xs), settings), impl=settings.impl)  # fmt: skip
+    parts = iter(flat)
+    centred, (values, aux_values) = [next(parts) for _ in xs], (next(parts), next(parts))
+    codes, aux = ([next(parts) for _ in range(CODES_FLAT)] for _ in range(2))
+    dead = [*parts] or None
+    return Encoded(
+        centred, SparseCodes.unflatten(values, codes),
+        None if aux_values is None else SparseCodes.unflatten(aux_values, aux), dead,
+    )  # fmt: skip
+
+
+@Planned
+def _encode(tensors, S, settings):
+    k, topk_type, auxk, lists, counts, fires_above, dead_after, impl = settings
+    xs, w_encs, pre_biases, latent_biases, counters, masks = (list(tensors[i : i + S]) for i in range(0, 6 * S, S))
+    encoder = EncoderParams(w_encs, pre_biases, latent_biases)
+    centred = centre_for(xs, w_encs, pre_biases, impl)
+    selected = select_latents(centred, w_encs, latent_biases, k, topk_type, impl=impl)
+    # one inverse index serves every gradient, and is only built for gradients
+    codes = gather_codes(SparseCodes(selected, None), centred, encoder, lists, impl)
+    given, local = masks[0] is not None, topk_type == "local"
+    # officially AuxK reads the counters before the update in local mode, after it in global mode
+    dead = [c > dead_after for c in counters] if auxk and local and not given else masks
+    if counts:
+        if local and torch.compiler.is_compiling():
+            # not the operator: inductor (torch 2.13) may run it before the counters are read above
+            count_fired_torch(counters, selected, codes.gathered, fires_above)
+        else:
+            count_fired_(counters, selected, codes.gathered, fires_above, impl)
+    aux = None
+    if auxk:
+        if not given and not local:
+            dead = [c > dead_after for c in counters]
+        aux = gather_codes(select_dead(centred, encoder, dead, auxk, impl), centred, encoder, lists, impl)
+    aux_flat = [None] * CODES_FLAT if aux is None else aux.flatten()
+    return [*centred, codes.values, aux and aux.values, *codes.flatten(), *aux_flat, *(dead if auxk else ())]
 
 
 @dataclass
@@ -39,9 +120,12 @@ class ForwardState:
         self.autocast = autocast_state(self.codes.indices.device)
         if not torch.compiler.is_compiling():
             self.inference = torch.is_inference_mode_enabled()
-            self.parameter_versions = [version_of(p) for p in self.model.parameters()]
+            self.parameter_versions = self._parameter_versions()
             self.input_versions = [version_of(x) for x in self.inputs.values()]
         return self
+
+    def _parameter_versions(self) -> list[tuple[int, int]]:
+        return [version_of(p) for s in self.model.streams for p in self.model.parameters_of(s)]
 
     def check_unchanged(self) -> None:
         """Check that no parameter or input was modified since the forward.
@@ -51,12 +135,17 @@ class ForwardState:
         """
         if self.parameter_versions is None:
             return
-        for (name, p), then in zip(self.model.named_parameters(), self.parameter_versions, strict=True):
-            if version_of(p) != then:
-                raise RuntimeError(
-                    f"outputs: parameter {name} was changed in place or replaced after this forward (an optimizer "
-                    "step, unit_norm_decoder_?); read outputs and compute the loss before that, or run forward again"
-                )
+        if (now := self._parameter_versions()) != self.parameter_versions:
+            changed = next(
+                i for i, pair in enumerate(zip(now, self.parameter_versions, strict=True)) if len({*pair}) > 1
+            )
+            s = self.model.streams[changed // 4]
+            names = f"encoders.{s}.weight", f"decoders.{s}.weight", f"pre_biases.{s}", f"latent_biases.{s}"
+            raise RuntimeError(
+                f"outputs: parameter {names[changed % 4]} was changed in place or replaced after this forward (an "
+                "optimizer step, unit_norm_decoder_?); read outputs and compute the loss before that, or run forward "
+                "again"
+            )
         for (name, x), then in zip(self.inputs.items(), self.input_versions, strict=True):
             if version_of(x) != then:
                 raise RuntimeError(

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from ..core.numerics import autocast_enabled, memory_of
+from ..core.numerics import acc_dtype, autocast_enabled, memory_of
 from ..core.registry import IMPLS, resolve_impl
 from ..core.validation import check_bool, check_int, check_number, check_tensor, fail, require
 from ..launch.budgets import MAX_K, MAX_STREAMS
-from ..ops.dead import count_fired_, count_fired_torch, select_dead
-from ..ops.encode import centre_for, differentiable_values, gather_codes, select_latents
+from ..ops.encode import differentiable_values
 from ..ops.joint import JointCast, wants_joint
-from ..ops.records import DecodeTarget, EncoderParams, SparseCodes
-from .forward import ForwardState, version_of
+from ..ops.records import DecodeTarget, EncoderParams
+from .forward import EncodeSettings, ForwardState, encode, version_of
+from .fused_step import FusedInputs
 from .loss import loss_of, metrics_of, term_weights
 from .outputs import AlignedOutputs
 
@@ -98,7 +98,7 @@ class AlignedSAE(nn.Module):
         self.unit_norm_decoder_()
         self.register_load_state_dict_post_hook(_restore_layout)
         # of the latest forwards, for recomputation by activation checkpointing
-        self._recent_dead_masks: dict[tuple, dict[str, torch.Tensor]] = {}
+        self._recent_dead_masks: dict[tuple, list[torch.Tensor]] = {}
 
     # ------------------------------------------------------------------------------------------------ forward and loss
 
@@ -123,67 +123,53 @@ class AlignedSAE(nn.Module):
         state.codes, state.aux = differentiable_values(*parts, impl=state.impl)
         return AlignedOutputs(state.record())
 
-    def _encode(
-        self, inputs, streams: list[str], lists: bool, w_encs: list[torch.Tensor] | None = None
-    ) -> ForwardState:
+    def _encode(self, inputs, streams: list[str], lists: bool) -> ForwardState:
         """Select latents, gather values, update counters; only casts of parameters and inputs are differentiable.
 
-        `lists`: build the inverse indices for gradients. `w_encs`: encoder weights already in the operators' dtype.
+        `lists`: build the inverse indices for gradients.
         """
-        encoder = self._encoders(streams, w_encs)
-        xs = [inputs[s].to(w.dtype) for s, w in zip(streams, encoder.w_encs, strict=True)]
-        impl = resolve_impl(self.impl, xs[0])
+        encoder, recomputes = self._encoders(streams), _recomputes()
+        xs, settings = self._prepare(inputs, streams, encoder, lists, recomputes)
         with torch.no_grad():
-            centred = centre_for(xs, encoder.w_encs, encoder.pre_biases, impl)
-            selected = select_latents(centred, encoder.w_encs, encoder.latent_biases, self.k, self.topk_type, impl=impl)
-            # one inverse index serves every gradient, and is only built for gradients
-            codes = gather_codes(SparseCodes(selected, None), centred, encoder, lists, impl)
-            dead = self._move_counters(inputs, streams, selected, codes.values, impl)
-            aux = None
-            if self.auxk and dead is not None:
-                chosen = select_dead(centred, encoder, [dead[s] for s in streams], self.auxk, impl)
-                aux = gather_codes(chosen, centred, encoder, lists, impl)
-        return ForwardState(self, dict(inputs), streams, impl, xs, encoder, centred, codes, aux)
+            dead = self._recalled_dead(inputs) if recomputes and self.auxk else None
+            encoded = encode(xs, encoder, self._counters(streams), dead, settings)
+            if encoded.dead is not None and not recomputes and not torch.compiler.is_compiling():
+                self._remember_dead(inputs, encoded.dead)
+        return ForwardState(self, dict(inputs), streams, settings.impl, xs, encoder, *encoded[:3])
 
-    def _move_counters(self, inputs, streams, indices, values, impl) -> dict[str, torch.Tensor] | None:
-        """Update the dead counters; return the latents that AuxK may select, {s: bool [N]}, or None without AuxK.
+    def _prepare(
+        self, inputs, streams: list[str], encoder: EncoderParams, lists: bool, recomputes: bool
+    ) -> tuple[list[torch.Tensor], EncodeSettings]:
+        """Return the inputs in the operators' dtype, and the settings of the forward."""
+        dtype = encoder.w_encs[0].dtype
+        xs = [inputs[s].to(dtype) for s in streams]
+        impl = resolve_impl(self.impl, xs[0])
+        counts = (self.training or self.count_in_eval) and not recomputes
+        return xs, EncodeSettings(
+            self.k, self.topk_type, self.auxk, lists, counts, self.auxk_threshold, self.dead_steps_threshold, impl
+        )  # fmt: skip
 
-        A forward inside a backward is a recomputation by activation checkpointing: the counters were updated by the
-        first forward, whose dead masks are reused.
-        """
-        key, counting = None, self.training or self.count_in_eval
-        if self.auxk and not torch.compiler.is_compiling():
-            key = tuple((s, memory_of(x), *version_of(x)[1:], x.shape[0]) for s, x in inputs.items())
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            if not self.auxk or key is None:
-                return None
-            if key in self._recent_dead_masks:
-                return self._recent_dead_masks[key]
-            if not counting:  # a forward in eval mode from a hook
-                return self.get_dead_neurons()
-            raise RuntimeError(
-                f"inputs: expected those of one of the last {_REMEMBERED} forwards when activation checkpointing runs "
-                "one again, got others, whose dead latents are not known; make inputs outside of what is checkpointed, "
-                "run backward sooner or set auxk=None"
-            )
-        # officially AuxK reads the counters before the update in local mode, after it in global mode
-        dead = self.get_dead_neurons() if self.topk_type == "local" else None
-        if counting:
-            counters = [getattr(self, f"stats_last_nonzero_{s}") for s in streams]
-            if self.topk_type == "local" and torch.compiler.is_compiling():
-                # not the operator: inductor (torch 2.13) may run it before the counters are read above
-                count_fired_torch(counters, indices, values, self.auxk_threshold)
-            else:
-                count_fired_(counters, indices, values, self.auxk_threshold, impl)
-        if not self.auxk:
-            return None
-        dead = self.get_dead_neurons() if dead is None else dead
-        if key is not None:
-            self._recent_dead_masks.pop(key, None)
-            self._recent_dead_masks[key] = dead
-            while len(self._recent_dead_masks) > _REMEMBERED:
-                del self._recent_dead_masks[next(iter(self._recent_dead_masks))]
-        return dead
+    def _counters(self, streams: list[str]) -> list[torch.Tensor]:
+        return [getattr(self, f"stats_last_nonzero_{s}") for s in streams]
+
+    def _recalled_dead(self, inputs) -> list[torch.Tensor] | None:
+        """Return the dead masks of the forward that activation checkpointing runs again; None: by the counters."""
+        counts = self.training or self.count_in_eval
+        if (dead := self._recent_dead_masks.get(_identity(inputs))) is not None or not counts:
+            return dead  # None for a forward in eval mode from a hook
+        raise RuntimeError(
+            f"inputs: expected those of one of the last {_REMEMBERED} forwards when activation checkpointing runs "
+            "one again, got others, whose dead latents are not known; make inputs outside of what is checkpointed, "
+            "run backward sooner or set auxk=None"
+        )
+
+    def _remember_dead(self, inputs, dead: list[torch.Tensor]) -> None:
+        """Keep the dead masks of a forward, for activation checkpointing."""
+        key = _identity(inputs)
+        self._recent_dead_masks.pop(key, None)
+        self._recent_dead_masks[key] = dead
+        while len(self._recent_dead_masks) > _REMEMBERED:
+            del self._recent_dead_masks[next(iter(self._recent_dead_masks))]
 
     def __getstate__(self):
         return {**self.__dict__, "_recent_dead_masks": {}}
@@ -221,7 +207,9 @@ class AlignedSAE(nn.Module):
         require(state.model is self, "outputs", "what this model's forward returned", "another model's outputs")
         check_number("auxk_coef", auxk_coef)
         check_number("cross_loss_coef", cross_loss_coef)
-        streams = self._check_inputs(inputs)
+        same = isinstance(inputs, Mapping) and inputs.keys() == state.inputs.keys()
+        same = same and all(inputs[s] is x for s, x in state.inputs.items())  # then they were checked
+        streams = state.streams if same else self._check_inputs(inputs)
         require(streams == self.streams, "inputs", f"all streams {self.streams} (the loss needs them)", repr(streams))
         encoded = state.streams
         require(encoded == self.streams, "outputs", f"a forward over all streams {self.streams}", repr(encoded))
@@ -232,7 +220,7 @@ class AlignedSAE(nn.Module):
             fail("inputs", f"{n_rows} rows as in outputs", str(rows))
         state.check_unchanged()
         with torch.set_grad_enabled(state.grad and torch.is_grad_enabled()):
-            weights = term_weights(values, cross_loss_coef)
+            weights = term_weights(len(values), values.dtype, values.device, cross_loss_coef)
             decoders, xs = [self.decoder_of(s) for s in streams], [inputs[s] for s in streams]
             impl = resolve_impl(self.impl, decoders[0][0])
             loss, terms, aux_terms = loss_of(state, decoders, xs, weights=weights, auxk_coef=auxk_coef, impl=impl)
@@ -280,32 +268,31 @@ class AlignedSAE(nn.Module):
         require(streams == self.streams, "inputs", f"all streams {self.streams} (the loss needs them)", repr(streams))
         with torch.no_grad():
             half = optimizer.half_weights()
-            w_encs = None if half is None else [w_enc for w_enc, _ in half]
-            state = self._encode(inputs, streams, True, w_encs)
-            assert state.codes.values is not None, "a forward makes them"
+            encoder = self._encoders(streams, None if half is None else [w_enc for w_enc, _ in half])
             rows = [w_dec for _, w_dec in half] if half else [self.decoder_of(s)[0].t() for s in streams]
+            xs, settings = self._prepare(inputs, streams, encoder, True, False)
             targets = [
-                DecodeTarget(w, bias, inputs[s])
-                for w, bias, s in zip(rows, state.encoder.pre_biases, streams, strict=True)
+                DecodeTarget(w, bias, inputs[s]) for w, bias, s in zip(rows, encoder.pre_biases, streams, strict=True)
             ]
-            weights = term_weights(state.codes.values, cross_loss_coef)
-            result = optimizer.fused_step(state, targets, weights, auxk_coef)
-            return result.loss, metrics_of(streams, result.loss, result.terms, result.aux_terms, cross_loss_coef)
+            weights = term_weights(len(streams), acc_dtype(xs[0].dtype), xs[0].device, cross_loss_coef)
+            prepared = FusedInputs(xs, encoder, self._counters(streams), targets, weights)
+            loss, terms, aux_terms = optimizer.fused_step(prepared, settings, auxk_coef)
+            return loss, metrics_of(streams, loss, terms, aux_terms, cross_loss_coef)
 
     def _encoders(self, streams, w_encs=None) -> EncoderParams:
         """The streams' encoder parameters in the operators' dtype."""
-        weights: list[torch.Tensor] = [self._w_enc(s) for s in streams]
+        params = [self.parameters_of(s) for s in streams]
+        weights: list[torch.Tensor] = [w_enc for w_enc, *_ in params]
         if w_encs is not None:
             pass
         elif wants_joint(weights) and autocast_enabled(weights[0].device):
             # the cast writes all weights anyway: adjacent, so that one library GEMM can serve all streams
             w_encs = JointCast.apply(torch.get_autocast_dtype(weights[0].device.type), *weights)
         else:
-            w_encs = [_autocast(w)[0] for w in weights]
+            w_encs = list(_autocast(*weights))
+        dtype = w_encs[0].dtype
         return EncoderParams(
-            w_encs,
-            [self.pre_biases[s].to(w.dtype) for s, w in zip(streams, w_encs, strict=True)],
-            [self.latent_biases[s].to(w.dtype) for s, w in zip(streams, w_encs, strict=True)],
+            w_encs, [pre_bias.to(dtype) for _, _, pre_bias, _ in params], [bias.to(dtype) for *_, bias in params]
         )
 
     def encoder_of(self, s: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -317,7 +304,8 @@ class AlignedSAE(nn.Module):
         Returns:
             w_enc [N, d], pre_bias [d] and latent_bias [N].
         """
-        w_enc, pre_bias, latent_bias = _autocast(self._w_enc(s), self.pre_biases[s], self.latent_biases[s])
+        w_enc, _, pre_bias, latent_bias = self.parameters_of(s)
+        w_enc, pre_bias, latent_bias = _autocast(w_enc, pre_bias, latent_bias)
         return w_enc, pre_bias, latent_bias
 
     def decoder_of(self, s: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -329,14 +317,27 @@ class AlignedSAE(nn.Module):
         Returns:
             w_dec [d, N] and pre_bias [d].
         """
-        w_dec, pre_bias = _autocast(self._w_dec(s), self.pre_biases[s])
+        _, w_dec, pre_bias, _ = self.parameters_of(s)
+        w_dec, pre_bias = _autocast(w_dec, pre_bias)
         return w_dec, pre_bias
 
+    def parameters_of(self, s: str) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter, nn.Parameter]:
+        """Return w_enc [N, d], w_dec [d, N], pre_bias [d] and latent_bias [N] of a stream.
+
+        Args:
+            s: name of the stream.
+        """
+        own = self._modules
+        return (
+            _entry(_entry(own["encoders"], s), "weight"), _entry(_entry(own["decoders"], s), "weight"),
+            _entry(own["pre_biases"], s), _entry(own["latent_biases"], s),
+        )  # fmt: skip
+
     def _w_enc(self, s: str) -> nn.Parameter:
-        return cast(nn.Parameter, self.encoders[s].weight)
+        return self.parameters_of(s)[0]
 
     def _w_dec(self, s: str) -> nn.Parameter:
-        return cast(nn.Parameter, self.decoders[s].weight)
+        return self.parameters_of(s)[1]
 
     def _check_inputs(self, inputs) -> list[str]:
         """Check the inputs; return their streams in the model's order."""
@@ -347,28 +348,34 @@ class AlignedSAE(nn.Module):
         for name in inputs:
             require(name in self.d_streams, "inputs", f"streams among {self.streams}", repr(name))
         streams = [s for s in self.streams if s in inputs]
-        first = streams[0]
+        rows, autocast = None, autocast_enabled(self._w_enc(streams[0]).device)
         for s in streams:
-            name, weight = f"inputs[{s!r}]", self._w_enc(s)
-            self._check_parameters(s)
-            x = check_tensor(name, inputs[s], ("B", self.d_streams[s]))
-            require(x.device == weight.device, name, f"a tensor on {weight.device}", x)
-            ok = x.dtype == weight.dtype or (autocast_enabled(weight.device) and weight.dtype != torch.float64)
-            require(ok, name, f"dtype {str(weight.dtype).removeprefix('torch.')} as the parameters", x)
-            require(x.shape[0] > 0, name, "at least one row", x)
-            if x.shape[0] != inputs[first].shape[0]:
-                fail(name, f"{inputs[first].shape[0]} rows as inputs[{first!r}]", x)
+            x, (weight, *others) = inputs[s], self.parameters_of(s)
+            dtype, device = weight.dtype, weight.device
+            for p in others:
+                if p.dtype != dtype or p.device != device:
+                    self._refuse_parameter(s)
+            ok = isinstance(x, torch.Tensor) and x.dim() == 2 and x.device == device and x.shape[1] == weight.shape[1]
+            ok = ok and (x.dtype == dtype or (autocast and dtype != torch.float64 and x.dtype in _DTYPES))
+            if not ok or x.shape[0] != (rows or x.shape[0]) or x.shape[0] == 0:
+                self._refuse_input(inputs, s, streams[0])
+            rows = x.shape[0]
         return streams
 
-    def _check_parameters(self, s):
-        """Check that a stream's parameters share one dtype and device, as the operators require."""
-        like = self._w_enc(s)
-        others = {
-            f"decoders.{s}.weight": self._w_dec(s),
-            f"pre_biases.{s}": self.pre_biases[s],
-            f"latent_biases.{s}": self.latent_biases[s],
-        }
-        for name, p in others.items():
+    def _refuse_input(self, inputs, s: str, first: str) -> None:
+        """Raise the error that says what is wrong with the input of a stream."""
+        name, weight = f"inputs[{s!r}]", self._w_enc(s)
+        x = check_tensor(name, inputs[s], ("B", self.d_streams[s]))
+        require(x.device == weight.device, name, f"a tensor on {weight.device}", x)
+        ok = x.dtype == weight.dtype or (autocast_enabled(weight.device) and weight.dtype != torch.float64)
+        require(ok, name, f"dtype {str(weight.dtype).removeprefix('torch.')} as the parameters", x)
+        require(x.shape[0] > 0, name, "at least one row", x)
+        fail(name, f"{inputs[first].shape[0]} rows as inputs[{first!r}]", x)
+
+    def _refuse_parameter(self, s: str) -> None:
+        """Raise the error that names the parameter of another dtype or device, which the operators cannot take."""
+        like, *others = self.parameters_of(s)
+        for name, p in zip((f"decoders.{s}.weight", f"pre_biases.{s}", f"latent_biases.{s}"), others, strict=True):
             if p.dtype != like.dtype or p.device != like.device:
                 fail(
                     name,
@@ -458,6 +465,24 @@ class AlignedSAE(nn.Module):
             f"streams={self.d_streams}, n_latents={self.n_latents}, k={self.k}, auxk={self.auxk}, "
             f"topk_type={self.topk_type!r}, impl={self.impl!r}"
         )
+
+
+def _recomputes() -> bool:
+    """Whether a backward runs: then a forward is a recomputation, whose counters were updated by the first one."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _identity(inputs) -> tuple:
+    """Identify inputs by their memory, version and rows."""
+    return tuple((s, memory_of(x), *version_of(x)[1:], x.shape[0]) for s, x in inputs.items())
+
+
+def _entry(module, name: str):
+    """Return getattr(module, name); module's own tables first, which takes a third of the time."""
+    found = module._parameters.get(name)
+    if found is None:
+        found = module._modules.get(name)
+    return getattr(module, name) if found is None else found
 
 
 _REMEMBERED = 8  # forwards whose dead masks are kept

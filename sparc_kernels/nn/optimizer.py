@@ -11,11 +11,9 @@ import torch
 from ..core.numerics import acc_dtype
 from ..core.registry import IMPLS, resolve_impl
 from ..core.validation import check_bool, check_number, fail, plain, require
-from ..ops.adam import MODES, SCALARS, adam_hyper, adam_scalars_, adam_stream_, grad_square, rows_of
-from ..ops.aligned_loss import LossResult
-from ..ops.records import DecodeTarget
-from .forward import ForwardState
-from .fused_step import check, fused_step
+from ..ops.adam import MODES, SCALARS, adam_hyper, adam_update_, rows_of
+from .forward import EncodeSettings
+from .fused_step import FusedInputs, check, fused_step
 from .half_weights import HalfWeights
 from .module import AlignedSAE
 
@@ -143,17 +141,21 @@ class SparcAdam(torch.optim.Optimizer):
     def _update(self, grads):
         group, streams = self.param_groups[0], self.streams()
         moments = self.prepare([[g is not None for g in stream_grads] for stream_grads in grads])
-        params = [[rows_of(p, i) for i, p in enumerate(stream)] for stream in streams]
-        hyper, impls = adam_hyper(group), [self.impl_of(stream) for stream in streams]
-        square = None
-        if group["max_grad_norm"] is not None:
-            every = zip(params, grads, impls, strict=True)
-            square = torch.stack(
-                [grad_square(w[1], g, hyper.normalize, impl).to(self.scalars()) for w, g, impl in every]
-            ).sum()
-        self.count_step([g is not None for stream_grads in grads for g in stream_grads], square=square)
-        for s, impl in enumerate(impls):
-            adam_stream_(params[s], grads[s], *moments[s], self.scalars(s), *hyper, impl)
+        params = [rows_of(p, i) for stream in streams for i, p in enumerate(stream)]
+        flat = [g for stream_grads in grads for g in stream_grads]
+        active = sum((g is not None) << i for i, g in enumerate(flat))
+        lr, number = self.read_lr()
+        if group["max_grad_norm"] is not None and self.grad_norm is None:
+            self.grad_norm = torch.zeros_like(self.scalars()[0, 0])
+        exp_avgs, exp_avg_sqs = ([t for both in moments for t in both[i]] for i in range(2))
+        norm = None if group["max_grad_norm"] is None else self.grad_norm
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        own = self.counts, self._scalars, lr, found_inf, grad_scale, norm
+        impl = self.impl_of(streams)
+        adam_update_(
+            [*params, *flat, *exp_avgs, *exp_avg_sqs, *own], (adam_hyper(group), active, group["max_grad_norm"], impl),
+            (number, group["weight_decay"]), impl=impl,
+        )  # fmt: skip
         moved = [p for stream in streams for p in stream if p.grad is not None]
         torch.autograd.graph.increment_version(moved)  # later reads of outputs detect the change
 
@@ -166,7 +168,7 @@ class SparcAdam(torch.optim.Optimizer):
             ValueError: two of them are one parameter.
         """
         m = self.model
-        params = [[m.encoders[s].weight, m.decoders[s].weight, m.pre_biases[s], m.latent_biases[s]] for s in m.streams]
+        params = [[*m.parameters_of(s)] for s in m.streams]
         if len({id(p) for stream in params for p in stream}) < 4 * len(params):
             _refuse_shared(m, params)
         return params
@@ -183,17 +185,16 @@ class SparcAdam(torch.optim.Optimizer):
         check(self, model)
 
     def fused_step(
-        self, state: ForwardState, targets: list[DecodeTarget], weights: torch.Tensor, auxk_coef: float
-    ) -> LossResult:
-        """Compute the loss of a forward and update every parameter, see `AlignedSAE.training_step`.
+        self, inputs: FusedInputs, settings: EncodeSettings, auxk_coef: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Run a forward, compute its loss and update every parameter, see `AlignedSAE.training_step`.
 
         Args:
-            state: of a forward over all streams, with inverse indices.
-            targets: decoder and rows of each stream.
-            weights: [T, S], weights of the loss terms.
+            inputs: of all streams.
+            settings: of the forward.
             auxk_coef: weight of AuxK, >= 0.
         """
-        return fused_step(self, state, targets, weights, auxk_coef)
+        return fused_step(self, inputs, settings, auxk_coef)
 
     def refresh_shadow(self, seen_only: bool = False) -> None:
         """Cast the weights to half precision again.
@@ -219,9 +220,10 @@ class SparcAdam(torch.optim.Optimizer):
     def _matrices(self):
         return [[w_enc, w_dec.t()] for w_enc, w_dec, *_ in self.streams()]
 
-    def impl_of(self, stream: list[torch.nn.Parameter]) -> str:
-        """Return "triton" or "torch" for a stream's parameters."""
-        return resolve_impl(self.impl, stream[0])
+    def impl_of(self, streams: list[list[torch.nn.Parameter]]) -> str:
+        """Return "triton" or "torch" for the parameters of all streams; "torch" unless every stream can take Triton."""
+        impls = {resolve_impl(self.impl, stream[0]) for stream in streams}
+        return "triton" if impls == {"triton"} else "torch"
 
     def scalars(self, s: int | None = None) -> torch.Tensor:
         """Return the step scalars that `count_step` wrote.
@@ -280,23 +282,15 @@ class SparcAdam(torch.optim.Optimizer):
             state[name] = _like(p, state.get(name))
         return state
 
-    def count_step(
-        self, moving: list[bool], square: torch.Tensor | None = None, loss: torch.Tensor | None = None
-    ) -> None:
-        """Count a step of the updated parameters and fill `scalars`.
-
-        Args:
-            moving: whether each parameter is updated, stream by stream.
-            square: 0-d, squared norm of all gradients, for clipping.
-            loss: 0-d; no parameter is updated unless it is finite.
+    def read_lr(self) -> tuple[torch.Tensor | None, float]:
+        """Return the learning rate as a tensor on the parameters' device, or None and a number.
 
         Raises:
             RuntimeError: a CUDA graph captures the step, and it is not capturable or lr is no tensor on the device.
         """
         assert self.counts is not None, "prepare makes them"
         group = self.param_groups[0]
-        lr, number = group["lr"], 0.0
-        norm: torch.Tensor | None = None
+        lr = group["lr"]
         if self.counts.is_cuda and torch.cuda.is_current_stream_capturing():
             if not group["capturable"]:
                 raise RuntimeError("capturable: expected True for a step that a CUDA graph captures, got False")
@@ -304,16 +298,8 @@ class SparcAdam(torch.optim.Optimizer):
                 got = lr.device if isinstance(lr, torch.Tensor) else "a number"
                 raise RuntimeError(f"lr: expected a tensor on {self.counts.device} in a captured step, got {got}")
         if not isinstance(lr, torch.Tensor) or lr.device != self.counts.device:
-            number, lr = float(lr), None
-        if square is not None:
-            if self.grad_norm is None:
-                self.grad_norm = torch.zeros_like(square)
-            norm = self.grad_norm
-        adam_scalars_(
-            self.counts, self._scalars, lr, number, group["weight_decay"], sum(m << i for i, m in enumerate(moving)),
-            getattr(self, "found_inf", None), getattr(self, "grad_scale", None), loss, square,
-            group["max_grad_norm"] or 0.0, norm, *group["betas"], self.impl_of(self.streams()[0]),
-        )  # fmt: skip
+            return None, float(lr)
+        return lr, 0.0
 
     # ------------------------------------------------------------------------------------------------------ state dicts
 

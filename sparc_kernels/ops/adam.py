@@ -14,7 +14,8 @@ import torch
 
 from ..core._triton import tl, tl_dtype, triton
 from ..core.numerics import acc_dtype, is_host_readable
-from ..core.plan import launch
+from ..core.plan import Planned
+from ..core.recorder import call, derived, launch
 from ..core.registry import register
 from ..launch.adam import ADAM_WIDTH, adam_config
 from ..launch.device import capability, next_power_of_2
@@ -103,6 +104,14 @@ def _adam_scalars_kernel(
     tl.store(out + 4, moves.to(ACC), mask=mask)
 
 
+def _to_float32(x: float) -> float:
+    return float(np.float32(x))
+
+
+def _beyond_float32(x: float) -> float:
+    return x - _to_float32(x)
+
+
 def _log2(beta):
     return math.log2(beta) if beta > 0 else -1e4  # 2 ** -1e4 is 0
 
@@ -110,9 +119,10 @@ def _log2(beta):
 def _adam_scalars_triton(
     *, steps, out, lr, lr_value, decay, active, found_inf, grad_scale, loss, square, max_norm, norm, beta1, beta2
 ):  # fmt: skip
-    high = float(np.float32(lr_value))  # Triton rounds numbers to float32
+    # Triton rounds numbers to float32
+    high, low = derived(lr_value, _to_float32), derived(lr_value, _beyond_float32)
     launch(_adam_scalars_kernel, (1,))(
-        steps, out, lr, high, lr_value - high, decay, active, found_inf, grad_scale, loss, square, max_norm, norm,
+        steps, out, lr, high, low, decay, active, found_inf, grad_scale, loss, square, max_norm, norm,
         len(steps), LOG_BETA1=_log2(beta1), LOG_BETA2=_log2(beta2), PAD=next_power_of_2(len(steps)),
         ACC=tl_dtype(out.dtype), num_warps=1,
     )  # fmt: skip
@@ -241,72 +251,149 @@ def _move(
 
 
 @triton.jit
-def _adam_stream_kernel(
-    enc_ptr, denc_ptr, enc_m_ptr, enc_v_ptr, dec_ptr, ddec_ptr, dec_m_ptr, dec_v_ptr,
-    pre_ptr, dpre_ptr, pre_m_ptr, pre_v_ptr, latent_ptr, dlatent_ptr, latent_m_ptr, latent_v_ptr,
-    scalars_ptr, N, D, NORMALIZE: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr,
-    BLOCK_D: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Update row n of the encoder with its latent bias, or of the decoder; the pre-bias is row N of the encoder.
+def pick(items, i, T: tl.constexpr):
+    """items[i] of T equal types, by selections that keep what is known of alignment; None of None."""
+    item = items[0]
+    for t in tl.static_range(1, T):
+        item = tl.where(i == t, items[t], item)
+    return item
 
-    A parameter whose gradient is None is not updated.
+
+@triton.jit
+def _adam_stream_kernel(
+    enc_ptrs, denc_ptrs, enc_m_ptrs, enc_v_ptrs, dec_ptrs, ddec_ptrs, dec_m_ptrs, dec_v_ptrs,
+    pre_ptrs, dpre_ptrs, pre_m_ptrs, pre_v_ptrs, latent_ptrs, dlatent_ptrs, latent_m_ptrs, latent_v_ptrs,
+    scalars_ptrs, widths, N, T: tl.constexpr, NORMALIZE: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr,
+    EPS: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Update row n of a stream's encoder with its latent bias, or of its decoder; the pre-bias is row N of the encoder.
+
+    A parameter whose gradients are None is not updated.
     """
     n = tl.program_id(0).to(tl.int64)
+    stream = tl.program_id(2)
+    D = pick(widths, stream, T)
+    scalars_ptr = pick(scalars_ptrs, stream, T)
     cols = tl.arange(0, BLOCK_D)
     mask = cols < D
     at = n * D + cols
     if tl.program_id(1) == 0:
         if n < N:
-            if denc_ptr is not None:
-                _move(enc_ptr, denc_ptr, enc_m_ptr, enc_v_ptr, at, mask, scalars_ptr, 0, BETA1, BETA2, EPS, ACC)
-            if dlatent_ptr is not None:
-                one = n + tl.arange(0, 1)
-                scalars = scalars_ptr + 15
+            if denc_ptrs is not None:
                 _move(
-                    latent_ptr, dlatent_ptr, latent_m_ptr, latent_v_ptr, one, one >= 0, scalars, 0, BETA1, BETA2, EPS,
-                    ACC,
+                    pick(enc_ptrs, stream, T), pick(denc_ptrs, stream, T), pick(enc_m_ptrs, stream, T),
+                    pick(enc_v_ptrs, stream, T), at, mask, scalars_ptr, 0, BETA1, BETA2, EPS, ACC,
+                )  # fmt: skip
+            if dlatent_ptrs is not None:
+                one = n + tl.arange(0, 1)
+                _move(
+                    pick(latent_ptrs, stream, T), pick(dlatent_ptrs, stream, T), pick(latent_m_ptrs, stream, T),
+                    pick(latent_v_ptrs, stream, T), one, one >= 0, scalars_ptr + 15, 0, BETA1, BETA2, EPS, ACC,
                 )  # fmt: skip
         else:
-            if dpre_ptr is not None:
-                scalars = scalars_ptr + 10
-                _move(pre_ptr, dpre_ptr, pre_m_ptr, pre_v_ptr, cols, mask, scalars, 0, BETA1, BETA2, EPS, ACC)
+            if dpre_ptrs is not None:
+                _move(
+                    pick(pre_ptrs, stream, T), pick(dpre_ptrs, stream, T), pick(pre_m_ptrs, stream, T),
+                    pick(pre_v_ptrs, stream, T), cols, mask, scalars_ptr + 10, 0, BETA1, BETA2, EPS, ACC,
+                )  # fmt: skip
     else:
-        if ddec_ptr is not None:
+        if ddec_ptrs is not None:
             if n < N:
-                scalars = scalars_ptr + 5
-                _move(dec_ptr, ddec_ptr, dec_m_ptr, dec_v_ptr, at, mask, scalars, NORMALIZE, BETA1, BETA2, EPS, ACC)
+                _move(
+                    pick(dec_ptrs, stream, T), pick(ddec_ptrs, stream, T), pick(dec_m_ptrs, stream, T),
+                    pick(dec_v_ptrs, stream, T), at, mask, scalars_ptr + 5, NORMALIZE, BETA1, BETA2, EPS, ACC,
+                )  # fmt: skip
+
+
+def alike(streams, width, key):
+    """Group streams that one launch can take: keys agree, and no row takes half of what the widest is padded to.
+
+    Args:
+        streams: any records of the streams.
+        width: called with a record, gives the columns of its rows.
+        key: called with a record; None keeps the stream out of every group.
+
+    Returns:
+        The groups, the widest stream of each first; the streams left out.
+    """
+    groups, left_out = [], []
+    for stream in sorted(streams, key=width, reverse=True):
+        d, own = width(stream), key(stream)
+        if own is None:
+            left_out.append(stream)
+            continue
+        # a width that does not divide by 16 forbids wide loads in the whole launch
+        own = own, d % 16 == 0
+        for shared, widest, group in groups:
+            if own == shared and 2 * next_power_of_2(d) >= widest:
+                group.append(stream)
+                break
+        else:
+            groups.append((own, next_power_of_2(d), [stream]))
+    return [group for _, _, group in groups], left_out
+
+
+def tuples(streams):
+    """Turn records of equal length into one tuple for each place, None where the first record has None."""
+    return [None if of[0] is None else of for of in zip(*streams, strict=True)]
+
+
+def _by_stream(scalars, params, *others):
+    """Yield the scalars [4, 5] and the four tensors of each list for every stream."""
+    for i in range(0, len(params), 4):
+        yield scalars[i : i + 4], *(tensors[i : i + 4] for tensors in (params, *others))
 
 
 def _adam_stream_triton(*, params, grads, exp_avgs, exp_avg_sqs, scalars, normalize, beta1, beta2, eps):
-    n, d = params[0].shape
-    if d > ADAM_WIDTH or not all(t.is_contiguous() for t in (*params, *exp_avgs, *exp_avg_sqs)):
-        return _adam_stream_torch(
-            params=params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs, scalars=scalars,
-            normalize=normalize, beta1=beta1, beta2=beta2, eps=eps,
-        )  # fmt: skip
-    config = adam_config(d)
+    hyper = AdamHyper(normalize, beta1, beta2, eps)
     grads = [None if g is None else g.contiguous() for g in grads]
+
+    def key(stream):
+        _, ws, gs, ms, vs = stream
+        if ws[0].shape[1] > ADAM_WIDTH or not all(t.is_contiguous() for t in (*ws, *ms, *vs)):
+            return None
+        return tuple(None if t is None else t.dtype for t in (*ws, *gs, *ms))
+
+    streams = _by_stream(scalars, params, grads, exp_avgs, exp_avg_sqs)
+    groups, left_out = alike(streams, lambda stream: stream[1][0].shape[1], key)
+    for group in groups:
+        _launch_adam_stream(group, hyper)
+    for stream in left_out:
+        _step_stream(*stream, hyper)
+
+
+def _launch_adam_stream(streams, hyper):
+    """Update streams of one group, the widest first."""
+    _, params, grads, exp_avgs, _ = streams[0]
+    n, d = params[0].shape
+    config = adam_config(d)
     if all(grads[i] is None for i in (0, DECODER, 3)):
-        n = 0  # the pre-bias alone
-    launch(_adam_stream_kernel, (n + 1, 1 if grads[DECODER] is None else 2))(
-        *(t for four in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True) for t in four), scalars, n, d,
-        NORMALIZE=normalize, BETA1=beta1, BETA2=beta2, EPS=eps, BLOCK_D=config.block_d, ACC=tl_dtype(exp_avgs[0].dtype),
+        n = 0  # the pre-biases alone
+    scalars, *fours = zip(*streams, strict=True)
+    pointers = [of for place in zip(*(tuples(four) for four in fours), strict=True) for of in place]
+    launch(_adam_stream_kernel, (n + 1, 1 if grads[DECODER] is None else 2, len(streams)))(
+        *pointers, scalars, tuple(four[0].shape[1] for four in fours[0]), n, T=len(streams), NORMALIZE=hyper.normalize,
+        BETA1=hyper.beta1, BETA2=hyper.beta2, EPS=hyper.eps, BLOCK_D=config.block_d, ACC=tl_dtype(exp_avgs[0].dtype),
         num_warps=config.num_warps, **config.registers(capability(params[0].device)),
     )  # fmt: skip
-    return None
 
 
 CACHE_BLOCK_ELEMENTS = 2**15  # elements of a tensor per thread and block of the torch path on a CPU: they stay in cache
 
 
 def _adam_stream_torch(*, params, grads, exp_avgs, exp_avg_sqs, scalars, normalize, beta1, beta2, eps):
+    for stream in _by_stream(scalars, params, grads, exp_avgs, exp_avg_sqs):
+        _step_stream(*stream, AdamHyper(normalize, beta1, beta2, eps))
+
+
+def _step_stream(scalars, params, grads, exp_avgs, exp_avg_sqs, hyper):
+    """Update the four parameters of one stream in torch."""
     for i, (w, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
         if g is not None:
-            numbers, mode = StepScalars.of(scalars[i]), normalize if i == DECODER else PLAIN
-            hyper = AdamHyper(mode, beta1, beta2, eps)
-            one_pass = mode == PLAIN and w.dtype == m.dtype and w.is_contiguous()  # no operand is read twice
+            numbers, own = StepScalars.of(scalars[i]), hyper if i == DECODER else hyper.plain()
+            one_pass = own.normalize == PLAIN and w.dtype == m.dtype and w.is_contiguous()  # no operand is read twice
             for rows in [slice(None)] if one_pass else row_blocks(w):
-                step_torch([w[rows], m[rows], v[rows]], g[rows], numbers, hyper)
+                step_torch([w[rows], m[rows], v[rows]], g[rows], numbers, own)
 
 
 def row_blocks(w):
@@ -381,20 +468,22 @@ adam_stream_ = register(
     triton_impl=_adam_stream_triton,
     fake=lambda **_: None,
 )
-adam_stream_.__doc__ = """Update the parameters of one stream by one Adam step.
+adam_stream_.__doc__ = """Update the parameters of all streams by one Adam step.
 
 Args:
-    params: w_enc [N, d], the decoder's rows [N, d], pre_bias [d], latent_bias [N].
+    params: w_enc [N, d], the decoder's rows [N, d], pre_bias [d] and latent_bias [N] of the first stream, then those
+        of the next.
     grads: their gradients; a parameter whose gradient is None is not updated.
     exp_avgs: first moments, in the accumulator dtype.
     exp_avg_sqs: second moments, in the accumulator dtype.
-    scalars: [4, 5], rows that `adam_scalars_` wrote.
+    scalars: [P, 5], a row for each parameter, which `adam_scalars_` wrote.
     normalize: PLAIN; BEFORE: divide decoder rows by (norm + 1e-8), subtract <w, g> w from their gradient, step; AFTER:
         subtract, step, divide.
     beta1: decay of the first moment.
     beta2: decay of the second moment.
     eps: added to the denominator.
-    impl: "triton" or "torch"; rows wider than 8192 and non-contiguous tensors take the torch path in both.
+    impl: "triton" or "torch"; rows wider than 8192 and non-contiguous tensors take the torch path in both. Streams
+        whose padded widths and dtypes agree are updated in one launch.
 """
 
 
@@ -403,81 +492,98 @@ Args:
 
 @triton.jit
 def _grad_square_kernel(
-    dec_ptr, denc_ptr, ddec_ptr, dpre_ptr, dlatent_ptr, out_ptr, N, D, NORMALIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+    dec_ptrs, denc_ptrs, ddec_ptrs, dpre_ptrs, dlatent_ptrs, widths, places, out_ptr, N, T: tl.constexpr,
+    NORMALIZE: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Sum the squares of one row of `_adam_stream_kernel`: [N + 1] of the encoder, [N + 1] of the decoder."""
+    """Sum the squares of one row of `_adam_stream_kernel` into out [places, 2, N + 1]."""
     n = tl.program_id(0).to(tl.int64)
+    stream = tl.program_id(2)
+    D = pick(widths, stream, T)
     cols = tl.arange(0, BLOCK_D)
     mask = cols < D
     at = n * D + cols
     total = tl.zeros((), ACC)
     if tl.program_id(1) == 0:
         if n < N:
-            if denc_ptr is not None:
-                g = tl.load(denc_ptr + at, mask=mask, other=0.0).to(ACC)
+            if denc_ptrs is not None:
+                g = tl.load(pick(denc_ptrs, stream, T) + at, mask=mask, other=0.0).to(ACC)
                 total += tl.sum(g * g, 0)
-            if dlatent_ptr is not None:
-                latent = tl.load(dlatent_ptr + n).to(ACC)
+            if dlatent_ptrs is not None:
+                latent = tl.load(pick(dlatent_ptrs, stream, T) + n).to(ACC)
                 total += latent * latent
         else:
-            if dpre_ptr is not None:
-                pre = tl.load(dpre_ptr + cols, mask=mask, other=0.0).to(ACC)
+            if dpre_ptrs is not None:
+                pre = tl.load(pick(dpre_ptrs, stream, T) + cols, mask=mask, other=0.0).to(ACC)
                 total += tl.sum(pre * pre, 0)
     else:
-        if ddec_ptr is not None:
+        if ddec_ptrs is not None:
             if n < N:
-                dec = tl.load(ddec_ptr + at, mask=mask, other=0.0).to(ACC)
+                dec = tl.load(pick(ddec_ptrs, stream, T) + at, mask=mask, other=0.0).to(ACC)
                 if NORMALIZE != 0:
-                    w = tl.load(dec_ptr + at, mask=mask, other=0.0).to(ACC)
+                    w = tl.load(pick(dec_ptrs, stream, T) + at, mask=mask, other=0.0).to(ACC)
                     if NORMALIZE == 1:
                         w = unit(w, ACC)
                     dec -= tl.sum(w * dec, 0) * w
                 total += tl.sum(dec * dec, 0)
-    tl.store(out_ptr + tl.program_id(1).to(tl.int64) * (N + 1) + n, total)
+    row = (pick(places, stream, T) * 2 + tl.program_id(1)).to(tl.int64)
+    tl.store(out_ptr + row * (N + 1) + n, total)
 
 
-def _grad_square_triton(dec, grads, normalize):
-    n, d = dec.shape
-    if d > ADAM_WIDTH or not dec.is_contiguous():
-        return _grad_square_torch(dec, grads, normalize)
-    config, acc = adam_config(d), acc_dtype(dec.dtype)
-    out = torch.empty(2, n + 1, device=dec.device, dtype=acc)
-    grads = [None if g is None else g.contiguous() for g in grads]
-    launch(_grad_square_kernel, (n + 1, 2))(
-        dec, *grads, out, n, d, NORMALIZE=normalize, BLOCK_D=config.block_d, ACC=tl_dtype(acc),
-        num_warps=config.num_warps,
-    )  # fmt: skip
-    return out.sum()
+def _grad_square_triton(decs, grads, normalize):
+    (n, _), acc, device = decs[0].shape, acc_dtype(decs[0].dtype), decs[0].device
+    fours = [grads[i : i + 4] for i in range(0, len(grads), 4)]
+    if any(dec.shape[1] > ADAM_WIDTH or not dec.is_contiguous() for dec in decs):
+        return _grad_square_torch(decs, grads, normalize)
+    out = torch.empty(len(decs), 2 * (n + 1), device=device, dtype=acc)
+    streams = [
+        (place, dec, *(None if g is None else g.contiguous() for g in four))
+        for place, (dec, four) in enumerate(zip(decs, fours, strict=True))
+    ]
+
+    def key(stream):
+        return tuple(None if t is None else t.dtype for t in stream[1:])
+
+    for group in alike(streams, lambda stream: stream[1].shape[1], key)[0]:
+        places, *pointers = tuples(group)
+        config = adam_config(group[0][1].shape[1])
+        launch(_grad_square_kernel, (n + 1, 2, len(group)))(
+            *pointers, tuple(dec.shape[1] for dec in pointers[0]), places, out, n, T=len(group), NORMALIZE=normalize,
+            BLOCK_D=config.block_d, ACC=tl_dtype(acc), num_warps=config.num_warps,
+        )  # fmt: skip
+    return out.sum(1).sum()
 
 
-def _grad_square_torch(dec, grads, normalize):
-    acc = acc_dtype(dec.dtype)
-    total = torch.zeros((), device=dec.device, dtype=acc)
-    for i, g in enumerate(grads):
-        for rows in row_blocks(g) if g is not None else ():
-            part = g[rows].to(acc)
-            if i == DECODER and normalize != PLAIN:
-                w = dec[rows].to(acc)
-                if normalize == BEFORE:
-                    w = w / torch.linalg.vector_norm(w, dim=1, keepdim=True).add_(1e-8)
-                part = torch.addcmul(part, (w * part).sum(1, keepdim=True), w, value=-1)
-            total += part.square().sum()
-    return total
+def _grad_square_torch(decs, grads, normalize):
+    totals = []
+    for s, dec in enumerate(decs):
+        acc = acc_dtype(dec.dtype)
+        total = torch.zeros((), device=dec.device, dtype=acc)
+        for i, g in enumerate(grads[4 * s : 4 * s + 4]):
+            for rows in row_blocks(g) if g is not None else ():
+                part = g[rows].to(acc)
+                if i == DECODER and normalize != PLAIN:
+                    w = dec[rows].to(acc)
+                    if normalize == BEFORE:
+                        w = w / torch.linalg.vector_norm(w, dim=1, keepdim=True).add_(1e-8)
+                    part = torch.addcmul(part, (w * part).sum(1, keepdim=True), w, value=-1)
+                total += part.square().sum()
+        totals.append(total)
+    return torch.stack([total.to(totals[0]) for total in totals]).sum()
 
 
 grad_square = register(
     "grad_square",
-    "(Tensor dec, Tensor?[] grads, int normalize, str impl) -> Tensor",
+    "(Tensor[] decs, Tensor?[] grads, int normalize, str impl) -> Tensor",
     torch_impl=_grad_square_torch,
     triton_impl=_grad_square_triton,
-    fake=lambda dec, grads, normalize: dec.new_empty((), dtype=acc_dtype(dec.dtype)),
+    fake=lambda decs, grads, normalize: decs[0].new_empty((), dtype=acc_dtype(decs[0].dtype)),
 )
-grad_square.__doc__ = """Sum of squares of a stream's gradients, after the projection of `adam_stream_`.
+grad_square.__doc__ = """Sum of squares of all gradients, after the projection of `adam_stream_`.
 
 Args:
-    dec: the decoder's rows [N, d].
-    grads: gradients of w_enc, the decoder's rows, pre_bias and latent_bias, each may be None.
+    decs: the decoders' rows [N, d].
+    grads: gradients of w_enc, the decoder's rows, pre_bias and latent_bias of the first stream, each may be None; then
+        those of the next.
     normalize: as in `adam_stream_`.
     impl: "triton" or "torch".
 
@@ -494,3 +600,31 @@ def rows_of(tensor: torch.Tensor | None, place: int):
         place: its position among the stream's parameters.
     """
     return tensor.t() if tensor is not None and place == DECODER else tensor
+
+
+@Planned
+def adam_update_(tensors, hyper, active, max_norm, impl, lr_value, decay):
+    """Count a step, clip and update all parameters from their gradients; for `SparcAdam`.
+
+    Args:
+        tensors: parameters, gradients (or None), first and second moments of P parameters, as `adam_stream_` takes
+            them; then steps, scalars, lr, found_inf, grad_scale and norm as `adam_scalars_` takes them.
+        hyper: AdamHyper.
+        active: as in `adam_scalars_`.
+        max_norm: to clip gradients to; None: not clipped.
+        impl: "triton" or "torch".
+        lr_value: learning rate where lr is None.
+        decay: decoupled weight decay.
+    """
+    P = (len(tensors) - 6) // 4
+    params, grads, exp_avgs, exp_avg_sqs = (list(tensors[i : i + P]) for i in range(0, 4 * P, P))
+    steps, scalars, lr, found_inf, grad_scale, norm = tensors[4 * P :]
+    square = None
+    if max_norm is not None:
+        square = grad_square(params[DECODER::4], grads, hyper.normalize, impl).to(scalars)
+    call(
+        adam_scalars_, steps, scalars, lr, lr_value, decay, active, found_inf, grad_scale, None, square,
+        max_norm or 0.0, norm, hyper.beta1, hyper.beta2, impl,
+    )  # fmt: skip
+    adam_stream_(params, grads, exp_avgs, exp_avg_sqs, scalars, *hyper, impl)
+    return []

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from ..core.plan import Planned
 from .bias_grads import column_sums
 from .decode import errors_of
 from .decode_grads import grads_of_errors, grads_of_target, target_weights
@@ -24,11 +25,11 @@ class LossResult:
     coef: torch.Tensor  # [T, S, B], dloss/dE over E
     aux_terms: torch.Tensor | None = None  # metrics in the layout of `add_auxk`
     aux_weights: torch.Tensor | None = None  # [T, 1], 0 where AuxK is left out
-    errors: list[torch.Tensor] = field(default_factory=list)  # per target: its own [B, d], or all [S, B, d]
-    aux_errors: list[torch.Tensor] = field(default_factory=list)  # [1, B, d] each, if all errors are kept
     aux_coef: torch.Tensor | None = None  # [T, 1, B]
     dvalues: torch.Tensor | None = None  # [S, B, k]
     daux: torch.Tensor | None = None  # [T, B, auxk]
+    errors: list[torch.Tensor] = field(default_factory=list)  # per target: its own [B, d], or all [S, B, d]
+    aux_errors: list[torch.Tensor] = field(default_factory=list)  # [1, B, d] each, if all errors are kept
     dws: list[torch.Tensor | None] = field(default_factory=list)  # [N, d] each
     dbiases: list[torch.Tensor] = field(default_factory=list)  # [d] each
 
@@ -67,6 +68,47 @@ def losses_and_gradients(
     Returns:
         The loss, its metrics and the gradients or errors that were requested.
     """
+    T = len(targets)
+    spec = (
+        T,
+        auxk_coef,
+        gradients and (tuple(gradients.weights), gradients.bias_like is not None, gradients.keep_errors),
+    )
+    like = [None] * T if gradients is None or gradients.bias_like is None else gradients.bias_like
+    flat = _losses(
+        [weights, *_flat(codes), *_flat(aux), *(t for target in targets for t in target), *like],
+        (*spec, impl),
+        impl=impl,
+    )
+    head, rest = flat[:8], [list(flat[8 + i * T : 8 + (i + 1) * T]) for i in range(4)]
+    return LossResult(*head, *rest)
+
+
+@Planned
+def _losses(tensors, T, auxk_coef, wanted, impl):
+    """Run `losses_and_gradients` on flat arguments."""
+    weights, *rest = tensors
+    n = 1 + CODES_FLAT
+    codes, aux = (_unflat(rest[i : i + n]) for i in (0, n))
+    targets = [DecodeTarget(*rest[2 * n + 3 * t : 2 * n + 3 * t + 3]) for t in range(T)]
+    like = rest[2 * n + 3 * T :]
+    gradients = wanted and Gradients(list(wanted[0]), like if wanted[1] else None, wanted[2])
+    result = _compute(codes, aux, targets, weights, auxk_coef, gradients, impl)
+    lists = result.errors, result.aux_errors, result.dws, result.dbiases
+    padded = [t for part in lists for t in [*part, *[None] * (T - len(part))]]
+    head = result.loss, result.terms, result.coef, result.aux_terms, result.aux_weights, result.aux_coef
+    return [*head, result.dvalues, result.daux, *padded]
+
+
+def _flat(codes: SparseCodes | None) -> list[torch.Tensor | None]:
+    return [None] * (1 + CODES_FLAT) if codes is None else [codes.values, *codes.flatten()]
+
+
+def _unflat(tensors) -> SparseCodes | None:
+    return None if tensors[0] is None else SparseCodes.unflatten(tensors[0], tensors[1:])
+
+
+def _compute(codes, aux, targets, weights, auxk_coef, gradients, impl) -> LossResult:
     T = len(targets)
     norm, coef = target_weights([target.x for target in targets], weights, impl)
     keep_errors = gradients is not None and gradients.keep_errors
@@ -242,10 +284,16 @@ class AlignedLoss(torch.autograd.Function):
 def _scaled(grads, dloss, impl):
     """Scale the forward's gradients by dloss in place; return dvalues, daux, dws and dbs."""
     grads = [None if grad is None else grad.data for grad in grads]  # .data: saved tensors that change in place
-    scale_([grad for grad in grads if grad is not None], dloss, impl)
+    _scale([dloss, *(grad for grad in grads if grad is not None)], (impl,), impl=impl)
     dvalues, daux, *rest = grads
     T = len(rest) // 2
     return dvalues, daux, [None if dw is None else dw.t() for dw in rest[:T]], rest[T:]
+
+
+@Planned
+def _scale(tensors, impl):
+    scale_(list(tensors[1:]), tensors[0], impl)
+    return []
 
 
 def _scaled_rows(weights: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

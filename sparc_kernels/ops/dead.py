@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..core._triton import tl, triton
-from ..core.plan import launch
+from ..core.recorder import launch
 from ..core.registry import register, resolve_impl
 from ..core.target import interpreted
 from ..core.validation import check_indices, check_int, check_tensor, require

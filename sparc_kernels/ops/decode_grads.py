@@ -8,7 +8,7 @@ import torch
 
 from ..core._triton import tl, tl_dtype, triton
 from ..core.numerics import acc_dtype
-from ..core.plan import launch
+from ..core.recorder import launch
 from ..core.registry import register
 from ..core.target import interpreted
 from ..launch.budgets import (

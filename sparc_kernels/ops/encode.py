@@ -11,19 +11,21 @@ from torch.autograd.function import once_differentiable
 
 from ..core._triton import tl, triton
 from ..core.numerics import acc_dtype
-from ..core.plan import launch
+from ..core.plan import Planned
+from ..core.recorder import launch
 from ..core.registry import register, resolve_impl
 from ..core.side_stream import SideStream
 from ..core.target import interpreted
 from ..core.validation import check_indices, check_int, check_inverse, check_same_length, check_tensor, require
 from ..launch.budgets import MAX_K, MAX_STREAMS, SCRATCH_BYTES
-from ..launch.device import cdiv, next_power_of_2
+from ..launch.device import capability, cdiv, next_power_of_2
+from ..launch.gather import gather_config
 from .bias_grads import pre_bias_grads
-from .gather import gather_dot_torch, gather_sum, launch_gather
+from .gather import gather_dot_torch, gather_sum, launch_gathers, pick, slabs_of
 from .inverse_index import InverseIndex, inverse_index_op, inverse_sizes
 from .joint import joint, wants_joint
 from .latent_reduce import latent_reduce_
-from .records import CODES_FLAT, EncoderParams, SparseCodes, WeightedLists
+from .records import CODES_FLAT, EncoderParams, SparseCodes
 from .selection import select
 
 
@@ -98,10 +100,10 @@ Returns:
 
 @triton.jit
 def _finish_values_kernel(
-    part_ptrs, bias_ptrs, idx_ptr, count_ptr, values_ptr, slabs, stride_idx, stride_c, B, K, N,
+    part_ptr, bias_ptrs, idx_ptr, count_ptr, values_ptr, slabs, stride_idx, stride_c, B, K, N,
     S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """relu(sum over the slabs + bias) of one row of one stream."""
+    """relu(sum over the stream's slabs + bias) of one row of one stream."""
     b = tl.program_id(0).to(tl.int64)
     stream = tl.program_id(1)
     offs_k = tl.arange(0, BLOCK_K)
@@ -110,14 +112,16 @@ def _finish_values_kernel(
         exists = exists & (offs_k < tl.load(count_ptr + stream * stride_c))
     latent = tl.load(idx_ptr + stream.to(tl.int64) * stride_idx + b * K + offs_k, mask=exists, other=0)
     inside = exists & (latent >= 0) & (latent < N)  # an id outside made its sum NaN in the gather
-    for s in tl.static_range(S):
-        if stream == s:
-            pre = tl.load(part_ptrs[s] + b * K + offs_k, mask=exists, other=0.0)
-            for slab in range(1, slabs[s]):
-                pre += tl.load(part_ptrs[s] + (slab * B + b) * K + offs_k, mask=exists, other=0.0)
-            pre += tl.load(bias_ptrs[s] + latent, mask=inside, other=0.0).to(pre.dtype)
-            value = tl.where(pre <= 0.0, 0.0, pre)  # NaN stays
-            tl.store(values_ptr + (s * B + b) * K + offs_k, tl.where(exists, value, 0.0), mask=offs_k < K)
+    first = tl.zeros((), tl.int64)  # slab of the stream
+    for s in tl.static_range(1, S):
+        first += tl.where(stream >= s, slabs[s - 1], 0)
+    part_ptr += (first * B + b) * K
+    pre = tl.load(part_ptr + offs_k, mask=exists, other=0.0)
+    for slab in range(1, pick(slabs, stream, S)):
+        pre += tl.load(part_ptr + tl.full((), slab, tl.int64) * B * K + offs_k, mask=exists, other=0.0)
+    pre += tl.load(pick(bias_ptrs, stream, S) + latent, mask=inside, other=0.0).to(pre.dtype)
+    value = tl.where(pre <= 0.0, 0.0, pre)  # NaN stays
+    tl.store(values_ptr + (stream * B + b) * K + offs_k, tl.where(exists, value, 0.0), mask=offs_k < K)
 
 
 def _gather_values_triton(*, indices, centred, w_encs, latent_biases, count, lists):
@@ -126,27 +130,36 @@ def _gather_values_triton(*, indices, centred, w_encs, latent_biases, count, lis
     side, inverse = SideStream(indices.device, enabled=lists), _no_lists(indices)
     if lists:
         inverse, _ = side.run(lambda: _lists(indices, n, count, "triton"))
-    indices, shared = indices.contiguous(), indices.dim() == 2
+    indices, own = indices.contiguous(), indices.dim() == 3
     values = torch.empty(S, B, k, device=indices.device, dtype=acc_dtype(centred[0].dtype))
     latent_biases = [c.contiguous() for c in latent_biases]
-    parts, first = [], 0
-    for s in range(S):
-        idx = indices if shared else indices[s]
-        stream_count = None if count is None else count[s]
-        parts.append(launch_gather(idx, None, w_encs[s], None, centred[s][None], count=stream_count, dot=True)[1])
-        held_bytes = sum(part.numel() * part.element_size() for part in parts)
-        if s < S - 1 and held_bytes < SCRATCH_BYTES:
-            continue
-        launch(_finish_values_kernel, (B, len(parts)))(
-            tuple(parts), tuple(latent_biases[first : s + 1]), idx if shared else indices[first:],
-            None if count is None else count[first:],
-            values[first:], tuple(part.shape[0] for part in parts), 0 if shared else B * k,
-            0 if count is None else count.stride(0), B, k, n,
-            S=len(parts), BLOCK_K=next_power_of_2(k), num_warps=1,
+    first = 0
+    while first < S:
+        last = first + _streams_at_once(B, k, w_encs[first:])
+        idx, counts = indices[first:last] if own else indices, None if count is None else count[first:last]
+        _, part, slabs = launch_gathers(
+            idx, None, w_encs[first:last], None, centred[first:last], count=counts, dot=True
         )  # fmt: skip
-        parts, first = [], s + 1
+        launch(_finish_values_kernel, (B, last - first))(
+            part, tuple(latent_biases[first:last]), idx, counts, values[first:], slabs, B * k if own else 0,
+            0 if count is None else count.stride(0), B, k, n,
+            S=last - first, BLOCK_K=next_power_of_2(k), num_warps=1,
+        )  # fmt: skip
+        first = last
     side.join()
     return values, *inverse
+
+
+def _streams_at_once(B, k, w_encs):
+    """How many streams share a launch, so that their partial dots stay within the scratch (one always runs)."""
+    w, item_bytes = w_encs[0], acc_dtype(w_encs[0].dtype).itemsize
+    config = gather_config(k, max(w.shape[1] for w in w_encs), len(w), w.element_size(), capability(w.device))
+    held_bytes = 0
+    for s, w in enumerate(w_encs):
+        held_bytes += slabs_of(config, w.shape[1]) * B * k * item_bytes
+        if held_bytes >= SCRATCH_BYTES:
+            return s + 1
+    return len(w_encs)
 
 
 def _lists(indices, n, count, impl):
@@ -247,37 +260,50 @@ class Values(torch.autograd.Function):
         S, impl = ctx.S, ctx.impl
         values, aux_values, *tensors = ctx.saved_tensors
         n = CODES_FLAT if aux_values is None else 2 * CODES_FLAT
-        w_encs, pre_biases, latent_biases, centred = (tensors[i : i + S] for i in range(n + S, n + 5 * S, S))
-        uses = []
-        for i, (v, dv) in enumerate(((values, dvalues), (aux_values, daux))):
-            if dv is not None:
-                codes = SparseCodes.unflatten(v, tensors[i * CODES_FLAT : (i + 1) * CODES_FLAT])
-                uses.append((codes.with_inverse(len(w_encs[0]), impl), dv))
-        needs = ctx.needs_input_grad[4 + n :]
-        none: list[torch.Tensor | None] = [None] * S
-        dxs, dws, dbs, dcs, sums = (none.copy() for _ in range(5))
-        for s in range(S) if uses else ():
-            w, one = w_encs[s], slice(s, s + 1)
-            if needs[S + s] or needs[2 * S + s] or needs[3 * S + s]:
-                dw, dc = torch.empty_like(w, memory_format=torch.contiguous_format), latent_biases[s].new_empty(len(w))
-                for i, (codes, dv) in enumerate(uses):
-                    v, mat = codes.gathered, centred[s][None]
-                    lists = WeightedLists(codes.lists(s), dv[one], None, v[one], mat, v.shape[2])
-                    latent_reduce_(dw, dc, *lists.tensors, lists.k, i > 0, impl)
-                dws[s] = dw if needs[S + s] else None
-                dcs[s] = dc if needs[3 * S + s] else None
-                sums[s] = dc
-            if needs[s]:
-                for codes, dv in uses:
-                    dpre = torch.where(codes.gathered[one] <= 0, 0.0, dv[one])
-                    part = gather_sum(codes.indices_of(s), dpre, w, None, impl)[0]
-                    dxs[s] = part if dxs[s] is None else dxs[s] + part
-        bias_streams = [s for s in range(S) if uses and needs[2 * S + s]]
-        if bias_streams:
-            args = ([group[s] for s in bias_streams] for group in (w_encs, sums, pre_biases))
-            for s, db in zip(bias_streams, pre_bias_grads(*args, impl), strict=True):
-                dbs[s] = db
-        return *[None] * (4 + n), *dxs, *dws, *dbs, *dcs, *[None] * S
+        needs = ctx.needs_input_grad[4 + n : 4 + n + 4 * S]
+        grads = _values_backward([dvalues, daux, values, aux_values, *tensors], (S, needs, impl), impl=impl)
+        return *[None] * (4 + n), *grads, *[None] * S
+
+
+@Planned
+def _values_backward(tensors, S, needs, impl):
+    """Gradients of xs, w_encs, pre_biases and latent_biases, see `Values`; None where not needed."""
+    dvalues, daux, values, aux_values, *tensors = tensors
+    n = CODES_FLAT if aux_values is None else 2 * CODES_FLAT
+    w_encs, pre_biases, latent_biases, centred = (tensors[i : i + S] for i in range(n + S, n + 5 * S, S))
+    uses = []
+    for i, (v, dv) in enumerate(((values, dvalues), (aux_values, daux))):
+        if dv is not None:
+            codes = SparseCodes.unflatten(v, tensors[i * CODES_FLAT : (i + 1) * CODES_FLAT])
+            uses.append((codes.with_inverse(len(w_encs[0]), impl), dv))
+    none: list[torch.Tensor | None] = [None] * S
+    dxs, dws, dbs, sums = (none.copy() for _ in range(4))
+    wanted = [s for s in range(S) if uses and any(needs[i * S + s] for i in (1, 2, 3))]
+    # all streams at once, or the few that are trained one by one
+    for part in [slice(0, S)] if len(wanted) == S else [slice(s, s + 1) for s in wanted]:
+        outs = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in w_encs[part]]
+        totals = [c.new_empty(len(c)) for c in latent_biases[part]]
+        for i, (codes, dv) in enumerate(uses):
+            inverse = (x[0] if codes.shared else x[part] for x in codes.inverse)
+            coef, gate = dv[part, None], codes.gathered[part, None]
+            latent_reduce_(outs, totals, *inverse, coef, None, gate, centred[part], dv.shape[2], i > 0, impl)
+        sums[part] = totals
+        dws[part] = outs
+    dcs = [dc if need else None for dc, need in zip(sums, needs[3 * S : 4 * S], strict=True)]
+    dws = [dw if need else None for dw, need in zip(dws, needs[S : 2 * S], strict=True)]
+    for s in range(S):
+        if needs[s]:
+            for codes, dv in uses:
+                one = slice(s, s + 1)
+                dpre = torch.where(codes.gathered[one] <= 0, 0.0, dv[one])
+                part = gather_sum(codes.indices_of(s), dpre, w_encs[s], None, impl)[0]
+                dxs[s] = part if dxs[s] is None else dxs[s] + part
+    bias_streams = [s for s in range(S) if uses and needs[2 * S + s]]
+    if bias_streams:
+        args = ([group[s] for s in bias_streams] for group in (w_encs, sums, pre_biases))
+        for s, db in zip(bias_streams, pre_bias_grads(*args, impl), strict=True):
+            dbs[s] = db
+    return [*dxs, *dws, *dbs, *dcs]
 
 
 def differentiable_values(

@@ -17,16 +17,18 @@ rounded. Programs of one column slab run next to each other, so that the slab of
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 
 from ..core._triton import tl, tl_dtype, triton
 from ..core.numerics import acc_dtype, csr, is_host_readable
-from ..core.plan import launch
+from ..core.recorder import launch
 from ..core.registry import register
 from ..core.target import interpreted
 from ..launch.device import capability, cdiv, dot_precision
-from ..launch.gather import gather_chunk, gather_config
+from ..launch.gather import GatherConfig, gather_chunk, gather_config
 
 
 @triton.jit
@@ -37,26 +39,97 @@ def _split_columns(x, DTYPE: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr
     return tl.reshape(tl.permute(tl.join(high, low), (0, 2, 1)), (ROWS, 16))
 
 
-@triton.jit(do_not_specialize=["error_source", "tiles"])
+@triton.jit
+def pick(items, i, T: tl.constexpr):
+    """items[i] for an i known at run time only."""
+    item = items[0]
+    for t in tl.static_range(1, T):
+        item = tl.where(i == t, items[t], item)
+    return item
+
+
+@triton.jit(do_not_specialize=["error_sources", "tiles"])
 def _gather_kernel(
-    idx_ptr, v_ptr, w_ptr, bias_ptr, x_ptr, count_ptr, coef_ptr, list_position_ptr,
-    e_ptr, error_ptr, g_ptr, h_ptr, sq_ptr, dot_ptr,
-    B, K, D, N, stride_wn, stride_xs, stride_xb, stride_ob, error_source, tiles,
-    S: tl.constexpr, K_PAD: tl.constexpr, BLOCK_D: tl.constexpr,
+    idx_ptr, v_ptr, w_ptrs, bias_ptrs, x_ptrs, count_ptr, coef_ptr, list_position_ptr,
+    e_ptrs, error_ptrs, g_ptrs, h_ptrs, sq_ptr, dot_ptr,
+    B, K, widths, N, strides_wn, strides_xs, strides_xb, strides_ob, stride_idx, stride_v, stride_count,
+    error_sources, tiles,
+    T: tl.constexpr, S: tl.constexpr, K_PAD: tl.constexpr, BLOCK_D: tl.constexpr,
     SPLIT: tl.constexpr, DTYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Every pointer but idx and w is optional; a None input or output is compiled out.
+    """T problems, each with its own W, width D, bias, x and outputs; program (slab, b), the problems' slabs in a row.
 
-    Inputs: v (without it E = x), bias, x, count (None: all K columns are valid). Outputs: e [S, B, D]; error [B, D] =
-    e[error_source]; g [B, D] = sum_s coef_s e_s; h [B * K, D], whose row list_position[p] is sum_s coef_s v_s e_s of
-    place p; sq [slabs, S, B]; dot [slabs, S, B, K]. Sources with coef 0 are excluded from g and h, even if their errors
-    are not finite.
+    Every pointer but idx and w is optional; a None input or output is compiled out. Strides of 0 share idx (and
+    list_position), v or count among the problems.
+
+    Inputs: v (without it E = x), bias, x, count (None: all K columns are valid), coef [T, S, B]. Outputs: e [S, B, D];
+    error [B, D] = e[source], the problem's 3 bits of error_sources; g [B, D] = sum_s coef_s e_s; h [B * K, D], whose
+    row list_position[p] is sum_s coef_s v_s e_s of place p; sq [all slabs, S, B]; dot [all slabs, S, B, K]. Sources
+    with coef 0 are excluded from g and h, even if their errors are not finite.
     """
     SUM: tl.constexpr = v_ptr is not None
     DOT: tl.constexpr = dot_ptr is not None
     pid = tl.program_id(0)
-    slab = pid // B  # slow axis
+    slab_out = pid // B  # slow axis
     b = (pid % B).to(tl.int64)
+    slab = slab_out
+    D = widths[0]
+    w_ptr = w_ptrs[0]
+    stride_wn = strides_wn[0]
+    if bias_ptrs is not None:
+        bias_ptr = bias_ptrs[0]
+    if x_ptrs is not None:
+        x_ptr = x_ptrs[0]
+        stride_xs = strides_xs[0]
+        stride_xb = strides_xb[0]
+    if e_ptrs is not None:
+        e_ptr = e_ptrs[0]
+    if strides_ob is not None:
+        stride_ob = strides_ob[0]
+    if error_ptrs is not None:
+        error_ptr = error_ptrs[0]
+    if g_ptrs is not None:
+        g_ptr = g_ptrs[0]
+    if h_ptrs is not None:
+        h_ptr = h_ptrs[0]
+    if T > 1:
+        problem = tl.zeros((), tl.int32)
+        first = tl.zeros((), tl.int32)  # slab of the problem
+        for t in tl.static_range(1, T):
+            total = tl.cdiv(widths[t - 1], BLOCK_D)
+            first += tl.cdiv(total, tl.minimum(tiles, total))
+            here = slab_out >= first
+            problem = tl.where(here, t, problem)
+            slab = tl.where(here, slab_out - first, slab)
+        D = pick(widths, problem, T)
+        tiles = tl.minimum(tiles, tl.cdiv(D, BLOCK_D))
+        w_ptr = pick(w_ptrs, problem, T)
+        stride_wn = pick(strides_wn, problem, T)
+        if bias_ptrs is not None:
+            bias_ptr = pick(bias_ptrs, problem, T)
+        if x_ptrs is not None:
+            x_ptr = pick(x_ptrs, problem, T)
+            stride_xs = pick(strides_xs, problem, T)
+            stride_xb = pick(strides_xb, problem, T)
+        if e_ptrs is not None:
+            e_ptr = pick(e_ptrs, problem, T)
+        if strides_ob is not None:
+            stride_ob = pick(strides_ob, problem, T)
+        if error_ptrs is not None:
+            error_ptr = pick(error_ptrs, problem, T)
+        if g_ptrs is not None:
+            g_ptr = pick(g_ptrs, problem, T)
+        if h_ptrs is not None:
+            h_ptr = pick(h_ptrs, problem, T)
+            list_position_ptr += problem.to(tl.int64) * stride_idx
+        idx_ptr += problem.to(tl.int64) * stride_idx
+        if SUM:
+            v_ptr += problem.to(tl.int64) * stride_v
+        if count_ptr is not None:
+            count_ptr += problem * stride_count
+        if coef_ptr is not None:
+            coef_ptr += problem.to(tl.int64) * (S * B)
+        error_sources = (error_sources >> (3 * problem)) & 7
     COLS: tl.constexpr = 8 if SPLIT else 16
     offs_k = tl.arange(0, K_PAD)
     offs_s = tl.arange(0, COLS)
@@ -83,7 +156,7 @@ def _gather_kernel(
     if coef_ptr is not None:
         coef = tl.load(coef_ptr + offs_s * B + b, mask=mask_s, other=0.0).to(ACC)  # [COLS]
         active = (coef != 0.0)[None, :]
-    if h_ptr is not None:
+    if h_ptrs is not None:
         weighted = tl.where(active, v * coef[None, :], 0.0)
         if SPLIT:
             h_op = _split_columns(weighted, DTYPE, K_PAD, ACC)
@@ -104,27 +177,27 @@ def _gather_kernel(
                 e = tl.sum(tl.reshape(r, (BLOCK_D, 2, 8)), 1)
             else:
                 e = r
-            if bias_ptr is not None:
+            if bias_ptrs is not None:
                 e += tl.load(bias_ptr + cols, mask=mask_d, other=0.0).to(ACC)[:, None]
-            if x_ptr is not None:
+            if x_ptrs is not None:
                 e -= tl.load(x_ptr + b * stride_xb + cols, mask=mask_d, other=0.0).to(ACC)[:, None]
         else:
             e = tl.load(
                 x_ptr + offs_s[None, :].to(tl.int64) * stride_xs + b * stride_xb + cols[:, None],
                 mask=mask_s[None, :] & mask_d[:, None], other=0.0,
             ).to(ACC)  # fmt: skip  # [BLOCK_D, COLS]
-        if e_ptr is not None:
+        if e_ptrs is not None:
             tl.store(
                 e_ptr + (offs_s[None, :] * B + b) * D + cols[:, None], e.to(e_ptr.dtype.element_ty),
                 mask=mask_s[None, :] & mask_d[:, None],
             )  # fmt: skip
-        if error_ptr is not None:
-            error = tl.sum(tl.where(offs_s[None, :] == error_source, e, 0.0), 1)
+        if error_ptrs is not None:
+            error = tl.sum(tl.where(offs_s[None, :] == error_sources, e, 0.0), 1)
             tl.store(error_ptr + b * stride_ob + cols, error.to(error_ptr.dtype.element_ty), mask=mask_d)
-        if g_ptr is not None:
+        if g_ptrs is not None:
             g = tl.sum(tl.where(active, coef[None, :] * e, 0.0), 1)
             tl.store(g_ptr + b * stride_ob + cols, g, mask=mask_d)
-        if h_ptr is not None:
+        if h_ptrs is not None:
             e_h = tl.where(active, e, 0.0).to(DTYPE)
             if SPLIT:  # both halves of the weights multiply the same errors
                 e_h = tl.reshape(tl.permute(tl.join(e_h, e_h), (0, 2, 1)), (BLOCK_D, 16))
@@ -141,7 +214,7 @@ def _gather_kernel(
             else:
                 e_op = e.to(DTYPE)
             acc = tl.dot(w, e_op, acc, input_precision=PRECISION, out_dtype=ACC)
-    out = (slab * S + offs_s).to(tl.int64) * B + b
+    out = (slab_out * S + offs_s).to(tl.int64) * B + b
     if sq_ptr is not None:
         tl.store(sq_ptr + out, tl.sum(sq, 0), mask=mask_s)
     if DOT:
@@ -153,110 +226,189 @@ def _gather_kernel(
         tl.store(dot_ptr + out[None, :] * K + offs_k[:, None], dot, mask=mask_s[None, :] & mask_k[:, None])
 
 
-def launch_gather(
-    indices, values, w, bias, x, *, count=None, coef=None, list_position=None, err_out=None, error_out=None,
-    error_source=0, dbias_rows=None, h_out=None, sq_err=False, dot=False,
-):  # fmt: skip
-    """Run the gather kernel into the given outputs.
+MAX_GATHERS = 8  # problems of one launch; the kernel has 3 bits for each one's error source
 
-    Outputs may be slices of columns (last stride 1), but `err_out` and `h_out` are contiguous, and `error_out` and
-    `dbias_rows` share their row stride.
+
+def slabs_of(config: GatherConfig, d: int) -> int:
+    """Slabs of columns into which one launch splits a problem.
 
     Args:
-        indices: int64 [B, k].
-        values: [S, B, k]; None: E = x.
-        w: [N, d].
-        bias: [d], or None.
-        x: [B, d] with values, else [S, B, d]; or None.
-        count: int32 [], the valid columns of indices; None: all.
-        coef: [S, B], for dbias_rows and h_out.
-        list_position: int32 [B * k], the row of h_out for each place.
-        err_out: [S, B, d], receives E.
-        error_out: [B, d], receives E of error_source.
-        error_source: source of error_out.
-        dbias_rows: [B, d], receives sum_s coef E.
-        h_out: [B * k, d], receives H.
+        config: `gather_config` of the widest problem of the launch.
+        d: columns of the problem.
+    """
+    total = cdiv(d, config.block_d)
+    return cdiv(total, min(config.tiles, total))
+
+
+def launch_gathers(
+    indices, values, ws, biases, xs, *, count=None, coef=None, list_position=None, err_outs=None, error_outs=None,
+    error_sources=None, dbias_rows=None, h_outs=None, sq_err=False, dot=False,
+):  # fmt: skip
+    """Run T problems of the gather kernel in one launch, into the given outputs.
+
+    The problems have one B, k, N, S and dtype, and the same optional parts; widths and strides may differ. Outputs may
+    be slices of columns (last stride 1), but those of `err_outs` and `h_outs` are contiguous, and `error_outs[t]` and
+    `dbias_rows[t]` share their row stride. Where k needs chunks, or T > 8, there are several launches.
+
+    Args:
+        indices: int64 [B, k] for all problems, or [T, B, k].
+        values: [S, B, k] for all problems, or [T, S, B, k]; None: E = x.
+        ws: T weights [N, d_t].
+        biases: T biases [d_t], or None.
+        xs: T tensors [B, d_t] with values, else [S, B, d_t] or [B, d_t] for one source; or None.
+        count: int32 [] for all problems, or [T]: the valid columns of indices; None: all.
+        coef: [T, S, B], for dbias_rows and h_outs.
+        list_position: int32 [B * k], or [T, B * k] with own indices: the row of h_out for each place.
+        err_outs: T tensors [S, B, d_t], receive E.
+        error_outs: T tensors [B, d_t], receive E of error_sources.
+        error_sources: T sources, each problem's of error_outs.
+        dbias_rows: T tensors [B, d_t], receive sum_s coef E.
+        h_outs: T tensors [B * k, d_t], receive H.
         sq_err: compute |E|^2.
         dot: compute <W[I_j], E>.
 
     Returns:
-        |E|^2 [slabs, S, B] and dots [slabs, S, B, k], to be summed over slabs; None if not requested.
+        |E|^2 [sum of slabs, S, B] and dots [sum of slabs, S, B, k], to be summed over each problem's slabs; None if not
+        requested. The slabs of each problem, a tuple of T; those of problem 0 come first.
     """
-    B, k = indices.shape
-    n, d = w.shape
-    acc = acc_dtype(w.dtype)
-    if k > gather_chunk(w.element_size(), capability(w.device)):
-        return _launch_gather_in_chunks(
-            indices, values, w, bias, x, count=count, coef=coef, err_out=err_out, error_out=error_out,
-            error_source=error_source, dbias_rows=dbias_rows, sq_err=sq_err, dot=dot,
+    T, (B, k), (n, _) = len(ws), indices.shape[-2:], ws[0].shape
+    arch, itemsize = capability(ws[0].device), ws[0].element_size()
+    if T > MAX_GATHERS or k > gather_chunk(itemsize, arch):
+        return _launch_gathers_apart(
+            indices, values, ws, biases, xs, count=count, coef=coef, list_position=list_position, err_outs=err_outs,
+            error_outs=error_outs, error_sources=error_sources, dbias_rows=dbias_rows, h_outs=h_outs, sq_err=sq_err,
+            dot=dot,
         )  # fmt: skip
-    device = w.device
-    S = values.shape[0] if values is not None else x.shape[0]
-    config = gather_config(k, d, n, w.element_size(), capability(device))
-    slabs = cdiv(d, config.block_d * config.tiles)
+    device, dtype, acc = ws[0].device, ws[0].dtype, acc_dtype(ws[0].dtype)
+    widths = tuple(w.shape[1] for w in ws)
+    config = gather_config(k, max(widths), n, itemsize, arch)
+    config = replace(config, tiles=min(config.tiles, cdiv(max(widths), config.block_d)))
+    slabs = tuple(slabs_of(config, d) for d in widths)
     indices = indices.contiguous()
-    w = w if w.stride(1) == 1 else w.contiguous()
-    if bias is not None:
-        bias = bias.contiguous()
+    ws = tuple(w if w.stride(1) == 1 else w.contiguous() for w in ws)
+    if biases is not None:
+        biases = tuple(bias.contiguous() for bias in biases)
     if values is not None:
         values = values.to(acc).contiguous()
     if coef is not None:
         coef = coef.to(acc).contiguous()
-    if x is not None and x.stride(-1) != 1:
-        x = x.contiguous()
-    sq_part = torch.empty(slabs, S, B, device=device, dtype=acc) if sq_err else None
-    dot_part = torch.empty(slabs, S, B, k, device=device, dtype=acc) if dot else None
-    half = w.dtype in (torch.bfloat16, torch.float16)
+    if xs is not None:
+        xs = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in xs)
+    S = _sources(values, xs)
+    sq_part = torch.empty(sum(slabs), S, B, device=device, dtype=acc) if sq_err else None
+    dot_part = torch.empty(sum(slabs), S, B, k, device=device, dtype=acc) if dot else None
+    rows_out = error_outs or dbias_rows
+    half = dtype in (torch.bfloat16, torch.float16)
     # the interpreter multiplies bf16 wrongly: there the operands stay fp32, and the low half is zero
-    operand = tl.float32 if half and interpreted() else tl_dtype(w.dtype)
+    operand = tl.float32 if half and interpreted() else tl_dtype(dtype)
     # bandwidth-bound: tf32 would not be faster, so float32 never uses it here
-    precision = "ieee" if w.dtype != torch.float32 else dot_precision(capability(device), False)
-    launch(_gather_kernel, (slabs * B,))(
-        indices, values, w, bias, x, count, coef, list_position, err_out, error_out, dbias_rows, h_out,
-        sq_part, dot_part,
-        B, k, d, n, w.stride(0),
-        x.stride(0) if x is not None and x.dim() == 3 else 0, x.stride(-2) if x is not None else 0,
-        next((t.stride(0) for t in (error_out, dbias_rows) if t is not None), 0), error_source, config.tiles,
-        S=S, K_PAD=config.k_pad, BLOCK_D=config.block_d, SPLIT=half,
+    precision = "ieee" if dtype != torch.float32 else dot_precision(arch, False)
+    launch(_gather_kernel, (sum(slabs) * B,))(
+        indices, values, ws, biases, xs, count, coef, list_position,
+        *(outs and tuple(outs) for outs in (err_outs, error_outs, dbias_rows, h_outs)), sq_part, dot_part,
+        B, k, widths, n, tuple(w.stride(0) for w in ws),
+        None if xs is None else tuple(x.stride(0) if x.dim() == 3 else 0 for x in xs),
+        None if xs is None else tuple(x.stride(-2) for x in xs),
+        rows_out and tuple(out.stride(0) for out in rows_out),
+        0 if indices.dim() == 2 else B * k, 0 if values is None or values.dim() == 3 else S * B * k,
+        0 if count is None or count.dim() == 0 else count.stride(0),
+        sum(source << 3 * t for t, source in enumerate(error_sources or ())), config.tiles,
+        T=T, S=S, K_PAD=config.k_pad, BLOCK_D=config.block_d, SPLIT=half,
         DTYPE=operand, ACC=tl_dtype(acc), PRECISION=precision,
-        STAGES=config.num_stages, num_warps=config.num_warps, **config.registers(capability(device)),
+        STAGES=config.num_stages, num_warps=config.num_warps, **config.registers(arch),
     )  # fmt: skip
-    return sq_part, dot_part
+    return sq_part, dot_part, slabs
+
+
+def _sources(values, xs):
+    """Number of sources: of the values, or of the xs without them."""
+    if values is not None:
+        return values.shape[-3]
+    return xs[0].shape[0] if xs[0].dim() == 3 else 1
+
+
+def _launch_gathers_apart(
+    indices, values, ws, biases, xs, *, count, coef, list_position, err_outs, error_outs, error_sources, dbias_rows,
+    h_outs, sq_err, dot,
+):  # fmt: skip
+    """Run `launch_gathers` problem by problem, in chunks where k needs them."""
+    chunked = indices.shape[-1] > gather_chunk(ws[0].element_size(), capability(ws[0].device))
+    parts = []
+    for t in range(len(ws)):
+        own = slice(t, t + 1)
+        shared = dict(
+            count=count if count is None or count.dim() == 0 else count[t], coef=coef if coef is None else coef[own],
+            sq_err=sq_err, dot=dot,
+        )  # fmt: skip
+        lists = dict(
+            err_outs=err_outs, error_outs=error_outs, error_sources=error_sources, dbias_rows=dbias_rows,
+        )  # fmt: skip
+        lists = {name: items and items[own] for name, items in lists.items()}
+        run = _launch_gather_in_chunks
+        if not chunked:
+            run, lists["h_outs"] = launch_gathers, h_outs and h_outs[own]
+            shared["list_position"] = list_position
+            if list_position is not None and list_position.dim() == 2:
+                shared["list_position"] = list_position[t]
+        parts.append(run(
+            indices if indices.dim() == 2 else indices[t], values if values is None or values.dim() == 3 else values[t],
+            ws[own], biases and biases[own], xs and xs[own], **shared, **lists,
+        ))  # fmt: skip
+    sqs, dots, slabs = zip(*parts, strict=True)
+    return torch.cat(sqs) if sq_err else None, torch.cat(dots) if dot else None, tuple(sum(slabs, ()))
 
 
 def _launch_gather_in_chunks(
-    indices, values, w, bias, x, *, count, coef, err_out, error_out, error_source, dbias_rows, sq_err, dot
+    indices, values, ws, biases, xs, *, count, coef, err_outs, error_outs, error_sources, dbias_rows, sq_err, dot
 ):  # fmt: skip
-    """Run `launch_gather` on a few of the k rows at a time, with E in memory between the launches."""
-    (B, k), chunk, acc = indices.shape, gather_chunk(w.element_size(), capability(w.device)), acc_dtype(w.dtype)
+    """Run `launch_gathers` for one problem on a few of the k rows at a time, with E in memory between the launches."""
+    (B, k), w = indices.shape, ws[0]
+    chunk, acc = gather_chunk(w.element_size(), capability(w.device)), acc_dtype(w.dtype)
     parts = [slice(j, min(j + chunk, k)) for j in range(0, k, chunk)]
     counts = [None if count is None else (count - part.start).clamp(min=0) for part in parts]
-    error = x
+    error = xs and xs[0]
     if values is not None:
         S, d = values.shape[0], w.shape[1]
         error = torch.zeros(S, B, d, device=w.device, dtype=acc)
         for part, left in zip(parts, counts, strict=True):
             added = torch.empty_like(error)
-            launch_gather(indices[:, part], values[..., part], w, None, None, count=left, err_out=added)
+            launch_gathers(indices[:, part], values[..., part], ws, None, None, count=left, err_outs=[added])
             error += added
-        if bias is not None:
-            error += bias
-        if x is not None:
-            error -= x
-    if err_out is not None:
-        err_out.copy_(error)
-    if error_out is not None:
-        error_out.copy_(error[error_source])
+        if biases is not None:
+            error += biases[0]
+        if xs is not None:
+            error -= xs[0]
+    elif error.dim() == 2:
+        error = error[None]
+    if err_outs is not None:
+        err_outs[0].copy_(error)
+    if error_outs is not None:
+        error_outs[0].copy_(error[error_sources[0]])
     if dbias_rows is not None:
-        active = (coef != 0)[..., None]
-        dbias_rows.copy_(torch.where(active, coef[..., None] * error, 0.0).sum(0))
+        active = (coef[0] != 0)[..., None]
+        dbias_rows[0].copy_(torch.where(active, coef[0][..., None] * error, 0.0).sum(0))
     dots = None
     if dot:
         dots = [
-            launch_gather(indices[:, part], None, w, None, error, count=left, dot=True)[1].sum(0)
+            launch_gathers(indices[:, part], None, ws, None, [error], count=left, dot=True)[1].sum(0)
             for part, left in zip(parts, counts, strict=True)
         ]
-    return error.square().sum(2)[None] if sq_err else None, None if dots is None else torch.cat(dots, 2)[None]
+    return error.square().sum(2)[None] if sq_err else None, None if dots is None else torch.cat(dots, 2)[None], (1,)
+
+
+def launch_gather(
+    indices, values, w, bias, x, *, count=None, coef=None, list_position=None, err_out=None, error_out=None,
+    error_source=0, dbias_rows=None, h_out=None, sq_err=False, dot=False,
+):  # fmt: skip
+    """Run `launch_gathers` for one problem; see there. Returns |E|^2 and the dots, without the slabs."""
+    bias, x, err_out, error_out, dbias_rows, h_out = (
+        None if t is None else [t] for t in (bias, x, err_out, error_out, dbias_rows, h_out)
+    )
+    return launch_gathers(
+        indices, values, [w], bias, x, count=count, coef=None if coef is None else coef[None],
+        list_position=list_position, err_outs=err_out, error_outs=error_out, error_sources=[error_source],
+        dbias_rows=dbias_rows, h_outs=h_out, sq_err=sq_err, dot=dot,
+    )[:2]  # fmt: skip
 
 
 def _sum_slabs(part):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..core._triton import tl, triton
-from ..core.plan import launch
+from ..core.recorder import launch
 from ..core.registry import register, resolve_impl
 from ..core.validation import check_int, require
 from ..launch.device import cdiv

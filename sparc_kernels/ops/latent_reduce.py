@@ -7,10 +7,12 @@ import torch.nn.functional as F
 
 from ..core._triton import tl, tl_dtype, triton
 from ..core.numerics import acc_dtype, csr, is_host_readable
-from ..core.plan import launch
+from ..core.recorder import launch
 from ..core.registry import register
+from ..launch.budgets import PARTIAL_BYTES
 from ..launch.device import capability, cdiv
 from ..launch.reduce import finish_warps, reduce_chunk, reduce_config
+from .gather import pick
 from .inverse_index import InverseIndex
 from .records import WeightedLists
 
@@ -59,23 +61,46 @@ def sum_entries(
 
 
 @triton.jit
+def _problem_of(tile, widths, T: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Problem of a tile of columns, when the problems' tiles follow one another; its tile there, its first column."""
+    problem = tl.zeros((), tl.int32)
+    own = tile
+    column = tl.zeros((), tl.int32)
+    first = tl.zeros((), tl.int32)
+    before = tl.zeros((), tl.int32)
+    for t in tl.static_range(1, T):
+        first += tl.cdiv(widths[t - 1], BLOCK_D)
+        before += widths[t - 1]
+        here = tile >= first
+        problem = tl.where(here, t, problem)
+        own = tl.where(here, tile - first, own)
+        column = tl.where(here, before, column)
+    return problem, own, column
+
+
+@triton.jit
 def _latent_reduce_kernel(
-    order_ptr, offsets_ptr, ids_ptr, coef_ptr, scale_ptr, gate_ptr, mat_ptr, out_ptr, sum_ptr, part_ptr, part_sum_ptr,
-    M, ROWS, K, D, N, stride_ms, stride_mr, stride_on,
-    S: tl.constexpr, ADD: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
-    ACC: tl.constexpr,
+    order_ptr, offsets_ptr, ids_ptr, coef_ptr, scale_ptr, gate_ptr, mat_ptrs, out_ptrs, sum_ptrs, part_ptr,
+    part_sum_ptr, M, ROWS, K, widths, D, N, stride_m, stride_o, stride_c, strides_ms, strides_mr, strides_on,
+    T: tl.constexpr, S: tl.constexpr, ADD: tl.constexpr, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One program: one chunk of one latent's list, one tile of columns.
+    """One program: one chunk of one latent's list, one tile of columns of one of T problems.
 
     Program n < N takes the first CHUNK entries of latent n. A later chunk begins in exactly one block [q CHUNK, (q + 1)
     CHUNK) of the sorted places, and its latent owns place q CHUNK: program N + q takes it, if there is one. So no work
     list is needed.
 
-    Sums as in `sum_entries`. ADD adds them to `out` and `sum`; latents with an empty list are then not touched. sum_ptr
-    may be None.
+    Sums as in `sum_entries`. ADD adds them to `out` and `sum`; latents with an empty list are then not touched.
+    sum_ptrs may be None. Strides of 0 share the lists (stride_m, stride_o) or coef and gate (stride_c) among the
+    problems; scale is [T, S, ROWS]. D is the sum of the widths.
     """
     pid = tl.program_id(0)
-    tile = tl.program_id(1)
+    problem, tile, column = _problem_of(tl.program_id(1), widths, T, BLOCK_D)
+    width = pick(widths, problem, T)
+    order_ptr += problem.to(tl.int64) * stride_m
+    offsets_ptr += problem.to(tl.int64) * stride_o
+    ids_ptr += problem.to(tl.int64) * stride_m
     later = pid >= N
     first = tl.maximum(pid - N, 0) * CHUNK
     owner = tl.load(ids_ptr + first, mask=later, other=0)
@@ -90,91 +115,141 @@ def _latent_reduce_kernel(
         high = tl.minimum(low + CHUNK, end)
         if (low < end) | ((chunk == 0) & (ADD == 0)):
             cols = tile * BLOCK_D + tl.arange(0, BLOCK_D)
-            mask_d = cols < D
+            mask_d = cols < width
+            if coef_ptr is not None:
+                coef_ptr += problem.to(tl.int64) * stride_c
+            if gate_ptr is not None:
+                gate_ptr += problem.to(tl.int64) * stride_c
+            if scale_ptr is not None:
+                scale_ptr += problem.to(tl.int64) * (S * ROWS)
             acc, total = sum_entries(
-                order_ptr, coef_ptr, scale_ptr, gate_ptr, mat_ptr, low, high, cols, mask_d, M, ROWS, K, stride_ms,
-                stride_mr, S, BLOCK_E, BLOCK_D, ACC,
+                order_ptr, coef_ptr, scale_ptr, gate_ptr, pick(mat_ptrs, problem, T), low, high, cols, mask_d, M, ROWS,
+                K, pick(strides_ms, problem, T), pick(strides_mr, problem, T), S, BLOCK_E, BLOCK_D, ACC,
             )  # fmt: skip
             if end - begin <= CHUNK:
-                out_row = out_ptr + n.to(tl.int64) * stride_on + cols
+                out_row = pick(out_ptrs, problem, T) + n.to(tl.int64) * pick(strides_on, problem, T) + cols
                 if ADD:
                     acc += tl.load(out_row, mask=mask_d, other=0.0).to(ACC)
-                tl.store(out_row, acc.to(out_ptr.dtype.element_ty), mask=mask_d)
-                if sum_ptr is not None:
+                tl.store(out_row, acc.to(out_ptrs[0].dtype.element_ty), mask=mask_d)
+                if sum_ptrs is not None:
                     if tile == 0:
+                        sum_ptr = pick(sum_ptrs, problem, T) + n
                         total_sum = tl.sum(total, 0)
                         if ADD:
-                            total_sum += tl.load(sum_ptr + n).to(ACC)
-                        tl.store(sum_ptr + n, total_sum.to(sum_ptr.dtype.element_ty))
+                            total_sum += tl.load(sum_ptr).to(ACC)
+                        tl.store(sum_ptr, total_sum.to(sum_ptrs[0].dtype.element_ty))
             else:  # at most one first and one later chunk of split lists begin in a block: two slots
                 slot = (2 * (low // CHUNK) + (chunk > 0).to(tl.int32)).to(tl.int64)
-                tl.store(part_ptr + slot * D + cols, acc, mask=mask_d)
-                if sum_ptr is not None:
+                tl.store(part_ptr + slot * D + column + cols, acc, mask=mask_d)
+                if sum_ptrs is not None:
                     if tile == 0:
-                        tl.store(part_sum_ptr + slot, tl.sum(total, 0))
+                        tl.store(part_sum_ptr + slot * T + problem, tl.sum(total, 0))
 
 
 @triton.jit
 def _latent_finish_kernel(
-    offsets_ptr, ids_ptr, part_ptr, part_sum_ptr, out_ptr, sum_ptr, D, N, stride_on,
-    ADD: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
+    offsets_ptr, ids_ptr, part_ptr, part_sum_ptr, out_ptrs, sum_ptrs, widths, D, N, stride_m, stride_o, strides_on,
+    T: tl.constexpr, ADD: tl.constexpr, CHUNK: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Sum the chunks of one split list in order, in the program of the block where its second chunk begins."""
     first = tl.program_id(0) * CHUNK
-    tile = tl.program_id(1)
-    n = tl.load(ids_ptr + first)
+    problem, tile, column = _problem_of(tl.program_id(1), widths, T, BLOCK_D)
+    offsets_ptr += problem.to(tl.int64) * stride_o
+    n = tl.load(ids_ptr + problem.to(tl.int64) * stride_m + first)
     if (n >= 0) & (n < N):
         begin = tl.load(offsets_ptr + n)
         count = tl.load(offsets_ptr + n + 1) - begin
         second = begin + CHUNK
         if (count > CHUNK) & (second >= first) & (second < first + CHUNK):
             cols = tile * BLOCK_D + tl.arange(0, BLOCK_D)
-            mask_d = cols < D
-            out_row = out_ptr + n.to(tl.int64) * stride_on + cols
+            mask_d = cols < pick(widths, problem, T)
+            out_row = pick(out_ptrs, problem, T) + n.to(tl.int64) * pick(strides_on, problem, T) + cols
             acc = tl.zeros((BLOCK_D,), ACC)
             total = tl.zeros((1,), ACC)
             for c in range(tl.cdiv(count, CHUNK)):
                 slot = 2 * (begin // CHUNK + c).to(tl.int64)
                 if c > 0:
                     slot += 1
-                acc += tl.load(part_ptr + slot * D + cols, mask=mask_d, other=0.0)
-                if sum_ptr is not None:
-                    total += tl.load(part_sum_ptr + slot)
+                acc += tl.load(part_ptr + slot * D + column + cols, mask=mask_d, other=0.0)
+                if sum_ptrs is not None:
+                    total += tl.load(part_sum_ptr + slot * T + problem)
             if ADD:
                 acc += tl.load(out_row, mask=mask_d, other=0.0).to(ACC)
-            tl.store(out_row, acc.to(out_ptr.dtype.element_ty), mask=mask_d)
-            if sum_ptr is not None:
+            tl.store(out_row, acc.to(out_ptrs[0].dtype.element_ty), mask=mask_d)
+            if sum_ptrs is not None:
                 if tile == 0:
-                    sums = sum_ptr + n + tl.arange(0, 1)
+                    sums = pick(sum_ptrs, problem, T) + n + tl.arange(0, 1)
                     if ADD:
                         total += tl.load(sums).to(ACC)
-                    tl.store(sums, total.to(sum_ptr.dtype.element_ty))
+                    tl.store(sums, total.to(sum_ptrs[0].dtype.element_ty))
+
+
+def launch_reduces(*, outs, sums, order, offsets, ids, coef, scale, gate, mats, k, add):
+    """Run the kernels of `latent_reduce_` for T problems, in as few launches as their widths and the scratch allow.
+
+    As in `latent_reduce_`, but outs may be slices of columns, and coef None means that mats [M, d_t] have their rows in
+    list order. Neighbours share a launch if their lists are split alike, their tiles are about as wide and their
+    partial sums stay within PARTIAL_BYTES together.
+    """
+    M, arch, S = order.shape[-1], capability(mats[0].device), _sources(coef)
+    widths = [out.shape[1] for out in outs]
+    settings = [(reduce_config(d, arch, S).block_d, reduce_chunk(M, d)) for d in widths]
+    first = 0
+    while first < len(mats):
+        (low, chunk), last = settings[first], first + 1
+        high = low
+        while last < len(mats) and settings[last][1] == chunk:
+            low, high = min(low, settings[last][0]), max(high, settings[last][0])
+            if high > 2 * low or 8 * cdiv(M, chunk) * sum(widths[first : last + 1]) > PARTIAL_BYTES:
+                break
+            last += 1
+        part = slice(first, last)
+        _launch_reduce(
+            outs[part], sums[part] if sums else None, *(t if t.dim() == 1 else t[part] for t in (order, offsets, ids)),
+            *(t if t is None or t.dim() < 4 else t[part] for t in (coef, gate)), None if scale is None else scale[part],
+            mats[part], k, add, chunk,
+        )  # fmt: skip
+        first = last
+
+
+def _sources(coef):
+    """Number of sources of `coef`, as `latent_reduce_` takes it; 1 without."""
+    return 1 if coef is None else coef.shape[1 if coef.dim() == 4 else 0]
+
+
+def _launch_reduce(outs, sums, order, offsets, ids, coef, gate, scale, mats, k, add, chunk):
+    """Run the kernels of `launch_reduces` once."""
+    M, n, T, acc = order.shape[-1], offsets.shape[-1] - 1, len(mats), acc_dtype(mats[0].dtype)
+    S, rows, arch = _sources(coef), mats[0].shape[-2], capability(mats[0].device)
+    widths, strides_on = zip(*((out.shape[1], out.stride(0)) for out in outs), strict=True)
+    config = reduce_config(max(widths), arch, S)
+    coef, scale, gate = (None if t is None else t.contiguous() for t in (coef, scale, gate))
+    mats = tuple(mat if mat.stride(-1) == 1 else mat.contiguous() for mat in mats)
+    outs, sums = tuple(outs), None if sums is None else tuple(sums)
+    blocks, tiles, total = cdiv(M, chunk), sum(cdiv(d, config.block_d) for d in widths), sum(widths)
+    part = torch.empty(2 * blocks, total, device=mats[0].device, dtype=acc)
+    part_sums = torch.empty(2 * blocks, T, device=mats[0].device, dtype=acc)
+    strides = (M, n + 1) if order.dim() == 2 else (0, 0)
+    common = dict(T=T, ADD=add, CHUNK=chunk, BLOCK_D=config.block_d, ACC=tl_dtype(acc))
+    launch(_latent_reduce_kernel, (n + blocks, tiles))(
+        order, offsets, ids, coef, scale, gate, mats, outs, sums, part, part_sums, M, rows, k, widths, total, n,
+        *strides, S * M if coef is not None and coef.dim() == 4 else 0, tuple(mat.stride(0) for mat in mats),
+        tuple(mat.stride(-2) for mat in mats), strides_on, S=S, BLOCK_E=config.block_e, num_warps=config.num_warps,
+        num_stages=1, **config.registers(arch), **common,
+    )  # fmt: skip
+    if chunk < M:  # else no list is split
+        launch(_latent_finish_kernel, (blocks, tiles))(
+            offsets, ids, part, part_sums, outs, sums, widths, total, n, *strides, strides_on,
+            num_warps=finish_warps(config.block_d), **common,
+        )  # fmt: skip
 
 
 def launch_reduce(*, out, sums, order, offsets, ids, coef, scale, gate, mat, k, add):
-    """Run the kernels of `latent_reduce_`; see there for the arguments.
-
-    `out` [N, d] may be a slice of columns. coef None: mat [M, d] has its rows in list order.
-    """
-    M, n = order.numel(), offsets.numel() - 1
-    S, (rows, d) = (1 if coef is None else mat.shape[0]), mat.shape[-2:]
-    acc = acc_dtype(mat.dtype)
-    config, chunk = reduce_config(d, capability(mat.device), S), reduce_chunk(M, d)
-    coef, scale, gate = (None if t is None else t.contiguous() for t in (coef, scale, gate))
-    if mat.stride(-1) != 1:
-        mat = mat.contiguous()
-    blocks, tiles = cdiv(M, chunk), cdiv(d, config.block_d)
-    part = torch.empty(2 * blocks, d, device=mat.device, dtype=acc)
-    part_sums = torch.empty(2 * blocks, device=mat.device, dtype=acc)
-    common = dict(ADD=add, CHUNK=chunk, BLOCK_D=config.block_d, ACC=tl_dtype(acc))
-    launch(_latent_reduce_kernel, (n + blocks, tiles))(
-        order, offsets, ids, coef, scale, gate, mat, out, sums, part, part_sums,
-        M, rows, k, d, n, mat.stride(0), mat.stride(-2), out.stride(0), S=S, BLOCK_E=config.block_e,
-        num_warps=config.num_warps, num_stages=1, **config.registers(capability(mat.device)), **common,
+    """Run `launch_reduces` for one problem."""
+    launch_reduces(
+        outs=[out], sums=None if sums is None else [sums], order=order, offsets=offsets, ids=ids, coef=coef,
+        scale=None if scale is None else scale[None], gate=gate, mats=[mat], k=k, add=add,
     )  # fmt: skip
-    launch(_latent_finish_kernel, (blocks, tiles))(
-        offsets, ids, part, part_sums, out, sums, d, n, out.stride(0), num_warps=finish_warps(config.block_d), **common
-    )
 
 
 def listed_torch(lists: WeightedLists):
@@ -234,7 +309,7 @@ def lists_torch(entries, weights, offsets, mat):
 
 
 def reduce_torch(*, out, sums, order, offsets, ids, coef, scale, gate, mat, k, add):
-    """Run `latent_reduce_` in torch; see there for the arguments."""
+    """Run `latent_reduce_` in torch for one problem."""
     S, _, d = mat.shape
     entries, weights, totals = listed_torch(WeightedLists(InverseIndex(order, offsets, ids), coef, scale, gate, mat, k))
     if sums is not None:
@@ -258,32 +333,43 @@ def reduce_torch(*, out, sums, order, offsets, ids, coef, scale, gate, mat, k, a
         out.copy_(out + list_sums if add else list_sums)
 
 
+def _reduces_torch(*, outs, sums, order, offsets, ids, coef, scale, gate, mats, k, add):
+    for t, (out, mat) in enumerate(zip(outs, mats, strict=True)):
+        lists = [part if part.dim() == 1 else part[t] for part in (order, offsets, ids)]
+        own_coef, own_gate = (part if part is None or part.dim() < 4 else part[t] for part in (coef, gate))
+        reduce_torch(
+            out=out, sums=sums[t] if sums else None, order=lists[0], offsets=lists[1], ids=lists[2], coef=own_coef,
+            scale=None if scale is None else scale[t], gate=own_gate, mat=mat if mat.dim() == 3 else mat[None], k=k,
+            add=add,
+        )  # fmt: skip
+
+
 latent_reduce_ = register(
     "latent_reduce_",
-    "(Tensor(a!) out, Tensor(b!)? sums, Tensor order, Tensor offsets, Tensor ids, Tensor coef, Tensor? scale,"
-    " Tensor? gate, Tensor mat, int k, bool add, str impl) -> ()",
-    torch_impl=reduce_torch,
-    triton_impl=launch_reduce,
+    "(Tensor(a!)[] outs, Tensor(b!)[] sums, Tensor order, Tensor offsets, Tensor ids, Tensor coef, Tensor? scale,"
+    " Tensor? gate, Tensor[] mats, int k, bool add, str impl) -> ()",
+    torch_impl=_reduces_torch,
+    triton_impl=launch_reduces,
     fake=lambda **_: None,
 )
-latent_reduce_.__doc__ = """Sum, for every latent, the rows that selected it.
+latent_reduce_.__doc__ = """Sum, for every latent, the rows that selected it; T problems with lists of one size.
 
-out[n] = sum over places p in list(n), sources s of c[s, p] * mat[s, p // k];  sums[n] = sum of c[s, p], where
-c[s, p] = coef[s, p] * scale[s, p // k], and 0 where gate[s, p] <= 0 or the scale is 0.
+outs[t][n] = sum over places p in list(n), sources s of c[s, p] * mats[t][s, p // k];  sums[t][n] = sum of c[s, p],
+where c[s, p] = coef[s, p] * scale[t, s, p // k], and 0 where gate[s, p] <= 0 or the scale is 0.
 
 Args:
-    out: [N, d] of any floating dtype.
-    sums: [N] of any floating dtype, or None.
-    order: int32, of an InverseIndex over rows * k places.
-    offsets: int32, of the InverseIndex.
-    ids: int32, of the InverseIndex.
-    coef: [S, rows, k] or [S, rows * k]. An entry of weight 0 skips its row (the torch path multiplies it: keep such
-        rows finite there).
-    scale: [S, rows], or None.
+    outs: T tensors [N, d_t] of one floating dtype.
+    sums: T tensors [N] of one floating dtype, or none.
+    order: int32 [M], of an InverseIndex over M = rows * k places for all problems, or [T, M].
+    offsets: int32 [N + 1] or [T, N + 1], of the InverseIndex.
+    ids: int32 [M] or [T, M], of the InverseIndex.
+    coef: [S, rows, k] for all problems, or [T, S, rows, k]. An entry of weight 0 skips its row (the torch path
+        multiplies it: keep such rows finite there).
+    scale: [T, S, rows], or None.
     gate: as coef, or None.
-    mat: [S, rows, d].
+    mats: T tensors [S, rows, d_t], or [rows, d_t] for one source.
     k: places per row.
-    add: add to out and sums; latents with an empty list are then not touched.
+    add: add to outs and sums; latents with an empty list are then not touched.
     impl: "triton" or "torch".
 """
 
@@ -302,5 +388,7 @@ def latent_reduce(lists: WeightedLists, dtype: torch.dtype, impl: str) -> tuple[
     n, mat = lists.inverse.offsets.numel() - 1, lists.mat
     out = mat.new_empty(n, mat.shape[-1], dtype=dtype)
     sums = mat.new_empty(n, dtype=acc_dtype(mat.dtype))
-    latent_reduce_(out, sums, *lists.tensors, lists.k, False, impl)
+    inverse, coef, scale, gate, mat, k = lists
+    scale = None if scale is None else scale[None]
+    latent_reduce_([out], [sums], *inverse, coef, scale, gate, [mat], k, False, impl)
     return out, sums

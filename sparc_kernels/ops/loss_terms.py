@@ -7,7 +7,7 @@ import torch
 
 from ..core._triton import tl, tl_dtype, triton
 from ..core.numerics import is_host_readable
-from ..core.plan import launch
+from ..core.recorder import launch
 from ..core.registry import register
 from ..core.target import interpreted
 from ..launch.device import capability, cdiv, next_power_of_2

@@ -11,7 +11,7 @@ import torch
 
 from ..core._triton import tl, tl_dtype, triton
 from ..core.numerics import acc_dtype, allow_tf32, is_host_readable, pad_width
-from ..core.plan import launch
+from ..core.recorder import launch
 from ..core.registry import register
 from ..core.side_stream import SideStream
 from ..core.target import interpreted

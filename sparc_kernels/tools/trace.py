@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from .. import reference
 from ..core._triton import HAS_TRITON
+from ..core.plan import without_plans
 from ..core.registry import operator_of
 from ..core.target import Target, as_target
 from ..launch.budgets import MAX_K
@@ -292,7 +293,7 @@ def as_on_gpu(arch: int, tf32: bool, recorded: list[Launch] | None = None, gpu_n
         return recorders[kernel][grid]
 
     recording = nullcontext() if recorded is None else replaced(KernelInterface, __getitem__=recorder)
-    with as_target(Target(arch, tf32, gpu_name=gpu_name)), recording:
+    with as_target(Target(arch, tf32, gpu_name=gpu_name)), without_plans(), recording:
         yield
 
 
@@ -330,7 +331,7 @@ def counted_launches() -> Iterator[Counter[str]]:
         counts[f"{kernel.fn.__module__}:{kernel.fn.__name__}"] += 1
         return look_up(kernel, grid)
 
-    with replaced(KernelInterface, __getitem__=count):
+    with without_plans(), replaced(KernelInterface, __getitem__=count):
         yield counts
 
 

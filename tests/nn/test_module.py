@@ -523,7 +523,7 @@ def test_one_hot_latent_on_every_row_and_no_positive_value(impl):
 
 
 def test_autocast_lays_the_encoders_side_by_side_for_the_library(monkeypatch):
-    from sparc_kernels.nn import module
+    from sparc_kernels.nn import forward, module
     from sparc_kernels.ops import encode, joint
 
     model, inputs = make(dtype=torch.float32)
@@ -539,7 +539,7 @@ def test_autocast_lays_the_encoders_side_by_side_for_the_library(monkeypatch):
     monkeypatch.setattr(module, "wants_joint", lambda w: True)
     seen = []
     monkeypatch.setattr(
-        module,
+        forward,
         "select_latents",
         lambda xs, ws, *a, **b: seen.extend(map(joint.joint, (xs, ws))) or encode.select_latents(xs, ws, *a, **b),
     )

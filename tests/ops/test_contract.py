@@ -206,7 +206,7 @@ def optimizer_operators(p, indices, inverse, values, coef, impl):
     errors = torch.stack([p.xs[0]] * 3)
     main = [*inverse, values, coef, None, errors]
     aux = [*inverse, values[:1], None, values[:1], errors[:1]]
-    bias = [p.latent_biases[0], ms[3], vs[3]]
+    dbias, halves = [like(params[2])], [like(t) for t in params[:2]]
     return {
         "adam_scalars_": (
             ops.adam_scalars_,
@@ -218,14 +218,14 @@ def optimizer_operators(p, indices, inverse, values, coef, impl):
         ),
         "adam_stream_": (ops.adam_stream_, (params, grads, ms, vs, scalars, 1, *adam, impl)),
         "adam_stream_ some": (ops.adam_stream_, (params, [None, *grads[1:3], None], ms, vs, scalars, 2, *adam, impl)),
-        "grad_square": (ops.grad_square, (params[1], [None, *grads[1:]], 1, impl)),
+        "grad_square": (ops.grad_square, ([params[1]] * 2, [None, *grads[1:], *grads], 1, impl)),
         "latent_adam_": (
             ops.latent_adam_,
-            (params[1], ms[1], vs[1], None, [], scalars[1], scalars[1], main, K, [], 0, 1, *adam, impl),
+            (params, ms, vs, [], scalars, dbias, main, main, K, [], [], 0, 1, *adam, impl),
         ),
-        "latent_adam_ with bias": (
+        "latent_adam_ with auxk": (
             ops.latent_adam_,
-            (params[0], ms[0], vs[0], like(params[0]), bias, scalars[0], scalars[3], aux, K, aux, K, 0, *adam, impl),
+            (params, ms, vs, halves, scalars, dbias, aux, aux, K, aux, aux, K, 0, *adam, impl),
         ),
     }
 
@@ -237,7 +237,7 @@ def ops_and_arguments(impl):
     ops = torch.ops.sparc_kernels
     inverse = [part[0] for part in ops.inverse_index(indices, 1, N, None, impl)]
     out, sums = torch.zeros_like(p.w_encs[0]), torch.zeros_like(p.latent_biases[0])
-    stacked = torch.stack([p.xs[0]] * 3)
+    stacked, outs, own = torch.stack([p.xs[0]] * 3), [torch.zeros_like(w) for w in p.w_encs[:2]], values[:2, None]
     coef = torch.ones(3, B, device=DEVICE, dtype=out.dtype)
     rows = p.w_decs[0].t()
     grads_of = indices, values, rows, p.pre_biases[0], p.xs[0]
@@ -250,8 +250,14 @@ def ops_and_arguments(impl):
             (torch.stack([indices, indices]), 2, N, torch.tensor([1, 0], dtype=torch.int32, device=DEVICE), impl),
         ),
         "dead_first": (ops.dead_first, ([torch.arange(N, device=DEVICE) % 3 == i for i in range(2)], impl)),
-        "latent_reduce_": (ops.latent_reduce_, (out, sums, *inverse, values, None, values, stacked, K, False, impl)),
-        "latent_reduce_ added": (ops.latent_reduce_, (out, None, *inverse, values, coef, None, stacked, K, True, impl)),
+        "latent_reduce_": (
+            ops.latent_reduce_,
+            (outs, [sums, sums + 1], *inverse, own, None, own, p.xs[:2], K, False, impl),
+        ),
+        "latent_reduce_ added": (
+            ops.latent_reduce_,
+            ([out], [], *inverse, values, coef[None], None, [stacked], K, True, impl),
+        ),
         "select": (ops.select, (p.xs, p.w_encs, p.latent_biases, K, None, None, impl)),
         "select dead": (ops.select, (p.xs[:1], p.w_encs[:1], p.latent_biases[:1], K, ids, count, impl)),
         "gather_dot": (ops.gather_dot, (indices, p.w_encs[0], p.xs[0][None], None, impl)),

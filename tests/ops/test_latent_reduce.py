@@ -41,7 +41,7 @@ def test_lists_of_any_length_are_added_up_whatever_blocks_they_lie_across(ids, a
     mat = torch.stack([coef, 2 * coef], 1)[None]
     start = torch.full((n, 2), 0.5, device=DEVICE, dtype=KERNEL_DTYPE)
     out, sums = start.clone(), start[:, 0].clone()
-    latent_reduce_(out, sums, *inverse_index(indices, n, "triton"), coef[None], None, None, mat, 1, add, "triton")
+    latent_reduce_([out], [sums], *inverse_index(indices, n, "triton"), coef[None], None, None, [mat], 1, add, "triton")
     want, want_sums = (start.clone(), start[:, 0].clone()) if add else (torch.zeros_like(start), torch.zeros_like(sums))
     for i, c in zip(ids, coef, strict=True):
         if 0 <= i < n:
@@ -119,7 +119,7 @@ def test_gates_and_scales(impl):
         rows_of = (weights[s][..., None] * mat[s].nan_to_num()[:, None]).reshape(-1, d)
         want.index_add_(0, ids.flatten(), rows_of)
     out, sums = torch.empty_like(want), torch.empty_like(want[:, 0])
-    latent_reduce_(out, sums, *inverse_index(ids, n), coef, scale, gate, mat, k, False, impl)
+    latent_reduce_([out], [sums], *inverse_index(ids, n), coef, scale[None], gate, [mat], k, False, impl)
     if impl == "torch":  # its sums multiply every row
         out = out.nan_to_num()
         want[ids[2].unique()] = out[ids[2].unique()]
@@ -146,7 +146,7 @@ def test_latent_reduce(impl, rows, k, n, d, S):
     assert_close(got_sums.double().cpu(), sums)
     again, _ = latent_reduce(lists, KERNEL_DTYPE, impl)
     assert torch.equal(out, again)
-    latent_reduce_(out, got_sums, *lists.tensors, k, True, impl)
+    latent_reduce_([out], [got_sums], *lists.tensors[:-1], [lists.mat], k, True, impl)
     assert_close(out.double().cpu(), 2 * want)
     assert_close(got_sums.double().cpu(), 2 * sums)
 
@@ -159,7 +159,7 @@ def test_adding_leaves_latents_in_no_list_alone(impl):
     out = torch.full((5, 2), -0.0, device=DEVICE, dtype=KERNEL_DTYPE)
     out[1] = 100
     sums = torch.zeros(5, device=DEVICE, dtype=KERNEL_DTYPE)
-    latent_reduce_(out, sums, *inverse, coef, None, None, mat, 2, True, impl)
+    latent_reduce_([out], [sums], *inverse, coef, None, None, [mat], 2, True, impl)
     assert out.tolist() == [[0, 0], [101, 102], [0, 0], [11, 22], [0, 0]] and sums.tolist() == [0, 1, 0, 2, 0]
     if impl == "triton":
         assert out[[0, 2, 4]].signbit().all()  # -0 + 0 would be +0: these were not even written

@@ -20,7 +20,7 @@ import warm_process
 from sparc_kernels import cli, reference
 from sparc_kernels.core import _triton
 from sparc_kernels.core._triton import INTERPRETED
-from sparc_kernels.nn import fused_step, half_weights, module, optimizer
+from sparc_kernels.nn import forward, fused_step, half_weights, module, optimizer
 from sparc_kernels.ops import aligned_loss, dead, decode, decode_grads, encode
 from sparc_kernels.tools.verify import judge, problems, suite
 from sparc_kernels.tools.verify import pool as run
@@ -249,8 +249,9 @@ def patch_sums(patch, faulty):
         return plain(lists._replace(coef=coef, mat=mat), *rest)
 
     def latent_reduce_(*args):
-        coef, mat = faulty(args[5], args[8])
-        return sound(*args[:5], coef, *args[6:8], mat, *args[9:])
+        pairs = [faulty(coef, mat[None]) for coef, mat in zip(args[5], args[8], strict=True)]
+        coefs, mats = zip(*pairs, strict=True)
+        return sound(*args[:5], torch.stack(coefs), *args[6:8], list(mats), *args[9:])
 
     def reduce_torch(**named):
         coef, mat = faulty(named["coef"], named["mat"])
@@ -388,9 +389,9 @@ def counters_at_the_threshold(patch):
 
 
 def nothing_ever_fires(patch):
-    sound = module.count_fired_
+    sound = forward.count_fired_
     patch(
-        module, "count_fired_", lambda counters, indices, values, _, impl: sound(counters, indices, values, 1e9, impl)
+        forward, "count_fired_", lambda counters, indices, values, _, impl: sound(counters, indices, values, 1e9, impl)
     )
 
 

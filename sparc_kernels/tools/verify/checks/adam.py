@@ -6,7 +6,7 @@ import torch
 
 from .... import reference
 from ....core.numerics import acc_dtype
-from ....ops.adam import BEFORE, PLAIN, adam_stream_
+from ....ops.adam import BEFORE, adam_stream_
 from ....ops.inverse_index import inverse_index
 from ....ops.latent_adam import latent_adam_
 from ..judge import F64, Check
@@ -63,24 +63,26 @@ def judge_latent_adam(check: Check) -> None:
     coef = cotangent(check, (S, c.B, c.k))
     mat = torch.randn(S, c.B, d, generator=check.generator, device=check.device).to(check.dtype)
     (w, b), _, (m, b_m), (v, b_v) = _adam_tensors(check, (c.N, d), (c.N,))
-    scalars = torch.tensor(SCALARS, device=check.device, dtype=acc)
+    (pre, *_), _, (pre_m, *_), (pre_v, *_) = _adam_tensors(check, (d,))
+    scalars = torch.tensor([SCALARS] * 4, device=check.device, dtype=acc)
+    zero = torch.zeros(d, device=check.device, dtype=acc)  # the decoder's part of the pre-bias gradient
 
-    def dense(dtype, unit):
+    lists = [*inverse, coef, None, None, mat]
+    before = [[w, w, pre, b], [m, m, pre_m, b_m], [v, v, pre_v, b_v]]
+    updated = [[t.clone(memory_format=torch.contiguous_format) for t in four] for four in before]
+    latent_adam_(
+        *updated, [], scalars, [zero], lists, lists, c.k, [], [], 0, BEFORE, *ADAM, check.resolved
+    )  # fmt: skip
+
+    def dense(dtype):
         codes = [reference.codes(indices, x.to(dtype), c.N) for x in coef]
         rows, sums = sum(a.T @ x.to(dtype) for a, x in zip(codes, mat, strict=True)), sum(codes).sum(0)
-        ours = _adam_reference(w.to(dtype), rows, m.to(dtype), v.to(dtype), unit)
-        bias = () if unit else _adam_reference(b.to(dtype), sums, b_m.to(dtype), b_v.to(dtype), False)
-        return [*ours, *bias, *(() if unit else (sums @ w.to(dtype),))]
+        grads = rows, rows, -(sums @ w.to(dtype)), sums
+        fours = zip(before[0], grads, *before[1:], strict=True)
+        return [_adam_reference(*(t.to(dtype) for t in four), unit=i == 1) for i, four in enumerate(fours)]
 
-    for unit, name in ((False, "encoder"), (True, "decoder")):
-        updated = [t.clone() for t in (w, m, v)]
-        bias = [] if unit else [t.clone() for t in (b, b_m, b_v)]
-        lists, mode = [*inverse, coef, None, None, mat], BEFORE if unit else PLAIN
-        dpre_bias_sum = latent_adam_(
-            *updated, None, bias, scalars, scalars, lists, c.k, [], 0, mode, *ADAM, check.resolved,
-        )  # fmt: skip
-        parts = ("", " exp_avg", " exp_avg_sq", " bias", " bias exp_avg", " bias exp_avg_sq", " for pre_bias")
-        ours = [*updated, *bias, *(() if unit else (dpre_bias_sum,))]
-        truth, own = dense(F64, unit), dense(check.own_dtype, unit)
-        for part, *three in zip(parts[: len(ours)], ours, truth, own, strict=True):
+    truth, own = dense(F64), dense(check.own_dtype)
+    for i, name in enumerate(("encoder", "decoder", "pre_bias", "encoder bias")):
+        ours = [of[i] for of in updated]
+        for part, *three in zip(("", " exp_avg", " exp_avg_sq"), ours, truth[i], own[i], strict=True):
             check.compare(name + part, *three)
