@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import os
+import signal
 import statistics
 import sys
 import time
@@ -25,20 +27,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_leaves
 
 from sparc_kernels import AlignedSAE, SparcAdam, reference
-from sparc_kernels.core import plan
 from sparc_kernels.core.gpu_timer import event_ms, flush_buffer
 from sparc_kernels.tools.replaced import replaced
 from sparc_kernels.tools.shape import Shape, parse_shape
 from sparc_kernels.tools.stub_driver import stub_driver
-from sparc_kernels.tools.trace import InsideOperators, autocast_on_meta
+from sparc_kernels.tools.trace import autocast_on_meta
 from sparc_kernels.train.step import Step
 
 from . import environment, record
 from .cases import DEAD_THRESHOLD, PRECISIONS
-from .timing import QUIET, CpuContention
+from .timing import QUIET, CpuContention, quiet_stderr
 from .verification import library_topk
 
 SCHEMA = "sparc_kernels.host/1"
@@ -64,10 +64,10 @@ class Row:
     cpu_ms: float = 0.0  # the least CPU time of this process in a turn
     median_ms: float = 0.0
     launches: int = 0  # of Triton
-    torch_calls: int = 0  # operators of torch below autograd, those inside the package's operators too
+    torch_calls: int = 0  # operators of torch, those inside the package's too
     torch_kernels: int = 0  # those of them that launch something: no views, no allocations
     operators: int = 0  # the package's own
-    launch_share: float = 0.0  # of the host time, inside `core.plan.launch` and what it returns
+    launch_share: float = 0.0  # of the CPU time, in Triton's code
     device_ms: float | None = None  # on a GPU
     repeats: int = 0
     turns: list[tuple[float, float]] = field(default_factory=list, repr=False)
@@ -89,8 +89,8 @@ HEAD = f"{'step':<30} {'dtype':<17} {'auxk':>4} {'on':<5}" + "".join(
 NOTE = f"""\
 on cpu: B {TINY["B"]}, N {TINY["N"]}, k {TINY["k"]}, d {TINY_WIDTH}, where torch's kernels take little time, ours none
 on meta: the shape itself; torch's operators are partly Python there, slower than CUDA's: an upper bound
-launches: of Triton; in them: share of the time spent there; torch: calls of its operators; kernels: those of them that
-launch something; own: calls of the package's operators"""
+launches: of Triton; in them: share of the time in Triton's code; torch: calls of its operators; kernels: those of them
+that launch something; own: calls of the package's operators"""
 
 # --------------------------------------------------------------------------------------------------------------- steps
 
@@ -246,63 +246,82 @@ def steps_of(
 # ------------------------------------------------------------------------------------------------------------ counting
 
 
-class Counted(InsideOperators):
-    """Calls of torch's operators and of the package's, below autograd."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = self.kernels = self.operators = 0
-
-    def enter(self, name):
-        self.operators += 1
-
-    def dispatch(self, func, args, kwargs):
-        out = func(*args, **kwargs)
-        self.calls += 1
-        if not (func._schema.name.split("::")[1].startswith(("empty", "new_empty")) or self.is_view(func, args, out)):
-            self.kernels += 1
-        return out
-
-    @staticmethod
-    def is_view(func, args, out) -> bool:
-        """Whether nothing was computed: every result lies in an argument's memory, and none was written to."""
-        if func._schema.is_mutable:
-            return False
-        given, made = ([t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)] for tree in (args, out))
-        return bool(made) and {t.untyped_storage()._cdata for t in made} <= {t.untyped_storage()._cdata for t in given}
+# Operators that launch nothing themselves: views, allocations, and those made of others.
+NO_KERNEL = {
+    "view", "t", "transpose", "expand", "slice", "select", "unsqueeze", "squeeze", "squeeze_", "detach", "detach_",
+    "alias", "_unsafe_view", "permute", "unbind", "split", "split_with_sizes", "as_strided", "diagonal", "narrow",
+    "_reshape_alias", "view_as", "expand_as", "chunk", "reshape", "to", "contiguous", "empty", "empty_like",
+    "new_empty", "empty_strided", "new_empty_strided", "scalar_tensor", "lift_fresh", "result_type", "resolve_conj",
+    "resolve_neg", "item", "_local_scalar_dense", "is_nonzero", "set_", "resize_",
+    "linear", "matmul", "type_as", "flatten", "unflatten",
+}  # fmt: skip
 
 
-class InLaunches:
-    """Number of launches, and seconds spent in them."""
+@dataclass
+class Calls:
+    """Operators that a step calls, seen by torch's profiler: a dispatch mode would switch plans off."""
 
-    number, seconds = 0, 0.0
+    torch: int = 0  # not from inside another of torch's
+    kernels: int = 0
+    own: int = 0
+
+    @classmethod
+    def of(cls, step: Callable) -> Calls:
+        found = cls()
+        with quiet_stderr(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as prof:
+            step()
+        for event in prof.events():
+            if event.cpu_parent is None:
+                found.kernels += found.visit(event, False)
+        return found
+
+    def visit(self, event, inside: bool) -> int:
+        """Count an event and those in it; return how many kernels of torch it launches."""
+        space, _, name = event.name.partition("::")
+        own = space == "aten"
+        self.torch += own and not inside
+        self.own += space == "sparc_kernels"
+        below = sum(self.visit(child, inside or own) for child in event.cpu_children)
+        return 1 if own and name not in NO_KERNEL else below  # what a kernel on a CPU calls besides is CPU's alone
 
 
 @contextmanager
-def in_launches() -> Iterator[InLaunches]:
-    """Context that watches `core.plan.launch`, in every module that has imported it."""
-    found, launch, clock = InLaunches(), plan.launch, time.perf_counter
+def in_triton() -> Iterator[list[bool]]:
+    """Context that samples by CPU time whether the main thread is in Triton's code, which its launches are."""
+    import triton
 
-    def watched(kernel, grid):
-        began = clock()
-        run = launch(kernel, grid)
-        found.seconds += clock() - began
+    folder, samples = os.path.dirname(triton.__file__), []
 
-        def timed(*args, **named):
-            began = clock()
-            try:
-                return run(*args, **named)
-            finally:
-                found.seconds += clock() - began
-                found.number += 1
+    def look(number, frame):
+        while frame and not frame.f_code.co_filename.startswith(folder):
+            frame = frame.f_back
+        samples.append(frame is not None)
 
-        return timed
+    before = signal.signal(signal.SIGPROF, look)
+    signal.setitimer(signal.ITIMER_PROF, 1e-3, 1e-3)
+    try:
+        with torch.autograd.set_multithreading_enabled(False):  # backward in this thread, on a GPU too
+            yield samples
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
-    with ExitStack() as stack:
-        for name, module in list(sys.modules.items()):
-            if name.startswith("sparc_kernels.") and vars(module).get("launch") is launch:
-                stack.enter_context(replaced(module, launch=watched))
+
+@contextmanager
+def launched() -> Iterator[list[None]]:
+    """Context that lists Triton's launches, by its own hook."""
+    from triton import knobs
+
+    found = []
+
+    def note(metadata):
+        found.append(None)
+
+    knobs.runtime.launch_enter_hook.add(note)
+    try:
         yield found
+    finally:
+        knobs.runtime.launch_enter_hook.remove(note)
 
 
 # -------------------------------------------------------------------------------------------------------------- timing
@@ -326,14 +345,12 @@ class Measure:
         for _ in range(WARM_UP):
             step()
         self._sync()
-        graph = "graph" in row.what  # calls nothing
-        with Counted() if not graph else nullcontext(Counted()) as counted:
-            step()
-        row.torch_calls, row.torch_kernels, row.operators = counted.calls, counted.kernels, counted.operators
+        calls = Calls.of(step)
+        row.torch_calls, row.torch_kernels, row.operators = calls.torch, calls.kernels, calls.own
         before = 0 if self.cuda else self.stub.launches
-        with in_launches() as watched:
+        with launched() if self.cuda else nullcontext() as found:
             step()
-        row.launches = watched.number if self.cuda else self.stub.launches - before
+        row.launches = len(found) if self.cuda else self.stub.launches - before
         self.steps.append((row, step, max(1, int(self.seconds / max(self._turn(step, 3)[0], 1e-6)))))
 
     def _sync(self) -> None:
@@ -362,12 +379,9 @@ class Measure:
         for row, step, n in self.steps:
             wall, cpu = (sorted(1e3 * t for t in times) for times in zip(*row.turns, strict=True))
             row.host_ms, row.median_ms, row.cpu_ms, row.repeats = wall[0], statistics.median(wall), cpu[0], len(wall)
-            shares = []
-            for _ in range(min(3, self.repeats)):
-                with in_launches() as watched:
-                    spent = n * self._turn(step, n)[0]
-                shares.append(watched.seconds / spent)
-            row.launch_share = statistics.median(shares)
+            with in_triton() as samples:
+                self._turn(step, 5 * n)
+            row.launch_share = sum(samples) / max(len(samples), 1)
             if self.cuda:
                 flush = flush_buffer(torch.device("cuda"))
                 times = event_ms([step], 7, flush, cover_ms=row.host_ms)

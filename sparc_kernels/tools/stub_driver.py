@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 
 from ..core._triton import HAS_TRITON, INTERPRETED
+from ..core.target import Target, as_target
 from ..core.validation import require
 from ..launch.device import AMD, shared_limit
 from .stand_in import launchers_on_meta
-from .trace import as_on_gpu
 
 _LIBRARY = "libcuda.so.1"
 # What Triton 3.6 to 3.9 look up. Attributes of a device: 10 warp size, 75 and 76 capability, 97 shared memory of a
@@ -150,7 +150,7 @@ def stub_driver(arch: int = 90) -> Iterator[Stub]:
     driver.get_device_capability = lambda device=device: divmod(arch, 10)
     active = triton.runtime.driver._active
     with ExitStack() as stack:
-        stack.enter_context(as_on_gpu(arch, False))
+        stack.enter_context(as_target(Target(arch)))
         stack.enter_context(launchers_on_meta())
         triton.runtime.driver.set_active(driver)
         stack.callback(triton.runtime.driver.set_active, active)
