@@ -73,7 +73,7 @@ class Row:
     turns: list[tuple[float, float]] = field(default_factory=list, repr=False)
 
     def __str__(self):
-        share = f"{self.launch_share:.0%}" if self.launch_share else "-"
+        share = f"{self.launch_share:.0%}" if self.launches else "-"
         device = "" if self.device_ms is None else f"{self.device_ms:10.3f}"
         counts = (self.launches, share, self.torch_calls, self.torch_kernels, self.operators)
         return (
@@ -376,11 +376,14 @@ class Measure:
         for _ in range(self.repeats):
             for row, step, n in self.steps:
                 row.turns.append(self._turn(step, n))
-        for row, step, n in self.steps:
+        for row, step, _ in self.steps:
             wall, cpu = (sorted(1e3 * t for t in times) for times in zip(*row.turns, strict=True))
             row.host_ms, row.median_ms, row.cpu_ms, row.repeats = wall[0], statistics.median(wall), cpu[0], len(wall)
-            with in_triton() as samples:
-                self._turn(step, 5 * n)
+            with in_triton() as samples:  # some hundred with the default: a share is off by a few per cent
+                until = time.process_time() + 4 * self.seconds
+                while time.process_time() < until:
+                    step()
+                self._sync()
             row.launch_share = sum(samples) / max(len(samples), 1)
             if self.cuda:
                 flush = flush_buffer(torch.device("cuda"))
