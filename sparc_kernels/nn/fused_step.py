@@ -34,6 +34,7 @@ class FusedInputs(NamedTuple):
     counters: list[torch.Tensor]  # int64 [N]
     targets: list[DecodeTarget]
     weights: torch.Tensor  # [T, S], weights of the loss terms
+    half: list[list[torch.Tensor]] | None  # half-precision w_enc and w_dec as rows, to be updated too
 
 
 @torch.no_grad()
@@ -51,8 +52,8 @@ def fused_step(
     Returns:
         The loss, its terms and AuxK's, as `losses_and_gradients` returns them.
     """
-    streams, half = optimizer.streams(), optimizer.half_weights()
-    moments = optimizer.prepare([[True] * 4 for _ in streams])
+    streams, half = optimizer.streams(), inputs.half
+    moments = optimizer.prepare([[True] * 4 for _ in streams], streams)
     lr, number = optimizer.read_lr()
     group = optimizer.param_groups[0]
     tensors = [
@@ -165,6 +166,8 @@ def check(optimizer: SparcAdam, model: AlignedSAE) -> None:
             "use compute_loss, backward and optimizer.step to clip)",
             repr(optimizer.param_groups[0]["max_grad_norm"]),
         )
+    if all(p.requires_grad and p.grad is None for s in model.streams for p in model.parameters_of(s)):
+        return
     for name, p in model.named_parameters():
         require(p.requires_grad, name, "a parameter that is trained (requires_grad)", "one that is not")
         ok = p.grad is None

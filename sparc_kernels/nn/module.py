@@ -285,7 +285,7 @@ class AlignedSAE(nn.Module):
                 DecodeTarget(w, bias, inputs[s]) for w, bias, s in zip(rows, encoder.pre_biases, streams, strict=True)
             ]
             weights = term_weights(len(streams), acc_dtype(xs[0].dtype), xs[0].device, cross_loss_coef)
-            prepared = FusedInputs(xs, encoder, self._counters(streams), targets, weights)
+            prepared = FusedInputs(xs, encoder, self._counters(streams), targets, weights, half)
             loss, terms, aux_terms = optimizer.fused_step(prepared, settings, auxk_coef)
             return loss, metrics_of(streams, loss, terms, aux_terms, cross_loss_coef)
 

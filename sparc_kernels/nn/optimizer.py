@@ -143,14 +143,15 @@ class SparcAdam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grads = [[rows_of(p.grad, i) for i, p in enumerate(stream)] for stream in self.streams()]
+        streams = self.streams()
+        grads = [[rows_of(p.grad, i) for i, p in enumerate(stream)] for stream in streams]
         if any(g is not None for stream_grads in grads for g in stream_grads):
-            self._update(grads)
+            self._update(streams, grads)
         return loss
 
-    def _update(self, grads):
-        group, streams = self.param_groups[0], self.streams()
-        moments = self.prepare([[g is not None for g in stream_grads] for stream_grads in grads])
+    def _update(self, streams, grads):
+        group = self.param_groups[0]
+        moments = self.prepare([[g is not None for g in stream_grads] for stream_grads in grads], streams)
         params = [rows_of(p, i) for stream in streams for i, p in enumerate(stream)]
         flat = [g for stream_grads in grads for g in stream_grads]
         active = sum((g is not None) << i for i, g in enumerate(flat))
@@ -279,17 +280,20 @@ class SparcAdam(torch.optim.Optimizer):
         assert self._scalars is not None, "prepare makes them"
         return self._scalars if s is None else self._scalars[4 * s : 4 * s + 4]
 
-    def prepare(self, moving: list[list[bool]]) -> list[tuple[list, list]]:
+    def prepare(
+        self, moving: list[list[bool]], streams: list[list[torch.nn.Parameter]] | None = None
+    ) -> list[tuple[list, list]]:
         """Allocate missing state and return the moments.
 
         Args:
             moving: for each stream, whether each of its four parameters is updated.
+            streams: as `streams()` returns them; None: read here.
 
         Returns:
             For each stream its first and its second moments, decoders' as rows [N, d]; an empty tensor for a parameter
             that was never updated.
         """
-        streams = self.streams()
+        streams = streams or self.streams()
         flat = [p for stream in streams for p in stream]
         device = flat[0].device
         for p in flat:
