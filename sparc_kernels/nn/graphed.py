@@ -410,6 +410,7 @@ class GraphedStep:
     def _eager(self, inputs):
         self.optimizer.zero_grad()
         device = self.optimizer.param_groups[0]["params"][0].device.type
+        device = "cpu" if device == "meta" else device  # a traced step
         autocast = self.autocast and torch.autocast(device, self.autocast, cache_enabled=False)
         with autocast or nullcontext():
             outputs = self.model(inputs)

@@ -269,7 +269,7 @@ class SparcAdam(torch.optim.Optimizer):
         return "triton" if impls == {"triton"} else "torch"
 
     def scalars(self, s: int | None = None) -> torch.Tensor:
-        """Return the step scalars that `count_step` wrote.
+        """Return the step scalars that the latest step read.
 
         Args:
             s: number of a stream; None: all streams.

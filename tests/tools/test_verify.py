@@ -16,11 +16,12 @@ import planted
 import pytest
 import torch
 import warm_process
+from fake_graph import FakeCuda
 
 from sparc_kernels import cli, reference
 from sparc_kernels.core import _triton
 from sparc_kernels.core._triton import INTERPRETED
-from sparc_kernels.nn import forward, fused_step, half_weights, module, optimizer
+from sparc_kernels.nn import forward, fused_step, graphed, half_weights, module, optimizer
 from sparc_kernels.ops import aligned_loss, dead, decode, decode_grads, encode
 from sparc_kernels.tools.verify import judge, problems, suite
 from sparc_kernels.tools.verify import pool as run
@@ -30,6 +31,7 @@ from sparc_kernels.tools.verify.checks import dead as dead_checks
 from sparc_kernels.tools.verify.checks import decode as decode_checks
 from sparc_kernels.tools.verify.checks import latent_reduce as reduce_checks
 from sparc_kernels.tools.verify.checks import routes
+from sparc_kernels.tools.verify.launches import launches_of
 
 
 def command(*words: str) -> subprocess.CompletedProcess:
@@ -644,3 +646,20 @@ def test_planted_fault_is_caught_in_the_kernels(monkeypatch):
     decoder_bias_lost(monkeypatch.setattr)
     results = verify.run_checks("cpu", quick=True, interpret=True, filter="decode global fp64 strided")
     assert [r for r in results if not r.passed] and not raised(results)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_steps_that_capture_themselves_are_judged(gradients, monkeypatch):
+    """With a stand-in for graphs; a learning rate that a graph has frozen is noticed."""
+    case = verify.Case("tiny", 6, 70, 5, (20, 13), (torch.float32,), "graph")
+    assert launches_of(case, torch.float32, 90, "own graph" if gradients else "own graph fused")
+    verdicts = []
+    for sound in (True, False):
+        with monkeypatch.context() as patch:
+            FakeCuda(patch)
+            if not sound:
+                patch.setattr(graphed, "number_as_launched", lambda value, impl: 1e-3)
+            check = judge.Check("own graph", case, torch.float32, torch.device("cpu"), "torch", problems={})
+            routes.judge_own_graph(check, gradients)
+            verdicts.append({r.tensor: r.passed for r in check.results})
+    assert all(verdicts[0].values()) and verdicts[1]["captured"] and not all(verdicts[1].values())
