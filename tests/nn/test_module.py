@@ -455,7 +455,7 @@ class Looks(InsideOperators):
 def test_the_torch_path_reads_no_value_where_that_would_wait(monkeypatch, topk_type, dead):
     """As on a GPU with impl="torch": the same results, and nothing looked at."""
     from sparc_kernels.core import numerics, validation
-    from sparc_kernels.ops import gather, latent_reduce, loss_terms, selection
+    from sparc_kernels.ops import decode_grads, gather, latent_reduce, loss_terms, selection
 
     def step(model):
         for s in WIDTHS:
@@ -468,7 +468,7 @@ def test_the_torch_path_reads_no_value_where_that_would_wait(monkeypatch, topk_t
     model, inputs = make("torch", topk_type, dtype=torch.float64)
     want, plain = step(model), copy.deepcopy([p.grad for p in model.parameters()])
     model.zero_grad()
-    for where in (gather, latent_reduce, loss_terms, numerics, selection):
+    for where in (decode_grads, gather, latent_reduce, loss_terms, numerics, selection):
         monkeypatch.setattr(where, "is_host_readable", lambda tensor: False)
     monkeypatch.setattr(validation, "check_indices", lambda name, value, *rest: value)
     with Looks(), pytest.raises(AssertionError, match="reads a value"):
