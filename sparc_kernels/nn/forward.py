@@ -9,7 +9,7 @@ import torch
 
 from ..core.numerics import autocast_enabled
 from ..core.plan import Planned
-from ..ops.dead import count_fired_, count_fired_torch, select_dead
+from ..ops.dead import count_fired_, count_fired_torch, dead_first, select_dead
 from ..ops.encode import centre_for, gather_codes, select_latents
 from ..ops.records import CODES_FLAT, EncoderParams, SparseCodes
 
@@ -33,7 +33,7 @@ class Encoded(NamedTuple):
     centred: list[torch.Tensor]  # [B, d_s]
     codes: SparseCodes
     aux: SparseCodes | None
-    dead: list[torch.Tensor] | None  # bool [N], what AuxK may select
+    dead: list[torch.Tensor] | None  # what `dead_first` returned for AuxK
 
 
 def encode(
@@ -49,11 +49,11 @@ def encode(
         xs: [B, d_s] of S streams.
         encoder: their encoders.
         counters: int64 [N], of S streams.
-        dead: bool [N] of S streams, what AuxK may select; None: by the counters.
+        dead: as `dead_first` returns it, what AuxK may select; None: by the counters.
         settings: of the forward.
     """
-    masks = [None] * len(xs) if dead is None else dead
-    flat = _encode([*xs, *encoder.w_encs, *encoder.pre_biases, *encoder.latent_biases, *counters, *masks],
+    listed = [None, None] if dead is None else dead
+    flat = _encode([*xs, *encoder.w_encs, *encoder.pre_biases, *encoder.latent_biases, *counters, *listed],
                    (len(xs), settings), impl=settings.impl)  # fmt: skip
     parts = iter(flat)
     centred, (values, aux_values) = [next(parts) for _ in xs], (next(parts), next(parts))
@@ -68,15 +68,17 @@ def encode(
 @Planned
 def _encode(tensors, S, settings):
     k, topk_type, auxk, lists, counts, fires_above, dead_after, impl = settings
-    xs, w_encs, pre_biases, latent_biases, counters, masks = (list(tensors[i : i + S]) for i in range(0, 6 * S, S))
+    xs, w_encs, pre_biases, latent_biases, counters = (list(tensors[i : i + S]) for i in range(0, 5 * S, S))
+    dead, local = tensors[5 * S :], topk_type == "local"
+    given = dead[0] is not None
     encoder = EncoderParams(w_encs, pre_biases, latent_biases)
     centred = centre_for(xs, w_encs, pre_biases, impl)
     selected = select_latents(centred, w_encs, latent_biases, k, topk_type, impl=impl)
     # one inverse index serves every gradient, and is only built for gradients
     codes = gather_codes(SparseCodes(selected, None), centred, encoder, lists, impl)
-    given, local = masks[0] is not None, topk_type == "local"
     # officially AuxK reads the counters before the update in local mode, after it in global mode
-    dead = [c > dead_after for c in counters] if auxk and local and not given else masks
+    if auxk and local and not given:
+        dead = dead_first(counters, dead_after, impl)
     if counts:
         if local and torch.compiler.is_compiling():
             # not the operator: inductor (torch 2.13) may run it before the counters are read above
@@ -86,8 +88,8 @@ def _encode(tensors, S, settings):
     aux = None
     if auxk:
         if not given and not local:
-            dead = [c > dead_after for c in counters]
-        aux = gather_codes(select_dead(centred, encoder, dead, auxk, impl), centred, encoder, lists, impl)
+            dead = dead_first(counters, dead_after, impl)
+        aux = gather_codes(select_dead(centred, encoder, *dead, auxk, impl), centred, encoder, lists, impl)
     aux_flat = [None] * CODES_FLAT if aux is None else aux.flatten()
     return [*centred, codes.values, aux and aux.values, *codes.flatten(), *aux_flat, *(dead if auxk else ())]
 

@@ -262,10 +262,16 @@ class AlignedLoss(torch.autograd.Function):
 def _scaled(grads, dloss, impl):
     """Scale the forward's gradients by dloss in place; return dvalues, daux, dws and dbs."""
     grads = [None if grad is None else grad.data for grad in grads]  # .data: saved tensors that change in place
-    scale_([grad for grad in grads if grad is not None], dloss, impl)
+    _scale([dloss, *(grad for grad in grads if grad is not None)], (impl,), impl=impl)
     dvalues, daux, *rest = grads
     T = len(rest) // 2
     return dvalues, daux, [None if dw is None else dw.t() for dw in rest[:T]], rest[T:]
+
+
+@Planned
+def _scale(tensors, impl):
+    scale_(list(tensors[1:]), tensors[0], impl)
+    return []
 
 
 def _scaled_rows(weights: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

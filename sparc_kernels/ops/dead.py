@@ -12,39 +12,38 @@ from ..core.validation import check_indices, check_int, check_tensor, require
 from ..launch.budgets import MAX_K
 from ..launch.device import cdiv, next_power_of_2
 from .encode import centre, values_of
+from .gather import pick
 from .records import EncoderParams, SparseCodes
 from .selection import select_each
 
 
 @triton.jit
-def _fired_kernel(idx_ptr, values_ptr, fired_ptr, threshold, stride_idx, M, N, BLOCK: tl.constexpr):
-    """fired[s, n] = 1 where a value exceeds the threshold; all writers store 1, so no atomics."""
-    stream = tl.program_id(1).to(tl.int64)
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(values_ptr + stream * M + offs, mask=offs < M, other=float("-inf"))
-    hit = (offs < M) & (value > threshold)
-    latent = tl.load(idx_ptr + stream * stride_idx + offs, mask=hit, other=0)
-    tl.store(fired_ptr + stream * N + latent, tl.full((BLOCK,), 1, tl.int8), mask=hit & (latent >= 0) & (latent < N))
+def _count_kernel(counter_ptrs, N, S: tl.constexpr, BLOCK: tl.constexpr):
+    """One more step for every latent."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    counters = pick(counter_ptrs, tl.program_id(1), S) + offs
+    tl.store(counters, tl.load(counters, mask=offs < N, other=0) + 1, mask=offs < N)
 
 
 @triton.jit
-def _count_kernel(counter_ptrs, fired_ptr, N, S: tl.constexpr, BLOCK: tl.constexpr):
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < N
-    for s in tl.static_range(S):
-        fired = tl.load(fired_ptr + tl.full((), s, tl.int64) * N + offs, mask=mask, other=0)
-        steps = tl.load(counter_ptrs[s] + offs, mask=mask, other=0)
-        tl.store(counter_ptrs[s] + offs, tl.where(fired != 0, 1, steps + 1), mask=mask)
+def _fired_kernel(counter_ptrs, idx_ptr, values_ptr, threshold, stride_idx, M, N, S: tl.constexpr, BLOCK: tl.constexpr):
+    """counter[n] = 1 where a value exceeds the threshold; all writers store 1, so no atomics."""
+    stream = tl.program_id(1)
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(values_ptr + stream.to(tl.int64) * M + offs, mask=offs < M, other=float("-inf"))
+    hit = (offs < M) & (value > threshold)
+    latent = tl.load(idx_ptr + stream.to(tl.int64) * stride_idx + offs, mask=hit, other=0)
+    counters = pick(counter_ptrs, stream, S)
+    tl.store(counters + latent, tl.full((BLOCK,), 1, tl.int64), mask=hit & (latent >= 0) & (latent < N))
 
 
 def _count_fired_triton(counters, indices, values, threshold):
     S, n, M = len(counters), counters[0].numel(), values[0].numel()
-    fired = torch.zeros(S, n, dtype=torch.int8, device=values.device)
-    stride, block = (0 if indices.dim() == 2 else M), 1024
+    stride, block, counters = (0 if indices.dim() == 2 else M), 1024, tuple(counters)
+    launch(_count_kernel, (cdiv(n, block), S))(counters, n, S=S, BLOCK=block, num_warps=4)
     launch(_fired_kernel, (cdiv(M, block), S))(
-        indices.contiguous(), values.contiguous(), fired, threshold, stride, M, n, BLOCK=block, num_warps=4
+        counters, indices.contiguous(), values.contiguous(), threshold, stride, M, n, S=S, BLOCK=block, num_warps=4
     )
-    launch(_count_kernel, (cdiv(n, block),))(tuple(counters), fired, n, S=S, BLOCK=block, num_warps=4)
 
 
 def count_fired_torch(counters, indices, values, threshold):
@@ -153,45 +152,44 @@ def auxk_topk(
     impl = resolve_impl(impl, x)
     with torch.no_grad():
         encoder = EncoderParams([w_enc], [pre_bias], [latent_bias])
-        selected = select_dead(centre([x], [pre_bias], False, impl), encoder, [dead], auxk, impl)
+        centred = centre([x], [pre_bias], False, impl)
+        selected = select_dead(centred, encoder, *dead_first([dead], 0, impl), auxk, impl)
     return selected.indices[0], values_of(x, encoder, selected, impl)
 
 
 def select_dead(
-    centred: list[torch.Tensor], encoder: EncoderParams, dead: list[torch.Tensor], auxk: int, impl: str
+    centred: list[torch.Tensor], encoder: EncoderParams, ids: torch.Tensor, count: torch.Tensor, auxk: int, impl: str
 ) -> SparseCodes:
     """Select the indices of `auxk_topk` for S streams; arguments are not checked.
 
     Args:
         centred: x - pre_bias, [B, d_s] each.
         encoder: encoders of the S streams.
-        dead: bool [N] for each stream.
+        ids: int32 [S, N], as `dead_first` lists them.
+        count: int32 [S], the number of dead latents, on the device.
         auxk: how many latents per row.
         impl: "triton" or "torch".
 
     Returns:
-        Codes with indices [S, B, auxk] and no values; `count` is the number of dead latents of each stream, on the
-        device.
+        Codes with indices [S, B, auxk] and no values, of which `count` are valid.
     """
-    ids, count = dead_first(list(dead), impl)
     selected = select_each(centred, list(encoder.w_encs), list(encoder.latent_biases), auxk, ids, count, impl)
     return SparseCodes(selected, None, count)
 
 
-@triton.jit
-def _count_dead_kernel(dead_ptrs, n_dead_ptr, N, S: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["threshold"])
+def _count_dead_kernel(dead_ptrs, n_dead_ptr, threshold, N, S: tl.constexpr, BLOCK: tl.constexpr):
     block, stream = tl.program_id(0), tl.program_id(1)
     offs = block * BLOCK + tl.arange(0, BLOCK)
-    for s in tl.static_range(S):
-        if stream == s:
-            dead = tl.load(dead_ptrs[s] + offs, mask=offs < N, other=0).to(tl.int32)
-            tl.store(n_dead_ptr + s * tl.num_programs(0) + block, tl.sum(dead, 0))
+    dead = tl.load(pick(dead_ptrs, stream, S) + offs, mask=offs < N, other=0) > threshold
+    tl.store(n_dead_ptr + stream * tl.num_programs(0) + block, tl.sum((dead & (offs < N)).to(tl.int32), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def _dead_first_kernel(
-    dead_ptrs, n_dead_ptr, ids_ptr, count_ptr, N, stride_c, S: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr
-):
+    dead_ptrs, n_dead_ptr, ids_ptr, count_ptr, threshold, N, stride_c,
+    S: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     block, stream = tl.program_id(0), tl.program_id(1)
     offs = block * BLOCK + tl.arange(0, BLOCK)
     mask = offs < N
@@ -199,38 +197,38 @@ def _dead_first_kernel(
     n_dead = tl.load(n_dead_ptr + stream * tl.num_programs(0) + blocks, mask=blocks < tl.num_programs(0), other=0)
     total = tl.sum(n_dead, 0)
     before = tl.sum(tl.where(blocks < block, n_dead, 0), 0)
-    for s in tl.static_range(S):
-        if stream == s:
-            dead = tl.load(dead_ptrs[s] + offs, mask=mask, other=0).to(tl.int32)
-            rank = before + tl.cumsum(dead, 0) - 1  # of this latent among the dead
-            place = tl.where(dead != 0, rank, total + offs - rank - 1)
-            tl.store(ids_ptr + tl.full((), s, tl.int64) * N + place, offs, mask=mask)
-            if block == 0:
-                tl.store(count_ptr + s * stride_c, total)
+    dead = mask & (tl.load(pick(dead_ptrs, stream, S) + offs, mask=mask, other=0) > threshold)
+    rank = before + tl.cumsum(dead.to(tl.int32), 0) - 1  # of this latent among the dead
+    place = tl.where(dead, rank, total + offs - rank - 1)
+    tl.store(ids_ptr + stream.to(tl.int64) * N + place, offs, mask=mask)
+    if block == 0:
+        tl.store(count_ptr + stream * stride_c, total)
 
 
-def _dead_first_triton(dead):
+def _dead_first_triton(dead, threshold):
     S, n, device = len(dead), dead[0].numel(), dead[0].device
-    ids, count = _dead_first_fake(dead)
+    ids, count = _dead_first_fake(dead, threshold)
     block = 16 if interpreted() else 4096
     blocks = cdiv(n, block)
     n_dead = torch.empty(S, blocks, device=device, dtype=torch.int32)
-    masks = tuple(mask.contiguous().view(torch.uint8) for mask in dead)
-    launch(_count_dead_kernel, (blocks, S))(masks, n_dead, n, S=S, BLOCK=block, num_warps=4)
+    dead = tuple(t.contiguous().view(torch.uint8) if t.dtype == torch.bool else t.contiguous() for t in dead)
+    launch(_count_dead_kernel, (blocks, S))(dead, n_dead, threshold, n, S=S, BLOCK=block, num_warps=4)
     launch(_dead_first_kernel, (blocks, S))(
-        masks, n_dead, ids, count, n, count.stride(0), S=S, BLOCKS=next_power_of_2(blocks), BLOCK=block, num_warps=4
-    )
+        dead, n_dead, ids, count, threshold, n, count.stride(0), S=S, BLOCKS=next_power_of_2(blocks), BLOCK=block,
+        num_warps=4,
+    )  # fmt: skip
     return ids, count
 
 
-def _dead_first_torch(dead):
-    ids, count = _dead_first_fake(dead)
-    ids.copy_(torch.stack(dead).byte().argsort(dim=1, descending=True, stable=True))
-    count.copy_(torch.stack(dead).sum(1))
+def _dead_first_torch(dead, threshold):
+    ids, count = _dead_first_fake(dead, threshold)
+    masks = torch.stack(list(dead)) > threshold
+    ids.copy_(masks.byte().argsort(dim=1, descending=True, stable=True))
+    count.copy_(masks.sum(1))
     return ids, count
 
 
-def _dead_first_fake(dead):
+def _dead_first_fake(dead, threshold):
     S, n = len(dead), dead[0].numel()
     # every count 16-byte aligned, so kernels that read one are compiled once
     return dead[0].new_empty(S, n, dtype=torch.int32), dead[0].new_empty(S, 4, dtype=torch.int32)[:, 0]
@@ -238,7 +236,7 @@ def _dead_first_fake(dead):
 
 dead_first = register(
     "dead_first",
-    "(Tensor[] dead, str impl) -> (Tensor, Tensor)",
+    "(Tensor[] dead, int threshold, str impl) -> (Tensor, Tensor)",
     torch_impl=_dead_first_torch,
     triton_impl=_dead_first_triton,
     fake=_dead_first_fake,
@@ -246,7 +244,8 @@ dead_first = register(
 dead_first.__doc__ = """List the latents of each stream with the dead ones first, and count the dead.
 
 Args:
-    dead: bool [N] for each stream.
+    dead: int64 [N] for each stream, counters, or bool [N].
+    threshold: latents whose counter is greater are dead; 0 for bool.
     impl: "triton" or "torch".
 
 Returns:

@@ -7,7 +7,7 @@ import math
 import torch
 
 from ..core._triton import tl, tl_dtype, triton
-from ..core.numerics import acc_dtype
+from ..core.numerics import acc_dtype, is_host_readable
 from ..core.recorder import launch
 from ..core.registry import register
 from ..core.target import interpreted
@@ -245,10 +245,15 @@ def _decode_grads_of_one(
     sq_err = error.to(acc).square().sum(2)
     error_out = error[keep].clone() if keep >= 0 else w.new_empty(0)
     active = (coef != 0)[..., None]
-    grad_values = torch.where(active, coef[..., None] * gather_dot_torch(indices, w, error, count), 0.0)
-    dvalues.copy_(dvalues + grad_values if add_dvalues else grad_values)
-    error.masked_fill_(~active, 0.0)
-    dbias_rows = torch.einsum("sb,sbd->bd", coef, error.to(acc))
+    grad_values = coef[..., None] * gather_dot_torch(indices, w, error, count)
+    if not (is_host_readable(coef) and bool(active.all())):  # the usual step excludes no source
+        grad_values = torch.where(active, grad_values, 0.0)
+        error.masked_fill_(~active, 0.0)
+    if add_dvalues:
+        dvalues.add_(grad_values)
+    else:
+        dvalues.copy_(grad_values)
+    dbias_rows = (coef[..., None] * error.to(acc)).sum(0)  # einsum would multiply row by row
     if dw is not None:
         reduce_torch(
             out=dw, sums=None, order=order, offsets=offsets, ids=ids, coef=values, scale=coef, gate=None, mat=error,

@@ -448,10 +448,10 @@ def gather_dot_torch(indices, w, x, count):
         return out
     if w.device.type == "cpu" and w.dtype in (torch.float32, torch.float64):
         # a sampled product reads each selected row once; bmm would first copy all B * k of them
-        offsets = torch.arange(0, B * k + 1, k, device=w.device)
-        pattern = csr(offsets, indices.reshape(-1), w.new_zeros(B * k), w.shape[0])
-        dots = [torch.sparse.sampled_addmm(pattern, x_s, w.T, beta=0.0).values().view(B, k) for x_s in x]
-        return torch.stack(dots)
+        offsets = torch.arange(0, S * B * k + 1, k, device=w.device)
+        columns = indices.expand(S, B, k).reshape(-1)
+        pattern = csr(offsets, columns, w.new_zeros(S * B * k), w.shape[0])
+        return torch.sparse.sampled_addmm(pattern, x.reshape(-1, d), w.T, beta=0.0).values().view(S, B, k)
     out = torch.empty(S, B, k, device=w.device, dtype=acc)
     rows = max(1, 2**24 // (k * d))
     for b in range(0, B, rows):
@@ -494,8 +494,9 @@ def gather_sum_torch(indices, values, w, bias):
     Returns:
         [S, B, d] in w's dtype.
     """
-    w = w.contiguous()
-    sums = torch.stack([F.embedding_bag(indices, w, mode="sum", per_sample_weights=v.to(w.dtype)) for v in values])
+    S, B, k = values.shape
+    bags, weights = indices.expand(S, B, k).reshape(-1, k), values.reshape(-1, k).to(w.dtype)
+    sums = F.embedding_bag(bags, w.contiguous(), mode="sum", per_sample_weights=weights).view(S, B, -1)
     return sums if bias is None else sums.add_(bias)
 
 

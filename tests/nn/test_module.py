@@ -423,7 +423,7 @@ def test_activation_checkpointing_moves_the_counters_once(impl, topk_type, reent
         assert torch.equal(p.grad, q.grad), name
     for s in inputs:
         assert torch.equal(getattr(kept, f"stats_last_nonzero_{s}"), getattr(plain, f"stats_last_nonzero_{s}"))
-    assert not copy.deepcopy(kept)._recent_dead_masks
+    assert not copy.deepcopy(kept)._recent_dead
 
 
 def test_checkpointing_too_many_forwards_at_once_is_refused_by_name():

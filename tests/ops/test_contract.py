@@ -255,7 +255,8 @@ def ops_and_arguments(impl):
             ops.inverse_index,
             (torch.stack([indices, indices]), 2, N, torch.tensor([1, 0], dtype=torch.int32, device=DEVICE), impl),
         ),
-        "dead_first": (ops.dead_first, ([torch.arange(N, device=DEVICE) % 3 == i for i in range(2)], impl)),
+        "dead_first": (ops.dead_first, ([torch.arange(N, device=DEVICE) % 3 == i for i in range(2)], 0, impl)),
+        "dead_first by counters": (ops.dead_first, ([torch.arange(N, device=DEVICE) % 3] * 2, 1, impl)),
         "latent_reduce_": (
             ops.latent_reduce_,
             (outs, [sums, sums + 1], *inverse, own, None, own, p.xs[:2], K, False, impl),
