@@ -58,16 +58,38 @@ def mm_topk(s: Shape) -> Op:
 
 
 def _chunks(s: Shape, compact: bool) -> tuple[int, bool]:
-    """Number of chunks of rows, and whether selectors overlap with the next chunk's GEMM, as in `_select_triton`.
+    """Number of chunks of rows, and whether selectors overlap with the next chunk's GEMM, as in `_select_into`.
 
     `compact`: selection among the dead latents of one stream.
     """
+    config, encode, row_bytes = _selector(s, compact)
+    tiles = cdiv(s.B, encode.block_m) * cdiv(s.N, encode.block_n) if config.small and not compact else 0
+    rows, buffers = rows_per_chunk(s.B, row_bytes, encode.block_m, tiles)
+    return cdiv(s.B, rows), buffers > 1
+
+
+def _selector(s: Shape, compact: bool):
+    """Settings of the selector and of the GEMM, and scratch bytes of a row."""
     config = select_config(s.N, s.k, compact)
     encode = with_span(encode_config(s.B, s.e, s.arch, compact), config.span)
     columns = s.N + cdiv(s.N, config.group) + (cdiv(s.N, config.span) if config.span > config.group else 0)
-    tiles = cdiv(s.B, encode.block_m) * cdiv(s.N, encode.block_n) if config.small and not compact else 0
-    rows, buffers = rows_per_chunk(s.B, columns * s.e + 16 * config.k_pad, encode.block_m, tiles)
-    return cdiv(s.B, rows), buffers > 1
+    return config, encode, columns * s.e + 16 * config.k_pad
+
+
+def _dead_selections(s: Shape) -> Iterator[Part]:
+    """Selection among the dead latents of every stream, of several streams at once where their logits fit the scratch.
+
+    Where no latent is dead, programs read the count and exit; rows are filled with live latents.
+    """
+    chunks, at_once = _chunks(s, True)[0], 1
+    if chunks == 1:
+        at_once = max(SCRATCH_BYTES // (s.B * _selector(s, True)[2]), 1)
+    for first in range(0, s.S, at_once):
+        yield from _in_one_launch(
+            _selection(s, s.dead, d, compact=True)
+            if s.dead else [Part("nothing dead", 8 * s.M, launches=2 * chunks)]
+            for d in s.d_streams[first : first + at_once]
+        )  # fmt: skip
 
 
 def _selection(s: Shape, n: int, d: int, *, library: bool = False, compact: bool = False) -> Iterator[Part]:
@@ -346,18 +368,14 @@ def _auxk(s: Shape, direct: bool) -> Iterator[Part]:
     the update computes them.
     """
     ahead, S, SB, BD = direct or computes_ahead(s), s.S, s.S * s.B, s.B * s.D
-    own, present, ids = replace(s, k=s.auxk, auxk=0, dead=0), min(s.auxk, s.dead), 8 * s.B * s.auxk
+    own, present, ids = replace(s, k=s.auxk, auxk=0), min(s.auxk, s.dead), 8 * s.B * s.auxk
     entries = s.B * present
     touched = 2 * s.e * distinct(s.dead, entries) if entries else 0  # bytes of a column, read and written
     norms, residuals = Part("target weights", BD * s.e + 8 * SB), Part("residuals", (2 * BD + s.D) * s.e + 4 * SB)
     yield of_torch("dead", 9 * S * s.N, S)  # int64 counters against the threshold
     yield Part("count dead", S * s.N)
     yield Part("dead first", S * s.N * (1 + 4))
-    for d in s.d_streams:
-        if s.dead:
-            yield from _selection(own, s.dead, d, compact=True)
-        else:  # programs read the count and exit; rows are filled with live latents
-            yield Part("nothing dead", ids, launches=2 * _chunks(own, compact=True)[0])
+    yield from _dead_selections(own)
     yield of_torch("stack", 2 * S * ids)
     yield from _values(own, s.dead, present)
     yield from _lists(own, S, beside=present == s.auxk)
