@@ -103,22 +103,17 @@ def _positions_kernel(order_ptr, list_position_ptr, M, BLOCK: tl.constexpr):
 
 
 def _decode_grads_triton(
-    *, indices, values, ws, biases, xs, coef, order, offsets, ids, count, keep, dvalues, add_dvalues, dws, add_dw
+    *, indices, values, ws, biases, xs, coef, order, offsets, ids, count, keep, errors, dbias_rows, dvalues,
+    add_dvalues, dws, add_dw,
 ):  # fmt: skip
     (T, S, B), k, w, shared = coef.shape, values.shape[-1], ws[0], indices.dim() == 2
     acc, arch = acc_dtype(w.dtype), capability(w.device)
-    errors = [w.new_empty(_error_shape(keep, S, x)) for x in xs]
-    dbias_rows = [w.new_empty(x.shape, dtype=acc) for x in xs]
     sq_err = w.new_empty(T, S, B, dtype=acc)
     coef, values = coef.contiguous(), values.contiguous()
-    routes = [route_of(S, B, k, x.shape[1], w.dtype, arch=arch) if dws else (False, x.shape[1]) for x in xs]
-    rows = B * k if routes[0][0] else S * B
-    # one pass over the columns of all targets, if their scratch together is not more than that of one may be
-    together = all(way == routes[0][0] and width >= x.shape[1] for (way, width), x in zip(routes, xs, strict=True))
-    together = together and (
-        not dws or T == 1 or rows * sum(x.shape[1] for x in xs) * w.element_size() <= _scratch_bytes(S)
-    )
-    some = [slice(0, T)] if together and (shared or not add_dvalues) else [slice(t, t + 1) for t in range(T)]
+    widths = [x.shape[1] for x in xs]
+    routes = [route_of(S, B, k, d, w.dtype, arch=arch) if dws else (False, d) for d in widths]
+    at_once = not (add_dvalues and not shared) and (not dws or in_one_pass(S, B, k, widths, w.dtype, arch=arch))
+    some = [slice(0, T)] if at_once else [slice(t, t + 1) for t in range(T)]
     list_position = None
     for first, part in enumerate(some):
         use_h_route, width = routes[part.start][0], max(width for _, width in routes[part])
@@ -137,7 +132,7 @@ def _decode_grads_triton(
             **passes, add_dvalues=add_dvalues or (shared and first > 0), add_dw=add_dw, width=width,
             list_position=list_position if use_h_route else None,
         )  # fmt: skip
-    return sq_err, dbias_rows, errors
+    return sq_err
 
 
 def _run_passes(
@@ -191,11 +186,6 @@ def _run_passes(
             )  # fmt: skip
 
 
-def _error_shape(keep, S, x):
-    """Shape of a target's errors: none, those of one source, or all of S."""
-    return (0,) if not keep else (S, *x.shape) if keep[0] == ALL_ERRORS else x.shape
-
-
 def _scratch_bytes(S):
     return SCRATCH_BYTES * (2 if S > 3 else 1)  # many sources: fewer passes pay (modelled: 4 % of the step)
 
@@ -215,23 +205,36 @@ def route_of(S, B, k, d, dtype, *, arch=80) -> tuple[bool, int]:
     return False, min(d, max(SCRATCH_BYTES // (S * B * dtype.itemsize) // 128 * 128, H_MIN_COLUMNS))
 
 
+def in_one_pass(S, B, k, widths, dtype, *, arch=80) -> bool:
+    """Whether the dw of all targets come from one pass: one route, and no more scratch together than one may take."""
+    routes = [route_of(S, B, k, d, dtype, arch=arch) for d in widths]
+    use_h_route = routes[0][0]
+    alike = all(own == use_h_route and width >= d for (own, width), d in zip(routes, widths, strict=True))
+    rows = B * k if use_h_route else S * B
+    return alike and (len(widths) == 1 or rows * sum(widths) * dtype.itemsize <= _scratch_bytes(S))
+
+
 def _decode_grads_torch(
-    *, indices, values, ws, biases, xs, coef, order, offsets, ids, count, keep, dvalues, add_dvalues, dws, add_dw
+    *, indices, values, ws, biases, xs, coef, order, offsets, ids, count, keep, errors, dbias_rows, dvalues,
+    add_dvalues, dws, add_dw,
 ):  # fmt: skip
-    results, shared = [], indices.dim() == 2
+    sqs, shared = [], indices.dim() == 2
     for t, (w, x) in enumerate(zip(ws, xs, strict=True)):
 
         def own(tensor, t=t):
             return tensor if shared or tensor is None or tensor.dim() == 0 else tensor[t]
 
         lists = dict(order=own(order), offsets=own(offsets), ids=own(ids))
-        results.append(_decode_grads_of_one(
+        sq, g, error = _decode_grads_of_one(
             indices=own(indices), values=own(values), w=w, bias=biases[t] if biases else None, x=x, coef=coef[t],
             **lists, count=own(count), keep=keep[t] if keep else NO_ERROR, dvalues=own(dvalues),
             add_dvalues=add_dvalues or (shared and t > 0), dw=dws[t] if dws else None, add_dw=add_dw,
-        ))  # fmt: skip
-    sqs, dbias_rows, errors = map(list, zip(*results, strict=True))
-    return torch.stack(sqs), dbias_rows, errors
+        )  # fmt: skip
+        sqs.append(sq)
+        dbias_rows[t].copy_(g)
+        if keep:
+            errors[t].copy_(error)
+    return torch.stack(sqs)
 
 
 def _decode_grads_of_one(
@@ -259,22 +262,15 @@ def _decode_grads_of_one(
     return sq_err, dbias_rows, error if keep == ALL_ERRORS else error_out
 
 
-def _decode_grads_fake(
-    *, indices, values, ws, biases, xs, coef, order, offsets, ids, count, keep, dvalues, add_dvalues, dws, add_dw
-):  # fmt: skip
-    acc, S = acc_dtype(ws[0].dtype), coef.shape[1]
-    return (
-        coef.new_empty(coef.shape, dtype=acc),
-        [x.new_empty(x.shape, dtype=acc) for x in xs],
-        [x.new_empty(_error_shape(keep, S, x), dtype=ws[0].dtype) for x in xs],
-    )
+def _decode_grads_fake(*, ws, coef, **_):
+    return coef.new_empty(coef.shape, dtype=acc_dtype(ws[0].dtype))
 
 
 decode_grads = register(
     "decode_grads",
     "(Tensor indices, Tensor values, Tensor[] ws, Tensor[] biases, Tensor[] xs, Tensor coef, Tensor order,"
-    " Tensor offsets, Tensor ids, Tensor? count, int[] keep, Tensor(a!) dvalues, bool add_dvalues, Tensor(b!)[] dws,"
-    " bool add_dw, str impl) -> (Tensor, Tensor[], Tensor[])",
+    " Tensor offsets, Tensor ids, Tensor? count, int[] keep, Tensor(a!)[] errors, Tensor(b!)[] dbias_rows,"
+    " Tensor(c!) dvalues, bool add_dvalues, Tensor(d!)[] dws, bool add_dw, str impl) -> Tensor",
     torch_impl=_decode_grads_torch,
     triton_impl=_decode_grads_triton,
     fake=_decode_grads_fake,
@@ -294,7 +290,10 @@ Args:
     offsets: int32, of the InverseIndex.
     ids: int32, of the InverseIndex.
     count: int32 [], or [T] with own codes: the valid columns of indices (all when None); values beyond must be zero.
-    keep: the source whose E is returned, for each target; or T times ALL_ERRORS, which requires dws empty; or empty.
+    keep: the source whose E is kept, for each target; or T times ALL_ERRORS, which requires dws empty; or empty.
+    errors: with keep T tensors in the dtype of ws that receive E, [B, d_t] of one source or [S, B, d_t]; else empty.
+    dbias_rows: T tensors [B, d_t] in the accumulator dtype, receive sum_s coef E, whose sum over b is the gradient of
+        the bias.
     dvalues: contiguous and as values, receives the gradient of values.
     add_dvalues: add to dvalues instead of overwriting it.
     dws: T tensors [N, d_t], receive the gradients of ws; empty: not computed.
@@ -302,8 +301,7 @@ Args:
     impl: "triton" or "torch".
 
 Returns:
-    |E|^2 [T, S, B] and for each target sum_s coef E [B, d_t], whose sum over b is the gradient of the bias, in the
-    accumulator dtype; E [B, d_t] of one source in w's dtype for each target (empty, or [S, B, d_t] for ALL_ERRORS).
+    |E|^2 [T, S, B] in the accumulator dtype.
 """
 
 
@@ -500,19 +498,31 @@ def grads_of_targets(
 
 def _decode_grads(codes, columns, coef, keep, out, impl):
     """Call `decode_grads` with codes that all sources share."""
-    return decode_grads(
-        codes.indices, codes.gathered, *columns, coef, *codes.lists(0), codes.n_valid, keep, *out, impl
-    )  # fmt: skip
+    errors, rows = _outputs(columns, coef, keep)
+    sq = decode_grads(
+        codes.indices, codes.gathered, *columns, coef, *codes.lists(0), codes.n_valid, keep, errors, rows, *out, impl
+    )
+    return sq, rows, errors
 
 
 def _decode_grads_own(codes, part, columns, coef, keep, out, impl):
     """Call `decode_grads` for some targets, each with the codes of its own source."""
+    errors, rows = _outputs(columns, coef, keep)
     n_valid = None if codes.n_valid is None else codes.n_valid[part]
     out = out._replace(dvalues=out.dvalues[part, None])
-    return decode_grads(
+    sq = decode_grads(
         codes.indices[part], codes.gathered[part, None], *columns, coef, *(of[part] for of in codes.inverse), n_valid,
-        keep, *out, impl,
+        keep, errors, rows, *out, impl,
     )  # fmt: skip
+    return sq, rows, errors
+
+
+def _outputs(columns, coef, keep):
+    """New `errors` and `dbias_rows` of `decode_grads`."""
+    ws, _, xs = columns
+    shapes = [(coef.shape[1], *x.shape) if keep == [ALL_ERRORS] * len(xs) else x.shape for x in xs] if keep else []
+    errors = [w.new_empty(shape) for w, shape in zip(ws, shapes, strict=False)]
+    return errors, [x.new_empty(x.shape, dtype=coef.dtype) for x in xs]
 
 
 def _decode_grads_by_source(codes, columns, coef, keep, out, impl):
@@ -524,9 +534,9 @@ def _decode_grads_by_source(codes, columns, coef, keep, out, impl):
         kept = keep if keep == [ALL_ERRORS] else [0] if keep == [s] else []
         parts.append(_decode_grads(codes.source(s), columns, coef[:, only], kept, buffers, impl))
     sqs, gs, errors = zip(*parts, strict=True)
-    rows, kept = torch.stack([g for (g,) in gs]).sum(0), [error for (error,) in errors]
-    error = torch.cat(kept) if keep == [ALL_ERRORS] else kept[keep[0] if keep else 0]
-    return torch.cat(sqs, 1), [rows], [error]
+    kept = [error for of_source in errors for error in of_source]
+    error = torch.cat(kept) if keep == [ALL_ERRORS] else kept[0] if kept else gs[0][0].new_empty(0)
+    return torch.cat(sqs, 1), [torch.stack([g for (g,) in gs]).sum(0)], [error]
 
 
 def grads_of_errors(

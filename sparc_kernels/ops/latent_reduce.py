@@ -192,24 +192,36 @@ def launch_reduces(*, outs, sums, order, offsets, ids, coef, scale, gate, mats, 
     partial sums stay within PARTIAL_BYTES together.
     """
     M, arch, S = order.shape[-1], capability(mats[0].device), _sources(coef)
-    widths = [out.shape[1] for out in outs]
-    settings = [(reduce_config(d, arch, S).block_d, reduce_chunk(M, d)) for d in widths]
-    first = 0
-    while first < len(mats):
-        (low, chunk), last = settings[first], first + 1
-        high = low
-        while last < len(mats) and settings[last][1] == chunk:
-            low, high = min(low, settings[last][0]), max(high, settings[last][0])
-            if high > 2 * low or 8 * cdiv(M, chunk) * sum(widths[first : last + 1]) > PARTIAL_BYTES:
-                break
-            last += 1
-        part = slice(first, last)
+    for part, chunk in reduce_groups([out.shape[1] for out in outs], M, S, arch):
         _launch_reduce(
             outs[part], sums[part] if sums else None, *(t if t.dim() == 1 else t[part] for t in (order, offsets, ids)),
             *(t if t is None or t.dim() < 4 else t[part] for t in (coef, gate)), None if scale is None else scale[part],
             mats[part], k, add, chunk,
         )  # fmt: skip
+
+
+def reduce_groups(widths, M, S, arch) -> list[tuple[slice, int]]:
+    """Return the problems of each launch of `launch_reduces` and the chunk of their lists.
+
+    Args:
+        widths: columns of each problem.
+        M: places of the lists.
+        S: sources.
+        arch: as `capability` gives it.
+    """
+    settings = [(reduce_config(d, arch, S).block_d, reduce_chunk(M, d)) for d in widths]
+    groups, first = [], 0
+    while first < len(widths):
+        (low, chunk), last = settings[first], first + 1
+        high = low
+        while last < len(widths) and settings[last][1] == chunk:
+            low, high = min(low, settings[last][0]), max(high, settings[last][0])
+            if high > 2 * low or 8 * cdiv(M, chunk) * sum(widths[first : last + 1]) > PARTIAL_BYTES:
+                break
+            last += 1
+        groups.append((slice(first, last), chunk))
         first = last
+    return groups
 
 
 def _sources(coef):

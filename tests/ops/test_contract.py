@@ -243,6 +243,9 @@ def ops_and_arguments(impl):
     grads_of, coefs = (indices, values, all_rows, p.pre_biases, p.xs), torch.stack([coef] * 3)
     dws, own_indices = [torch.zeros_like(w).contiguous() for w in all_rows], torch.stack([indices] * 3)
     own_inverse = ops.inverse_index(own_indices, 3, N, None, impl)
+    errors, g, all_errors = (
+        [torch.zeros_like(x).expand(*n, -1, -1).contiguous() for x in p.xs] for n in ((), (), (3,))
+    )
     counts = torch.full((3,), K, dtype=torch.int32, device=DEVICE)
     ids = torch.arange(N, device=DEVICE, dtype=torch.int32)
     count = torch.tensor(1, dtype=torch.int32, device=DEVICE)
@@ -288,15 +291,28 @@ def ops_and_arguments(impl):
         ),
         "decode_grads": (
             ops.decode_grads,
-            (*grads_of, coefs, *inverse, None, [0, 1, 2], torch.zeros_like(values), False, dws, False, impl),
+            (*grads_of, coefs, *inverse, None, [0, 1, 2], errors, g, torch.zeros_like(values), False, dws, False, impl),
         ),
         "decode_grads added": (
             ops.decode_grads,
-            (*grads_of, coefs, *inverse, count, [], torch.zeros_like(values), True, dws, True, impl),
+            (*grads_of, coefs, *inverse, count, [], [], g, torch.zeros_like(values), True, dws, True, impl),
         ),
         "decode_grads of values": (
             ops.decode_grads,
-            (*grads_of, coefs, *inverse, None, [-2, -2, -2], torch.zeros_like(values), False, [], False, impl),
+            (
+                *grads_of,
+                coefs,
+                *inverse,
+                None,
+                [-2, -2, -2],
+                all_errors,
+                g,
+                torch.zeros_like(values),
+                False,
+                [],
+                False,
+                impl,
+            ),
         ),
         "decode_grads own": (
             ops.decode_grads,

@@ -4,6 +4,8 @@ from common import assert_close, assert_grads_close, problem
 from conftest import CUDA, DEVICE
 
 from sparc_kernels import decode, decode_nmse, inverse_index, reference
+from sparc_kernels.ops.records import DecodeTarget, SparseCodes
+from sparc_kernels.tools.trace import counted_launches
 
 
 def sparse(B=6, N=70, k=5, S=3, local=False, dtype=None, seed=3):
@@ -190,3 +192,41 @@ def test_the_route_keeps_its_scratch_within_the_limit():
         assert width * (B * k if spread else S * B) * 2 <= 2 * SCRATCH_BYTES and (width % 128 == 0 or width == d)
         assert spread == (B * k * 128 * 2 <= 2 * SCRATCH_BYTES)
     assert not route_of(8, 8192, 100, 2304, torch.float16)[0]  # float16 would lose the coefficients
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared codes", "own codes"])
+@pytest.mark.parametrize("spread", [1, 99], ids=["in list order", "from the errors"])
+def test_targets_at_once_are_targets_one_by_one(monkeypatch, own, spread):
+    """One launch for all targets, and target by target where their scratch is too large: the same bits."""
+    from sparc_kernels.ops import decode_grads
+
+    if not own:
+        monkeypatch.setattr(decode_grads, "H_MIN_SOURCES", spread)
+    p = problem(widths=(24, 13, 20), requires_grad=False)
+    shared, values = sparse()
+    values = values.detach()
+    indices = torch.stack([shared.roll(t, 0) for t in range(3)]) if own else shared
+    n_valid = torch.tensor([3, 2, 3], device=DEVICE, dtype=torch.int32).clamp(max=indices.shape[-1]) if own else None
+    if own:
+        values = torch.where(torch.arange(values.shape[2], device=DEVICE) < n_valid[:, None, None], values, 0.0)
+    codes = SparseCodes(indices, values, n_valid).with_inverse(p.w_decs[0].shape[1], "triton")
+    targets = [DecodeTarget(w.t().contiguous(), b, x) for w, b, x in zip(p.w_decs, p.pre_biases, p.xs, strict=True)]
+    coef = torch.rand(3, 1 if own else 3, len(p.xs[0]), device=DEVICE, dtype=values.dtype)
+    coef[1, 0, 2] = 0.0
+
+    def run():
+        dvalues, dws = torch.empty_like(values), [torch.ones_like(t.w) for t in targets]
+        out = decode_grads.GradOut(dvalues, False, dws, True)
+        sq, gs, errors = decode_grads.grads_of_targets(
+            codes, targets, coef, out, "triton", own_codes=own, own_errors=True
+        )
+        return [sq, dvalues, *gs, *errors, *dws]
+
+    with counted_launches() as together:
+        got = run()
+    monkeypatch.setattr(decode_grads, "in_one_pass", lambda *args, **_: False)
+    with counted_launches() as apart:
+        want = run()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    name = "sparc_kernels.ops.gather:_gather_kernel"
+    assert (together[name], apart[name]) == (1, 3)

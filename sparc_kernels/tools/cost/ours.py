@@ -6,7 +6,7 @@ weight. `ops_of` is the table of a step; the functions before it make its rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -17,7 +17,10 @@ from ...launch.device import cdiv, dot_precision
 from ...launch.gather import gather_config
 from ...launch.reduce import column_chunk, reduce_chunk, reduce_config
 from ...launch.select import encode_by_library, encode_config, rows_per_chunk, select_config, with_span
-from ...ops.decode_grads import route_of
+from ...ops.adam import alike
+from ...ops.decode_grads import in_one_pass, route_of
+from ...ops.gather import slabs_of
+from ...ops.latent_reduce import reduce_groups
 from ..shape import Shape
 from .gpus import GPU
 from .parts import NO_REUSE, Op, Part, Reuse, distinct, library_unit, of_gpu, of_torch, product, topk_part, total, when
@@ -55,16 +58,38 @@ def mm_topk(s: Shape) -> Op:
 
 
 def _chunks(s: Shape, compact: bool) -> tuple[int, bool]:
-    """Number of chunks of rows, and whether selectors overlap with the next chunk's GEMM, as in `_select_triton`.
+    """Number of chunks of rows, and whether selectors overlap with the next chunk's GEMM, as in `_select_into`.
 
     `compact`: selection among the dead latents of one stream.
     """
+    config, encode, row_bytes = _selector(s, compact)
+    tiles = cdiv(s.B, encode.block_m) * cdiv(s.N, encode.block_n) if config.small and not compact else 0
+    rows, buffers = rows_per_chunk(s.B, row_bytes, encode.block_m, tiles)
+    return cdiv(s.B, rows), buffers > 1
+
+
+def _selector(s: Shape, compact: bool):
+    """Settings of the selector and of the GEMM, and scratch bytes of a row."""
     config = select_config(s.N, s.k, compact)
     encode = with_span(encode_config(s.B, s.e, s.arch, compact), config.span)
     columns = s.N + cdiv(s.N, config.group) + (cdiv(s.N, config.span) if config.span > config.group else 0)
-    tiles = cdiv(s.B, encode.block_m) * cdiv(s.N, encode.block_n) if config.small and not compact else 0
-    rows, buffers = rows_per_chunk(s.B, columns * s.e + 16 * config.k_pad, encode.block_m, tiles)
-    return cdiv(s.B, rows), buffers > 1
+    return config, encode, columns * s.e + 16 * config.k_pad
+
+
+def _dead_selections(s: Shape) -> Iterator[Part]:
+    """Selection among the dead latents of every stream, of several streams at once where their logits fit the scratch.
+
+    Where no latent is dead, programs read the count and exit; rows are filled with live latents.
+    """
+    chunks, at_once = _chunks(s, True)[0], 1
+    if chunks == 1:
+        at_once = max(SCRATCH_BYTES // (s.B * _selector(s, True)[2]), 1)
+    for first in range(0, s.S, at_once):
+        yield from _in_one_launch(
+            _selection(s, s.dead, d, compact=True)
+            if s.dead else [Part("nothing dead", 8 * s.M, launches=2 * chunks)]
+            for d in s.d_streams[first : first + at_once]
+        )  # fmt: skip
 
 
 def _selection(s: Shape, n: int, d: int, *, library: bool = False, compact: bool = False) -> Iterator[Part]:
@@ -132,6 +157,12 @@ def even_gemm_share(s: Shape, gpu: GPU) -> float:
 # --------------------------------------------------------------------------------------------- gathers, lists and sums
 
 
+def _in_one_launch(streams: Iterable[Iterable[Part]]) -> Iterator[Part]:
+    """Parts of several streams whose kernels share their launches."""
+    for i, parts in enumerate(streams):
+        yield from (p if i == 0 else replace(p, launches=0) for p in parts)
+
+
 def _slabs(s: Shape, d: int) -> tuple[int, int]:
     """Columns of one slab of a gather of k rows over d columns of W, and number of slabs."""
     config = gather_config(s.k, d, s.N, s.e, s.arch)
@@ -170,8 +201,10 @@ def _values(s: Shape, n: int, present: int) -> Iterator[Part]:
     """
     M, held, finishes = s.M, 0, 1
     sums = [4 * M * _slabs(s, d)[1] for d in s.d_streams]
-    for d in s.d_streams:
-        yield _gather(s, "dots", d, n, present, sources=1, flops=2, once=s.B * d * s.e, per_slab=12 * M)
+    yield from _in_one_launch(
+        [_gather(s, "dots", d, n, present, sources=1, flops=2, once=s.B * d * s.e, per_slab=12 * M)]
+        for d in s.d_streams
+    )
     for size in sums[:-1]:
         held += size
         if held >= SCRATCH_BYTES:
@@ -200,13 +233,25 @@ def computes_ahead(s: Shape) -> bool:
     return not s.compiled and s.dtype != "float16"
 
 
-def _losses(s: Shape, d: int, n: int, present: int) -> Iterator[Part]:
-    """k decoder rows gathered per row of one target, shared by all S sources; x, ids and values read."""
-    once = s.B * d * s.e * (2 if s.auxk else 1)  # AuxK needs the target's own error
-    per_slab = s.M * (8 + 4 * s.S) + 4 * s.S * s.B
-    yield _gather(s, "losses", d, n, present, sources=s.S, flops=2, once=once, per_slab=per_slab)
-    slabs = _slabs(s, d)[1]
-    yield from when(slabs > 1, of_torch("sum of slabs", 4 * s.S * s.B * (slabs + 1)))
+def _losses(s: Shape, n: int, present: int, sources: int) -> Iterator[Part]:
+    """k decoder rows gathered per row of every target, shared by its sources; x, ids and values read."""
+    sq = 4 * sources * s.B
+    yield from _in_one_launch(
+        [_gather(
+            s, "losses", d, n, present, sources=sources, flops=2, per_slab=s.M * (8 + 4 * sources) + sq,
+            once=s.B * d * s.e * (2 if s.auxk else 1),  # AuxK needs the target's own error
+        )]
+        for d in s.d_streams
+    )  # fmt: skip
+    widest = max(s.d_streams)
+    config = gather_config(s.k, widest, s.N, s.e, s.arch)
+    config = replace(config, tiles=min(config.tiles, cdiv(widest, config.block_d)))
+    slabs = [slabs_of(config, d) for d in s.d_streams]
+    if len(set(slabs)) == 1:
+        yield from when(slabs[0] > 1, of_torch("sum of slabs", s.S * sq * (slabs[0] + 1)))
+    else:
+        split = [n_slabs for n_slabs in slabs if n_slabs > 1]
+        yield of_torch("sum of slabs", sq * (sum(split) + len(split)) + 2 * s.S * sq, len(split) + 1)
 
 
 def route(s: Shape, d: int) -> tuple[bool, int]:
@@ -249,7 +294,18 @@ def _reduce(s: Shape, d: int, sources: int, entries: int, *, per_entry: int, wri
     rows, lists = sources * s.B * d * s.e, cdiv(d, block) * (entries * per_entry + 4 * s.N)
     used = Reuse(sources * entries * d * s.e, rows, rows * min(1, block / d)) if entries else NO_REUSE
     yield Part("reduce", lists + written, used, flops=2 * sources * entries * d)
-    yield Part("finish", s.M)
+    yield from when(reduce_chunk(s.M, d) < s.M, Part("finish", s.M))
+
+
+def _reduces(s: Shape, sources: int, entries: int, *, per_entry: int, column: float, more: int = 0) -> Iterator[Part]:
+    """The same for all streams, in as few launches as `launch_reduces` makes.
+
+    `column`: bytes written for each column, `more` of them beside a stream's own.
+    """
+    for part, _ in reduce_groups(s.d_streams, s.M, sources, s.arch):
+        yield from _in_one_launch(
+            _reduce(s, d, sources, entries, per_entry=per_entry, written=column * (d + more)) for d in s.d_streams[part]
+        )
 
 
 def _reduce_dec(s: Shape, d: int, through_h: bool, width: int) -> Iterator[Part]:
@@ -258,9 +314,38 @@ def _reduce_dec(s: Shape, d: int, through_h: bool, width: int) -> Iterator[Part]
         if through_h:
             moved = s.M * columns * s.e + s.N * (columns * s.e + 4)
             yield Part("segment sum", moved, flops=s.M * columns)
-            yield Part("finish", s.M)
+            yield from when(reduce_chunk(s.M, columns) < s.M, Part("finish", s.M))
         else:
             yield from _reduce(s, columns, s.S, s.M, per_entry=4 + 8 * s.S, written=s.N * columns * s.e)
+
+
+def _all_dec(s: Shape) -> Iterator[Part]:
+    """dW_dec of all targets."""
+    if not (computes_ahead(s) and _at_once(s)):
+        for d in s.d_streams:
+            yield from _reduce_dec(s, d, *route(s, d))
+        return
+    sources = 1 if route(s, s.d_streams[0])[0] else s.S
+    for part, _ in reduce_groups(s.d_streams, s.M, sources, s.arch):
+        yield from _in_one_launch(_reduce_dec(s, d, *route(s, d)) for d in s.d_streams[part])
+
+
+def _at_once(s: Shape) -> bool:
+    """Whether one pass makes dW_dec of all targets."""
+    return in_one_pass(s.S, s.B, s.k, s.d_streams, getattr(torch, s.dtype), arch=s.arch)
+
+
+def _passes(s: Shape, direct: bool) -> Iterator[Part]:
+    """`_one_pass` of all targets."""
+    ahead = direct or computes_ahead(s)
+    passes = (
+        _one_pass(s, d, s.N, s.k, first=not ahead or t == 0, direct=direct) for t, d in enumerate(s.d_streams)
+    )  # fmt: skip
+    if direct or (ahead and _at_once(s)):
+        yield from _in_one_launch(passes)
+    else:
+        for t, parts in enumerate(passes):  # the places are the same for all targets
+            yield from (p for p in parts if not (ahead and t and p.name == "places"))
 
 
 def _bias_sums(s: Shape, launches: int = 2) -> Part:
@@ -283,35 +368,34 @@ def _auxk(s: Shape, direct: bool) -> Iterator[Part]:
     the update computes them.
     """
     ahead, S, SB, BD = direct or computes_ahead(s), s.S, s.S * s.B, s.B * s.D
-    own, present, ids = replace(s, k=s.auxk, auxk=0, dead=0), min(s.auxk, s.dead), 8 * s.B * s.auxk
+    own, present, ids = replace(s, k=s.auxk, auxk=0), min(s.auxk, s.dead), 8 * s.B * s.auxk
     entries = s.B * present
     touched = 2 * s.e * distinct(s.dead, entries) if entries else 0  # bytes of a column, read and written
-    residuals = of_torch("residuals", (2 * BD + s.D) * s.e, S)
-    norms = Part("target weights", BD * s.e + 8 * SB)
+    norms, residuals = Part("target weights", BD * s.e + 8 * SB), Part("residuals", (2 * BD + s.D) * s.e + 4 * SB)
     yield of_torch("dead", 9 * S * s.N, S)  # int64 counters against the threshold
     yield Part("count dead", S * s.N)
     yield Part("dead first", S * s.N * (1 + 4))
-    for d in s.d_streams:
-        if s.dead:
-            yield from _selection(own, s.dead, d, compact=True)
-        else:  # programs read the count and exit; rows are filled with live latents
-            yield Part("nothing dead", ids, launches=2 * _chunks(own, compact=True)[0])
+    yield from _dead_selections(own)
     yield of_torch("stack", 2 * S * ids)
     yield from _values(own, s.dead, present)
     yield from _lists(own, S, beside=present == s.auxk)
-    for d in s.d_streams:
-        one = replace(own, d_streams=(d,))
-        yield from _losses(one, d, s.dead, present)
-        yield from _one_pass(one, d, s.dead, present, first=True)
-        if not direct:
-            for columns in _pieces(d, route(one, d)[1]):  # dW_dec: value and scale of an entry
-                yield from _reduce(one, columns, 1, entries, per_entry=4 + 8, written=touched * columns)
-            # dW_enc and dc: gradient and gate
-            yield from _reduce(one, d, 1, entries, per_entry=4 + 8, written=touched * (d + 1))
-    yield from (residuals, norms, Part("AuxK terms", 4 * (2 * SB + 3 * S), launches=2))
-    yield from when(S > 1, of_torch("column of the weights", 8 * S))
+    yield from _losses(own, s.dead, present, 1)
+    each = [replace(own, d_streams=(d,)) for d in s.d_streams]
+    passes = [_one_pass(one, one.D, s.dead, present, first=True) for one in each]
+    at_once = direct or in_one_pass(1, s.B, s.auxk, s.d_streams, getattr(torch, s.dtype), arch=s.arch)
+    yield from _in_one_launch(passes) if ahead and at_once else (p for parts in passes for p in parts)
+    if not direct:
+        if ahead and at_once:  # dW_dec: value and scale of an entry
+            yield from _reduces(own, 1, entries, per_entry=4 + 8, column=touched)
+        else:
+            for one in each:
+                for columns in _pieces(one.D, route(one, one.D)[1]):
+                    yield from _reduce(one, columns, 1, entries, per_entry=4 + 8, written=touched * columns)
+        # dW_enc and dc: gradient and gate
+        yield from _reduces(own, 1, entries, per_entry=4 + 8, column=touched, more=1)
+    yield from (residuals, Part("AuxK terms", 4 * (3 * SB + 3 * S), launches=2))
     if ahead:  # the biases' sums: twice as many tensors in the launches of the main loss
-        yield from (norms, _bias_sums(s, launches=0))
+        yield _bias_sums(s, launches=0)
     else:
         yield from (residuals, replace(norms, launches=S), _late_bias_sums(s, True))
         yield from (of_torch("scaled", 4 * (2 * S + 1)), of_torch("values' gradients", 8 * SB * s.auxk))
@@ -338,7 +422,22 @@ def sparc_adam(s: Shape) -> Op:
     """Model SparcAdam from gradients in memory: one pass reads weight, gradient and moments, writes all but the
     gradient."""
     moved = 3 * parameter_bytes(s) + 4 * MOMENT
-    return Op("SparcAdam", (_scalars(s), *(Part("stream", moved * (2 * s.N * d + s.N + d)) for d in s.d_streams)))
+    groups, _ = alike(s.d_streams, lambda d: d, lambda d: ())
+    streams = (
+        part for group in groups
+        for part in _in_one_launch([Part("stream", moved * (2 * s.N * d + s.N + d))] for d in group)
+    )  # fmt: skip
+    return Op("SparcAdam", (_scalars(s), *streams))
+
+
+def _updates(s: Shape) -> Iterator[Part]:
+    """Updates of all matrices: decoders, then encoders."""
+    for decoder in (True, False):
+        groups, _ = alike(
+            s.d_streams, lambda d: d, lambda d: (reduce_chunk(s.M, d), reduce_chunk(s.B * s.auxk, d) if s.auxk else 0)
+        )
+        for group in groups:
+            yield from _in_one_launch(_update(s, d, decoder) for d in group)
 
 
 def _update(s: Shape, d: int, decoder: bool) -> Iterator[Part]:
@@ -360,8 +459,8 @@ def _update(s: Shape, d: int, decoder: bool) -> Iterator[Part]:
     used = Reuse(entries * d * s.e, rows + (own if present else 0), rows + own)
     yield Part("weights and moments", moved, used, flops=2 * entries * cdiv(d, block) * block)
     if not decoder:
-        yield of_torch("pre-bias gradient", sums + 16 * d, 2)
-        yield Part("pre-bias", (2 * parameter_bytes(s) + 4 + 4 * MOMENT) * d)
+        yield Part("pre-bias sums", sums + sums // 16)
+        yield Part("pre-bias", sums // 16 + (2 * parameter_bytes(s) + 4 + 4 * MOMENT) * d)
 
 
 # ------------------------------------------------------------------------------------------------- the table of a step
@@ -378,7 +477,7 @@ def ops_of(s: Shape, direct: bool = False) -> dict[str, Op]:
     Returns:
         {name: Op}, in order; ops that the step does not have are left out.
     """
-    B, N, k, S, D, M, e, widths = s.B, s.N, s.k, s.S, s.D, s.M, s.e, s.d_streams
+    B, N, k, S, D, M, e = s.B, s.N, s.k, s.S, s.D, s.M, s.e
     ahead, selected = direct or computes_ahead(s), select(s)
     norms = Part("target weights", B * D * e + 4 * S * B * (1 + S))
     matrices = 0 if direct else 4 * N * D  # the direct update writes them rounded
@@ -392,12 +491,10 @@ def ops_of(s: Shape, direct: bool = False) -> dict[str, Op]:
         # beside the gathers of the values
         "inverse index": _lists(s, 1, beside=True),
         # losses in the forward, everything again in the backward
-        "losses": [] if ahead else [p for d in widths for p in _losses(s, d, N, k)],
+        "losses": [] if ahead else _losses(s, N, k, S),
         # one pass per target for losses, dv and E (or H); unless ahead every target has its own dv
-        "losses + dv": [
-            p for t, d in enumerate(widths) for p in _one_pass(s, d, N, k, first=not ahead or t == 0, direct=direct)
-        ],
-        "dW_dec": [] if direct else [p for d in widths for p in _reduce_dec(s, d, *route(s, d))],
+        "losses + dv": _passes(s, direct),
+        "dW_dec": [] if direct else _all_dec(s),
         "weights, terms": [
             of_torch("term weights", 4 * (S * S + S), 2),
             norms,
@@ -411,9 +508,7 @@ def ops_of(s: Shape, direct: bool = False) -> dict[str, Op]:
             *when(not ahead, of_torch("scaled", 4 * (2 * S * S + 1) + (S - 1) * 12 * S * M, S)),
         ],
         # per list entry one row of x - b, its dv and the value that gates it; dW_enc and dc written
-        "dW_enc": [] if direct else [
-            p for d in widths for p in _reduce(s, d, 1, M, per_entry=4 + 4 + 4, written=N * (d + 1) * e)
-        ],
+        "dW_enc": [] if direct else _reduces(s, 1, M, per_entry=4 + 4 + 4, column=N * e, more=1),
         # -W_enc^T dc: W_enc read once more, all streams in two launches
         "d pre_bias": when(not direct, Part(
             "weighted sums", e * (N * D + S * N + D) + 8 * D * cdiv(N, column_chunk(N)), flops=2 * N * D, launches=2,
@@ -422,7 +517,7 @@ def ops_of(s: Shape, direct: bool = False) -> dict[str, Op]:
         # autocast: inputs, biases and matrices rounded, gradients widened; not traced
         "casts": when(s.autocast, of_torch("casts", (matrices + B * D) * (4 + e), (3 if direct else 11) * S)),
         "update without gradients": [] if not direct else [
-            _scalars(s), *(p for d in widths for decoder in (True, False) for p in _update(s, d, decoder)),
+            _scalars(s), *_updates(s),
         ],
     }  # fmt: skip
     ops = [Op(name, tuple(parts)) for name, parts in table.items()]
