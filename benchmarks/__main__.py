@@ -3,6 +3,7 @@
     python -m benchmarks                                          # a GPU where there is one
     python -m benchmarks --device cpu --quick --out run.json      # under two minutes on two cores
     python -m benchmarks --quick --compare old.json --fail-on-regression 10
+    python -m benchmarks host                                     # a step's host time and launches: host.py
 
 What each field of the JSON means: docs/benchmarks.md.
 """
@@ -70,6 +71,11 @@ def parse(argv=None) -> argparse.Namespace:
 
 @ends_with_its_pipe
 def main(argv=None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["host"]:
+        from . import host
+
+        return host.main(argv[1:])
     args = parse(argv)
     from . import record, report
 

@@ -5,9 +5,10 @@
 
 correctness: kernels compiled on all cores; `sparc-kernels verify` and its adversarial sets, the exercise of every
 kernel and the tests that need a GPU, side by side; then compute-sanitizer over the exercise, alone. Writes
-correctness.json, verify.json, adversarial.json and correctness.txt. timing: the kernels compiled, then `python -m
-benchmarks` on an idle GPU. Writes timing.json, the benchmarks' record (docs/benchmarks.md). Both have `sections`,
-replaced atomically as things end, so a call that is killed leaves what it had; a section that did not run says why.
+correctness.json, verify.json, adversarial.json and correctness.txt. timing: the kernels compiled, the host's time of a
+step (`python -m benchmarks host`), then `python -m benchmarks` on an idle GPU. Writes timing.json, the benchmarks'
+record (docs/benchmarks.md). Both have `sections`, replaced atomically as things end, so a call that is killed leaves
+what it had; a section that did not run says why.
 Nothing need be installed but PyTorch and Triton. On a CPU the same code runs at tiny shapes: its times mean nothing
 and are marked `device: cpu`, `tiny: true`.
 
@@ -46,7 +47,7 @@ from sparc_kernels.core.console import ends_with_its_pipe  # noqa: E402  nor her
 SCHEMA = "sparc_kernels.gpu_correctness/1"
 CALLS = {  # minutes, sections in their order
     "correctness": (6.0, ("compile", "verify", "adversarial", "exercise", "contract", "memcheck", "racecheck")),
-    "timing": (5.0, ("compile", "measurements")),
+    "timing": (5.0, ("compile", "host", "measurements")),
 }
 GOOD = ("ran", "absent", "skipped")
 START_SECONDS = 150  # of a process that imports torch and meets the GPU
@@ -320,11 +321,34 @@ def suite(device: str, file: Path, args: argparse.Namespace, *more: str) -> list
     return [*command, "--filter", args.filter, *more]
 
 
+def host_times(report: Report, seconds: float) -> Part:
+    """What a step of each kind costs the host at the official shape, on a GPU beside the device's time."""
+    file = report.folder / "host.json"
+    file.unlink(missing_ok=True)
+    few = ["--repeats", "5", "--seconds", "0.05"]
+    if report.device != "cuda":
+        few = ["--repeats", "1", "--seconds", "0.01", "--shape", "16,128,8,16,1", "--auxk", "0", "--dtype", "bfloat16"]
+
+    def read(entry: dict, code: int | None, output: str) -> None:
+        if "Triton is not installed" in output:
+            entry.update(status="absent", reason="Triton is not installed")
+        elif code == 0:
+            result = json.loads(file.read_text())
+            entry.update(
+                rows=result["rows"], others_cpu=result["others_cpu"], versions=result["environment"]["versions"]
+            )
+        file.unlink(missing_ok=True)
+
+    command = module("benchmarks", "host", *few, "--json", str(file))
+    return Part("host", command, seconds, read, {"TRITON_INTERPRET": "0"})
+
+
 def timing(report: Report, command: list[str]) -> None:
-    """The compiler, then the benchmarks by themselves; `command` goes on in the report's file."""
+    """The compiler, the host, then the benchmarks by themselves; `command` goes on in the report's file."""
     report.data["deadline"] = int(report.end - 8)  # for what is under way then, and the end
     report.save()
     run(report, compiling(report, min(75.0, 15 * report.minutes)))
+    run(report, host_times(report, min(60.0, 12 * report.minutes)))
     entry, began = report["measurements"], time.time()
     if entry["status"] == "skipped":
         return
@@ -405,9 +429,17 @@ def summary_of(sections: dict) -> str:
         lines.append(f"{name}: {' '.join(filter(None, said))}"[:400])
         lines += [f"  NOT PASSED {json.dumps(row)[:230]}" for row in entry.get("failed", [])[:20]]
         lines += [f"  {kernel}: {error}"[:230] for kernel, error in entry.get("errors", [])[:10]]
+        lines += [f"  {host_line(row)}" for row in entry.get("rows", [])] if name == "host" else []
         if entry["status"] not in GOOD:
             lines += [f"  | {line[:200]}" for line in entry.get("output_tail", "").splitlines()]
     return "\n".join(lines)
+
+
+def host_line(row: dict) -> str:
+    """A row of `python -m benchmarks host`, in short."""
+    device = "" if row["device_ms"] is None else f", device {row['device_ms']:.3f} ms"
+    counts = f"{row['launches']} launches of Triton, {row['torch_calls']} calls of torch"
+    return f"{row['what']}, {row['dtype']}, auxk {row['auxk']}: host {row['host_ms']:.3f} ms{device}, {counts}"
 
 
 def parse(argv=None) -> argparse.Namespace:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not see what `__get
     from . import data as data
     from . import metrics as metrics
     from . import reference as reference
+    from .nn.graphed import GraphedStep as GraphedStep
     from .nn.module import AlignedSAE as AlignedSAE
     from .nn.optimizer import SparcAdam as SparcAdam
     from .nn.outputs import AlignedOutputs as AlignedOutputs
@@ -33,6 +34,7 @@ _EXPORTS = {
     "InverseIndex": "ops.inverse_index",
     "inverse_index": "ops.inverse_index",
     "SparcAdam": "nn.optimizer",
+    "GraphedStep": "nn.graphed",
 }
 _MODULES = ("reference", "metrics", "data")
 

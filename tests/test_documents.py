@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sparc_kernels
 from benchmarks import __main__ as benchmark
-from benchmarks import gpu_report, plot, report
+from benchmarks import gpu_report, host, plot, report
 from sparc_kernels import cli
 from sparc_kernels.cli import demo
 
@@ -32,6 +32,7 @@ SETUP = (
 )  # the environment is this one
 PARSERS = {
     "sparc-kernels": cli.parse,
+    "python -m benchmarks host": host.parse,
     "python -m benchmarks": benchmark.parse,
     "python -m benchmarks.report": report.parse,
     "python -m benchmarks.plot": plot.parse,
@@ -54,6 +55,7 @@ ELSEWHERE = {  # command -> what runs it, or a smaller one; here its arguments a
     "python benchmarks/gpu_report.py --call correctness":
         "tests/benchmarks/test_gpu_report.py::test_the_correctness_call",
     "python benchmarks/gpu_report.py --call timing": "tests/benchmarks/test_gpu_report.py::test_the_timing_call",
+    "python -m benchmarks host": "tests/benchmarks/test_host.py::test_every_row_is_printed_and_recorded",
     "python -m benchmarks": "tests/benchmarks/test_benchmarks.py::made",
     "python -m benchmarks --device cpu --quick --out run.json": "tests/benchmarks/test_benchmarks.py::made",
     "python -m benchmarks --official CLONE --filter 'open-images.*full' --minutes 5":
@@ -227,7 +229,7 @@ def test_every_link_leads_somewhere():
 def test_commands_and_options_in_the_prose_exist(capsys):
     prose = "\n".join(split(document)[1] for document in DOCUMENTS)
     spans = re.findall(r"`([^`]+)`", prose)
-    for parse in (benchmark.parse, report.parse, plot.parse, gpu_report.parse):
+    for parse in (benchmark.parse, host.parse, report.parse, plot.parse, gpu_report.parse):
         with pytest.raises(SystemExit):
             parse(["--help"])
     for name in cli.SUBCOMMANDS:

@@ -315,7 +315,7 @@ class Planned:
         numbers = [Scalar.make(value, i) for i, value in enumerate(scalars)]
         with no_autocast(device), on_device(device), recorded(tensors) as recorder:
             outputs = self.function(tensors, *static, *numbers)
-            plan = Plan(recorder, outputs)
+            plan = None if recorder.refused else Plan(recorder, outputs)
         if recorder.refused:
             self._refuse(key, recorder.refused)
         else:

@@ -71,6 +71,19 @@ def derived(number: float, part: Callable[[float], float]) -> float:
     return Scalar.make(value, number.position, part) if isinstance(number, Scalar) else value
 
 
+def call(operator, *args):
+    """Call an operator of the package.
+
+    While a plan is recorded its implementation runs without torch's dispatcher, which makes plain numbers of scalars.
+
+    Args:
+        operator: as `register` returned it.
+        args: of the operator.
+    """
+    implementation = operator_of(operator) if recording() is not None else None
+    return operator(*args) if implementation is None else implementation.run(*args)
+
+
 class Place(NamedTuple):
     """Geometry of a tensor inside a buffer."""
 
@@ -139,6 +152,8 @@ class Recorder(TorchDispatchMode):
         """Launch a kernel and record it."""
         with _disable_current_modes():  # the interpreter calls torch
             compiled = kernel[grid](*tree_map(_plain, args), **{name: _plain(arg) for name, arg in options.items()})
+        if self.refused:
+            return
         names = [] if INTERPRETED else kernel.arg_names
         if not INTERPRETED and not hasattr(compiled, "__getitem__"):
             self.refuse(f"{kernel}: its launch returned no compiled kernel")
@@ -156,10 +171,14 @@ class Recorder(TorchDispatchMode):
                 return operator.run(*args)
         out = func(*args, **kwargs)
         results = [(i, t) for i, t in enumerate(tree_leaves(out)) if isinstance(t, torch.Tensor)]
+        if self.refused:
+            return out
+        dense = all(t.layout == torch.strided for _, t in results)
+        if not results or not dense or func._schema.name in _HOST_READS:
+            self.refuse(f"{func} cannot be repeated")
+            return out
         new = [(i, t) for i, t in results if t.untyped_storage()._cdata not in self._live]
-        if not results or func._schema.name in _HOST_READS:
-            self.refuse(f"{func} is not repeatable")
-        elif func._schema.name in _ALLOCATIONS:
+        if func._schema.name in _ALLOCATIONS:
             buffer = self._new(out)
             self.sizes[buffer], self.born[buffer] = out.untyped_storage().nbytes(), len(self.entries)
             self.like[buffer] = Place(buffer, 0, tuple(out.shape), out.stride(), out.dtype)
@@ -213,7 +232,8 @@ class Recorder(TorchDispatchMode):
 
     def place(self, tensor: torch.Tensor) -> Place | None:
         """Find a tensor's place; None, and no plan, if neither the inputs nor the function made its memory."""
-        entry = self._live.get(tensor.untyped_storage()._cdata)
+        strided = tensor.layout == torch.strided
+        entry = self._live.get(tensor.untyped_storage()._cdata) if strided else None
         if entry is None:
             self.refuse(f"a tensor {tuple(tensor.shape)} is not an argument")
             return None

@@ -7,77 +7,107 @@ encoder rows are updated from their latents' lists, and last its pre-bias.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from ..core.plan import Planned
+from ..core.recorder import call
 from ..core.validation import fail, require
-from ..ops.adam import adam_hyper, rows_of
+from ..ops.adam import adam_hyper, adam_scalars_, rows_of
 from ..ops.aligned_loss import Gradients, LossResult, losses_and_gradients
 from ..ops.inverse_index import InverseIndex, inverse_index_op, lists_of
 from ..ops.latent_adam import latent_adam_
-from ..ops.records import DecodeTarget, WeightedLists
-from .forward import ForwardState
+from ..ops.records import DecodeTarget, EncoderParams, WeightedLists
+from .forward import Encoded, EncodeSettings, encode
 
 if TYPE_CHECKING:
     from .module import AlignedSAE
     from .optimizer import SparcAdam
 
 
+class FusedInputs(NamedTuple):
+    """Tensors of a fused step over S streams, besides the optimizer's."""
+
+    xs: list[torch.Tensor]  # [B, d_s] in the operators' dtype
+    encoder: EncoderParams
+    counters: list[torch.Tensor]  # int64 [N]
+    targets: list[DecodeTarget]
+    weights: torch.Tensor  # [T, S], weights of the loss terms
+
+
 @torch.no_grad()
 def fused_step(
-    optimizer: SparcAdam,
-    state: ForwardState,
-    targets: list[DecodeTarget],
-    weights: torch.Tensor,
-    auxk_coef: float,
-) -> LossResult:
-    """Compute the loss of a forward and update every parameter once.
+    optimizer: SparcAdam, inputs: FusedInputs, settings: EncodeSettings, auxk_coef: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Run a forward, compute its loss and update every parameter once.
 
     Args:
-        optimizer: SparcAdam of the model that made `state`; passes `check`.
-        state: of a forward over all streams, with inverse indices.
-        targets: decoder and rows of each stream.
-        weights: [T, S], weights of the loss terms.
+        optimizer: SparcAdam of the model; passes `check`.
+        inputs: of all streams.
+        settings: of the forward.
         auxk_coef: weight of AuxK, >= 0.
 
     Returns:
-        The loss, its terms, and the errors and gradients that the update read.
+        The loss, its terms and AuxK's, as `losses_and_gradients` returns them.
     """
-    gradients = Gradients([False] * len(targets), None, keep_errors=True)
-    result = losses_and_gradients(
-        state.codes, state.aux, targets, weights, auxk_coef, gradients=gradients, impl=state.impl
-    )
-    _update(optimizer, state, result)
-    return result
-
-
-def _update(optimizer: SparcAdam, state: ForwardState, result: LossResult) -> None:
     streams, half = optimizer.streams(), optimizer.half_weights()
     moments = optimizer.prepare([[True] * 4 for _ in streams])
-    optimizer.count_step([True] * (4 * len(streams)), loss=result.loss)
-    hyper = adam_hyper(optimizer.param_groups[0])
-    codes, lists = state.codes, None
-    if not codes.shared:  # each (source, row) has list entries of its own: treat them as one source of S * B rows
-        n_latents = len(state.encoder.w_encs[0])
-        lists = lists_of(inverse_index_op(codes.indices.flatten(1), 1, n_latents, None, state.impl), 0)
-    params = [rows_of(p, i) for stream in streams for i, p in enumerate(stream)]
-    exp_avgs, exp_avg_sqs = ([t for both in moments for t in both[i]] for i in range(2))
-    encoders = [_encoder_lists(state, result, s) for s in range(len(streams))]
-    decoders = [_decoder_lists(state, result, s, lists) for s in range(len(streams))]
-    (enc_lists, k, enc_aux, aux_k), (dec_lists, _, dec_aux, _) = _flat(encoders), _flat(decoders)
-    latent_adam_(
-        params, exp_avgs, exp_avg_sqs, [w for pair in half or () for w in pair], optimizer.scalars(), result.dbiases,
-        enc_lists, dec_lists, k, enc_aux, dec_aux, aux_k, *hyper, optimizer.impl_of(streams),
-    )  # fmt: skip
+    lr, number = optimizer.read_lr()
+    group = optimizer.param_groups[0]
+    tensors = [
+        *inputs.xs, *(t for part in inputs.encoder for t in part), *inputs.counters,
+        *(t for target in inputs.targets for t in target), inputs.weights,
+        *(rows_of(p, i) for stream in streams for i, p in enumerate(stream)),
+        *(m for ms, _ in moments for m in ms), *(v for _, vs in moments for v in vs),
+        *(w for pair in half or () for w in pair), optimizer.counts, optimizer.scalars(), lr,
+        getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None),
+    ]  # fmt: skip
+    static = len(streams), settings, auxk_coef, adam_hyper(group), optimizer.impl_of(streams)
+    impl = settings.impl if settings.impl == static[-1] else "torch"  # a plan is all of Triton
+    loss, terms, aux_terms = _step(tensors, static, (number, group["weight_decay"]), impl=impl)
+    assert loss is not None and terms is not None, "every step has a loss"
     torch.autograd.graph.increment_version([p for stream in streams for p in stream])
     if half:
         optimizer.half_weights_written()
     optimizer._opt_called = True  # type: ignore[attr-defined]  # read by learning rate schedulers
+    return loss, terms, aux_terms
+
+
+@Planned
+def _step(tensors, S, settings, auxk_coef, hyper, update_impl, lr_value, decay):
+    """Run `fused_step` on flat arguments."""
+    *tensors, counts, scalars, lr, found_inf, grad_scale = tensors
+    xs, *encoder, counters = (tensors[i : i + S] for i in range(0, 5 * S, S))
+    targets = [DecodeTarget(*tensors[i : i + 3]) for i in range(5 * S, 8 * S, 3)]
+    weights, encoder = tensors[8 * S], EncoderParams(*encoder)
+    params, exp_avgs, exp_avg_sqs = (tensors[i : i + 4 * S] for i in range(8 * S + 1, 20 * S + 1, 4 * S))
+    half = tensors[20 * S + 1 :]
+    encoded = encode(xs, encoder, counters, None, settings)
+    gradients = Gradients([False] * S, None, keep_errors=True)
+    result = losses_and_gradients(
+        encoded.codes, encoded.aux, targets, weights, auxk_coef, gradients=gradients, impl=settings.impl
+    )
+    call(
+        adam_scalars_, counts, scalars, lr, lr_value, decay, 2 ** (4 * S) - 1, found_inf, grad_scale, result.loss, None,
+        0.0, None, hyper.beta1, hyper.beta2, update_impl,
+    )  # fmt: skip
+    codes, lists = encoded.codes, None
+    if not codes.shared:  # each (source, row) has list entries of its own: treat them as one source of S * B rows
+        n_latents = len(encoder.w_encs[0])
+        lists = lists_of(inverse_index_op(codes.indices.flatten(1), 1, n_latents, None, settings.impl), 0)
+    encoders = [_encoder_lists(encoded, result, s) for s in range(S)]
+    decoders = [_decoder_lists(encoded, result, s, lists) for s in range(S)]
+    (enc_lists, k, enc_aux, aux_k), (dec_lists, _, dec_aux, _) = _flat(encoders), _flat(decoders)
+    latent_adam_(
+        params, exp_avgs, exp_avg_sqs, half, scalars, result.dbiases, enc_lists, dec_lists, k, enc_aux, dec_aux, aux_k,
+        *hyper, update_impl,
+    )  # fmt: skip
+    return [result.loss, result.terms, result.aux_terms]
 
 
 def _decoder_lists(
-    state: ForwardState, result: LossResult, t: int, lists: InverseIndex | None
+    state: Encoded, result: LossResult, t: int, lists: InverseIndex | None
 ) -> tuple[WeightedLists, WeightedLists | None]:
     """Weighted lists whose sum is the gradient of target t's decoder: of the codes, and of AuxK's codes or None.
 
@@ -97,7 +127,7 @@ def _decoder_lists(
     return main, WeightedLists(aux.lists(t), values, result.aux_coef[t], None, result.aux_errors[t], values.shape[2])
 
 
-def _encoder_lists(state: ForwardState, result: LossResult, s: int) -> tuple[WeightedLists, WeightedLists | None]:
+def _encoder_lists(state: Encoded, result: LossResult, s: int) -> tuple[WeightedLists, WeightedLists | None]:
     """Weighted lists of stream s's encoder gradient; the values are the ReLU's gate."""
     one, mat = slice(s, s + 1), state.centred[s][None]
 

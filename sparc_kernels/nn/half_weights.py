@@ -51,6 +51,10 @@ class HalfWeights:
                     seen[i] = _state(w)
         return self._held
 
+    def copies(self) -> list[torch.Tensor]:
+        """Return the copies as they are; none before the first `of`."""
+        return [held for pair in self._held for held in pair]
+
     def written(self, weights: list[list[torch.Tensor]]) -> None:
         """Mark the copies as up to date after a kernel wrote weights and copies together.
 

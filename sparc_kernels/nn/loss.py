@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
+from ..core.plan import usable
 from ..ops.aligned_loss import AlignedLoss, LossInputs
 from ..ops.loss_terms import Terms
 from .forward import ForwardState
@@ -36,20 +39,30 @@ def loss_of(
     return AlignedLoss.apply(weights, auxk_coef, torch.is_grad_enabled(), impl, len(w_decs), *tensors)
 
 
-def term_weights(values: torch.Tensor, cross_loss_coef: float) -> torch.Tensor:
-    """Return the weights of the loss terms.
+def term_weights(S: int, dtype: torch.dtype, device: torch.device, cross_loss_coef: float) -> torch.Tensor:
+    """Return the weights of the loss terms, made once for each kind where nothing is traced or captured.
 
     Args:
-        values: [S, B, k]; gives the number of streams, the dtype and the device.
+        S: number of streams.
+        dtype: of the weights.
+        device: of the weights.
         cross_loss_coef: weight of the mean cross-reconstruction loss.
 
     Returns:
         [target, source]: 1 / S on the diagonal, cross_loss_coef / (S (S - 1)) elsewhere.
     """
-    S = len(values)
+    captures = device.type == "cuda" and torch.cuda.is_current_stream_capturing()  # the graph's memory is not ours
+    if torch.compiler.is_compiling() or captures or not usable():
+        return _term_weights.__wrapped__(S, dtype, device, cross_loss_coef)
+    with torch.inference_mode(False):
+        return _term_weights(S, dtype, device, cross_loss_coef)
+
+
+@functools.lru_cache(64)
+def _term_weights(S, dtype, device, cross_loss_coef):
     cross = cross_loss_coef / (S * (S - 1)) if S > 1 else 0.0
     # filled on the device: a copy from the host would synchronise
-    return values.new_full((S, S), cross).fill_diagonal_(1 / S)
+    return torch.full((S, S), cross, dtype=dtype, device=device).fill_diagonal_(1 / S)
 
 
 def metrics_of(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from ..core.numerics import autocast_enabled, memory_of
+from ..core.numerics import acc_dtype, autocast_enabled, memory_of
 from ..core.registry import IMPLS, resolve_impl
 from ..core.validation import check_bool, check_int, check_number, check_tensor, fail, require
 from ..launch.budgets import MAX_K, MAX_STREAMS
@@ -16,6 +17,7 @@ from ..ops.encode import differentiable_values
 from ..ops.joint import JointCast, wants_joint
 from ..ops.records import DecodeTarget, EncoderParams
 from .forward import EncodeSettings, ForwardState, encode, version_of
+from .fused_step import FusedInputs
 from .loss import loss_of, metrics_of, term_weights
 from .outputs import AlignedOutputs
 
@@ -122,31 +124,38 @@ class AlignedSAE(nn.Module):
         state.codes, state.aux = differentiable_values(*parts, impl=state.impl)
         return AlignedOutputs(state.record())
 
-    def _encode(
-        self, inputs, streams: list[str], lists: bool, w_encs: list[torch.Tensor] | None = None
-    ) -> ForwardState:
+    def _encode(self, inputs, streams: list[str], lists: bool) -> ForwardState:
         """Select latents, gather values, update counters; only casts of parameters and inputs are differentiable.
 
-        `lists`: build the inverse indices for gradients. `w_encs`: encoder weights already in the operators' dtype.
+        `lists`: build the inverse indices for gradients.
         """
-        encoder = self._encoders(streams, w_encs)
-        xs = [inputs[s].to(w.dtype) for s, w in zip(streams, encoder.w_encs, strict=True)]
-        impl = resolve_impl(self.impl, xs[0])
+        encoder, recomputes = self._encoders(streams), _recomputes()
+        xs, settings = self._prepare(inputs, streams, encoder, lists, recomputes)
         with torch.no_grad():
-            counters = [self._buffers[f"stats_last_nonzero_{s}"] for s in streams]
-            counts, recomputes = self.training or self.count_in_eval, _recomputes()
-            dead = self._recalled_dead(inputs, counts) if recomputes and self.auxk else None
-            settings = EncodeSettings(
-                self.k, self.topk_type, self.auxk, lists, counts and not recomputes, self.auxk_threshold,
-                self.dead_steps_threshold, impl,
-            )  # fmt: skip
-            encoded = encode(xs, encoder, counters, dead, settings)
+            dead = self._recalled_dead(inputs) if recomputes and self.auxk else None
+            encoded = encode(xs, encoder, self._counters(streams), dead, settings)
             if encoded.dead is not None and not recomputes and not torch.compiler.is_compiling():
                 self._remember_dead(inputs, encoded.dead)
-        return ForwardState(self, dict(inputs), streams, impl, xs, encoder, encoded.centred, encoded.codes, encoded.aux)
+        return ForwardState(self, dict(inputs), streams, settings.impl, xs, encoder, *encoded[:3])
 
-    def _recalled_dead(self, inputs, counts: bool) -> list[torch.Tensor] | None:
+    def _prepare(
+        self, inputs, streams: list[str], encoder: EncoderParams, lists: bool, recomputes: bool
+    ) -> tuple[list[torch.Tensor], EncodeSettings]:
+        """Return the inputs in the operators' dtype, and the settings of the forward."""
+        dtype = encoder.w_encs[0].dtype
+        xs = [inputs[s].to(dtype) for s in streams]
+        impl = resolve_impl(self.impl, xs[0])
+        counts = (self.training or self.count_in_eval) and not recomputes
+        return xs, EncodeSettings(
+            self.k, self.topk_type, self.auxk, lists, counts, self.auxk_threshold, self.dead_steps_threshold, impl
+        )  # fmt: skip
+
+    def _counters(self, streams: list[str]) -> list[torch.Tensor]:
+        return [getattr(self, f"stats_last_nonzero_{s}") for s in streams]
+
+    def _recalled_dead(self, inputs) -> list[torch.Tensor] | None:
         """Return the dead latents of the forward that activation checkpointing runs again; None: by the counters."""
+        counts = self.training or self.count_in_eval
         if (dead := self._recent_dead.get(_identity(inputs))) is not None or not counts:
             return dead  # None for a forward in eval mode from a hook
         raise RuntimeError(
@@ -212,7 +221,7 @@ class AlignedSAE(nn.Module):
             fail("inputs", f"{n_rows} rows as in outputs", str(rows))
         state.check_unchanged()
         with torch.set_grad_enabled(state.grad and torch.is_grad_enabled()):
-            weights = term_weights(values, cross_loss_coef)
+            weights = term_weights(len(values), values.dtype, values.device, cross_loss_coef)
             decoders, xs = [self.decoder_of(s) for s in streams], [inputs[s] for s in streams]
             impl = resolve_impl(self.impl, decoders[0][0])
             loss, terms, aux_terms = loss_of(state, decoders, xs, weights=weights, auxk_coef=auxk_coef, impl=impl)
@@ -244,6 +253,9 @@ class AlignedSAE(nn.Module):
             ValueError: the optimizer clips by norm, which needs all gradients before the first update; a parameter has
                 a gradient in `.grad` or does not require one; also for bad inputs and coefficients.
 
+        On CUDA, steps are replayed from a CUDA graph after three of one kind, with the same bits (docs/integration.md;
+        off with `SparcAdam(graph=False)`).
+
         Equivalent to:
             optimizer.zero_grad()
             loss, metrics = self.compute_loss(self(inputs), inputs, auxk_coef, cross_loss_coef)
@@ -253,6 +265,12 @@ class AlignedSAE(nn.Module):
         """
         is_sparc_adam = hasattr(optimizer, "fused_step")
         require(is_sparc_adam, "optimizer", "a SparcAdam", optimizer)  # its module imports this one
+        if optimizer.model is self:
+            key = "training_step", auxk_coef, cross_loss_coef
+            body = functools.partial(_training_step, self, optimizer, auxk_coef, cross_loss_coef)
+            replayed = optimizer.graphed(body, inputs, key)
+            if replayed is not None:
+                return replayed
         optimizer.check_fused_step(self)
         check_number("auxk_coef", auxk_coef)
         check_number("cross_loss_coef", cross_loss_coef)
@@ -260,17 +278,16 @@ class AlignedSAE(nn.Module):
         require(streams == self.streams, "inputs", f"all streams {self.streams} (the loss needs them)", repr(streams))
         with torch.no_grad():
             half = optimizer.half_weights()
-            w_encs = None if half is None else [w_enc for w_enc, _ in half]
-            state = self._encode(inputs, streams, True, w_encs)
-            assert state.codes.values is not None, "a forward makes them"
+            encoder = self._encoders(streams, None if half is None else [w_enc for w_enc, _ in half])
             rows = [w_dec for _, w_dec in half] if half else [self.decoder_of(s)[0].t() for s in streams]
+            xs, settings = self._prepare(inputs, streams, encoder, True, False)
             targets = [
-                DecodeTarget(w, bias, inputs[s])
-                for w, bias, s in zip(rows, state.encoder.pre_biases, streams, strict=True)
+                DecodeTarget(w, bias, inputs[s]) for w, bias, s in zip(rows, encoder.pre_biases, streams, strict=True)
             ]
-            weights = term_weights(state.codes.values, cross_loss_coef)
-            result = optimizer.fused_step(state, targets, weights, auxk_coef)
-            return result.loss, metrics_of(streams, result.loss, result.terms, result.aux_terms, cross_loss_coef)
+            weights = term_weights(len(streams), acc_dtype(xs[0].dtype), xs[0].device, cross_loss_coef)
+            prepared = FusedInputs(xs, encoder, self._counters(streams), targets, weights)
+            loss, terms, aux_terms = optimizer.fused_step(prepared, settings, auxk_coef)
+            return loss, metrics_of(streams, loss, terms, aux_terms, cross_loss_coef)
 
     def _encoders(self, streams, w_encs=None) -> EncoderParams:
         """The streams' encoder parameters in the operators' dtype."""
@@ -484,6 +501,10 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def _restore_layout(module: AlignedSAE, _) -> None:
     module.decoder_layout_(module.decoder_layout)  # load_state_dict(assign=True) replaces the strides
+
+
+def _training_step(model: AlignedSAE, optimizer, auxk_coef, cross_loss_coef, inputs):
+    return AlignedSAE.training_step(model, inputs, optimizer, auxk_coef, cross_loss_coef)
 
 
 def _autocast(*params: torch.Tensor) -> tuple[torch.Tensor, ...]:

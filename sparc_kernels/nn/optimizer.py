@@ -11,11 +11,10 @@ import torch
 from ..core.numerics import acc_dtype
 from ..core.registry import IMPLS, resolve_impl
 from ..core.validation import check_bool, check_number, fail, plain, require
-from ..ops.adam import DECODER, MODES, SCALARS, adam_hyper, adam_scalars_, adam_stream_, grad_square, rows_of
-from ..ops.aligned_loss import LossResult
-from ..ops.records import DecodeTarget
-from .forward import ForwardState
-from .fused_step import check, fused_step
+from ..ops.adam import MODES, SCALARS, adam_hyper, adam_update_, rows_of
+from .forward import EncodeSettings
+from .fused_step import FusedInputs, check, fused_step
+from .graphed import StepGraph, switched_on
 from .half_weights import HalfWeights
 from .module import AlignedSAE
 
@@ -43,6 +42,9 @@ class SparcAdam(torch.optim.Optimizer):
             half-precision copy of the weight matrices, 2 bytes a parameter, and updates it in the pass that updates the
             weights, instead of casting them in every step; same bits. Call `refresh_shadow` after changes that autograd
             does not see (`p.data`), and after any change of the weights before the replay of a CUDA graph.
+        graph: on CUDA, `AlignedSAE.training_step` and `GraphedStep` capture themselves in a CUDA graph after three
+            steps of one kind and replay it; the same bits. None: unless the environment has `SPARC_KERNELS_GRAPH=0`. It
+            may be assigned later; `release_graph` frees the graph's memory.
         impl: "auto" (Triton on CUDA tensors, torch elsewhere), "triton" or "torch".
 
     Moments and arithmetic are float32 (float64 for float64 parameters), also for bfloat16 and float16 parameters, whose
@@ -62,6 +64,10 @@ class SparcAdam(torch.optim.Optimizer):
         torch.optim.AdamW(model.parameters(), lr, betas, eps, weight_decay).step()
     """
 
+    graph = True
+    captured_lr: torch.Tensor | None = None  # while `StepGraph` captures: the learning rate that the graph reads
+    _step_graph: StepGraph | None = None
+
     def __init__(
         self,
         model: AlignedSAE,
@@ -74,6 +80,7 @@ class SparcAdam(torch.optim.Optimizer):
         max_grad_norm: float | None = None,
         capturable: bool = False,
         shadow: torch.dtype | None = None,
+        graph: bool | None = None,
         impl: str = "auto",
     ):
         self.model = _unwrapped(model)
@@ -90,6 +97,7 @@ class SparcAdam(torch.optim.Optimizer):
             max_grad_norm = float(check_number("max_grad_norm", max_grad_norm))
             require(max_grad_norm > 0, "max_grad_norm", "a number > 0 or None", repr(max_grad_norm))
         capturable = check_bool("capturable", capturable)
+        self.graph = switched_on() if graph is None else check_bool("graph", graph)
         require(impl in IMPLS, "impl", f"one of {', '.join(map(repr, IMPLS))}", repr(impl))
         halves = (None, torch.bfloat16, torch.float16)
         require(shadow in halves, "shadow", "torch.bfloat16, torch.float16 or None", repr(shadow))
@@ -145,15 +153,53 @@ class SparcAdam(torch.optim.Optimizer):
         moments = self.prepare([[g is not None for g in stream_grads] for stream_grads in grads])
         params = [rows_of(p, i) for stream in streams for i, p in enumerate(stream)]
         flat = [g for stream_grads in grads for g in stream_grads]
-        hyper, impl = adam_hyper(group), self.impl_of(streams)
-        square = None
-        if group["max_grad_norm"] is not None:
-            square = grad_square(params[DECODER::4], flat, hyper.normalize, impl).to(self.scalars())
-        self.count_step([g is not None for g in flat], square=square)
+        active = sum((g is not None) << i for i, g in enumerate(flat))
+        lr, number = self.read_lr()
+        if group["max_grad_norm"] is not None and self.grad_norm is None:
+            self.grad_norm = torch.zeros_like(self.scalars()[0, 0])
         exp_avgs, exp_avg_sqs = ([t for both in moments for t in both[i]] for i in range(2))
-        adam_stream_(params, flat, exp_avgs, exp_avg_sqs, self.scalars(), *hyper, impl)
+        norm = None if group["max_grad_norm"] is None else self.grad_norm
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        own = self.counts, self._scalars, lr, found_inf, grad_scale, norm
+        impl = self.impl_of(streams)
+        adam_update_(
+            [*params, *flat, *exp_avgs, *exp_avg_sqs, *own], (adam_hyper(group), active, group["max_grad_norm"], impl),
+            (number, group["weight_decay"]), impl=impl,
+        )  # fmt: skip
         moved = [p for stream in streams for p in stream if p.grad is not None]
         torch.autograd.graph.increment_version(moved)  # later reads of outputs detect the change
+
+    # ------------------------------------------------------------------------------------------- steps in a CUDA graph
+
+    def graphed(self, body, inputs, key: tuple, leaves_grads: bool = False):
+        """Take a step by way of a CUDA graph, see `StepGraph.step`; None if the caller has to take it eagerly."""
+        if not self.graph or torch.compiler.is_compiling():
+            return None
+        if self._step_graph is None:
+            self._step_graph = StepGraph()
+        return self._step_graph.step(self, body, inputs, key, leaves_grads)
+
+    @property
+    def captured(self) -> bool:
+        """Whether there is a CUDA graph from which steps are replayed."""
+        return self._step_graph is not None and self._step_graph.captured is not None
+
+    def release_graph(self) -> None:
+        """Free the CUDA graph of steps, its memory included; later steps capture one again."""
+        self._step_graph = None
+
+    def tensors_of_steps(self, params: list[torch.nn.Parameter]) -> list[torch.Tensor | None]:
+        """Return what a step reads and writes besides parameters and buffers, always in one order.
+
+        Args:
+            params: of the model.
+        """
+        shadow = () if self._shadow is None else self._shadow.copies()
+        tensors = [self.counts, self._scalars, self.grad_norm, *shadow]
+        for state in map(self.state.get, params):
+            if state:
+                tensors += state["exp_avg"], state["exp_avg_sq"]
+        return tensors
 
     # --------------------------------------------------------------------------------------- shared with the fused step
 
@@ -181,17 +227,16 @@ class SparcAdam(torch.optim.Optimizer):
         check(self, model)
 
     def fused_step(
-        self, state: ForwardState, targets: list[DecodeTarget], weights: torch.Tensor, auxk_coef: float
-    ) -> LossResult:
-        """Compute the loss of a forward and update every parameter, see `AlignedSAE.training_step`.
+        self, inputs: FusedInputs, settings: EncodeSettings, auxk_coef: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Run a forward, compute its loss and update every parameter, see `AlignedSAE.training_step`.
 
         Args:
-            state: of a forward over all streams, with inverse indices.
-            targets: decoder and rows of each stream.
-            weights: [T, S], weights of the loss terms.
+            inputs: of all streams.
+            settings: of the forward.
             auxk_coef: weight of AuxK, >= 0.
         """
-        return fused_step(self, state, targets, weights, auxk_coef)
+        return fused_step(self, inputs, settings, auxk_coef)
 
     def refresh_shadow(self, seen_only: bool = False) -> None:
         """Cast the weights to half precision again.
@@ -279,40 +324,25 @@ class SparcAdam(torch.optim.Optimizer):
             state[name] = _like(p, state.get(name))
         return state
 
-    def count_step(
-        self, moving: list[bool], square: torch.Tensor | None = None, loss: torch.Tensor | None = None
-    ) -> None:
-        """Count a step of the updated parameters and fill `scalars`.
-
-        Args:
-            moving: whether each parameter is updated, stream by stream.
-            square: 0-d, squared norm of all gradients, for clipping.
-            loss: 0-d; no parameter is updated unless it is finite.
+    def read_lr(self) -> tuple[torch.Tensor | None, float]:
+        """Return the learning rate as a tensor on the parameters' device, or None and a number.
 
         Raises:
-            RuntimeError: a CUDA graph captures the step, and it is not capturable or lr is no tensor on the device.
+            RuntimeError: a CUDA graph of the caller's captures the step, and it is not capturable or lr is no tensor
+                on the device.
         """
         assert self.counts is not None, "prepare makes them"
         group = self.param_groups[0]
-        lr, number = group["lr"], 0.0
-        norm: torch.Tensor | None = None
-        if self.counts.is_cuda and torch.cuda.is_current_stream_capturing():
+        lr = group["lr"] if self.captured_lr is None else self.captured_lr
+        if self.captured_lr is None and self.counts.is_cuda and torch.cuda.is_current_stream_capturing():
             if not group["capturable"]:
                 raise RuntimeError("capturable: expected True for a step that a CUDA graph captures, got False")
             if not isinstance(lr, torch.Tensor) or lr.device != self.counts.device:
                 got = lr.device if isinstance(lr, torch.Tensor) else "a number"
                 raise RuntimeError(f"lr: expected a tensor on {self.counts.device} in a captured step, got {got}")
         if not isinstance(lr, torch.Tensor) or lr.device != self.counts.device:
-            number, lr = float(lr), None
-        if square is not None:
-            if self.grad_norm is None:
-                self.grad_norm = torch.zeros_like(square)
-            norm = self.grad_norm
-        adam_scalars_(
-            self.counts, self._scalars, lr, number, group["weight_decay"], sum(m << i for i, m in enumerate(moving)),
-            getattr(self, "found_inf", None), getattr(self, "grad_scale", None), loss, square,
-            group["max_grad_norm"] or 0.0, norm, *group["betas"], self.impl_of(self.streams()),
-        )  # fmt: skip
+            return None, float(lr)
+        return lr, 0.0
 
     # ------------------------------------------------------------------------------------------------------ state dicts
 
@@ -368,7 +398,7 @@ class SparcAdam(torch.optim.Optimizer):
         return {
             **super().__getstate__(), "model": self.model, "impl": self.impl, "grad_norm": None, "counts": None,
             "_scalars": None, "_step_supports_amp_scaling": True,
-            "_shadow": self._shadow and HalfWeights(self._shadow.dtype),
+            "_shadow": self._shadow and HalfWeights(self._shadow.dtype), "graph": self.graph,
         }  # fmt: skip
 
 

@@ -12,12 +12,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..core._triton import tl, tl_dtype, triton
+from ..core._triton import INTERPRETED, tl, tl_dtype, triton
 from ..core.numerics import acc_dtype, is_host_readable
-from ..core.recorder import launch
+from ..core.plan import Planned
+from ..core.recorder import call, derived, launch
 from ..core.registry import register
 from ..launch.adam import ADAM_WIDTH, adam_config
 from ..launch.device import capability, next_power_of_2
+from .gather import pick
 
 PLAIN, BEFORE, AFTER = 0, 1, 2  # decoder rows: as they are; unit norm before the step, or after it
 MODES = {"before": BEFORE, "after": AFTER, None: PLAIN}  # `normalize` of SparcAdam
@@ -103,16 +105,38 @@ def _adam_scalars_kernel(
     tl.store(out + 4, moves.to(ACC), mask=mask)
 
 
+def _to_float32(x: float) -> float:
+    return float(np.float32(x))
+
+
+def _beyond_float32(x: float) -> float:
+    return x - _to_float32(x)
+
+
 def _log2(beta):
     return math.log2(beta) if beta > 0 else -1e4  # 2 ** -1e4 is 0
+
+
+def number_as_launched(value: float, impl: str) -> float:
+    """Return the learning rate that `adam_scalars_` works with if it is given as a number.
+
+    Args:
+        value: the number.
+        impl: "triton", whose kernel takes it as the sum of two float32 numbers, or "torch".
+    """
+    if impl != "triton" or INTERPRETED or not math.isfinite(value):
+        return value
+    high = float(np.float32(value))
+    return high + float(np.float32(value - high))
 
 
 def _adam_scalars_triton(
     *, steps, out, lr, lr_value, decay, active, found_inf, grad_scale, loss, square, max_norm, norm, beta1, beta2
 ):  # fmt: skip
-    high = float(np.float32(lr_value))  # Triton rounds numbers to float32
+    # Triton rounds numbers to float32
+    high, low = derived(lr_value, _to_float32), derived(lr_value, _beyond_float32)
     launch(_adam_scalars_kernel, (1,))(
-        steps, out, lr, high, lr_value - high, decay, active, found_inf, grad_scale, loss, square, max_norm, norm,
+        steps, out, lr, high, low, decay, active, found_inf, grad_scale, loss, square, max_norm, norm,
         len(steps), LOG_BETA1=_log2(beta1), LOG_BETA2=_log2(beta2), PAD=next_power_of_2(len(steps)),
         ACC=tl_dtype(out.dtype), num_warps=1,
     )  # fmt: skip
@@ -241,15 +265,6 @@ def _move(
 
 
 @triton.jit
-def pick(items, i, T: tl.constexpr):
-    """items[i] of T equal types, by selections that keep what is known of alignment; None of None."""
-    item = items[0]
-    for t in tl.static_range(1, T):
-        item = tl.where(i == t, items[t], item)
-    return item
-
-
-@triton.jit
 def _adam_stream_kernel(
     enc_ptrs, denc_ptrs, enc_m_ptrs, enc_v_ptrs, dec_ptrs, ddec_ptrs, dec_m_ptrs, dec_v_ptrs,
     pre_ptrs, dpre_ptrs, pre_m_ptrs, pre_v_ptrs, latent_ptrs, dlatent_ptrs, latent_m_ptrs, latent_v_ptrs,
@@ -368,7 +383,8 @@ def _launch_adam_stream(streams, hyper):
     )  # fmt: skip
 
 
-CACHE_BLOCK_ELEMENTS = 2**15  # elements of a tensor per thread and block of the torch path on a CPU: they stay in cache
+CACHE_BLOCK_ELEMENTS = 2**18  # elements of a tensor per block of the torch path on a CPU: all five stay in cache
+THREAD_ELEMENTS = 2**15  # torch gives no thread fewer
 
 
 def _adam_stream_torch(*, params, grads, exp_avgs, exp_avg_sqs, scalars, normalize, beta1, beta2, eps):
@@ -380,21 +396,29 @@ def _step_stream(scalars, params, grads, exp_avgs, exp_avg_sqs, hyper):
     """Update the four parameters of one stream in torch."""
     for i, (w, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
         if g is not None:
-            numbers, own = StepScalars.of(scalars[i]), hyper if i == DECODER else hyper.plain()
-            one_pass = own.normalize == PLAIN and w.dtype == m.dtype and w.is_contiguous()  # no operand is read twice
-            for rows in [slice(None)] if one_pass else row_blocks(w):
-                step_torch([w[rows], m[rows], v[rows]], g[rows], numbers, own)
+            own = hyper if i == DECODER else hyper.plain()
+            step_blocks_torch([w, m, v], g, StepScalars.of(scalars[i]), own)
 
 
 def row_blocks(w):
     """Split the first dimension into slices that stay in cache on a CPU; one slice elsewhere."""
     size = len(w)
-    if is_host_readable(w):  # torch gives a thread at least CACHE_BLOCK_ELEMENTS
-        size = max(1, torch.get_num_threads() * CACHE_BLOCK_ELEMENTS // max(w[0].numel(), 1))
+    if is_host_readable(w):
+        elements = max(CACHE_BLOCK_ELEMENTS, torch.get_num_threads() * THREAD_ELEMENTS)
+        size = max(1, elements // max(w[0].numel(), 1))
     return [slice(i, i + size) for i in range(0, len(w), size)]
 
 
+def step_blocks_torch(row: list[torch.Tensor], g: torch.Tensor, scalars: StepScalars, hyper: AdamHyper) -> None:
+    """Run `step_torch` on blocks of rows that stay in cache, or in one pass where no operand is read twice."""
+    w, m, v = row
+    one_pass = hyper.normalize == PLAIN and w.dtype == m.dtype and w.is_contiguous()
+    for rows in [slice(None)] if one_pass else row_blocks(w):
+        step_torch([w[rows], m[rows], v[rows]], g[rows], scalars, hyper)
+
+
 _fused = getattr(torch, "_fused_adam_", None)  # private operator behind torch.optim.Adam(fused=True)
+_LATE_STEP = torch.full((), 2.0**60, dtype=torch.float32, device="cpu")  # its own bias corrections are 1 there
 
 
 def step_torch(row: list[torch.Tensor], g: torch.Tensor, scalars: StepScalars, hyper: AdamHyper) -> None:
@@ -430,12 +454,9 @@ def step_torch(row: list[torch.Tensor], g: torch.Tensor, scalars: StepScalars, h
     if not on_host or keep != 1:
         w.mul_(keep)
     dense = all(t.is_contiguous() for t in (w, m, v))
-    if (
-        on_host and dense and w.device.type == "cpu" and _fused is not None
-    ):  # one pass; at step 2^60 its own bias corrections are 1
-        done = torch.full((), 2.0**60, device=w.device)
+    if on_host and dense and w.device.type == "cpu" and _fused is not None:  # one pass
         _fused(
-            [w], [g.contiguous()], [m], [v], [], [done], lr=step_size / correction, beta1=beta1, beta2=beta2,
+            [w], [g.contiguous()], [m], [v], [], [_LATE_STEP], lr=step_size / correction, beta1=beta1, beta2=beta2,
             weight_decay=0.0, eps=eps / correction, amsgrad=False, maximize=False, grad_scale=None, found_inf=None,
         )  # fmt: skip
     else:
@@ -590,3 +611,31 @@ def rows_of(tensor: torch.Tensor | None, place: int):
         place: its position among the stream's parameters.
     """
     return tensor.t() if tensor is not None and place == DECODER else tensor
+
+
+@Planned
+def adam_update_(tensors, hyper, active, max_norm, impl, lr_value, decay):
+    """Count a step, clip and update all parameters from their gradients; for `SparcAdam`.
+
+    Args:
+        tensors: parameters, gradients (or None), first and second moments of P parameters, as `adam_stream_` takes
+            them; then steps, scalars, lr, found_inf, grad_scale and norm as `adam_scalars_` takes them.
+        hyper: AdamHyper.
+        active: as in `adam_scalars_`.
+        max_norm: to clip gradients to; None: not clipped.
+        impl: "triton" or "torch".
+        lr_value: learning rate where lr is None.
+        decay: decoupled weight decay.
+    """
+    P = (len(tensors) - 6) // 4
+    params, grads, exp_avgs, exp_avg_sqs = (list(tensors[i : i + P]) for i in range(0, 4 * P, P))
+    steps, scalars, lr, found_inf, grad_scale, norm = tensors[4 * P :]
+    square = None
+    if max_norm is not None:
+        square = grad_square(params[DECODER::4], grads, hyper.normalize, impl).to(scalars)
+    call(
+        adam_scalars_, steps, scalars, lr, lr_value, decay, active, found_inf, grad_scale, None, square,
+        max_norm or 0.0, norm, hyper.beta1, hyper.beta2, impl,
+    )  # fmt: skip
+    adam_stream_(params, grads, exp_avgs, exp_avg_sqs, scalars, *hyper, impl)
+    return []

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from ..core.plan import Planned
 from .bias_grads import column_sums
 from .decode import errors_of
-from .decode_grads import grads_of_errors, grads_of_target, target_weights
+from .decode_grads import grads_of_errors, grads_of_targets, residuals, target_weights
 from .loss_terms import add_auxk, loss_terms, scale_
 from .records import CODES_FLAT, DecodeTarget, GradOut, SparseCodes
 
@@ -117,63 +117,41 @@ def _compute(codes, aux, targets, weights, auxk_coef, gradients, impl) -> LossRe
     if gradients is not None:
         dvalues = _empty_like(codes.gathered)
         dws = [_empty_like(t.w) if want else None for t, want in zip(targets, gradients.weights, strict=True)]
-    sqs, gs, errors = [], [], []
-    for t, target in enumerate(targets):
-        own = None if aux is None else t  # AuxK reconstructs the residual of the target's own reconstruction
-        if dvalues is None:  # the loss alone
-            sq, error = errors_of(codes, target, own, impl)
-        else:
-            out = GradOut(dvalues, t > 0, dws[t], False)
-            sq, g, error = grads_of_target(
-                codes, target, coef[t], out, impl, error_source=own, keep_all_errors=keep_errors
-            )
-            gs.append(g)
-        sqs.append(sq)
-        errors.append(error)
-    loss, terms = loss_terms(sqs, norm, weights, codes.values, impl)
+    own_errors = aux is not None  # AuxK reconstructs the residual of the target's own reconstruction
+    gs: list[torch.Tensor] = []
+    if dvalues is None:  # the loss alone
+        sq, errors = errors_of(codes, targets, impl, own_errors=own_errors)
+    else:
+        sq, gs, errors = grads_of_targets(
+            codes, targets, coef, GradOut(dvalues, False, dws, False), impl, own_errors=own_errors,
+            keep_all_errors=keep_errors,
+        )  # fmt: skip
+    loss, terms = loss_terms(sq, norm, weights, codes.values, impl)
     result = LossResult(loss, terms, coef, errors=errors, dvalues=dvalues, dws=dws)
-    aux_gs = []
+    aux_gs: list[torch.Tensor] = []
     if aux is not None:
-        own_errors = [error[t] if keep_errors else error for t, error in enumerate(errors)]
-        aux_gs = _add_auxk(
-            result, aux, targets, own_errors, weights=weights, auxk_coef=auxk_coef, gradients=gradients, impl=impl
-        )
+        own = [error[t] if keep_errors else error for t, error in enumerate(errors)]
+        aux_gs = _add_auxk(result, aux, targets, own, auxk_coef=auxk_coef, gradients=gradients, impl=impl)
     if gradients is not None:
         like = [norm] * T if gradients.bias_like is None else gradients.bias_like
         result.dbiases = column_sums(gs, aux_gs, like, impl)
     return result
 
 
-def _add_auxk(result, aux, targets, own_errors, *, weights, auxk_coef, gradients, impl):
+def _add_auxk(result, aux, targets, own_errors, *, auxk_coef, gradients, impl):
     """Add AuxK to the result; return sum_s coef E of its errors, [B, d] of each target."""
-    residuals = [residual(target.bias, error) for target, error in zip(targets, own_errors, strict=True)]
-    targets = [target._replace(x=x) for target, x in zip(targets, residuals, strict=True)]
-    sources = [aux.source(t) for t in range(len(targets))]
-    norm, _ = target_weights(residuals, weights[:, :1], impl)
-    sqs = [errors_of(codes, target, None, impl)[0] for codes, target in zip(sources, targets, strict=True)]
-    result.loss, result.aux_terms, result.aux_weights = add_auxk(sqs, norm, result.loss, auxk_coef, impl)
-    gs = []
-    if gradients is not None:
-        result.daux = _empty_like(aux.values)
-        _, result.aux_coef = target_weights(residuals, result.aux_weights, impl)
-        for t, (codes, target) in enumerate(zip(sources, targets, strict=True)):
-            out = GradOut(result.daux[t : t + 1], False, result.dws[t], True)
-            _, g, error = grads_of_target(
-                codes, target, result.aux_coef[t], out, impl, keep_all_errors=gradients.keep_errors
-            )
-            gs.append(g)
-            result.aux_errors.append(error)
+    xs, norm = residuals([target.bias for target in targets], own_errors, impl)
+    targets = [target._replace(x=x) for target, x in zip(targets, xs, strict=True)]
+    sq, _ = errors_of(aux, targets, impl, own_codes=True)
+    result.loss, result.aux_terms, result.aux_weights, coef = add_auxk(sq, norm, result.loss, auxk_coef, impl)
+    if gradients is None:
+        return []
+    result.aux_coef, result.daux = coef, _empty_like(aux.values)
+    _, gs, result.aux_errors = grads_of_targets(
+        aux, targets, coef, GradOut(result.daux, False, result.dws, True), impl, own_codes=True,
+        keep_all_errors=gradients.keep_errors,
+    )  # fmt: skip
     return gs
-
-
-def residual(pre_bias: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
-    """AuxK's target x - R + b, held constant: the bias minus the error of the target's own reconstruction.
-
-    Args:
-        pre_bias: [d].
-        error: R - x, [B, d].
-    """
-    return pre_bias - error.to(pre_bias.dtype)
 
 
 def _empty_like(x: torch.Tensor) -> torch.Tensor:
@@ -284,10 +262,16 @@ class AlignedLoss(torch.autograd.Function):
 def _scaled(grads, dloss, impl):
     """Scale the forward's gradients by dloss in place; return dvalues, daux, dws and dbs."""
     grads = [None if grad is None else grad.data for grad in grads]  # .data: saved tensors that change in place
-    scale_([grad for grad in grads if grad is not None], dloss, impl)
+    _scale([dloss, *(grad for grad in grads if grad is not None)], (impl,), impl=impl)
     dvalues, daux, *rest = grads
     T = len(rest) // 2
     return dvalues, daux, [None if dw is None else dw.t() for dw in rest[:T]], rest[T:]
+
+
+@Planned
+def _scale(tensors, impl):
+    scale_(list(tensors[1:]), tensors[0], impl)
+    return []
 
 
 def _scaled_rows(weights: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -302,11 +286,14 @@ def _made_again(inputs, errors, weights, needs, impl):
     """Recompute the errors; return dvalues, daux, dws, dbs and dxs."""
     dvalues, dauxs, dws, dbs, dxs = None, [], [], [], []
     weights, aux_weights = weights
+    xs: list[torch.Tensor] = []
+    if inputs.aux is not None:
+        xs, _ = residuals(inputs.pre_biases, errors, impl)
     for t, (target, (need_v, need_aux, *wanted)) in enumerate(zip(inputs.targets(), needs, strict=True)):
         dv, dw, db, dx = grads_of_errors(inputs.codes, target, weights[t], (need_v, *wanted), impl)
         dvalues = _plus(dvalues, dv)
         if inputs.aux is not None:
-            own = target._replace(x=residual(target.bias, errors[t]))
+            own = target._replace(x=xs[t])
             into = None if dw is None else dw.t()
             dv, dw, more, dx_aux = grads_of_errors(
                 inputs.aux.source(t), own, aux_weights[t], (need_aux, *wanted), impl, into=into

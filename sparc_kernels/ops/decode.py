@@ -14,9 +14,8 @@ from ..launch.budgets import (
 )
 from .decode_grads import grads_of_errors, target_weights
 from .gather import (
-    NO_ERROR,
     gather_dot,
-    gather_error,
+    gather_errors,
     gather_sum,
 )
 from .inverse_index import NO_INVERSE, InverseIndex, inverse_index_op, inverse_sizes, lists_of
@@ -32,28 +31,34 @@ def _per_source(op, indices, sources):
 
 
 def errors_of(
-    codes: SparseCodes, target: DecodeTarget, error_source: int | None, impl: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the errors of every source's reconstruction of one target.
+    codes: SparseCodes, targets: list[DecodeTarget], impl: str, *, own_codes: bool = False, own_errors: bool = False
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Compute the errors of every source's reconstruction of T targets.
 
     Args:
         codes: codes of S sources.
-        target: decoder and rows that they reconstruct.
-        error_source: source whose error is returned; None: no error.
+        targets: decoders and rows that they reconstruct.
         impl: "triton" or "torch".
+        own_codes: target t is reconstructed from source t alone.
+        own_errors: return the error of target t from source t.
 
     Returns:
-        |E|^2 [S, B]; E [B, d] of one source, empty for None.
+        |E|^2 [T, S, B], [T, 1, B] with own codes; E [B, d_t] of each target, empty without own errors.
     """
-
-    def run(codes, source):
-        keep = NO_ERROR if source is None else source
-        return gather_error(codes.indices, codes.values, *target, keep, codes.n_valid, impl)
-
+    T, columns = len(targets), [list(column) for column in zip(*targets, strict=True)]
+    if own_codes:
+        values = codes.gathered[:, None]
+        return gather_errors(codes.indices, values, *columns, [0] * T if own_errors else [], codes.n_valid, impl)
     if codes.shared:
-        return run(codes, error_source)
-    parts = [run(codes.source(s), 0 if s == error_source else None) for s in range(len(codes.gathered))]
-    return torch.cat([sq for sq, _ in parts]), parts[error_source or 0][1]
+        keep = list(range(T)) if own_errors else []
+        return gather_errors(codes.indices, codes.gathered, *columns, keep, codes.n_valid, impl)
+    sqs, errors = [], []
+    for s in range(len(codes.gathered)):
+        one = codes.source(s)
+        sq, error = gather_errors(one.indices, one.gathered, *columns, [0] * T if own_errors else [], one.n_valid, impl)
+        sqs.append(sq)
+        errors.append(error)
+    return torch.cat(sqs, 1), [errors[min(t, len(errors) - 1)][t] for t in range(T)]
 
 
 class Decode(torch.autograd.Function):
@@ -109,9 +114,9 @@ class DecodeNMSE(torch.autograd.Function):
         values, w_dec, pre_bias, x, indices, *_ = tensors
         ctx.save_for_backward(*tensors)
         ctx.impl = impl
-        sq, _ = errors_of(SparseCodes(indices, values), DecodeTarget(w_dec.t(), pre_bias, x), None, impl)
+        sq, _ = errors_of(SparseCodes(indices, values), [DecodeTarget(w_dec.t(), pre_bias, x)], impl)
         norm, _ = target_weights([x], values.new_zeros(1, 1), impl)
-        return (sq / norm).mean(1)
+        return (sq[0] / norm).mean(1)
 
     @staticmethod
     @once_differentiable

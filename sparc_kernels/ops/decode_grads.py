@@ -1,4 +1,4 @@
-"""Losses and gradients of one target's reconstructions, none of which is stored."""
+"""Losses and gradients of all targets' reconstructions, none of which is stored."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 
 from ..core._triton import tl, tl_dtype, triton
-from ..core.numerics import acc_dtype
+from ..core.numerics import acc_dtype, is_host_readable
 from ..core.recorder import launch
 from ..core.registry import register
 from ..core.target import interpreted
@@ -26,36 +26,72 @@ from .gather import (
     NO_ERROR,
     gather_dot_torch,
     gather_sum_torch,
-    launch_gather,
+    launch_gathers,
+    pick,
 )
-from .latent_reduce import launch_reduce, reduce_torch
+from .latent_reduce import launch_reduces, reduce_torch
 from .records import DecodeTarget, GradOut, SparseCodes
 
 
-# decode_grads: losses and gradients of one target in one pass over the gathered rows
+# decode_grads: losses and gradients of all targets in one pass over the gathered rows
+@triton.jit
+def _sum_slabs(sq_ptr, dot_ptr, first, count, row, rows, K, offs_k, BLOCK_K: tl.constexpr, ACC: tl.constexpr):
+    """Sum the slabs first .. first + count - 1 of one row: dots [BLOCK_K] and |E|^2."""
+    dots = tl.zeros((BLOCK_K,), ACC)
+    sq = tl.zeros((), ACC)
+    for slab in range(first, first + count):
+        at = tl.full((), slab, tl.int64) * rows + row
+        dots += tl.load(dot_ptr + at * K + offs_k, mask=offs_k < K, other=0.0)
+        sq += tl.load(sq_ptr + at)
+    return dots, sq
+
+
 @triton.jit
 def _collect_kernel(
     sq_ptrs, dot_ptrs, slabs, coef_ptr, sq_ptr, dv_ptr, rows, K,
-    P: tl.constexpr, ADD_SQ: tl.constexpr, ADD_DV: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+    T: tl.constexpr, P: tl.constexpr, SHARED: tl.constexpr, ADD_SQ: tl.constexpr, ADD_DV: tl.constexpr,
+    BLOCK_K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """One (source, row): sum the slabs of P launches; dvalues = coef * <W[I], E>, and 0 where coef is 0."""
+    """One (source, row): sum the slabs of each target; dvalues = coef * <W[I], E>, and 0 where coef is 0.
+
+    T targets whose slabs follow one another, or one in P launches. SHARED: dvalues [rows, K] is the sum over targets;
+    else [T, rows, K], a target for each program of axis 1.
+    """
     row = tl.program_id(0).to(tl.int64)
     offs_k = tl.arange(0, BLOCK_K)
     mask_k = offs_k < K
-    coef = tl.load(coef_ptr + row).to(ACC)
-    dots = tl.zeros((BLOCK_K,), ACC)
-    sq = tl.zeros((), ACC)
-    for p in tl.static_range(P):
-        for slab in range(slabs[p]):
-            dots += tl.load(dot_ptrs[p] + (slab * rows + row) * K + offs_k, mask=mask_k, other=0.0)
-            sq += tl.load(sq_ptrs[p] + slab * rows + row)
-    dv = tl.where(coef != 0.0, coef * dots, 0.0)
-    if ADD_DV:
-        dv += tl.load(dv_ptr + row * K + offs_k, mask=mask_k, other=0.0)
-    tl.store(dv_ptr + row * K + offs_k, dv, mask=mask_k)
-    if ADD_SQ:
-        sq += tl.load(sq_ptr + row)
-    tl.store(sq_ptr + row, sq)
+    if SHARED:
+        first = 0
+        for t in tl.static_range(T):
+            coef = tl.load(coef_ptr + t * rows + row).to(ACC)
+            dots, sq = _sum_slabs(sq_ptrs[0], dot_ptrs[0], first, slabs[t], row, rows, K, offs_k, BLOCK_K, ACC)
+            for p in tl.static_range(1, P):
+                more, more_sq = _sum_slabs(sq_ptrs[p], dot_ptrs[p], 0, slabs[p], row, rows, K, offs_k, BLOCK_K, ACC)
+                dots += more
+                sq += more_sq
+            if ADD_SQ:
+                sq += tl.load(sq_ptr + t * rows + row)
+            tl.store(sq_ptr + t * rows + row, sq)
+            own = tl.where(coef != 0.0, coef * dots, 0.0)
+            if t == 0:
+                dv = own
+            else:
+                dv += own
+            first += slabs[t]
+        if ADD_DV:
+            dv += tl.load(dv_ptr + row * K + offs_k, mask=mask_k, other=0.0)
+        tl.store(dv_ptr + row * K + offs_k, dv, mask=mask_k)
+    else:
+        target = tl.program_id(1)
+        first = tl.zeros((), tl.int32)
+        for t in tl.static_range(1, T):
+            first += tl.where(target >= t, slabs[t - 1], 0)
+        out = target.to(tl.int64) * rows + row
+        count = pick(slabs, target, T)
+        dots, sq = _sum_slabs(sq_ptrs[0], dot_ptrs[0], first, count, row, rows, K, offs_k, BLOCK_K, ACC)
+        coef = tl.load(coef_ptr + out).to(ACC)
+        tl.store(dv_ptr + out * K + offs_k, tl.where(coef != 0.0, coef * dots, 0.0), mask=mask_k)
+        tl.store(sq_ptr + out, sq)
 
 
 @triton.jit
@@ -67,57 +103,101 @@ def _positions_kernel(order_ptr, list_position_ptr, M, BLOCK: tl.constexpr):
 
 
 def _decode_grads_triton(
-    *, indices, values, w, bias, x, coef, order, offsets, ids, count, keep, dvalues, add_dvalues, dw, add_dw
+    *, indices, values, ws, biases, xs, coef, order, offsets, ids, count, keep, dvalues, add_dvalues, dws, add_dw
 ):  # fmt: skip
-    (S, B, k), d, M, device = values.shape, w.shape[1], indices.numel(), w.device
-    acc = acc_dtype(w.dtype)
-    error_out = w.new_empty(_error_shape(keep, values, x))
-    dbias_rows = torch.empty(B, d, device=device, dtype=acc)
-    sq_err = torch.empty(S, B, device=device, dtype=acc)
+    (T, S, B), k, w, shared = coef.shape, values.shape[-1], ws[0], indices.dim() == 2
+    acc, arch = acc_dtype(w.dtype), capability(w.device)
+    errors = [w.new_empty(_error_shape(keep, S, x)) for x in xs]
+    dbias_rows = [w.new_empty(x.shape, dtype=acc) for x in xs]
+    sq_err = w.new_empty(T, S, B, dtype=acc)
     coef, values = coef.contiguous(), values.contiguous()
-    use_h_route, width = False, d
-    if dw is not None:
-        use_h_route, width = route_of(S, B, k, d, w.dtype, arch=capability(device))
+    routes = [route_of(S, B, k, x.shape[1], w.dtype, arch=arch) if dws else (False, x.shape[1]) for x in xs]
+    rows = B * k if routes[0][0] else S * B
+    # one pass over the columns of all targets, if their scratch together is not more than that of one may be
+    together = all(way == routes[0][0] and width >= x.shape[1] for (way, width), x in zip(routes, xs, strict=True))
+    together = together and (
+        not dws or T == 1 or rows * sum(x.shape[1] for x in xs) * w.element_size() <= _scratch_bytes(S)
+    )
+    some = [slice(0, T)] if together and (shared or not add_dvalues) else [slice(t, t + 1) for t in range(T)]
     list_position = None
-    if use_h_route:
-        list_position = torch.empty_like(order)
-        launch(_positions_kernel, (cdiv(M, 1024),))(order, list_position, M, BLOCK=1024, num_warps=4)
-    if dw is not None:
-        pool = w.new_empty((M if use_h_route else S * B) * width)
+    for first, part in enumerate(some):
+        use_h_route, width = routes[part.start][0], max(width for _, width in routes[part])
+        if use_h_route and list_position is None:
+            list_position = torch.empty_like(order)
+            M = order.numel()
+            launch(_positions_kernel, (cdiv(M, 1024),))(order, list_position, M, BLOCK=1024, num_warps=4)
+        own = (lambda t: t) if shared else (lambda t, part=part: None if t is None else t[part])
+        passes = dict(
+            indices=own(indices), values=own(values), ws=ws[part], biases=biases[part] if biases else None, xs=xs[part],
+            coef=coef[part], order=own(order), offsets=own(offsets), ids=own(ids),
+            count=count if count is None or count.dim() == 0 else count[part], keep=keep and keep[part],
+            dvalues=own(dvalues), dws=dws[part], errors=errors[part], dbias_rows=dbias_rows[part], sq_err=sq_err[part],
+        )  # fmt: skip
+        _run_passes(
+            **passes, add_dvalues=add_dvalues or (shared and first > 0), add_dw=add_dw, width=width,
+            list_position=list_position if use_h_route else None,
+        )  # fmt: skip
+    return sq_err, dbias_rows, errors
+
+
+def _run_passes(
+    *, indices, values, ws, biases, xs, coef, order, offsets, ids, count, keep, dvalues, add_dvalues, dws, add_dw,
+    errors, dbias_rows, sq_err, width, list_position,
+):  # fmt: skip
+    """Run the kernels of `decode_grads` into the given outputs: targets at once, or one in passes of columns."""
+    (T, S, B), k, w, shared = coef.shape, values.shape[-1], ws[0], indices.dim() == 2
+    all_errors, use_h_route, d = keep == [ALL_ERRORS] * T, list_position is not None, max(x.shape[1] for x in xs)
+    own_errors = bool(keep) and not all_errors
+    rows = (B * k,) if use_h_route else (S, B)
+    if dws:
+        pools = [w.new_empty(math.prod(rows) * min(width, x.shape[1])) for x in xs]
     parts, add_sums = [], False
     for c0 in range(0, d, width):
-        cols = slice(c0, min(c0 + width, d))
-        part = w[:, cols]
-        scratch = error_out if keep == ALL_ERRORS else None
-        if dw is not None:
-            shape = (M, part.shape[1]) if use_h_route else (S, B, part.shape[1])
-            scratch = pool[: math.prod(shape)].view(shape)
-        parts.append(launch_gather(
-            indices, values, part, None if bias is None else bias[cols], x[:, cols], count=count, coef=coef,
-            list_position=list_position, err_out=None if use_h_route else scratch,
-            h_out=scratch if use_h_route else None, error_out=error_out[:, cols] if keep >= 0 else None,
-            error_source=max(keep, 0), dbias_rows=dbias_rows[:, cols], sq_err=True, dot=True,
-        ))  # fmt: skip
+        last = c0 + width >= d
+        cols = slice(c0, d if last else c0 + width)
+        scratch = errors if all_errors else None
+        if dws:
+            widths = [x.shape[1] if T > 1 else cols.stop - c0 for x in xs]
+            scratch = [
+                pool[: math.prod(rows) * size].view(*rows, size) for pool, size in zip(pools, widths, strict=True)
+            ]
+
+        def cut(tensors, cols=cols):
+            return tensors if tensors is None or T > 1 else [tensors[0][..., cols]]
+
+        *sums, slabs = launch_gathers(
+            indices, values, cut(ws), cut(biases), cut(xs), count=count, coef=coef, list_position=list_position,
+            err_outs=None if use_h_route else scratch, h_outs=scratch if use_h_route else None,
+            error_outs=cut(errors) if own_errors else None, error_sources=keep if own_errors else None,
+            dbias_rows=cut(dbias_rows), sq_err=True, dot=True,
+        )  # fmt: skip
+        parts.append((*sums, slabs))
         # keep the partial sums of several launches: another pass over dvalues costs more
-        held_bytes = sum(dots.numel() * dots.element_size() for _, dots in parts)
-        if cols.stop == d or held_bytes > PARTIAL_BYTES or len(parts) == 4:
-            sqs, dots = zip(*parts, strict=True)
-            launch(_collect_kernel, (S * B,))(
-                sqs, dots, tuple(len(p) for p in sqs), coef, sq_err, dvalues, S * B, k, P=len(parts), ADD_SQ=add_sums,
-                ADD_DV=add_dvalues or add_sums, BLOCK_K=next_power_of_2(k), ACC=tl_dtype(acc), num_warps=1,
+        held_bytes = sum(dots.numel() * dots.element_size() for _, dots, _ in parts)
+        if last or held_bytes > PARTIAL_BYTES or len(parts) == 4:
+            sqs, dots, slabs = zip(*parts, strict=True)
+            launch(_collect_kernel, (S * B,) if shared else (S * B, T))(
+                sqs, dots, sum(slabs, ()), coef, sq_err, dvalues, S * B, k, T=T, P=len(parts), SHARED=shared or T == 1,
+                ADD_SQ=add_sums, ADD_DV=add_dvalues or add_sums, BLOCK_K=next_power_of_2(k), ACC=tl_dtype(coef.dtype),
+                num_warps=1,
             )  # fmt: skip
             parts, add_sums = [], True
-        if dw is not None:
-            weights, scale = (None, None) if use_h_route else (values, coef)
-            launch_reduce(
-                out=dw[:, cols], sums=None, order=order, offsets=offsets, ids=ids, coef=weights, scale=scale, gate=None,
-                mat=scratch, k=k, add=add_dw,
+        if dws:
+            one = not shared and T == 1  # the lists of one target
+            weights, scale = (None, None) if use_h_route else (values[0] if one else values, coef)
+            launch_reduces(
+                outs=cut(dws), sums=None, order=order[0] if one else order, offsets=offsets[0] if one else offsets,
+                ids=ids[0] if one else ids, coef=weights, scale=scale, gate=None, mats=scratch, k=k, add=add_dw,
             )  # fmt: skip
-    return sq_err, dbias_rows, error_out
 
 
-def _error_shape(keep, values, x):
-    return (len(values), *x.shape) if keep == ALL_ERRORS else x.shape if keep >= 0 else (0,)
+def _error_shape(keep, S, x):
+    """Shape of a target's errors: none, those of one source, or all of S."""
+    return (0,) if not keep else (S, *x.shape) if keep[0] == ALL_ERRORS else x.shape
+
+
+def _scratch_bytes(S):
+    return SCRATCH_BYTES * (2 if S > 3 else 1)  # many sources: fewer passes pay (modelled: 4 % of the step)
 
 
 def route_of(S, B, k, d, dtype, *, arch=80) -> tuple[bool, int]:
@@ -125,11 +205,8 @@ def route_of(S, B, k, d, dtype, *, arch=80) -> tuple[bool, int]:
 
     H carries the loss coefficients in the weights' dtype; float16 would lose them, so it takes the route of the errors.
     """
-    M, scratch = (
-        B * k,
-        SCRATCH_BYTES * (2 if S > 3 else 1),
-    )  # many sources: fewer passes pay (modelled: 4 % of the step)
-    width = scratch // (M * dtype.itemsize)
+    M = B * k
+    width = _scratch_bytes(S) // (M * dtype.itemsize)
     short_rows = dtype.itemsize == 2 or k <= H_MAX_K_FP32
     enough_entries = S > H_MIN_SOURCES or (S == H_MIN_SOURCES and M >= H_MIN_ENTRIES and short_rows)
     use_h_route = enough_entries and dtype != torch.float16 and k <= gather_chunk(dtype.itemsize, arch)
@@ -139,6 +216,25 @@ def route_of(S, B, k, d, dtype, *, arch=80) -> tuple[bool, int]:
 
 
 def _decode_grads_torch(
+    *, indices, values, ws, biases, xs, coef, order, offsets, ids, count, keep, dvalues, add_dvalues, dws, add_dw
+):  # fmt: skip
+    results, shared = [], indices.dim() == 2
+    for t, (w, x) in enumerate(zip(ws, xs, strict=True)):
+
+        def own(tensor, t=t):
+            return tensor if shared or tensor is None or tensor.dim() == 0 else tensor[t]
+
+        lists = dict(order=own(order), offsets=own(offsets), ids=own(ids))
+        results.append(_decode_grads_of_one(
+            indices=own(indices), values=own(values), w=w, bias=biases[t] if biases else None, x=x, coef=coef[t],
+            **lists, count=own(count), keep=keep[t] if keep else NO_ERROR, dvalues=own(dvalues),
+            add_dvalues=add_dvalues or (shared and t > 0), dw=dws[t] if dws else None, add_dw=add_dw,
+        ))  # fmt: skip
+    sqs, dbias_rows, errors = map(list, zip(*results, strict=True))
+    return torch.stack(sqs), dbias_rows, errors
+
+
+def _decode_grads_of_one(
     *, indices, values, w, bias, x, coef, order, offsets, ids, count, keep, dvalues, add_dvalues, dw, add_dw
 ):  # fmt: skip
     acc = acc_dtype(w.dtype)
@@ -146,10 +242,15 @@ def _decode_grads_torch(
     sq_err = error.to(acc).square().sum(2)
     error_out = error[keep].clone() if keep >= 0 else w.new_empty(0)
     active = (coef != 0)[..., None]
-    grad_values = torch.where(active, coef[..., None] * gather_dot_torch(indices, w, error, count), 0.0)
-    dvalues.copy_(dvalues + grad_values if add_dvalues else grad_values)
-    error.masked_fill_(~active, 0.0)
-    dbias_rows = torch.einsum("sb,sbd->bd", coef, error.to(acc))
+    grad_values = coef[..., None] * gather_dot_torch(indices, w, error, count)
+    if not (is_host_readable(coef) and bool(active.all())):  # the usual step excludes no source
+        grad_values = torch.where(active, grad_values, 0.0)
+        error.masked_fill_(~active, 0.0)
+    if add_dvalues:
+        dvalues.add_(grad_values)
+    else:
+        dvalues.copy_(grad_values)
+    dbias_rows = (coef[..., None] * error.to(acc)).sum(0)  # einsum would multiply row by row
     if dw is not None:
         reduce_torch(
             out=dw, sums=None, order=order, offsets=offsets, ids=ids, coef=values, scale=coef, gate=None, mat=error,
@@ -159,50 +260,50 @@ def _decode_grads_torch(
 
 
 def _decode_grads_fake(
-    *, indices, values, w, bias, x, coef, order, offsets, ids, count, keep, dvalues, add_dvalues, dw, add_dw
+    *, indices, values, ws, biases, xs, coef, order, offsets, ids, count, keep, dvalues, add_dvalues, dws, add_dw
 ):  # fmt: skip
-    acc = acc_dtype(w.dtype)
+    acc, S = acc_dtype(ws[0].dtype), coef.shape[1]
     return (
-        w.new_empty(values.shape[:2], dtype=acc),
-        w.new_empty(x.shape, dtype=acc),
-        w.new_empty(_error_shape(keep, values, x)),
+        coef.new_empty(coef.shape, dtype=acc),
+        [x.new_empty(x.shape, dtype=acc) for x in xs],
+        [x.new_empty(_error_shape(keep, S, x), dtype=ws[0].dtype) for x in xs],
     )
 
 
 decode_grads = register(
     "decode_grads",
-    "(Tensor indices, Tensor values, Tensor w, Tensor? bias, Tensor x, Tensor coef, Tensor order, Tensor offsets,"
-    " Tensor ids, Tensor? count, int keep, Tensor(a!) dvalues, bool add_dvalues, Tensor(b!)? dw, bool add_dw, str impl)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor indices, Tensor values, Tensor[] ws, Tensor[] biases, Tensor[] xs, Tensor coef, Tensor order,"
+    " Tensor offsets, Tensor ids, Tensor? count, int[] keep, Tensor(a!) dvalues, bool add_dvalues, Tensor(b!)[] dws,"
+    " bool add_dw, str impl) -> (Tensor, Tensor[], Tensor[])",
     torch_impl=_decode_grads_torch,
     triton_impl=_decode_grads_triton,
     fake=_decode_grads_fake,
 )
-decode_grads.__doc__ = """Compute losses and gradients of one target's reconstructions from every source.
+decode_grads.__doc__ = """Compute losses and gradients of T targets' reconstructions from every source.
 
-E[s, b] = sum_j values[s, b, j] w[indices[b, j]] + bias - x[b], and dloss/dE[s, b] = coef[s, b] E[s, b].
+E[t, s, b] = sum_j values[s, b, j] ws[t][indices[b, j]] + biases[t] - xs[t][b], and dloss/dE = coef[t, s, b] E[t, s, b].
 
 Args:
-    indices: int64 [B, k].
-    values: [S, B, k].
-    w: [N, d].
-    bias: [d], or None.
-    x: [B, d].
-    coef: [S, B]; a source whose coef is 0 is excluded from every gradient, even if its error is not finite.
-    order: int32, of the InverseIndex of indices.
+    indices: int64 [B, k] for all targets, or [T, B, k]: a target has codes of its own.
+    values: [S, B, k], or [T, S, B, k].
+    ws: T tensors [N, d_t].
+    biases: T tensors [d_t], or empty.
+    xs: T tensors [B, d_t].
+    coef: [T, S, B]; a source whose coef is 0 is excluded from every gradient, even if its error is not finite.
+    order: int32 of the InverseIndex of indices, with own codes [T, ...], as the next two.
     offsets: int32, of the InverseIndex.
     ids: int32, of the InverseIndex.
-    count: int32 [], the valid columns of indices (all when None); values beyond it must be zero.
-    keep: source whose E is returned, NO_ERROR, or ALL_ERRORS, which requires dw None.
-    dvalues: [S, B, k] contiguous, receives the gradient of values.
+    count: int32 [], or [T] with own codes: the valid columns of indices (all when None); values beyond must be zero.
+    keep: the source whose E is returned, for each target; or T times ALL_ERRORS, which requires dws empty; or empty.
+    dvalues: contiguous and as values, receives the gradient of values.
     add_dvalues: add to dvalues instead of overwriting it.
-    dw: [N, d], receives the gradient of w; None: not computed.
-    add_dw: add to dw; rows whose latent is in no list are then not touched.
+    dws: T tensors [N, d_t], receive the gradients of ws; empty: not computed.
+    add_dw: add to dws; rows whose latent is in no list are then not touched.
     impl: "triton" or "torch".
 
 Returns:
-    |E|^2 [S, B] and sum_s coef E [B, d], whose sum over b is the gradient of bias, in the accumulator dtype; E [B, d]
-    of one source in w's dtype (empty for NO_ERROR, [S, B, d] for ALL_ERRORS).
+    |E|^2 [T, S, B] and for each target sum_s coef E [B, d_t], whose sum over b is the gradient of the bias, in the
+    accumulator dtype; E [B, d_t] of one source in w's dtype for each target (empty, or [S, B, d_t] for ALL_ERRORS).
 """
 
 
@@ -244,9 +345,14 @@ def _target_weights_triton(xs, weights):
 
 def _target_weights_torch(xs, weights):
     norm = torch.stack([x.to(acc_dtype(x.dtype)).square().sum(1) for x in xs])
+    return norm, coefficients_torch(norm, weights)
+
+
+def coefficients_torch(norm, weights):
+    """Compute coef of `target_weights` from |x|^2 [T, B] and weights [T, S]."""
     coef = weights[..., None] * (2 / norm.shape[1]) / norm[:, None]
     coef = torch.where(norm[:, None] < float("inf"), coef, float("nan"))
-    return norm, torch.where((weights != 0)[..., None], coef, 0.0)
+    return torch.where((weights != 0)[..., None], coef, 0.0)
 
 
 def _target_weights_fake(xs, weights):
@@ -275,50 +381,152 @@ Returns:
 """
 
 
-def grads_of_target(
+# residuals: AuxK's targets
+@triton.jit
+def _residuals_kernel(
+    bias_ptrs, error_ptrs, out_ptrs, widths, strides, norm_ptr, B, T: tl.constexpr, BLOCK_D: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    b = tl.program_id(0).to(tl.int64)
+    target = tl.program_id(1)
+    for t in tl.static_range(T):
+        if target == t:
+            total = tl.zeros((BLOCK_D,), ACC)
+            for d0 in range(0, widths[t], BLOCK_D):
+                cols = d0 + tl.arange(0, BLOCK_D)
+                mask = cols < widths[t]
+                bias = tl.load(bias_ptrs[t] + cols, mask=mask, other=0.0).to(ACC)
+                error = tl.load(error_ptrs[t] + b * strides[t] + cols, mask=mask, other=0.0).to(ACC)
+                x = (bias - error).to(out_ptrs[t].dtype.element_ty)
+                tl.store(out_ptrs[t] + b * widths[t] + cols, x, mask=mask)
+                x = x.to(ACC)
+                total += x * x
+            tl.store(norm_ptr + t * B + b, tl.sum(total, 0))
+
+
+def _residuals_triton(pre_biases, errors):
+    T, B, acc = len(errors), len(errors[0]), acc_dtype(errors[0].dtype)
+    pre_biases, errors = tuple(b.contiguous() for b in pre_biases), tuple(errors)
+    errors = tuple(e if e.stride(1) == 1 else e.contiguous() for e in errors)
+    xs, norm = _residuals_fake(pre_biases, errors)
+    launch(_residuals_kernel, (B, T))(
+        pre_biases, errors, tuple(xs), tuple(e.shape[1] for e in errors), tuple(e.stride(0) for e in errors), norm, B,
+        T=T, BLOCK_D=16 if interpreted() else 1024, ACC=tl_dtype(acc), num_warps=4,
+    )  # fmt: skip
+    return xs, norm
+
+
+def _residuals_torch(pre_biases, errors):
+    xs = [pre_bias - error.to(pre_bias.dtype) for pre_bias, error in zip(pre_biases, errors, strict=True)]
+    return xs, torch.stack([x.to(acc_dtype(x.dtype)).square().sum(1) for x in xs])
+
+
+def _residuals_fake(pre_biases, errors):
+    norm = errors[0].new_empty(len(errors), errors[0].shape[0], dtype=acc_dtype(errors[0].dtype))
+    return [b.new_empty(e.shape) for b, e in zip(pre_biases, errors, strict=True)], norm
+
+
+residuals = register(
+    "residuals",
+    "(Tensor[] pre_biases, Tensor[] errors, str impl) -> (Tensor[], Tensor)",
+    torch_impl=_residuals_torch,
+    triton_impl=_residuals_triton,
+    fake=_residuals_fake,
+)
+residuals.__doc__ = """AuxK's targets x - R + b, held constant: the bias less the error of the own reconstruction.
+
+Args:
+    pre_biases: T tensors [d_t].
+    errors: R - x of each target, [B, d_t].
+    impl: "triton" or "torch".
+
+Returns:
+    T tensors [B, d_t] in the biases' dtype, and their squared norms [T, B] in the accumulator dtype.
+"""
+
+
+def grads_of_targets(
     codes: SparseCodes,
-    target: DecodeTarget,
+    targets: list[DecodeTarget],
     coef: torch.Tensor,
     out: GradOut,
     impl: str,
     *,
-    error_source: int | None = None,
+    own_codes: bool = False,
+    own_errors: bool = False,
     keep_all_errors: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute losses and gradients of one target by `decode_grads`, for codes shared or per source.
+) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    """Compute losses and gradients of T targets by `decode_grads`, for codes shared or per source.
 
     The inverse index is built if it is missing.
 
     Args:
         codes: codes of S sources.
-        target: decoder and rows that they reconstruct.
-        coef: [S, B], dloss/dE over E.
+        targets: decoders and rows that they reconstruct.
+        coef: [T, S, B], dloss/dE over E; [T, 1, B] with own codes.
         out: buffers for the gradients.
         impl: "triton" or "torch".
-        error_source: source whose error [B, d] is returned; None: no error.
-        keep_all_errors: return all errors [S, B, d]; requires out.dw None.
+        own_codes: target t is reconstructed from source t alone.
+        own_errors: return the error [B, d_t] of target t from source t; with own codes of its only source.
+        keep_all_errors: return all errors [S, B, d_t]; requires out.dws empty.
 
     Returns:
-        |E|^2 [S, B]; sum_s coef E [B, d]; the errors, empty if none is requested.
+        |E|^2 [T, S, B]; sum_s coef E [B, d_t] of each target; the errors, empty if none is requested.
     """
     if codes.inverse is None:
-        codes = codes.with_inverse(target.w.shape[0], impl)
-
-    def run(codes, coef, out, source):
-        keep = ALL_ERRORS if keep_all_errors else NO_ERROR if source is None else source
-        return decode_grads(
-            codes.indices, codes.values, *target, coef, *codes.lists(0), codes.n_valid, keep, *out, impl
+        codes = codes.with_inverse(targets[0].w.shape[0], impl)
+    T, results = len(targets), []
+    # buffers of all targets, or one target after the other
+    alike = len({dw is None for dw in out.dws}) == 1 and (codes.shared or own_codes)
+    for part in [slice(0, T)] if alike else [slice(t, t + 1) for t in range(T)]:
+        sources = [0] * T if own_codes else list(range(T))[part]
+        keep = [ALL_ERRORS] * T if keep_all_errors else sources if own_errors else []
+        columns = [list(column) for column in zip(*targets[part], strict=True)]
+        buffers = out._replace(
+            add_dvalues=out.add_dvalues or (part.start > 0 and not own_codes),
+            dws=[dw for dw in out.dws[part] if dw is not None],
         )  # fmt: skip
+        arguments = columns, coef[part], keep[: len(targets[part])], buffers
+        if own_codes:
+            results.append(_decode_grads_own(codes, part, *arguments, impl))
+        elif codes.shared:
+            results.append(_decode_grads(codes, *arguments, impl))
+        else:
+            results.append(_decode_grads_by_source(codes, *arguments, impl))
+    sqs, gs, errors = zip(*results, strict=True)
+    gs, errors = ([t for part in parts for t in part] for parts in (gs, errors))
+    return sqs[0] if alike else torch.cat(sqs), gs, errors
 
-    if codes.shared:
-        return run(codes, coef, out, error_source)
+
+def _decode_grads(codes, columns, coef, keep, out, impl):
+    """Call `decode_grads` with codes that all sources share."""
+    return decode_grads(
+        codes.indices, codes.gathered, *columns, coef, *codes.lists(0), codes.n_valid, keep, *out, impl
+    )  # fmt: skip
+
+
+def _decode_grads_own(codes, part, columns, coef, keep, out, impl):
+    """Call `decode_grads` for some targets, each with the codes of its own source."""
+    n_valid = None if codes.n_valid is None else codes.n_valid[part]
+    out = out._replace(dvalues=out.dvalues[part, None])
+    return decode_grads(
+        codes.indices[part], codes.gathered[part, None], *columns, coef, *(of[part] for of in codes.inverse), n_valid,
+        keep, *out, impl,
+    )  # fmt: skip
+
+
+def _decode_grads_by_source(codes, columns, coef, keep, out, impl):
+    """Call `decode_grads` for one target and every source, which have indices of their own."""
     parts = []
     for s in range(len(codes.gathered)):
         only = slice(s, s + 1)
-        part = GradOut(out.dvalues[only], out.add_dvalues, out.dw, out.add_dw or s > 0)
-        parts.append(run(codes.source(s), coef[only], part, 0 if s == error_source else None))
-    sq, g, errors = zip(*parts, strict=True)
-    return torch.cat(sq), torch.stack(g).sum(0), torch.cat(errors) if keep_all_errors else errors[error_source or 0]
+        buffers = out._replace(dvalues=out.dvalues[only], add_dw=out.add_dw or s > 0)
+        kept = keep if keep == [ALL_ERRORS] else [0] if keep == [s] else []
+        parts.append(_decode_grads(codes.source(s), columns, coef[:, only], kept, buffers, impl))
+    sqs, gs, errors = zip(*parts, strict=True)
+    rows, kept = torch.stack([g for (g,) in gs]).sum(0), [error for (error,) in errors]
+    error = torch.cat(kept) if keep == [ALL_ERRORS] else kept[keep[0] if keep else 0]
+    return torch.cat(sqs, 1), [rows], [error]
 
 
 def grads_of_errors(
@@ -350,7 +558,8 @@ def grads_of_errors(
     dw = into
     if need_w and into is None:
         dw = torch.empty_like(w, memory_format=torch.contiguous_format)
-    sq_err, dbias_rows, _ = grads_of_target(codes, target, coef, GradOut(dvalues, False, dw, into is not None), impl)
+    out = GradOut(dvalues, False, [dw], into is not None)
+    (sq_err,), (dbias_rows,), _ = grads_of_targets(codes, [target], coef[None], out, impl)
     dx = None
     if need_x:
         through_norm = torch.where(coef != 0, coef * sq_err / norm, 0.0).sum(0)[:, None] * x.to(coef.dtype)

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ..core._triton import tl, triton
 from ..core.numerics import acc_dtype
+from ..core.plan import Planned
 from ..core.recorder import launch
 from ..core.registry import register, resolve_impl
 from ..core.side_stream import SideStream
@@ -170,16 +171,17 @@ def _no_lists(indices):
 
 
 def _gather_values_torch(*, indices, centred, w_encs, latent_biases, count, lists):
-    values = []
+    values = centred[0].new_empty(len(centred), *indices.shape[-2:], dtype=acc_dtype(centred[0].dtype))
     for s, (x, w, bias) in enumerate(zip(centred, w_encs, latent_biases, strict=True)):
         idx = indices if indices.dim() == 2 else indices[s]
-        pre = gather_dot_torch(idx, w, x[None], None if count is None else count[s])[0]
-        value = torch.relu(pre + bias.to(pre.dtype)[idx])
-        if count is not None:
-            value = torch.where(torch.arange(value.shape[1], device=x.device) < count[s], value, 0.0)
-        values.append(value)
+        pre = gather_dot_torch(idx, w, x[None], None if count is None else count[s])
+        torch.add(pre[0], bias[idx], out=values[s])
+    values.relu_()
+    if count is not None:
+        exists = torch.arange(indices.shape[-1], device=values.device) < count[:, None, None]
+        values = torch.where(exists, values, 0.0)
     inverse = _lists(indices, w_encs[0].shape[0], count, "torch") if lists else _no_lists(indices)
-    return torch.stack(values), *inverse
+    return values, *inverse
 
 
 def _gather_values_fake(*, indices, centred, w_encs, latent_biases, count, lists):
@@ -259,41 +261,50 @@ class Values(torch.autograd.Function):
         S, impl = ctx.S, ctx.impl
         values, aux_values, *tensors = ctx.saved_tensors
         n = CODES_FLAT if aux_values is None else 2 * CODES_FLAT
-        w_encs, pre_biases, latent_biases, centred = (tensors[i : i + S] for i in range(n + S, n + 5 * S, S))
-        uses = []
-        for i, (v, dv) in enumerate(((values, dvalues), (aux_values, daux))):
-            if dv is not None:
-                codes = SparseCodes.unflatten(v, tensors[i * CODES_FLAT : (i + 1) * CODES_FLAT])
-                uses.append((codes.with_inverse(len(w_encs[0]), impl), dv))
-        needs = ctx.needs_input_grad[4 + n :]
-        none: list[torch.Tensor | None] = [None] * S
-        dxs, dws, dbs, sums = (none.copy() for _ in range(4))
-        wanted = [s for s in range(S) if uses and any(needs[i * S + s] for i in (1, 2, 3))]
-        # all streams at once, or the few that are trained one by one
-        for part in [slice(0, S)] if len(wanted) == S else [slice(s, s + 1) for s in wanted]:
-            outs = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in w_encs[part]]
-            totals = [c.new_empty(len(c)) for c in latent_biases[part]]
-            for i, (codes, dv) in enumerate(uses):
-                inverse = (x[0] if codes.shared else x[part] for x in codes.inverse)
-                coef, gate = dv[part, None], codes.gathered[part, None]
-                latent_reduce_(outs, totals, *inverse, coef, None, gate, centred[part], dv.shape[2], i > 0, impl)
-            sums[part] = totals
-            dws[part] = outs
-        dcs = [dc if need else None for dc, need in zip(sums, needs[3 * S : 4 * S], strict=True)]
-        dws = [dw if need else None for dw, need in zip(dws, needs[S : 2 * S], strict=True)]
-        for s in range(S):
-            if needs[s]:
-                for codes, dv in uses:
-                    one = slice(s, s + 1)
-                    dpre = torch.where(codes.gathered[one] <= 0, 0.0, dv[one])
-                    part = gather_sum(codes.indices_of(s), dpre, w_encs[s], None, impl)[0]
-                    dxs[s] = part if dxs[s] is None else dxs[s] + part
-        bias_streams = [s for s in range(S) if uses and needs[2 * S + s]]
-        if bias_streams:
-            args = ([group[s] for s in bias_streams] for group in (w_encs, sums, pre_biases))
-            for s, db in zip(bias_streams, pre_bias_grads(*args, impl), strict=True):
-                dbs[s] = db
-        return *[None] * (4 + n), *dxs, *dws, *dbs, *dcs, *[None] * S
+        needs = ctx.needs_input_grad[4 + n : 4 + n + 4 * S]
+        grads = _values_backward([dvalues, daux, values, aux_values, *tensors], (S, needs, impl), impl=impl)
+        return *[None] * (4 + n), *grads, *[None] * S
+
+
+@Planned
+def _values_backward(tensors, S, needs, impl):
+    """Gradients of xs, w_encs, pre_biases and latent_biases, see `Values`; None where not needed."""
+    dvalues, daux, values, aux_values, *tensors = tensors
+    n = CODES_FLAT if aux_values is None else 2 * CODES_FLAT
+    w_encs, pre_biases, latent_biases, centred = (tensors[i : i + S] for i in range(n + S, n + 5 * S, S))
+    uses = []
+    for i, (v, dv) in enumerate(((values, dvalues), (aux_values, daux))):
+        if dv is not None:
+            codes = SparseCodes.unflatten(v, tensors[i * CODES_FLAT : (i + 1) * CODES_FLAT])
+            uses.append((codes.with_inverse(len(w_encs[0]), impl), dv))
+    none: list[torch.Tensor | None] = [None] * S
+    dxs, dws, dbs, sums = (none.copy() for _ in range(4))
+    wanted = [s for s in range(S) if uses and any(needs[i * S + s] for i in (1, 2, 3))]
+    # all streams at once, or the few that are trained one by one
+    for part in [slice(0, S)] if len(wanted) == S else [slice(s, s + 1) for s in wanted]:
+        outs = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in w_encs[part]]
+        totals = [c.new_empty(len(c)) for c in latent_biases[part]]
+        for i, (codes, dv) in enumerate(uses):
+            inverse = (x[0] if codes.shared else x[part] for x in codes.inverse)
+            coef, gate = dv[part, None], codes.gathered[part, None]
+            latent_reduce_(outs, totals, *inverse, coef, None, gate, centred[part], dv.shape[2], i > 0, impl)
+        sums[part] = totals
+        dws[part] = outs
+    dcs = [dc if need else None for dc, need in zip(sums, needs[3 * S : 4 * S], strict=True)]
+    dws = [dw if need else None for dw, need in zip(dws, needs[S : 2 * S], strict=True)]
+    for s in range(S):
+        if needs[s]:
+            for codes, dv in uses:
+                one = slice(s, s + 1)
+                dpre = torch.where(codes.gathered[one] <= 0, 0.0, dv[one])
+                part = gather_sum(codes.indices_of(s), dpre, w_encs[s], None, impl)[0]
+                dxs[s] = part if dxs[s] is None else dxs[s] + part
+    bias_streams = [s for s in range(S) if uses and needs[2 * S + s]]
+    if bias_streams:
+        args = ([group[s] for s in bias_streams] for group in (w_encs, sums, pre_biases))
+        for s, db in zip(bias_streams, pre_bias_grads(*args, impl), strict=True):
+            dbs[s] = db
+    return [*dxs, *dws, *dbs, *dcs]
 
 
 def differentiable_values(

@@ -448,10 +448,10 @@ def gather_dot_torch(indices, w, x, count):
         return out
     if w.device.type == "cpu" and w.dtype in (torch.float32, torch.float64):
         # a sampled product reads each selected row once; bmm would first copy all B * k of them
-        offsets = torch.arange(0, B * k + 1, k, device=w.device)
-        pattern = csr(offsets, indices.reshape(-1), w.new_zeros(B * k), w.shape[0])
-        dots = [torch.sparse.sampled_addmm(pattern, x_s, w.T, beta=0.0).values().view(B, k) for x_s in x]
-        return torch.stack(dots)
+        offsets = torch.arange(0, S * B * k + 1, k, device=w.device)
+        columns = indices.expand(S, B, k).reshape(-1)
+        pattern = csr(offsets, columns, w.new_zeros(S * B * k), w.shape[0])
+        return torch.sparse.sampled_addmm(pattern, x.reshape(-1, d), w.T, beta=0.0).values().view(S, B, k)
     out = torch.empty(S, B, k, device=w.device, dtype=acc)
     rows = max(1, 2**24 // (k * d))
     for b in range(0, B, rows):
@@ -494,8 +494,9 @@ def gather_sum_torch(indices, values, w, bias):
     Returns:
         [S, B, d] in w's dtype.
     """
-    w = w.contiguous()
-    sums = torch.stack([F.embedding_bag(indices, w, mode="sum", per_sample_weights=v.to(w.dtype)) for v in values])
+    S, B, k = values.shape
+    bags, weights = indices.expand(S, B, k).reshape(-1, k), values.reshape(-1, k).to(w.dtype)
+    sums = F.embedding_bag(bags, w.contiguous(), mode="sum", per_sample_weights=weights).view(S, B, -1)
     return sums if bias is None else sums.add_(bias)
 
 
@@ -512,53 +513,65 @@ gather_sum = register(
 )
 
 
-# gather_error: |E|^2 of every source and E of one, where E[s, b] = gather_sum - x[b]
+# gather_errors: |E|^2 of every source and E of one, where E[t, s, b] = gather_sum - xs[t][b]
 
 
 NO_ERROR, ALL_ERRORS = -1, -2  # in place of the source whose E is returned
 
 
-def _gather_error_triton(*, indices, values, w, bias, x, keep, count):
-    error_out = w.new_empty(x.shape if keep != NO_ERROR else (0,))
-    sq, _ = launch_gather(
-        indices, values, w, bias, x, count=count, error_out=error_out if keep != NO_ERROR else None,
-        error_source=max(keep, 0), sq_err=True,
+def _gather_errors_triton(*, indices, values, ws, biases, xs, keep, count):
+    errors = [w.new_empty(x.shape if keep else (0,)) for w, x in zip(ws, xs, strict=True)]
+    parts, _, slabs = launch_gathers(
+        indices, values, ws, biases, xs, count=count, error_outs=errors if keep else None,
+        error_sources=keep or None, sq_err=True,
     )  # fmt: skip
-    return _sum_slabs(sq), error_out
+    _, S, B = parts.shape
+    if len(set(slabs)) == 1:  # of like widths
+        return _sum_targets(parts.view(len(ws), slabs[0], S, B)), errors
+    return torch.stack([_sum_slabs(part) for part in parts.split(slabs)]), errors
 
 
-def _gather_error_torch(*, indices, values, w, bias, x, keep, count):
-    e = gather_sum_torch(indices, values, w, bias).sub_(x)
-    return e.to(acc_dtype(w.dtype)).square().sum(2), w.new_empty(0) if keep == NO_ERROR else e[keep].clone()
+def _sum_targets(parts):
+    return parts[:, 0] if parts.shape[1] == 1 else parts.sum(1)
 
 
-def _gather_error_fake(*, indices, values, w, bias, x, keep, count):
-    sq = w.new_empty(values.shape[0], x.shape[0], dtype=acc_dtype(w.dtype))
-    return sq, w.new_empty(x.shape if keep != NO_ERROR else (0,))
+def _gather_errors_torch(*, indices, values, ws, biases, xs, keep, count):
+    sqs, errors = [], []
+    for t, (w, x) in enumerate(zip(ws, xs, strict=True)):
+        own = (lambda tensor: tensor) if indices.dim() == 2 else (lambda tensor, t=t: tensor[t])
+        e = gather_sum_torch(own(indices), own(values), w, biases[t]).sub_(x)
+        sqs.append(e.to(acc_dtype(w.dtype)).square().sum(2))
+        errors.append(e[keep[t]].clone() if keep else w.new_empty(0))
+    return torch.stack(sqs), errors
 
 
-gather_error = register(
-    "gather_error",
-    "(Tensor indices, Tensor values, Tensor w, Tensor bias, Tensor x, int keep, Tensor? count, str impl)"
-    " -> (Tensor, Tensor)",
-    torch_impl=_gather_error_torch,
-    triton_impl=_gather_error_triton,
-    fake=_gather_error_fake,
+def _gather_errors_fake(*, indices, values, ws, biases, xs, keep, count):
+    sq = values.new_empty(len(ws), values.shape[-3], xs[0].shape[0], dtype=acc_dtype(ws[0].dtype))
+    return sq, [w.new_empty(x.shape if keep else (0,)) for w, x in zip(ws, xs, strict=True)]
+
+
+gather_errors = register(
+    "gather_errors",
+    "(Tensor indices, Tensor values, Tensor[] ws, Tensor[] biases, Tensor[] xs, int[] keep, Tensor? count, str impl)"
+    " -> (Tensor, Tensor[])",
+    torch_impl=_gather_errors_torch,
+    triton_impl=_gather_errors_triton,
+    fake=_gather_errors_fake,
 )
-gather_error.__doc__ = """Compute the errors of one target's reconstructions from every source.
+gather_errors.__doc__ = """Compute the errors of T targets' reconstructions from every source.
 
-E[s, b] = sum_j values[s, b, j] W[indices[b, j]] + bias - x[b]
+E[t, s, b] = sum_j values[s, b, j] ws[t][indices[b, j]] + biases[t] - xs[t][b]
 
 Args:
-    indices: int64 [B, k].
-    values: [S, B, k].
-    w: [N, d].
-    bias: [d].
-    x: [B, d].
-    keep: source whose E is returned, or NO_ERROR.
-    count: int32 [], the valid columns of indices (all when None); values beyond it must be zero.
+    indices: int64 [B, k] for all targets, or [T, B, k]: a target has codes of its own.
+    values: [S, B, k], or [T, S, B, k].
+    ws: T tensors [N, d_t].
+    biases: T tensors [d_t].
+    xs: T tensors [B, d_t].
+    keep: the source whose E is returned, for each target; or empty.
+    count: int32 [], or [T] with own codes: the valid columns of indices (all when None); values beyond must be zero.
     impl: "triton" or "torch".
 
 Returns:
-    |E|^2 [S, B] in the accumulator dtype; E [B, d] of one source in w's dtype (empty for NO_ERROR).
+    |E|^2 [T, S, B] in the accumulator dtype; for each target E [B, d_t] of one source in w's dtype, or empty.
 """

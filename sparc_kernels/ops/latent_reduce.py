@@ -273,9 +273,11 @@ def listed_torch(lists: WeightedLists):
         coef = torch.where(scale != 0, coef * scale, 0.0)
     if is_host_readable(offsets):
         order = order[: int(offsets[-1])]  # places in no list come last
-    coef = coef.reshape(S, -1)[:, order.long()]  # [S, M], in list order
+    coef = coef.reshape(S, -1).index_select(1, order)  # [S, M], in list order
+    if S == 1:
+        return order // k, coef[0].to(mat.dtype), coef[0]
     # the sources of one place side by side
-    entries = (order // k)[:, None] + torch.arange(S, device=order.device, dtype=order.dtype) * rows
+    entries = (order // k)[:, None] + torch.arange(0, S * rows, rows, device=order.device, dtype=order.dtype)
     return entries.reshape(-1), coef.T.reshape(-1).to(mat.dtype), coef.sum(0)
 
 

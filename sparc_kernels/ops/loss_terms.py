@@ -12,25 +12,25 @@ from ..core.registry import register
 from ..core.target import interpreted
 from ..launch.device import capability, cdiv, next_power_of_2
 from ..launch.reduce import MeansConfig
+from .decode_grads import coefficients_torch
 
 
 # loss_terms: the loss and its metrics from the rows' squared errors
 @triton.jit
 def _means_kernel(
-    sq_ptrs, norm_ptr, values_ptr, mean_ptr, part_ptr, B, size, chunk, T: tl.constexpr, S: tl.constexpr,
+    sq_ptr, norm_ptr, values_ptr, mean_ptr, part_ptr, B, size, chunk, T: tl.constexpr, S: tl.constexpr,
     BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One (target, source): mean over rows of |E|^2 / |x|^2. Later programs: sum a chunk of a source's values."""
     pid = tl.program_id(0)
     offs = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), ACC)
-    for t in tl.static_range(T):
-        if pid // S == t:
-            for start in range(0, B, BLOCK):
-                mask = start + offs < B
-                sq = tl.load(sq_ptrs[t] + (pid % S) * B + start + offs, mask=mask, other=0.0)
-                total += sq / tl.load(norm_ptr + t * B + start + offs, mask=mask, other=1.0)
-            tl.store(mean_ptr + pid, tl.sum(total, 0) / B)
+    if pid < T * S:
+        for start in range(0, B, BLOCK):
+            mask = start + offs < B
+            sq = tl.load(sq_ptr + pid * B + start + offs, mask=mask, other=0.0)
+            total += sq / tl.load(norm_ptr + (pid // S) * B + start + offs, mask=mask, other=1.0)
+        tl.store(mean_ptr + pid, tl.sum(total, 0) / B)
     if values_ptr is not None:
         if pid >= T * S:
             chunks = tl.cdiv(size, chunk)
@@ -71,9 +71,9 @@ def _terms_kernel(
     tl.store(terms_ptr + 5 + S + pair, nmse, mask=exists)
 
 
-def _means(sqs, norm, values):
+def _means(sq, norm, values):
     """Return the NMSE of every pair [T * S], partial sums of the sources' values [S * chunks], and chunks."""
-    T, (S, B) = len(sqs), sqs[0].shape
+    T, S, B = sq.shape
     size = 0 if values is None else values[0].numel()
     chunk = 16 if interpreted() else 16384
     while cdiv(size, chunk) > 256:
@@ -81,17 +81,17 @@ def _means(sqs, norm, values):
     chunks = cdiv(size, chunk)
     nmse, parts = norm.new_empty(T * S), norm.new_empty(S * chunks)
     launch(_means_kernel, (T * S + S * chunks,))(
-        tuple(sq.contiguous() for sq in sqs), norm, values, nmse, parts, B, size, chunk,
+        sq.contiguous(), norm, values, nmse, parts, B, size, chunk,
         T=T, S=S, BLOCK=16 if interpreted() else 1024, ACC=tl_dtype(norm.dtype), num_warps=4,
         **MeansConfig().registers(capability(norm.device)),
     )  # fmt: skip
     return nmse, parts, chunks
 
 
-def _loss_terms_triton(sqs, norm, weights, values):
+def _loss_terms_triton(sq, norm, weights, values):
     (T, S), (_, B, k) = weights.shape, values.shape
-    nmse, parts, chunks = _means(sqs, norm, values.contiguous())
-    loss, terms = _loss_terms_fake(sqs, norm, weights, values)
+    nmse, parts, chunks = _means(sq, norm, values.contiguous())
+    loss, terms = _loss_terms_fake(sq, norm, weights, values)
     launch(_terms_kernel, (1,))(
         nmse, parts, weights.contiguous(), loss, terms, k, B, chunks, T=T, S=S, PAIRS=next_power_of_2(T * S),
         CHUNKS=next_power_of_2(chunks), SOURCES=next_power_of_2(S), ACC=tl_dtype(norm.dtype), num_warps=1,
@@ -99,9 +99,9 @@ def _loss_terms_triton(sqs, norm, weights, values):
     return loss, terms
 
 
-def _loss_terms_torch(sqs, norm, weights, values):
+def _loss_terms_torch(sq, norm, weights, values):
     S, B, k = values.shape
-    nmse = (torch.stack(sqs) / norm[:, None]).mean(2)
+    nmse = (sq / norm[:, None]).mean(2)
     weighted = torch.where(weights != 0, weights * nmse, 0.0)
     loss, own = weighted.sum(), nmse.diagonal().mean()
     cross, scaled = nmse.new_zeros(2)
@@ -113,14 +113,14 @@ def _loss_terms_torch(sqs, norm, weights, values):
     return loss, torch.cat([few, sparsity, nmse.flatten()])
 
 
-def _loss_terms_fake(sqs, norm, weights, values):
+def _loss_terms_fake(sq, norm, weights, values):
     T, S = weights.shape
     return norm.new_empty(()), norm.new_empty(5 + S + T * S)
 
 
 loss_terms = register(
     "loss_terms",
-    "(Tensor[] sqs, Tensor norm, Tensor weights, Tensor values, str impl) -> (Tensor, Tensor)",
+    "(Tensor sq, Tensor norm, Tensor weights, Tensor values, str impl) -> (Tensor, Tensor)",
     torch_impl=_loss_terms_torch,
     triton_impl=_loss_terms_triton,
     fake=_loss_terms_fake,
@@ -128,7 +128,7 @@ loss_terms = register(
 loss_terms.__doc__ = """Compute the loss sum_ts weights[t, s] NMSE[t, s] and the metrics of a training step.
 
 Args:
-    sqs: |E|^2 [S, B] of each of T = S targets.
+    sq: |E|^2 [T, S, B], T = S targets.
     norm: |x|^2 [T, B].
     weights: [T, S].
     values: [S, B, k].
@@ -155,48 +155,61 @@ class Terms:
 
 # add_auxk: the AuxK terms, their part of the loss and the weights of their gradients
 @triton.jit
-def _auxk_kernel(mean_ptr, loss_ptr, total_ptr, terms_ptr, weight_ptr, high, low, T: tl.constexpr, PAD: tl.constexpr,
-                 ACC: tl.constexpr):  # fmt: skip
+def _auxk_kernel(
+    mean_ptr, norm_ptr, loss_ptr, total_ptr, terms_ptr, weight_ptr, coef_ptr, high, low, B, T: tl.constexpr,
+    PAD: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Program 0 writes loss, terms and weights; every program a block of coef [T * B]."""
     coef = tl.full((), high, ACC) + tl.full((), low, ACC)
     target = tl.arange(0, PAD)
     own = tl.load(mean_ptr + target, mask=target < T, other=0.0)
     mean = tl.sum(own, 0) / T
     counts = mean > 0.0  # not for NaN
     mean = tl.where(counts, mean, 0.0)
-    tl.store(total_ptr, tl.load(loss_ptr) + coef * mean)
-    tl.store(terms_ptr, mean)
-    tl.store(terms_ptr + 1, coef * mean)
-    tl.store(terms_ptr + 2 + target, own, mask=target < T)
-    tl.store(weight_ptr + target, tl.zeros((PAD,), ACC) + tl.where(counts, coef / T, 0.0), mask=target < T)
+    weight = tl.where(counts, coef / T, 0.0)
+    if tl.program_id(0) == 0:
+        tl.store(total_ptr, tl.load(loss_ptr) + coef * mean)
+        tl.store(terms_ptr, mean)
+        tl.store(terms_ptr + 1, coef * mean)
+        tl.store(terms_ptr + 2 + target, own, mask=target < T)
+        tl.store(weight_ptr + target, tl.zeros((PAD,), ACC) + weight, mask=target < T)
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    norm = tl.load(norm_ptr + offs, mask=offs < T * B, other=1.0)
+    # as `target_weights`: an infinite norm gives NaN, not 0
+    each = tl.where(norm < float("inf"), weight * 2.0 / B / norm, float("nan"))
+    tl.store(coef_ptr + offs, tl.where(weight != 0.0, each, 0.0), mask=offs < T * B)
 
 
-def _add_auxk_triton(sqs, norm, loss, coef):
-    T, single = len(sqs), float(np.float32(coef))
-    nmse, _, _ = _means(sqs, norm, None)
-    total, terms, weight = _add_auxk_fake(sqs, norm, loss, coef)
+def _add_auxk_triton(sq, norm, loss, coef):
+    (T, _, B), single, block = sq.shape, float(np.float32(coef)), 32 if interpreted() else 1024
+    nmse, _, _ = _means(sq, norm, None)
+    total, terms, weight, coefs = _add_auxk_fake(sq, norm, loss, coef)
     # Triton rounds numbers to float32; `low` carries the remainder for float64 under the interpreter
-    launch(_auxk_kernel, (1,))(
-        nmse, loss, total, terms, weight, single, coef - single, T=T, PAD=next_power_of_2(T),
-        ACC=tl_dtype(norm.dtype), num_warps=1,
+    launch(_auxk_kernel, (cdiv(T * B, block),))(
+        nmse, norm, loss, total, terms, weight, coefs, single, coef - single, B, T=T, PAD=next_power_of_2(T),
+        BLOCK=block, ACC=tl_dtype(norm.dtype), num_warps=4,
     )  # fmt: skip
-    return total, terms, weight
+    return total, terms, weight, coefs
 
 
-def _add_auxk_torch(sqs, norm, loss, coef):
-    own = (torch.cat(list(sqs)) / norm).mean(1)
+def _add_auxk_torch(sq, norm, loss, coef):
+    T = len(sq)
+    own = (sq[:, 0] / norm).mean(1)
     mean = own.mean()
     mean = torch.where(mean > 0, mean, 0.0)
-    weight = ((mean > 0).to(norm.dtype) * (coef / len(sqs))).repeat(len(sqs), 1)
-    return loss + coef * mean, torch.cat([torch.stack([mean, coef * mean]), own]), weight
+    weight = ((mean > 0).to(norm.dtype) * (coef / T)).repeat(T, 1)
+    terms = torch.cat([torch.stack([mean, coef * mean]), own])
+    return loss + coef * mean, terms, weight, coefficients_torch(norm, weight)
 
 
-def _add_auxk_fake(sqs, norm, loss, coef):
-    return norm.new_empty(()), norm.new_empty(2 + len(sqs)), norm.new_empty(len(sqs), 1)
+def _add_auxk_fake(sq, norm, loss, coef):
+    T, _, B = sq.shape
+    return norm.new_empty(()), norm.new_empty(2 + T), norm.new_empty(T, 1), norm.new_empty(T, 1, B)
 
 
 add_auxk = register(
     "add_auxk",
-    "(Tensor[] sqs, Tensor norm, Tensor loss, float coef, str impl) -> (Tensor, Tensor, Tensor)",
+    "(Tensor sq, Tensor norm, Tensor loss, float coef, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
     torch_impl=_add_auxk_torch,
     triton_impl=_add_auxk_triton,
     fake=_add_auxk_fake,
@@ -204,14 +217,15 @@ add_auxk = register(
 add_auxk.__doc__ = """Add coef * mean_t AuxK[t] to the loss; the mean counts as 0 unless it is > 0 (so also when NaN).
 
 Args:
-    sqs: |E|^2 [1, B] of each of T streams' AuxK reconstructions.
+    sq: |E|^2 [T, 1, B] of each stream's AuxK reconstruction.
     norm: |residual|^2 [T, B].
     loss: [].
     coef: coefficient of AuxK.
     impl: "triton" or "torch".
 
 Returns:
-    The total []; mean, coef * mean and the T terms, [2 + T]; the weights [T, 1] of the terms in the total.
+    The total []; mean, coef * mean and the T terms, [2 + T]; the weights [T, 1] of the terms in the total; the
+    coefficients [T, 1, B] that `target_weights` gives for those weights.
 """
 
 

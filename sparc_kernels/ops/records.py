@@ -88,11 +88,11 @@ class DecodeTarget(NamedTuple):
 
 
 class GradOut(NamedTuple):
-    """Buffers for the gradients of one target, and whether to add to their contents."""
+    """Buffers for the gradients of T targets, and whether to add to their contents."""
 
     dvalues: torch.Tensor  # [S, B, k] contiguous
     add_dvalues: bool
-    dw: torch.Tensor | None  # [N, d]; None: not computed
+    dws: list[torch.Tensor | None]  # [N, d] each; None: not computed
     add_dw: bool
 
 

@@ -414,15 +414,17 @@ def _topk_exact(h, k):
     """Top k of each row, descending, ties to the lowest column, NaN first; on a CPU at the cost of topk."""
     if not is_host_readable(h):
         return torch.sort(h, dim=1, descending=True, stable=True).indices[:, :k]
-    values, indices = h.topk(k, dim=1)
+    values, indices = h.topk(min(k + 1, h.shape[1]), dim=1)  # one more than k shows ties at the border
+    above = values[:, :-1] > values[:, 1:]
+    indices = indices[:, :k]
+    if bool(above.all()):
+        return indices
     indices = indices.sort(dim=1).values
     values = h.gather(1, indices)
     indices = indices.gather(1, values.sort(dim=1, descending=True, stable=True).indices)
     # rows where ties cross the k-th value, or NaN hides it, take the stable sort
-    kth = values.min(dim=1, keepdim=True).values
-    unsure = (h >= kth).sum(1) != k
-    if bool(unsure.any()):
-        rows = unsure.nonzero().squeeze(1)
+    if k < h.shape[1] and not bool(above[:, k - 1].all()):
+        rows = (~above[:, k - 1]).nonzero().squeeze(1)
         indices[rows] = torch.sort(h[rows], dim=1, descending=True, stable=True).indices[:, :k]
     return indices
 

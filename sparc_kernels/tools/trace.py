@@ -298,6 +298,29 @@ def as_on_gpu(arch: int, tf32: bool, recorded: list[Launch] | None = None, gpu_n
 
 
 @contextmanager
+def autocast_on_meta() -> Iterator[None]:
+    """Context in which the package's code on meta tensors, for which torch has no autocast, follows the CPU's."""
+    from ..core import registry
+    from ..nn import half_weights, module
+
+    get = torch.get_autocast_dtype
+
+    def enabled(device):
+        return torch.is_autocast_enabled("cpu")
+
+    def off(device):
+        return torch.autocast("cpu", enabled=False) if enabled(device) else nullcontext()
+
+    with (
+        replaced(module, autocast_enabled=enabled),
+        replaced(half_weights, autocast_enabled=enabled),
+        replaced(registry, no_autocast=off),
+        replaced(torch, get_autocast_dtype=lambda kind: get("cpu" if kind == "meta" else kind)),
+    ):
+        yield
+
+
+@contextmanager
 def counted_launches() -> Iterator[Counter[str]]:
     """Context that counts the launches of each kernel, "module:function"; they go on as before."""
     from triton.runtime.jit import KernelInterface

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ..core.registry import on_device
 from ..nn.module import AlignedSAE
 from ..nn.optimizer import SparcAdam
-
-_EAGER_FIRST = 3  # steps before a capture, which select launch settings and allocate library workspaces
 
 
 class Step:
@@ -21,16 +17,16 @@ class Step:
 
     Args:
         model: in training mode.
-        optimizer: SparcAdam of the model, capturable with `graph`; or another optimizer whose step normalises the
-            decoder and projects its gradient, for which the host reads every loss before the step.
+        optimizer: SparcAdam of the model; or another optimizer whose step normalises the decoder and projects its
+            gradient, for which the host reads every loss before the step.
         reinit_rng: generator of re-initialised rows, on the model's device.
         auxk_coef: weight of the auxiliary loss.
         cross_coef: weight of the cross-reconstruction loss.
         reinit_every: steps between re-initialisations; 0: never.
         bf16: autocast to bfloat16 around forward and loss.
         gradient_free: use `AlignedSAE.training_step`, without weight gradients; no clipping and no `l0` metric.
-        graph: replay the step from a CUDA graph for batches of the first batch's shape; others run eagerly. Falls back
-            to eager steps, with a warning, if the capture fails.
+        graph: replay steps of a SparcAdam from a CUDA graph, see `StepGraph`; off too with `SparcAdam(graph=False)`.
+            Falls back to eager steps, with a warning, if the capture fails.
 
     Attributes:
         updates: steps taken, as the official loop counts them.
@@ -61,7 +57,8 @@ class Step:
         self.reads_loss = not (self.cuda and isinstance(optimizer, SparcAdam))
         self.updates = 0
         self._skipped = torch.zeros((), dtype=torch.int64, device=next(model.parameters()).device)
-        self._graph = _Graph(self) if graph and self.cuda else None
+        self.graph = graph and isinstance(optimizer, SparcAdam)
+        self._name = object()  # tells this step from others of the same optimizer
 
     @property
     def skipped(self) -> int:
@@ -75,7 +72,7 @@ class Step:
     @property
     def captured(self) -> bool:
         """Whether steps are replayed from a CUDA graph."""
-        return self._graph is not None and self._graph.graph is not None
+        return self.graph and cast(SparcAdam, self.optimizer).captured
 
     def __call__(self, x: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Take one step.
@@ -85,9 +82,13 @@ class Step:
 
         Returns:
             The detached loss and the metrics of `compute_loss`, with `l0`, the mean number of values > 0, unless
-            `gradient_free`. With a CUDA graph the next step overwrites them.
+            `gradient_free`.
         """
-        result = self._graph.step(x) if self._graph else None
+        result = None
+        if self.graph and not self.reads_loss:
+            key = self._name, self.auxk_coef, self.cross_coef, self.bf16, self.gradient_free
+            optimizer = cast(SparcAdam, self.optimizer)
+            result = optimizer.graphed(self.eager, x, key, leaves_grads=not self.gradient_free)
         loss, metrics = result or self.eager(x)
         if self.reads_loss and not loss.isfinite():
             return loss, metrics
@@ -120,9 +121,15 @@ class Step:
         if self.reads_loss and not finite:
             return loss.detach(), metrics
         loss.backward()
-        if not self.reads_loss:
-            cast(Any, self.optimizer).found_inf = (~finite).float()  # 1: the optimizer updates nothing
-        self.optimizer.step()
+        if self.reads_loss:
+            self.optimizer.step()
+            return loss.detach(), metrics
+        optimizer = cast(Any, self.optimizer)
+        optimizer.found_inf = (~finite).float()  # 1: the optimizer updates nothing
+        try:
+            optimizer.step()
+        finally:
+            del optimizer.found_inf
         return loss.detach(), metrics
 
     def l0(self, outputs) -> Tensor:
@@ -133,65 +140,3 @@ class Step:
         """
         values = [outputs[f"values_{s}"].detach() for s in self.model.streams]
         return torch.stack([(v > 0).sum() / v.shape[0] for v in values]).mean()
-
-
-class _Graph:
-    """Replays `Step.eager` on the model's GPU; the first steps run eagerly on the capture's stream, as required."""
-
-    def __init__(self, step: Step):
-        self.owner, self.failed, self.seen = step, False, 0
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.device = next(step.model.parameters()).device
-        self.stream = torch.cuda.Stream(self.device)
-        self.shapes: dict[str, tuple[int, ...]] | None = None
-        self.x: dict[str, Tensor] = {}
-        self.loss: Tensor | None = None
-        self.metrics: dict[str, Tensor] = {}
-
-    def step(self, x: dict[str, Tensor]):
-        """Return loss and metrics, or None if the caller has to take the step eagerly."""
-        with on_device(self.device):
-            return self._step(x)
-
-    def _step(self, x):
-        shapes = {s: tuple(t.shape) for s, t in x.items()}
-        self.shapes = self.shapes or shapes
-        if self.failed or shapes != self.shapes:
-            return None
-        if self.graph is None:
-            if self.seen < _EAGER_FIRST:
-                self.seen += 1
-                return self._aside(x)
-            self.graph = self._capture(x)
-            if self.graph is None:
-                return None
-        for s, t in x.items():
-            self.x[s].copy_(t)
-        if isinstance(self.owner.optimizer, SparcAdam):
-            self.owner.optimizer.refresh_shadow(seen_only=True)  # after a loaded checkpoint or re-initialisation
-        self.graph.replay()
-        return self.loss, self.metrics
-
-    def _aside(self, x):
-        current = torch.cuda.current_stream()
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            result = self.owner.eager(x)
-        current.wait_stream(self.stream)
-        return result
-
-    def _capture(self, x) -> torch.cuda.CUDAGraph | None:
-        """Capture the step without running it; None if that fails. The loader's thread may use CUDA meanwhile."""
-        self.x, graph = {s: t.clone() for s, t in x.items()}, torch.cuda.CUDAGraph()
-        current = torch.cuda.current_stream()
-        try:
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-                self.loss, self.metrics = self.owner.eager(self.x)
-        except Exception as error:
-            self.failed = True
-            torch.cuda.set_stream(current)  # a failed capture leaves its own stream current
-            self.x, self.loss, self.metrics = {}, None, {}
-            self.owner.optimizer.zero_grad(set_to_none=True)  # they lie in the graph's memory
-            warnings.warn(f"the step could not be captured in a CUDA graph, steps run eagerly: {error}", stacklevel=5)
-            return None
-        return graph

@@ -216,6 +216,7 @@ class Trainer:
                 normalize=config.unit_norm,
                 max_grad_norm=config.max_grad_norm or None,
                 capturable=graph,
+                graph=graph,
                 shadow=torch.bfloat16 if config.precision == "bf16" and config.gradient_free else None,
             )
         )

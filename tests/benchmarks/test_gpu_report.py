@@ -128,6 +128,24 @@ def test_what_was_compiled_is_read(tmp_path, monkeypatch, capsys, errors):
     assert entry["status"] == ("failed" if errors else "ran") and len(entry["errors"]) == len(errors)
 
 
+def test_the_hosts_times_are_read(tmp_path):
+    """Into the section, and in short into the summary; the file of its own goes."""
+    row = {"what": "two calls", "dtype": "bfloat16", "auxk": 64, "host_ms": 0.9, "device_ms": 0.25}
+    row |= {"launches": 18, "torch_calls": 60}
+    made = {"rows": [row], "others_cpu": 0.0, "environment": {"versions": {"torch": "2"}}}
+    report = gpu_report.Report(tmp_path, "timing", "cuda", 5.0, time.time())
+    part = gpu_report.host_times(report, 60)
+    (tmp_path / "host.json").write_text(json.dumps(made))
+    report["host"].update(status="ran", reason=None)
+    part.read(report["host"], 0, "")
+    assert part.command[4:6] == ["benchmarks", "host"] and not (tmp_path / "host.json").exists()
+    assert report["host"]["rows"] == [row] and report["host"]["versions"] == {"torch": "2"}
+    said = "two calls, bfloat16, auxk 64: host 0.900 ms, device 0.250 ms, 18 launches of Triton, 60 calls of torch"
+    assert said in gpu_report.summary_of(report.sections)
+    part.read(report["host"], 2, "error: Triton is not installed here")
+    assert report["host"]["status"] == "absent"
+
+
 def test_the_tests_that_need_a_gpu_are_known():
     tests = gpu_report.needing_a_gpu()
     assert sum(map(len, tests.values())) >= 4 and all((ROOT / file).exists() for file in tests)
@@ -156,7 +174,7 @@ def test_a_library_that_is_missing_costs_the_tests_of_one_file(tmp_path, monkeyp
 def test_the_timing_call(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(gpu_report, "start", Worker.start)
     monkeypatch.setattr(signal, "signal", lambda *args: None)
-    arguments = ["--call=timing", "--device=cpu", "--minutes=2", f"--out={tmp_path}", "--skip=compile"]
+    arguments = ["--call=timing", "--device=cpu", "--minutes=2", f"--out={tmp_path}", "--skip=compile,host"]
     assert gpu_report.main([*arguments, "--filter=open-images gaussian (ceiling|select)"]) == 0
     data = record.load(tmp_path / "timing.json")
     check_sections(data, "timing")
@@ -226,7 +244,7 @@ sys.path.insert(0, {root!r})
 from benchmarks import gpu_report
 gpu_report.begin = lambda args: json.load(open({begun!r}))
 gpu_report.suite = lambda *_: [sys.executable, "-c", {worker!r}]
-gpu_report.main(["--call=timing", "--device=cpu", "--out={folder}", "--skip=compile"])
+gpu_report.main(["--call=timing", "--device=cpu", "--out={folder}", "--skip=compile,host"])
 """
 WORKER = """
 import time
@@ -322,7 +340,7 @@ def test_the_call_is_asked_for(capsys):
     assert "--call: expected correctness or timing, each a call of its own, got none" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         gpu_report.parse(["--call", "timing", "--skip", "verify"])
-    assert "--skip: expected sections among compile, measurements, got verify" in capsys.readouterr().err
+    assert "--skip: expected sections among compile, host, measurements, got verify" in capsys.readouterr().err
 
 
 def crash(*_):

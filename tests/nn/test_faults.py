@@ -255,7 +255,7 @@ def test_a_loss_without_gradients_takes_none(monkeypatch):
     """Evaluation under no_grad allocated and computed every decoder's gradient: a Function sees requires_grad alone."""
     m, x = model(auxk=4), batch()
     want, _ = m.eval().compute_loss(m(x), x)
-    monkeypatch.setattr(aligned_loss, "grads_of_target", lambda *args, **_: pytest.fail("a gradient was taken"))
+    monkeypatch.setattr(aligned_loss, "grads_of_targets", lambda *args, **_: pytest.fail("a gradient was taken"))
     with torch.no_grad():
         got, _ = m.compute_loss(m(x), x)
     assert_close(got, want.detach())

@@ -239,8 +239,11 @@ def ops_and_arguments(impl):
     out, sums = torch.zeros_like(p.w_encs[0]), torch.zeros_like(p.latent_biases[0])
     stacked, outs, own = torch.stack([p.xs[0]] * 3), [torch.zeros_like(w) for w in p.w_encs[:2]], values[:2, None]
     coef = torch.ones(3, B, device=DEVICE, dtype=out.dtype)
-    rows = p.w_decs[0].t()
-    grads_of = indices, values, rows, p.pre_biases[0], p.xs[0]
+    rows, all_rows = p.w_decs[0].t(), [w.t() for w in p.w_decs]
+    grads_of, coefs = (indices, values, all_rows, p.pre_biases, p.xs), torch.stack([coef] * 3)
+    dws, own_indices = [torch.zeros_like(w).contiguous() for w in all_rows], torch.stack([indices] * 3)
+    own_inverse = ops.inverse_index(own_indices, 3, N, None, impl)
+    counts = torch.full((3,), K, dtype=torch.int32, device=DEVICE)
     ids = torch.arange(N, device=DEVICE, dtype=torch.int32)
     count = torch.tensor(1, dtype=torch.int32, device=DEVICE)
     return {
@@ -278,20 +281,41 @@ def ops_and_arguments(impl):
         "gather_dot some": (ops.gather_dot, (indices, p.w_encs[0], p.xs[0][None], count, impl)),
         "gather_sum": (ops.gather_sum, (indices, values, rows, p.pre_biases[0], impl)),
         "gather_sum bare": (ops.gather_sum, (indices, values, rows, None, impl)),
-        "gather_error": (ops.gather_error, (indices, values, rows, p.pre_biases[0], p.xs[0], -1, None, impl)),
-        "gather_error self": (ops.gather_error, (indices, values, rows, p.pre_biases[0], p.xs[0], 1, None, impl)),
+        "gather_errors": (ops.gather_errors, (indices, values, all_rows, p.pre_biases, p.xs, [], None, impl)),
+        "gather_errors own": (
+            ops.gather_errors,
+            (own_indices, values[:, None], all_rows, p.pre_biases, p.xs, [0, 0, 0], counts, impl),
+        ),
         "decode_grads": (
             ops.decode_grads,
-            (*grads_of, coef, *inverse, None, 2, torch.zeros_like(values), False, out, False, impl),
+            (*grads_of, coefs, *inverse, None, [0, 1, 2], torch.zeros_like(values), False, dws, False, impl),
         ),
         "decode_grads added": (
             ops.decode_grads,
-            (*grads_of, coef, *inverse, count, -1, torch.zeros_like(values), True, out, True, impl),
+            (*grads_of, coefs, *inverse, count, [], torch.zeros_like(values), True, dws, True, impl),
         ),
         "decode_grads of values": (
             ops.decode_grads,
-            (*grads_of, coef, *inverse, None, -1, torch.zeros_like(values), False, None, False, impl),
+            (*grads_of, coefs, *inverse, None, [-2, -2, -2], torch.zeros_like(values), False, [], False, impl),
         ),
+        "decode_grads own": (
+            ops.decode_grads,
+            (
+                own_indices,
+                values[:, None],
+                *grads_of[2:],
+                coefs[:, :1],
+                *own_inverse,
+                counts,
+                [],
+                torch.zeros_like(values)[:, None],
+                False,
+                dws,
+                True,
+                impl,
+            ),
+        ),
+        "residuals": (ops.residuals, (p.pre_biases, p.xs, impl)),
         "target_weights": (ops.target_weights, (p.xs, torch.rand(3, 3, device=DEVICE, dtype=out.dtype), impl)),
         "centre": (ops.centre, (p.xs, p.pre_biases, False, impl)),
         "gather_values": (ops.gather_values, (indices, p.xs, p.w_encs, p.latent_biases, None, True, impl)),
@@ -300,8 +324,8 @@ def ops_and_arguments(impl):
             (indices, p.xs[:1], p.w_encs[:1], p.latent_biases[:1], count[None], False, impl),
         ),
         "count_fired_": (ops.count_fired_, ([torch.arange(N, device=DEVICE)] * 1, indices, values[:1], 0.5, impl)),
-        "loss_terms": (ops.loss_terms, ([coef] * 3, coef + 1, torch.rand_like(coef[:, :3]), values, impl)),
-        "add_auxk": (ops.add_auxk, ([coef[:1]] * 3, coef + 1, sums[0], 0.1, impl)),
+        "loss_terms": (ops.loss_terms, (coefs, coef + 1, torch.rand_like(coef[:, :3]), values, impl)),
+        "add_auxk": (ops.add_auxk, (coefs[:, :1], coef + 1, sums[0], 0.1, impl)),
         "column_sums": (ops.column_sums, (p.xs, p.xs, p.pre_biases, impl)),
         "pre_bias_grads": (ops.pre_bias_grads, (p.w_encs, p.latent_biases, p.pre_biases, impl)),
         "scale_": (ops.scale_, ([out, sums], torch.full_like(sums[0], 3.0), impl)),

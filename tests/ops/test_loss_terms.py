@@ -23,7 +23,7 @@ def test_terms_are_their_formulas(impl, S, B, k):
     sqs, norm, values = [rand(S, B, seed=t) for t in range(S)], rand(S, B, seed=50) + 0.5, rand(S, B, k, seed=60)
     weights = rand(S, S, seed=70)
     weights[0, 0] = 0.0
-    loss, terms = loss_terms(sqs, norm, weights, values, impl)
+    loss, terms = loss_terms(torch.stack(sqs), norm, weights, values, impl)
     nmse = torch.stack([(sq / norm[t]).mean(1) for t, sq in enumerate(sqs)])
     assert_close(loss, (weights * nmse).sum())
     got, off = Terms(terms, S), ~torch.eye(S, dtype=torch.bool, device=DEVICE)
@@ -41,16 +41,16 @@ def test_terms_are_their_formulas(impl, S, B, k):
 def test_a_pair_without_weight_takes_no_part_whatever_it_is(impl):
     sqs, norm, weights = [rand(2, 4, seed=t) for t in range(2)], rand(2, 4) + 1, rand(2, 2, seed=3)
     sqs[1][0, 2] = float("nan")
-    loss, terms = loss_terms(sqs, norm, weights, rand(2, 4, 3), impl)
+    loss, terms = loss_terms(torch.stack(sqs), norm, weights, rand(2, 4, 3), impl)
     assert loss.isnan() and Terms(terms, 2).nmse[1][0].isnan()
     weights[1, 0] = 0.0
-    assert loss_terms(sqs, norm, weights, rand(2, 4, 3), impl)[0].isfinite()
+    assert loss_terms(torch.stack(sqs), norm, weights, rand(2, 4, 3), impl)[0].isfinite()
 
 
 @pytest.mark.parametrize("value", [1.0, 0.0, float("nan")])
 def test_auxk_counts_when_it_is_positive(impl, value):
     sqs, norm, loss = [value * rand(1, 21, seed=t) for t in range(3)], rand(3, 21) + 1, rand(1)[0]
-    total, terms, weight = add_auxk(sqs, norm, loss, 0.1, impl)
+    total, terms, weight, coef = add_auxk(torch.stack(sqs), norm, loss, 0.1, impl)
     own = torch.stack([(sq[0] / norm[t]).mean() for t, sq in enumerate(sqs)])
     counts = value == 1.0
     mean = own.mean() if counts else torch.zeros_like(loss)
@@ -60,6 +60,7 @@ def test_auxk_counts_when_it_is_positive(impl, value):
     if value == value:
         assert_close(terms[2:], own)
     assert_close(weight, torch.full_like(weight, 0.1 / 3 if counts else 0.0))
+    assert_close(coef, weight[..., None] * (2 / 21) / norm[:, None])
 
 
 @pytest.mark.parametrize("twice", [False, True])

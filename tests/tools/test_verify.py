@@ -368,8 +368,8 @@ def error_in_half_precision(patch):
     sound = decode_grads.decode_grads
 
     def faulty(*args):
-        sq, g, error = sound(*args)
-        return sq, g.bfloat16().to(g.dtype), error
+        sq, gs, errors = sound(*args)
+        return sq, [g.bfloat16().to(g.dtype) for g in gs], errors
 
     patch(decode_grads, "decode_grads", faulty)
 

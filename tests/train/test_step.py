@@ -1,30 +1,30 @@
 """One training step: captured in a CUDA graph, on any of several GPUs, without a copy between host and device."""
 
 import os
-import warnings
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import CUDA, DEVICE, KERNEL_DTYPE
+from fake_graph import FakeCuda
 
 from sparc_kernels import AlignedSAE, SparcAdam
 from sparc_kernels.core import registry
 from sparc_kernels.tools import trace
 from sparc_kernels.tools.shape import Shape
 from sparc_kernels.tools.trace import InsideOperators
-from sparc_kernels.train.step import Step, _Graph
+from sparc_kernels.train.step import Step
 from sparc_kernels.train.trainer import TrainConfig, Trainer
 
 WIDTHS = {"a": 6, "b": 5}
 
 
-def step(**options) -> Step:
+def step(reinit_every=0, dtype=KERNEL_DTYPE, **options) -> Step:
     torch.manual_seed(0)
-    model = AlignedSAE(WIDTHS, 20, 3, 3, dead_steps_threshold=1, device=DEVICE, dtype=KERNEL_DTYPE)
-    adam = SparcAdam(model, 1e-3, capturable=True)
-    return Step(model, adam, torch.Generator(DEVICE).manual_seed(1), reinit_every=0, **options)
+    model = AlignedSAE(WIDTHS, 20, 3, 3, dead_steps_threshold=1, device=DEVICE, dtype=dtype)
+    adam = SparcAdam(model, 1e-3, capturable=True, graph=options.get("graph", False))
+    return Step(model, adam, torch.Generator(DEVICE).manual_seed(1), reinit_every=reinit_every, **options)
 
 
 def batches(n):
@@ -32,69 +32,43 @@ def batches(n):
     return [{s: torch.randn(4, d, generator=g).to(DEVICE, KERNEL_DTYPE) for s, d in WIDTHS.items()} for _ in range(n)]
 
 
-class Graphs:
-    """torch.cuda as far as a captured step needs it. With `error` a capture fails and leaves its stream in place."""
-
-    def __init__(self, monkeypatch, error=None):
-        self.error, self.current, self.streams, self.asked = error, "main", [], []
-        fakes = dict(
-            Stream=self.stream_on, current_stream=lambda *_: SimpleNamespace(wait_stream=lambda other: None),
-            CUDAGraph=lambda: SimpleNamespace(replay=lambda: None), graph=self.graph, stream=self.on,
-            set_stream=self.set,
-        )  # fmt: skip
-        for name, fake in fakes.items():
-            monkeypatch.setattr(torch.cuda, name, fake)
-
-    def stream_on(self, *device):
-        self.streams.append(device)
-        return SimpleNamespace(wait_stream=lambda other: None)
-
-    def set(self, stream):
-        self.current = "main"
-
-    @contextmanager
-    def on(self, stream):
-        yield
-
-    @contextmanager
-    def graph(self, graph, **options):
-        self.asked.append(options)
-        self.current = "capture"
-        yield
-        if self.error:
-            raise self.error
-        self.current = "main"
+def steps(graph, x, **options):
+    """Losses and metrics of steps as on CUDA, and the state at the end."""
+    one, seen = step(graph=graph, **options), []
+    one.reads_loss = False
+    for i, batch in enumerate(x):
+        if i == 5:
+            one.optimizer.param_groups[0]["lr"].fill_(1e-2)
+        seen.append(one(batch))
+    return one, seen, [*one.model.state_dict().values(), one.optimizer.counts, one._skipped]
 
 
-def graphed(monkeypatch, error=None):
-    graphs, one = Graphs(monkeypatch, error), step()
-    one._graph = _Graph(one)
-    return graphs, one
+@pytest.mark.parametrize("form", [{}, {"gradient_free": True}, {"bf16": True, "dtype": torch.float32}], ids=str)
+def test_a_captured_step_is_the_eager_step(monkeypatch, form):
+    """With re-initialisation, a learning rate filled in, smaller batches and a batch that is skipped."""
+    cuda = None if CUDA else FakeCuda(monkeypatch)
+    x = [{s: t.to(form.get("dtype", t.dtype)) for s, t in batch.items()} for batch in batches(12)]
+    x[5]["a"] = x[5]["a"] * float("nan")
+    x[7] = {s: t[:3] for s, t in x[7].items()}
+    (_, want, state), (one, got, other) = (steps(graph, x, reinit_every=4, **form) for graph in (False, True))
+    assert one.captured and one.skipped == 1 and not hasattr(one.optimizer, "found_inf")
+    assert cuda is None or cuda.replays == [8]
+    for (a, b), (c, d) in zip(got, want, strict=True):
+        torch.testing.assert_close((a, b), (c, d), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(other, state, rtol=0, atol=0)
 
 
-def test_other_threads_may_use_the_gpu_while_a_step_is_captured(monkeypatch):
-    """The loader's thread waits for its copies; the mode "global" lets that fail, and the capture with it."""
-    graphs, one = graphed(monkeypatch)
-    for x in batches(5):
-        one(x)
-    assert one._graph.graph is not None and len(graphs.asked) == 1
-    assert graphs.asked[0] == {"stream": one._graph.stream, "capture_error_mode": "thread_local"}
-
-
-@pytest.mark.parametrize("error", [RuntimeError("operation not permitted"), ValueError("from a launcher")], ids=type)
-def test_a_step_that_cannot_be_captured_goes_on_eagerly_and_says_so_once(monkeypatch, error):
-    graphs, one = graphed(monkeypatch, error)
-    losses = []
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        losses += [float(one(x)[0]) for x in batches(8)]
-    said = [str(w.message) for w in said if "CUDA graph" in str(w.message)]
-    assert said == [f"the step could not be captured in a CUDA graph, steps run eagerly: {error}"]
-    assert graphs.current == "main" and len(graphs.asked) == 1  # not tried again
-    eager = step()
-    want = [float(eager(x)[0]) for x in batches(8)]
-    # the failed capture of this stand-in has run once: from there on it is a step ahead
-    assert losses[:3] == want[:3] and all(torch.tensor(losses).isfinite())
+def test_two_steps_of_one_optimizer_do_not_share_a_graph(monkeypatch):
+    """Each counts its own skipped batches."""
+    cuda = None if CUDA else FakeCuda(monkeypatch)
+    one = step(graph=True)
+    other = Step(one.model, one.optimizer, one.reinit_rng, reinit_every=0, graph=True)
+    one.reads_loss = other.reads_loss = False
+    for batch in batches(5):
+        one(batch)
+    batch["a"].fill_(float("nan"))
+    other(batch)
+    assert (one.skipped, other.skipped) == (0, 1) and (cuda is None or cuda.replays == [2])
 
 
 def test_a_graph_belongs_to_the_gpu_of_its_model(monkeypatch):
@@ -105,11 +79,14 @@ def test_a_graph_belongs_to_the_gpu_of_its_model(monkeypatch):
         entered.append(device)
         yield
 
-    graphs, one = graphed(monkeypatch)
-    monkeypatch.setattr("sparc_kernels.train.step.on_device", on_device)
+    cuda, one = None if CUDA else FakeCuda(monkeypatch), step(graph=True)
+    one.reads_loss = False
+    monkeypatch.setattr("sparc_kernels.nn.graphed.on_device", on_device)
     device = next(one.model.parameters()).device
-    one(batches(1)[0])
-    assert graphs.streams == [(device,)] and entered[0] == device
+    for batch in batches(5):
+        one(batch)
+    assert set(entered) == {device} and one.captured
+    assert cuda is None or cuda.asked[0]["stream"].asked == (device,)
 
 
 def test_the_tensors_gpu_is_made_the_current_one(monkeypatch):

@@ -27,7 +27,7 @@ def _gemms(s: Shape, more: int = 0) -> list[Part]:
     dW and its dcodes. Each GEMM reads its operands and writes its product.
     """
     n = 3 + 3 * s.S + more
-    gemms = [product(s, "GEMM", s.B, s.N, d, unit=library_unit(s)) for d in s.d_streams]
+    gemms = [product(s, "GEMM", s.B, s.N, d, unit=library_unit(s), library=True) for d in s.d_streams]
     return [replace(gemm, streamed=n * gemm.streamed, flops=n * gemm.flops, launches=n) for gemm in gemms]
 
 
@@ -58,7 +58,7 @@ def dense_step(s: Shape) -> Op:
         others = 25 * S * S + 12 * S + 13 - sum(p.launches for p in gemms) + s.autocast * 4 * S
     return Op(
         "dense step",
-        (*gemms, topk_part(s, s.k), Part("passes", passes, launches=others), Part("weights", matrices, launches=0)),
+        (*gemms, topk_part(s, s.k), of_torch("passes", passes, others), of_torch("weights", matrices, 0)),
     )
 
 
@@ -126,13 +126,13 @@ def official_loop(s: Shape) -> Op:
 def adam(s: Shape) -> Op:
     """Model one pass of Adam over both weight matrices in fp32: weight, gradient and two moments read, all but the
     gradient written."""
-    return Op("Adam", (Part("Adam", 7 * weights(s) * 4),))
+    return Op("Adam", (of_torch("Adam", 7 * weights(s) * 4),))
 
 
 def unit_norm(s: Shape) -> Op:
     """Model normalisation (W_dec read twice, written once) and projection (W_dec and its gradient read twice, the
     gradient written)."""
-    return Op("unit norm + projection", (Part("passes", 8 * s.N * s.D * 4, launches=8 * s.S),))
+    return Op("unit norm + projection", (of_torch("passes", 8 * s.N * s.D * 4, 8 * s.S),))
 
 
 def fused_adam(s: Shape) -> Op:
@@ -151,11 +151,11 @@ def official_optimizer(s: Shape) -> Op:
 
 def copy(s: Shape) -> Op:
     """Model a copy of a buffer of W's size."""
-    return Op("copy", (Part("copy", 2 * s.N * s.D * s.e),))
+    return Op("copy", (of_torch("copy", 2 * s.N * s.D * s.e),))
 
 
 def gather(s: Shape) -> Op:
     """Model a gather of B k random rows of the widest stream: rows read and written, int64 ids read."""
     d = max(s.d_streams)
     rows = distinct(s.N, s.M) * d * s.e
-    return Op("gather", (Part("gather", s.M * d * s.e + 8 * s.M, Reuse(s.M * d * s.e, rows, rows)),))
+    return Op("gather", (of_torch("gather", s.M * d * s.e + 8 * s.M, reuse=Reuse(s.M * d * s.e, rows, rows)),))

@@ -27,7 +27,6 @@ class GPU:
     gemm_fraction: float = 0.8  # of a library GEMM of thousands of rows
     issue_fraction: float = 0.5  # of 4 instructions a clock and multiprocessor, for code full of barriers
     launch_us: float = 2.0  # device time of a kernel beyond its work: ramp, tail, gap to the next
-    host_us: float = 6.0  # host time of a launch in PyTorch's eager mode, autograd included
 
     def bytes_per_s(self, level: str) -> float:
         """Return the achievable bandwidth of "HBM" or "L2"."""

@@ -118,12 +118,6 @@ def total(name: str, ops: Iterable[Op]) -> Op:
     return Op(name, tuple(part for op in ops for part in op.parts))
 
 
-def step_seconds(op: Op, gpu: GPU, graph: bool) -> float:
-    """Return the seconds of a whole step: the device's, or without a graph the host's launches if they take longer."""
-    device = op.seconds(gpu)
-    return device if graph else max(device, 1e-6 * gpu.host_us * op.launches)
-
-
 # ------------------------------------------------------------------------------------------------ kinds of parts
 
 

@@ -11,7 +11,8 @@ from typing import NamedTuple
 from ..shape import Shape, parse_shape
 from . import dense, ours
 from .gpus import DEFAULT_GPU, GPU, GPUS, gpu_named
-from .parts import Op, step_seconds, total
+from .host import FITTED, host_seconds, step_seconds
+from .parts import Op, total
 
 CASES = {
     "A": Shape(256, 8192, 64, (1024, 768, 768)),  # the official configuration
@@ -127,7 +128,8 @@ def summary(s: Shape, gpu: GPU) -> dict:
         "modelled": True, "gpu": gpu.name, "shape": str(s),
         "rows": [_row(op, gpu) for op in (*ops, whole)],
         "apart": [_row(op, gpu) for op in (dense.adam(s), dense.unit_norm(s))],
-        "step_us": {"CUDA graph": 1e6 * graph, "eager": 1e6 * eager},
+        "step_us": {"CUDA graph": 1e6 * graph, "eager": 1e6 * eager, "host": 1e6 * host_seconds(whole)},
+        "host_fitted": FITTED,
         "dense_us": {name: 1e6 * seconds for name, seconds in baselines.items()},
         "triton_launches": sum(p.launches for p in whole.parts if not p.library),
         "dense_over_ours": {name: seconds / eager for name, seconds in baselines.items()},
@@ -153,7 +155,8 @@ def table(s: Shape, gpu: GPU) -> str:
         for r in model["rows"] + model["apart"]
     ]
     lines += [
-        f"step {times['eager']:.0f} us, in a CUDA graph {times['CUDA graph']:.0f} us, of it launches "
+        f"step {times['eager']:.0f} us, of the host {times['host']:.0f} ({model['host_fitted']})",
+        f"in a CUDA graph {times['CUDA graph']:.0f} us, of it launches "
         f"{launches:.0f} us ({model['triton_launches']} of Triton; the last two rows are apart)",
         "over the bare GEMM: " + ", ".join(f"{name} x{ratio:.2f}" for name, ratio in model["select_over_gemm"].items()),
         f"fused selection wins where its GEMM reaches {model['even_gemm_share']:.2f} of the library's rate "

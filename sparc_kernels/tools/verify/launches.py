@@ -6,14 +6,10 @@ continue, and nothing is judged.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import torch
 from torch.utils._pytree import tree_map_only
 
-from ...nn import half_weights, module
-from ..replaced import replaced
-from ..trace import InsideOperators, Launch, as_on_gpu
+from ..trace import InsideOperators, Launch, as_on_gpu, autocast_on_meta
 from .judge import Case, Check, SelectionJudge
 from .suite import CHECKS
 
@@ -32,7 +28,7 @@ def launches_of(case: Case, dtype: torch.dtype, arch: int, name: str | None = No
     """
     recorded: list[Launch] = []
     problems: dict = {}
-    with as_on_gpu(arch, tf32, recorded), _autocast_as_on_cpu(), Answers():
+    with as_on_gpu(arch, tf32, recorded), autocast_on_meta(), Answers():
         for op, word, fn in CHECKS:
             if word in case.ops.split() and name in (None, op):
                 fn(_Dry(op, case, dtype, META, "auto", problems=problems))
@@ -61,22 +57,6 @@ class _Unjudged(SelectionJudge):
         return None
 
     report = judge
-
-
-@contextmanager
-def _autocast_as_on_cpu():
-    """Context in which meta tensors, for which torch has no autocast, follow the CPU's."""
-    get = torch.get_autocast_dtype
-
-    def enabled(device):
-        return torch.is_autocast_enabled("cpu")
-
-    with (
-        replaced(module, autocast_enabled=enabled),
-        replaced(half_weights, autocast_enabled=enabled),
-        replaced(torch, get_autocast_dtype=lambda kind: get("cpu" if kind == "meta" else kind)),
-    ):
-        yield
 
 
 class Answers(InsideOperators):

@@ -19,6 +19,7 @@ from .checks.routes import (
     judge_half_weights,
     judge_library_gemm,
     judge_no_waits,
+    judge_own_graph,
     judge_scaled_gradients,
     judge_training_step,
     judge_two_buffers,
@@ -56,5 +57,7 @@ CHECKS: list[tuple[str, str, Callable[[Check], None]]] = [
     ("again global", "again", partial(judge_again, topk_type="global")),
     ("again local", "again", partial(judge_again, topk_type="local")),
     *((f"graph {form}"[:18], "graph", partial(judge_graph, form=form)) for form in FORMS),
+    ("own graph fused", "graph", partial(judge_own_graph, gradients=False)),
+    ("own graph", "graph", partial(judge_own_graph, gradients=True)),
     ("no waits", "waits", judge_no_waits),
 ]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 
+from ....nn.graphed import GraphedStep
 from ....nn.module import AlignedSAE
 from ....nn.optimizer import SparcAdam
 from ....ops import selection
@@ -306,7 +309,7 @@ def judge_graph(check: Check, form: str) -> None:
     for graph in (False, True):
         model, inputs = _model(check, p)
         free = how.get("gradient_free", False)
-        adam = SparcAdam(model, LR, capturable=graph, shadow=BF16 if free else None, impl=check.impl)
+        adam = SparcAdam(model, LR, graph=graph, shadow=BF16 if free else None, impl=check.impl)
         reinit_rng = torch.Generator(check.device).manual_seed(1) if check.device.type != "meta" else None
         step = Step(model, adam, reinit_rng, reinit_every=20, graph=graph, **how)
         step.reads_loss = step.reads_loss and check.device.type == "cpu"
@@ -319,6 +322,37 @@ def judge_graph(check: Check, form: str) -> None:
             captured = step.captured
             why = next((str(w.message)[:300] for w in notes if "CUDA graph" in str(w.message)), "no graph was captured")
             check.add("captured", captured, "exact" if captured else why)
+    _same(check, "as eager", *final_states)
+
+
+def judge_own_graph(check: Check, gradients: bool) -> None:
+    """Judge 30 steps that capture themselves by eager ones, bit for bit, whatever happens between them.
+
+    The learning rate is assigned, latents are re-initialised, batches are smaller, and a state is loaded.
+
+    Args:
+        check: gives the case; takes the results.
+        gradients: `GraphedStep` under autocast instead of `training_step`.
+    """
+    p, final_states = check.problem(margin_problem), []
+    for graph in (False, True):
+        model, inputs = _model(check, p)
+        adam = SparcAdam(model, LR, graph=graph, impl=check.impl)
+        step = GraphedStep(model, adam, autocast=BF16) if gradients else partial(model.training_step, optimizer=adam)
+        meta, losses, state = check.device.type == "meta", [], None
+        for i in range(1 if meta else 30):
+            adam.param_groups[0]["lr"] = LR / (1 + i)
+            if i == 10:
+                model.reinit_dead_(generator=torch.Generator(check.device).manual_seed(1))
+                state = copy.deepcopy((model.state_dict(), adam.state_dict()))
+            if state and i == 20:
+                model.load_state_dict(state[0])
+                adam.load_state_dict(state[1])
+            rows = len(next(iter(inputs.values()))) - (i % 9 == 8)
+            losses.append(step({s: x.roll(i, 0)[:rows] for s, x in inputs.items()})[0])
+        final_states.append([*losses, *model.state_dict().values()])
+        if graph:
+            check.add("captured", adam.captured, "exact" if adam.captured else "no graph was captured")
     _same(check, "as eager", *final_states)
 
 
