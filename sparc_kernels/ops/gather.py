@@ -396,21 +396,6 @@ def _launch_gather_in_chunks(
     return error.square().sum(2)[None] if sq_err else None, None if dots is None else torch.cat(dots, 2)[None], (1,)
 
 
-def launch_gather(
-    indices, values, w, bias, x, *, count=None, coef=None, list_position=None, err_out=None, error_out=None,
-    error_source=0, dbias_rows=None, h_out=None, sq_err=False, dot=False,
-):  # fmt: skip
-    """Run `launch_gathers` for one problem; see there. Returns |E|^2 and the dots, without the slabs."""
-    bias, x, err_out, error_out, dbias_rows, h_out = (
-        None if t is None else [t] for t in (bias, x, err_out, error_out, dbias_rows, h_out)
-    )
-    return launch_gathers(
-        indices, values, [w], bias, x, count=count, coef=None if coef is None else coef[None],
-        list_position=list_position, err_outs=err_out, error_outs=error_out, error_sources=[error_source],
-        dbias_rows=dbias_rows, h_outs=h_out, sq_err=sq_err, dot=dot,
-    )[:2]  # fmt: skip
-
-
 def _sum_slabs(part):
     return part[0] if part.shape[0] == 1 else part.sum(0)
 
@@ -419,7 +404,7 @@ def _sum_slabs(part):
 
 
 def _gather_dot_triton(indices, w, x, count):
-    return _sum_slabs(launch_gather(indices, None, w, None, x, count=count, dot=True)[1])
+    return _sum_slabs(launch_gathers(indices, None, [w], None, [x], count=count, dot=True)[1])
 
 
 def gather_dot_torch(indices, w, x, count):
@@ -478,7 +463,7 @@ gather_dot = register(
 
 def _gather_sum_triton(indices, values, w, bias):
     out = w.new_empty(values.shape[0], indices.shape[0], w.shape[1])
-    launch_gather(indices, values, w, bias, None, err_out=out)
+    launch_gathers(indices, values, [w], None if bias is None else [bias], None, err_outs=[out])
     return out
 
 

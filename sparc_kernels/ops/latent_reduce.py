@@ -256,14 +256,6 @@ def _launch_reduce(outs, sums, order, offsets, ids, coef, gate, scale, mats, k, 
         )  # fmt: skip
 
 
-def launch_reduce(*, out, sums, order, offsets, ids, coef, scale, gate, mat, k, add):
-    """Run `launch_reduces` for one problem."""
-    launch_reduces(
-        outs=[out], sums=None if sums is None else [sums], order=order, offsets=offsets, ids=ids, coef=coef,
-        scale=None if scale is None else scale[None], gate=gate, mats=[mat], k=k, add=add,
-    )  # fmt: skip
-
-
 def listed_torch(lists: WeightedLists):
     """Return the entries of the lists for `lists_torch`.
 
