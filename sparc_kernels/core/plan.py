@@ -28,7 +28,7 @@ from .side_stream import second_stream
 from .target import current
 
 ALIGNMENT = 512  # bytes, of torch's CUDA allocations
-MOST_PLANS = 32  # of one function; the oldest is forgotten
+MOST_PLANS = 32  # of one function; the one not used for longest is forgotten
 _enabled = os.environ.get("SPARC_KERNELS_PLANS", "1") != "0"
 _functions: weakref.WeakSet[Planned] = weakref.WeakSet()
 
@@ -85,13 +85,13 @@ class Plan:
             What the function returned, in new memory.
         """
         replay = _Replay(self, inputs, scalars)
-        for i, step in enumerate(self.steps):
-            try:
+        try:
+            for step in self.steps:
                 step(replay)
-            except Exception as error:
-                if i == 0 and not self.proven:
-                    raise Unproven(str(error)) from error
+        except Exception as error:
+            if self.proven or replay.launched:
                 raise
+            raise Unproven(str(error)) from error
         self.proven = True
         return [None if place is None else replay.tensor(place) for place in self.outputs]
 
@@ -103,14 +103,16 @@ class Unproven(RuntimeError):
 class _Replay:
     """Memory and streams of one replay."""
 
-    __slots__ = ("events", "main", "pointers", "scalars", "scratch", "side", "side_stream", "stream", "tensors")
+    __slots__ = (
+        "events", "launched", "main", "pointers", "scalars", "scratch", "side", "side_stream", "stream", "tensors",
+    )  # fmt: skip
 
     def __init__(self, plan: Plan, inputs, scalars):
         empty = [None] * (plan.n_buffers - plan.n_inputs)
         self.tensors = tensors = [*inputs, *empty]
         self.pointers = pointers = [0 if t is None else t.data_ptr() for t in inputs]
         pointers += empty
-        self.scalars = scalars
+        self.scalars, self.launched = scalars, False
         device = plan.device
         for buffer, _, shape, stride, dtype in plan.allocated:
             tensors[buffer] = tensor = torch.empty_strided(shape, stride, dtype=dtype, device=device)
@@ -181,6 +183,8 @@ def _launches_step(entries: list[Launch]) -> Callable:
         launcher = named(entry.compiled[(*entry.grid, 1, 1)[:3]])
         stream = "replay.side_stream" if entry.on_side else "stream"
         lines.append(f"    {launcher}({''.join(source(a) + ', ' for a in entry.args)}stream={stream})")
+        if len(lines) == 3:
+            lines.append("    replay.launched = True")
     exec("\n".join(lines), names)
     return names["step"]
 
@@ -302,6 +306,7 @@ class Planned:
         key = kind_of(tensors, static)
         plan = self.plans.get(key)
         if type(plan) is Plan:
+            self.plans.move_to_end(key)
             try:
                 with on_device(plan.device):
                     return plan.run(tensors, scalars)

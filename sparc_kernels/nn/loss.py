@@ -95,5 +95,5 @@ def metrics_of(
         metrics.update({f"cross_loss_{t}_from_{s}": v for s, v in zip(streams, row, strict=True) if s != t})
     if cross_loss_coef > 0 and S > 1:
         metrics.update(avg_cross_loss=parts.avg_cross, avg_cross_loss_scaled=parts.avg_cross_scaled)
-    metrics["total_loss"] = loss
-    return {name: value.detach() for name, value in metrics.items()}
+    metrics["total_loss"] = loss.detach()  # the terms have no gradient
+    return metrics

@@ -148,9 +148,10 @@ class Terms:
     """
 
     def __init__(self, terms: torch.Tensor, S: int):
-        self.avg_self, self.avg_cross, self.avg_cross_scaled, self.avg_l1, self.k = terms[:5].unbind()
-        self.l1 = terms[5 : 5 + S].unbind()  # mean_b sum_j values / (k + 1e-8), of each source
-        self.nmse = [row.unbind() for row in terms[5 + S :].view(-1, S).unbind()]  # [t][s]
+        every = terms.unbind()
+        self.avg_self, self.avg_cross, self.avg_cross_scaled, self.avg_l1, self.k = every[:5]
+        self.l1 = every[5 : 5 + S]  # mean_b sum_j values / (k + 1e-8), of each source
+        self.nmse = [every[t : t + S] for t in range(5 + S, len(every), S)]  # [t][s]
 
 
 # add_auxk: the AuxK terms, their part of the loss and the weights of their gradients
