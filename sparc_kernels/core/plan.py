@@ -108,10 +108,10 @@ class _Replay:
     )  # fmt: skip
 
     def __init__(self, plan: Plan, inputs, scalars):
-        empty = [None] * (plan.n_buffers - plan.n_inputs)
-        self.tensors = tensors = [*inputs, *empty]
+        more = plan.n_buffers - plan.n_inputs
+        self.tensors = tensors = [*inputs, *[None] * more]
         self.pointers = pointers = [0 if t is None else t.data_ptr() for t in inputs]
-        pointers += empty
+        pointers += [0] * more
         self.scalars, self.launched = scalars, False
         device = plan.device
         for buffer, _, shape, stride, dtype in plan.allocated:
