@@ -21,6 +21,9 @@ except ImportError:  # macOS, Windows, Arm laptops: the torch path runs everythi
         def __getattr__(self, name):
             return _Absent()
 
+        def __call__(self, *args):  # tl.constexpr
+            return _Absent()
+
     triton = tl = _Absent()
 
 # Register use differs between releases, and some launch settings with it. (0, 0) without Triton.

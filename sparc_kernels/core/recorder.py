@@ -80,7 +80,7 @@ def call(operator, *args):
         operator: as `register` returned it.
         args: of the operator.
     """
-    implementation = operator_of(operator) if recording() is not None else None
+    implementation = operator_of(operator) if recording() is not None and hasattr(operator, "_schema") else None
     return operator(*args) if implementation is None else implementation.run(*args)
 
 

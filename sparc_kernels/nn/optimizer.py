@@ -14,7 +14,7 @@ from ..core.validation import check_bool, check_number, fail, plain, require
 from ..ops.adam import MODES, SCALARS, adam_hyper, adam_update_, rows_of
 from .forward import EncodeSettings
 from .fused_step import FusedInputs, check, fused_step
-from .graphed import StepGraph, switched_on
+from .graphed import Body, Inputs, Result, StepGraph, switched_on
 from .half_weights import HalfWeights
 from .module import AlignedSAE
 
@@ -172,8 +172,18 @@ class SparcAdam(torch.optim.Optimizer):
 
     # ------------------------------------------------------------------------------------------- steps in a CUDA graph
 
-    def graphed(self, body, inputs, key: tuple, leaves_grads: bool = False):
-        """Take a step by way of a CUDA graph, see `StepGraph.step`; None if the caller has to take it eagerly."""
+    def graphed(self, body: Body, inputs: Inputs, key: tuple, leaves_grads: bool = False) -> Result | None:
+        """Take a step by way of a CUDA graph, see `StepGraph.step`.
+
+        Args:
+            body: takes the step eagerly.
+            inputs: stream name -> [B, d_s].
+            key: plain values that tell this body from others.
+            leaves_grads: whether gradients are in `.grad` after the step.
+
+        Returns:
+            The loss and metrics, or None if the caller has to take the step eagerly.
+        """
         if not self.graph or torch.compiler.is_compiling():
             return None
         if self._step_graph is None:

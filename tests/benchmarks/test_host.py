@@ -44,7 +44,7 @@ def test_every_row_is_printed_and_recorded(measured):
         assert 0 < row["host_ms"] <= row["median_ms"] and row["cpu_ms"] > 0 and row["device_ms"] is None
         assert row["torch_calls"] > row["torch_kernels"] > 0 and row["repeats"] == 2
         assert (row["launches"] > 0) == (what != host.DENSE) and row["operators"] >= 0
-        assert 0 <= row["launch_share"] < 1
+        assert 0 <= row["launch_share"] <= 1  # of a few samples
     for word in ("CUDA's driver does nothing", "load average", "x Triton launches +", "an upper bound", "commit"):
         assert word in said
     assert set(made["fit"]) == {"triton_us", "torch_us", "step_us", "rows", "median_error", "largest_error"}

@@ -673,16 +673,16 @@ def test_captures_become_rarer(cuda):
 
 def refuse_while_capturing(monkeypatch, error=None):
     """The step reads a value, which no capture permits, or raises `error` there."""
-    encode = AlignedSAE._encode
+    prepare = AlignedSAE._prepare
 
     def reads(self, inputs, *args):
         if torch.cuda.is_current_stream_capturing():
             if error:
                 raise error
             next(iter(inputs.values())).sum().item()
-        return encode(self, inputs, *args)
+        return prepare(self, inputs, *args)
 
-    monkeypatch.setattr(AlignedSAE, "_encode", reads)
+    monkeypatch.setattr(AlignedSAE, "_prepare", reads)
 
 
 @pytest.mark.parametrize("error", [None, ValueError("from a launcher")], ids=type)

@@ -324,6 +324,8 @@ def ops_and_arguments(impl):
                 *own_inverse,
                 counts,
                 [],
+                [],
+                g,
                 torch.zeros_like(values)[:, None],
                 False,
                 dws,

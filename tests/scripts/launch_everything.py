@@ -230,11 +230,11 @@ def counted(name, operator, operators):
 
 def refusals():
     """Planted faults by name, and what the stand-in said of each."""
-    indices, values, fired = empty(4, 4, dtype=torch.int64), empty(1, 4, 4), empty(1, 8, dtype=torch.int8)
-    sound = indices, values, fired, 0.5, 0, 16, 8
+    counters, indices, values = (empty(8, dtype=torch.int64),), empty(4, 4, dtype=torch.int64), empty(1, 4, 4)
+    sound = counters, indices, values, 0.5, 0, 16, 8
 
     def launch(grid=(1, 1), args=sound, **named):
-        return lambda: dead._fired_kernel[grid](*args, **{"BLOCK": 16, "num_warps": 4, **named})
+        return lambda: dead._fired_kernel[grid](*args, **{"S": 1, "BLOCK": 16, "num_warps": 4, **named})
 
     def other(place, arg):
         return launch(args=(*sound[:place], arg, *sound[place + 1 :]))
@@ -248,9 +248,9 @@ def refusals():
         "empty grid": launch((0, 1)), "high grid": launch((1, 70000)), "wide grid": launch((2**31, 1)),
         "grid of floats": launch((2.0, 1)), "64 warps": launch(num_warps=64), "3 warps": launch(num_warps=3),
         "unknown option": launch(num_wraps=4), "missing argument": launch(args=sound[:-1]),
-        "numpy number": other(3, np.float32(0.5)), "list": other(0, [indices]),
-        "complex tensor": other(1, empty(1, 4, 4, dtype=torch.complex64)),
-        "tensor on the host": other(1, torch.ones(1, 4, 4)), "float indices": other(0, empty(4, 4)),
+        "numpy number": other(3, np.float32(0.5)), "list": other(1, [indices]),
+        "complex tensor": other(2, empty(1, 4, 4, dtype=torch.complex64)),
+        "tensor on the host": other(2, torch.ones(1, 4, 4)), "float indices": other(1, empty(4, 4)),
         "shared memory": too_many_stages,
     }  # fmt: skip
     said = {}

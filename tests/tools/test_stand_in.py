@@ -32,7 +32,7 @@ def seen():
 
 
 def test_nothing_is_refused(seen):
-    assert seen["refused"] == [] and seen["launches"] > 10000
+    assert seen["refused"] == [] and seen["launches"] > 8000
 
 
 def test_every_operator_and_every_kernel_is_launched(seen):
@@ -74,7 +74,7 @@ def test_what_is_compiled_ahead_of_time_is_what_the_jit_asks_for(seen):
             "tensor on the host",
             "_fired_kernel: ValueError: values_ptr: expected a tensor on the device, got one on cpu",
         ),
-        ("float indices", "invalid operands of type pointer<int8> and triton.language.float32"),
+        ("float indices", "invalid operands of type pointer<int64> and triton.language.float32"),
         ("shared memory", "_encode_kernel: OutOfResources: out of resource: shared memory, Required: 294912, Hardware"),
     ],
 )

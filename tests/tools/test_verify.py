@@ -21,8 +21,8 @@ from fake_graph import FakeCuda
 from sparc_kernels import cli, reference
 from sparc_kernels.core import _triton
 from sparc_kernels.core._triton import INTERPRETED
-from sparc_kernels.nn import forward, fused_step, graphed, half_weights, module, optimizer
-from sparc_kernels.ops import aligned_loss, dead, decode, decode_grads, encode
+from sparc_kernels.nn import forward, fused_step, graphed, half_weights, module
+from sparc_kernels.ops import adam, aligned_loss, dead, decode, decode_grads, encode
 from sparc_kernels.tools.verify import judge, problems, suite
 from sparc_kernels.tools.verify import pool as run
 from sparc_kernels.tools.verify import run as verify
@@ -231,8 +231,8 @@ def relu_mask_missing(patch):
 
 def row_dropped_by_latent_reduce(patch):
     def dropped(coef):
-        coef = coef.clone().reshape(coef.shape[0], -1)
-        coef[0, -1] = 0
+        coef = coef.clone()
+        coef.view(len(coef), -1)[0, -1] = 0
         return coef
 
     patch_sums(patch, lambda coef, mat: (dropped(coef), mat))
@@ -340,7 +340,7 @@ def local_selects_globally(patch):
         indices = sound(centred, w_encs, latent_biases, k, "global", impl=impl)
         return indices if topk_type == "global" else torch.stack([indices] * len(centred))
 
-    for where in (encode, module):
+    for where in (encode, forward):
         patch(where, "select_latents", select_latents)
 
 
@@ -428,14 +428,15 @@ def aux_weight_doubled(patch):
 
 
 def clipping_without_the_norm(patch):
-    sound = optimizer.grad_square
-    patch(optimizer, "grad_square", lambda *args: sound(*args) * 0)
+    sound = adam.grad_square
+    patch(adam, "grad_square", lambda *args: sound(*args) * 0)
 
 
 def _without_argument(patch, name):
-    sound = optimizer.adam_scalars_
+    sound = adam.adam_scalars_
     place = [argument.name for argument in sound._schema.arguments].index(name)
-    patch(optimizer, "adam_scalars_", lambda *args: sound(*args[:place], None, *args[place + 1 :]))
+    for where in (adam, fused_step):
+        patch(where, "adam_scalars_", lambda *args: sound(*args[:place], None, *args[place + 1 :]))
 
 
 def scale_not_taken_back(patch):
