@@ -206,7 +206,7 @@ def _gathers(
             rows = distinct(n, uses)
             reuse = Reuse(uses * d * s.e, rows * d * s.e, rows * columns * s.e)
         moved, executed = d * column + n_slabs * per_slab, flops * sources * uses * d
-        yield Part(name, moved, reuse, executed, unit, 16 / sources, launches=i == 0)  # columns padded to 16
+        yield Part(name, moved, reuse, executed, unit, 16 / sources, launches=int(i == 0))  # columns padded to 16
 
 
 def _values(s: Shape, n: int, present: int) -> Iterator[Part]:
@@ -331,8 +331,8 @@ def _reduces(
             rows, lists = sources * s.B * d * s.e, cdiv(d, block) * (entries * per_entry + 4 * s.N)
             used = Reuse(sources * entries * d * s.e, rows, rows * min(1, block / d)) if entries else NO_REUSE
             moved, flops = lists + column * (d + more), 2 * sources * entries * d
-            yield Part("reduce", moved, used, flops=flops, launches=i == 0)
-            yield from when(chunk < s.M, Part("split lists", s.M, launches=i == 0))
+            yield Part("reduce", moved, used, flops=flops, launches=int(i == 0))
+            yield from when(chunk < s.M, Part("split lists", s.M, launches=int(i == 0)))
 
 
 def _decoder_sums(s: Shape, sources: int, entries: int, column: float) -> Iterator[Part]:
@@ -352,8 +352,8 @@ def _segment_sums(s: Shape, widths: Sequence[int], column: float) -> Iterator[Pa
     """Rows of H added up in list order, each of which is read once."""
     for part, chunk in reduce_groups(widths, s.M, 1, s.arch):
         for i, d in enumerate(widths[part]):
-            yield Part("segment sum", s.M * d * s.e + 4 * s.N + column * d, flops=s.M * d, launches=i == 0)
-            yield from when(chunk < s.M, Part("split lists", s.M, launches=i == 0))
+            yield Part("segment sum", s.M * d * s.e + 4 * s.N + column * d, flops=s.M * d, launches=int(i == 0))
+            yield from when(chunk < s.M, Part("split lists", s.M, launches=int(i == 0)))
 
 
 def _bias_sums(s: Shape, launches: int = 2) -> Part:
