@@ -15,8 +15,8 @@ DOING = {
     "inverse index": ("gather_values", "inverse_index"), "counters": ("count_fired_",),
     "losses + dv": ("decode_grads",), "dW_dec": ("decode_grads",), "dW_enc": ("latent_reduce_",),
     "weights, terms": ("target_weights", "loss_terms", "column_sums", "scale_"),
-    "AuxK": ("dead_first", "gather_errors", "residuals", "add_auxk"), "d pre_bias": ("torch",), "casts": ("torch",),
-    "update without gradients": ("latent_adam_", "adam_scalars_"),
+    "AuxK": ("dead_first", "select_each", "gather_errors", "residuals", "add_auxk"), "d pre_bias": ("pre_bias_grads",),
+    "casts": ("torch",), "update without gradients": ("latent_adam_", "adam_scalars_"),
 }  # fmt: skip
 
 

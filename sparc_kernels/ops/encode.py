@@ -125,7 +125,7 @@ def _finish_values_kernel(
 
 
 def _gather_values_triton(*, indices, centred, w_encs, latent_biases, count, lists):
-    S, (B, k), n = len(centred), indices.shape[-2:], w_encs[0].shape[0]
+    S, (B, k), n, arch = len(centred), indices.shape[-2:], w_encs[0].shape[0], capability(indices.device)
     # the lists depend on the ids alone: a dozen short kernels that run beside the gathers
     side, inverse = SideStream(indices.device, enabled=lists), _no_lists(indices)
     if lists:
@@ -135,7 +135,7 @@ def _gather_values_triton(*, indices, centred, w_encs, latent_biases, count, lis
     latent_biases = [c.contiguous() for c in latent_biases]
     first = 0
     while first < S:
-        last = first + _streams_at_once(B, k, w_encs[first:])
+        last = first + gathered_at_once(B, k, n, [w.shape[1] for w in w_encs[first:]], w_encs[0].dtype, arch)
         idx, counts = indices[first:last] if own else indices, None if count is None else count[first:last]
         _, part, slabs = launch_gathers(
             idx, None, w_encs[first:last], None, centred[first:last], count=counts, dot=True
@@ -150,16 +150,14 @@ def _gather_values_triton(*, indices, centred, w_encs, latent_biases, count, lis
     return values, *inverse
 
 
-def _streams_at_once(B, k, w_encs):
+def gathered_at_once(B, k, n, widths, dtype, arch) -> int:
     """How many streams share a launch, so that their partial dots stay within the scratch (one always runs)."""
-    w, item_bytes = w_encs[0], acc_dtype(w_encs[0].dtype).itemsize
-    config = gather_config(k, max(w.shape[1] for w in w_encs), len(w), w.element_size(), capability(w.device))
-    held_bytes = 0
-    for s, w in enumerate(w_encs):
-        held_bytes += slabs_of(config, w.shape[1]) * B * k * item_bytes
+    config, held_bytes = gather_config(k, max(widths), n, dtype.itemsize, arch), 0
+    for s, d in enumerate(widths):
+        held_bytes += slabs_of(config, d) * B * k * acc_dtype(dtype).itemsize
         if held_bytes >= SCRATCH_BYTES:
             return s + 1
-    return len(w_encs)
+    return len(widths)
 
 
 def _lists(indices, n, count, impl):

@@ -474,15 +474,7 @@ Args:
     beta1: decay of the first moment.
     beta2: decay of the second moment.
     eps: added to the denominator.
-<<<<<<< HEAD
-    impl: "triton" or "torch". torch holds the gradients of 1,024 latents at a time on a CPU, all at once elsewhere;
+    impl: "triton" or "torch". torch holds the gradients of 1,024 latents or 2^20 numbers at a time on a CPU, else all;
         rows wider than 8192 or not contiguous take it in both. Streams whose padded widths and dtypes agree are updated
         in one launch.
-=======
-    impl: "triton" or "torch". torch holds the gradients of 1,024 latents or 2^20 numbers at a time on a CPU, else all;
-        rows wider than 8192 or not contiguous take it in both.
-
-Returns:
-    With a bias sum_n (gradient of bias[n]) * (row n before the step), [d] in the accumulator dtype, else empty.
->>>>>>> i14-c
 """

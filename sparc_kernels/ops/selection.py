@@ -286,8 +286,9 @@ def _select_triton(*, xs, w_encs, biases, k, ids, count):
 
 def _select_each_triton(*, xs, w_encs, biases, k, ids, count):
     out, first = _select_each_fake(xs, w_encs, biases, k, ids, count), 0
+    (B, _), n, arch = xs[0].shape, w_encs[0].shape[0], capability(xs[0].device)
     while first < len(xs):
-        step = _streams_at_once(xs[first:], w_encs[0], k, ids is not None)
+        step = selected_at_once(B, n, k, [x.shape[1] for x in xs[first:]], xs[0].dtype, arch, ids is not None)
         part = slice(first, first + step) if step > 1 else first
         some = slice(first, first + step)
         _select_into(
@@ -298,26 +299,25 @@ def _select_each_triton(*, xs, w_encs, biases, k, ids, count):
     return out
 
 
-def _streams_at_once(xs, w_enc, k, compact):
+def selected_at_once(B, n, k, widths, dtype, arch, compact) -> int:
     """How many streams may be selected by one launch: all of their rows at once, by one kernel, within the scratch."""
-    (B, _), n, dtype = xs[0].shape, w_enc.shape[0], xs[0].dtype
-    _, encode, _, row_bytes, tiles = _settings(B, n, k, dtype, xs[0].device, compact)
+    _, encode, _, row_bytes, tiles = selection_settings(B, n, k, dtype, arch, compact)
     if rows_per_chunk(B, row_bytes, encode.block_m, tiles) != (B, 1):
         return 1
     tf32 = dtype == torch.float32 and allow_tf32()
-    for s, x in enumerate(xs):
-        library = not compact and encode_by_library(B, x.shape[1], dtype.itemsize, tf32)
+    for s, d in enumerate(widths):
+        library = not compact and encode_by_library(B, d, dtype.itemsize, tf32)
         if library or (s + 1) * B * row_bytes > SCRATCH_BYTES:
             return max(s, 1)
-    return len(xs)
+    return len(widths)
 
 
-def _settings(B, n, k, dtype, device, compact):
+def selection_settings(B, n, k, dtype, arch, compact):
     """Settings of selector and GEMM, the dtype of the logits, scratch bytes of a row, tiles that may overlap."""
     # logits are stored and compared in the inputs' dtype (fp32 at most: keys have 32 bits)
     stored = torch.float32 if dtype == torch.float64 else dtype
     select = select_config(n, k, compact)
-    encode = with_span(encode_config(B, dtype.itemsize, capability(device), compact), select.span)
+    encode = with_span(encode_config(B, dtype.itemsize, arch, compact), select.span)
     columns = n + cdiv(n, select.group) + (0 if select.span == select.group else cdiv(n, select.span))
     # no overlap with a compact GEMM, most of whose columns may be invalid
     tiles = cdiv(B, encode.block_m) * cdiv(n, encode.block_n) if not compact and select.small else 0
@@ -332,7 +332,8 @@ def _select_into(out, xs, w_encs, biases, k, ids, count, each):
     acc = acc_dtype(dtype)
     xs = [x if x.stride(1) == 1 else x.contiguous() for x in xs]
     w_encs = [w if w.stride(1) == 1 else w.contiguous() for w in w_encs]
-    select, encode, stored, row_bytes, tiles = _settings(B, n, k, dtype, device, ids is not None)
+    arch = capability(device)
+    select, encode, stored, row_bytes, tiles = selection_settings(B, n, k, dtype, arch, ids is not None)
     block_n = encode.block_n
     n_groups, n_spans = cdiv(n, select.group), cdiv(n, select.span)
     two_levels = select.span == select.group
@@ -351,12 +352,12 @@ def _select_into(out, xs, w_encs, biases, k, ids, count, each):
     scratch = [buffer() for _ in range(buffers)]
     half = dtype in (torch.bfloat16, torch.float16)
     tf32 = dtype == torch.float32 and allow_tf32()
-    precision = "ieee" if dtype != torch.float32 else dot_precision(capability(device), tf32)
+    precision = "ieee" if dtype != torch.float32 else dot_precision(arch, tf32)
     wide_x = wide_w = None
     if ids is None and not each and encode_by_library(B, sum(x.shape[1] for x in xs), dtype.itemsize, tf32):
         wide_x, wide_w = joint(xs), joint(w_encs)
     side, done = SideStream(device, enabled=buffers > 1), list[torch.cuda.Event | None]()
-    limit = encode.registers(capability(device)) if buffers > 1 and select.group >= CAP_MIN_GROUP else {}
+    limit = encode.registers(arch) if buffers > 1 and select.group >= CAP_MIN_GROUP else {}
     for i, row0 in enumerate(range(0, B, chunk)):
         rows = min(chunk, B - row0)
         logits, maxima, coarse, slots = scratch[i % buffers]
@@ -389,7 +390,7 @@ def _select_into(out, xs, w_encs, biases, k, ids, count, each):
                 coarse, maxima, logits, slots, ids, count, out, row0, rows, n, n_groups, n_spans, k, *strides,
                 EACH=each, NC_PAD=select.n_spans_pad, K_PAD=select.k_pad, GROUP=select.group, SPAN=select.span,
                 SHIFT={torch.bfloat16: 16, torch.float16: 13}.get(stored, 0), COMPACT=ids is not None,
-                num_warps=select.num_warps, **select.registers(capability(device)),
+                num_warps=select.num_warps, **select.registers(arch),
             )  # fmt: skip
 
         done.append(side.run(best)[1])

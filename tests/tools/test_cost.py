@@ -97,17 +97,17 @@ OPS_BY_HAND = {
     "select (fused)": (152 + 16 + 16 + 16 + 32, 192),
     # x, 4 rows of each W_enc, per stream 4 ids and fp32 dots; they again, and ids, biases and fp32 values
     "values": (24 + 48 + 2 * 4 * 12 + 2 * 4 * (4 + 8 + 2 + 4), 48),
-    # a byte per latent and stream; per value an id and a byte; that byte and an int64 read, an int64 written
-    "counters": (16 + 8 * (4 + 8 + 1) + 16 * 17, 0),
+    # an int64 per latent and stream read and written; per value it and an id read, an int64 written
+    "counters": (16 * 16 + 8 * (4 + 8 + 8), 0),
     # ids narrowed to 2 bytes; two radix passes over keys and positions, which were made before; lists and 9 offsets
     "inverse index": (4 * 10 + 2 * 2 * 4 * 10 + 4 * 8 + 4 * (8 + 2 + 4 + 4) + 36, 0),
     # x, W_dec, sum_s coef E in fp32, errors; per target ids, values and coefficients read, dots [2, 4] and squares
-    # [2, 2] written, read with the coefficients, and written; the dots of the first target read by the second
-    "losses + dv": (24 + 48 + 48 + 48 + 2 * (32 + 32 + 16 + 48 + 48 + 16 + 48) + 32, 192),
-    # 2 errors an entry, per target the list, offsets and 2 values and scales an entry, dW_dec, ids looked at
-    "dW_dec": (96 + 2 * (4 * (4 + 16) + 32) + 96 + 8, 96),
-    # a row of x an entry, per stream list, offsets, dv and value an entry, dW_enc, dc, ids looked at
-    "dW_enc": (48 + 2 * (4 * 12 + 32) + 96 + 32 + 8, 48),
+    # [2, 2] written, read with the coefficients, and the squares written; dv of both targets [2, 4] written
+    "losses + dv": (24 + 48 + 48 + 48 + 2 * (32 + 32 + 16 + 48 + 48 + 16 + 16) + 32, 192),
+    # 2 errors an entry, per target the list, offsets and 2 values and scales an entry, dW_dec; too few places to split
+    "dW_dec": (96 + 2 * (4 * (4 + 16) + 32) + 96, 96),
+    # a row of x an entry, per stream list, offsets, dv and value an entry, dW_enc, dc
+    "dW_enc": (48 + 2 * (4 * 12 + 32) + 96 + 32, 48),
     # W_enc, dc, one chunk's sums written and read, the result
     "d pre_bias": (96 + 32 + 48 + 12, 96),
 }
@@ -137,9 +137,9 @@ def test_h_route_by_hand():
     places = 4 * (4 + 4)  # the list read, scattered
     read = 2 * 2 * 2 + 4 * (8 + 4) + 4 * 4 * 4 + 4 * 4 * 2 + 4 * 2 * 2  # x, ids and places, values, coefficients, W
     sums = 4 * (4 * 4 + 4 * 2)  # dots and squares
-    per_target = places + read + 2 * 2 * 4 + 4 * 2 * 2 + sums + sums + 4 * 4 * 2 + sums  # g, H, collected
-    assert op(s, "losses + dv").l2 == 4 * per_target + 3 * 4 * 4 * 4
-    assert op(s, "dW_dec").l2 == 4 * (4 * 2 * 2 + 8 * 2 * 2 + 8 * 4 + 4)
+    per_target = read + 2 * 2 * 4 + 4 * 2 * 2 + sums + sums + 2 * (4 * 4 * 2)  # g, H, collected: coefficients, squares
+    assert op(s, "losses + dv").l2 == places + 4 * per_target + 4 * 4 * 4  # dv of all targets
+    assert op(s, "dW_dec").l2 == 4 * (4 * 2 * 2 + 8 * 2 * 2 + 8 * 4)
     # 2 B k d through HBM against S B k d through L2: the H route pays at many sources; fp16 keeps the errors
     through_h, through_errors = (op(replace(CASES["D"], dtype=dtype), "dW_dec") for dtype in ("bfloat16", "float16"))
     assert through_h.seconds(H200) < through_errors.seconds(H200) / 3
@@ -216,9 +216,13 @@ def test_more_work_takes_longer(larger, dtype):
             assert more.l2 > one.l2 and more.hbm(H200) > one.hbm(H200)
 
 
+# GPUs on which the lists of the official case take longer than the gathers of the values, which are two launches
+WAITS = {"B200": {"A"}, "MI300X": {"A"}}
+
+
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=list(GPUS))
 def test_what_runs_beside_other_parts_is_shorter_than_they_are(gpu):
-    """The inverse index beside the values, and each chunk's selector beside the GEMM of the next."""
+    """The inverse index beside the values, or it costs the rest; and each chunk's selector beside the next GEMM."""
 
     def alone(parts):
         return sum(replace(p, beside=False).seconds(gpu) for p in parts)
@@ -228,7 +232,11 @@ def test_what_runs_beside_other_parts_is_shorter_than_they_are(gpu):
         for auxiliary in (s, with_auxk(s)):
             parts = ours.step(auxiliary).parts
             lists = [p for p in parts if p.beside and not p.name.startswith("selector")]
-            assert lists and alone(lists) < alone(p for p in parts if p.name in ("dots", "finish"))
+            values, waits = ([p for p in parts if p.name in names] for names in (("dots", "values"), ("wait",)))
+            assert len(lists) == 3 * len(waits) > 0
+            longer = alone(lists) - alone(values)
+            assert (longer > 0) == (case in WAITS.get(gpu.name, ()))
+            assert sum(p.seconds(gpu) for p in waits) == pytest.approx(max(longer, 0), abs=1e-12)
         main, *selectors = ours.select_fused(s).parts
         assert alone(p for p in selectors if p.beside) < main.seconds(gpu)
         assert (case == "B") == any(p.beside for p in selectors)

@@ -6,24 +6,41 @@ weight. `ops_of` is the table of a step; the functions before it make its rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
 from ...launch.adam import adam_rows, latent_adam_config
-from ...launch.budgets import PARTIAL_BYTES, SCRATCH_BYTES
+from ...launch.budgets import PARTIAL_BYTES
 from ...launch.device import cdiv, dot_precision
 from ...launch.gather import gather_config
 from ...launch.reduce import column_chunk, reduce_chunk, reduce_config
-from ...launch.select import encode_by_library, encode_config, rows_per_chunk, select_config, with_span
+from ...launch.select import encode_by_library, rows_per_chunk, select_config
 from ...ops.adam import alike
 from ...ops.decode_grads import in_one_pass, route_of
+from ...ops.encode import gathered_at_once
 from ...ops.gather import slabs_of
 from ...ops.latent_reduce import reduce_groups
+from ...ops.selection import selected_at_once, selection_settings
 from ..shape import Shape
 from .gpus import GPU
-from .parts import NO_REUSE, Op, Part, Reuse, distinct, library_unit, of_gpu, of_torch, product, topk_part, total, when
+from .parts import (
+    NO_REUSE,
+    Op,
+    Part,
+    Reuse,
+    distinct,
+    library_unit,
+    of_gpu,
+    of_torch,
+    on_side_stream,
+    product,
+    topk_part,
+    total,
+    when,
+)
 
 # Compiled (sm_90, Triton 3.9): the epilogue adds about 46 / D of the main loop to a 128 x 256 tile.
 EPILOGUE = 46
@@ -36,6 +53,10 @@ SELECT_INSTRUCTIONS, BISECTION_INSTRUCTIONS, BISECTION_STEPS = 1640, 119, {2: 7,
 # 105, most of them a 64-bit division, and 22 for each step of their bisection.
 LISTS_INSTRUCTIONS, OFFSETS_INSTRUCTIONS, LISTS_STEP = 20, 105, 22
 MOMENT = 4  # bytes of one of Adam's moments
+
+
+def _dtype(s: Shape) -> torch.dtype:
+    return getattr(torch, s.dtype)
 
 
 def kernel_unit(s: Shape, tf32: bool) -> str:
@@ -58,22 +79,13 @@ def mm_topk(s: Shape) -> Op:
 
 
 def _chunks(s: Shape, compact: bool) -> tuple[int, bool]:
-    """Number of chunks of rows, and whether selectors overlap with the next chunk's GEMM, as in `_select_into`.
+    """Number of chunks of rows, and whether selectors overlap with the next chunk's GEMM.
 
     `compact`: selection among the dead latents of one stream.
     """
-    config, encode, row_bytes = _selector(s, compact)
-    tiles = cdiv(s.B, encode.block_m) * cdiv(s.N, encode.block_n) if config.small and not compact else 0
+    _, encode, _, row_bytes, tiles = selection_settings(s.B, s.N, s.k, _dtype(s), s.arch, compact)
     rows, buffers = rows_per_chunk(s.B, row_bytes, encode.block_m, tiles)
     return cdiv(s.B, rows), buffers > 1
-
-
-def _selector(s: Shape, compact: bool):
-    """Settings of the selector and of the GEMM, and scratch bytes of a row."""
-    config = select_config(s.N, s.k, compact)
-    encode = with_span(encode_config(s.B, s.e, s.arch, compact), config.span)
-    columns = s.N + cdiv(s.N, config.group) + (cdiv(s.N, config.span) if config.span > config.group else 0)
-    return config, encode, columns * s.e + 16 * config.k_pad
 
 
 def _dead_selections(s: Shape) -> Iterator[Part]:
@@ -81,15 +93,15 @@ def _dead_selections(s: Shape) -> Iterator[Part]:
 
     Where no latent is dead, programs read the count and exit; rows are filled with live latents.
     """
-    chunks, at_once = _chunks(s, True)[0], 1
-    if chunks == 1:
-        at_once = max(SCRATCH_BYTES // (s.B * _selector(s, True)[2]), 1)
-    for first in range(0, s.S, at_once):
+    chunks, widths = _chunks(s, True)[0], s.d_streams
+    while widths:
+        at_once = selected_at_once(s.B, s.N, s.k, widths, _dtype(s), s.arch, True)
         yield from _in_one_launch(
             _selection(s, s.dead, d, compact=True)
             if s.dead else [Part("nothing dead", 8 * s.M, launches=2 * chunks)]
-            for d in s.d_streams[first : first + at_once]
+            for d in widths[:at_once]
         )  # fmt: skip
+        widths = widths[at_once:]
 
 
 def _selection(s: Shape, n: int, d: int, *, library: bool = False, compact: bool = False) -> Iterator[Part]:
@@ -163,56 +175,57 @@ def _in_one_launch(streams: Iterable[Iterable[Part]]) -> Iterator[Part]:
         yield from (p if i == 0 else replace(p, launches=0) for p in parts)
 
 
-def _slabs(s: Shape, d: int) -> tuple[int, int]:
-    """Columns of one slab of a gather of k rows over d columns of W, and number of slabs."""
-    config = gather_config(s.k, d, s.N, s.e, s.arch)
-    columns = min(config.tiles * config.block_d, d)
-    return columns, cdiv(d, columns)
+def _slabs(s: Shape, widths: Sequence[int]) -> list[tuple[int, int]]:
+    """Columns of one slab and number of slabs of each problem of one launch of the gather kernel."""
+    config, widest = gather_config(s.k, max(widths), s.N, s.e, s.arch), max(widths)
+    config = replace(config, tiles=min(config.tiles, cdiv(widest, config.block_d)))
+    return [(min(config.tiles * config.block_d, d), slabs_of(config, d)) for d in widths]
 
 
-def _gather(
-    s: Shape, name: str, d: int, n: int, present: int, *, sources: int, flops: int, once: float, per_slab: float
-) -> Part:
-    """Rows of W [n, d] gathered by slabs of columns, for all sources at once.
+def _gathers(
+    s: Shape, name: str, widths: Sequence[int], n: int, present: int, *, sources: int, flops: int, column: float,
+    per_slab: float,
+) -> Iterator[Part]:  # fmt: skip
+    """Rows of W [n, d] of each problem gathered by slabs of columns, for all sources at once, in one launch.
 
     Args:
         s: shape of the step.
-        name: of the part.
-        d: columns of W.
+        name: of the parts.
+        widths: columns of each problem's W.
         n: latents.
         present: how many of a row's k entries are one of the n latents.
         sources: whose values are used with a row.
         flops: for each number gathered and source.
-        once: bytes moved besides, in total.
+        column: bytes moved besides, for each column.
         per_slab: bytes moved besides, for each slab.
     """
-    (columns, n_slabs), uses, reuse = _slabs(s, d), s.B * present, NO_REUSE
-    if present:
-        rows = distinct(n, uses)
-        reuse = Reuse(uses * d * s.e, rows * d * s.e, rows * columns * s.e)
-    flops *= sources * uses * d
-    return Part(name, once + n_slabs * per_slab, reuse, flops, kernel_unit(s, False), 16 / sources)  # columns padded
+    uses, unit = s.B * present, kernel_unit(s, False)
+    for i, (d, (columns, n_slabs)) in enumerate(zip(widths, _slabs(s, widths), strict=True)):
+        reuse = NO_REUSE
+        if present:
+            rows = distinct(n, uses)
+            reuse = Reuse(uses * d * s.e, rows * d * s.e, rows * columns * s.e)
+        moved, executed = d * column + n_slabs * per_slab, flops * sources * uses * d
+        yield Part(name, moved, reuse, executed, unit, 16 / sources, launches=int(i == 0))  # columns padded to 16
 
 
 def _values(s: Shape, n: int, present: int) -> Iterator[Part]:
     """Per stream k encoder rows gathered per row: x and ids read, the dots of every slab written.
 
-    Then one kernel for all streams (or as many as fit the scratch) adds slabs and bias, and writes fp32 values.
+    Then a kernel adds slabs and bias, and writes fp32 values. All streams at once, or as many as fit the scratch.
     """
-    M, held, finishes = s.M, 0, 1
-    sums = [4 * M * _slabs(s, d)[1] for d in s.d_streams]
-    yield from _in_one_launch(
-        [_gather(s, "dots", d, n, present, sources=1, flops=2, once=s.B * d * s.e, per_slab=12 * M)]
-        for d in s.d_streams
-    )
-    for size in sums[:-1]:
-        held += size
-        if held >= SCRATCH_BYTES:
-            held, finishes = 0, finishes + 1
-    yield Part("finish", sum(sums) + s.S * M * (8 + s.e + 4), launches=finishes)
+    M, widths = s.M, s.d_streams
+    while widths:
+        at_once = gathered_at_once(s.B, s.k, s.N, widths, _dtype(s), s.arch)
+        some, widths = widths[:at_once], widths[at_once:]
+        yield from _gathers(
+            s, "dots", some, n, present, sources=1, flops=2, column=s.B * s.e, per_slab=12 * M
+        )  # fmt: skip
+        slabs = sum(n_slabs for _, n_slabs in _slabs(s, some))
+        yield Part("values", 4 * M * slabs + len(some) * M * (8 + s.e + 4))
 
 
-def _lists(s: Shape, groups: int, beside: bool) -> Iterator[Part]:
+def _lists(s: Shape, groups: int) -> Iterator[Part]:
     """`inverse_index` of `groups` of B k entries each.
 
     Ids are narrowed to keys of 2 or 4 bytes and sorted; both lists are narrowed, offsets come from a bisection.
@@ -223,9 +236,9 @@ def _lists(s: Shape, groups: int, beside: bool) -> Iterator[Part]:
     size, key = groups * M, 2 if offsets < 2**15 else 4
     bisection = OFFSETS_INSTRUCTIONS + LISTS_STEP * (M.bit_length() + 1)
     executed = (LISTS_INSTRUCTIONS * max(size, offsets) + bisection * offsets) / 32
-    yield Part("keys", size * (8 + key), beside=beside)
-    yield of_torch("sort", 2 * key * size * (key + 8) + 8 * size, key + 4, beside=beside)
-    yield Part("lists", size * (8 + key + 4 + 4) + 4 * offsets, instructions=executed, beside=beside)
+    yield Part("keys", size * (8 + key))
+    yield of_torch("sort", 2 * key * size * (key + 8) + 8 * size, key + 4)
+    yield Part("lists", size * (8 + key + 4 + 4) + 4 * offsets, instructions=executed)
 
 
 def computes_ahead(s: Shape) -> bool:
@@ -236,17 +249,11 @@ def computes_ahead(s: Shape) -> bool:
 def _losses(s: Shape, n: int, present: int, sources: int) -> Iterator[Part]:
     """k decoder rows gathered per row of every target, shared by its sources; x, ids and values read."""
     sq = 4 * sources * s.B
-    yield from _in_one_launch(
-        [_gather(
-            s, "losses", d, n, present, sources=sources, flops=2, per_slab=s.M * (8 + 4 * sources) + sq,
-            once=s.B * d * s.e * (2 if s.auxk else 1),  # AuxK needs the target's own error
-        )]
-        for d in s.d_streams
+    yield from _gathers(
+        s, "losses", s.d_streams, n, present, sources=sources, flops=2, per_slab=s.M * (8 + 4 * sources) + sq,
+        column=s.B * s.e * (2 if s.auxk else 1),  # AuxK needs the target's own error
     )  # fmt: skip
-    widest = max(s.d_streams)
-    config = gather_config(s.k, widest, s.N, s.e, s.arch)
-    config = replace(config, tiles=min(config.tiles, cdiv(widest, config.block_d)))
-    slabs = [slabs_of(config, d) for d in s.d_streams]
+    slabs = [n_slabs for _, n_slabs in _slabs(s, s.d_streams)]
     if len(set(slabs)) == 1:
         yield from when(slabs[0] > 1, of_torch("sum of slabs", s.S * sq * (slabs[0] + 1)))
     else:
@@ -254,98 +261,99 @@ def _losses(s: Shape, n: int, present: int, sources: int) -> Iterator[Part]:
         yield of_torch("sum of slabs", sq * (sum(split) + len(split)) + 2 * s.S * sq, len(split) + 1)
 
 
-def route(s: Shape, d: int) -> tuple[bool, int]:
-    """Return whether the gradient of a decoder of width d is computed through H, and how many columns at a time."""
-    return route_of(s.S, s.B, s.k, d, getattr(torch, s.dtype), arch=s.arch)
+class Pass(NamedTuple):
+    """What `ops.decode_grads` runs at once: targets in one launch, or one target in pieces of its columns."""
+
+    widths: tuple[int, ...]  # of the targets
+    through_h: bool
+    columns: int  # of a piece
+
+    @property
+    def pieces(self) -> list[tuple[int, ...]]:
+        """Widths of the problems of each launch."""
+        if len(self.widths) > 1:
+            return [self.widths]
+        (d,) = self.widths
+        return [(min(self.columns, d - c),) for c in range(0, d, self.columns)]
 
 
-def _pieces(d: int, width: int) -> list[int]:
-    return [min(width, d - c) for c in range(0, d, width)]
+def passes(s: Shape, sources: int, *, direct: bool) -> list[Pass]:
+    """Return the passes over all targets; `direct`: the errors of all columns are kept, and no dW_dec is made."""
+    if direct:
+        return [Pass(s.d_streams, False, max(s.d_streams))]
+    routes = [route_of(sources, s.B, s.k, d, _dtype(s), arch=s.arch) for d in s.d_streams]
+    if computes_ahead(s) and in_one_pass(sources, s.B, s.k, s.d_streams, _dtype(s), arch=s.arch):
+        return [Pass(s.d_streams, routes[0][0], max(width for _, width in routes))]
+    return [Pass((d,), *route) for d, route in zip(s.d_streams, routes, strict=True)]
 
 
-def _one_pass(s: Shape, d: int, n: int, present: int, *, first: bool, direct: bool = False) -> Iterator[Part]:
-    """Losses, dv, sum_s coef E in fp32, and E of all sources or H, of one target; then the sum of slabs, scaling dv.
+def _gradients(s: Shape, n: int, present: int, sources: int, *, shared: bool, direct: bool) -> Iterator[Part]:
+    """Losses, dv, sum_s coef E in fp32, and E of all sources or H, of every target; then the sum of slabs, scaling dv.
 
-    dv is added to that of earlier targets unless `first`. With AuxK the target's own E is kept too. `direct`: E of all
-    columns is kept, for the update without gradients.
+    With AuxK the target's own E is kept too. `shared`: dv is added up over targets, which have the same codes; in the
+    backward each target has its own. `direct`: see `passes`.
     """
-    through_h, width = (False, d) if direct else route(s, d)
-    S, B, M, pieces = s.S, s.B, s.M, _pieces(d, width)
-    dv, sq, pending, slab_sums, added = 4 * S * M, 4 * S * B, [], 0, False
-    yield from when(through_h, Part("places", 8 * M))  # inverse permutation of the lists' order
-    for i, columns in enumerate(pieces):
-        kept = (M if through_h else S * B) + (B if s.auxk and not direct else 0)
-        once, per_slab = B * columns * (s.e + 4) + kept * columns * s.e, M * (12 if through_h else 8) + 2 * (dv + sq)
-        flops = 6 if through_h else 4
-        yield _gather(s, "gather", columns, n, present, sources=S, flops=flops, once=once, per_slab=per_slab)
-        pending.append(_slabs(s, columns)[1])
-        slab_sums += pending[-1] * (dv + sq)
-        if i == len(pieces) - 1 or sum(pending) * dv > PARTIAL_BYTES or len(pending) == 4:
-            yield Part("collect", slab_sums + dv + 2 * sq + dv * (added or not first) + sq * added)
-            pending, slab_sums, added = [], 0, True
+    S, B, M, ahead, placed = sources, s.B, s.M, direct or computes_ahead(s), False
+    dv, sq = 4 * S * M, 4 * S * B
+    for i, run in enumerate(passes(s, sources, direct=direct)):
+        if run.through_h and not (ahead and placed):
+            placed = True
+            yield Part("places", 8 * M)  # inverse permutation of the lists' order
+        kept = (M if run.through_h else S * B) + (B if s.auxk and not direct else 0)
+        column, per_slab = B * (s.e + 4) + kept * s.e, M * (12 if run.through_h else 8) + 2 * (dv + sq)
+        pending: list[int] = []
+        slab_sums, earlier = 0, False
+        for j, widths in enumerate(run.pieces):
+            flops = 6 if run.through_h else 4
+            yield from _gathers(
+                s, "gather", widths, n, present, sources=S, flops=flops, column=column, per_slab=per_slab
+            )  # fmt: skip
+            pending.append(sum(n_slabs for _, n_slabs in _slabs(s, widths)))
+            slab_sums += pending[-1] * (dv + sq)
+            if j == len(run.pieces) - 1 or sum(pending) * dv > PARTIAL_BYTES or len(pending) == 4:
+                T, added = len(widths), earlier or (shared and ahead and i > 0)
+                written = dv * (1 if shared else T)  # targets of one launch are added up before that
+                yield Part("collect", slab_sums + 2 * T * sq + written * (2 if added else 1) + T * sq * earlier)
+                pending, slab_sums, earlier = [], 0, True
 
 
-def _reduce(s: Shape, d: int, sources: int, entries: int, *, per_entry: int, written: float) -> Iterator[Part]:
+def _reduces(
+    s: Shape, widths: Sequence[int], sources: int, entries: int, *, per_entry: int, column: float, more: int = 0
+) -> Iterator[Part]:
     """Per list entry the rows of `sources` through L2, per tile of columns lists, offsets and `per_entry` bytes.
 
-    Then every 64th entry is read to find the lists that were split.
-    """
-    block = reduce_config(d, s.arch, sources).block_d
-    rows, lists = sources * s.B * d * s.e, cdiv(d, block) * (entries * per_entry + 4 * s.N)
-    used = Reuse(sources * entries * d * s.e, rows, rows * min(1, block / d)) if entries else NO_REUSE
-    yield Part("reduce", lists + written, used, flops=2 * sources * entries * d)
-    yield from when(reduce_chunk(s.M, d) < s.M, Part("finish", s.M))
-
-
-def _reduces(s: Shape, sources: int, entries: int, *, per_entry: int, column: float, more: int = 0) -> Iterator[Part]:
-    """The same for all streams, in as few launches as `launch_reduces` makes.
-
+    Then every 64th entry is read to find the lists that were split. In as few launches as `launch_reduces` makes.
     `column`: bytes written for each column, `more` of them beside a stream's own.
     """
-    for part, _ in reduce_groups(s.d_streams, s.M, sources, s.arch):
-        yield from _in_one_launch(
-            _reduce(s, d, sources, entries, per_entry=per_entry, written=column * (d + more)) for d in s.d_streams[part]
-        )
+    for part, chunk in reduce_groups(widths, s.M, sources, s.arch):
+        block = reduce_config(max(widths[part]), s.arch, sources).block_d
+        for i, d in enumerate(widths[part]):
+            rows, lists = sources * s.B * d * s.e, cdiv(d, block) * (entries * per_entry + 4 * s.N)
+            used = Reuse(sources * entries * d * s.e, rows, rows * min(1, block / d)) if entries else NO_REUSE
+            moved, flops = lists + column * (d + more), 2 * sources * entries * d
+            yield Part("reduce", moved, used, flops=flops, launches=int(i == 0))
+            yield from when(chunk < s.M, Part("split lists", s.M, launches=int(i == 0)))
 
 
-def _reduce_dec(s: Shape, d: int, through_h: bool, width: int) -> Iterator[Part]:
-    """dW_dec of one target: segment sums of H in list order; or per list entry weighted errors of S sources."""
-    for columns in _pieces(d, width):
-        if through_h:
-            moved = s.M * columns * s.e + s.N * (columns * s.e + 4)
-            yield Part("segment sum", moved, flops=s.M * columns)
-            yield from when(reduce_chunk(s.M, columns) < s.M, Part("finish", s.M))
-        else:
-            yield from _reduce(s, columns, s.S, s.M, per_entry=4 + 8 * s.S, written=s.N * columns * s.e)
+def _decoder_sums(s: Shape, sources: int, entries: int, column: float) -> Iterator[Part]:
+    """dW_dec of all targets: segment sums of H in list order; or per list entry weighted errors of the sources.
+
+    `column`: bytes written for each column.
+    """
+    for run in passes(s, sources, direct=False):
+        for widths in run.pieces:
+            if run.through_h:
+                yield from _segment_sums(s, widths, column)
+            else:
+                yield from _reduces(s, widths, sources, entries, per_entry=4 + 8 * sources, column=column)
 
 
-def _all_dec(s: Shape) -> Iterator[Part]:
-    """dW_dec of all targets."""
-    if not (computes_ahead(s) and _at_once(s)):
-        for d in s.d_streams:
-            yield from _reduce_dec(s, d, *route(s, d))
-        return
-    sources = 1 if route(s, s.d_streams[0])[0] else s.S
-    for part, _ in reduce_groups(s.d_streams, s.M, sources, s.arch):
-        yield from _in_one_launch(_reduce_dec(s, d, *route(s, d)) for d in s.d_streams[part])
-
-
-def _at_once(s: Shape) -> bool:
-    """Whether one pass makes dW_dec of all targets."""
-    return in_one_pass(s.S, s.B, s.k, s.d_streams, getattr(torch, s.dtype), arch=s.arch)
-
-
-def _passes(s: Shape, direct: bool) -> Iterator[Part]:
-    """`_one_pass` of all targets."""
-    ahead = direct or computes_ahead(s)
-    passes = (
-        _one_pass(s, d, s.N, s.k, first=not ahead or t == 0, direct=direct) for t, d in enumerate(s.d_streams)
-    )  # fmt: skip
-    if direct or (ahead and _at_once(s)):
-        yield from _in_one_launch(passes)
-    else:
-        for t, parts in enumerate(passes):  # the places are the same for all targets
-            yield from (p for p in parts if not (ahead and t and p.name == "places"))
+def _segment_sums(s: Shape, widths: Sequence[int], column: float) -> Iterator[Part]:
+    """Rows of H added up in list order, each of which is read once."""
+    for part, chunk in reduce_groups(widths, s.M, 1, s.arch):
+        for i, d in enumerate(widths[part]):
+            yield Part("segment sum", s.M * d * s.e + 4 * s.N + column * d, flops=s.M * d, launches=int(i == 0))
+            yield from when(chunk < s.M, Part("split lists", s.M, launches=int(i == 0)))
 
 
 def _bias_sums(s: Shape, launches: int = 2) -> Part:
@@ -368,32 +376,23 @@ def _auxk(s: Shape, direct: bool) -> Iterator[Part]:
     the update computes them.
     """
     ahead, S, SB, BD = direct or computes_ahead(s), s.S, s.S * s.B, s.B * s.D
-    own, present, ids = replace(s, k=s.auxk, auxk=0), min(s.auxk, s.dead), 8 * s.B * s.auxk
+    own, present = replace(s, k=s.auxk, auxk=0), min(s.auxk, s.dead)
     entries = s.B * present
     touched = 2 * s.e * distinct(s.dead, entries) if entries else 0  # bytes of a column, read and written
     norms, residuals = Part("target weights", BD * s.e + 8 * SB), Part("residuals", (2 * BD + s.D) * s.e + 4 * SB)
-    yield of_torch("dead", 9 * S * s.N, S)  # int64 counters against the threshold
-    yield Part("count dead", S * s.N)
-    yield Part("dead first", S * s.N * (1 + 4))
+    # int64 counters against the threshold
+    yield from (Part("count dead", 8 * S * s.N), Part("dead first", S * s.N * (8 + 4)))
     yield from _dead_selections(own)
-    yield of_torch("stack", 2 * S * ids)
-    yield from _values(own, s.dead, present)
-    yield from _lists(own, S, beside=present == s.auxk)
+    values = tuple(_values(own, s.dead, present))
+    yield from (*values, *on_side_stream(values, _lists(own, S)))
     yield from _losses(own, s.dead, present, 1)
-    each = [replace(own, d_streams=(d,)) for d in s.d_streams]
-    passes = [_one_pass(one, one.D, s.dead, present, first=True) for one in each]
-    at_once = direct or in_one_pass(1, s.B, s.auxk, s.d_streams, getattr(torch, s.dtype), arch=s.arch)
-    yield from _in_one_launch(passes) if ahead and at_once else (p for parts in passes for p in parts)
+    yield from _gradients(own, s.dead, present, 1, shared=False, direct=direct)
     if not direct:
-        if ahead and at_once:  # dW_dec: value and scale of an entry
-            yield from _reduces(own, 1, entries, per_entry=4 + 8, column=touched)
-        else:
-            for one in each:
-                for columns in _pieces(one.D, route(one, one.D)[1]):
-                    yield from _reduce(one, columns, 1, entries, per_entry=4 + 8, written=touched * columns)
+        yield from _decoder_sums(own, 1, entries, touched)
         # dW_enc and dc: gradient and gate
-        yield from _reduces(own, 1, entries, per_entry=4 + 8, column=touched, more=1)
-    yield from (residuals, Part("AuxK terms", 4 * (3 * SB + 3 * S), launches=2))
+        yield from _reduces(own, own.d_streams, 1, entries, per_entry=4 + 8, column=touched, more=1)
+    # the mean of every term; the total, weights and coefficients
+    yield from (residuals, Part("AuxK terms", 4 * (4 * SB + 5 * S), launches=2))
     if ahead:  # the biases' sums: twice as many tensors in the launches of the main loss
         yield _bias_sums(s, launches=0)
     else:
@@ -437,18 +436,18 @@ def _updates(s: Shape) -> Iterator[Part]:
             s.d_streams, lambda d: d, lambda d: (reduce_chunk(s.M, d), reduce_chunk(s.B * s.auxk, d) if s.auxk else 0)
         )
         for group in groups:
-            yield from _in_one_launch(_update(s, d, decoder) for d in group)
+            yield from _in_one_launch(_update(s, d, group[0], decoder) for d in group)
 
 
-def _update(s: Shape, d: int, decoder: bool) -> Iterator[Part]:
+def _update(s: Shape, d: int, widest: int, decoder: bool) -> Iterator[Part]:
     """Update of one matrix of one stream from its lists and AuxK's: latent sums, projection, Adam.
 
-    With the encoder also the latent bias and the pre-bias.
+    With the encoder also the latent bias and the pre-bias. `widest`: columns for which the launch was set up.
     """
     sources, per_entry = (s.S, 4 + 8 * s.S) if decoder else (1, 12)
-    block, present = latent_adam_config(d, s.arch, not decoder).block_d, min(s.auxk, s.dead)
+    block, present = latent_adam_config(widest, s.arch, not decoder).block_d, min(s.auxk, s.dead)
     for places, rows in ((s.M, sources), *([(s.B * s.auxk, 1)] if s.auxk else [])):
-        programs = 2 * cdiv(places, reduce_chunk(places, d)) * cdiv(d, reduce_config(d, s.arch, rows).block_d)
+        programs = 2 * cdiv(places, reduce_chunk(places, d)) * cdiv(d, reduce_config(widest, s.arch, rows).block_d)
         yield Part("list parts", 4 * programs)
     entries, rows = sources * s.M + s.B * present, sources * s.B * d * s.e
     own = s.B * d * s.e if s.auxk and decoder else 0  # AuxK's errors; the encoder reads x again
@@ -481,20 +480,21 @@ def ops_of(s: Shape, direct: bool = False) -> dict[str, Op]:
     ahead, selected = direct or computes_ahead(s), select(s)
     norms = Part("target weights", B * D * e + 4 * S * B * (1 + S))
     matrices = 0 if direct else 4 * N * D  # the direct update writes them rounded
+    values = tuple(_values(s, N, k))
     table = {
         # x - b of every stream, for the selection, the values and dW_enc
         "centre": [Part("centre", 2 * B * D * e)],
         selected.name: selected.parts,
-        "values": _values(s, N, k),
-        # a byte a latent and stream zeroed, set where a value fires, read with the int64 counters, which are written
-        "counters": [of_torch("zeros", S * N), Part("fired", S * M * (4 + 8 + 1)), Part("count", S * N * (1 + 8 + 8))],
+        "values": values,
+        # an int64 a latent and stream read and written; per value its id read and a counter written where it fires
+        "counters": [Part("count", 16 * S * N), Part("fired", S * M * (4 + 8 + 8))],
         # beside the gathers of the values
-        "inverse index": _lists(s, 1, beside=True),
+        "inverse index": on_side_stream(values, _lists(s, 1)),
         # losses in the forward, everything again in the backward
         "losses": [] if ahead else _losses(s, N, k, S),
-        # one pass per target for losses, dv and E (or H); unless ahead every target has its own dv
-        "losses + dv": _passes(s, direct),
-        "dW_dec": [] if direct else _all_dec(s),
+        # losses, dv and E (or H)
+        "losses + dv": _gradients(s, N, k, S, shared=True, direct=direct),
+        "dW_dec": [] if direct else _decoder_sums(s, S, M, N * e),
         "weights, terms": [
             of_torch("term weights", 4 * (S * S + S), 2),
             norms,
@@ -508,7 +508,7 @@ def ops_of(s: Shape, direct: bool = False) -> dict[str, Op]:
             *when(not ahead, of_torch("scaled", 4 * (2 * S * S + 1) + (S - 1) * 12 * S * M, S)),
         ],
         # per list entry one row of x - b, its dv and the value that gates it; dW_enc and dc written
-        "dW_enc": [] if direct else _reduces(s, 1, M, per_entry=4 + 4 + 4, column=N * e, more=1),
+        "dW_enc": [] if direct else _reduces(s, s.d_streams, 1, M, per_entry=12, column=N * e, more=1),
         # -W_enc^T dc: W_enc read once more, all streams in two launches
         "d pre_bias": when(not direct, Part(
             "weighted sums", e * (N * D + S * N + D) + 8 * D * cdiv(N, column_chunk(N)), flops=2 * N * D, launches=2,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import NamedTuple
 
@@ -38,7 +38,7 @@ class Part:
     instructions: float = 0  # of warps, for kernels bound by them
     launches: int = 1
     library: bool = False  # torch's kernels, not the package's
-    beside: bool = False  # on a side stream, hidden behind parts that take longer: no time of its own
+    beside: bool = False  # on a side stream, no time of its own; `Wait` has what exceeds the parts beside it
 
     @property
     def l2(self) -> float:
@@ -70,6 +70,19 @@ class Part:
     def seconds(self, gpu: GPU) -> float:
         """Return the seconds on the device."""
         return sum(self.shares(gpu).values())
+
+
+@dataclass(frozen=True)
+class Wait(Part):
+    """Time that parts of a side stream take beyond those of the main stream beside them."""
+
+    main: tuple[Part, ...] = ()
+    side: tuple[Part, ...] = ()
+
+    def shares(self, gpu: GPU) -> dict[str, float]:
+        """Return the seconds on the device as if all of them went to launches."""
+        alone = (sum(replace(p, beside=False).seconds(gpu) for p in parts) for parts in (self.side, self.main))
+        return {"launches": max(next(alone) - next(alone), 0.0)}
 
 
 @dataclass(frozen=True)
@@ -129,6 +142,12 @@ def when(holds: bool, *parts: Part) -> tuple[Part, ...]:
 def of_torch(name: str, streamed: float, launches: int = 1, **how) -> Part:
     """Make a part of torch's own kernels, by fields of Part."""
     return Part(name, streamed, launches=launches, library=True, **how)
+
+
+def on_side_stream(main: Iterable[Part], side: Iterable[Part]) -> tuple[Part, ...]:
+    """Return the parts `side` as they run beside the parts `main`, with the time by which they take longer."""
+    main, side = tuple(main), tuple(replace(p, beside=True) for p in side)
+    return (*side, Wait("wait", launches=0, main=main, side=side))
 
 
 def library_unit(s: Shape) -> str:
