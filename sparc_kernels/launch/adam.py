@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ..core._triton import TRITON_VERSION
 from ..core.target import interpreted
+from .budgets import MAX_STREAMS
 from .device import RegisterCapped, next_power_of_2
 
 ADAM_WIDTH = 8192  # columns of a row that one program of the optimizer's kernels holds; wider rows take the torch path
@@ -66,6 +67,17 @@ def latent_adam_config(d: int, arch: int, parts: bool) -> LatentAdamConfig:
     early = config.num_warps < 16  # compiled: 8 bytes on sm_80 with 4,096 columns, 32 with 8,192
     few = config.num_warps >= 16 or arch in (100, 103)
     return LatentAdamConfig(config.block_d, config.num_warps, 1 if few else 2, early)
+
+
+def latent_adam_streams(d: int) -> int:
+    """Matrices that one launch of the Adam kernel fed by lists updates.
+
+    Compiled (sm_90): with 8 pointers of each kind and 4,096 columns a program spills 8 bytes.
+
+    Args:
+        d: columns of the widest.
+    """
+    return MAX_STREAMS // 2 if d > 2048 else MAX_STREAMS
 
 
 def adam_rows(n: int) -> int:

@@ -18,6 +18,7 @@ from ..core.plan import Planned
 from ..core.recorder import call, derived, launch
 from ..core.registry import register
 from ..launch.adam import ADAM_WIDTH, adam_config
+from ..launch.budgets import MAX_STREAMS
 from ..launch.device import capability, next_power_of_2
 from .gather import pick
 
@@ -310,13 +311,14 @@ def _adam_stream_kernel(
                 )  # fmt: skip
 
 
-def alike(streams, width, key):
+def alike(streams, width, key, most=lambda d: MAX_STREAMS):
     """Group streams that one launch can take: keys agree, and no row takes half of what the widest is padded to.
 
     Args:
         streams: any records of the streams.
         width: called with a record, gives the columns of its rows.
         key: called with a record; None keeps the stream out of every group.
+        most: called with the columns of a group's widest stream, gives the largest size of the group.
 
     Returns:
         The groups, the widest stream of each first; the streams left out.
@@ -330,7 +332,7 @@ def alike(streams, width, key):
         # a width that does not divide by 16 forbids wide loads in the whole launch
         own = own, d % 16 == 0
         for shared, widest, group in groups:
-            if own == shared and 2 * next_power_of_2(d) >= widest:
+            if own == shared and 2 * next_power_of_2(d) >= widest and len(group) < most(widest):
                 group.append(stream)
                 break
         else:

@@ -17,7 +17,7 @@ from ..core.numerics import csr, is_host_readable
 from ..core.recorder import launch
 from ..core.registry import register
 from ..core.target import interpreted
-from ..launch.adam import ADAM_WIDTH, adam_rows, latent_adam_config
+from ..launch.adam import ADAM_WIDTH, adam_rows, latent_adam_config, latent_adam_streams
 from ..launch.device import capability, cdiv
 from ..launch.reduce import reduce_chunk, reduce_config
 from .adam import PLAIN, AdamHyper, StepScalars, alike, step, step_blocks_torch, step_torch, tuples
@@ -367,7 +367,8 @@ def _latent_adam_triton(
             dtypes = tuple(None if t is None else t.dtype for t in used)
             return dtypes, reduce_chunk(main.numel(), d), reduce_chunk(more[0].numel(), d) if more else 0
 
-        groups, left_out = alike(_matrices(place, *shared, lists, aux), lambda matrix: matrix.params[0].shape[1], key)
+        matrices = _matrices(place, *shared, lists, aux)
+        groups, left_out = alike(matrices, lambda matrix: matrix.params[0].shape[1], key, latent_adam_streams)
         for group in groups:
             _launch_update(group, place, k, aux_k, own)
         for matrix in left_out:

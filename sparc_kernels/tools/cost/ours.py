@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...launch.adam import adam_rows, latent_adam_config
+from ...launch.adam import adam_rows, latent_adam_config, latent_adam_streams
 from ...launch.budgets import PARTIAL_BYTES
 from ...launch.device import cdiv, dot_precision
 from ...launch.gather import gather_config
@@ -433,8 +433,9 @@ def _updates(s: Shape) -> Iterator[Part]:
     """Updates of all matrices: decoders, then encoders."""
     for decoder in (True, False):
         groups, _ = alike(
-            s.d_streams, lambda d: d, lambda d: (reduce_chunk(s.M, d), reduce_chunk(s.B * s.auxk, d) if s.auxk else 0)
-        )
+            s.d_streams, lambda d: d, lambda d: (reduce_chunk(s.M, d), reduce_chunk(s.B * s.auxk, d) if s.auxk else 0),
+            latent_adam_streams,
+        )  # fmt: skip
         for group in groups:
             yield from _in_one_launch(_update(s, d, group[0], decoder) for d in group)
 
