@@ -285,14 +285,14 @@ class Planned:
             (or None). It must have no other effects than on these tensors, and runs without gradient and autocast.
     """
 
-    def __init__(self, function: Callable[..., list[torch.Tensor | None]]):
+    def __init__(self, function: Callable[..., list[Any]]):
         self.function = function
         self.plans: OrderedDict[tuple, Any] = OrderedDict()
         _functions.add(self)
 
     def __call__(
         self, tensors: Sequence[torch.Tensor | None], static: tuple = (), scalars: tuple[float, ...] = (), *, impl: str
-    ) -> list[torch.Tensor | None]:
+    ) -> list[Any]:
         """Run the function or its plan.
 
         Args:

@@ -89,7 +89,8 @@ def _encode(tensors, S, settings):
     if auxk:
         if not given and not local:
             dead = dead_first(counters, dead_after, impl)
-        aux = gather_codes(select_dead(centred, encoder, *dead, auxk, impl), centred, encoder, lists, impl)
+        ids, n_dead = dead
+        aux = gather_codes(select_dead(centred, encoder, ids, n_dead, auxk, impl), centred, encoder, lists, impl)
     aux_flat = [None] * CODES_FLAT if aux is None else aux.flatten()
     return [*centred, codes.values, aux and aux.values, *codes.flatten(), *aux_flat, *(dead if auxk else ())]
 

@@ -79,9 +79,9 @@ def fused_step(
 def _step(tensors, S, settings, auxk_coef, hyper, update_impl, lr_value, decay):
     """Run `fused_step` on flat arguments."""
     *tensors, counts, scalars, lr, found_inf, grad_scale = tensors
-    xs, *encoder, counters = (tensors[i : i + S] for i in range(0, 5 * S, S))
+    xs, *params_of_encoder, counters = (tensors[i : i + S] for i in range(0, 5 * S, S))
     targets = [DecodeTarget(*tensors[i : i + 3]) for i in range(5 * S, 8 * S, 3)]
-    weights, encoder = tensors[8 * S], EncoderParams(*encoder)
+    weights, encoder = tensors[8 * S], EncoderParams(*params_of_encoder)
     params, exp_avgs, exp_avg_sqs = (tensors[i : i + 4 * S] for i in range(8 * S + 1, 20 * S + 1, 4 * S))
     half = tensors[20 * S + 1 :]
     encoded = encode(xs, encoder, counters, None, settings)

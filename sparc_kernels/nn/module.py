@@ -314,9 +314,9 @@ class AlignedSAE(nn.Module):
         Returns:
             w_enc [N, d], pre_bias [d] and latent_bias [N].
         """
-        w_enc, _, pre_bias, latent_bias = self.parameters_of(s)
-        w_enc, pre_bias, latent_bias = _autocast(w_enc, pre_bias, latent_bias)
-        return w_enc, pre_bias, latent_bias
+        w_enc, _, *biases = self.parameters_of(s)
+        cast_w_enc, pre_bias, latent_bias = _autocast(w_enc, *biases)
+        return cast_w_enc, pre_bias, latent_bias
 
     def decoder_of(self, s: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the decoder parameters of a stream, cast as autocast would.
@@ -328,8 +328,8 @@ class AlignedSAE(nn.Module):
             w_dec [d, N] and pre_bias [d].
         """
         _, w_dec, pre_bias, _ = self.parameters_of(s)
-        w_dec, pre_bias = _autocast(w_dec, pre_bias)
-        return w_dec, pre_bias
+        cast_w_dec, cast_bias = _autocast(w_dec, pre_bias)
+        return cast_w_dec, cast_bias
 
     def parameters_of(self, s: str) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter, nn.Parameter]:
         """Return w_enc [N, d], w_dec [d, N], pre_bias [d] and latent_bias [N] of a stream.

@@ -323,7 +323,8 @@ def alike(streams, width, key, most=lambda d: MAX_STREAMS):
     Returns:
         The groups, the widest stream of each first; the streams left out.
     """
-    groups, left_out = [], []
+    groups: list[tuple] = []
+    left_out = []
     for stream in sorted(streams, key=width, reverse=True):
         d, own = width(stream), key(stream)
         if own is None:
@@ -366,7 +367,7 @@ def _adam_stream_triton(*, params, grads, exp_avgs, exp_avg_sqs, scalars, normal
     for group in groups:
         _launch_adam_stream(group, hyper)
     for stream in left_out:
-        _step_stream(*stream, hyper)
+        _step_stream(stream, hyper)
 
 
 def _launch_adam_stream(streams, hyper):
@@ -391,11 +392,12 @@ THREAD_ELEMENTS = 2**15  # torch gives no thread fewer
 
 def _adam_stream_torch(*, params, grads, exp_avgs, exp_avg_sqs, scalars, normalize, beta1, beta2, eps):
     for stream in _by_stream(scalars, params, grads, exp_avgs, exp_avg_sqs):
-        _step_stream(*stream, AdamHyper(normalize, beta1, beta2, eps))
+        _step_stream(stream, AdamHyper(normalize, beta1, beta2, eps))
 
 
-def _step_stream(scalars, params, grads, exp_avgs, exp_avg_sqs, hyper):
+def _step_stream(stream, hyper):
     """Update the four parameters of one stream in torch."""
+    scalars, params, grads, exp_avgs, exp_avg_sqs = stream
     for i, (w, g, m, v) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
         if g is not None:
             own = hyper if i == DECODER else hyper.plain()

@@ -153,7 +153,8 @@ def auxk_topk(
     with torch.no_grad():
         encoder = EncoderParams([w_enc], [pre_bias], [latent_bias])
         centred = centre([x], [pre_bias], False, impl)
-        selected = select_dead(centred, encoder, *dead_first([dead], 0, impl), auxk, impl)
+        ids, count = dead_first([dead], 0, impl)
+        selected = select_dead(centred, encoder, ids, count, auxk, impl)
     return selected.indices[0], values_of(x, encoder, selected, impl)
 
 

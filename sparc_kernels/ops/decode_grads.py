@@ -473,7 +473,8 @@ def grads_of_targets(
     """
     if codes.inverse is None:
         codes = codes.with_inverse(targets[0].w.shape[0], impl)
-    T, results = len(targets), []
+    T = len(targets)
+    results: list[tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]] = []
     # buffers of all targets, or one target after the other
     alike = len({dw is None for dw in out.dws}) == 1 and (codes.shared or own_codes)
     for part in [slice(0, T)] if alike else [slice(t, t + 1) for t in range(T)]:
@@ -491,8 +492,8 @@ def grads_of_targets(
             results.append(_decode_grads(codes, *arguments, impl))
         else:
             results.append(_decode_grads_by_source(codes, *arguments, impl))
-    sqs, gs, errors = zip(*results, strict=True)
-    gs, errors = ([t for part in parts for t in part] for parts in (gs, errors))
+    sqs = [sq for sq, *_ in results]
+    gs, errors = ([t for result in results for t in result[i]] for i in (1, 2))
     return sqs[0] if alike else torch.cat(sqs), gs, errors
 
 
@@ -533,9 +534,9 @@ def _decode_grads_by_source(codes, columns, coef, keep, out, impl):
         buffers = out._replace(dvalues=out.dvalues[only], add_dw=out.add_dw or s > 0)
         kept = keep if keep == [ALL_ERRORS] else [0] if keep == [s] else []
         parts.append(_decode_grads(codes.source(s), columns, coef[:, only], kept, buffers, impl))
-    sqs, gs, errors = zip(*parts, strict=True)
-    kept = [error for of_source in errors for error in of_source]
-    error = torch.cat(kept) if keep == [ALL_ERRORS] else kept[0] if kept else gs[0][0].new_empty(0)
+    sqs, gs = [sq for sq, _, _ in parts], [g for _, g, _ in parts]
+    made = [error for _, _, errors in parts for error in errors]
+    error = torch.cat(made) if keep == [ALL_ERRORS] else made[0] if made else gs[0][0].new_empty(0)
     return torch.cat(sqs, 1), [torch.stack([g for (g,) in gs]).sum(0)], [error]
 
 

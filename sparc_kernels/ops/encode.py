@@ -283,7 +283,7 @@ def _values_backward(tensors, S, needs, impl):
         outs = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in w_encs[part]]
         totals = [c.new_empty(len(c)) for c in latent_biases[part]]
         for i, (codes, dv) in enumerate(uses):
-            inverse = (x[0] if codes.shared else x[part] for x in codes.inverse)
+            inverse = [x[0] if codes.shared else x[part] for x in codes.inverse or ()]
             coef, gate = dv[part, None], codes.gathered[part, None]
             latent_reduce_(outs, totals, *inverse, coef, None, gate, centred[part], dv.shape[2], i > 0, impl)
         sums[part] = totals

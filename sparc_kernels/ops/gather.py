@@ -523,8 +523,8 @@ def _sum_targets(parts):
 def _gather_errors_torch(*, indices, values, ws, biases, xs, keep, count):
     sqs, errors = [], []
     for t, (w, x) in enumerate(zip(ws, xs, strict=True)):
-        own = (lambda tensor: tensor) if indices.dim() == 2 else (lambda tensor, t=t: tensor[t])
-        e = gather_sum_torch(own(indices), own(values), w, biases[t]).sub_(x)
+        idx, v = (indices, values) if indices.dim() == 2 else (indices[t], values[t])
+        e = gather_sum_torch(idx, v, w, biases[t]).sub_(x)
         sqs.append(e.to(acc_dtype(w.dtype)).square().sum(2))
         errors.append(e[keep[t]].clone() if keep else w.new_empty(0))
     return torch.stack(sqs), errors

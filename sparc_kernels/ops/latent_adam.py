@@ -286,9 +286,9 @@ def _matrices(place, params, exp_avgs, exp_avg_sqs, shadows, scalars, dbiases, l
     """The encoder (place 0) or the decoder (place 1) of every stream."""
     return [
         _Matrix(
-            *(of[4 * s : 4 * s + 4] for of in (params, exp_avgs, exp_avg_sqs)),
-            shadows[2 * s + place] if shadows else None, scalars[4 * s : 4 * s + 4], dbias,
-            *(of[7 * s : 7 * s + 7] for of in (lists, aux)),
+            params=params[4 * s : 4 * s + 4], exp_avgs=exp_avgs[4 * s : 4 * s + 4],
+            exp_avg_sqs=exp_avg_sqs[4 * s : 4 * s + 4], shadow=shadows[2 * s + place] if shadows else None, scalars=scalars[4 * s : 4 * s + 4], dbias=dbias,
+            lists=lists[7 * s : 7 * s + 7], aux=aux[7 * s : 7 * s + 7],
         )
         for s, dbias in enumerate(dbiases)
     ]  # fmt: skip
@@ -319,14 +319,16 @@ _NO_LISTS = (None,) * 10 + (0,) * 4
 def _launch_update(matrices, place, k, aux_k, hyper):
     """Update the encoders or the decoders of one group of streams, the widest first."""
     params, exp_avgs, exp_avg_sqs, shadow, scalars, dbias, lists, aux = tuples(matrices)
-    w, m, v, T = *(tuple(four[place] for four in of) for of in (params, exp_avgs, exp_avg_sqs)), len(matrices)
-    widths, n, d, device, acc = tuple(t.shape[1] for t in w), *w[0].shape, w[0].device, m[0].dtype
+    w, m, v = (tuple(four[place] for four in of) for of in (params, exp_avgs, exp_avg_sqs))
+    T, widths, device, acc = len(matrices), tuple(t.shape[1] for t in w), w[0].device, m[0].dtype
+    n, d = w[0].shape
     main, S, chunk = _parts(lists, k, widths, n, acc)
     other, aux_S, aux_chunk = _parts(aux, aux_k, widths, n, acc) if aux[0] else (_NO_LISTS, 1, 1)
     encoder = place == 0
     latents = adam_rows(n) if encoder else 1
     config, programs = latent_adam_config(d, capability(device), hyper.normalize == PLAIN), cdiv(n, latents)
-    biases, dpre_bias = (None,) * 3, None
+    biases: tuple = (None,) * 3
+    dpre_bias = None
     if encoder:
         biases = tuple(tuple(four[3] for four in of) for of in (params, exp_avgs, exp_avg_sqs))
         dpre_bias = torch.empty(T, programs, d, device=device, dtype=acc)

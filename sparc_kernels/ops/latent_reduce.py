@@ -193,9 +193,10 @@ def launch_reduces(*, outs, sums, order, offsets, ids, coef, scale, gate, mats, 
     """
     M, arch, S = order.shape[-1], capability(mats[0].device), _sources(coef)
     for part, chunk in reduce_groups([out.shape[1] for out in outs], M, S, arch):
+        inverse = [t if t.dim() == 1 else t[part] for t in (order, offsets, ids)]
+        weights = [t if t is None or t.dim() < 4 else t[part] for t in (coef, gate)]
         _launch_reduce(
-            outs[part], sums[part] if sums else None, *(t if t.dim() == 1 else t[part] for t in (order, offsets, ids)),
-            *(t if t is None or t.dim() < 4 else t[part] for t in (coef, gate)), None if scale is None else scale[part],
+            outs[part], sums[part] if sums else None, inverse, weights, None if scale is None else scale[part],
             mats[part], k, add, chunk,
         )  # fmt: skip
 
@@ -229,8 +230,9 @@ def _sources(coef):
     return 1 if coef is None else coef.shape[1 if coef.dim() == 4 else 0]
 
 
-def _launch_reduce(outs, sums, order, offsets, ids, coef, gate, scale, mats, k, add, chunk):
-    """Run the kernels of `launch_reduces` once."""
+def _launch_reduce(outs, sums, inverse, weights, scale, mats, k, add, chunk):
+    """Run the kernels of `launch_reduces` once; `weights` are coef and gate."""
+    (order, offsets, ids), (coef, gate) = inverse, weights
     M, n, T, acc = order.shape[-1], offsets.shape[-1] - 1, len(mats), acc_dtype(mats[0].dtype)
     S, rows, arch = _sources(coef), mats[0].shape[-2], capability(mats[0].device)
     widths, strides_on = zip(*((out.shape[1], out.stride(0)) for out in outs), strict=True)

@@ -88,7 +88,7 @@ class Step:
         if self.graph and not self.reads_loss:
             key = self._name, self.auxk_coef, self.cross_coef, self.bf16, self.gradient_free
             optimizer = cast(SparcAdam, self.optimizer)
-            result = optimizer.graphed(self.eager, x, key, leaves_grads=not self.gradient_free)
+            result = optimizer.graphed(cast(Any, self.eager), x, key, leaves_grads=not self.gradient_free)
         loss, metrics = result or self.eager(x)
         if self.reads_loss and not loss.isfinite():
             return loss, metrics
