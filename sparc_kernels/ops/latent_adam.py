@@ -287,8 +287,9 @@ def _matrices(place, params, exp_avgs, exp_avg_sqs, shadows, scalars, dbiases, l
     return [
         _Matrix(
             params=params[4 * s : 4 * s + 4], exp_avgs=exp_avgs[4 * s : 4 * s + 4],
-            exp_avg_sqs=exp_avg_sqs[4 * s : 4 * s + 4], shadow=shadows[2 * s + place] if shadows else None, scalars=scalars[4 * s : 4 * s + 4], dbias=dbias,
-            lists=lists[7 * s : 7 * s + 7], aux=aux[7 * s : 7 * s + 7],
+            exp_avg_sqs=exp_avg_sqs[4 * s : 4 * s + 4], shadow=shadows[2 * s + place] if shadows else None,
+            scalars=scalars[4 * s : 4 * s + 4], dbias=dbias, lists=lists[7 * s : 7 * s + 7],
+            aux=aux[7 * s : 7 * s + 7],
         )
         for s, dbias in enumerate(dbiases)
     ]  # fmt: skip
