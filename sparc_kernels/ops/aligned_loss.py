@@ -226,9 +226,7 @@ class AlignedLoss(torch.autograd.Function):
             inputs.codes, inputs.aux, inputs.targets(), weights, auxk_coef,
             gradients=Gradients(need_w, inputs.pre_biases) if grads_now else None, impl=impl,
         )  # fmt: skip
-        if result.aux_terms is not None:
-            ctx.mark_non_differentiable(result.aux_terms)
-        ctx.mark_non_differentiable(result.terms)
+        ctx.mark_non_differentiable(*(t for t in (result.terms, result.aux_terms) if t is not None))
         errors = [] if inputs.aux is None else result.errors
         grads = (result.dvalues, result.daux, *result.dws, *result.dbiases) if grads_now else ()
         ctx.save_for_backward(weights, result.aux_weights, *tensors, *errors, *grads)
