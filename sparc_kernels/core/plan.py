@@ -243,8 +243,8 @@ def _places(args) -> list[Place]:
     if isinstance(args, Place):
         return [args]
     if isinstance(args, dict):
-        args = args.values()
-    return [p for a in args for p in _places(a)] if isinstance(args, (tuple, list, type({}.values()))) else []
+        args = list(args.values())
+    return [p for a in args for p in _places(a)] if isinstance(args, (tuple, list)) else []
 
 
 def layout(spans: dict[int, tuple[int, int, int]]) -> tuple[list[tuple[int, int]], int]:

@@ -154,13 +154,15 @@ class Recorder(TorchDispatchMode):
             compiled = kernel[grid](*tree_map(_plain, args), **{name: _plain(arg) for name, arg in options.items()})
         if self.refused:
             return
-        names = [] if INTERPRETED else kernel.arg_names
-        if not INTERPRETED and not hasattr(compiled, "__getitem__"):
-            self.refuse(f"{kernel}: its launch returned no compiled kernel")
         places = tuple(self._placed(arg) for arg in args)
-        if compiled is not None and not INTERPRETED:
+        if INTERPRETED:
+            compiled = None
+        elif hasattr(compiled, "__getitem__"):  # it takes all arguments in order, and no options
+            names = kernel.arg_names
             named = dict(zip(names, places, strict=False)) | {n: self._placed(a) for n, a in options.items()}
             places, options = tuple(named.get(name) for name in names), {}
+        else:
+            self.refuse(f"{kernel}: its launch returned no compiled kernel")
         self.entries.append(Launch(kernel, compiled, grid, places, options, self.on_side))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
