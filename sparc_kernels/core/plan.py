@@ -8,13 +8,13 @@ each part is live.
 
 from __future__ import annotations
 
+import operator
 import os
 import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ _functions: weakref.WeakSet[Planned] = weakref.WeakSet()
 
 
 class Plan:
-    """What a recorded function did, to be repeated.
+    """What a recorded function did, written out as a Python function that does it again.
 
     Args:
         recorder: after the function has returned.
@@ -42,200 +42,184 @@ class Plan:
     """
 
     def __init__(self, recorder: Recorder, outputs: Sequence[torch.Tensor | None]):
-        inputs, entries = recorder.inputs, recorder.entries
-        self.outputs = [None if t is None else recorder.place(t) for t in outputs]
-        self.device = next(t.device for t in inputs if t is not None)
-        self.n_inputs, self.n_buffers, self.n_events = len(inputs), recorder.n_buffers, recorder.events
-        self.uses_side = recorder.uses_side
-        self.proven = False  # Triton has taken integers for pointers
-        returned = {place.buffer for place in self.outputs if place is not None}
-        called = {p.buffer for e in entries if isinstance(e, Call) for p in _places((e.args, e.kwargs))}
-        # tensors of their own: results, operands of torch calls, and everything where kernels are interpreted
-        tensors = [b for b in recorder.like if b in returned or b in called or INTERPRETED]
-        self.allocated = [recorder.like[b] for b in tensors]
-        scratch = [b for b in recorder.like if b not in tensors and recorder.sizes[b]]
-        spans = {b: (recorder.born[b], recorder.until(b), recorder.sizes[b]) for b in scratch}
-        self.scratch, self.scratch_bytes = layout(spans)
-        held = set(range(self.n_inputs, self.n_buffers)) - set(scratch) - returned
-        drops: dict[int, list[int]] = {}
-        for buffer in held & set(recorder.freed):
-            drops.setdefault(recorder.until(buffer), []).append(buffer)
-        self.steps: list[Callable] = []
-        compiled: list[Launch] = []  # in a row
-        for i, entry in enumerate([*entries, None]):
-            if compiled and (entry is None or i in drops or not isinstance(entry, Launch)):
-                self.steps.append(_launches_step(compiled))
-                compiled = []
-            self.steps += [partial(_drop, buffer) for buffer in drops.get(i, ())]
-            if isinstance(entry, Launch) and entry.compiled is not None:
-                compiled.append(entry)
-            elif entry is not None:
-                self.steps.append(_STEPS[type(entry)](entry))
+        places = [None if t is None else recorder.place(t) for t in outputs]
+        entries = recorder.entries
+        self.device = next(t.device for t in recorder.inputs if t is not None)
         self.launches = sum(isinstance(entry, Launch) for entry in entries)
         self.calls = sum(isinstance(entry, Call) for entry in entries)
+        self.proven = False  # Triton has taken integers for pointers
+        self.refused = False  # it did not take those of the first launch
+        self.source, names = _Source(recorder, places).write()
+        names.update(plan=self, device=self.device)
+        exec(self.source, names)
+        self._repeat = names["repeat"]
 
-    def run(self, inputs: Sequence[torch.Tensor | None], scalars: Sequence[float]) -> list[torch.Tensor | None]:
+    def run(
+        self, inputs: Sequence[torch.Tensor | None], pointers: Sequence[int], scalars: Sequence[float]
+    ) -> list[torch.Tensor | None]:
         """Repeat the function.
 
         Args:
-            inputs: tensors of the recorded geometry.
+            inputs: tensors of the recorded kind.
+            pointers: of the inputs.
             scalars: its numbers.
 
         Returns:
             What the function returned, in new memory.
+
+        Raises:
+            Unproven: Triton refused the first launch of a plan that never ran.
         """
-        replay = _Replay(self, inputs, scalars)
+        if self.proven:
+            return self._repeat(inputs, pointers, scalars)
         try:
-            for step in self.steps:
-                step(replay)
+            out = self._repeat(inputs, pointers, scalars)
         except Exception as error:
-            if self.proven or replay.launched:
-                raise
-            raise Unproven(str(error)) from error
+            if self.refused:
+                raise Unproven(str(error)) from error
+            raise
         self.proven = True
-        return [None if place is None else replay.tensor(place) for place in self.outputs]
+        return out
 
 
 class Unproven(RuntimeError):
     """The first launch of a plan was refused; nothing was launched."""
 
 
-class _Replay:
-    """Memory and streams of one replay."""
+class _Source:
+    """Writes a plan as Python source: binding arguments from lists would take twice the time.
 
-    __slots__ = (
-        "events", "launched", "main", "pointers", "scalars", "scratch", "side", "side_stream", "stream", "tensors",
-    )  # fmt: skip
+    Buffer i has its tensor in `t{i}` and its pointer in `p{i}`; scratch is one allocation at `base`.
+    """
 
-    def __init__(self, plan: Plan, inputs, scalars):
-        more = plan.n_buffers - plan.n_inputs
-        self.tensors = tensors = [*inputs, *[None] * more]
-        self.pointers = pointers = [0 if t is None else t.data_ptr() for t in inputs]
-        pointers += [0] * more
-        self.scalars, self.launched = scalars, False
-        device = plan.device
-        for buffer, _, shape, stride, dtype in plan.allocated:
-            tensors[buffer] = tensor = torch.empty_strided(shape, stride, dtype=dtype, device=device)
-            pointers[buffer] = tensor.data_ptr()
-        if plan.scratch_bytes:
-            self.scratch = torch.empty(plan.scratch_bytes, dtype=torch.uint8, device=device)
-            base = self.scratch.data_ptr()
-            for buffer, offset in plan.scratch:
-                pointers[buffer] = base + offset
-        self.stream = None if INTERPRETED else _current_stream()
-        if plan.uses_side:
-            self.main, self.events = torch.cuda.current_stream(device), [None] * plan.n_events
-            self.side = second_stream(self.main.device, self.main.cuda_stream)
-            self.side_stream = self.side.cuda_stream
+    def __init__(self, recorder: Recorder, outputs: list[Place | None]):
+        self.recorder, self.outputs = recorder, outputs
+        self.names: dict[str, Any] = {
+            "torch": torch, "view": _view, "leaves": tree_leaves, "current_stream": _current_stream,
+            "second_stream": second_stream,
+        }  # fmt: skip
+        entries, like = recorder.entries, recorder.like
+        returned = {place.buffer for place in outputs if place is not None}
+        called = {p.buffer for e in entries if isinstance(e, Call) for p in _places((e.args, e.kwargs))}
+        # tensors of their own: results, operands of torch calls, and everything where kernels are interpreted
+        self.allocated = [b for b in like if b in returned or b in called or INTERPRETED]
+        scratch = [b for b in like if b not in self.allocated and recorder.sizes[b]]
+        placed, self.scratch_bytes = layout(
+            {b: (recorder.born[b], recorder.until(b), recorder.sizes[b]) for b in scratch}
+        )
+        self.scratch = dict(placed)
+        # Place of the whole tensor in each buffer, where it is known
+        self.whole = {b: like[b] for b in self.allocated}
+        for b, t in enumerate(recorder.inputs):
+            if t is not None:
+                self.whole[b] = Place(b, 0, tuple(t.shape), t.stride(), t.dtype)
+        made = range(len(recorder.inputs), recorder.n_buffers)
+        self.drops: dict[int, list[int]] = {}  # entry -> buffers that end before it
+        for b in set(made) & set(recorder.freed) - set(scratch) - returned:
+            self.drops.setdefault(recorder.until(b), []).append(b)
 
-    def tensor(self, place: Place) -> torch.Tensor:
-        """Return a tensor at a place in memory that a tensor holds."""
-        base = self.tensors[place.buffer]
-        assert base is not None, "scratch has no tensors"
-        if not place.offset and base.shape == place.shape and base.stride() == place.stride:
-            return base if base.dtype == place.dtype else base.view(place.dtype)
-        if base.dtype != place.dtype:
-            base = base.view(place.dtype)
-        return base.as_strided(place.shape, place.stride, base.storage_offset() + place.offset // base.element_size())
+    def write(self) -> tuple[str, dict[str, Any]]:
+        """Return the source of `repeat(tensors, pointers, scalars)`, and the values that it names."""
+        recorder = self.recorder
+        entries, n = recorder.entries, len(recorder.inputs)
+        compiled = [e for e in entries if isinstance(e, Launch) and e.compiled is not None]
+        used = {p.buffer for e in compiled for p in _places(e.args)}
+        lines = [_unpack("t", n, "tensors"), _unpack("p", n, "pointers")]
+        for b in self.allocated:
+            _, _, shape, stride, dtype = recorder.like[b]
+            lines.append(f"t{b} = torch.empty_strided({shape}, {stride}, dtype={dtype}, device=device)")
+            lines += [f"p{b} = t{b}.data_ptr()"] if b in used else []
+        if self.scratch_bytes:
+            lines.append(f"scratch = torch.empty({self.scratch_bytes}, dtype=torch.uint8, device=device)")
+            lines.append("base = scratch.data_ptr()")
+        if recorder.uses_side:
+            lines += ["main = torch.cuda.current_stream(device)", "side = second_stream(main.device, main.cuda_stream)"]
+            lines.append("side_stream = side.cuda_stream")
+        lines += ["stream = current_stream()", "plan.refused = True"] if compiled else []
+        for i, entry in enumerate([*entries, None]):
+            lines += [f"t{b} = None" for b in self.drops.get(i, ())]
+            if isinstance(entry, Launch):
+                lines.append(self._launch(entry))
+                lines += ["plan.refused = False"] if compiled and entry is compiled[0] else []
+            elif isinstance(entry, Call):
+                lines += self._call(entry)
+                lines += [f"p{b} = t{b}.data_ptr()" for _, b in entry.results if b in used]
+            elif isinstance(entry, Sync):
+                lines.append(_SYNCS[entry.kind].format(entry.event))
+        lines.append(f"return [{', '.join('None' if p is None else self._tensor(p) for p in self.outputs)}]")
+        return "\n    ".join(["def repeat(tensors, pointers, scalars):", *lines]), self.names
+
+    def _launch(self, entry: Launch) -> str:
+        if entry.compiled is None:
+            options = "".join(f"{name}={self._value(arg, self._tensor)}, " for name, arg in entry.options.items())
+            args = "".join(f"{self._value(arg, self._tensor)}, " for arg in entry.args)
+            return f"{self._named(entry.kernel[entry.grid])}({args}{options})"
+        launcher = self._named(entry.compiled[(*entry.grid, 1, 1)[:3]])
+        args = "".join(f"{self._value(arg, self._pointer)}, " for arg in entry.args)
+        return f"{launcher}({args}stream={'side_stream' if entry.on_side else 'stream'})"
+
+    def _call(self, entry: Call) -> list[str]:
+        args = "".join(f"{self._value(arg, self._tensor)}, " for arg in entry.args)
+        args += "".join(f"{name}={self._value(arg, self._tensor)}, " for name, arg in entry.kwargs.items())
+        call = f"{self._named(entry.func)}({args})"
+        returns = entry.func._schema.returns
+        if len(returns) == 1 and isinstance(returns[0].type, torch._C.TensorType):
+            call = f"t{entry.results[0][1]} = {call}" if entry.results else call
+            lines = []
+        else:
+            call = f"out = leaves({call})"
+            lines = [f"t{buffer} = out[{i}]" for i, buffer in entry.results]
+        return [f"with torch.cuda.stream(side): {call}" if entry.on_side else call, *lines]
+
+    def _value(self, arg, place: Callable[[Place], str]) -> str:
+        """Write an argument; `place` writes what is at a place."""
+        if isinstance(arg, Place):
+            return place(arg)
+        if isinstance(arg, Scalar):
+            number = f"scalars[{arg.position}]"
+            return number if arg.part is None else f"{self._named(arg.part)}({number})"
+        if isinstance(arg, (tuple, list)):
+            inside = "".join(f"{self._value(a, place)}, " for a in arg)
+            return f"({inside})" if isinstance(arg, tuple) else f"[{inside}]"
+        return repr(arg) if arg is None or type(arg) in (int, bool) else self._named(arg)
+
+    def _pointer(self, place: Place) -> str:
+        buffer, offset = place.buffer, place.offset
+        if buffer in self.scratch:
+            return f"base + {self.scratch[buffer] + offset}"
+        if buffer in self.recorder.like and buffer not in self.allocated:
+            return "0"  # no bytes
+        return f"p{buffer} + {offset}" if offset else f"p{buffer}"
+
+    def _tensor(self, place: Place) -> str:
+        whole = place == self.whole.get(place.buffer)
+        return f"t{place.buffer}" if whole else f"view(t{place.buffer}, {self._named(place)})"
+
+    def _named(self, value) -> str:
+        self.names[name := f"n{len(self.names)}"] = value
+        return name
+
+
+_SYNCS = {
+    "fork": "side.wait_stream(main)", "event": "event{} = side.record_event()", "wait": "main.wait_event(event{})",
+    "join": "main.wait_stream(side)",
+}  # fmt: skip
+
+
+def _unpack(letter: str, n: int, source: str) -> str:
+    return f"{''.join(f'{letter}{i}, ' for i in range(n))}= {source}"
+
+
+def _view(base: torch.Tensor, place: Place) -> torch.Tensor:
+    """Return the tensor at a place in the memory of another that begins where the place's buffer does."""
+    if base.dtype != place.dtype:
+        base = base.view(place.dtype)
+    return base.as_strided(place.shape, place.stride, base.storage_offset() + place.offset // base.element_size())
 
 
 def _current_stream() -> int:
     driver = triton.runtime.driver.active
     return driver.get_current_stream(driver.get_current_device())
-
-
-def _drop(buffer: int, replay: _Replay) -> None:
-    replay.tensors[buffer] = None
-
-
-def _interpreted_step(entry: Launch) -> Callable:
-    launcher, args = entry.kernel[entry.grid], entry.args
-
-    def step(replay):
-        launcher(*_filled(args, replay), **entry.options)
-
-    return step
-
-
-def _launches_step(entries: list[Launch]) -> Callable:
-    """Launch Triton's compiled kernels one after the other; they take pointers as integers.
-
-    Their arguments are written out as Python source, which takes half the time of filling them in from a list.
-    """
-    names: dict[str, Any] = {}
-
-    def source(arg) -> str:
-        if isinstance(arg, Place):
-            return f"p[{arg.buffer}] + {arg.offset}" if arg.offset else f"p[{arg.buffer}]"
-        if isinstance(arg, Scalar):
-            number = f"replay.scalars[{arg.position}]"
-            return number if arg.part is None else f"{named(arg.part)}({number})"
-        if isinstance(arg, tuple):
-            return f"({''.join(source(a) + ', ' for a in arg)})"
-        return repr(arg) if arg is None or type(arg) in (int, bool) else named(arg)
-
-    def named(value) -> str:
-        names[name := f"n{len(names)}"] = value
-        return name
-
-    lines = ["def step(replay):", "    p, stream = replay.pointers, replay.stream"]
-    for entry in entries:
-        launcher = named(entry.compiled[(*entry.grid, 1, 1)[:3]])
-        stream = "replay.side_stream" if entry.on_side else "stream"
-        lines.append(f"    {launcher}({''.join(source(a) + ', ' for a in entry.args)}stream={stream})")
-        if len(lines) == 3:
-            lines.append("    replay.launched = True")
-    exec("\n".join(lines), names)
-    return names["step"]
-
-
-def _call_step(entry: Call) -> Callable:
-    def run(replay):
-        out = entry.func(*_filled(entry.args, replay), **{name: _filled(a, replay) for name, a in entry.kwargs.items()})
-        if entry.results:
-            leaves = tree_leaves(out)
-            for i, buffer in entry.results:
-                replay.tensors[buffer] = leaves[i]
-                replay.pointers[buffer] = leaves[i].data_ptr()
-
-    def run_on_side(replay):
-        with torch.cuda.stream(replay.side):
-            run(replay)
-
-    return run_on_side if entry.on_side else run
-
-
-def _sync_step(entry: Sync) -> Callable:
-    def step(replay):
-        if entry.kind == "fork":
-            replay.side.wait_stream(replay.main)
-        elif entry.kind == "event":
-            replay.events[entry.event] = replay.side.record_event()
-        elif entry.kind == "wait":
-            replay.main.wait_event(replay.events[entry.event])
-        else:
-            replay.main.wait_stream(replay.side)
-
-    return step
-
-
-_STEPS = {Launch: _interpreted_step, Call: _call_step, Sync: _sync_step}
-
-
-def _filled(arg, replay):
-    """Replace places by tensors and scalars by numbers."""
-    if isinstance(arg, Place):
-        return replay.tensor(arg)
-    if isinstance(arg, Scalar):
-        return _number(arg, replay)
-    if isinstance(arg, (tuple, list)):
-        return type(arg)([_filled(a, replay) for a in arg])
-    return arg
-
-
-def _number(scalar: Scalar, replay) -> float:
-    value = replay.scalars[scalar.position]
-    return value if scalar.part is None else scalar.part(value)
 
 
 def _places(args) -> list[Place]:
@@ -303,13 +287,14 @@ class Planned:
         """
         if torch.compiler.is_compiling() or impl != "triton" or not usable():
             return self.function(tensors, *static, *scalars)
-        key = kind_of(tensors, static)
+        key, pointers = kind_of(tensors, static)
         plan = self.plans.get(key)
         if type(plan) is Plan:
-            self.plans.move_to_end(key)
+            if len(self.plans) == MOST_PLANS:  # hashes the key again
+                self.plans.move_to_end(key)
             try:
                 with on_device(plan.device):
-                    return plan.run(tensors, scalars)
+                    return plan.run(tensors, pointers, scalars)
             except Unproven as error:
                 self._refuse(key, str(error))
         elif plan is _FIRST:
@@ -348,23 +333,28 @@ def usable() -> bool:
     )
 
 
-def kind_of(tensors: Sequence[torch.Tensor | None], static: tuple) -> tuple:
-    """Return everything that launches depend on: geometry, alignment, static arguments, device and settings."""
-    kind: list = [static, current(), allow_tf32(), next(t.device for t in tensors if t is not None)]
-    pointers, views = [], False
-    for t in tensors:
-        if t is None:
-            kind.append(None)
-        else:
-            pointer, offset = t.data_ptr(), t.storage_offset()
-            views = views or offset > 0
-            if pointer:
-                pointers.append(pointer)
-            kind += [t.shape, t.stride(), t.dtype, pointer & 15, offset]
-    if views or len(set(pointers)) < len(pointers):  # which of them share a storage
-        storages = [None if t is None else t.untyped_storage()._cdata for t in tensors]
-        kind.append(tuple(storages.index(s) for s in storages))
-    return tuple(kind)
+def kind_of(tensors: Sequence[torch.Tensor | None], static: tuple) -> tuple[tuple, list[int]]:
+    """Return everything that launches depend on, and the tensors' pointers, 0 for None.
+
+    Launches depend on geometry, alignment, shared memory, static arguments, the device and settings.
+    """
+    present = [t for t in tensors if t is not None]
+    pointers, offsets = [*map(torch.Tensor.data_ptr, present)], [*map(torch.Tensor.storage_offset, present)]
+    kind = (
+        static, current(), allow_tf32(), present[0].device, *map(_SHAPE, present), *map(torch.Tensor.stride, present),
+        *map(_DTYPE, present), *[pointer & 15 for pointer in pointers], *offsets,
+    )  # fmt: skip
+    if any(offsets) or len({*pointers, 0}) <= len(pointers):  # which of them share a storage
+        storages = [t.untyped_storage()._cdata for t in present]
+        kind += (tuple(storages.index(s) for s in storages),)
+    if len(present) < len(tensors):
+        found = iter(pointers)
+        pointers = [0 if t is None else next(found) for t in tensors]
+        kind += ("None at", *(i for i, t in enumerate(tensors) if t is None))
+    return kind, pointers
+
+
+_SHAPE, _DTYPE = operator.attrgetter("shape"), operator.attrgetter("dtype")
 
 
 def forget_plans() -> None:

@@ -95,7 +95,7 @@ def _twice(tensors, factor, add):
 
 def _kinds(*calls):
     """Number of kinds of arguments that plans tell apart."""
-    return len({plan.kind_of(tensors, static) for tensors, static in calls})
+    return len({plan.kind_of(tensors, static)[0] for tensors, static in calls})
 
 
 def test_a_plan_is_for_one_kind_of_arguments():
@@ -116,15 +116,15 @@ def test_a_plan_is_for_one_kind_of_arguments():
     ]
     assert _kinds(sound, *others) == 1 + len(others)
     with as_target(Target(90)):
-        elsewhere = plan.kind_of(*sound)
-    assert elsewhere != plan.kind_of(*sound)
+        elsewhere = plan.kind_of(*sound)[0]
+    assert elsewhere != plan.kind_of(*sound)[0]
 
 
 def test_settings_of_products_have_plans_of_their_own(monkeypatch):
     x = [torch.zeros(2, device=DEVICE)]
-    before = plan.kind_of(x, ())
+    before = plan.kind_of(x, ())[0]
     monkeypatch.setattr(plan, "allow_tf32", lambda: True)
-    assert plan.kind_of(x, ()) != before
+    assert plan.kind_of(x, ())[0] != before
 
 
 def test_torch_calls_are_repeated_on_the_tensors_at_hand():
@@ -192,7 +192,7 @@ def test_compiled_kernels_get_pointers_as_integers(monkeypatch):
     kernel, x = Compiled(), torch.zeros(2, 8, device=DEVICE)
     made = _plan_of(kernel, x, monkeypatch)
     other = torch.zeros(2, 8, device=DEVICE)
-    (out,) = made.run([other], [2.25])
+    (out,) = made.run([other], [other.data_ptr()], [2.25])
     assert out is other and len(kernel.launched) == 2
     grid, (pointer, (again, (scratch, none, three)), absent, one, true, dtype, number), stream = kernel.launched[0]
     assert grid == (4, 2, 1) and stream == 7 and pointer == again == other.data_ptr() + 32
@@ -207,7 +207,7 @@ def test_a_launch_that_triton_refuses_goes_the_ordinary_way(monkeypatch, launche
     made = _plan_of(kernel, x, monkeypatch)
     made.proven = launched
     planned = plan.Planned(lambda tensors, _: [tensors[0] + 1])
-    planned.plans[plan.kind_of([x], ())] = made
+    planned.plans[plan.kind_of([x], ())[0]] = made
     if launched:
         with pytest.raises(TypeError, match="must be a tensor"):
             planned([x], (), (2.25,), impl="triton")
@@ -252,7 +252,10 @@ def test_the_second_stream_waits_as_it_did(monkeypatch):
     made = plan.Plan(recorder, [out])
     ordinary, said[:] = list(said), []
     assert recorder.until(recorder.place(y).buffer) == len(recorder.entries)
-    assert torch.equal(made.run([torch.ones(4, device=x_device)], [])[0], torch.full((4,), 5.0, device=x_device))
+    assert torch.equal(
+        made.run([ones := torch.ones(4, device=x_device)], [ones.data_ptr()], [])[0],
+        torch.full((4,), 5.0, device=x_device),
+    )
     assert said == ordinary == [
         "side waits for main", "on side", "side records", "main waits for event of side", "main waits for side",
     ]  # fmt: skip
