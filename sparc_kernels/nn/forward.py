@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from ..core.numerics import autocast_enabled
 from ..core.plan import Planned
 from ..ops.dead import count_fired_, count_fired_torch, dead_first, select_dead
 from ..ops.encode import centre_for, gather_codes, select_latents
 from ..ops.records import CODES_FLAT, EncoderParams, SparseCodes
+
+# stream -> w_enc [N, d], w_dec [d, N], pre_bias [d] and latent_bias [N]
+Parameters = dict[str, tuple[nn.Parameter, nn.Parameter, nn.Parameter, nn.Parameter]]
 
 
 class EncodeSettings(NamedTuple):
@@ -108,40 +114,45 @@ class ForwardState:
     centred: list[torch.Tensor]  # xs - pre_biases
     codes: SparseCodes
     aux: SparseCodes | None  # AuxK's codes, one source per stream
-    values: dict[str, torch.Tensor] = field(default_factory=dict)  # stream -> [B, k]
     grad: bool = True
     inference: bool = False
     autocast: dict = field(default_factory=dict)  # arguments of torch.autocast
-    parameter_versions: list[tuple[int, int]] | None = None  # None under torch.compile
-    input_versions: list[tuple[int, int]] = field(default_factory=list)
+    parameter_versions: list[int] | None = None  # None under torch.compile
+    input_versions: list[int] = field(default_factory=list)
 
-    def record(self) -> ForwardState:
-        """Record the gradient and autocast modes and the tensor versions that later reads depend on."""
-        assert self.codes.values is not None, "gathered before"
-        self.values = dict(zip(self.streams, self.codes.values.unbind(), strict=True))
+    def record(self, parameters: Parameters) -> ForwardState:
+        """Record the gradient and autocast modes and the tensor versions that later reads depend on.
+
+        Args:
+            parameters: of all streams.
+        """
         self.grad = torch.is_grad_enabled()
         self.autocast = autocast_state(self.codes.indices.device)
         if not torch.compiler.is_compiling():
             self.inference = torch.is_inference_mode_enabled()
-            self.parameter_versions = self._parameter_versions()
-            self.input_versions = [version_of(x) for x in self.inputs.values()]
+            self.parameter_versions = _versions([p for four in parameters.values() for p in four])
+            self.input_versions = _versions([*self.inputs.values()])
         return self
 
-    def _parameter_versions(self) -> list[tuple[int, int]]:
-        return [version_of(p) for s in self.model.streams for p in self.model.parameters_of(s)]
+    @cached_property
+    def values(self) -> dict[str, torch.Tensor]:
+        """The values [B, k] of each stream."""
+        return dict(zip(self.streams, self.codes.gathered.unbind(), strict=True))
 
-    def check_unchanged(self) -> None:
-        """Check that no parameter or input was modified since the forward.
+    def check_unchanged(self) -> Parameters:
+        """Check that no parameter or input was modified since the forward; return the parameters.
 
         Raises:
             RuntimeError: a parameter or an input was changed in place, or a parameter was replaced.
         """
+        parameters = self.model.parameters_by_stream()
         if self.parameter_versions is None:
-            return
-        if (now := self._parameter_versions()) != self.parameter_versions:
-            changed = next(
-                i for i, pair in enumerate(zip(now, self.parameter_versions, strict=True)) if len({*pair}) > 1
-            )
+            return parameters
+        now = _versions([p for four in parameters.values() for p in four])
+        if now != self.parameter_versions:
+            half = len(now) // 2  # identities, then versions
+            pairs = enumerate(zip(now, self.parameter_versions, strict=True))
+            changed = next(i for i, (new, old) in pairs if new != old) % half
             s = self.model.streams[changed // 4]
             names = f"encoders.{s}.weight", f"decoders.{s}.weight", f"pre_biases.{s}", f"latent_biases.{s}"
             raise RuntimeError(
@@ -149,12 +160,14 @@ class ForwardState:
                 "optimizer step, unit_norm_decoder_?); read outputs and compute the loss before that, or run forward "
                 "again"
             )
-        for (name, x), then in zip(self.inputs.items(), self.input_versions, strict=True):
-            if version_of(x) != then:
-                raise RuntimeError(
-                    f"outputs: inputs[{name!r}] was changed in place after this forward (a reused buffer?); read "
-                    "outputs and compute the loss before refilling it"
-                )
+        if (now := _versions([*self.inputs.values()])) != self.input_versions:
+            changed = next(i for i, (new, old) in enumerate(zip(now, self.input_versions, strict=True)) if new != old)
+            name = [*self.inputs][changed % len(self.inputs)]
+            raise RuntimeError(
+                f"outputs: inputs[{name!r}] was changed in place after this forward (a reused buffer?); read "
+                "outputs and compute the loss before refilling it"
+            )
+        return parameters
 
 
 def autocast_state(device: torch.device) -> dict:
@@ -164,6 +177,17 @@ def autocast_state(device: torch.device) -> dict:
     return {"device_type": device.type, "enabled": True, "dtype": torch.get_autocast_dtype(device.type)}
 
 
-def version_of(x: torch.Tensor) -> tuple[int, int]:
-    """Return the identity and the in-place version of a tensor; -1 for inference tensors, which have no version."""
-    return id(x), -1 if x.is_inference() else x._version
+def version_of(x: torch.Tensor) -> int:
+    """Return the in-place version of a tensor; -1 for inference tensors, which have none."""
+    return -1 if x.is_inference() else x._version
+
+
+def _versions(tensors: list) -> list[int]:
+    """Identities, then in-place versions."""
+    try:
+        return [*map(id, tensors), *map(_VERSION, tensors)]
+    except RuntimeError:  # an inference tensor
+        return [*map(id, tensors), *map(version_of, tensors)]
+
+
+_VERSION = operator.attrgetter("_version")

@@ -18,7 +18,7 @@ from ..ops.adam import adam_hyper, adam_scalars_, rows_of
 from ..ops.aligned_loss import Gradients, LossResult, losses_and_gradients
 from ..ops.inverse_index import InverseIndex, inverse_index_op, lists_of
 from ..ops.latent_adam import latent_adam_
-from ..ops.records import DecodeTarget, EncoderParams, WeightedLists
+from ..ops.records import EncoderParams, WeightedLists
 from .forward import Encoded, EncodeSettings, encode
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class FusedInputs(NamedTuple):
     xs: list[torch.Tensor]  # [B, d_s] in the operators' dtype
     encoder: EncoderParams
     counters: list[torch.Tensor]  # int64 [N]
-    targets: list[DecodeTarget]
+    targets: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]  # w_dec [d, N], pre_bias [d], rows [B, d]
     weights: torch.Tensor  # [T, S], weights of the loss terms
     half: list[list[torch.Tensor]] | None  # half-precision w_enc and w_dec as rows, to be updated too
 
@@ -53,22 +53,21 @@ def fused_step(
         The loss, its terms and AuxK's, as `losses_and_gradients` returns them.
     """
     streams, half = optimizer.streams(), inputs.half
-    moments = optimizer.prepare([[True] * 4 for _ in streams], streams)
+    params = [p for stream in streams for p in stream]
+    exp_avgs, exp_avg_sqs = optimizer.prepare(params, [True] * len(params))
     lr, number = optimizer.read_lr()
     group = optimizer.param_groups[0]
     tensors = [
         *inputs.xs, *(t for part in inputs.encoder for t in part), *inputs.counters,
         *(t for target in inputs.targets for t in target), inputs.weights,
-        *(rows_of(p, i) for stream in streams for i, p in enumerate(stream)),
-        *(m for ms, _ in moments for m in ms), *(v for _, vs in moments for v in vs),
-        *(w for pair in half or () for w in pair), optimizer.counts, optimizer.scalars(), lr,
-        getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None),
+        *params, *exp_avgs, *exp_avg_sqs, *(w for pair in half or () for w in pair), optimizer.counts,
+        optimizer.scalars(), lr, getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None),
     ]  # fmt: skip
     static = len(streams), settings, auxk_coef, adam_hyper(group), optimizer.impl_of(streams)
     impl = settings.impl if settings.impl == static[-1] else "torch"  # a plan is all of Triton
     loss, terms, aux_terms = _step(tensors, static, (number, group["weight_decay"]), impl=impl)
     assert loss is not None and terms is not None, "every step has a loss"
-    torch.autograd.graph.increment_version([p for stream in streams for p in stream])
+    torch.autograd.graph.increment_version(params)
     if half:
         optimizer.half_weights_written()
     optimizer._opt_called = True  # type: ignore[attr-defined]  # read by learning rate schedulers
@@ -80,9 +79,9 @@ def _step(tensors, S, settings, auxk_coef, hyper, update_impl, lr_value, decay):
     """Run `fused_step` on flat arguments."""
     *tensors, counts, scalars, lr, found_inf, grad_scale = tensors
     xs, *params_of_encoder, counters = (tensors[i : i + S] for i in range(0, 5 * S, S))
-    targets = [DecodeTarget(*tensors[i : i + 3]) for i in range(5 * S, 8 * S, 3)]
+    targets = [tuple(tensors[i : i + 3]) for i in range(5 * S, 8 * S, 3)]
     weights, encoder = tensors[8 * S], EncoderParams(*params_of_encoder)
-    params, exp_avgs, exp_avg_sqs = (tensors[i : i + 4 * S] for i in range(8 * S + 1, 20 * S + 1, 4 * S))
+    params, exp_avgs, exp_avg_sqs = (rows_of(tensors[i : i + 4 * S]) for i in range(8 * S + 1, 20 * S + 1, 4 * S))
     half = tensors[20 * S + 1 :]
     encoded = encode(xs, encoder, counters, None, settings)
     gradients = Gradients([False] * S, None, keep_errors=True)

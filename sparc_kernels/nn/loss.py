@@ -14,8 +14,7 @@ from .forward import ForwardState
 
 def loss_of(
     state: ForwardState,
-    decoders: list[tuple[torch.Tensor, torch.Tensor]],
-    xs: list[torch.Tensor],
+    targets: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
     *,
     weights: torch.Tensor,
     auxk_coef: float,
@@ -25,8 +24,7 @@ def loss_of(
 
     Args:
         state: of a forward over all streams.
-        decoders: w_dec [d, N] and pre_bias [d] of each stream.
-        xs: targets [B, d] of each stream.
+        targets: w_dec [d, N], pre_bias [d] and the rows [B, d] of each stream.
         weights: [T, S], see `term_weights`.
         auxk_coef: weight of AuxK, >= 0.
         impl: "triton" or "torch".
@@ -34,9 +32,8 @@ def loss_of(
     Returns:
         The loss, its `Terms` as one tensor, and the terms of AuxK or None.
     """
-    w_decs, pre_biases = map(list, zip(*decoders, strict=True))
-    tensors = LossInputs(state.codes, state.aux, w_decs, pre_biases, xs).flatten()
-    return AlignedLoss.apply(weights, auxk_coef, torch.is_grad_enabled(), impl, len(w_decs), *tensors)
+    tensors = LossInputs(state.codes, state.aux, *map(list, zip(*targets, strict=True))).flatten()
+    return AlignedLoss.apply(weights, auxk_coef, torch.is_grad_enabled(), impl, len(targets), *tensors)
 
 
 def term_weights(S: int, dtype: torch.dtype, device: torch.device, cross_loss_coef: float) -> torch.Tensor:

@@ -15,8 +15,8 @@ from ..core.validation import check_bool, check_int, check_number, check_tensor,
 from ..launch.budgets import MAX_K, MAX_STREAMS
 from ..ops.encode import differentiable_values
 from ..ops.joint import JointCast, wants_joint
-from ..ops.records import DecodeTarget, EncoderParams
-from .forward import EncodeSettings, ForwardState, encode, version_of
+from ..ops.records import EncoderParams
+from .forward import EncodeSettings, ForwardState, Parameters, encode, version_of
 from .fused_step import FusedInputs
 from .loss import loss_of, metrics_of, term_weights
 from .outputs import AlignedOutputs
@@ -118,19 +118,18 @@ class AlignedSAE(nn.Module):
 
         Activation checkpointing around forward and loss updates the counters once (docs/integration.md).
         """
-        streams = self._check_inputs(inputs)
-        state = self._encode(inputs, streams, torch.is_grad_enabled())
+        parameters = self.parameters_by_stream()
+        streams = self._check_inputs(inputs, parameters)
+        state = self._encode(inputs, streams, self._encoders([parameters[s] for s in streams]))
         parts = state.codes, state.aux, state.xs, state.centred, state.encoder
         state.codes, state.aux = differentiable_values(*parts, impl=state.impl)
-        return AlignedOutputs(state.record())
+        return AlignedOutputs(state.record(parameters))
 
-    def _encode(self, inputs, streams: list[str], lists: bool) -> ForwardState:
-        """Select latents, gather values, update counters; only casts of parameters and inputs are differentiable.
-
-        `lists`: build the inverse indices for gradients.
-        """
-        encoder, recomputes = self._encoders(streams), _recomputes()
-        xs, settings = self._prepare(inputs, streams, encoder, lists, recomputes)
+    def _encode(self, inputs, streams: list[str], encoder: EncoderParams) -> ForwardState:
+        """Select latents, gather values and update the counters, without gradients."""
+        recomputes = _recomputes()
+        # inverse indices are for gradients
+        xs, settings = self._prepare(inputs, streams, encoder, torch.is_grad_enabled(), recomputes)
         with torch.no_grad():
             dead = self._recalled_dead(inputs) if recomputes and self.auxk else None
             encoded = encode(xs, encoder, self._counters(streams), dead, settings)
@@ -143,7 +142,7 @@ class AlignedSAE(nn.Module):
     ) -> tuple[list[torch.Tensor], EncodeSettings]:
         """Return the inputs in the operators' dtype, and the settings of the forward."""
         dtype = encoder.w_encs[0].dtype
-        xs = [inputs[s].to(dtype) for s in streams]
+        xs = [_as(inputs[s], dtype) for s in streams]
         impl = resolve_impl(self.impl, xs[0])
         counts = (self.training or self.count_in_eval) and not recomputes
         return xs, EncodeSettings(
@@ -210,7 +209,7 @@ class AlignedSAE(nn.Module):
         check_number("cross_loss_coef", cross_loss_coef)
         same = isinstance(inputs, Mapping) and inputs.keys() == state.inputs.keys()
         same = same and all(inputs[s] is x for s, x in state.inputs.items())  # then they were checked
-        streams = state.streams if same else self._check_inputs(inputs)
+        streams = state.streams if same else self._check_inputs(inputs, self.parameters_by_stream())
         require(streams == self.streams, "inputs", f"all streams {self.streams} (the loss needs them)", repr(streams))
         encoded = state.streams
         require(encoded == self.streams, "outputs", f"a forward over all streams {self.streams}", repr(encoded))
@@ -219,12 +218,13 @@ class AlignedSAE(nn.Module):
         rows, n_rows = inputs[streams[0]].shape[0], values.shape[1]
         if rows != n_rows:
             fail("inputs", f"{n_rows} rows as in outputs", str(rows))
-        state.check_unchanged()
+        parameters = state.check_unchanged()
         with torch.set_grad_enabled(state.grad and torch.is_grad_enabled()):
             weights = term_weights(len(values), values.dtype, values.device, cross_loss_coef)
-            decoders, xs = [self.decoder_of(s) for s in streams], [inputs[s] for s in streams]
-            impl = resolve_impl(self.impl, decoders[0][0])
-            loss, terms, aux_terms = loss_of(state, decoders, xs, weights=weights, auxk_coef=auxk_coef, impl=impl)
+            decoders = _autocast([p for _, *decoder, _ in parameters.values() for p in decoder])
+            targets = [*zip(decoders[::2], decoders[1::2], [inputs[s] for s in streams], strict=True)]
+            impl = resolve_impl(self.impl, decoders[0])
+            loss, terms, aux_terms = loss_of(state, targets, weights=weights, auxk_coef=auxk_coef, impl=impl)
             return loss, metrics_of(streams, loss, terms, aux_terms, cross_loss_coef)
 
     def training_step(
@@ -274,24 +274,22 @@ class AlignedSAE(nn.Module):
         optimizer.check_fused_step(self)
         check_number("auxk_coef", auxk_coef)
         check_number("cross_loss_coef", cross_loss_coef)
-        streams = self._check_inputs(inputs)
+        parameters = self.parameters_by_stream()
+        streams = self._check_inputs(inputs, parameters)
         require(streams == self.streams, "inputs", f"all streams {self.streams} (the loss needs them)", repr(streams))
         with torch.no_grad():
             half = optimizer.half_weights()
-            encoder = self._encoders(streams, None if half is None else [w_enc for w_enc, _ in half])
-            rows = [w_dec for _, w_dec in half] if half else [self.decoder_of(s)[0].t() for s in streams]
+            encoder = self._encoders([*parameters.values()], None if half is None else [w_enc for w_enc, _ in half])
+            w_decs = [w_dec.t() for _, w_dec in half] if half else _autocast([w for _, w, *_ in parameters.values()])
             xs, settings = self._prepare(inputs, streams, encoder, True, False)
-            targets = [
-                DecodeTarget(w, bias, inputs[s]) for w, bias, s in zip(rows, encoder.pre_biases, streams, strict=True)
-            ]
+            targets = [*zip(w_decs, encoder.pre_biases, [inputs[s] for s in streams], strict=True)]
             weights = term_weights(len(streams), acc_dtype(xs[0].dtype), xs[0].device, cross_loss_coef)
             prepared = FusedInputs(xs, encoder, self._counters(streams), targets, weights, half)
             loss, terms, aux_terms = optimizer.fused_step(prepared, settings, auxk_coef)
             return loss, metrics_of(streams, loss, terms, aux_terms, cross_loss_coef)
 
-    def _encoders(self, streams, w_encs=None) -> EncoderParams:
-        """The streams' encoder parameters in the operators' dtype."""
-        params = [self.parameters_of(s) for s in streams]
+    def _encoders(self, params, w_encs=None) -> EncoderParams:
+        """The encoder parameters of some streams in the operators' dtype."""
         weights: list[torch.Tensor] = [w_enc for w_enc, *_ in params]
         if w_encs is not None:
             pass
@@ -299,11 +297,10 @@ class AlignedSAE(nn.Module):
             # the cast writes all weights anyway: adjacent, so that one library GEMM can serve all streams
             w_encs = JointCast.apply(torch.get_autocast_dtype(weights[0].device.type), *weights)
         else:
-            w_encs = list(_autocast(*weights))
+            w_encs = _autocast(weights)
         dtype = w_encs[0].dtype
-        return EncoderParams(
-            w_encs, [pre_bias.to(dtype) for _, _, pre_bias, _ in params], [bias.to(dtype) for *_, bias in params]
-        )
+        pre_biases = [_as(pre_bias, dtype) for _, _, pre_bias, _ in params]
+        return EncoderParams(w_encs, pre_biases, [_as(bias, dtype) for *_, bias in params])
 
     def encoder_of(self, s: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the encoder parameters of a stream, cast as autocast would.
@@ -315,7 +312,7 @@ class AlignedSAE(nn.Module):
             w_enc [N, d], pre_bias [d] and latent_bias [N].
         """
         w_enc, _, *biases = self.parameters_of(s)
-        cast_w_enc, pre_bias, latent_bias = _autocast(w_enc, *biases)
+        cast_w_enc, pre_bias, latent_bias = _autocast([w_enc, *biases])
         return cast_w_enc, pre_bias, latent_bias
 
     def decoder_of(self, s: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -328,7 +325,7 @@ class AlignedSAE(nn.Module):
             w_dec [d, N] and pre_bias [d].
         """
         _, w_dec, pre_bias, _ = self.parameters_of(s)
-        cast_w_dec, cast_bias = _autocast(w_dec, pre_bias)
+        cast_w_dec, cast_bias = _autocast([w_dec, pre_bias])
         return cast_w_dec, cast_bias
 
     def parameters_of(self, s: str) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter, nn.Parameter]:
@@ -343,13 +340,17 @@ class AlignedSAE(nn.Module):
             _entry(own["pre_biases"], s), _entry(own["latent_biases"], s),
         )  # fmt: skip
 
+    def parameters_by_stream(self) -> Parameters:
+        """Return `parameters_of` every stream, in the model's order."""
+        return {s: self.parameters_of(s) for s in self.streams}
+
     def _w_enc(self, s: str) -> nn.Parameter:
         return self.parameters_of(s)[0]
 
     def _w_dec(self, s: str) -> nn.Parameter:
         return self.parameters_of(s)[1]
 
-    def _check_inputs(self, inputs) -> list[str]:
+    def _check_inputs(self, inputs, parameters: Parameters) -> list[str]:
         """Check the inputs; return their streams in the model's order."""
         ok = isinstance(inputs, Mapping) and len(inputs) > 0
         require(
@@ -358,13 +359,13 @@ class AlignedSAE(nn.Module):
         for name in inputs:
             require(name in self.d_streams, "inputs", f"streams among {self.streams}", repr(name))
         streams = [s for s in self.streams if s in inputs]
-        rows, autocast = None, autocast_enabled(self._w_enc(streams[0]).device)
+        rows, autocast = None, autocast_enabled(parameters[streams[0]][0].device)
         for s in streams:
-            x, (weight, *others) = inputs[s], self.parameters_of(s)
+            x, (weight, w_dec, pre_bias, bias) = inputs[s], parameters[s]
             dtype, device = weight.dtype, weight.device
-            for p in others:
-                if p.dtype != dtype or p.device != device:
-                    self._refuse_parameter(s)
+            alike = w_dec.dtype == pre_bias.dtype == bias.dtype == dtype
+            if not (alike and w_dec.device == pre_bias.device == bias.device == device):
+                self._refuse_parameter(s)
             ok = isinstance(x, torch.Tensor) and x.dim() == 2 and x.device == device and x.shape[1] == weight.shape[1]
             ok = ok and (x.dtype == dtype or (autocast and dtype != torch.float64 and x.dtype in _DTYPES))
             if not ok or x.shape[0] != (rows or x.shape[0]) or x.shape[0] == 0:
@@ -484,7 +485,7 @@ def _recomputes() -> bool:
 
 def _identity(inputs) -> tuple:
     """Identify inputs by their memory, version and rows."""
-    return tuple((s, memory_of(x), *version_of(x)[1:], x.shape[0]) for s, x in inputs.items())
+    return tuple((s, memory_of(x), version_of(x), x.shape[0]) for s, x in inputs.items())
 
 
 def _entry(module, name: str):
@@ -507,13 +508,18 @@ def _training_step(model: AlignedSAE, optimizer, auxk_coef, cross_loss_coef, inp
     return AlignedSAE.training_step(model, inputs, optimizer, auxk_coef, cross_loss_coef)
 
 
-def _autocast(*params: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _autocast(params: list) -> list[torch.Tensor]:
     """Cast parameters as autocast would; float64 ones are kept, as in torch."""
     device = params[0].device
     if autocast_enabled(device) and params[0].dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
-        params = tuple(p.to(dtype) for p in params)
+        params = [p.to(dtype) for p in params]
     return params
+
+
+def _as(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return x.to(dtype), which takes longer where nothing is to do."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _check_streams(d_streams) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import operator
 import warnings
 from collections.abc import Callable
 
@@ -11,7 +12,7 @@ import torch
 from ..core.numerics import acc_dtype
 from ..core.registry import IMPLS, resolve_impl
 from ..core.validation import check_bool, check_number, fail, plain, require
-from ..ops.adam import MODES, SCALARS, adam_hyper, adam_update_, rows_of
+from ..ops.adam import MODES, SCALARS, adam_hyper, adam_update_
 from .forward import EncodeSettings
 from .fused_step import FusedInputs, check, fused_step
 from .graphed import Body, Inputs, Result, StepGraph, switched_on
@@ -144,30 +145,29 @@ class SparcAdam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         streams = self.streams()
-        grads = [[rows_of(p.grad, i) for i, p in enumerate(stream)] for stream in streams]
-        if any(g is not None for stream_grads in grads for g in stream_grads):
-            self._update(streams, grads)
+        params = [p for stream in streams for p in stream]
+        grads = [p.grad for p in params]
+        if any(g is not None for g in grads):
+            self._update(streams, params, grads)
         return loss
 
-    def _update(self, streams, grads):
+    def _update(self, streams, params, grads):
         group = self.param_groups[0]
-        moments = self.prepare([[g is not None for g in stream_grads] for stream_grads in grads], streams)
-        params = [rows_of(p, i) for stream in streams for i, p in enumerate(stream)]
-        flat = [g for stream_grads in grads for g in stream_grads]
-        active = sum((g is not None) << i for i, g in enumerate(flat))
+        moving = [g is not None for g in grads]
+        exp_avgs, exp_avg_sqs = self.prepare(params, moving)
+        active = sum(moves << i for i, moves in enumerate(moving))
         lr, number = self.read_lr()
         if group["max_grad_norm"] is not None and self.grad_norm is None:
             self.grad_norm = torch.zeros_like(self.scalars()[0, 0])
-        exp_avgs, exp_avg_sqs = ([t for both in moments for t in both[i]] for i in range(2))
         norm = None if group["max_grad_norm"] is None else self.grad_norm
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         own = self.counts, self._scalars, lr, found_inf, grad_scale, norm
         impl = self.impl_of(streams)
         adam_update_(
-            [*params, *flat, *exp_avgs, *exp_avg_sqs, *own], (adam_hyper(group), active, group["max_grad_norm"], impl),
+            [*params, *grads, *exp_avgs, *exp_avg_sqs, *own], (adam_hyper(group), active, group["max_grad_norm"], impl),
             (number, group["weight_decay"]), impl=impl,
         )  # fmt: skip
-        moved = [p for stream in streams for p in stream if p.grad is not None]
+        moved = [p for p, moves in zip(params, moving, strict=True) if moves]
         torch.autograd.graph.increment_version(moved)  # later reads of outputs detect the change
 
     # ------------------------------------------------------------------------------------------- steps in a CUDA graph
@@ -291,41 +291,40 @@ class SparcAdam(torch.optim.Optimizer):
         return self._scalars if s is None else self._scalars[4 * s : 4 * s + 4]
 
     def prepare(
-        self, moving: list[list[bool]], streams: list[list[torch.nn.Parameter]] | None = None
-    ) -> list[tuple[list, list]]:
+        self, params: list[torch.nn.Parameter], moving: list[bool]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Allocate missing state and return the moments.
 
         Args:
-            moving: for each stream, whether each of its four parameters is updated.
-            streams: as `streams()` returns them; None: read here.
+            params: of all streams, in the order of `streams()`.
+            moving: whether each of them is updated.
 
         Returns:
-            For each stream its first and its second moments, decoders' as rows [N, d]; an empty tensor for a parameter
-            that was never updated.
+            First and second moments, with the strides of the parameters; empty for those that were never updated.
         """
-        streams = streams or self.streams()
-        flat = [p for stream in streams for p in stream]
-        device = flat[0].device
-        for p in flat:
+        device = params[0].device
+        states = [self.state.get(p) for p in params]
+        if self.counts is not None and self.counts.device == device and all(states):
+            first, second = ([state[name] for state in states] for name in _MOMENTS)
+            if _are_like(params, first, second):
+                return first, second
+        for p in params:
             require(p.device == device, "model", f"parameters on one device, {device}", p)
         if self.counts is None or self.counts.device != device:
             group = self.param_groups[0]
             if group["capturable"]:  # the captured step reads it on the parameters' device
                 group["lr"] = torch.as_tensor(group["lr"], device=device)
             zero = torch.zeros((), device=device)
-            counts = [self.state[p]["step"].to(zero) if self.state.get(p) else zero for p in flat]
+            counts = [self.state[p]["step"].to(zero) if self.state.get(p) else zero for p in params]
             self.counts = torch.stack(counts)
-            for p, count in zip(flat, self.counts, strict=True):
+            for p, count in zip(params, self.counts, strict=True):
                 if self.state.get(p):
                     self.state[p]["step"] = count
-            wide = torch.float64 if any(p.dtype == torch.float64 for p in flat) else torch.float32
-            self._scalars = torch.zeros(len(flat), SCALARS, device=device, dtype=wide)
-        moments = []
-        for s, stream in enumerate(streams):
-            states = [self._state(p, 4 * s + i, moving[s][i]) for i, p in enumerate(stream)]
-            exp_avg, exp_avg_sq = ([rows_of(state[name], i) for i, state in enumerate(states)] for name in _MOMENTS)
-            moments.append((exp_avg, exp_avg_sq))
-        return moments
+            wide = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
+            self._scalars = torch.zeros(len(params), SCALARS, device=device, dtype=wide)
+        states = [self._state(p, i, moves) for i, (p, moves) in enumerate(zip(params, moving, strict=True))]
+        exp_avgs, exp_avg_sqs = ([state[name] for state in states] for name in _MOMENTS)
+        return exp_avgs, exp_avg_sqs
 
     def _state(self, p, index, moves):
         if not moves and not self.state.get(p):
@@ -460,6 +459,18 @@ def _like(p, tensor):
     if (tensor.dtype, tensor.device, tensor.stride()) == (dtype, p.device, p.stride()):
         return tensor
     return torch.zeros_like(p, dtype=dtype).copy_(tensor)
+
+
+def _are_like(params, first, second) -> bool:
+    """Whether all moments have the layout and device of their parameters and the accumulator dtype."""
+    strides = [*map(torch.Tensor.stride, params)]
+    if strides != [*map(torch.Tensor.stride, first)] or strides != [*map(torch.Tensor.stride, second)]:
+        return False
+    wanted = [(p.device, acc_dtype(p.dtype)) for p in params]
+    return wanted == [*map(_PLACE, first)] == [*map(_PLACE, second)]
+
+
+_PLACE = operator.attrgetter("device", "dtype")
 
 
 def _unwrapped(model) -> AlignedSAE:

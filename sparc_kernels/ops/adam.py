@@ -7,6 +7,7 @@ latent from its list of rows.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -607,14 +608,13 @@ Returns:
 """
 
 
-def rows_of(tensor: torch.Tensor | None, place: int):
-    """View the decoder's [d, N], its gradient or moments as rows [N, d]; other tensors of a stream unchanged.
+def rows_of(tensors: Sequence[torch.Tensor | None]) -> list:
+    """View the decoders' tensors [d, N], every fourth, as rows [N, d].
 
     Args:
-        tensor: one of the stream's tensors, or None.
-        place: its position among the stream's parameters.
+        tensors: parameters, gradients or moments, four of each stream; some may be None.
     """
-    return tensor.t() if tensor is not None and place == DECODER else tensor
+    return [t.t() if t is not None and i % 4 == DECODER else t for i, t in enumerate(tensors)]
 
 
 @Planned
@@ -622,8 +622,8 @@ def adam_update_(tensors, hyper, active, max_norm, impl, lr_value, decay):
     """Count a step, clip and update all parameters from their gradients; for `SparcAdam`.
 
     Args:
-        tensors: parameters, gradients (or None), first and second moments of P parameters, as `adam_stream_` takes
-            them; then steps, scalars, lr, found_inf, grad_scale and norm as `adam_scalars_` takes them.
+        tensors: parameters, gradients (or None), first and second moments of P parameters, four of each stream, the
+            decoders' [d, N]; then steps, scalars, lr, found_inf, grad_scale and norm as `adam_scalars_` takes them.
         hyper: AdamHyper.
         active: as in `adam_scalars_`.
         max_norm: to clip gradients to; None: not clipped.
@@ -632,7 +632,7 @@ def adam_update_(tensors, hyper, active, max_norm, impl, lr_value, decay):
         decay: decoupled weight decay.
     """
     P = (len(tensors) - 6) // 4
-    params, grads, exp_avgs, exp_avg_sqs = (list(tensors[i : i + P]) for i in range(0, 4 * P, P))
+    params, grads, exp_avgs, exp_avg_sqs = (rows_of(tensors[i : i + P]) for i in range(0, 4 * P, P))
     steps, scalars, lr, found_inf, grad_scale, norm = tensors[4 * P :]
     square = None
     if max_norm is not None:

@@ -30,7 +30,7 @@ class LossResult:
     daux: torch.Tensor | None = None  # [T, B, auxk]
     errors: list[torch.Tensor] = field(default_factory=list)  # per target: its own [B, d], or all [S, B, d]
     aux_errors: list[torch.Tensor] = field(default_factory=list)  # [1, B, d] each, if all errors are kept
-    dws: list[torch.Tensor | None] = field(default_factory=list)  # [N, d] each
+    dws: list[torch.Tensor | None] = field(default_factory=list)  # [d, N] each, with contiguous columns
     dbiases: list[torch.Tensor] = field(default_factory=list)  # [d] each
 
 
@@ -45,7 +45,7 @@ class Gradients(NamedTuple):
 def losses_and_gradients(
     codes: SparseCodes,
     aux: SparseCodes | None,
-    targets: list[DecodeTarget],
+    targets: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
     weights: torch.Tensor,
     auxk_coef: float,
     *,
@@ -59,7 +59,7 @@ def losses_and_gradients(
     Args:
         codes: codes of S sources.
         aux: AuxK's codes, one source for each target, or None.
-        targets: decoders and rows of T targets.
+        targets: w_dec [d, N], pre_bias [d] and the rows [B, d] of T targets.
         weights: [T, S].
         auxk_coef: >= 0.
         gradients: which ones to compute; None for the loss alone.
@@ -90,11 +90,13 @@ def _losses(tensors, T, auxk_coef, wanted, impl):
     weights, *rest = tensors
     n = 1 + CODES_FLAT
     codes, aux = (_unflat(rest[i : i + n]) for i in (0, n))
-    targets = [DecodeTarget(*rest[2 * n + 3 * t : 2 * n + 3 * t + 3]) for t in range(T)]
+    of_targets = zip(*(rest[2 * n + i : 2 * n + 3 * T : 3] for i in range(3)), strict=True)
+    targets = [DecodeTarget(w_dec.t(), bias, x) for w_dec, bias, x in of_targets]
     like = rest[2 * n + 3 * T :]
     gradients = wanted and Gradients(list(wanted[0]), like if wanted[1] else None, wanted[2])
     result = _compute(codes, aux, targets, weights, auxk_coef, gradients, impl)
-    lists = result.errors, result.aux_errors, result.dws, result.dbiases
+    dws = [None if dw is None else dw.t() for dw in result.dws]
+    lists = result.errors, result.aux_errors, dws, result.dbiases
     padded = [t for part in lists for t in [*part, *[None] * (T - len(part))]]
     head = result.loss, result.terms, result.coef, result.aux_terms, result.aux_weights, result.aux_coef
     return [*head, result.dvalues, result.daux, *padded]
@@ -116,7 +118,7 @@ def _compute(codes, aux, targets, weights, auxk_coef, gradients, impl) -> LossRe
     dws: list[torch.Tensor | None] = [None] * T
     if gradients is not None:
         dvalues = _empty_like(codes.gathered)
-        dws = [_empty_like(t.w) if want else None for t, want in zip(targets, gradients.weights, strict=True)]
+        dws = [_empty_columns(t.w) if want else None for t, want in zip(targets, gradients.weights, strict=True)]
     own_errors = aux is not None  # AuxK reconstructs the residual of the target's own reconstruction
     gs: list[torch.Tensor] = []
     if dvalues is None:  # the loss alone
@@ -156,6 +158,12 @@ def _add_auxk(result, aux, targets, own_errors, *, auxk_coef, gradients, impl):
 
 def _empty_like(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _empty_columns(w: torch.Tensor) -> torch.Tensor:
+    """Return contiguous rows like w [N, d], allocated as their transpose, which is what is returned in the end."""
+    n, d = w.shape
+    return torch.empty_strided((d, n), (1, d), dtype=w.dtype, device=w.device).t()
 
 
 class LossInputs(NamedTuple):
@@ -222,8 +230,9 @@ class AlignedLoss(torch.autograd.Function):
         )
         grads_now = grads_in_forward and (need_values or any(need_w)) and not any(need_x)
         grads_now = grads_now and inputs.w_decs[0].dtype != torch.float16 and not torch.compiler.is_compiling()
+        targets = [*zip(inputs.w_decs, inputs.pre_biases, inputs.xs, strict=True)]
         result = losses_and_gradients(
-            inputs.codes, inputs.aux, inputs.targets(), weights, auxk_coef,
+            inputs.codes, inputs.aux, targets, weights, auxk_coef,
             gradients=Gradients(need_w, inputs.pre_biases) if grads_now else None, impl=impl,
         )  # fmt: skip
         ctx.mark_non_differentiable(*(t for t in (result.terms, result.aux_terms) if t is not None))
@@ -259,16 +268,15 @@ class AlignedLoss(torch.autograd.Function):
 
 def _scaled(grads, dloss, impl):
     """Scale the forward's gradients by dloss in place; return dvalues, daux, dws and dbs."""
-    grads = [None if grad is None else grad.data for grad in grads]  # .data: saved tensors that change in place
     _scale([dloss, *(grad for grad in grads if grad is not None)], (impl,), impl=impl)
     dvalues, daux, *rest = grads
     T = len(rest) // 2
-    return dvalues, daux, [None if dw is None else dw.t() for dw in rest[:T]], rest[T:]
+    return dvalues, daux, rest[:T], rest[T:]
 
 
 @Planned
 def _scale(tensors, impl):
-    scale_(list(tensors[1:]), tensors[0], impl)
+    scale_([grad.data for grad in tensors[1:]], tensors[0], impl)  # .data: saved tensors that change in place
     return []
 
 

@@ -405,7 +405,8 @@ def trace(
         leaves, known = [*model.parameters(), *inputs.values()], []
         if update:
             adam = SparcAdam(model, **optimizer)
-            known = [t for both in adam.prepare([[True] * 4] * shape.S) for some in both for t in some]
+            params = [p for stream in adam.streams() for p in stream]
+            known = [t for moments in adam.prepare(params, [True] * len(params)) for t in moments]
             known += [adam.counts, adam.scalars()]
             known += [w for pair in adam.half_weights() or () for w in pair]
         with Tracer([*leaves, *model.buffers(), *known]) as tracer:

@@ -156,7 +156,8 @@ def test_a_captured_step_refuses_a_learning_rate_that_is_elsewhere(monkeypatch):
     """Its number would be part of the graph, and later changes of it would be lost."""
     one = step()
     adam = one.optimizer
-    adam.prepare([[True] * 4] * 2)
+    params = [p for stream in adam.streams() for p in stream]
+    adam.prepare(params, [True] * len(params))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     adam.counts = SimpleNamespace(is_cuda=True, device=torch.device("cuda:0"))
     for lr, got in ((1e-3, "a number"), (torch.tensor(1e-3), "cpu")):
