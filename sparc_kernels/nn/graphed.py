@@ -46,6 +46,9 @@ _model_hooks = operator.attrgetter(
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_compiled_call_impl"
 )
 _optimizer_hooks = operator.attrgetter("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+_version, _grad, _requires_grad, _backward_hooks, _accumulate_hooks = map(
+    operator.attrgetter, ("_version", "grad", "requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")
+)
 
 
 def switched_on() -> bool:
@@ -187,8 +190,8 @@ class _Captured:
         # kept, so that no other tensor gets their addresses
         self.tensors = [*self.moved, *optimizer.tensors_of_steps(self.params)]
         self.others = [getattr(optimizer, name, None) for name in ("found_inf", "grad_scale")]
-        self.memory, self.strides = _addresses(self.tensors), [p.stride() for p in self.params]
-        self.versions = [p._version for p in self.params]
+        self.memory, self.strides = _addresses(self.tensors), [*map(Tensor.stride, self.params)]
+        self.versions = [*map(_version, self.params)]
 
     def valid(self, optimizer) -> bool:
         """Whether the model and the optimizer still have the tensors, in the memory, that the graph uses."""
@@ -196,7 +199,7 @@ class _Captured:
             if held.get(name) is not thing:
                 return False
         group = optimizer.param_groups[0]["params"]
-        if not all(map(operator.is_, group, self.params)) or [p.stride() for p in group] != self.strides:
+        if not all(map(operator.is_, group, self.params)) or [*map(Tensor.stride, group)] != self.strides:
             return False
         return _addresses([*self.moved, *optimizer.tensors_of_steps(self.params)]) == self.memory
 
@@ -208,11 +211,11 @@ class _Captured:
             if value != self.lr_value:
                 self.lr.fill_(number_as_launched(value, optimizer.impl_of(self.params)))
                 self.lr_value = value
-        if [p._version for p in self.params] != self.versions:
+        if [*map(_version, self.params)] != self.versions:
             optimizer.refresh_shadow(seen_only=True)  # a loaded checkpoint, re-initialised latents
         self.graph.replay()
         torch.autograd.graph.increment_version(self.moved)  # later reads of outputs detect the change
-        self.versions = [p._version for p in self.params]
+        self.versions = [*map(_version, self.params)]
         for p, grad in self.grads:
             if p.grad is not grad:
                 p.grad = grad
@@ -264,7 +267,7 @@ def _kind(
             return None
     if _hooked(model, optimizer, params):
         return None
-    if not leaves_grads and any(p.grad is not None for p in params):  # the step refuses them
+    if not leaves_grads and any(grad is not None for grad in map(_grad, params)):  # the step refuses them
         return None
     lr, numbers = group["lr"], (*group["betas"], group["eps"], group["weight_decay"], group["max_grad_norm"])
     if not all(type(value) in (float, int, type(None)) for value in numbers):
@@ -273,7 +276,7 @@ def _kind(
         id(lr) if _is_on(lr, device) else None, numbers, group["normalize"], optimizer.impl,
         id(getattr(optimizer, "found_inf", None)), id(getattr(optimizer, "grad_scale", None)),
     )  # fmt: skip
-    return key, modes, layout, settings, _model_settings(model), [p.requires_grad for p in params]
+    return key, modes, layout, settings, _model_settings(model), [*map(_requires_grad, params)]
 
 
 def _modes() -> tuple | None:
@@ -321,7 +324,7 @@ def _hooked(model: AlignedSAE, optimizer: SparcAdam, params: list[nn.Parameter])
     step = vars(optimizer).get("step")
     if step is not None and not hasattr(step, "_wrapped_by_lr_sched"):  # that of a learning rate scheduler only counts
         return True
-    return any(p._backward_hooks or p._post_accumulate_grad_hooks for p in params)
+    return any(map(_backward_hooks, params)) or any(map(_accumulate_hooks, params))
 
 
 def _addresses(tensors: list[Tensor | None]) -> list[int]:
