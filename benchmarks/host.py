@@ -24,12 +24,14 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
-from sparc_kernels import AlignedSAE, SparcAdam, reference
+from sparc_kernels import AlignedSAE, GraphedStep, SparcAdam, reference
 from sparc_kernels.core.gpu_timer import event_ms, flush_buffer
+from sparc_kernels.nn import graphed
 from sparc_kernels.tools.replaced import replaced
 from sparc_kernels.tools.shape import Shape, parse_shape
 from sparc_kernels.tools.stub_driver import stub_driver
@@ -88,6 +90,7 @@ HEAD = f"{'step':<30} {'dtype':<17} {'auxk':>4} {'on':<5}" + "".join(
 )
 NOTE = f"""\
 on cpu: B {TINY["B"]}, N {TINY["N"]}, k {TINY["k"]}, d {TINY_WIDTH}, where torch's kernels take little time, ours none
+in a graph: with one that does nothing; the rest of a replay is real
 on meta: the shape itself; torch's operators are partly Python there, slower than CUDA's: an upper bound
 launches: of Triton; in them: share of the time in Triton's code; torch: calls of its operators; kernels: those of them
 that launch something; own: calls of the package's operators"""
@@ -152,16 +155,27 @@ def two_calls(s: Setting) -> Callable[[], object]:
     return step
 
 
-def training_step(s: Setting) -> Callable[[], object]:
-    """`AlignedSAE.training_step`, under autocast with half-precision copies of the weights as in the Trainer."""
+def captured_calls(s: Setting) -> Callable[[], object]:
+    """The same loop by `GraphedStep`."""
     model, x = s.model(), s.inputs()
-    adam = SparcAdam(model, 0.0, shadow=s.half)
+    adam = SparcAdam(model, 0.0, graph=True)
+    return partial(GraphedStep(model, adam, autocast=s.half), x)
 
-    def step():
-        with s.autocast():
-            model.training_step(x, adam)
 
-    return step
+def training_step(graph: bool = False):
+    """`AlignedSAE.training_step`, under autocast with half-precision copies of the weights as in the Trainer."""
+
+    def build(s: Setting) -> Callable[[], object]:
+        model, x = s.model(), s.inputs()
+        adam = SparcAdam(model, 0.0, shadow=s.half, graph=graph)
+
+        def step():
+            with s.autocast():
+                model.training_step(x, adam)
+
+        return step
+
+    return build
 
 
 def trainer(gradient_free: bool = False, graph: bool = False):
@@ -169,7 +183,8 @@ def trainer(gradient_free: bool = False, graph: bool = False):
 
     def build(s: Setting) -> Callable[[], object]:
         model, x = s.model(), s.inputs()
-        adam = SparcAdam(model, 0.0, capturable=graph, shadow=s.half if gradient_free else None)
+        half = s.half if gradient_free else None
+        adam = SparcAdam(model, 0.0, capturable=graph, shadow=half, graph=graph)
         rng = torch.Generator("cuda" if s.device == "cuda" else "cpu")
         step = Step(model, adam, rng, reinit_every=0, bf16=s.half is not None, gradient_free=gradient_free, graph=graph)
         step.reads_loss = False  # as on CUDA
@@ -215,10 +230,11 @@ def _total_loss(matrix, aux, auxk_coef=1 / 32, cross_coef=1.0):
 
 
 OURS = {
-    "two calls": two_calls, "training_step": training_step, "Trainer's step": trainer(),
+    "two calls": two_calls, "training_step": training_step(), "Trainer's step": trainer(),
     "Trainer's step, gradient_free": trainer(gradient_free=True),
 }  # fmt: skip
 GRAPHS = {
+    "two calls, in a graph": captured_calls, "training_step, in a graph": training_step(graph=True),
     "Trainer's step, in a graph": trainer(graph=True),
     "gradient_free, in a graph": trainer(gradient_free=True, graph=True),
 }  # fmt: skip
@@ -235,12 +251,28 @@ def steps_of(
             Setting(tiny, dtype, min(auxk, tiny.k), "cpu"), *([Setting(shape, dtype, auxk, "meta")] if meta else []),
         ]  # fmt: skip
         for where in places:
-            builds = OURS | (GRAPHS if cuda else {})
+            builds = OURS | (GRAPHS if where.device != "meta" else {})
             if where.device != "meta" or where.half is None:  # torch's operators know no autocast on meta
                 builds = builds | {DENSE: dense}
             for what, build in builds.items():
                 row = Row(what, dtype, auxk, where.device, *(str(s).rsplit(", ", 1)[0] for s in (shape, where.shape)))
                 yield row, partial(build, where)
+
+
+@contextmanager
+def idle_graphs() -> Iterator[None]:
+    """Context in which steps on a CPU are captured and replayed as on CUDA, by a graph that does nothing.
+
+    What a replay does on the host besides the driver's launch is real: its checks, copies and results.
+    """
+    idle = SimpleNamespace(replay=lambda: None, wait_stream=lambda other: None)
+    fakes = {name: lambda *_: idle for name in ("CUDAGraph", "Stream", "current_stream", "set_stream")}
+    contexts = {name: lambda *_, **__: nullcontext() for name in ("graph", "stream")}
+    with (
+        replaced(torch.cuda, **fakes, **contexts, is_current_stream_capturing=lambda: False),
+        replaced(graphed, _DEVICE="cpu"),
+    ):
+        yield
 
 
 # ------------------------------------------------------------------------------------------------------------ counting
@@ -427,7 +459,8 @@ def measure(shapes: list[Shape], dtypes: list[str], args, stub) -> list[Row]:
     """All rows, those of a shape in turns; `stub`: the driver, None on a GPU."""
     rows = []
     with (
-        autocast_on_meta() if stub else nullcontext(), library_topk(), replaced(reference, total_loss=_total_loss),
+        autocast_on_meta() if stub else nullcontext(), idle_graphs() if stub else nullcontext(), library_topk(),
+        replaced(reference, total_loss=_total_loss),
         warnings.catch_warnings(),
     ):  # fmt: skip
         warnings.simplefilter("ignore")

@@ -76,7 +76,7 @@ def _ours_direct(context: Context, problem: Problem, dtype: str) -> Job:
     """`AlignedSAE.training_step`, which makes no gradients: they are read off its first step's moments."""
     kind, _, autocast, _ = PRECISIONS[dtype]
     model, inputs = problem.model(kind), problem.inputs(kind)
-    adam, held = SparcAdam(model, 0.0, shadow=autocast), {}
+    adam, held = SparcAdam(model, 0.0, shadow=autocast, graph=False), {}
 
     def step():
         with precision(dtype, problem.device):

@@ -38,12 +38,14 @@ def test_every_row_is_printed_and_recorded(measured):
     assert made["schema"] == host.SCHEMA and made["environment"]["threads"] == 1
     assert made["environment"]["command"][:4] == ["python", "-m", "benchmarks", "host"]
     rows = {row["what"]: row for row in made["rows"]}
-    assert list(rows) == [*host.OURS, host.DENSE] and len(made["rows"]) == len(rows)
+    assert list(rows) == [*host.OURS, *host.GRAPHS, host.DENSE] and len(made["rows"]) == len(rows)
     for what, row in rows.items():
         assert any(line.startswith(what) for line in said.splitlines())
         assert 0 < row["host_ms"] <= row["median_ms"] and row["cpu_ms"] > 0 and row["device_ms"] is None
         assert row["torch_calls"] > row["torch_kernels"] > 0 and row["repeats"] == 2
-        assert (row["launches"] > 0) == (what != host.DENSE) and row["operators"] >= 0
+        assert (row["launches"] > 0) == (what in host.OURS) and row["operators"] >= 0
+        # a replay copies inputs and results, whatever the step does
+        assert (row["torch_calls"] < 6) == (what in host.GRAPHS)
         assert 0 <= row["launch_share"] <= 1  # of a few samples
     for word in ("CUDA's driver does nothing", "load average", "x Triton launches +", "an upper bound", "commit"):
         assert word in said
