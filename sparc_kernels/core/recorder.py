@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -43,7 +44,7 @@ def recorded(inputs: Sequence[torch.Tensor | None]) -> Iterator[Recorder]:
         inputs: the tensors that may differ in every replay.
     """
     recorder = Recorder(inputs)
-    with recorder:
+    with recorder, _NoScalars():
         _local.recorder = recorder
         try:
             yield recorder
@@ -52,10 +53,15 @@ def recorded(inputs: Sequence[torch.Tensor | None]) -> Iterator[Recorder]:
 
 
 class Scalar(float):
-    """A number that may differ in every replay; plain numbers are constants of a plan."""
+    """A number that may differ in every replay; plain numbers are constants of a plan.
+
+    What is computed from it would be a constant too: while a plan is recorded, arithmetic, comparisons and torch calls
+    with it refuse the plan. `derived` is the way to compute with it.
+    """
 
     position: int
     part: Callable[[float], float] | None
+    __hash__ = float.__hash__  # lost with __eq__
 
     @classmethod
     def make(cls, value: float, position: int, part: Callable[[float], float] | None = None) -> Scalar:
@@ -65,9 +71,36 @@ class Scalar(float):
         return scalar
 
 
+def _refusing(name: str) -> Callable:
+    method = getattr(float, name)
+
+    def compute(self, *others):
+        if (recorder := recording()) is not None:
+            recorder.refuse(_COMPUTED)
+        return method(self, *others)
+
+    return compute
+
+
+_COMPUTED = "a number that differs between calls is computed with (`derived` may)"
+_binary = ("add", "sub", "mul", "truediv", "floordiv", "mod", "divmod", "pow")
+_others = ("neg", "pos", "abs", "round", "trunc", "floor", "ceil", "int", "float", "bool")
+for _name in (*_binary, *(f"r{name}" for name in _binary), *_others, "eq", "ne", "lt", "le", "gt", "ge"):
+    setattr(Scalar, f"__{_name}__", _refusing(f"__{_name}__"))
+
+
+class _NoScalars(TorchFunctionMode):
+    """Refuse plans whose torch calls take a `Scalar`: below, torch makes a plain number of it."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if any(isinstance(arg, Scalar) for arg in tree_leaves((args, kwargs))) and (recorder := recording()):
+            recorder.refuse(_COMPUTED)
+        return func(*args, **(kwargs or {}))
+
+
 def derived(number: float, part: Callable[[float], float]) -> float:
     """Return part(number), computed anew in every replay if the number is a `Scalar` as it was passed in."""
-    value = part(float(number))
+    value = part(_plain(number))
     return Scalar.make(value, number.position, part) if isinstance(number, Scalar) else value
 
 
@@ -262,4 +295,4 @@ _HOST_READS = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "
 
 
 def _plain(arg):
-    return float(arg) if isinstance(arg, Scalar) else arg
+    return float.__float__(arg) if isinstance(arg, Scalar) else arg

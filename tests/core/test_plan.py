@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparc_kernels import AlignedSAE, SparcAdam
 from sparc_kernels.core import plan
-from sparc_kernels.core._triton import HAS_TRITON
-from sparc_kernels.core.recorder import Launch, Recorder, Scalar, derived, recorded
+from sparc_kernels.core._triton import HAS_TRITON, tl, triton
+from sparc_kernels.core.recorder import Launch, Recorder, Scalar, derived, launch, recorded
 from sparc_kernels.core.side_stream import SideStream
 from sparc_kernels.core.target import Target, as_target
 from sparc_kernels.nn import forward
@@ -157,6 +157,40 @@ def test_what_cannot_be_repeated_runs_as_usual_and_says_so_once(fault):
         assert torch.equal(out, x + (1.0 if "tensor" in fault else 3.0 * i)), i
     (text,) = said
     assert text.startswith("launches of function are prepared anew in every call: ")
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [lambda x, lr: x * lr, lambda x, lr: lr * x, lambda x, lr: x + 2 * lr, lambda x, lr: x + (lr if lr > 1 else 1),
+     lambda x, lr: torch.full_like(x, lr), lambda x, lr: x.add(x, alpha=lr), lambda x, lr: x + float(lr),
+     lambda x, lr: x if lr else x + 1, lambda x, lr: x + lr**2, lambda x, lr: x - int(lr == 2)],
+)  # fmt: skip
+def test_numbers_that_a_plan_would_freeze_refuse_it(compute):
+    planned = plan.Planned(lambda tensors, lr: [compute(tensors[0], lr) + 0])
+    x = torch.ones(3, device=DEVICE)
+    with pytest.warns(RuntimeWarning, match="prepared anew in every call: a number that differs between calls"):
+        for lr in (0.5, 1.5, 2.0, 0.0):
+            assert torch.equal(planned([x], (), (lr,), impl="triton")[0], compute(x, lr) + 0)
+    assert [*planned.plans.values()] == [plan._REFUSED]
+
+
+@triton.jit
+def _store(out_ptr, root, number):
+    tl.store(out_ptr, root)
+    tl.store(out_ptr + 1, number)
+
+
+def test_what_is_derived_from_a_number_is_computed_anew():
+    def function(tensors, lr):
+        out = torch.empty_like(tensors[0])
+        launch(_store, (1,))(out, derived(lr, math.sqrt), lr)
+        return [out]
+
+    planned = plan.Planned(function)
+    for lr in (4.0, 9.0, 16.0, 25.0):
+        (out,) = planned([torch.zeros(2, device=DEVICE)], (), (lr,), impl="triton")
+        assert out.tolist() == [math.sqrt(lr), lr]
+    assert type(*planned.plans.values()) is plan.Plan
 
 
 class Compiled:
