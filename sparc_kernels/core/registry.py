@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ._triton import HAS_TRITON, INTERPRETED
-from .numerics import no_autocast
+from .numerics import autocast_enabled, no_autocast
 from .target import current
 
 NAMESPACE = "sparc_kernels"
@@ -59,8 +59,10 @@ def register(name: str, schema: str, *, torch_impl, triton_impl, fake):
 
     def dispatch(*args):
         device = next(_tensors(args)).device
-        with no_autocast(device), on_device(device):
-            return OPERATORS[name].run(*args)
+        if autocast_enabled(device) or _is_elsewhere(device):  # empty contexts would take 2 us
+            with no_autocast(device), on_device(device):
+                return OPERATORS[name].run(*args)
+        return OPERATORS[name].run(*args)
 
     torch.library.impl(qualname, "default")(dispatch)  # every device; Triton is chosen by `impl`
     torch.library.register_fake(qualname)(lambda *args: fake(**dict(zip(names, args, strict=False))))
@@ -69,9 +71,11 @@ def register(name: str, schema: str, *, torch_impl, triton_impl, fake):
 
 def on_device(device: torch.device):
     """Context in which kernels are launched on the device: Triton uses the current one, not the tensors'."""
-    if device.type != "cuda" or device.index is None or device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(device)
+    return torch.cuda.device(device) if _is_elsewhere(device) else nullcontext()
+
+
+def _is_elsewhere(device: torch.device) -> bool:
+    return device.type == "cuda" and device.index is not None and device.index != torch.cuda.current_device()
 
 
 def _tensors(args):
