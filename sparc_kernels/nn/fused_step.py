@@ -165,7 +165,7 @@ def check(optimizer: SparcAdam, model: AlignedSAE) -> None:
             "use compute_loss, backward and optimizer.step to clip)",
             repr(optimizer.param_groups[0]["max_grad_norm"]),
         )
-    if all(p.requires_grad and p.grad is None for s in model.streams for p in model.parameters_of(s)):
+    if all(p.requires_grad and p.grad is None for four in model.parameters_by_stream().values() for p in four):
         return
     for name, p in model.named_parameters():
         require(p.requires_grad, name, "a parameter that is trained (requires_grad)", "one that is not")

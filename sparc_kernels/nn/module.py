@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -334,15 +334,20 @@ class AlignedSAE(nn.Module):
         Args:
             s: name of the stream.
         """
-        own = self._modules
-        return (
-            _entry(_entry(own["encoders"], s), "weight"), _entry(_entry(own["decoders"], s), "weight"),
-            _entry(own["pre_biases"], s), _entry(own["latent_biases"], s),
-        )  # fmt: skip
+        encoders: Any = self.encoders
+        decoders: Any = self.decoders
+        return encoders[s].weight, decoders[s].weight, self.pre_biases[s], self.latent_biases[s]
 
     def parameters_by_stream(self) -> Parameters:
         """Return `parameters_of` every stream, in the model's order."""
-        return {s: self.parameters_of(s) for s in self.streams}
+        own: Any = self._modules
+        encoders, decoders = own["encoders"]._modules, own["decoders"]._modules
+        pre_biases, latent_biases = own["pre_biases"]._parameters, own["latent_biases"]._parameters
+        try:  # the modules' own tables: a tenth of the time of attributes
+            weights = [(encoders[s]._parameters["weight"], decoders[s]._parameters["weight"]) for s in self.streams]
+            return {s: (*pair, pre_biases[s], latent_biases[s]) for s, pair in zip(self.streams, weights, strict=True)}
+        except KeyError:  # parametrized
+            return {s: self.parameters_of(s) for s in self.streams}
 
     def _w_enc(self, s: str) -> nn.Parameter:
         return self.parameters_of(s)[0]
@@ -486,14 +491,6 @@ def _recomputes() -> bool:
 def _identity(inputs) -> tuple:
     """Identify inputs by their memory, version and rows."""
     return tuple((s, memory_of(x), version_of(x), x.shape[0]) for s, x in inputs.items())
-
-
-def _entry(module, name: str):
-    """Return getattr(module, name); module's own tables first, which takes a third of the time."""
-    found = module._parameters.get(name)
-    if found is None:
-        found = module._modules.get(name)
-    return getattr(module, name) if found is None else found
 
 
 _REMEMBERED = 8  # forwards whose dead latents are kept

@@ -6,6 +6,7 @@ import numbers
 import operator
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -221,7 +222,7 @@ class SparcAdam(torch.optim.Optimizer):
             ValueError: two of them are one parameter.
         """
         m = self.model
-        params = [[*m.parameters_of(s)] for s in m.streams]
+        params = [[*four] for four in m.parameters_by_stream().values()]
         if len({id(p) for stream in params for p in stream}) < 4 * len(params):
             _refuse_shared(m, params)
         return params
@@ -303,7 +304,7 @@ class SparcAdam(torch.optim.Optimizer):
             First and second moments, with the strides of the parameters; empty for those that were never updated.
         """
         device = params[0].device
-        states = [self.state.get(p) for p in params]
+        states: list[Any] = [self.state.get(p) for p in params]
         if self.counts is not None and self.counts.device == device and all(states):
             first, second = ([state[name] for state in states] for name in _MOMENTS)
             if _are_like(params, first, second):
