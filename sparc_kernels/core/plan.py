@@ -290,8 +290,8 @@ class Planned:
         key, pointers = kind_of(tensors, static)
         plan = self.plans.get(key)
         if type(plan) is Plan:
-            if len(self.plans) == MOST_PLANS:  # hashes the key again
-                self.plans.move_to_end(key)
+            if len(self.plans) == MOST_PLANS:  # it is the latest; another thread may have dropped it
+                self.plans[key] = self.plans.pop(key, plan)
             try:
                 with on_device(plan.device):
                     return plan.run(tensors, pointers, scalars)
