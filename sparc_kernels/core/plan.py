@@ -49,9 +49,10 @@ class Plan:
         self.calls = sum(isinstance(entry, Call) for entry in entries)
         self.proven = False  # Triton has taken integers for pointers
         self.refused = False  # it did not take those of the first launch
-        self.source, names = _Source(recorder, places).write()
+        source, names = _Source(recorder, places).write()
+        self.source = source
         names.update(plan=self, device=self.device)
-        exec(self.source, names)
+        exec(source, names)
         self._repeat = names["repeat"]
 
     def run(
