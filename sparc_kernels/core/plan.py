@@ -114,9 +114,9 @@ class _Source:
         for b, t in enumerate(recorder.inputs):
             if t is not None:
                 self.whole[b] = Place(b, 0, tuple(t.shape), t.stride(), t.dtype)
-        made = range(len(recorder.inputs), recorder.n_buffers)
+        results = {b for e in entries if isinstance(e, Call) for _, b in e.results}
         self.drops: dict[int, list[int]] = {}  # entry -> buffers that end before it
-        for b in set(made) & set(recorder.freed) - set(scratch) - returned:
+        for b in sorted({*self.allocated, *results} & set(recorder.freed) - returned):
             self.drops.setdefault(recorder.until(b), []).append(b)
 
     def write(self) -> tuple[str, dict[str, Any]]:
@@ -169,7 +169,7 @@ class _Source:
             lines = []
         else:
             call = f"out = leaves({call})"
-            lines = [f"t{buffer} = out[{i}]" for i, buffer in entry.results]
+            lines = [*(f"t{buffer} = out[{i}]" for i, buffer in entry.results), "out = None"]
         return [f"with torch.cuda.stream(side): {call}" if entry.on_side else call, *lines]
 
     def _value(self, arg, place: Callable[[Place], str]) -> str:
