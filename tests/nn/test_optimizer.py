@@ -660,9 +660,9 @@ def test_the_optimizer_never_waits_for_the_device(dtype, update):
     for topk_type in ("global", "local"):
         for auxk in (True, False):
             traced = trace(shape, topk_type=topk_type, auxk=auxk, update=update, max_grad_norm=clip)
-            # nothing outlives the step but AuxK's lists of dead latents, which the module remembers for checkpointing
-            lists = 4 * 2 * (2048 + 4) if auxk else 0  # ids and padded counts, int32
-            assert traced.live_bytes_at_end == (lists + 4 if update == "dense" else 0), traced.largest  # 4: the norm
+            # nothing outlives the step but AuxK's masks of dead latents, which the module remembers for checkpointing
+            masks = 2 * 2048 if auxk else 0
+            assert traced.live_bytes_at_end == (masks + 4 if update == "dense" else 0), traced.largest  # 4: the norm
 
 
 def test_launches_of_the_optimizer():
