@@ -11,7 +11,7 @@ from conftest import DEVICE, KERNEL_DTYPE
 
 from sparc_kernels import AlignedSAE, SparcAdam
 from sparc_kernels.ops import adam as ops_adam
-from sparc_kernels.ops import joint, latent_adam
+from sparc_kernels.ops import adam_update, joint, latent_adam
 from sparc_kernels.tools.shape import Shape
 from sparc_kernels.tools.trace import trace
 
@@ -509,6 +509,7 @@ def test_layouts_and_widths_that_the_kernels_do_not_take(impl, monkeypatch):
             ours.decoder_layout_("contiguous")  # the moments follow
         if i == 2:
             monkeypatch.setattr(ops_adam, "ADAM_WIDTH", 13)
+            monkeypatch.setattr(adam_update, "ADAM_WIDTH", 13)
             monkeypatch.setattr(latent_adam, "ADAM_WIDTH", 13)
             ours.decoder_layout_("rows")
         backward(ours, x)
