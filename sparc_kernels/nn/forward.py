@@ -39,14 +39,14 @@ class Encoded(NamedTuple):
     centred: list[torch.Tensor]  # [B, d_s]
     codes: SparseCodes
     aux: SparseCodes | None
-    dead: list[torch.Tensor] | None  # what `dead_first` returned for AuxK
+    dead: torch.Tensor | None  # bool [S, N], what AuxK may select
 
 
 def encode(
     xs: list[torch.Tensor],
     encoder: EncoderParams,
     counters: list[torch.Tensor],
-    dead: list[torch.Tensor] | None,
+    dead: torch.Tensor | None,
     settings: EncodeSettings,
 ) -> Encoded:
     """Select latents, gather their values, update the dead counters and select for AuxK, without gradients.
@@ -55,19 +55,17 @@ def encode(
         xs: [B, d_s] of S streams.
         encoder: their encoders.
         counters: int64 [N], of S streams.
-        dead: as `dead_first` returns it, what AuxK may select; None: by the counters.
+        dead: bool [S, N], what AuxK may select; None: by the counters.
         settings: of the forward.
     """
-    listed = [None, None] if dead is None else dead
-    flat = _encode([*xs, *encoder.w_encs, *encoder.pre_biases, *encoder.latent_biases, *counters, *listed],
+    flat = _encode([*xs, *encoder.w_encs, *encoder.pre_biases, *encoder.latent_biases, *counters, dead],
                    (len(xs), settings), impl=settings.impl)  # fmt: skip
     parts = iter(flat)
     centred, (values, aux_values) = [next(parts) for _ in xs], (next(parts), next(parts))
     codes, aux = ([next(parts) for _ in range(CODES_FLAT)] for _ in range(2))
-    dead = [*parts] or None
     return Encoded(
         centred, SparseCodes.unflatten(values, codes),
-        None if aux_values is None else SparseCodes.unflatten(aux_values, aux), dead,
+        None if aux_values is None else SparseCodes.unflatten(aux_values, aux), next(parts),
     )  # fmt: skip
 
 
@@ -75,15 +73,15 @@ def encode(
 def _encode(tensors, S, settings):
     k, topk_type, auxk, lists, counts, fires_above, dead_after, impl = settings
     xs, w_encs, pre_biases, latent_biases, counters = (list(tensors[i : i + S]) for i in range(0, 5 * S, S))
-    dead, local = tensors[5 * S :], topk_type == "local"
-    given = dead[0] is not None
+    given, local = tensors[5 * S], topk_type == "local"
+    dead = None if given is None or not auxk else dead_first(given.unbind(), 0, impl)
     encoder = EncoderParams(w_encs, pre_biases, latent_biases)
     centred = centre_for(xs, w_encs, pre_biases, impl)
     selected = select_latents(centred, w_encs, latent_biases, k, topk_type, impl=impl)
     # one inverse index serves every gradient, and is only built for gradients
     codes = gather_codes(SparseCodes(selected, None), centred, encoder, lists, impl)
     # officially AuxK reads the counters before the update in local mode, after it in global mode
-    if auxk and local and not given:
+    if auxk and local and dead is None:
         dead = dead_first(counters, dead_after, impl)
     if counts:
         if local and torch.compiler.is_compiling():
@@ -91,14 +89,12 @@ def _encode(tensors, S, settings):
             count_fired_torch(counters, selected, codes.gathered, fires_above)
         else:
             count_fired_(counters, selected, codes.gathered, fires_above, impl)
-    aux = None
+    aux = mask = None
     if auxk:
-        if not given and not local:
-            dead = dead_first(counters, dead_after, impl)
-        ids, n_dead = dead
+        ids, n_dead, mask = dead or dead_first(counters, dead_after, impl)
         aux = gather_codes(select_dead(centred, encoder, ids, n_dead, auxk, impl), centred, encoder, lists, impl)
     aux_flat = [None] * CODES_FLAT if aux is None else aux.flatten()
-    return [*centred, codes.values, aux and aux.values, *codes.flatten(), *aux_flat, *(dead if auxk else ())]
+    return [*centred, codes.values, aux and aux.values, *codes.flatten(), *aux_flat, mask]
 
 
 @dataclass

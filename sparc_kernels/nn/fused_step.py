@@ -14,11 +14,12 @@ import torch
 from ..core.plan import Planned
 from ..core.recorder import call
 from ..core.validation import fail, require
-from ..ops.adam import adam_hyper, adam_scalars_, rows_of
+from ..ops.adam import adam_hyper, rows_of
 from ..ops.aligned_loss import Gradients, LossResult, losses_and_gradients
 from ..ops.inverse_index import InverseIndex, inverse_index_op, lists_of
 from ..ops.latent_adam import latent_adam_
 from ..ops.records import EncoderParams, WeightedLists
+from ..ops.step_scalars import adam_scalars_
 from .forward import Encoded, EncodeSettings, encode
 
 if TYPE_CHECKING:

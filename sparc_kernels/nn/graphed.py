@@ -24,7 +24,7 @@ from torch.utils._device import DeviceContext
 from ..core.numerics import allow_tf32, autocast_enabled
 from ..core.registry import on_device
 from ..core.validation import require
-from ..ops.adam import number_as_launched
+from ..ops.step_scalars import number_as_launched
 
 if TYPE_CHECKING:
     from .module import AlignedSAE

@@ -99,7 +99,7 @@ class AlignedSAE(nn.Module):
         self.unit_norm_decoder_()
         self.register_load_state_dict_post_hook(_restore_layout)
         # of the latest forwards, for recomputation by activation checkpointing
-        self._recent_dead: dict[tuple, list[torch.Tensor]] = {}
+        self._recent_dead: dict[tuple, torch.Tensor] = {}
 
     # ------------------------------------------------------------------------------------------------ forward and loss
 
@@ -152,7 +152,7 @@ class AlignedSAE(nn.Module):
     def _counters(self, streams: list[str]) -> list[torch.Tensor]:
         return [getattr(self, f"stats_last_nonzero_{s}") for s in streams]
 
-    def _recalled_dead(self, inputs) -> list[torch.Tensor] | None:
+    def _recalled_dead(self, inputs) -> torch.Tensor | None:
         """Return the dead latents of the forward that activation checkpointing runs again; None: by the counters."""
         counts = self.training or self.count_in_eval
         if (dead := self._recent_dead.get(_identity(inputs))) is not None or not counts:
@@ -163,7 +163,7 @@ class AlignedSAE(nn.Module):
             "run backward sooner or set auxk=None"
         )
 
-    def _remember_dead(self, inputs, dead: list[torch.Tensor]) -> None:
+    def _remember_dead(self, inputs, dead: torch.Tensor) -> None:
         """Keep the dead latents of a forward, for activation checkpointing."""
         key = _identity(inputs)
         self._recent_dead.pop(key, None)

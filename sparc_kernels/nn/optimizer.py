@@ -13,7 +13,9 @@ import torch
 from ..core.numerics import acc_dtype
 from ..core.registry import IMPLS, resolve_impl
 from ..core.validation import check_bool, check_number, fail, plain, require
-from ..ops.adam import MODES, SCALARS, adam_hyper, adam_update_
+from ..ops.adam import MODES, adam_hyper
+from ..ops.adam_update import adam_update_
+from ..ops.step_scalars import SCALARS
 from .forward import EncodeSettings
 from .fused_step import FusedInputs, check, fused_step
 from .graphed import Body, Inputs, Result, StepGraph, switched_on

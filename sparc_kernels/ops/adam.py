@@ -1,27 +1,25 @@
 """Adam step over the parameters of a stream: unit norm of decoder rows, projection and update in one pass.
 
-`SparcAdam` calls these operators with dense gradients; `latent_adam.py` calls the device function `step` to update each
-latent from its list of rows.
+From gradients in memory, for `adam_update.py`; `latent_adam.py` calls the device function `step` to update each latent
+from its list of rows.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from ..core._triton import INTERPRETED, tl, tl_dtype, triton
-from ..core.numerics import acc_dtype, is_host_readable
-from ..core.plan import Planned
-from ..core.recorder import call, derived, launch
+from ..core._triton import tl, tl_dtype, triton
+from ..core.numerics import is_host_readable
+from ..core.recorder import launch
 from ..core.registry import register
 from ..launch.adam import ADAM_WIDTH, adam_config
 from ..launch.budgets import MAX_STREAMS
 from ..launch.device import capability, next_power_of_2
 from .gather import pick
+from .step_scalars import StepScalars
 
 PLAIN, BEFORE, AFTER = 0, 1, 2  # decoder rows: as they are; unit norm before the step, or after it
 MODES = {"before": BEFORE, "after": AFTER, None: PLAIN}  # `normalize` of SparcAdam
@@ -46,162 +44,16 @@ def adam_hyper(group: dict) -> AdamHyper:
     return AdamHyper(MODES[group["normalize"]], beta1, beta2, group["eps"])
 
 
-class StepScalars(NamedTuple):
-    """Scalars of one parameter from `adam_scalars_`: numbers, or 0-d tensors where reading would synchronise."""
-
-    step_size: float | torch.Tensor  # lr / (1 - beta1^t)
-    correction: float | torch.Tensor  # 1 / sqrt(1 - beta2^t)
-    keep: float | torch.Tensor  # 1 - lr * weight decay
-    scale: float | torch.Tensor  # multiplies the gradient
-    go: float | torch.Tensor  # 0: the parameter is not updated
-
-    @classmethod
-    def of(cls, scalars: torch.Tensor) -> StepScalars:
-        """Unpack one row [5] of what `adam_scalars_` wrote."""
-        return cls(*(scalars.tolist() if is_host_readable(scalars) else scalars.unbind()))
-
-
 DECODER = 1  # position among a stream's parameters: w_enc, the decoder's rows, pre_bias, latent_bias
-SCALARS = 5  # scalars of each parameter, see `adam_scalars_`
-
-# adam_scalars_: step counts, bias corrections, learning rate, clipping and skipping on the device
 
 
-@triton.jit
-def _adam_scalars_kernel(
-    steps_ptr, out_ptr, lr_ptr, lr_high, lr_low, decay, active, found_inf_ptr, grad_scale_ptr, loss_ptr, square_ptr,
-    max_norm, norm_ptr, P, LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, PAD: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    # float64: 1 - beta2 ** step in float32 is off by 1e-5 in the first steps
-    lr = tl.full((), lr_high, tl.float64) + tl.full((), lr_low, tl.float64)
-    if lr_ptr is not None:
-        lr = tl.load(lr_ptr).to(tl.float64)
-    scale = tl.full((), 1.0, tl.float64)
-    go = 1.0
-    if grad_scale_ptr is not None:
-        scale = scale / tl.load(grad_scale_ptr).to(tl.float64)
-    if found_inf_ptr is not None:
-        go = tl.where(tl.load(found_inf_ptr) == 0.0, go, 0.0)
-    if loss_ptr is not None:
-        loss = tl.load(loss_ptr)
-        go = tl.where(loss - loss == 0.0, go, 0.0)  # NaN and infinity less themselves are NaN
-    if square_ptr is not None:
-        norm = tl.sqrt(tl.load(square_ptr).to(tl.float64)) * scale
-        tl.store(norm_ptr, norm.to(norm_ptr.dtype.element_ty))
-        clip = max_norm / (norm + 1e-6)
-        scale = tl.where(clip > 1.0, scale, scale * clip)
-    p = tl.arange(0, PAD)
-    mask = p < P
-    moves = tl.where(((active >> p) & 1) != 0, go, 0.0)
-    step = tl.load(steps_ptr + p, mask=mask, other=0.0) + moves
-    tl.store(steps_ptr + p, step, mask=mask)
-    step = tl.maximum(step.to(tl.float64), 1.0)
-    correction1 = 1.0 - tl.exp2(step * tl.full((), LOG_BETA1, tl.float64))
-    correction2 = 1.0 - tl.exp2(step * tl.full((), LOG_BETA2, tl.float64))
-    out = out_ptr + p * 5
-    zero = tl.zeros((PAD,), ACC)
-    tl.store(out, (lr / correction1).to(ACC), mask=mask)
-    tl.store(out + 1, (1.0 / tl.sqrt(correction2)).to(ACC), mask=mask)
-    tl.store(out + 2, zero + (1.0 - lr * decay).to(ACC), mask=mask)
-    tl.store(out + 3, zero + scale.to(ACC), mask=mask)
-    tl.store(out + 4, moves.to(ACC), mask=mask)
-
-
-def _to_float32(x: float) -> float:
-    return float(np.float32(x))
-
-
-def _beyond_float32(x: float) -> float:
-    return x - _to_float32(x)
-
-
-def _log2(beta):
-    return math.log2(beta) if beta > 0 else -1e4  # 2 ** -1e4 is 0
-
-
-def number_as_launched(value: float, impl: str) -> float:
-    """Return the learning rate that `adam_scalars_` works with if it is given as a number.
+def rows_of(tensors: Sequence[torch.Tensor | None]) -> list:
+    """View the decoders' tensors [d, N], every fourth, as rows [N, d].
 
     Args:
-        value: the number.
-        impl: "triton", whose kernel takes it as the sum of two float32 numbers, or "torch".
+        tensors: parameters, gradients or moments, four of each stream; some may be None.
     """
-    if impl != "triton" or INTERPRETED or not math.isfinite(value):
-        return value
-    high = float(np.float32(value))
-    return high + float(np.float32(value - high))
-
-
-def _adam_scalars_triton(
-    *, steps, out, lr, lr_value, decay, active, found_inf, grad_scale, loss, square, max_norm, norm, beta1, beta2
-):  # fmt: skip
-    # Triton rounds numbers to float32
-    high, low = derived(lr_value, _to_float32), derived(lr_value, _beyond_float32)
-    launch(_adam_scalars_kernel, (1,))(
-        steps, out, lr, high, low, decay, active, found_inf, grad_scale, loss, square, max_norm, norm,
-        len(steps), LOG_BETA1=_log2(beta1), LOG_BETA2=_log2(beta2), PAD=next_power_of_2(len(steps)),
-        ACC=tl_dtype(out.dtype), num_warps=1,
-    )  # fmt: skip
-
-
-def _adam_scalars_torch(
-    *, steps, out, lr, lr_value, decay, active, found_inf, grad_scale, loss, square, max_norm, norm, beta1, beta2
-):  # fmt: skip
-    float64 = dict(dtype=torch.float64, device=steps.device)
-    lr = torch.full((), lr_value, **float64) if lr is None else lr.double()
-    scale, go = torch.ones((), **float64), torch.ones((), dtype=torch.bool, device=steps.device)
-    if grad_scale is not None:
-        scale = scale / grad_scale.double().squeeze()
-    if found_inf is not None:
-        go = go & (found_inf == 0).squeeze()
-    if loss is not None:
-        go = go & loss.isfinite()
-    if square is not None:
-        total = square.double().sqrt() * scale
-        norm.copy_(total)
-        scale = scale * (max_norm / (total + 1e-6)).clamp(max=1.0)
-    P = len(steps)
-    moves = go & ((torch.full_like(steps, active, dtype=torch.int64) >> torch.arange(P, device=steps.device)) & 1)
-    steps.add_(moves)
-    step = steps.double().clamp(min=1)
-    columns = [
-        lr / (1 - beta1**step), (1 - beta2**step).rsqrt(), (1 - lr * decay).expand(P), scale.expand(P), moves,
-    ]  # fmt: skip
-    out.copy_(torch.stack([c.double() for c in columns], 1))
-
-
-adam_scalars_ = register(
-    "adam_scalars_",
-    "(Tensor(a!) steps, Tensor(b!) out, Tensor? lr, float lr_value, float decay, int active, Tensor? found_inf,"
-    " Tensor? grad_scale, Tensor? loss, Tensor? square, float max_norm, Tensor(c!)? norm, float beta1, float beta2,"
-    " str impl) -> ()",
-    torch_impl=_adam_scalars_torch,
-    triton_impl=_adam_scalars_triton,
-    fake=lambda **_: None,
-)
-adam_scalars_.__doc__ = """Count one step and compute the scalars of the parameters' updates.
-
-Args:
-    steps: float32 [P], incremented for every parameter that is updated.
-    out: [P, 5] in the accumulator dtype: lr / (1 - beta1^step); 1 / sqrt(1 - beta2^step); 1 - lr * decay; the factor of
-        the gradients; 1 if the parameter is updated in this step, else 0.
-    lr: 0-d, or None for lr_value.
-    lr_value: learning rate where lr is None.
-    decay: decoupled weight decay.
-    active: bit p is set if parameter p has a gradient.
-    found_inf: one element; the step is skipped unless it is 0. None: not checked.
-    grad_scale: one element, the loss scale that the gradients carry. None: 1.
-    loss: 0-d; the step is skipped unless it is finite. None: not checked.
-    square: 0-d, the sum of all squared gradients before unscaling; None: no clipping.
-    max_norm: with square, the norm to which gradients are clipped, as by torch.nn.utils.clip_grad_norm_.
-    norm: 0-d, with square receives the norm before clipping.
-    beta1: decay of the first moment.
-    beta2: decay of the second moment.
-    impl: "triton" or "torch".
-"""
-
-
-# adam_stream_: the parameters of one stream, from gradients in memory
+    return [t.t() if t is not None and i % 4 == DECODER else t for i, t in enumerate(tensors)]
 
 
 @triton.jit
@@ -501,145 +353,3 @@ Args:
     impl: "triton" or "torch"; rows wider than 8192 and non-contiguous tensors take the torch path in both. Streams
         whose padded widths and dtypes agree are updated in one launch.
 """
-
-
-# grad_square: for clipping
-
-
-@triton.jit
-def _grad_square_kernel(
-    dec_ptrs, denc_ptrs, ddec_ptrs, dpre_ptrs, dlatent_ptrs, widths, places, out_ptr, N, T: tl.constexpr,
-    NORMALIZE: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Sum the squares of one row of `_adam_stream_kernel` into out [places, 2, N + 1]."""
-    n = tl.program_id(0).to(tl.int64)
-    stream = tl.program_id(2)
-    D = pick(widths, stream, T)
-    cols = tl.arange(0, BLOCK_D)
-    mask = cols < D
-    at = n * D + cols
-    total = tl.zeros((), ACC)
-    if tl.program_id(1) == 0:
-        if n < N:
-            if denc_ptrs is not None:
-                g = tl.load(pick(denc_ptrs, stream, T) + at, mask=mask, other=0.0).to(ACC)
-                total += tl.sum(g * g, 0)
-            if dlatent_ptrs is not None:
-                latent = tl.load(pick(dlatent_ptrs, stream, T) + n).to(ACC)
-                total += latent * latent
-        else:
-            if dpre_ptrs is not None:
-                pre = tl.load(pick(dpre_ptrs, stream, T) + cols, mask=mask, other=0.0).to(ACC)
-                total += tl.sum(pre * pre, 0)
-    else:
-        if ddec_ptrs is not None:
-            if n < N:
-                dec = tl.load(pick(ddec_ptrs, stream, T) + at, mask=mask, other=0.0).to(ACC)
-                if NORMALIZE != 0:
-                    w = tl.load(pick(dec_ptrs, stream, T) + at, mask=mask, other=0.0).to(ACC)
-                    if NORMALIZE == 1:
-                        w = unit(w, ACC)
-                    dec -= tl.sum(w * dec, 0) * w
-                total += tl.sum(dec * dec, 0)
-    row = (pick(places, stream, T) * 2 + tl.program_id(1)).to(tl.int64)
-    tl.store(out_ptr + row * (N + 1) + n, total)
-
-
-def _grad_square_triton(decs, grads, normalize):
-    (n, _), acc, device = decs[0].shape, acc_dtype(decs[0].dtype), decs[0].device
-    fours = [grads[i : i + 4] for i in range(0, len(grads), 4)]
-    if any(dec.shape[1] > ADAM_WIDTH or not dec.is_contiguous() for dec in decs):
-        return _grad_square_torch(decs, grads, normalize)
-    out = torch.empty(len(decs), 2 * (n + 1), device=device, dtype=acc)
-    streams = [
-        (place, dec, *(None if g is None else g.contiguous() for g in four))
-        for place, (dec, four) in enumerate(zip(decs, fours, strict=True))
-    ]
-
-    def key(stream):
-        return tuple(None if t is None else t.dtype for t in stream[1:])
-
-    for group in alike(streams, lambda stream: stream[1].shape[1], key)[0]:
-        places, *pointers = tuples(group)
-        config = adam_config(group[0][1].shape[1])
-        launch(_grad_square_kernel, (n + 1, 2, len(group)))(
-            *pointers, tuple(dec.shape[1] for dec in pointers[0]), places, out, n, T=len(group), NORMALIZE=normalize,
-            BLOCK_D=config.block_d, ACC=tl_dtype(acc), num_warps=config.num_warps,
-        )  # fmt: skip
-    return out.sum(1).sum()
-
-
-def _grad_square_torch(decs, grads, normalize):
-    totals = []
-    for s, dec in enumerate(decs):
-        acc = acc_dtype(dec.dtype)
-        total = torch.zeros((), device=dec.device, dtype=acc)
-        for i, g in enumerate(grads[4 * s : 4 * s + 4]):
-            for rows in row_blocks(g) if g is not None else ():
-                part = g[rows].to(acc)
-                if i == DECODER and normalize != PLAIN:
-                    w = dec[rows].to(acc)
-                    if normalize == BEFORE:
-                        w = w / torch.linalg.vector_norm(w, dim=1, keepdim=True).add_(1e-8)
-                    part = torch.addcmul(part, (w * part).sum(1, keepdim=True), w, value=-1)
-                total += part.square().sum()
-        totals.append(total)
-    return torch.stack([total.to(totals[0]) for total in totals]).sum()
-
-
-grad_square = register(
-    "grad_square",
-    "(Tensor[] decs, Tensor?[] grads, int normalize, str impl) -> Tensor",
-    torch_impl=_grad_square_torch,
-    triton_impl=_grad_square_triton,
-    fake=lambda decs, grads, normalize: decs[0].new_empty((), dtype=acc_dtype(decs[0].dtype)),
-)
-grad_square.__doc__ = """Sum of squares of all gradients, after the projection of `adam_stream_`.
-
-Args:
-    decs: the decoders' rows [N, d].
-    grads: gradients of w_enc, the decoder's rows, pre_bias and latent_bias of the first stream, each may be None; then
-        those of the next.
-    normalize: as in `adam_stream_`.
-    impl: "triton" or "torch".
-
-Returns:
-    0-d in the accumulator dtype.
-"""
-
-
-def rows_of(tensors: Sequence[torch.Tensor | None]) -> list:
-    """View the decoders' tensors [d, N], every fourth, as rows [N, d].
-
-    Args:
-        tensors: parameters, gradients or moments, four of each stream; some may be None.
-    """
-    return [t.t() if t is not None and i % 4 == DECODER else t for i, t in enumerate(tensors)]
-
-
-@Planned
-def adam_update_(tensors, hyper, active, max_norm, impl, lr_value, decay):
-    """Count a step, clip and update all parameters from their gradients; for `SparcAdam`.
-
-    Args:
-        tensors: parameters, gradients (or None), first and second moments of P parameters, four of each stream, the
-            decoders' [d, N]; then steps, scalars, lr, found_inf, grad_scale and norm as `adam_scalars_` takes them.
-        hyper: AdamHyper.
-        active: as in `adam_scalars_`.
-        max_norm: to clip gradients to; None: not clipped.
-        impl: "triton" or "torch".
-        lr_value: learning rate where lr is None.
-        decay: decoupled weight decay.
-    """
-    P = (len(tensors) - 6) // 4
-    params, grads, exp_avgs, exp_avg_sqs = (rows_of(tensors[i : i + P]) for i in range(0, 4 * P, P))
-    steps, scalars, lr, found_inf, grad_scale, norm = tensors[4 * P :]
-    square = None
-    if max_norm is not None:
-        square = grad_square(params[DECODER::4], grads, hyper.normalize, impl).to(scalars)
-    call(
-        adam_scalars_, steps, scalars, lr, lr_value, decay, active, found_inf, grad_scale, None, square,
-        max_norm or 0.0, norm, hyper.beta1, hyper.beta2, impl,
-    )  # fmt: skip
-    adam_stream_(params, grads, exp_avgs, exp_avg_sqs, scalars, *hyper, impl)
-    return []

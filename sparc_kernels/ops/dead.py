@@ -153,7 +153,7 @@ def auxk_topk(
     with torch.no_grad():
         encoder = EncoderParams([w_enc], [pre_bias], [latent_bias])
         centred = centre([x], [pre_bias], False, impl)
-        ids, count = dead_first([dead], 0, impl)
+        ids, count, _ = dead_first([dead], 0, impl)
         selected = select_dead(centred, encoder, ids, count, auxk, impl)
     return selected.indices[0], values_of(x, encoder, selected, impl)
 
@@ -179,18 +179,19 @@ def select_dead(
 
 
 @triton.jit(do_not_specialize=["threshold"])
-def _count_dead_kernel(dead_ptrs, n_dead_ptr, threshold, N, S: tl.constexpr, BLOCK: tl.constexpr):
+def _mark_dead_kernel(dead_ptrs, mask_ptr, n_dead_ptr, threshold, N, S: tl.constexpr, BLOCK: tl.constexpr):
+    """Mark the dead of one block of latents in mask [S, N], and count them."""
     block, stream = tl.program_id(0), tl.program_id(1)
     offs = block * BLOCK + tl.arange(0, BLOCK)
-    dead = tl.load(pick(dead_ptrs, stream, S) + offs, mask=offs < N, other=0) > threshold
-    tl.store(n_dead_ptr + stream * tl.num_programs(0) + block, tl.sum((dead & (offs < N)).to(tl.int32), 0))
+    dead = (tl.load(pick(dead_ptrs, stream, S) + offs, mask=offs < N, other=0) > threshold) & (offs < N)
+    tl.store(mask_ptr + stream.to(tl.int64) * N + offs, dead.to(tl.uint8), mask=offs < N)
+    tl.store(n_dead_ptr + stream * tl.num_programs(0) + block, tl.sum(dead.to(tl.int32), 0))
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit
 def _dead_first_kernel(
-    dead_ptrs, n_dead_ptr, ids_ptr, count_ptr, threshold, N, stride_c,
-    S: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    mask_ptr, n_dead_ptr, ids_ptr, count_ptr, N, stride_c, BLOCKS: tl.constexpr, BLOCK: tl.constexpr
+):
     block, stream = tl.program_id(0), tl.program_id(1)
     offs = block * BLOCK + tl.arange(0, BLOCK)
     mask = offs < N
@@ -198,7 +199,7 @@ def _dead_first_kernel(
     n_dead = tl.load(n_dead_ptr + stream * tl.num_programs(0) + blocks, mask=blocks < tl.num_programs(0), other=0)
     total = tl.sum(n_dead, 0)
     before = tl.sum(tl.where(blocks < block, n_dead, 0), 0)
-    dead = mask & (tl.load(pick(dead_ptrs, stream, S) + offs, mask=mask, other=0) > threshold)
+    dead = tl.load(mask_ptr + stream.to(tl.int64) * N + offs, mask=mask, other=0) != 0
     rank = before + tl.cumsum(dead.to(tl.int32), 0) - 1  # of this latent among the dead
     place = tl.where(dead, rank, total + offs - rank - 1)
     tl.store(ids_ptr + stream.to(tl.int64) * N + place, offs, mask=mask)
@@ -208,36 +209,37 @@ def _dead_first_kernel(
 
 def _dead_first_triton(dead, threshold):
     S, n, device = len(dead), dead[0].numel(), dead[0].device
-    ids, count = _dead_first_fake(dead, threshold)
+    ids, count, mask = _dead_first_fake(dead, threshold)
     block = 16 if interpreted() else 4096
     blocks = cdiv(n, block)
     n_dead = torch.empty(S, blocks, device=device, dtype=torch.int32)
     dead = tuple(t.contiguous().view(torch.uint8) if t.dtype == torch.bool else t.contiguous() for t in dead)
-    launch(_count_dead_kernel, (blocks, S))(dead, n_dead, threshold, n, S=S, BLOCK=block, num_warps=4)
+    marks = mask.view(torch.uint8)
+    launch(_mark_dead_kernel, (blocks, S))(dead, marks, n_dead, threshold, n, S=S, BLOCK=block, num_warps=4)
     launch(_dead_first_kernel, (blocks, S))(
-        dead, n_dead, ids, count, threshold, n, count.stride(0), S=S, BLOCKS=next_power_of_2(blocks), BLOCK=block,
-        num_warps=4,
-    )  # fmt: skip
-    return ids, count
+        marks, n_dead, ids, count, n, count.stride(0), BLOCKS=next_power_of_2(blocks), BLOCK=block, num_warps=4
+    )
+    return ids, count, mask
 
 
 def _dead_first_torch(dead, threshold):
-    ids, count = _dead_first_fake(dead, threshold)
-    masks = torch.stack(list(dead)) > threshold
-    ids.copy_(masks.byte().argsort(dim=1, descending=True, stable=True))
-    count.copy_(masks.sum(1))
-    return ids, count
+    ids, count, mask = _dead_first_fake(dead, threshold)
+    torch.gt(torch.stack(list(dead)), threshold, out=mask)
+    ids.copy_(mask.byte().argsort(dim=1, descending=True, stable=True))
+    count.copy_(mask.sum(1))
+    return ids, count, mask
 
 
 def _dead_first_fake(dead, threshold):
     S, n = len(dead), dead[0].numel()
     # every count 16-byte aligned, so kernels that read one are compiled once
-    return dead[0].new_empty(S, n, dtype=torch.int32), dead[0].new_empty(S, 4, dtype=torch.int32)[:, 0]
+    count = dead[0].new_empty(S, 4, dtype=torch.int32)[:, 0]
+    return dead[0].new_empty(S, n, dtype=torch.int32), count, dead[0].new_empty(S, n, dtype=torch.bool)
 
 
 dead_first = register(
     "dead_first",
-    "(Tensor[] dead, int threshold, str impl) -> (Tensor, Tensor)",
+    "(Tensor[] dead, int threshold, str impl) -> (Tensor, Tensor, Tensor)",
     torch_impl=_dead_first_torch,
     triton_impl=_dead_first_triton,
     fake=_dead_first_fake,
@@ -250,5 +252,5 @@ Args:
     impl: "triton" or "torch".
 
 Returns:
-    ids int32 [S, N], dead and live each in ascending order; count int32 [S].
+    ids int32 [S, N], dead and live each in ascending order; count int32 [S]; bool [S, N], which latents are dead.
 """

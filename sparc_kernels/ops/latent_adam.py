@@ -20,11 +20,12 @@ from ..core.target import interpreted
 from ..launch.adam import ADAM_WIDTH, adam_rows, latent_adam_config, latent_adam_streams
 from ..launch.device import capability, cdiv
 from ..launch.reduce import reduce_chunk, reduce_config
-from .adam import PLAIN, AdamHyper, StepScalars, alike, step, step_blocks_torch, step_torch, tuples
+from .adam import PLAIN, AdamHyper, alike, step, step_blocks_torch, step_torch, tuples
 from .gather import pick
 from .inverse_index import InverseIndex
 from .latent_reduce import by_product, listed_torch, lists_torch, sum_entries
 from .records import WeightedLists
+from .step_scalars import StepScalars
 
 
 @triton.jit

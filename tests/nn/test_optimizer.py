@@ -11,7 +11,7 @@ from conftest import DEVICE, KERNEL_DTYPE
 
 from sparc_kernels import AlignedSAE, SparcAdam
 from sparc_kernels.ops import adam as ops_adam
-from sparc_kernels.ops import joint, latent_adam
+from sparc_kernels.ops import adam_update, joint, latent_adam
 from sparc_kernels.tools.shape import Shape
 from sparc_kernels.tools.trace import trace
 
@@ -509,6 +509,7 @@ def test_layouts_and_widths_that_the_kernels_do_not_take(impl, monkeypatch):
             ours.decoder_layout_("contiguous")  # the moments follow
         if i == 2:
             monkeypatch.setattr(ops_adam, "ADAM_WIDTH", 13)
+            monkeypatch.setattr(adam_update, "ADAM_WIDTH", 13)
             monkeypatch.setattr(latent_adam, "ADAM_WIDTH", 13)
             ours.decoder_layout_("rows")
         backward(ours, x)
@@ -660,9 +661,9 @@ def test_the_optimizer_never_waits_for_the_device(dtype, update):
     for topk_type in ("global", "local"):
         for auxk in (True, False):
             traced = trace(shape, topk_type=topk_type, auxk=auxk, update=update, max_grad_norm=clip)
-            # nothing outlives the step but AuxK's lists of dead latents, which the module remembers for checkpointing
-            lists = 4 * 2 * (2048 + 4) if auxk else 0  # ids and padded counts, int32
-            assert traced.live_bytes_at_end == (lists + 4 if update == "dense" else 0), traced.largest  # 4: the norm
+            # nothing outlives the step but AuxK's masks of dead latents, which the module remembers for checkpointing
+            masks = 2 * 2048 if auxk else 0
+            assert traced.live_bytes_at_end == (masks + 4 if update == "dense" else 0), traced.largest  # 4: the norm
 
 
 def test_launches_of_the_optimizer():

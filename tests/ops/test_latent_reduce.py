@@ -96,9 +96,10 @@ def test_the_dead_come_first(impl):
     g = torch.Generator().manual_seed(0)
     for n in (1, 15, 16, 70):
         dead = [(torch.rand(n, generator=g) < p).to(DEVICE) for p in (0.0, 0.3, 1.0)]
-        ids, count = dead_first(dead, 0, impl)
+        ids, count, masks = dead_first(dead, 0, impl)
         by_counters = dead_first([torch.where(mask, 9, 8) for mask in dead], 8, impl)
-        assert torch.equal(by_counters[0], ids) and torch.equal(by_counters[1], count)
+        assert all(torch.equal(a, b) for a, b in zip(by_counters, (ids, count, masks), strict=True))
+        assert torch.equal(masks, torch.stack(dead))
         for mask, row, n in zip(dead, ids, count, strict=True):
             assert int(n) == int(mask.sum())
             assert row.tolist() == [*mask.nonzero().flatten().tolist(), *(~mask).nonzero().flatten().tolist()]

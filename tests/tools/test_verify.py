@@ -22,7 +22,7 @@ from sparc_kernels import cli, reference
 from sparc_kernels.core import _triton
 from sparc_kernels.core._triton import INTERPRETED
 from sparc_kernels.nn import forward, fused_step, graphed, half_weights, module
-from sparc_kernels.ops import adam, aligned_loss, dead, decode, decode_grads, encode
+from sparc_kernels.ops import adam_update, aligned_loss, dead, decode, decode_grads, encode
 from sparc_kernels.tools.verify import judge, problems, suite
 from sparc_kernels.tools.verify import pool as run
 from sparc_kernels.tools.verify import run as verify
@@ -428,14 +428,14 @@ def aux_weight_doubled(patch):
 
 
 def clipping_without_the_norm(patch):
-    sound = adam.grad_square
-    patch(adam, "grad_square", lambda *args: sound(*args) * 0)
+    sound = adam_update.grad_square
+    patch(adam_update, "grad_square", lambda *args: sound(*args) * 0)
 
 
 def _without_argument(patch, name):
-    sound = adam.adam_scalars_
+    sound = adam_update.adam_scalars_
     place = [argument.name for argument in sound._schema.arguments].index(name)
-    for where in (adam, fused_step):
+    for where in (adam_update, fused_step):
         patch(where, "adam_scalars_", lambda *args: sound(*args[:place], None, *args[place + 1 :]))
 
 
@@ -462,15 +462,15 @@ def shadow_not_rounded_again(patch):
 
 
 def output_left_unwritten(patch):
-    sound = aligned_loss.column_sums
+    sound = encode.pre_bias_grads
 
-    def column_sums(*args):
+    def pre_bias_grads(*args):
         made = sound(*args)
         unwritten = torch.empty_like(made[0])
         made[0][:1] = torch.where(unwritten[:1].isnan(), unwritten[:1], made[0][:1])
         return made
 
-    patch(aligned_loss, "column_sums", column_sums)
+    patch(encode, "pre_bias_grads", pre_bias_grads)
 
 
 def another_run_other_bits(patch):
