@@ -23,13 +23,13 @@ from sparc_kernels.core.target import Target, as_target
 from sparc_kernels.nn import forward
 
 
-def _inputs(model, rows=6):
+def _inputs(model, rows=3):
     return {s: torch.randn(rows, d, device=DEVICE, dtype=KERNEL_DTYPE) for s, d in model.d_streams.items()}
 
 
 def _model(**settings):
     torch.manual_seed(0)
-    return AlignedSAE({"a": 20, "b": 9}, 40, 3, impl="triton", dtype=KERNEL_DTYPE, device=DEVICE, **settings)
+    return AlignedSAE({"a": 20, "b": 9}, 16, 3, impl="triton", dtype=KERNEL_DTYPE, device=DEVICE, **settings)
 
 
 @pytest.mark.parametrize("settings", [{}, {"auxk": 4, "dead_steps_threshold": 1}, {"topk_type": "local", "auxk": 4}])
