@@ -14,7 +14,7 @@ DOING = {
     "centre": ("centre",), "select": ("select",), "values": ("gather_values", "inverse_index"),
     "inverse index": ("gather_values", "inverse_index"), "counters": ("count_fired_",),
     "losses + dv": ("decode_grads",), "dW_dec": ("decode_grads",), "dW_enc": ("latent_reduce_",),
-    "weights, terms": ("target_weights", "loss_terms", "column_sums", "scale_"),
+    "weights, terms": ("target_weights", "loss_terms", "scale_"),
     "AuxK": ("dead_first", "select_each", "gather_errors", "residuals", "add_auxk"), "d pre_bias": ("pre_bias_grads",),
     "casts": ("torch",), "update without gradients": ("latent_adam_", "adam_scalars_"),
 }  # fmt: skip

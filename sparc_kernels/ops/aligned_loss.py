@@ -9,9 +9,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..core.plan import Planned
-from .bias_grads import column_sums
 from .decode import errors_of
 from .decode_grads import grads_of_errors, grads_of_targets, residuals, target_weights
+from .latent_reduce import latent_reduce_
 from .loss_terms import add_auxk, loss_terms, scale_
 from .records import CODES_FLAT, DecodeTarget, GradOut, SparseCodes
 
@@ -128,32 +128,48 @@ def _compute(codes, aux, targets, weights, auxk_coef, gradients, impl) -> LossRe
             codes, targets, coef, GradOut(dvalues, False, dws, False), impl, own_errors=own_errors,
             keep_all_errors=keep_errors,
         )  # fmt: skip
-    loss, terms = loss_terms(sq, norm, weights, codes.values, impl)
-    result = LossResult(loss, terms, coef, errors=errors, dvalues=dvalues, dws=dws)
-    aux_gs: list[torch.Tensor] = []
-    if aux is not None:
-        own = [error[t] if keep_errors else error for t, error in enumerate(errors)]
-        aux_gs = _add_auxk(result, aux, targets, own, auxk_coef=auxk_coef, gradients=gradients, impl=impl)
+    dbiases: list[torch.Tensor] = []
     if gradients is not None:
         like = [norm] * T if gradients.bias_like is None else gradients.bias_like
-        result.dbiases = column_sums(gs, aux_gs, like, impl)
+        dbiases = [b.new_empty(target.bias.shape) for b, target in zip(like, targets, strict=True)]
+    # with AuxK the biases' gradients are summed together with its own
+    sums = (gs, dbiases) if aux is None else ([], [])
+    loss, terms = loss_terms(sq, norm, weights, codes.values, *sums, impl)
+    result = LossResult(loss, terms, coef, errors=errors, dvalues=dvalues, dws=dws, dbiases=dbiases)
+    if aux is not None:
+        own = [error[t] if keep_errors else error for t, error in enumerate(errors)]
+        _add_auxk(result, aux, targets, own, gs, auxk_coef=auxk_coef, gradients=gradients, impl=impl)
     return result
 
 
-def _add_auxk(result, aux, targets, own_errors, *, auxk_coef, gradients, impl):
-    """Add AuxK to the result; return sum_s coef E of its errors, [B, d] of each target."""
-    xs, norm = residuals([target.bias for target in targets], own_errors, impl)
+def _add_auxk(result, aux, targets, own_errors, gs, *, auxk_coef, gradients, impl):
+    """Add AuxK and its gradients to the result; `gs` as `loss_terms` takes them."""
+    xs, norm, coef = residuals([target.bias for target in targets], own_errors, auxk_coef, impl)
     targets = [target._replace(x=x) for target, x in zip(targets, xs, strict=True)]
-    sq, _ = errors_of(aux, targets, impl, own_codes=True)
-    result.loss, result.aux_terms, result.aux_weights, coef = add_auxk(sq, norm, result.loss, auxk_coef, impl)
     if gradients is None:
-        return []
-    result.aux_coef, result.daux = coef, _empty_like(aux.values)
-    _, gs, result.aux_errors = grads_of_targets(
-        aux, targets, coef, GradOut(result.daux, False, result.dws, True), impl, own_codes=True,
-        keep_all_errors=gradients.keep_errors,
-    )  # fmt: skip
-    return gs
+        sq, _ = errors_of(aux, targets, impl, own_codes=True)
+        result.loss, result.aux_terms, result.aux_weights = add_auxk(sq, norm, result.loss, auxk_coef, [], [], [], impl)
+        return
+    # one gather makes losses and gradients; whether AuxK counts is known after it
+    aux = aux.with_inverse(len(targets[0].w), impl)
+    daux = _empty_like(aux.values)
+    none: list[torch.Tensor | None] = [None] * len(targets)
+    sq, aux_gs, errors = grads_of_targets(
+        aux, targets, coef, GradOut(daux, False, none, False), impl, own_codes=True, keep_all_errors=True
+    )
+    result.loss, result.aux_terms, result.aux_weights = add_auxk(
+        sq, norm, result.loss, auxk_coef, [coef, daux, *errors], [*gs, *aux_gs], result.dbiases, impl
+    )
+    result.aux_coef, result.daux = coef, daux
+    if gradients.keep_errors:
+        result.aux_errors = errors
+    wanted = [t for t, dw in enumerate(result.dws) if dw is not None]
+    # all targets at once, or the few that are trained one by one
+    for part in [slice(0, len(targets))] if len(wanted) == len(targets) else [slice(t, t + 1) for t in wanted]:
+        latent_reduce_(
+            result.dws[part], [], *(of[part] for of in aux.inverse), aux.values[part, None], coef[part], None,
+            errors[part], aux.values.shape[2], True, impl,
+        )  # fmt: skip
 
 
 def _empty_like(x: torch.Tensor) -> torch.Tensor:
@@ -294,7 +310,7 @@ def _made_again(inputs, errors, weights, needs, impl):
     weights, aux_weights = weights
     xs: list[torch.Tensor] = []
     if inputs.aux is not None:
-        xs, _ = residuals(inputs.pre_biases, errors, impl)
+        xs, _, _ = residuals(inputs.pre_biases, errors, 0.0, impl)
     for t, (target, (need_v, need_aux, *wanted)) in enumerate(zip(inputs.targets(), needs, strict=True)):
         dv, dw, db, dx = grads_of_errors(inputs.codes, target, weights[t], (need_v, *wanted), impl)
         dvalues = _plus(dvalues, dv)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 
 from ..core._triton import tl, tl_dtype, triton
@@ -382,8 +383,8 @@ Returns:
 # residuals: AuxK's targets
 @triton.jit
 def _residuals_kernel(
-    bias_ptrs, error_ptrs, out_ptrs, widths, strides, norm_ptr, B, T: tl.constexpr, BLOCK_D: tl.constexpr,
-    ACC: tl.constexpr,
+    bias_ptrs, error_ptrs, out_ptrs, widths, strides, norm_ptr, coef_ptr, high, low, B, T: tl.constexpr,
+    BLOCK_D: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     target = tl.program_id(1)
@@ -399,34 +400,43 @@ def _residuals_kernel(
                 tl.store(out_ptrs[t] + b * widths[t] + cols, x, mask=mask)
                 x = x.to(ACC)
                 total += x * x
-            tl.store(norm_ptr + t * B + b, tl.sum(total, 0))
+            norm = tl.sum(total, 0)
+            tl.store(norm_ptr + t * B + b, norm)
+            weight = (tl.full((), high, ACC) + tl.full((), low, ACC)) / T
+            # an infinite norm gives NaN, not 0
+            coef = tl.where(norm < float("inf"), weight * 2.0 / B / norm, float("nan"))
+            tl.store(coef_ptr + t * B + b, tl.where(weight != 0.0, coef, 0.0))
 
 
-def _residuals_triton(pre_biases, errors):
+def _residuals_triton(pre_biases, errors, weight):
+    single = float(np.float32(weight))
     T, B, acc = len(errors), len(errors[0]), acc_dtype(errors[0].dtype)
     pre_biases, errors = tuple(b.contiguous() for b in pre_biases), tuple(errors)
     errors = tuple(e if e.stride(1) == 1 else e.contiguous() for e in errors)
-    xs, norm = _residuals_fake(pre_biases, errors)
+    xs, norm, coef = _residuals_fake(pre_biases, errors, weight)
+    # Triton rounds numbers to float32; `low` carries the remainder for float64 under the interpreter
     launch(_residuals_kernel, (B, T))(
-        pre_biases, errors, tuple(xs), tuple(e.shape[1] for e in errors), tuple(e.stride(0) for e in errors), norm, B,
-        T=T, BLOCK_D=16 if interpreted() else 1024, ACC=tl_dtype(acc), num_warps=4,
+        pre_biases, errors, tuple(xs), tuple(e.shape[1] for e in errors), tuple(e.stride(0) for e in errors), norm,
+        coef, single, weight - single, B, T=T, BLOCK_D=16 if interpreted() else 1024, ACC=tl_dtype(acc), num_warps=4,
     )  # fmt: skip
-    return xs, norm
+    return xs, norm, coef
 
 
-def _residuals_torch(pre_biases, errors):
+def _residuals_torch(pre_biases, errors, weight):
     xs = [pre_bias - error.to(pre_bias.dtype) for pre_bias, error in zip(pre_biases, errors, strict=True)]
-    return xs, torch.stack([x.to(acc_dtype(x.dtype)).square().sum(1) for x in xs])
+    norm = torch.stack([x.to(acc_dtype(x.dtype)).square().sum(1) for x in xs])
+    return xs, norm, coefficients_torch(norm, norm.new_full((len(xs), 1), weight / len(xs)))
 
 
-def _residuals_fake(pre_biases, errors):
-    norm = errors[0].new_empty(len(errors), errors[0].shape[0], dtype=acc_dtype(errors[0].dtype))
-    return [b.new_empty(e.shape) for b, e in zip(pre_biases, errors, strict=True)], norm
+def _residuals_fake(pre_biases, errors, weight):
+    T, B = len(errors), errors[0].shape[0]
+    norm = errors[0].new_empty(T, B, dtype=acc_dtype(errors[0].dtype))
+    return [b.new_empty(e.shape) for b, e in zip(pre_biases, errors, strict=True)], norm, norm.new_empty(T, 1, B)
 
 
 residuals = register(
     "residuals",
-    "(Tensor[] pre_biases, Tensor[] errors, str impl) -> (Tensor[], Tensor)",
+    "(Tensor[] pre_biases, Tensor[] errors, float weight, str impl) -> (Tensor[], Tensor, Tensor)",
     torch_impl=_residuals_torch,
     triton_impl=_residuals_triton,
     fake=_residuals_fake,
@@ -436,10 +446,12 @@ residuals.__doc__ = """AuxK's targets x - R + b, held constant: the bias less th
 Args:
     pre_biases: T tensors [d_t].
     errors: R - x of each target, [B, d_t].
+    weight: of the mean of AuxK's T terms in the loss.
     impl: "triton" or "torch".
 
 Returns:
-    T tensors [B, d_t] in the biases' dtype, and their squared norms [T, B] in the accumulator dtype.
+    T tensors [B, d_t] in the biases' dtype; in the accumulator dtype their squared norms [T, B], and the coefficients
+    [T, 1, B] that `target_weights` gives for the weights weight / T.
 """
 
 
@@ -476,7 +488,7 @@ def grads_of_targets(
     T = len(targets)
     results: list[tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]] = []
     # buffers of all targets, or one target after the other
-    alike = len({dw is None for dw in out.dws}) == 1 and (codes.shared or own_codes)
+    alike = len({dw is None for dw in out.dws}) == 1
     for part in [slice(0, T)] if alike else [slice(t, t + 1) for t in range(T)]:
         sources = [0] * T if own_codes else list(range(T))[part]
         keep = [ALL_ERRORS] * T if keep_all_errors else sources if own_errors else []
@@ -499,7 +511,7 @@ def grads_of_targets(
 
 def _decode_grads(codes, columns, coef, keep, out, impl):
     """Call `decode_grads` with codes that all sources share."""
-    errors, rows = _outputs(columns, coef, keep)
+    errors, rows = _errors(columns, coef, keep), _rows(columns, coef)
     sq = decode_grads(
         codes.indices, codes.gathered, *columns, coef, *codes.lists(0), codes.n_valid, keep, errors, rows, *out, impl
     )
@@ -508,7 +520,7 @@ def _decode_grads(codes, columns, coef, keep, out, impl):
 
 def _decode_grads_own(codes, part, columns, coef, keep, out, impl):
     """Call `decode_grads` for some targets, each with the codes of its own source."""
-    errors, rows = _outputs(columns, coef, keep)
+    errors, rows = _errors(columns, coef, keep), _rows(columns, coef)
     n_valid = None if codes.n_valid is None else codes.n_valid[part]
     out = out._replace(dvalues=out.dvalues[part, None])
     sq = decode_grads(
@@ -518,26 +530,33 @@ def _decode_grads_own(codes, part, columns, coef, keep, out, impl):
     return sq, rows, errors
 
 
-def _outputs(columns, coef, keep):
-    """New `errors` and `dbias_rows` of `decode_grads`."""
+def _errors(columns, coef, keep):
+    """New `errors` of `decode_grads`."""
     ws, _, xs = columns
     shapes = [(coef.shape[1], *x.shape) if keep == [ALL_ERRORS] * len(xs) else x.shape for x in xs] if keep else []
-    errors = [w.new_empty(shape) for w, shape in zip(ws, shapes, strict=False)]
-    return errors, [x.new_empty(x.shape, dtype=coef.dtype) for x in xs]
+    return [w.new_empty(shape) for w, shape in zip(ws, shapes, strict=False)]
+
+
+def _rows(columns, coef, *sizes):
+    """New `dbias_rows` of `decode_grads`, behind further sizes."""
+    return [x.new_empty(*sizes, *x.shape, dtype=coef.dtype) for x in columns[2]]
 
 
 def _decode_grads_by_source(codes, columns, coef, keep, out, impl):
-    """Call `decode_grads` for one target and every source, which have indices of their own."""
-    parts = []
-    for s in range(len(codes.gathered)):
-        only = slice(s, s + 1)
-        buffers = out._replace(dvalues=out.dvalues[only], add_dw=out.add_dw or s > 0)
-        kept = keep if keep == [ALL_ERRORS] else [0] if keep == [s] else []
-        parts.append(_decode_grads(codes.source(s), columns, coef[:, only], kept, buffers, impl))
-    sqs, gs = [sq for sq, _, _ in parts], [g for _, g, _ in parts]
-    made = [error for _, _, errors in parts for error in errors]
-    error = torch.cat(made) if keep == [ALL_ERRORS] else made[0] if made else gs[0][0].new_empty(0)
-    return torch.cat(sqs, 1), [torch.stack([g for (g,) in gs]).sum(0)], [error]
+    """Call `decode_grads` for every source, which have indices of their own."""
+    S, T, every = len(codes.gathered), len(coef), keep == [ALL_ERRORS] * len(coef)
+    sqs, rows, errors = [], _rows(columns, coef, S), _errors(columns, coef, keep if every else [])
+    made: list[list[torch.Tensor]] = []
+    for s in range(S):
+        only, own = slice(s, s + 1), codes.source(s)
+        kept = keep if every else [0] * T if s in keep else []
+        made.append([error[only] for error in errors] if every else _errors(columns, coef, kept))
+        sqs.append(decode_grads(
+            own.indices, own.gathered, *columns, coef[:, only], *own.lists(0), own.n_valid, kept, made[s],
+            [row[s] for row in rows], out.dvalues[only], out.add_dvalues, out.dws, out.add_dw or s > 0, impl,
+        ))  # fmt: skip
+    errors = errors if every else [made[s][t] for t, s in enumerate(keep)]
+    return torch.cat(sqs, 1), [row.sum(0) for row in rows], errors
 
 
 def grads_of_errors(

@@ -21,7 +21,7 @@ from ..launch.budgets import MAX_K, MAX_STREAMS, SCRATCH_BYTES
 from ..launch.device import capability, cdiv, next_power_of_2
 from ..launch.gather import gather_config
 from .bias_grads import pre_bias_grads
-from .gather import gather_dot_torch, gather_sum, launch_gathers, pick, slabs_of
+from .gather import gather_dot_torch, gather_sum, in_one_slab, launch_gathers, pick, slabs_of
 from .inverse_index import InverseIndex, inverse_index_op, inverse_sizes
 from .joint import joint, wants_joint
 from .latent_reduce import latent_reduce_
@@ -136,15 +136,20 @@ def _gather_values_triton(*, indices, centred, w_encs, latent_biases, count, lis
     first = 0
     while first < S:
         last = first + gathered_at_once(B, k, n, [w.shape[1] for w in w_encs[first:]], w_encs[0].dtype, arch)
-        idx, counts = indices[first:last] if own else indices, None if count is None else count[first:last]
+        some = slice(first, last)
+        idx, counts = indices[some] if own else indices, None if count is None else count[some]
+        at_once, itemsize = {}, w_encs[0].element_size()
+        if in_one_slab(k, n, [w.shape[1] for w in w_encs[some]], itemsize, arch):
+            at_once = dict(latent_biases=latent_biases[some], values_out=values[some])
         _, part, slabs = launch_gathers(
-            idx, None, w_encs[first:last], None, centred[first:last], count=counts, dot=True
+            idx, None, w_encs[some], None, centred[some], count=counts, dot=True, **at_once
         )  # fmt: skip
-        launch(_finish_values_kernel, (B, last - first))(
-            part, tuple(latent_biases[first:last]), idx, counts, values[first:], slabs, B * k if own else 0,
-            0 if count is None else count.stride(0), B, k, n,
-            S=last - first, BLOCK_K=next_power_of_2(k), num_warps=1,
-        )  # fmt: skip
+        if not at_once:
+            launch(_finish_values_kernel, (B, last - first))(
+                part, tuple(latent_biases[some]), idx, counts, values[first:], slabs, B * k if own else 0,
+                0 if count is None else count.stride(0), B, k, n,
+                S=last - first, BLOCK_K=next_power_of_2(k), num_warps=1,
+            )  # fmt: skip
         first = last
     side.join()
     return values, *inverse

@@ -51,7 +51,7 @@ def pick(items, i, T: tl.constexpr):
 @triton.jit(do_not_specialize=["error_sources", "tiles"])
 def _gather_kernel(
     idx_ptr, v_ptr, w_ptrs, bias_ptrs, x_ptrs, count_ptr, coef_ptr, list_position_ptr,
-    e_ptrs, error_ptrs, g_ptrs, h_ptrs, sq_ptr, dot_ptr,
+    e_ptrs, error_ptrs, g_ptrs, h_ptrs, sq_ptr, dot_ptr, c_ptrs,
     B, K, widths, N, strides_wn, strides_xs, strides_xb, strides_ob, stride_idx, stride_v, stride_count,
     error_sources, tiles,
     T: tl.constexpr, S: tl.constexpr, K_PAD: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -65,7 +65,8 @@ def _gather_kernel(
     Inputs: v (without it E = x), bias, x, count (None: all K columns are valid), coef [T, S, B]. Outputs: e [S, B, D];
     error [B, D] = e[source], the problem's 3 bits of error_sources; g [B, D] = sum_s coef_s e_s; h [B * K, D], whose
     row list_position[p] is sum_s coef_s v_s e_s of place p; sq [all slabs, S, B]; dot [all slabs, S, B, K]. Sources
-    with coef 0 are excluded from g and h, even if their errors are not finite.
+    with coef 0 are excluded from g and h, even if their errors are not finite. With c [N], for one slab a problem, dot
+    is relu(dot + c[idx]), 0 in columns that are not valid.
     """
     SUM: tl.constexpr = v_ptr is not None
     DOT: tl.constexpr = dot_ptr is not None
@@ -92,6 +93,8 @@ def _gather_kernel(
         g_ptr = g_ptrs[0]
     if h_ptrs is not None:
         h_ptr = h_ptrs[0]
+    if c_ptrs is not None:
+        c_ptr = c_ptrs[0]
     if T > 1:
         problem = tl.zeros((), tl.int32)
         first = tl.zeros((), tl.int32)  # slab of the problem
@@ -119,6 +122,8 @@ def _gather_kernel(
             error_ptr = pick(error_ptrs, problem, T)
         if g_ptrs is not None:
             g_ptr = pick(g_ptrs, problem, T)
+        if c_ptrs is not None:
+            c_ptr = pick(c_ptrs, problem, T)
         if h_ptrs is not None:
             h_ptr = pick(h_ptrs, problem, T)
             list_position_ptr += problem.to(tl.int64) * stride_idx
@@ -223,6 +228,9 @@ def _gather_kernel(
         else:
             dot = acc
         dot += poison[:, None]
+        if c_ptrs is not None:
+            dot += tl.load(c_ptr + rows, mask=mask_w, other=0.0).to(ACC)[:, None]
+            dot = tl.where((dot <= 0.0) | (mask_in == 0)[:, None], 0.0, dot)  # NaN stays
         tl.store(dot_ptr + out[None, :] * K + offs_k[:, None], dot, mask=mask_s[None, :] & mask_k[:, None])
 
 
@@ -240,9 +248,15 @@ def slabs_of(config: GatherConfig, d: int) -> int:
     return cdiv(total, min(config.tiles, total))
 
 
+def in_one_slab(k: int, n: int, widths, itemsize: int, arch: int) -> bool:
+    """Whether `launch_gathers` runs problems of these widths in one launch without splitting their columns."""
+    config = gather_config(k, max(widths), n, itemsize, arch)
+    return k <= gather_chunk(itemsize, arch) and all(slabs_of(config, d) == 1 for d in widths)
+
+
 def launch_gathers(
     indices, values, ws, biases, xs, *, count=None, coef=None, list_position=None, err_outs=None, error_outs=None,
-    error_sources=None, dbias_rows=None, h_outs=None, sq_err=False, dot=False,
+    error_sources=None, dbias_rows=None, h_outs=None, sq_err=False, dot=False, latent_biases=None, values_out=None,
 ):  # fmt: skip
     """Run T problems of the gather kernel in one launch, into the given outputs.
 
@@ -266,6 +280,8 @@ def launch_gathers(
         h_outs: T tensors [B * k, d_t], receive H.
         sq_err: compute |E|^2.
         dot: compute <W[I_j], E>.
+        latent_biases: T biases [N], where each problem has one slab (`in_one_slab`): dots become relu(dot + bias).
+        values_out: with latent_biases [T, B, k], receives them.
 
     Returns:
         |E|^2 [sum of slabs, S, B] and dots [sum of slabs, S, B, k], to be summed over each problem's slabs; None if not
@@ -296,7 +312,9 @@ def launch_gathers(
         xs = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in xs)
     S = _sources(values, xs)
     sq_part = torch.empty(sum(slabs), S, B, device=device, dtype=acc) if sq_err else None
-    dot_part = torch.empty(sum(slabs), S, B, k, device=device, dtype=acc) if dot else None
+    dot_part = values_out
+    if dot and latent_biases is None:
+        dot_part = torch.empty(sum(slabs), S, B, k, device=device, dtype=acc)
     rows_out = error_outs or dbias_rows
     half = dtype in (torch.bfloat16, torch.float16)
     # the interpreter multiplies bf16 wrongly: there the operands stay fp32, and the low half is zero
@@ -306,6 +324,7 @@ def launch_gathers(
     launch(_gather_kernel, (sum(slabs) * B,))(
         indices, values, ws, biases, xs, count, coef, list_position,
         *(outs and tuple(outs) for outs in (err_outs, error_outs, dbias_rows, h_outs)), sq_part, dot_part,
+        latent_biases and tuple(latent_biases),
         B, k, widths, n, tuple(w.stride(0) for w in ws),
         None if xs is None else tuple(x.stride(0) if x.dim() == 3 else 0 for x in xs),
         None if xs is None else tuple(x.stride(-2) for x in xs),

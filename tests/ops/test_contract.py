@@ -13,7 +13,7 @@ from common import problem
 from conftest import CUDA, DEVICE
 
 import sparc_kernels
-import sparc_kernels.nn.fused_step  # registers the optimizer's operators
+import sparc_kernels.nn.optimizer  # registers the optimizer's operators
 from sparc_kernels import AlignedSAE, auxk_topk, decode, decode_nmse, encode_topk, update_counters_, values_at
 
 D = {"image": 20, "text": 13}
@@ -333,7 +333,7 @@ def ops_and_arguments(impl):
                 impl,
             ),
         ),
-        "residuals": (ops.residuals, (p.pre_biases, p.xs, impl)),
+        "residuals": (ops.residuals, (p.pre_biases, p.xs, 0.1, impl)),
         "target_weights": (ops.target_weights, (p.xs, torch.rand(3, 3, device=DEVICE, dtype=out.dtype), impl)),
         "centre": (ops.centre, (p.xs, p.pre_biases, False, impl)),
         "gather_values": (ops.gather_values, (indices, p.xs, p.w_encs, p.latent_biases, None, True, impl)),
@@ -342,9 +342,23 @@ def ops_and_arguments(impl):
             (indices, p.xs[:1], p.w_encs[:1], p.latent_biases[:1], count[None], False, impl),
         ),
         "count_fired_": (ops.count_fired_, ([torch.arange(N, device=DEVICE)] * 1, indices, values[:1], 0.5, impl)),
-        "loss_terms": (ops.loss_terms, (coefs, coef + 1, torch.rand_like(coef[:, :3]), values, impl)),
-        "add_auxk": (ops.add_auxk, (coefs[:, :1], coef + 1, sums[0], 0.1, impl)),
-        "column_sums": (ops.column_sums, (p.xs, p.xs, p.pre_biases, impl)),
+        "loss_terms": (
+            ops.loss_terms,
+            (coefs, coef + 1, torch.rand_like(coef[:, :3]), values, p.xs, [b.clone() for b in p.pre_biases], impl),
+        ),
+        "add_auxk": (
+            ops.add_auxk,
+            (
+                coefs[:, :1],
+                coef + 1,
+                sums[0],
+                0.1,
+                [coef.clone()],
+                [*p.xs, *p.xs],
+                [b.clone() for b in p.pre_biases],
+                impl,
+            ),
+        ),
         "pre_bias_grads": (ops.pre_bias_grads, (p.w_encs, p.latent_biases, p.pre_biases, impl)),
         "scale_": (ops.scale_, ([out, sums], torch.full_like(sums[0], 3.0), impl)),
         **optimizer_operators(p, indices, inverse, values, coef, impl),

@@ -21,7 +21,7 @@ from ...launch.select import encode_by_library, rows_per_chunk, select_config
 from ...ops.adam import alike
 from ...ops.decode_grads import in_one_pass, route_of
 from ...ops.encode import gathered_at_once
-from ...ops.gather import slabs_of
+from ...ops.gather import in_one_slab, slabs_of
 from ...ops.latent_reduce import reduce_groups
 from ...ops.selection import selected_at_once, selection_settings
 from ..shape import Shape
@@ -210,19 +210,21 @@ def _gathers(
 
 
 def _values(s: Shape, n: int, present: int) -> Iterator[Part]:
-    """Per stream k encoder rows gathered per row: x and ids read, the dots of every slab written.
+    """Per stream k encoder rows gathered per row: x, ids and biases read, fp32 values written.
 
-    Then a kernel adds slabs and bias, and writes fp32 values. All streams at once, or as many as fit the scratch.
+    Where columns are split, the dots of every slab are written, to which a kernel adds the biases. All streams at once,
+    or as many as fit the scratch.
     """
     M, widths = s.M, s.d_streams
     while widths:
         at_once = gathered_at_once(s.B, s.k, s.N, widths, _dtype(s), s.arch)
         some, widths = widths[:at_once], widths[at_once:]
+        whole = in_one_slab(s.k, s.N, some, s.e, s.arch)
         yield from _gathers(
-            s, "dots", some, n, present, sources=1, flops=2, column=s.B * s.e, per_slab=12 * M
+            s, "dots", some, n, present, sources=1, flops=2, column=s.B * s.e, per_slab=(12 + s.e * whole) * M
         )  # fmt: skip
         slabs = sum(n_slabs for _, n_slabs in _slabs(s, some))
-        yield Part("values", 4 * M * slabs + len(some) * M * (8 + s.e + 4))
+        yield from when(not whole, Part("values", 4 * M * slabs + len(some) * M * (8 + s.e + 4)))
 
 
 def _lists(s: Shape, groups: int) -> Iterator[Part]:
@@ -356,10 +358,9 @@ def _segment_sums(s: Shape, widths: Sequence[int], column: float) -> Iterator[Pa
             yield from when(chunk < s.M, Part("split lists", s.M, launches=int(i == 0)))
 
 
-def _bias_sums(s: Shape, launches: int = 2) -> Part:
-    """Sums over the rows of fp32 [B, d_s] of each stream: of chunks of rows, then over chunks."""
-    moved = 4 * s.B * s.D + 8 * s.D * cdiv(s.B, column_chunk(s.B)) + s.D * s.e
-    return Part("bias sums", moved, launches=launches)
+def _bias_sums(s: Shape) -> Part:
+    """Sums over the rows of fp32 [B, d_s] of each stream, of chunks of rows, then of these, in the terms' launches."""
+    return Part("bias sums", 4 * s.B * s.D + 8 * s.D * cdiv(s.B, column_chunk(s.B)) + s.D * s.e, launches=0)
 
 
 def _late_bias_sums(s: Shape, added: bool) -> Part:
@@ -372,29 +373,33 @@ def _late_bias_sums(s: Shape, added: bool) -> Part:
 def _auxk(s: Shape, direct: bool) -> Iterator[Part]:
     """AuxK: dead latents moved to the front; per stream selection among them; values; one inverse index; loss, sums.
 
-    Gathers take min(auxk, dead) decoder rows. The latent sums are added in place to latents that have entries, unless
-    the update computes them.
+    Gathers take min(auxk, dead) decoder rows; one makes losses and gradients, unless the backward computes these. The
+    latent sums are added in place to latents that have entries, unless the update computes them.
     """
     ahead, S, SB, BD = direct or computes_ahead(s), s.S, s.S * s.B, s.B * s.D
     own, present = replace(s, k=s.auxk, auxk=0), min(s.auxk, s.dead)
     entries = s.B * present
     touched = 2 * s.e * distinct(s.dead, entries) if entries else 0  # bytes of a column, read and written
-    norms, residuals = Part("target weights", BD * s.e + 8 * SB), Part("residuals", (2 * BD + s.D) * s.e + 4 * SB)
-    # int64 counters against the threshold
-    yield from (Part("count dead", 8 * S * s.N), Part("dead first", S * s.N * (8 + 4)))
+    norms, residuals = Part("target weights", BD * s.e + 8 * SB), Part("residuals", (2 * BD + s.D) * s.e + 8 * SB)
+    # int64 counters against the threshold; masks and lists
+    yield from (Part("mark dead", S * s.N * (8 + 1)), Part("dead first", S * s.N * (1 + 4)))
     yield from _dead_selections(own)
     values = tuple(_values(own, s.dead, present))
     yield from (*values, *on_side_stream(values, _lists(own, S)))
-    yield from _losses(own, s.dead, present, 1)
-    yield from _gradients(own, s.dead, present, 1, shared=False, direct=direct)
+    if not ahead:
+        yield from _losses(own, s.dead, present, 1)
+    yield from _gradients(own, s.dead, present, 1, shared=False, direct=ahead)
     if not direct:
-        yield from _decoder_sums(own, 1, entries, touched)
+        if ahead:
+            yield from _reduces(own, own.d_streams, 1, entries, per_entry=4 + 8, column=touched)
+        else:
+            yield from _decoder_sums(own, 1, entries, touched)
         # dW_enc and dc: gradient and gate
         yield from _reduces(own, own.d_streams, 1, entries, per_entry=4 + 8, column=touched, more=1)
-    # the mean of every term; the total, weights and coefficients
-    yield from (residuals, Part("AuxK terms", 4 * (4 * SB + 5 * S), launches=2))
-    if ahead:  # the biases' sums: twice as many tensors in the launches of the main loss
-        yield _bias_sums(s, launches=0)
+    # the mean of every term; the total and weights
+    yield from (residuals, Part("AuxK terms", 4 * (2 * SB + 5 * S), launches=2))
+    if ahead:  # the sums of both losses take AuxK's launches
+        yield _bias_sums(s)
     else:
         yield from (residuals, replace(norms, launches=S), _late_bias_sums(s, True))
         yield from (of_torch("scaled", 4 * (2 * S + 1)), of_torch("values' gradients", 8 * SB * s.auxk))
