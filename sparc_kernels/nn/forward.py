@@ -113,6 +113,7 @@ class ForwardState:
     grad: bool = True
     inference: bool = False
     autocast: dict = field(default_factory=dict)  # arguments of torch.autocast
+    parameters: list[torch.Tensor] = field(default_factory=list)  # kept, so that no other tensor gets their identities
     parameter_versions: list[int] | None = None  # None under torch.compile
     input_versions: list[int] = field(default_factory=list)
 
@@ -126,7 +127,8 @@ class ForwardState:
         self.autocast = autocast_state(self.codes.indices.device)
         if not torch.compiler.is_compiling():
             self.inference = torch.is_inference_mode_enabled()
-            self.parameter_versions = _versions([p for four in parameters.values() for p in four])
+            self.parameters = [p for four in parameters.values() for p in four]
+            self.parameter_versions = _versions(self.parameters)
             self.input_versions = _versions([*self.inputs.values()])
         return self
 

@@ -308,7 +308,7 @@ class SparcAdam(torch.optim.Optimizer):
         device = params[0].device
         states: list[Any] = [self.state.get(p) for p in params]
         if self.counts is not None and self.counts.device == device and all(states):
-            first, second = ([state[name] for state in states] for name in _MOMENTS)
+            first, second = ([state.get(name) for state in states] for name in _MOMENTS)
             if _are_like(params, first, second):
                 return first, second
         for p in params:
@@ -404,10 +404,11 @@ class SparcAdam(torch.optim.Optimizer):
                 state[name] = _like(p, previous.get(name)).copy_(moment)
         counts, self.counts = self.counts, None
         if counts is not None:
-            counts.zero_()
             for index, p in enumerate(p for stream in self.streams() for p in stream):
-                if self.state.get(p):
+                if self.state.get(p):  # its own state_dict holds views of these counts
                     self.state[p]["step"] = counts[index].copy_(self.state[p]["step"])
+                else:
+                    counts[index].zero_()
             self.counts = counts
 
     def __getstate__(self):
@@ -467,7 +468,10 @@ def _like(p, tensor):
 def _are_like(params, first, second) -> bool:
     """Whether all moments have the layout and device of their parameters and the accumulator dtype."""
     strides = [*map(torch.Tensor.stride, params)]
-    if strides != [*map(torch.Tensor.stride, first)] or strides != [*map(torch.Tensor.stride, second)]:
+    try:
+        if strides != [*map(torch.Tensor.stride, first)] or strides != [*map(torch.Tensor.stride, second)]:
+            return False
+    except TypeError:  # one is missing
         return False
     wanted = [(p.device, acc_dtype(p.dtype)) for p in params]
     return wanted == [*map(_PLACE, first)] == [*map(_PLACE, second)]

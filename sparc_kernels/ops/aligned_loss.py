@@ -284,6 +284,8 @@ class AlignedLoss(torch.autograd.Function):
 
 def _scaled(grads, dloss, impl):
     """Scale the forward's gradients by dloss in place; return dvalues, daux, dws and dbs."""
+    # .data: saved tensors that change in place, here and by whoever gets them
+    grads = [None if grad is None else grad.data for grad in grads]
     _scale([dloss, *(grad for grad in grads if grad is not None)], (impl,), impl=impl)
     dvalues, daux, *rest = grads
     T = len(rest) // 2
@@ -292,7 +294,7 @@ def _scaled(grads, dloss, impl):
 
 @Planned
 def _scale(tensors, impl):
-    scale_([grad.data for grad in tensors[1:]], tensors[0], impl)  # .data: saved tensors that change in place
+    scale_(list(tensors[1:]), tensors[0], impl)
     return []
 
 

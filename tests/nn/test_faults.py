@@ -150,6 +150,24 @@ def test_replaced_parameters_and_refilled_inputs_are_noticed():
             read()
 
 
+class _Half(torch.nn.Module):
+    def forward(self, w):
+        return w / 2
+
+
+def test_weights_that_are_computed_at_every_access_are_noticed():
+    """The one of the forward was freed, and that of the loss had its identity."""
+    for s in D:
+        m, x = model(), batch()
+        torch.nn.utils.parametrize.register_parametrization(m.decoders[s], "weight", _Half())
+        for _ in range(8):
+            out = m(x)
+            with pytest.raises(RuntimeError, match=rf"parameter decoders\.{s}\.weight .* replaced"):
+                m.compute_loss(out, x)
+            with torch.nn.utils.parametrize.cached():
+                m.compute_loss(m(x), x)[0].backward()
+
+
 def test_inference_mode():
     """A model built in it could not run, and reading in it spoiled what the training loss needed."""
     with torch.inference_mode():

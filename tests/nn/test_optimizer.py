@@ -370,6 +370,19 @@ def test_loading_keeps_the_addresses_that_a_graph_has_captured():
     assert addresses() == before and all(int(optimizer.state[p]["step"]) == 1 for p in m.parameters())
 
 
+def test_its_own_state_is_loaded_and_lost_moments_are_made_again():
+    m = model(F32)
+    optimizer = SparcAdam(m, 1e-2)
+    x, y = batches(2, F32)
+    m.training_step(x, optimizer)
+    optimizer.load_state_dict(optimizer.state_dict())  # its steps are views of the counts
+    assert all(int(optimizer.state[p]["step"]) == 1 for p in m.parameters())
+    for lost in (lambda state: state.pop("exp_avg"), lambda state: state.update(exp_avg_sq=None)):
+        lost(optimizer.state[m.decoders["a"].weight])
+        m.training_step(y, optimizer)
+    assert all(state[name].any() for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq"))
+
+
 def test_half_precision_moments_are_loaded_as_they_were():
     m = model(torch.bfloat16)
     optimizer = SparcAdam(m, 1e-2)
