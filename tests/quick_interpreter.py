@@ -189,7 +189,8 @@ def quick_operations(interpreter) -> dict:
                 else:
                     compute, data = computes(a, a if a in dtypes else "int32"), None
                     whole = kind is int and -(2**31) <= other < 2**31
-                    if not (whole or (kind is float and a in FLOATS)):
+                    fits = whole or (kind is float and a in FLOATS)
+                    if not fits or repr(other) == "-0.0":  # Triton 3.6 makes it 0.0
                         compute = None
                 if compute is None:
                     known[key] = None
@@ -238,7 +239,7 @@ def quick_operations(interpreter) -> dict:
         """Data of a tensor of the dtype of that name or of a number that it has."""
         if type(x) is tensor:
             return x.handle.data if x.kind[0] == name else None
-        if name in FLOATS or (name in INTEGERS and type(x) is int and -(2**31) <= x < 2**31):
+        if (name in FLOATS and repr(x) != "-0.0") or (name in INTEGERS and type(x) is int and -(2**31) <= x < 2**31):
             return np.array([x], dtype)
         return None
 
