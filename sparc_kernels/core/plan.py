@@ -291,7 +291,7 @@ class Planned:
         key, pointers = kind_of(tensors, static)
         plan = self.plans.get(key)
         if type(plan) is Plan:
-            if len(self.plans) == MOST_PLANS:  # it is the latest; another thread may have dropped it
+            if len(self.plans) >= MOST_PLANS:  # it is the latest; another thread may have dropped it
                 self.plans[key] = self.plans.pop(key, plan)
             try:
                 with on_device(plan.device):

@@ -56,7 +56,8 @@ class Scalar(float):
     """A number that may differ in every replay; plain numbers are constants of a plan.
 
     What is computed from it would be a constant too: while a plan is recorded, arithmetic, comparisons and torch calls
-    with it refuse the plan. `derived` is the way to compute with it.
+    with it refuse the plan, though not functions in C that read a float themselves (`math.sqrt`). `derived` is the way
+    to compute with it.
     """
 
     position: int

@@ -82,9 +82,9 @@ class ColumnSumsConfig(RegisterCapped):
 
 @dataclass(frozen=True)
 class MeansConfig(RegisterCapped):
-    """Settings of means.
+    """Settings of means and of the chunks of columns in their launch.
 
-    Compiled: under Triton 3.6 the means of two sources spill 8 bytes without a limit, for 32 registers.
+    Compiled: without a limit those of three sources spill 8 bytes on sm_100, for 32 registers; under Triton 3.6 others.
     """
 
-    max_registers: int = 128 if TRITON_VERSION < (3, 7) else 0
+    max_registers: int = 128

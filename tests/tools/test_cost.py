@@ -216,7 +216,7 @@ def test_more_work_takes_longer(larger, dtype):
             assert more.l2 > one.l2 and more.hbm(H200) > one.hbm(H200)
 
 
-# GPUs on which the lists of the official case, or AuxK's, take longer than the one launch that gathers the values
+# GPUs on which the lists of the official case, or AuxK's, take longer than the gather of the values, one launch
 WAITS = {gpu: {"A"} for gpu in ("B200", "H100", "L40S", "MI300X", "RTX4090", "RTX5090")}
 
 
