@@ -54,6 +54,14 @@ def library_gemm(device: str) -> None:
     _say(f"selection of {rows} rows, largest id", indices.max())
 
 
+def many_selected(device: str) -> None:
+    """Values of more latents than one gather takes."""
+    rows, n, d, k = 5, 403, 40, 300
+    x, w, biases = (torch.randn(*shape, device=device) for shape in ((rows, d), (n, d), (max(n, d),)))
+    _, values = encode_topk([x], [w], [biases[:d]], [biases[:n]], k)
+    _say(f"values of {k} latents, sum", values.sum())
+
+
 PARTS = (  # each takes a device; "meta" to record launches
     partial(steps, torch.bfloat16, "global", 3, False),
     partial(steps, torch.bfloat16, "global", 4, True),  # four sources: gradients by way of H
@@ -62,6 +70,7 @@ PARTS = (  # each takes a device; "meta" to record launches
     partial(steps, torch.bfloat16, "local", 3, True),
     three_levels,
     library_gemm,
+    many_selected,
 )
 
 

@@ -31,6 +31,19 @@ UNUSUAL |= {"fp64": [float("nan"), -0.0, 1e300, 1 / 3], "int8": [-128, 127, 5, -
 SETS = COMMON, UNUSUAL
 
 
+def own_functions() -> dict:
+    """Triton's functions by the names of the quick ones."""
+    from triton.runtime import interpreter
+
+    core, names = interpreter.tl.core, quick_operations(interpreter)
+    owners = {name: core.tensor if hasattr(core.tensor, name) else core for name in names}
+    owners |= dict.fromkeys(("load", "store"), core)
+    return {name: inspect.unwrap(getattr(owner, name)) for name, owner in owners.items()}
+
+
+SLOW = own_functions() if INTERPRETED else {}  # before a kernel runs: an error in one leaves others in their place
+
+
 class Language:
     """Tensors of the interpreter, and its functions as they are and quick."""
 
@@ -39,9 +52,7 @@ class Language:
 
         self.interpreter, self.core = interpreter, interpreter.tl.core
         self.quick = quick_operations(interpreter)
-        owners = {name: self.core.tensor if hasattr(self.core.tensor, name) else self.core for name in self.quick}
-        owners |= dict.fromkeys(("load", "store"), self.core)
-        self.slow = {name: inspect.unwrap(getattr(owner, name)) for name, owner in owners.items()}
+        self.slow = SLOW
 
     def tensor(self, dtype, values, shape=(4,)):
         kind = getattr(self.core, {"fp": "float", "in": "int"}[dtype[:2]] + dtype.lstrip("fpint"))

@@ -456,3 +456,23 @@ def test_values_of_many_streams_a_few_at_a_time(monkeypatch):
     monkeypatch.setattr(encode, "SCRATCH_BYTES", 1)
     parts = [encode_topk(*p.encoder, 5, topk_type, impl="triton")[1] for topk_type in ("global", "local")]
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+@pytest.mark.parametrize("split", ["columns", "latents", ""])
+@pytest.mark.parametrize("topk_type", ["global", "local"])
+def test_values_are_finished_after_gathers_that_split(monkeypatch, split, topk_type):
+    """And by the gather itself where it has all columns of all latents."""
+    from sparc_kernels.launch import gather
+    from sparc_kernels.ops import encode
+
+    launched, launch = [], encode.launch
+    monkeypatch.setattr(encode, "launch", lambda kernel, grid: launched.append(kernel) or launch(kernel, grid))
+    if split == "columns":
+        monkeypatch.setattr(gather, "SLAB_BYTES", 1)
+    p = problem(B=3, N=40, widths=(290 if split == "columns" else 20, 13))
+    k = 20 if split == "latents" else 5
+    indices, values = encode_topk(*p.encoder, k, topk_type, "triton")
+    want_indices, want_values = reference.encode_topk(*p.encoder, k, topk_type)
+    assert torch.equal(indices, want_indices)
+    assert_close(values, want_values, what="values")
+    assert (encode._finish_values_kernel in launched) == bool(split) or CUDA

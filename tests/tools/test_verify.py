@@ -493,7 +493,7 @@ def another_run_other_bits(patch):
 
 
 def autocast_in_full_precision(patch):
-    patch(module, "_autocast", lambda *params: params)
+    patch(module, "_autocast", lambda params: params)
 
 
 # the fault, and the checks that must notice it; every other one must go on passing
