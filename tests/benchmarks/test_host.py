@@ -115,6 +115,7 @@ def test_the_fit_finds_its_three_numbers():
     counts = list(itertools.product((10, 20, 40), (5, 50, 300)))
     rows = [row(a, b, 20 * a + 3 * b + 100) for a, b in counts]
     rows += [row(10, 5, 9e9, "meta"), row(0, 0, 9e9, what="Trainer's step, in a graph")]
+    rows += [row(10, 5, 1.0, what="training_step")]  # neither autograd nor an optimizer's step
     found = host.fit(rows)
     assert (found["triton_us"], found["torch_us"], found["step_us"]) == (20, 3, 100)
     assert found["rows"] == len(counts) and found["largest_error"] < 1e-6

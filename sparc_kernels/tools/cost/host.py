@@ -8,10 +8,11 @@ from .parts import Op
 # Measured: host microseconds of an eager step = TRITON_US x Triton launches + TORCH_US x torch's kernels + STEP_US, as
 # fitted by `python -m benchmarks host --fit`; FITTED says when and where. Python, autograd, views and allocations are
 # in them, CUDA's driver is not.
-TRITON_US, TORCH_US, STEP_US = 61.0, 5.6, 280.0
-# The fit at 20ac135 gave 225, 20.9 and 1039 at a load of 5 to 8, off by 12 % (median): divided by 3.7, which makes the
-# dense step there the 1.7 ms that it took on the same cores when they were idle (2026-11-27).
-FITTED = "fitted on an AMD EPYC, 2 cores, torch 2.13, Triton 3.9, 2026-11-28, on busy cores"
+# They are of steps by autograd and an optimizer; `training_step` takes 0.4 of it. The fit at 9cebda7 gave 44.4, 14 and
+# 664, off by 9 % (median): divided by 2.9, which makes the dense step, 4.9 ms there on shared cores, the 1.7 ms that it
+# took on another machine whose cores were idle (2026-11-27).
+TRITON_US, TORCH_US, STEP_US = 15.3, 4.8, 229.0
+FITTED = "fitted on a 2-core AMD EPYC VM, torch 2.13, Triton 3.9, 2026-11-28, scaled to idle cores"
 # Assumptions: CUDA's own time for a launch, and the host's for the replay of a graph.
 DRIVER_US, REPLAY_US = 2.0, 8.0
 
