@@ -68,13 +68,13 @@ def sharded_step(
         hyper.beta1, hyper.beta2, update_impl,
     )  # fmt: skip
     rows_of_params, first, second = (rows_of(of) for of in (params, exp_avgs, exp_avg_sqs))
-    dpre_bias = [torch.empty_like(m) for m in exp_avgs[2::4]]
+    dbias_sums = [torch.empty_like(m) for m in exp_avgs[2::4]]
     update_parameters(
         encoded, result, rows_of_params, first, second, [w for pair in half or () for w in pair], scalars, hyper,
-        update_impl, impl=impl, dpre_bias=dpre_bias,
+        update_impl, impl=impl, dbias_sums=dbias_sums,
     )  # fmt: skip
     # through the encoder, of all ranks' latents; the rows are those of the whole batch already
-    through = ranks.latents.total(torch.cat(dpre_bias), "pre-biases").split([len(d) for d in dpre_bias])
+    through = ranks.latents.total(torch.cat(dbias_sums), "pre-biases").split([len(d) for d in dbias_sums])
     grads = [g for db, d in zip(result.dbiases, through, strict=True) for g in (None, None, db.to(d) - d, None)]
     adam_stream_(rows_of_params, grads, first, second, scalars, *hyper, update_impl)
     torch.autograd.graph.increment_version(params)

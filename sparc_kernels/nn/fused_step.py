@@ -102,7 +102,7 @@ def _step(tensors, S, settings, auxk_coef, hyper, update_impl, lr_value, decay):
 
 def update_parameters(
     encoded: Encoded, result: LossResult, params, exp_avgs, exp_avg_sqs, half, scalars, hyper: AdamHyper,
-    update_impl: str, *, impl: str, dpre_bias: Sequence[torch.Tensor] = (),
+    update_impl: str, *, impl: str, dbias_sums: Sequence[torch.Tensor] = (),
 ) -> None:  # fmt: skip
     """Update every parameter of S streams from the lists of its latents.
 
@@ -117,7 +117,7 @@ def update_parameters(
         hyper: of the optimizer.
         update_impl: "triton" or "torch", of the update.
         impl: of the other operators.
-        dpre_bias: as `latent_adam_` takes it; with it the pre-biases are not updated.
+        dbias_sums: as `latent_adam_` takes them; with them the pre-biases are not updated.
     """
     codes, lists, S = encoded.codes, None, len(encoded.centred)
     if not codes.shared:  # each (source, row) has list entries of its own: treat them as one source of S * B rows
@@ -127,8 +127,8 @@ def update_parameters(
     decoders = [_decoder_lists(encoded, result, s, lists) for s in range(S)]
     (enc_lists, k, enc_aux, aux_k), (dec_lists, _, dec_aux, dec_k) = _flat(encoders), _flat(decoders)
     latent_adam_(
-        params, exp_avgs, exp_avg_sqs, half, scalars, result.dbiases, enc_lists, dec_lists, k, enc_aux, dec_aux,
-        aux_k or dec_k, *hyper, list(dpre_bias), update_impl,
+        params, exp_avgs, exp_avg_sqs, half, scalars, result.dbiases, list(dbias_sums), enc_lists, dec_lists, k, enc_aux,
+        dec_aux, aux_k or dec_k, *hyper, update_impl,
     )  # fmt: skip
 
 
