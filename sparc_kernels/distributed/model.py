@@ -327,16 +327,20 @@ class ShardedSAE(AlignedSAE):
                 getattr(self, f"stats_last_nonzero_{s}")[dead] = 0
         return counts
 
+    def extra_repr(self) -> str:
+        start, stop = self.block
+        return f"{super().extra_repr()}, block={start}..{stop - 1}, rank={self.ranks.rank} of {self.ranks.size}"
+
     # ------------------------------------------------------------------------------------------------ for the optimizer
 
-    def sum_gradients_(self, grads: list[torch.Tensor | None]) -> None:
-        """Sum the gradients over replicas in place, in the order of the replicas.
+    def sum_gradients_(self, grads: Sequence[torch.Tensor | None] | None = None) -> None:
+        """Sum the gradients over replicas in place, in the order of the replicas; `SparcAdam.step` calls it.
 
         Args:
-            grads: of the parameters in the order of `SparcAdam.streams`; None: a parameter without one.
+            grads: in one order on every rank, None for a parameter without one; None: `.grad` of all parameters.
         """
         if self.ranks.data is not None:
-            for g in grads:
+            for g in [p.grad for p in self.parameters()] if grads is None else grads:
                 if g is not None:
                     self.ranks.data.total_(g, "gradients")
 
