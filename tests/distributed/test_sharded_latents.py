@@ -368,6 +368,9 @@ def cases() -> dict:
         made[f"fewer rows than shards, {how}"] = partial(padded, 1, 4, [2], fused)
         made[f"NaN on one replica, {how}"] = partial(nan_row, fused)
         made[f"bf16, {how}"] = partial(half_precision, fused)
+        small = dict(widths={"a": 6, "b": 5}, N=13, k=4, auxk=3, impl="triton", reinit=False, steps=4)
+        made[f"kernels, {how}"] = partial(same_training, 2, 2, fused=fused, **small)
+        made[f"kernels, local, {how}"] = partial(same_training, 1, 4, fused=fused, topk_type="local", **small)
     made["moments"], made["refusals"] = moments_are_divided, refusals
     return made
 
