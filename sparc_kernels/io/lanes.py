@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ class Lanes:
         if drop_last:
             require(self.rows >= size, "batch_size", f"at most {self.rows}, the rows there are", str(size))
         edges = [lane * (self.rows // lanes) + min(lane, self.rows % lanes) for lane in range(lanes + 1)]
-        self._lane_rows = [stop - start for start, stop in zip(edges, edges[1:], strict=False)]
+        self._lane_rows = [stop - start for start, stop in pairwise(edges)]
         self._lane_size = size // lanes
         self._shares = [self._share(r * size // replicas, (r + 1) * size // replicas) for r in range(replicas)]
         self.loaders: dict[int, Loader] = {}

@@ -1,5 +1,6 @@
 """Rows dealt to lanes and shared out to replicas: every row once, in an order that does not depend on the replicas."""
 
+import itertools
 import random
 
 import pytest
@@ -33,7 +34,7 @@ def drawn(loaders: list[Lanes], first: int, last: int, skip: int = 0) -> list[li
 
 
 def flat(batches) -> list[list[int]]:
-    return [sum(parts, []) for parts in batches]
+    return [list(itertools.chain(*parts)) for parts in batches]
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -54,7 +55,7 @@ def test_every_row_once_in_one_order_for_every_number_of_replicas(seed):
     per_epoch = -(-len(expected) // size) if not drop else len(expected) // size
     assert len(whole) == 3 * len(alone) == 3 * per_epoch
     for epoch in range(3):
-        got = sorted(sum(whole[epoch * per_epoch : (epoch + 1) * per_epoch], []))
+        got = sorted(itertools.chain(*whole[epoch * per_epoch : (epoch + 1) * per_epoch]))
         assert set(got) <= set(expected) if drop else got == expected
         assert len(got) == (per_epoch * size if drop else len(expected))
 
@@ -97,7 +98,7 @@ def test_a_lane_is_a_loader_of_its_part_and_each_replica_reads_its_own(monkeypat
         assert sorted(v for b in batches for v in b.x["a"][:, 0].tolist() if v) == rows
     few = [lanes_of(numbered(3), 8, lanes=4, replica=i, replicas=4) for i in range(4)]  # an empty last part
     assert [len(part.loaders) for part in few] == [1, 1, 1, 0]
-    assert list(few[3].epochs(0, 1))[0].rows == (1, 1, 1, 0)
+    assert next(few[3].epochs(0, 1)).rows == (1, 1, 1, 0)
 
 
 def test_lanes_and_epochs_have_orders_of_their_own():
