@@ -242,11 +242,17 @@ class Features:
                 with `normalize` (they would become 0); with `full` also values of a `.pt` file with another checksum.
                 The message names the stream and the first such rows.
         """
-        summaries = {s: self._check_stream(s, full) for s in self.sources}
+        summaries = {s: self.check_stream(s, full) for s in self.sources}
         self._checked = self._checked or full
         return summaries
 
-    def _check_stream(self, s: str, full: bool) -> StreamSummary:
+    def check_stream(self, s: str, full: bool = True) -> StreamSummary:
+        """Check one stream, as `check` does.
+
+        Args:
+            s: its name.
+            full: read everything; False: 256 pieces.
+        """
         label, source = stream_label(s, self.paths[s]), self.sources[s]
         if full and isinstance(source, (MappedRows, Shards)):
             source.check(label)
