@@ -1,0 +1,132 @@
+"""The cost model of several GPUs: bytes by hand, one GPU as before, order of stages, tables, refusals."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from sparc_kernels.cli import main
+from sparc_kernels.tools.cost import GPUS, gpus, ours, scaling
+from sparc_kernels.tools.cost.scaling import Collective, Mesh, collectives, memory, times
+from sparc_kernels.tools.shape import Shape
+
+H200 = GPUS["H200"]
+TINY = Shape(8, 16, 2, (4, 2))
+LARGE = Shape(4096, 2**20, 64, (1024, 768, 768), autocast=True)
+
+
+def sent(s: Shape, mesh: Mesh, direct: bool = True) -> dict[str, float]:
+    return {c.name: c.sent for c in collectives(s, mesh, direct)}
+
+
+def test_bytes_by_hand():
+    """2 replicas of 4 rows, 2 shards of 8 latents, S 2, bf16: one other rank in each group."""
+    latents = {
+        "candidates": 4 * 2 * (4 + 4),
+        # 2 rows stay with each rank, of both sources, in fp32; then the errors of 2 rows in bf16
+        "partial reconstructions 0": 2 * 2 * 4 * 4, "errors 0": 2 * 2 * 4 * 2,
+        "partial reconstructions 1": 2 * 2 * 2 * 4, "errors 1": 2 * 2 * 2 * 2,
+        "terms, pre-bias gradients": 4 * (4 + 6 + 6),
+    }  # fmt: skip
+    data = {
+        "fired flags": 2 * 8, "all errors 0": 2 * 4 * 4 * 2, "all errors 1": 2 * 4 * 2 * 2, "all inputs": 4 * 6 * 2,
+        # ids once, values and their gradients of both sources, coefficients
+        "all codes": 4 * 2 * 4 + 2 * 2 * 4 * 2 * 4 + 4 * 4 * 4, "terms, pre-biases": 4 * (4 + 6 + 6),
+    }  # fmt: skip
+    assert sent(TINY, Mesh(2, 2)) == latents | data
+    assert sent(TINY, Mesh(1, 1)) == {}
+    assert set(sent(TINY, Mesh(1, 4))) == set(latents) and set(sent(TINY, Mesh(4, 1))) == set(data)
+    # two calls: the gradients of the values of all ranks, and 8 * 6 weights of both matrices in fp32, half each way
+    two = sent(TINY, Mesh(2, 2), direct=False)
+    assert two["values"] == 2 * 4 * 2 * 4 and two["gradients"] == two["summed gradients"] == 2 * 8 * 6 * 4 / 2
+    assert not {"all inputs", "all errors 0"} & set(two)
+    auxiliary = sent(replace(TINY, auxk=2, dead=4), Mesh(2, 2))
+    more = {
+        "dead candidates": 2 * 4 * 2 * 8, "partial residuals 0": 2 * 4 * 4, "partial residuals 1": 2 * 2 * 4,
+        "AuxK's errors 0": 2 * 4 * 2, "AuxK's errors 1": 2 * 2 * 2, "all AuxK's errors 0": 4 * 4 * 2,
+        "all AuxK's errors 1": 4 * 2 * 2, "all AuxK's codes": 2 * 4 * 2 * (4 + 4 + 4) + 2 * 4 * 4,
+    }  # fmt: skip
+    assert auxiliary == latents | data | more
+
+
+def test_uneven_blocks_are_padded():
+    """9 rows on 2 replicas, 5 latents on 3 shards with k 3: blocks of 5 rows and 2 latents, 2 rows to each rank."""
+    s, mesh = Shape(9, 5, 3, (4,)), Mesh(2, 3)
+    own = scaling.block(s, mesh)
+    assert (own.B, own.N, own.k) == (5, 2, 2)
+    made = sent(s, mesh)
+    assert made["candidates"] == 2 * 5 * 2 * 8 and made["partial reconstructions 0"] == 2 * 2 * 4 * 4
+
+
+def test_links():
+    """8 a node: shards inside, replicas outside; a ring leaves the node once, an all-to-all for each rank beyond."""
+    gather = Collective("", "all-gather", "latents", 8, 10.0)
+    assert gather.by_link(Mesh(8, 8)) == (70, 0)
+    assert replace(gather, group="data").by_link(Mesh(8, 8)) == (0, 70)
+    assert replace(gather, group="data").by_link(Mesh(8, 4)) == (35, 35)
+    wide = Collective("", "all-to-all", "latents", 32, 10.0)
+    assert wide.by_link(Mesh(1, 32)) == (70, 240)
+    inside, outside = gather.seconds(H200, Mesh(8, 8)), replace(gather, group="data").seconds(H200, Mesh(8, 8))
+    assert inside == pytest.approx(1e-6 * (gpus.COLLECTIVE_US + 7 * gpus.LINK_STEP_US) + 70 / 0.8 / 450e9)
+    assert outside == pytest.approx(1e-6 * (gpus.COLLECTIVE_US + 7 * gpus.NETWORK_STEP_US) + 70 / 0.8 / 50e9)
+
+
+def test_memory_by_hand():
+    """N 2^20, D 2,560: 2 N D weights and biases, 4 bytes and twice that for moments, 2 for the copies."""
+    parameters = 2 * 2**20 * 2560 + 3 * 2**20 + 2560
+    for mesh, share in ((Mesh(1, 1), 1), (Mesh(1, 8), 8)):
+        held = memory(LARGE, mesh)
+        assert held["weights"] == pytest.approx(4 * parameters / share, rel=1e-5)
+        assert held["moments"] == 2 * held["weights"]
+        assert held["half-precision copies"] == 2 * 2 * 2**20 * 2560 / share
+        assert held["gradients"] == 0 and memory(LARGE, mesh, direct=False)["gradients"] == held["weights"]
+    assert sum(memory(LARGE, Mesh(8, 1)).values()) > 6 * sum(memory(LARGE, Mesh(1, 8)).values())
+    assert not scaling.fits(LARGE, Mesh(1, 1), GPUS["A100"]) and scaling.fits(LARGE, Mesh(1, 8), GPUS["A100"])
+
+
+@pytest.mark.parametrize("s", [LARGE, replace(LARGE, auxk=64, dead=2**16)], ids=["plain", "AuxK"])
+def test_times(s):
+    alone = times(s, Mesh(1, 1), H200)
+    assert alone.compute == ours.step(s, direct=True).seconds(H200) and alone.communication == alone.exposed == 0
+    for mesh in (Mesh(8, 1), Mesh(1, 8), Mesh(2, 4), Mesh(8, 8), Mesh(1, 64)):
+        made = times(s, mesh, H200)
+        assert made.communication == pytest.approx(sum(c.seconds(H200, mesh) for c in collectives(s, mesh)))
+        assert 0 < made.exposed < made.communication, "some is hidden, some is not"
+        assert made.step == pytest.approx(max(made.compute + made.exposed, made.host))
+        assert alone.compute / mesh.size < made.compute < alone.compute
+    # what every stage waits for exists, and every collective has its place
+    names = {c.name for c in collectives(s, Mesh(2, 4))}
+    stages = list(scaling._program(s, Mesh(2, 4)))
+    assert {stage.name for stage in stages if stage.collective} == names
+    assert all(set(stage.after) <= {other.name for other in stages} for stage in stages)
+    assert set(scaling._computed(s, Mesh(2, 4))) <= {stage.name for stage in stages if stage.parts}
+
+
+def test_the_best_mesh():
+    assert scaling.best(LARGE, 8, H200) == Mesh(1, 8)
+    assert scaling.best(replace(LARGE, B=2**16, N=2**14), 8, H200).shards < 8, "rows, where weights are small"
+    assert scaling.best(LARGE, 1, GPUS["RTX4090"]) is None
+    assert scaling.meshes(6) == [Mesh(6, 1), Mesh(3, 2), Mesh(2, 3), Mesh(1, 6)]
+
+
+def test_the_tables_and_their_json(tmp_path, capsys):
+    out = tmp_path / "scaling.json"
+    shape = ["--shape", "4096,1048576,64,1024/768/768,3"]
+    assert main(["cost", *shape, "--gpus", "1,8", "--json", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("modelled, nothing measured: `training_step` on H200, 8 a node")
+    assert "with float32 parameters" in text and text.count("\n| 1,048,576 |") == 2 and "| 1 x 8 |" in text
+    one, eight = json.loads(out.read_text())["scaling"]
+    assert one["modelled"] and one["gpus"] == 1 and eight["shards"] == 8 and one["step_ms"] > 5 * eight["step_ms"]
+    assert main(["cost", *shape, "--gpus", "8", "--tensor-parallel", "4", "--auxk", "64", "--gpu", "h100"]) == 0
+    text = capsys.readouterr().out
+    for word in ("AuxK 64", "| 2 x 4 |", "| moments |", "| partial residuals 2 | all-to-all | latents |", "gradients."):
+        assert word in text
+    assert main(["cost", *shape, "--gpus", "1", "--gpu", "RTX4090"]) == 0
+    assert "does not fit" in capsys.readouterr().out
+    assert main(["cost", "--gpus", "8", "--tensor-parallel", "3"]) == 2
+    assert "--tensor-parallel: expected a divisor of --gpus 8, got 3" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["cost", "--gpus", "0"])
