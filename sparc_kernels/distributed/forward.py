@@ -9,7 +9,7 @@ from ..nn.forward import EncodeSettings
 from ..ops.dead import count_fired_, dead_first
 from ..ops.encode import centre_for, gather_codes
 from ..ops.records import ABSENT, EncoderParams, SparseCodes
-from ..ops.selection import keys_dtype, topk_positions, select, select_each
+from ..ops.selection import keys_dtype, select, select_each, topk_positions
 from .ranks import Ranks
 
 
