@@ -1,14 +1,15 @@
 """A training step on D x T GPUs: what is sent, memory of a rank, and modelled time.
 
 T ranks share the latents of a replica, D replicas share the rows. A rank has b = B / D rows and n = N / T latents, each
-rounded up. `collectives` is the one list of what a step sends; `memory` and `times` build on it. Assumptions, beside
-those of this package:
+rounded up. `collectives` is the one list of what a step sends, and a test holds it to what `sparc_kernels.distributed`
+counts; `memory` and `times` build on it. Assumptions, beside those of this package:
 
 - Selected latents are spread evenly over the shards, dead ones too.
 - Ranks of a replica are neighbours, in nodes of NODE_GPUS. A ring through several nodes uses the network port of each
   of its ranks in a node; an all-to-all sends what leaves the node through the rank's own port.
 - One kernel and one collective run at a time, each kind in the order of the program; neither slows the other down.
-- Steps are eager: a step lasts at least as long as the host needs, a collective like two launches of torch.
+- Steps are eager and without plans: a step lasts at least as long as the host needs, with a collective like two
+  launches of torch.
 
 Not modelled: local selection, a network shared with other jobs, ranks that wait for a slower one.
 """
@@ -20,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ...core.validation import require
+from ...distributed.ranks import SUM_BYTES
 from ...launch.budgets import PARTIAL_BYTES, SCRATCH_BYTES
 from ...launch.device import cdiv
 from ...launch.select import select_config
@@ -31,7 +33,6 @@ from .parts import Op, Part, of_gpu, of_torch, total
 
 WIDE = 4  # bytes of an accumulator: values, coefficients, partial reconstructions
 ID = 4  # bytes of a latent's id as it is sent
-KEY_BYTES = 4  # most of a key, the compared pre-activation
 RUNTIME_BYTES = 1.5e9  # assumption: CUDA's context, libraries, NCCL's buffers
 USABLE = 0.94  # assumption: share of the memory that PyTorch's allocator can fill
 
@@ -59,26 +60,35 @@ class Collective:
     """One collective of a step, as every rank takes part in it.
 
     Args:
-        name: of what is sent.
-        kind: "all-gather", "all-to-all", "reduce-scatter" or "all-reduce".
+        what: is sent, as `sparc_kernels.distributed.counted` names it.
+        of: which of several: a stream, "dead" latents or a step of a sum.
+        kind: "all-gather", "all-to-all" or "all-reduce".
         group: "latents" (the shards of a replica) or "data" (the replicas of a shard).
         ranks: of the group.
-        piece: bytes of a rank's own piece (all-gather), of what goes to each rank (all-to-all), of a rank's result
-            (reduce-scatter) or of the whole tensor (all-reduce).
+        piece: bytes of a rank's own piece (all-gather), of what goes to each rank (all-to-all), or of the whole tensor
+            (all-reduce).
     """
 
-    name: str
+    what: str
+    of: str | int
     kind: str
     group: str
     ranks: int
-    piece: float
+    piece: int
 
     @property
-    def sent(self) -> float:
+    def name(self) -> str:
+        """Name in tables."""
+        return f"{self.what} {self.of}".strip()
+
+    @property
+    def sent(self) -> int:
         """Bytes that a rank sends, and receives; a ring's for an all-reduce."""
-        if self.kind == "all-reduce":
-            return 2 * self.piece * (self.ranks - 1) / self.ranks
-        return self.piece * (self.ranks - 1)
+        return (
+            (self.ranks - 1) * self.piece * 2 // self.ranks
+            if self.kind == "all-reduce"
+            else (self.piece * (self.ranks - 1))
+        )
 
     def by_link(self, mesh: Mesh) -> tuple[float, float]:
         """Return the bytes that a rank sends inside its node, and through its network port."""
@@ -112,46 +122,69 @@ def block(s: Shape, mesh: Mesh) -> Shape:
     return replace(s, B=cdiv(s.B, mesh.replicas), N=n, k=k, auxk=auxk, dead=dead)
 
 
-def collectives(s: Shape, mesh: Mesh, direct: bool = True) -> list[Collective]:
+def collectives(s: Shape, mesh: Mesh, direct: bool = True, shard: int = 0) -> list[Collective]:
     """List what a step sends, in the order of the program; groups of one rank send nothing.
 
     Args:
         s: shape of the whole batch and all latents.
         mesh: of the ranks.
         direct: `training_step`; False: forward, loss, backward and `SparcAdam.step`.
+        shard: which of a replica's ranks; the first have the largest blocks.
     """
     (D, T), own, S, e = mesh, block(s, mesh), s.S, s.e
     b, M = own.B, own.B * s.k
-    R, aux = cdiv(b, T), S * b * s.auxk
-    gathered: list[tuple[str, float]] = []  # rows of a replica that every replica of the shard needs
-    made = [
-        Collective("candidates", "all-gather", "latents", T, b * own.k * (ID + KEY_BYTES)),
-        Collective("dead candidates", "all-gather", "latents", T, S * b * own.auxk * (ID + KEY_BYTES)),
-        Collective("fired flags", "all-reduce", "data", D, S * own.N),
-    ]
-    for t, d in enumerate(s.d_streams):
-        made.append(Collective(f"partial reconstructions {t}", "all-to-all", "latents", T, S * R * d * WIDE))
-        made.append(Collective(f"errors {t}", "all-gather", "latents", T, S * R * d * e))
-        gathered.append((f"all errors {t}", S * b * d * e))
-        if s.auxk:
-            made.append(Collective(f"partial residuals {t}", "all-to-all", "latents", T, R * d * WIDE))
-            made.append(Collective(f"AuxK's errors {t}", "all-gather", "latents", T, R * d * e))
-            gathered.append((f"all AuxK's errors {t}", b * d * e))
-    made.append(Collective("terms, pre-bias gradients", "all-gather", "latents", T, WIDE * (S * S + 3 * S + s.D)))
+    R, aux, auxk = cdiv(b, T), S * b * s.auxk, bool(s.auxk)
+    n = s.N // T + (shard < s.N % T)
+    made: list[Collective] = []
+
+    def latents(what: str, of: str | int, piece: int, kind: str = "all-gather") -> None:
+        made.append(Collective(what, of, kind, "latents", T, piece))
+
+    def data(what: str, of: str | int, piece: int, kind: str = "all-gather") -> None:
+        made.append(Collective(what, of, kind, "data", D, piece))
+
+    latents("keys", "", b * own.k * e)
+    latents("ids", "", b * own.k * ID)
+    data("fired", "", S * n, "all-reduce")
+    latents("keys", "dead", S * b * own.auxk * e)
+    latents("ids", "dead", S * b * own.auxk * ID)
+    if not direct:
+        latents("values", "", S * M * WIDE, "all-reduce")
+    for kind, sources in (("", S), ("auxk ", auxk)):
+        for t, d in enumerate(s.d_streams):
+            latents(f"{kind}reconstructions", t, sources * R * d * WIDE, "all-to-all")
+        for t, d in enumerate(s.d_streams):
+            latents(f"{kind}errors", t, sources * R * d * e)
+    latents("auxk coefficients", "", auxk * S * R * WIDE)
+    terms = S * S + S + s.D + auxk * (S + s.D)  # losses and sums of values; the biases' gradients
+    latents("loss", "", terms * WIDE)
+    data("loss", "of all", T * terms * WIDE)
+    latents("pre-biases", "", s.D * WIDE)
     if direct:
-        gathered += [
-            ("all inputs", b * s.D * e),
-            ("all codes", M * ID + 2 * S * M * WIDE + S * S * b * WIDE),
-            ("all AuxK's codes", aux * (ID + 2 * WIDE) + (S * b * WIDE if s.auxk else 0)),
-        ]
-        made += [Collective(name, "all-gather", "data", D, size) for name, size in gathered]
+        data("codes", "", M * (ID + S * WIDE))
+        data("gradients of the values", "", S * M * WIDE)
+        data("coefficients", "", S * S * b * WIDE)
+        for t, d in enumerate(s.d_streams):
+            data("errors", f"{t} of all", S * b * d * e)
+        data("codes", "dead", aux * (ID + WIDE))
+        data("auxk", "", aux * WIDE + auxk * S * b * WIDE)
+        for t, d in enumerate(s.d_streams):
+            data("auxk errors", f"{t} of all", auxk * b * d * e)
+        data("inputs", "", b * s.D * e)
+        data("biases", "", s.D * WIDE)
     else:
-        made.append(Collective("values", "all-reduce", "latents", T, S * M * WIDE))
-        gradients = ours.weights(own) * WIDE / D
-        made.append(Collective("gradients", "reduce-scatter", "data", D, gradients))
-        made.append(Collective("summed gradients", "all-gather", "data", D, gradients))
-    made.append(Collective("terms, pre-biases", "all-gather", "data", D, WIDE * (S * S + 3 * S + s.D)))
+        size = ours.parameter_bytes(s)
+        part = sum(_parts(numbers, size, D) for d in s.d_streams for numbers in (n * d, n * d, d, n))
+        data("gradients", "exchanged", part, "all-to-all")
+        data("gradients", "summed", part)
     return [c for c in made if c.ranks > 1 and c.piece]
+
+
+def _parts(numbers: int, size: int, ranks: int) -> int:
+    """Bytes of a rank's part of a tensor that is summed over ranks, some MB at a time."""
+    most = max(ranks, SUM_BYTES // size)
+    full, rest = divmod(numbers, most)
+    return size * (full * cdiv(most, ranks) + cdiv(rest, ranks))
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
@@ -168,10 +201,9 @@ def memory(s: Shape, mesh: Mesh, direct: bool = True) -> dict[str, float]:
     own, S, e = block(s, mesh), s.S, s.e
     b, parameters = own.B, ours.weights(own) + S * own.N + s.D
     rows = s.B if direct else b  # of the codes and errors from which weights are updated
-    sharded = mesh.shards > 1
     codes = rows * s.k * (8 + 8 + 2 * S * WIDE) + S * rows * s.auxk * (8 + 8 + 2 * WIDE)
     sort = 2 * 12 * rows * max(s.k, S * s.auxk)
-    wide = max(s.d_streams) * (S + (1 if s.auxk else 0)) * WIDE
+    in_flight = 2 * cdiv(b, mesh.shards) * mesh.shards * s.D * (S + (1 if s.auxk else 0)) * WIDE  # sent and received
     return {
         "weights": ours.parameter_bytes(s) * parameters,
         "moments": 2 * ours.MOMENT * parameters,
@@ -181,7 +213,7 @@ def memory(s: Shape, mesh: Mesh, direct: bool = True) -> dict[str, float]:
         "errors": rows * s.D * e * (S + (1 if s.auxk else 0)),
         "codes, lists, counters": codes + sort + 9 * S * own.N,
         "logits and partial sums": min(b * own.N * e, SCRATCH_BYTES) + PARTIAL_BYTES,
-        "reconstructions in flight": 2 * 2 * cdiv(b, mesh.shards) * mesh.shards * wide if sharded else 0,
+        "reconstructions in flight": 0 if mesh.size == 1 else in_flight,
         "CUDA, NCCL": RUNTIME_BYTES,
     }  # fmt: skip
 
@@ -194,56 +226,66 @@ def fits(s: Shape, mesh: Mesh, gpu: GPU) -> bool:
 # --------------------------------------------------------------------------------------------------------------- time
 
 
-def _merge(rows: int, candidates: int, k: int) -> tuple[Part, ...]:
-    """The k best of the shards' candidates of each row: maxima of groups, then the selector."""
-    executed = ours.SELECT_INSTRUCTIONS + ours.BISECTION_STEPS[4] * ours.BISECTION_INSTRUCTIONS
+def _merge(rows: int, candidates: int, k: int, e: int) -> tuple[Part, ...]:
+    """The k best of the shards' candidates of each row: side by side, maxima of groups, then the selector."""
+    executed = ours.SELECT_INSTRUCTIONS + ours.BISECTION_STEPS[e] * ours.BISECTION_INSTRUCTIONS
     executed *= select_config(candidates, k).num_warps * rows
-    keys = rows * candidates * KEY_BYTES
-    return Part("maxima", keys), Part("merge", keys + rows * (candidates * ID + 8 * k), instructions=executed)
+    keys = rows * candidates * e
+    return (
+        of_torch("candidates", 2 * (keys + rows * candidates * ID), 2), Part("maxima", keys),
+        Part("merge", keys + rows * 8 * k, instructions=executed), of_torch("ids", rows * k * (8 + 3 * ID + 8), 2),
+    )  # fmt: skip
 
 
 @of_gpu
 def _computed(s: Shape, mesh: Mesh) -> dict[str, tuple[Part, ...]]:
-    """Kernels of a rank's `training_step` by stage; with one shard losses and gradients are of one gather."""
+    """Kernels of a rank's `training_step` by stage."""
     (D, T), own, S, e = mesh, block(s, mesh), s.S, s.e
-    b, n = own.B, own.N
+    b, n, D_sum = own.B, own.N, s.D
     rows = replace(s, B=b, N=max(n, s.k), auxk=0, dead=0)  # entries of all latents, weights of the own ones
     whole = replace(s, B=D * b, N=max(n, s.k, s.auxk), dead=own.dead)  # rows of all replicas
+    mine = of_torch("own ids", 6 * 8 * b * s.k, 5)
     stages = {
-        "select": (Part("centre", 2 * b * s.D * e), *ours.select(replace(own, auxk=0, dead=0)).parts),
-        "merge": _merge(b, T * own.k, s.k) if T > 1 else (),
+        "select": (Part("centre", 2 * b * D_sum * e), *ours.select(replace(own, auxk=0, dead=0)).parts),
+        "merge": (*_merge(b, T * own.k, s.k, e), mine),
         "values": tuple(ours._values(rows, n, s.k / T)),
+        "counters": (Part("count", 16 * S * n), Part("fired", S * b * s.k * 20)),
+        "count": (of_torch("count", S * n * (16 + 2), 2),) if D > 1 else (),
+        "weights": (of_torch("term weights", 4 * (S * S + S), 3), Part("target weights", b * D_sum * e + 4 * S * b)),
+        "terms": (of_torch("terms and metrics", 4 * S * b * s.k + WIDE * D * T * (S * S + S + D_sum), 30),),
         "lists": tuple(ours._lists(replace(whole, k=s.k), 1)),
-        "counters": (Part("count", 16 * S * n), Part("fired", S * b * s.k * 20 + 2 * S * n)),
-        "terms": (
-            of_torch("term weights", 4 * (S * S + S), 2), Part("target weights", b * s.D * e + 4 * S * b * (1 + S)),
-            Part("terms and metrics", 4 * (2 * S * S * b + S * b * s.k), launches=2), ours._bias_sums(rows),
-        ),
+        # rows of all replicas: made contiguous before and after they are sent
+        "copies": (
+            of_torch("copies", (2 * S * b * D_sum * e + 2 * S * D * b * (2 * s.k + S) * WIDE), 4 * S + 6),
+        ) if D > 1 else (),
         "update": (ours._scalars(s), *ours._updates(whole, 1 / T)),
+        "pre-biases": (of_torch("pre-biases", 3 * 4 * D_sum, 2 * S), Part("pre-biases", 28 * D_sum)),
     }  # fmt: skip
-    if T == 1:
-        stages["losses"] = tuple(ours._gradients(rows, n, s.k, S, shared=True, direct=True))
-    else:
-        for t, d in enumerate(s.d_streams):
-            stages |= _target(rows, n, s.k / T, T, S, t, d)
+    for t, d in enumerate(s.d_streams):
+        stages |= _target(rows, n, s.k / T, T, S, t, d)
     if s.auxk:
         present, dead = min(s.auxk, s.dead) / T, max(own.dead, 1)
         aux = replace(rows, k=s.auxk, N=max(n, s.auxk), dead=own.dead)
         one = replace(own, k=own.auxk, auxk=0)
         stages["select dead"] = (
-            Part("mark dead", S * n * 9), Part("dead first", S * n * 5), *ours._dead_selections(one)
+            Part("mark dead", S * n * 9), Part("dead first", S * n * 5), *ours._dead_selections(one),
+            of_torch("missing", 3 * 8 * S * b * own.auxk, 3),
         )  # fmt: skip
-        stages["merge dead"] = _merge(S * b, T * own.auxk, s.auxk) if T > 1 else ()
-        stages["AuxK's values"] = tuple(ours._values(aux, dead, present))
-        stages["AuxK's lists"] = tuple(ours._lists(replace(whole, k=s.auxk), S))
+        stages["merge dead"] = (*_merge(S * b, T * own.auxk, s.auxk, e), mine)
+        stages["auxk values"] = tuple(ours._values(aux, dead, present))
+        stages["auxk lists"] = tuple(ours._lists(replace(whole, k=s.auxk), S))
+        stages["residuals"] = (Part("residuals", (2 * cdiv(b, T) * D_sum + D_sum) * e),)
         for t, d in enumerate(s.d_streams):
-            stages |= {f"AuxK's {name}": parts for name, parts in _target(aux, dead, present, T, 1, t, d).items()}
+            stages |= {f"auxk {name}": parts for name, parts in _target(aux, dead, present, T, 1, t, d).items()}
     return stages
 
 
 def _target(s: Shape, n: int, present: float, T: int, sources: int, t: int, d: int) -> dict[str, tuple[Part, ...]]:
-    """Stages of one target: reconstructions from the own latents, errors of the own rows, gradients of the values."""
-    moved, R = sources * s.B * d, cdiv(s.B, T)
+    """Stages of one target: reconstructions from the own latents, errors of the own rows, gradients of the values.
+
+    In PyTorch, over fp32 [R, S, d]: parts summed, bias and x subtracted, squares summed, the bias's gradient; rounded.
+    """
+    rows, moved = sources * s.B * d, sources * cdiv(s.B, T) * d
     entry = s.M * (8 + 4 * sources)
 
     def gathered(name: str, column: float) -> tuple[Part, ...]:
@@ -252,12 +294,9 @@ def _target(s: Shape, n: int, present: float, T: int, sources: int, t: int, d: i
         )  # fmt: skip
 
     return {
-        f"reconstruct {t}": gathered("partial", sources * s.B * WIDE),
-        f"errors {t}": (
-            of_torch("sum of ranks", sources * R * d * WIDE * (T + 1), 1),
-            of_torch("error, norm", sources * R * d * (2 * WIDE + s.e) + R * d * s.e, 4),
-        ),
-        f"dots {t}": (*gathered("dots", sources * s.B * s.e), Part("dbias", moved * s.e + d * WIDE)),
+        f"reconstruct {t}": (*gathered("partial", sources * s.B * WIDE), of_torch("by rows", 2 * rows * WIDE, 2)),
+        f"make errors {t}": (of_torch("errors", moved * ((T + 12) * WIDE + s.e), 15),),
+        f"dots {t}": (*gathered("dots", sources * s.B * s.e), of_torch("scaled", 6 * sources * s.M * WIDE, 4)),
     }
 
 
@@ -271,35 +310,45 @@ class Stage(NamedTuple):
 
 
 def _program(s: Shape, mesh: Mesh) -> Iterator[Stage]:
-    """Stages in the order of the program. Targets follow each other: one is sent while the next is gathered."""
+    """Stages in the order of `distributed.step.sharded_step`; one target is sent while the next is gathered."""
     computed, sent = _computed(s, mesh), {c.name: c for c in collectives(s, mesh)}
 
     def run(name: str, *after: str) -> Stage:
         return Stage(name, computed.get(name, ()), None, after)
 
     def send(name: str, *after: str) -> Stage:
-        return Stage(name, (), sent.get(name), after)
+        return Stage(f"send {name}", (), sent.get(name), after)
 
-    targets, auxiliary = range(s.S), ("", "AuxK's ") if s.auxk else ("",)
-    partial = {"": "partial reconstructions", "AuxK's ": "partial residuals"}
-    yield from (run("select"), send("candidates", "select"), send("all inputs", "select"))
-    yield from (run("select dead"), send("dead candidates", "select dead"))
-    yield from (run("merge", "candidates"), run("values"))
-    yield from (run("merge dead", "dead candidates"), run("AuxK's values"))
-    yield from (run("losses"), run("counters"), send("fired flags", "counters"))
-    for kind in auxiliary:
+    targets = range(s.S)
+    yield from (run("select"), send("keys", "select"), send("ids", "select"))
+    yield from (run("merge", "send ids"), run("values"))
+    yield from (run("counters"), send("fired", "counters"), run("count", "send fired"))
+    yield from (run("select dead"), send("keys dead", "select dead"), send("ids dead", "select dead"))
+    yield from (run("merge dead", "send ids dead"), run("auxk values"), run("weights"))
+    for kind in ("", "auxk "):
+        if kind:
+            yield run("residuals")
         for t in targets:
-            yield from (run(f"{kind}reconstruct {t}"), send(f"{partial[kind]} {t}", f"{kind}reconstruct {t}"))
+            made = f"{kind}reconstruct {t}"
+            yield from (run(made), send(f"{kind}reconstructions {t}", made))
         for t in targets:
-            yield run(f"{kind}errors {t}", f"{partial[kind]} {t}")
-            yield send(f"{kind}errors {t}", f"{kind}errors {t}")
-            yield send(f"all {kind}errors {t}", f"{kind}errors {t}", "losses")
-        for t in targets:
-            yield run(f"{kind}dots {t}", f"{kind}errors {t}")
-    yield from (run("terms"), send("terms, pre-bias gradients", "terms"), send("terms, pre-biases", "terms"))
-    yield from (send("all codes", "terms"), send("all AuxK's codes", "terms"))
-    yield from (run("lists", "all codes"), run("AuxK's lists", "all AuxK's codes"))
-    yield run("update", *(name for name in sent))
+            made = f"{kind}make errors {t}"
+            yield from (run(made, f"send {kind}reconstructions {t}"), send(f"{kind}errors {t}", made))
+    yield from (send("auxk coefficients"), send("loss", f"make errors {s.S - 1}", f"auxk make errors {s.S - 1}"))
+    for t in targets:
+        yield run(f"dots {t}", f"send errors {t}")
+    yield from (send("loss of all"), run("terms", "send loss", "send loss of all"))
+    for t in targets:
+        yield run(f"auxk dots {t}", f"send auxk errors {t}", "send auxk coefficients")
+    last = "copies", f"dots {s.S - 1}", f"auxk dots {s.S - 1}", "terms"
+    yield from (run("copies"), send("codes", *last), run("lists", "send codes"))
+    yield from (send("gradients of the values", "lists"), send("coefficients"))
+    yield from (send(f"errors {t} of all") for t in targets)
+    yield from (send("codes dead"), run("auxk lists", "send codes dead"), send("auxk", "auxk lists"))
+    yield from (send(f"auxk errors {t} of all") for t in targets)
+    yield from (send("inputs"), send("biases"))
+    yield run("update", *(f"send {name}" for name in sent if name != "pre-biases"))
+    yield from (send("pre-biases", "update"), run("pre-biases", "send pre-biases"))
 
 
 class Times(NamedTuple):
