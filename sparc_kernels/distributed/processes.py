@@ -26,6 +26,7 @@ _INTERVAL = 1.0  # seconds between signs of life
 _PATIENCE = timedelta(days=1)  # of collectives: one rank may save or check files for hours; the watchdog ends hangs
 _EVERY = {"cpu": 1, "cuda": 8}  # steps between agreements on signals
 _numbers = itertools.count()  # of the `Processes` of this process: the same on every rank
+_joined: list[Processes] = []  # at most one
 _T = TypeVar("_T")
 
 
@@ -42,7 +43,7 @@ def join(device: str | torch.device = "auto", *, limit: float = LIMIT, stall: fl
     """Join the processes of a run, by the environment of torchrun or in a process group that exists already.
 
     NCCL for CUDA, each process on the GPU of its LOCAL_RANK, gloo for a CPU. Without a group and torchrun's environment
-    the result is a single process.
+    the result is a single process. Who has joined gets the same `Processes` again until they are stopped.
 
     Args:
         device: "auto" (CUDA if available), "cpu" or "cuda".
@@ -52,15 +53,20 @@ def join(device: str | torch.device = "auto", *, limit: float = LIMIT, stall: fl
     Raises:
         ValueError: the environment is incomplete, or there is no GPU for this process.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        if not launched():
-            return Processes(check_device("device", device), limit, stall, grouped=False)
-        device = _own_device(device, int(os.environ.get("RANK") or 0))
-        cuda = device.type == "cuda"
-        dist.init_process_group(
-            "nccl" if cuda else "gloo", timeout=_PATIENCE, **({"device_id": device} if cuda else {})
-        )
-    return Processes(_own_device(device, dist.get_rank()), limit, stall, grouped=True)
+    if _joined:
+        return _joined[0]
+    starts = not (dist.is_available() and dist.is_initialized())
+    if starts and not launched():
+        return Processes(check_device("device", device), limit, stall)
+    if starts:
+        own = _own_device(device, int(os.environ.get("RANK") or 0))
+        cuda = own.type == "cuda"
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=_PATIENCE, **({"device_id": own} if cuda else {}))
+    else:
+        gloo = device == "auto" and dist.get_backend() == "gloo"
+        own = _own_device("cpu" if gloo else device, dist.get_rank())
+    _joined.append(Processes(own, limit, stall, grouped=True, starts=starts))
+    return _joined[0]
 
 
 def _own_device(device: str | torch.device, rank: int) -> torch.device:
@@ -89,8 +95,10 @@ class Processes:
     All methods but `at`, `fail` and `stop` are called by every process in the same order.
     """
 
-    def __init__(self, device: torch.device, limit: float, stall: float, grouped: bool):
-        self.device, self.grouped = device, grouped
+    def __init__(
+        self, device: torch.device, limit: float, stall: float, *, grouped: bool = False, starts: bool = False
+    ):
+        self.device, self.grouped, self._started = device, grouped, starts
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
         self.leads = self.rank == 0
         self._group: Any = None
@@ -232,6 +240,7 @@ class Processes:
         Args:
             error: why. Where it follows from the loss of another rank, this process ends as that one is found.
         """
+        self._started = False  # the group cannot be left in order
         if self._watchdog is not None:
             self._watchdog.fail(error)
 
@@ -245,8 +254,16 @@ class Processes:
 
     def stop(self) -> None:
         """Stop watching, and being watched."""
+        if self in _joined:
+            _joined.remove(self)
         if self._watchdog is not None:
             self._watchdog.stop()
+
+    def leave(self) -> None:
+        """Stop, and leave the process group if `join` started it; at the end of a command."""
+        self.stop()
+        if self._started and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 class Watchdog:

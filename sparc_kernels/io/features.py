@@ -250,12 +250,19 @@ class Features:
                 with `normalize` (they would become 0); with `full` also values of a `.pt` file with another checksum.
                 The message names the stream and the first such rows.
         """
-        first, last = (0, self.rows) if rows is None else rows
-        summaries = {s: self._check_stream(s, full, first, last) for s in self.sources}
+        summaries = {s: self.check_stream(s, full, rows) for s in self.sources}
         self._checked = self._checked or full
         return summaries
 
-    def _check_stream(self, s: str, full: bool, begin: int, end: int) -> StreamSummary:
+    def check_stream(self, s: str, full: bool = True, rows: tuple[int, int] | None = None) -> StreamSummary:
+        """Check one stream, as `check` does.
+
+        Args:
+            s: its name.
+            full: read everything; False: 256 pieces.
+            rows: as of `check`.
+        """
+        begin, end = (0, self.rows) if rows is None else rows
         label, source = stream_label(s, self.paths[s]), self.sources[s]
         if full and begin == 0 < end and isinstance(source, (MappedRows, Shards)):
             source.check(label)
@@ -292,10 +299,10 @@ class Features:
             count += len(x)
         what = "norm fits" if self.normalize else "values fit"
         expected = f"rows whose {what} {name}"
-        for rows, wanted, got in ((bad, "finite features", "NaN or infinity"), (large, expected, "too large features")):
-            if rows.total:
-                place = f" (the first is {source.place(rows.first[0])})" if isinstance(source, Shards) else ""
-                fail(label, wanted, f"{got} in {rows.total:,} rows: {rows}{place}")
+        for numbers, wanted, got in ((bad, "finite features", "NaN or infinity"), (large, expected, "too large features")):
+            if numbers.total:
+                place = f" (the first is {source.place(numbers.first[0])})" if isinstance(source, Shards) else ""
+                fail(label, wanted, f"{got} in {numbers.total:,} rows: {numbers}{place}")
         spread = 1 - float((total / count).square().sum()) / (power / count) if power else 0.0
         read, words = torch.cat(sample) if sampled else None, f"rows whose norm is 0 in {name}" if tiny else "zero rows"
         n_read = end - begin if read is None else len(read)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core.validation import check_bool, check_device, check_int, require
 from .features import Features
-from .loader import Batch, Loader
+from .loader import MEMORY, Batch, Loader
 
 
 class Lanes:
@@ -61,7 +61,7 @@ class Lanes:
         seed: int = 0,
         shuffle: str = "window",
         drop_last: bool = False,
-        memory: int,
+        memory: int = MEMORY,
         intervals: Sequence[tuple[int, int]] | None = None,
         device: str | torch.device = "cpu",
     ):

@@ -31,6 +31,8 @@ from ..launch.device import capability, cdiv, dot_precision
 from ..launch.gather import GatherConfig, gather_chunk, gather_config
 from .records import ABSENT
 
+ABSENT_ID = tl.constexpr(ABSENT)
+
 
 @triton.jit
 def _split_columns(x, DTYPE: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr):
@@ -67,7 +69,7 @@ def _gather_kernel(
     error [B, D] = e[source], the problem's 3 bits of error_sources; g [B, D] = sum_s coef_s e_s; h [B * K, D], whose
     row list_position[p] is sum_s coef_s v_s e_s of place p; sq [all slabs, S, B]; dot [all slabs, S, B, K]. Sources
     with coef 0 are excluded from g and h, even if their errors are not finite. With c [N], for one slab a problem, dot
-    is relu(dot + c[idx]), 0 in columns that are not valid.
+    is relu(dot + c[idx]). Columns that are not valid or ABSENT have value and dot 0.
     """
     SUM: tl.constexpr = v_ptr is not None
     DOT: tl.constexpr = dot_ptr is not None
@@ -141,10 +143,10 @@ def _gather_kernel(
     offs_s = tl.arange(0, COLS)
     mask_k = offs_k < K
     mask_s = offs_s < S
-    mask_in = mask_k
-    if count_ptr is not None:
-        mask_in = mask_k & (offs_k < tl.load(count_ptr))
     rows = tl.load(idx_ptr + b * K + offs_k, mask=mask_k, other=0).to(tl.int64)
+    mask_in = mask_k & (rows != ABSENT_ID)
+    if count_ptr is not None:
+        mask_in = mask_in & (offs_k < tl.load(count_ptr))
     inside = (rows >= 0) & (rows < N)  # ids outside read nothing and make the result NaN
     mask_w = mask_in & inside
     poison = tl.where(mask_in & (inside == 0), float("nan"), 0.0).to(ACC)
@@ -231,7 +233,8 @@ def _gather_kernel(
         dot += poison[:, None]
         if c_ptrs is not None:
             dot += tl.load(c_ptr + rows, mask=mask_w, other=0.0).to(ACC)[:, None]
-            dot = tl.where((dot <= 0.0) | (mask_in == 0)[:, None], 0.0, dot)  # NaN stays
+            dot = tl.where(dot <= 0.0, 0.0, dot)  # NaN stays
+        dot = tl.where(mask_in[:, None], dot, 0.0)  # a source that is not finite makes 0 * e NaN
         tl.store(dot_ptr + out[None, :] * K + offs_k[:, None], dot, mask=mask_s[None, :] & mask_k[:, None])
 
 
@@ -266,7 +269,7 @@ def launch_gathers(
     `dbias_rows[t]` share their row stride. Where k needs chunks, or T > 8, there are several launches.
 
     Args:
-        indices: int64 [B, k] for all problems, or [T, B, k].
+        indices: int64 [B, k] for all problems, or [T, B, k]; may be ABSENT, except for h_outs.
         values: [S, B, k] for all problems, or [T, S, B, k]; None: E = x.
         ws: T weights [N, d_t].
         biases: T biases [d_t], or None.

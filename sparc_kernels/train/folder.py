@@ -270,6 +270,8 @@ def read_manifest(path: Path) -> dict:
     ok = all(isinstance(manifest.get(key), dict) for key in ("config", "model", "data", "versions"))
     ok = ok and isinstance(manifest.get("full_check"), bool) and isinstance(manifest["data"].get("train"), dict)
     ok = ok and all(isinstance(part, dict) for part in manifest["data"].values())
+    lanes = manifest.get("lanes", 1)  # older manifests have none
+    ok = ok and isinstance(lanes, int) and lanes > 0
     streams = [stream for part in manifest["data"].values() for stream in part.values()] if ok else []
     ok = ok and all(isinstance(stream, dict) for stream in streams)
     ok = ok and all(isinstance(stream.get(key), kind) for stream in streams for key, kind in _STREAM.items())

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..core.validation import check_int
-from ..io.loader import Batch, Loader
+from ..io.lanes import Lanes
+from ..io.loader import Batch
 from ..io.weights import model_config
 from .config import TrainConfig
 from .step import Step
@@ -46,7 +47,7 @@ class RunState:
         self.sums = torch.zeros(columns + 1, dtype=torch.float64, device=next(step.model.parameters()).device)
         self.loss = math.nan
 
-    def remaining(self, loader: Loader, steps: int) -> Iterator[Batch]:
+    def remaining(self, loader: Lanes, steps: int) -> Iterator[Batch]:
         """Iterate over the batches from the current position on, to the end of the last epoch.
 
         Args:
