@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 8 -m benchmarks ranks --tensor-parallel 4 --auxk 64 --json ranks.json
     torchrun --nproc-per-node 1 -m benchmarks ranks               # the same code path on one GPU
 
-NCCL on GPUs, gloo on CPUs (whose times say nothing about GPUs). Each kind of step is verified first, on a small problem,
-against one process. B is of the whole batch. Bytes are those that rank 0 receives in a step, counted.
+NCCL on GPUs, gloo on CPUs (whose times say nothing about GPUs). Each kind of step is verified first, on a small
+problem, against one process. B is of the whole batch. Bytes are those that rank 0 receives in a step, counted.
 """
 
 from __future__ import annotations
@@ -153,11 +153,11 @@ def main(argv: list[str] | None = None) -> int:
     device, cuda = processes.device, processes.device.type == "cuda"
     say = print if processes.leads else lambda *_: None
     shape = args.shape or parse_shape("4096,131072,64,1024/768/768,3" if cuda else "64,2048,16,64/48/48,3,fp32")
-    dtype, _, half = PRECISIONS[args.dtype or ("bfloat16 autocast" if cuda else "float32")]
+    dtype, _, half, _ = PRECISIONS[args.dtype or ("bfloat16 autocast" if cuda else "float32")]
     shards = args.tensor_parallel or processes.size
     if processes.size % shards or shape.B % (processes.size // shards):
-        say(f"benchmarks: error: --tensor-parallel: expected a divisor of {processes.size} ranks, whose replicas divide "
-            f"B {shape.B}, got {shards}")  # fmt: skip
+        wanted = f"a divisor of {processes.size} ranks, whose replicas divide B {shape.B}"
+        say(f"benchmarks: error: --tensor-parallel: expected {wanted}, got {shards}")
         return 2
     mesh = init_device_mesh(device.type, (processes.size // shards, shards), mesh_dim_names=("data", "latents"))
     verify(mesh, args.auxk, device)
