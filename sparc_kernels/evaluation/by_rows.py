@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 
 from ..distributed.processes import Processes, Refused, join
 from ..metrics import Codes, Deal
@@ -66,7 +65,6 @@ def joined(args: argparse.Namespace) -> Iterator[Processes]:
     Raises:
         SystemExit: with code 2, on all but the process that leads, where all refuse.
     """
-    was_grouped = dist.is_available() and dist.is_initialized()
     processes = join(args.device)
     if processes.grouped:
         args.device = str(processes.device)
@@ -74,12 +72,12 @@ def joined(args: argparse.Namespace) -> Iterator[Processes]:
         yield processes
         processes.finish()
     except Refused:
-        processes.stop()
+        processes.finish()
         if processes.leads:
             raise
         raise SystemExit(2) from None
     except BaseException as error:
         processes.fail(error)
         raise
-    if processes.grouped and not was_grouped:
-        dist.destroy_process_group()
+    finally:
+        processes.leave()

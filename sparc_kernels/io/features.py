@@ -299,10 +299,11 @@ class Features:
             count += len(x)
         what = "norm fits" if self.normalize else "values fit"
         expected = f"rows whose {what} {name}"
-        for numbers, wanted, got in ((bad, "finite features", "NaN or infinity"), (large, expected, "too large features")):
-            if numbers.total:
-                place = f" (the first is {source.place(numbers.first[0])})" if isinstance(source, Shards) else ""
-                fail(label, wanted, f"{got} in {numbers.total:,} rows: {numbers}{place}")
+        unfit = (bad, "finite features", "NaN or infinity"), (large, expected, "too large features")
+        for those, wanted, got in unfit:
+            if those.total:
+                place = f" (the first is {source.place(those.first[0])})" if isinstance(source, Shards) else ""
+                fail(label, wanted, f"{got} in {those.total:,} rows: {those}{place}")
         spread = 1 - float((total / count).square().sum()) / (power / count) if power else 0.0
         read, words = torch.cat(sample) if sampled else None, f"rows whose norm is 0 in {name}" if tiny else "zero rows"
         n_read = end - begin if read is None else len(read)
