@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from scripts import write_scaling
 
 from sparc_kernels.cli import main
 from sparc_kernels.tools.cost import GPUS, gpus, ours, scaling
@@ -93,33 +94,36 @@ def test_memory_by_hand():
     assert not scaling.fits(LARGE, Mesh(1, 1), GPUS["A100"]) and scaling.fits(LARGE, Mesh(1, 8), GPUS["A100"])
 
 
+@pytest.mark.parametrize("direct", [True, False], ids=["fused", "two calls"])
 @pytest.mark.parametrize("s", [LARGE, replace(LARGE, auxk=64, dead=2**16)], ids=["plain", "AuxK"])
-def test_times(s):
-    alone = times(s, Mesh(1, 1), H200)
-    assert alone.compute == ours.step(s, direct=True).seconds(H200) and alone.communication == alone.exposed == 0
+def test_times(s, direct):
+    alone = times(s, Mesh(1, 1), H200, direct)
+    assert alone.communication == alone.exposed == 0
+    assert not direct or alone.compute == ours.step(s, direct=True).seconds(H200)
     for mesh in (Mesh(8, 1), Mesh(1, 8), Mesh(2, 4), Mesh(8, 8), Mesh(1, 64)):
-        made = times(s, mesh, H200)
-        assert made.communication == pytest.approx(sum(c.seconds(H200, mesh) for c in collectives(s, mesh)))
+        made = times(s, mesh, H200, direct)
+        assert made.communication == pytest.approx(sum(c.seconds(H200, mesh) for c in collectives(s, mesh, direct)))
         hidden = made.communication - made.exposed
-        assert made.exposed > 0 and (hidden > 0.03 * made.communication if mesh.shards > 1 else hidden > -1e-12)
+        assert made.exposed > 0 and (hidden > 0.01 * made.communication if mesh.shards > 1 else hidden > -1e-12)
         assert made.step == pytest.approx(max(made.compute + made.exposed, made.host))
         assert alone.compute / mesh.size < made.compute < alone.compute
     # what every stage waits for exists, and every collective has its place
-    names = {c.name for c in collectives(s, Mesh(2, 4))}
-    stages = list(scaling._program(s, Mesh(2, 4)))
+    names = {c.name for c in collectives(s, Mesh(2, 4), direct)}
+    stages = list(scaling._program(s, Mesh(2, 4), direct))
     assert {stage.name for stage in stages if stage.collective} == {f"send {name}" for name in names}
     places = {stage.name: i for i, stage in enumerate(stages)}
     assert len(places) == len(stages)
     assert all(places[other] < i for i, stage in enumerate(stages) for other in stage.after if other in places)
     waited = {other for stage in stages for other in stage.after}
     assert waited <= set(places) and {stage.name for stage in stages if stage.collective} - waited <= UNAWAITED
-    assert set(scaling._computed(s, Mesh(2, 4))) <= {stage.name for stage in stages if stage.parts}
+    assert set(scaling._computed(s, Mesh(2, 4), direct)) <= {stage.name for stage in stages if stage.parts}
 
 
 def test_the_best_mesh():
-    assert scaling.best(LARGE, 8, H200) == Mesh(1, 8)
-    assert scaling.best(replace(LARGE, B=2**16, N=2**14), 8, H200).shards < 8, "rows, where weights are small"
-    assert scaling.best(LARGE, 1, GPUS["RTX4090"]) is None
+    assert scaling.best(LARGE, scaling.meshes(8), H200) == (Mesh(1, 8), True)
+    mesh, direct = scaling.best(replace(LARGE, B=2**16, N=2**14), scaling.meshes(8), H200)
+    assert mesh.shards < 8 and not direct, "rows are divided where weights are few, and gradients are fewer than rows"
+    assert scaling.best(LARGE, scaling.meshes(1), GPUS["RTX4090"]) is None
     assert scaling.meshes(6) == [Mesh(6, 1), Mesh(3, 2), Mesh(2, 3), Mesh(1, 6)]
 
 
@@ -128,7 +132,7 @@ def test_the_tables_and_their_json(tmp_path, capsys):
     shape = ["--shape", "4096,1048576,64,1024/768/768,3"]
     assert main(["cost", *shape, "--gpus", "1,8", "--json", str(out)]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("modelled, nothing measured: `training_step` on H200, 8 a node")
+    assert text.startswith("modelled, nothing measured: a training step on H200, 8 a node")
     assert "with float32 parameters" in text and text.count("\n| 1,048,576 |") == 2 and "| 1 x 8 |" in text
     one, eight = json.loads(out.read_text())["scaling"]
     assert one["modelled"] and one["gpus"] == 1 and eight["shards"] == 8 and one["step_ms"] > 5 * eight["step_ms"]
@@ -139,7 +143,7 @@ def test_the_tables_and_their_json(tmp_path, capsys):
         "| 2 x 4 |",
         "| moments |",
         "| auxk reconstructions 2 | all-to-all | latents |",
-        "gradients.",
+        "By ",
     ):
         assert word in text
     assert main(["cost", *shape, "--gpus", "1", "--gpu", "RTX4090"]) == 0
@@ -148,3 +152,10 @@ def test_the_tables_and_their_json(tmp_path, capsys):
     assert "--tensor-parallel: expected a divisor of --gpus 8, got 3" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["cost", "--gpus", "0"])
+
+
+def test_the_document_has_the_tables_that_the_command_prints():
+    """`python tests/scripts/write_scaling.py` writes them."""
+    text = write_scaling.DOCUMENT.read_text("utf-8")
+    assert len(write_scaling.MARKED.findall(text)) == text.count(": begin -->") == text.count("<!-- end -->") == 6
+    assert write_scaling.written(text) == text

@@ -67,6 +67,7 @@ class Collective:
         ranks: of the group.
         piece: bytes of a rank's own piece (all-gather), of what goes to each rank (all-to-all), or of the whole tensor
             (all-reduce).
+        calls: into which it is divided.
     """
 
     what: str
@@ -75,6 +76,7 @@ class Collective:
     group: str
     ranks: int
     piece: int
+    calls: int = 1
 
     @property
     def name(self) -> str:
@@ -107,7 +109,7 @@ class Collective:
         if self.kind != "all-to-all":  # every byte of a ring passes every rank
             inside = self.sent
         moved = max(inside / gpu.link_gb_s, outside / NETWORK_GB_S) / gpu.link_fraction
-        return 1e-6 * (COLLECTIVE_US + steps) + 1e-9 * moved
+        return 1e-6 * self.calls * (COLLECTIVE_US + steps) + 1e-9 * moved
 
     def _near(self, mesh: Mesh) -> int:
         """Ranks of the group in one node."""
@@ -173,18 +175,19 @@ def collectives(s: Shape, mesh: Mesh, direct: bool = True, shard: int = 0) -> li
         data("inputs", "", b * s.D * e)
         data("biases", "", s.D * WIDE)
     else:
-        size = ours.parameter_bytes(s)
-        part = sum(_parts(numbers, size, D) for d in s.d_streams for numbers in (n * d, n * d, d, n))
-        data("gradients", "exchanged", part, "all-to-all")
-        data("gradients", "summed", part)
+        sizes = [ours.parameter_bytes(s) * numbers for d in s.d_streams for numbers in (n * d, n * d, d, n)]
+        parts = [_parts(size, ours.parameter_bytes(s), D) for size in sizes]
+        piece, calls = sum(size for size, _ in parts), sum(calls for _, calls in parts)
+        made.append(Collective("gradients", "exchanged", "all-to-all", "data", D, piece, calls))
+        made.append(Collective("gradients", "summed", "all-gather", "data", D, piece, calls))
     return [c for c in made if c.ranks > 1 and c.piece]
 
 
-def _parts(numbers: int, size: int, ranks: int) -> int:
-    """Bytes of a rank's part of a tensor that is summed over ranks, some MB at a time."""
-    most = max(ranks, SUM_BYTES // size)
-    full, rest = divmod(numbers, most)
-    return size * (full * cdiv(most, ranks) + cdiv(rest, ranks))
+def _parts(size: int, itemsize: int, ranks: int) -> tuple[int, int]:
+    """Bytes of a rank's part of a tensor that is summed over ranks piece by piece, and the number of pieces."""
+    most = max(ranks, SUM_BYTES // itemsize)
+    full, rest = divmod(size // itemsize, most)
+    return itemsize * (full * cdiv(most, ranks) + cdiv(rest, ranks)), full + (rest > 0)
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
@@ -218,9 +221,9 @@ def memory(s: Shape, mesh: Mesh, direct: bool = True) -> dict[str, float]:
     }  # fmt: skip
 
 
-def fits(s: Shape, mesh: Mesh, gpu: GPU) -> bool:
+def fits(s: Shape, mesh: Mesh, gpu: GPU, direct: bool = True) -> bool:
     """Return whether a rank's memory is enough."""
-    return sum(memory(s, mesh).values()) <= USABLE * 1e9 * gpu.memory_gb
+    return sum(memory(s, mesh, direct).values()) <= USABLE * 1e9 * gpu.memory_gb
 
 
 # --------------------------------------------------------------------------------------------------------------- time
@@ -238,12 +241,12 @@ def _merge(rows: int, candidates: int, k: int, e: int) -> tuple[Part, ...]:
 
 
 @of_gpu
-def _computed(s: Shape, mesh: Mesh) -> dict[str, tuple[Part, ...]]:
-    """Kernels of a rank's `training_step` by stage."""
+def _computed(s: Shape, mesh: Mesh, direct: bool) -> dict[str, tuple[Part, ...]]:
+    """Kernels of a rank's step by stage."""
     (D, T), own, S, e = mesh, block(s, mesh), s.S, s.e
     b, n, D_sum = own.B, own.N, s.D
     rows = replace(s, B=b, N=max(n, s.k), auxk=0, dead=0)  # entries of all latents, weights of the own ones
-    whole = replace(s, B=D * b, N=max(n, s.k, s.auxk), dead=own.dead)  # rows of all replicas
+    whole = replace(s, B=D * b if direct else b, N=max(n, s.k, s.auxk), dead=own.dead)  # rows that update weights
     mine = of_torch("own ids", 6 * 8 * b * s.k, 5)
     stages = {
         "select": (Part("centre", 2 * b * D_sum * e), *ours.select(replace(own, auxk=0, dead=0)).parts),
@@ -254,13 +257,15 @@ def _computed(s: Shape, mesh: Mesh) -> dict[str, tuple[Part, ...]]:
         "weights": (of_torch("term weights", 4 * (S * S + S), 3), Part("target weights", b * D_sum * e + 4 * S * b)),
         "terms": (of_torch("terms and metrics", 4 * S * b * s.k + WIDE * D * T * (S * S + S + D_sum), 30),),
         "lists": tuple(ours._lists(replace(whole, k=s.k), 1)),
-        # rows of all replicas: made contiguous before and after they are sent
-        "copies": (
-            of_torch("copies", (2 * S * b * D_sum * e + 2 * S * D * b * (2 * s.k + S) * WIDE), 4 * S + 6),
-        ) if D > 1 else (),
-        "update": (ours._scalars(s), *ours._updates(whole, 1 / T)),
-        "pre-biases": (of_torch("pre-biases", 3 * 4 * D_sum, 2 * S), Part("pre-biases", 28 * D_sum)),
     }  # fmt: skip
+    if direct:
+        # rows of all replicas: made contiguous before and after they are sent
+        copied = of_torch("copies", (2 * S * b * D_sum * e + 2 * S * D * b * (2 * s.k + S) * WIDE), 4 * S + 6)
+        stages["copies"] = (copied,) if D > 1 else ()
+        stages["pre-biases"] = (of_torch("pre-biases", 12 * D_sum, 2 * S), Part("pre-biases", 28 * D_sum))
+        stages["update"] = (ours._scalars(s), *ours._updates(whole, 1 / T))
+    else:
+        stages |= _gradients(replace(whole, k=s.k), own, s.k / T, min(s.auxk, s.dead) / T, D)
     for t, d in enumerate(s.d_streams):
         stages |= _target(rows, n, s.k / T, T, S, t, d)
     if s.auxk:
@@ -278,6 +283,32 @@ def _computed(s: Shape, mesh: Mesh) -> dict[str, tuple[Part, ...]]:
         for t, d in enumerate(s.d_streams):
             stages |= {f"auxk {name}": parts for name, parts in _target(aux, dead, present, T, 1, t, d).items()}
     return stages
+
+
+def _gradients(s: Shape, own: Shape, present: float, aux_present: float, D: int) -> dict[str, tuple[Part, ...]]:
+    """Stages of the gradients of the own latents from this replica's rows, their sum over replicas, and SparcAdam."""
+    numbers, size = ours.weights(own), ours.parameter_bytes(s)
+    aux = replace(s, k=max(s.auxk, 1), auxk=0)
+    column = own.N * s.e
+
+    def reduced(sources: int, per_entry: int, more: int) -> tuple[Part, ...]:
+        made = ours._reduces(
+            replace(s, auxk=0), s.d_streams, sources, s.B * present, per_entry=per_entry, column=column, more=more
+        )  # fmt: skip
+        added = ours._reduces(
+            aux, s.d_streams, 1, s.B * aux_present, per_entry=12, column=2 * column, more=more
+        )  # fmt: skip
+        return *made, *(added if s.auxk else ())
+
+    total_bytes = numbers * size
+    return {
+        "dW_dec": reduced(s.S, 4 + 8 * s.S, 0),
+        "dW_enc": (*reduced(1, 12, 1), Part("d pre_bias", s.e * own.N * s.D, launches=2)),
+        "widen": (of_torch("widen", numbers * (s.e + size), 2 * s.S),) if s.autocast else (),
+        # padded copy, parts summed, copied back
+        "sum": (of_torch("sum of replicas", total_bytes * (2 + (D + 1) / D + 2), 16 * s.S),) if D > 1 else (),
+        "update": (*ours.sparc_adam(own).parts, Part("copies", numbers * s.e if s.autocast else 0, launches=0)),
+    }
 
 
 def _target(s: Shape, n: int, present: float, T: int, sources: int, t: int, d: int) -> dict[str, tuple[Part, ...]]:
@@ -309,9 +340,9 @@ class Stage(NamedTuple):
     after: tuple[str, ...]  # stages that it waits for, beside the one before it of its own kind
 
 
-def _program(s: Shape, mesh: Mesh) -> Iterator[Stage]:
-    """Stages in the order of `distributed.step.sharded_step`; one target is sent while the next is gathered."""
-    computed, sent = _computed(s, mesh), {c.name: c for c in collectives(s, mesh)}
+def _program(s: Shape, mesh: Mesh, direct: bool = True) -> Iterator[Stage]:
+    """Stages in the order of `sparc_kernels.distributed`; one target is sent while the next is gathered."""
+    computed, sent = _computed(s, mesh, direct), {c.name: c for c in collectives(s, mesh, direct)}
 
     def run(name: str, *after: str) -> Stage:
         return Stage(name, computed.get(name, ()), None, after)
@@ -340,6 +371,19 @@ def _program(s: Shape, mesh: Mesh) -> Iterator[Stage]:
     yield from (send("loss of all"), run("terms", "send loss", "send loss of all"))
     for t in targets:
         yield run(f"auxk dots {t}", f"send auxk errors {t}", "send auxk coefficients")
+    if not direct:
+        yield from (
+            run("lists"),
+            run("auxk lists"),
+            run("dW_dec"),
+            send("values", "terms"),
+            run("dW_enc"),
+            run("widen"),
+        )
+        yield from (send("pre-biases", "dW_enc"), send("gradients exchanged", "widen", "dW_enc"))
+        yield from (send("gradients summed"), run("sum", "send gradients exchanged"))
+        yield run("update", "send gradients summed", "send pre-biases", "send values")
+        return
     last = "copies", f"dots {s.S - 1}", f"auxk dots {s.S - 1}", "terms"
     yield from (run("copies"), send("codes", *last), run("lists", "send codes"))
     yield from (send("gradients of the values", "lists"), send("coefficients"))
@@ -361,17 +405,24 @@ class Times(NamedTuple):
     host: float
 
 
-def times(s: Shape, mesh: Mesh, gpu: GPU) -> Times:
-    """Model `training_step` on every rank of a mesh: kernels and collectives side by side, in order."""
+def times(s: Shape, mesh: Mesh, gpu: GPU, direct: bool = True) -> Times:
+    """Model a step on every rank of a mesh: kernels and collectives side by side, in order.
+
+    Args:
+        s: shape of the whole batch and all latents.
+        mesh: of the ranks.
+        gpu: of each rank.
+        direct: as for `collectives`.
+    """
     s = replace(s, arch=gpu.arch)
     if mesh.size == 1:
-        op = ours.step(s, direct=True)
+        op = ours.step(s, direct=True) if direct else total("step", [ours.step(s), ours.sparc_adam(s)])
         device, host = op.seconds(gpu), host_seconds(op)
         return Times(max(device, host), device, 0.0, 0.0, host)
     ends: dict[str, float] = {}
     kernels = network = compute = communication = 0.0
     parts: list[Part] = []
-    for name, stage_parts, collective, after in _program(s, mesh):
+    for name, stage_parts, collective, after in _program(s, mesh, direct):
         ready = max((ends[other] for other in after if other in ends), default=0.0)
         if collective is not None:
             seconds = collective.seconds(gpu, mesh)
@@ -385,7 +436,7 @@ def times(s: Shape, mesh: Mesh, gpu: GPU) -> Times:
             ends[name] = kernels
             parts += stage_parts
     device = max(kernels, network)
-    calls = of_torch("collectives", 0, 2 * len(collectives(s, mesh)))
+    calls = of_torch("collectives", 0, 2 * sum(c.calls for c in collectives(s, mesh, direct)))
     host = host_seconds(total("step", [Op("kernels", tuple(parts)), Op("collectives", (calls,))]))
     return Times(max(device, host), compute, communication, device - compute, host)
 
@@ -395,10 +446,13 @@ def meshes(ranks: int) -> list[Mesh]:
     return [Mesh(ranks // T, T) for T in range(1, ranks + 1) if ranks % T == 0]
 
 
-def best(s: Shape, ranks: int, gpu: GPU) -> Mesh | None:
-    """Return the mesh whose modelled step is shortest among those that fit, fewer shards among equals; None: none."""
-    able = [mesh for mesh in meshes(ranks) if mesh.shards <= s.N and mesh.replicas <= s.B and fits(s, mesh, gpu)]
-    return min(able, key=lambda mesh: (times(s, mesh, gpu).step, mesh.shards), default=None)
+def best(s: Shape, meshes: Iterable[Mesh], gpu: GPU) -> tuple[Mesh, bool] | None:
+    """Return the mesh, and whether by `training_step`, whose modelled step is shortest among those that fit."""
+    able = [
+        (mesh, direct) for mesh in meshes for direct in (True, False)
+        if mesh.shards <= s.N and mesh.replicas <= s.B and fits(s, mesh, gpu, direct)
+    ]  # fmt: skip
+    return min(able, key=lambda way: times(s, way[0], gpu, way[1]).step, default=None)
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -418,13 +472,13 @@ def mesh_of(ranks: int, shards: int) -> Mesh:
     return Mesh(ranks // shards, shards)
 
 
-def row(s: Shape, mesh: Mesh, gpu: GPU) -> dict:
+def row(s: Shape, mesh: Mesh, gpu: GPU, direct: bool) -> dict:
     """Return the modelled numbers of a shape on a mesh."""
-    time, sent = times(s, mesh, gpu), [c.by_link(mesh) for c in collectives(s, mesh)]
+    time, sent = times(s, mesh, gpu, direct), [c.by_link(mesh) for c in collectives(s, mesh, direct)]
     inside, outside = (sum(link) for link in zip(*sent, strict=True)) if sent else (0.0, 0.0)
     return {
         "N": s.N, "gpus": mesh.size, "replicas": mesh.replicas, "shards": mesh.shards, "modelled": True,
-        "memory_gb": sum(memory(s, mesh).values()) / 1e9, "fits": fits(s, mesh, gpu),
+        "training_step": direct, "memory_gb": sum(memory(s, mesh, direct).values()) / 1e9,
         "node_mb": inside / 1e6, "network_mb": outside / 1e6, "compute_ms": 1e3 * time.compute,
         "communication_ms": 1e3 * time.communication, "exposed_ms": 1e3 * time.exposed, "host_ms": 1e3 * time.host,
         "step_ms": 1e3 * time.step, "rows_per_s": s.B / time.step,
@@ -441,22 +495,23 @@ def scaling_table(shapes: Iterable[Shape], ranks: Iterable[int], shards: int | N
         gpu: of every rank.
     """
     head = (
-        "N", "GPUs", "D x T", "GB a rank", "sent a rank: node MB", "network MB", "kernels ms", "collectives ms",
+        "N", "GPUs", "D x T", "step", "GB a rank", "sent a rank: node MB", "network MB", "kernels ms", "collectives ms",
         "not hidden ms", "host ms", "step ms", "rows / s",
     )  # fmt: skip
     lines, rows = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)], []
     for s in shapes:
         for p in ranks:
-            mesh = best(s, p, gpu) if shards is None else mesh_of(p, shards)
-            if mesh is None:
-                smallest = min(sum(memory(s, mesh).values()) for mesh in meshes(p)) / 1e9
-                lines.append(f"| {s.N:,} | {p} | does not fit | {smallest:.0f} |" + " |" * (len(head) - 4))
+            possible = meshes(p) if shards is None else [mesh_of(p, shards)]
+            way = best(s, possible, gpu)
+            if way is None:
+                smallest = min(sum(memory(s, mesh).values()) for mesh in possible) / 1e9
+                lines.append(f"| {s.N:,} | {p} | does not fit | | {smallest:.0f} |" + " |" * (len(head) - 5))
                 continue
-            r = row(s, mesh, gpu)
+            r = row(s, way[0], gpu, way[1])
             rows.append(r)
             numbers = [r[key] for key in ("compute_ms", "communication_ms", "exposed_ms", "host_ms", "step_ms")]
             cells = [
-                f"{s.N:,}", str(p), str(mesh), f"{r['memory_gb']:.0f}" + ("" if r["fits"] else ", too much"),
+                f"{s.N:,}", str(p), str(way[0]), "fused" if way[1] else "two calls", f"{r['memory_gb']:.0f}",
                 f"{r['node_mb']:.0f}", f"{r['network_mb']:.0f}", *(f"{x:.2f}" for x in numbers),
                 f"{r['rows_per_s']:,.0f}",
             ]  # fmt: skip
@@ -464,22 +519,23 @@ def scaling_table(shapes: Iterable[Shape], ranks: Iterable[int], shards: int | N
     return "\n".join(lines), rows
 
 
-def rank_tables(s: Shape, mesh: Mesh, gpu: GPU) -> str:
-    """Format what a rank holds and sends in one step, and what the step with gradients in memory would add."""
-    held, lines = memory(s, mesh), ["| a rank holds | GB |", "|---|---|"]
+def rank_tables(s: Shape, mesh: Mesh, gpu: GPU, direct: bool) -> str:
+    """Format what a rank holds and sends in one step, and the same of the other kind of step in a line."""
+    held, lines = memory(s, mesh, direct), ["| a rank holds | GB |", "|---|---|"]
     lines += [f"| {name} | {size / 1e9:.2f} |" for name, size in held.items() if size]
     lines += [f"| sum | {sum(held.values()) / 1e9:.2f} |"]
     if mesh.size > 1:
         lines += ["", "| a rank sends in a step | by | over | MB | us |", "|---|---|---|---|---|"]
         lines += [
             f"| {c.name} | {c.kind} | {c.group} | {c.sent / 1e6:.2f} | {1e6 * c.seconds(gpu, mesh):.0f} |"
-            for c in collectives(s, mesh)
+            for c in collectives(s, mesh, direct)
         ]
-        two, gradients = collectives(s, mesh, direct=False), memory(s, mesh, direct=False)["gradients"]
-        sent, ms = sum(c.sent for c in two) / 1e6, 1e3 * sum(c.seconds(gpu, mesh) for c in two)
+        other, name = not direct, "two calls (loss, backward, optimizer)" if direct else "`training_step`"
+        made, held = collectives(s, mesh, other), memory(s, mesh, other)
         lines += [
-            "", f"With gradients in memory (loss, backward, optimizer) a rank sends {sent:,.0f} MB in {ms:.1f} ms of "
-            f"collectives, and holds {gradients / 1e9:.1f} GB of gradients.",
+            "", f"By {name} a rank sends {sum(c.sent for c in made) / 1e6:,.0f} MB in "
+            f"{1e3 * sum(c.seconds(gpu, mesh) for c in made):.1f} ms of collectives, holds "
+            f"{sum(held.values()) / 1e9:.1f} GB, and a step takes {1e3 * times(s, mesh, gpu, other).step:.2f} ms.",
         ]  # fmt: skip
     return "\n".join(lines)
 
@@ -488,12 +544,12 @@ def scaling_report(shapes: list[Shape], ranks: list[int], shards: int | None, gp
     """Format the tables of `sparc-kernels cost --gpus`, and return the numbers of the first."""
     text, rows = scaling_table(shapes, ranks, shards, gpu)
     first = shapes[0]
-    title = f"modelled, nothing measured: `training_step` on {gpu.name}, {NODE_GPUS} a node; " + (
+    title = f"modelled, nothing measured: a training step on {gpu.name}, {NODE_GPUS} a node; " + (
         f"B {first.B:,}, k {first.k}, d {'/'.join(map(str, first.d_streams))}, {first.dtype}"
         f"{' with float32 parameters' if first.autocast else ''}{f', AuxK {first.auxk}' if first.auxk else ''}"
     )
     tables = [f"{title}\n\n{text}"]
     if len(shapes) == len(ranks) == 1 and rows:
         mesh = Mesh(rows[0]["replicas"], rows[0]["shards"])
-        tables.append(rank_tables(first, mesh, gpu))
+        tables.append(rank_tables(first, mesh, gpu, rows[0]["training_step"]))
     return "\n\n".join(tables), rows
