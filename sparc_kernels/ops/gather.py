@@ -454,19 +454,34 @@ def gather_dot_torch(indices, w, x, count):
         if n_valid:
             out[:, :, :n_valid] = gather_dot_torch(indices[:, :n_valid].contiguous(), w, x, None)
         return out
-    present = indices != ABSENT
+    present, partly = presence(indices)
     if w.device.type == "cpu" and w.dtype in (torch.float32, torch.float64):
         # a sampled product reads each selected row once; bmm would first copy all B * k of them
-        offsets, columns = _ends(present.sum(1).repeat(S)), indices[present].repeat(S)
+        if partly and is_host_readable(present):
+            offsets, columns = _ends(present.sum(1).repeat(S)), indices[present].repeat(S)
+        else:
+            offsets = torch.arange(0, S * B * k + 1, k, device=w.device)
+            columns = (torch.where(present, indices, 0) if partly else indices).expand(S, B, k).reshape(-1)
         pattern = csr(offsets, columns, w.new_zeros(len(columns)), w.shape[0])
         dots = torch.sparse.sampled_addmm(pattern, x.reshape(-1, d), w.T, beta=0.0).values()
-        if len(dots) == S * B * k:
-            return dots.view(S, B, k)
-        return dots.new_zeros(S, B, k).masked_scatter_(present.expand(S, B, k), dots)
+        if partly and is_host_readable(present):
+            return dots.new_zeros(S, B, k).masked_scatter_(present.expand(S, B, k), dots)
+        dots = dots.view(S, B, k)
+        return torch.where(present, dots, 0.0) if partly else dots
     out, indices = torch.empty(S, B, k, device=w.device, dtype=acc), torch.where(present, indices, 0)
     for part in _row_chunks(B, k, d):
         out[:, part] = torch.einsum("bkd,sbd->sbk", w[indices[part]].to(acc), x[:, part].to(acc))
     return out.masked_fill_(~present, 0.0)
+
+
+def presence(indices):
+    """Return which ids are not ABSENT, and whether some may be, which only a CPU can tell without a wait.
+
+    Args:
+        indices: int64.
+    """
+    present = indices != ABSENT
+    return present, not (is_host_readable(indices) and bool(present.all()))
 
 
 def _ends(counts):
@@ -505,7 +520,7 @@ def _gather_sum_triton(indices, values, w, bias, wide):
 def gather_sum_torch(indices, values, w, bias, wide=False):
     """Run `gather_sum` in torch; see there for the arguments."""
     S, B, k = values.shape
-    acc, present = acc_dtype(w.dtype), indices != ABSENT
+    acc, (present, partly) = acc_dtype(w.dtype), presence(indices)
     if wide and w.dtype != acc:  # a bag rounds its sum to w's dtype
         sums = torch.empty(S, B, w.shape[1], device=w.device, dtype=acc)
         values, safe = torch.where(present, values.to(acc), 0.0), torch.where(present, indices, 0)
@@ -513,15 +528,18 @@ def gather_sum_torch(indices, values, w, bias, wide=False):
             rows = torch.where(present[part, :, None], w[safe[part]].to(acc), 0.0)
             sums[:, part] = torch.einsum("sbk,bkd->sbd", values[:, part], rows)
         return sums if bias is None else sums.add_(bias)
-    weights, offsets = values.to(w.dtype), _ends(present.sum(1).repeat(S))
-    if is_host_readable(present):
+    weights, offsets = values.to(w.dtype), None
+    if not partly:
+        bags, weights = indices.expand(S, B, k).reshape(-1, k), weights.reshape(-1, k)
+    elif is_host_readable(present):
+        offsets = _ends(present.sum(1).repeat(S))
         bags, weights = indices[present].repeat(S), weights.masked_select(present)
     else:  # absent entries come last, in a bag of their own
         order = present.byte().repeat(S, 1).flatten().argsort(descending=True, stable=True)
         bags, weights = torch.where(present, indices, 0).repeat(S, 1).flatten()[order], weights.flatten()[order]
-        offsets = F.pad(offsets, (0, 1), value=S * B * k)
+        offsets = F.pad(_ends(present.sum(1).repeat(S)), (0, 1), value=S * B * k)
     sums = F.embedding_bag(
-        bags, w.contiguous(), offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
+        bags, w.contiguous(), offsets, mode="sum", per_sample_weights=weights, include_last_offset=offsets is not None
     )
     sums = sums[: S * B].view(S, B, -1)
     return sums if bias is None else sums.add_(bias)
