@@ -21,8 +21,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from ..core.validation import check_bool, check_int, check_number, require
 from ..distributed import Ranks, shard_latents
-from ..distributed.ranks import DATA, LATENTS
 from ..distributed.processes import LIMIT, STALL, Refused, join
+from ..distributed.ranks import DATA, LATENTS
 from ..io.features import Stream
 from ..io.loader import Batch
 from ..io.run_checkpoints import CHECKPOINTS, save_checkpoint
@@ -191,8 +191,8 @@ class Trainer:
             import_save(self.out / WEIGHTS)
         size, T = self.processes.size, self.tensor_parallel
         require(size % T == 0, "tensor_parallel", f"a divisor of the {size} processes", str(T))
-        expected = f"at most {self.config.n_latents} for as many latents"
-        require(T <= self.config.n_latents, "tensor_parallel", expected, str(T))
+        N = self.config.n_latents
+        require(N >= T, "tensor_parallel", f"at most {N} for {N} latents", str(T))
         ours = optimizer is None or not self.processes.grouped
         require(ours, "optimizer", "None (SparcAdam) with several processes", "another one")
 
@@ -288,7 +288,9 @@ class Trainer:
                 self.data.features.require_widths(model.d_streams, "the model")
                 config.check_model(model)
         if self.ranks is not None:
-            model = shard_latents(model, self._mesh).to(self.device)
+            self.processes.require_same({"model": model, "decoder_layout": model.decoder_layout})
+            with self.processes.together():  # it compares the weights, and refuses on every rank
+                model = shard_latents(model, self._mesh).to(self.device)
         self.model = model.train()
         shared = config.shuffle == "official" and self.device.type == "cpu" and self.lanes == 1
         graph = self.graph and self.device.type == "cuda" and optimizer is None and self.ranks is None
