@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "sparc_kernels"
-BELOW_IO = ("core", "launch", "ops", "nn", "distributed")
+BELOW_TRAIN = ("core", "launch", "ops", "nn", "distributed", "io")
 # a room -> the rooms that it may import, its own aside; the files at the top are below all but `core`
 ROOMS = {
     "core": (),
@@ -20,12 +20,12 @@ ROOMS = {
     "ops": ("core", "launch"),
     "nn": ("core", "launch", "ops"),
     "distributed": ("core", "launch", "ops", "nn"),
-    "io": BELOW_IO,
+    "io": ("core", "launch", "ops", "nn", "distributed"),
     "checkpoint": ("io",),
-    "train": (*BELOW_IO, "io"),
-    "evaluation": (*BELOW_IO, "io", "metrics"),
-    "tools": (*BELOW_IO, "io", "train", "evaluation", "reference", "metrics", "data"),
-    "cli": (*BELOW_IO, "io", "train", "evaluation", "reference", "metrics", "data", "tools"),
+    "train": BELOW_TRAIN,
+    "evaluation": (*BELOW_TRAIN, "metrics"),
+    "tools": (*BELOW_TRAIN, "train", "evaluation", "reference", "metrics", "data"),
+    "cli": (*BELOW_TRAIN, "train", "evaluation", "reference", "metrics", "data", "tools"),
     "": ("nn", "ops", "reference", "metrics", "data"),  # what `import sparc_kernels` offers
     "__main__": ("cli",),
 }

@@ -21,7 +21,7 @@ from ..launch.budgets import MAX_K, MAX_STREAMS, SCRATCH_BYTES
 from ..launch.device import capability, cdiv, next_power_of_2
 from ..launch.gather import gather_config
 from .bias_grads import pre_bias_grads
-from .gather import gather_dot_torch, gather_sum, in_one_slab, launch_gathers, pick, slabs_of
+from .gather import ABSENT_ID, gather_dot_torch, gather_sum, in_one_slab, launch_gathers, pick, slabs_of
 from .inverse_index import InverseIndex, inverse_index_op, inverse_sizes
 from .joint import joint, wants_joint
 from .latent_reduce import latent_reduce_
@@ -107,10 +107,10 @@ def _finish_values_kernel(
     b = tl.program_id(0).to(tl.int64)
     stream = tl.program_id(1)
     offs_k = tl.arange(0, BLOCK_K)
-    exists = offs_k < K
+    latent = tl.load(idx_ptr + stream.to(tl.int64) * stride_idx + b * K + offs_k, mask=offs_k < K, other=0)
+    exists = (offs_k < K) & (latent != ABSENT_ID)
     if count_ptr is not None:
         exists = exists & (offs_k < tl.load(count_ptr + stream * stride_c))
-    latent = tl.load(idx_ptr + stream.to(tl.int64) * stride_idx + b * K + offs_k, mask=exists, other=0)
     inside = exists & (latent >= 0) & (latent < N)  # an id outside made its sum NaN in the gather
     first = tl.zeros((), tl.int64)  # slab of the stream
     for s in tl.static_range(1, S):
