@@ -7,6 +7,7 @@ encoder rows are updated from their latents' lists, and last its pre-bias.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from ..core.plan import Planned
 from ..core.recorder import call
 from ..core.validation import fail, require
-from ..ops.adam import adam_hyper, rows_of
+from ..ops.adam import AdamHyper, adam_hyper, rows_of
 from ..ops.aligned_loss import Gradients, LossResult, losses_and_gradients
 from ..ops.inverse_index import InverseIndex, inverse_index_op, lists_of
 from ..ops.latent_adam import latent_adam_
@@ -93,18 +94,42 @@ def _step(tensors, S, settings, auxk_coef, hyper, update_impl, lr_value, decay):
         adam_scalars_, counts, scalars, lr, lr_value, decay, 2 ** (4 * S) - 1, found_inf, grad_scale, result.loss, None,
         0.0, None, hyper.beta1, hyper.beta2, update_impl,
     )  # fmt: skip
-    codes, lists = encoded.codes, None
+    update_parameters(
+        encoded, result, params, exp_avgs, exp_avg_sqs, half, scalars, hyper, update_impl, impl=settings.impl
+    )
+    return [result.loss, result.terms, result.aux_terms]
+
+
+def update_parameters(
+    encoded: Encoded, result: LossResult, params, exp_avgs, exp_avg_sqs, half, scalars, hyper: AdamHyper,
+    update_impl: str, *, impl: str, dbias_sums: Sequence[torch.Tensor] = (),
+) -> None:  # fmt: skip
+    """Update every parameter of S streams from the lists of its latents.
+
+    Args:
+        encoded: codes with their inverse index, and centred inputs.
+        result: of the loss, with all errors.
+        params: four of each stream, the decoders as rows.
+        exp_avgs: their first moments.
+        exp_avg_sqs: their second moments.
+        half: half-precision copies to be written too, or empty.
+        scalars: of `adam_scalars_`.
+        hyper: of the optimizer.
+        update_impl: "triton" or "torch", of the update.
+        impl: of the other operators.
+        dbias_sums: as `latent_adam_` takes them; with them the pre-biases are not updated.
+    """
+    codes, lists, S = encoded.codes, None, len(encoded.centred)
     if not codes.shared:  # each (source, row) has list entries of its own: treat them as one source of S * B rows
-        n_latents = len(encoder.w_encs[0])
-        lists = lists_of(inverse_index_op(codes.indices.flatten(1), 1, n_latents, None, settings.impl), 0)
+        indices = codes.indices.flatten(1)
+        lists = lists_of(inverse_index_op(indices, 1, len(params[0]), None, impl), 0)
     encoders = [_encoder_lists(encoded, result, s) for s in range(S)]
     decoders = [_decoder_lists(encoded, result, s, lists) for s in range(S)]
     (enc_lists, k, enc_aux, aux_k), (dec_lists, _, dec_aux, dec_k) = _flat(encoders), _flat(decoders)
     latent_adam_(
-        params, exp_avgs, exp_avg_sqs, half, scalars, result.dbiases, enc_lists, dec_lists, k, enc_aux, dec_aux,
-        aux_k or dec_k, *hyper, update_impl,
+        params, exp_avgs, exp_avg_sqs, half, scalars, result.dbiases, list(dbias_sums), enc_lists, dec_lists, k, enc_aux,
+        dec_aux, aux_k or dec_k, *hyper, update_impl,
     )  # fmt: skip
-    return [result.loss, result.terms, result.aux_terms]
 
 
 def _decoder_lists(

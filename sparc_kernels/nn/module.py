@@ -50,6 +50,8 @@ class AlignedSAE(nn.Module):
     equal the official class's under the same torch seed.
     """
 
+    ranks: Any = None  # of a ShardedSAE: `distributed.Ranks`
+
     def __init__(
         self,
         d_streams: dict[str, int],
@@ -127,7 +129,7 @@ class AlignedSAE(nn.Module):
 
     def _encode(self, inputs, streams: list[str], encoder: EncoderParams) -> ForwardState:
         """Select latents, gather values and update the counters, without gradients."""
-        recomputes = _recomputes()
+        recomputes = is_recomputation()
         # inverse indices are for gradients
         xs, settings = self._prepare(inputs, streams, encoder, torch.is_grad_enabled(), recomputes)
         with torch.no_grad():
@@ -202,6 +204,18 @@ class AlignedSAE(nn.Module):
             ValueError: outputs of another model, of some streams only or of another number of rows.
             RuntimeError: a parameter or an input was changed in place since the forward.
         """
+        state, streams = self._check_outputs(outputs, inputs, auxk_coef, cross_loss_coef)
+        values, parameters = state.codes.gathered, state.check_unchanged()
+        with torch.set_grad_enabled(state.grad and torch.is_grad_enabled()):
+            weights = term_weights(len(values), values.dtype, values.device, cross_loss_coef)
+            decoders = as_autocast([p for _, *decoder, _ in parameters.values() for p in decoder])
+            targets = [*zip(decoders[::2], decoders[1::2], [inputs[s] for s in streams], strict=True)]
+            impl = resolve_impl(self.impl, decoders[0])
+            loss, terms, aux_terms = loss_of(state, targets, weights=weights, auxk_coef=auxk_coef, impl=impl)
+            return loss, metrics_of(streams, loss, terms, aux_terms, cross_loss_coef)
+
+    def _check_outputs(self, outputs, inputs, auxk_coef, cross_loss_coef) -> tuple[ForwardState, list[str]]:
+        """Check the arguments of `compute_loss`; return the state of the forward and all streams."""
         require(isinstance(outputs, AlignedOutputs), "outputs", "the AlignedOutputs that forward returned", outputs)
         state = outputs.state
         require(state.model is self, "outputs", "what this model's forward returned", "another model's outputs")
@@ -218,14 +232,7 @@ class AlignedSAE(nn.Module):
         rows, n_rows = inputs[streams[0]].shape[0], values.shape[1]
         if rows != n_rows:
             fail("inputs", f"{n_rows} rows as in outputs", str(rows))
-        parameters = state.check_unchanged()
-        with torch.set_grad_enabled(state.grad and torch.is_grad_enabled()):
-            weights = term_weights(len(values), values.dtype, values.device, cross_loss_coef)
-            decoders = _autocast([p for _, *decoder, _ in parameters.values() for p in decoder])
-            targets = [*zip(decoders[::2], decoders[1::2], [inputs[s] for s in streams], strict=True)]
-            impl = resolve_impl(self.impl, decoders[0])
-            loss, terms, aux_terms = loss_of(state, targets, weights=weights, auxk_coef=auxk_coef, impl=impl)
-            return loss, metrics_of(streams, loss, terms, aux_terms, cross_loss_coef)
+        return state, streams
 
     def training_step(
         self,
@@ -271,6 +278,15 @@ class AlignedSAE(nn.Module):
             replayed = optimizer.graphed(body, inputs, key)
             if replayed is not None:
                 return replayed
+        prepared, settings, streams = self._prepare_step(inputs, optimizer, auxk_coef, cross_loss_coef)
+        with torch.no_grad():
+            loss, terms, aux_terms = optimizer.fused_step(prepared, settings, auxk_coef)
+            return loss, metrics_of(streams, loss, terms, aux_terms, cross_loss_coef)
+
+    def _prepare_step(
+        self, inputs, optimizer: SparcAdam, auxk_coef, cross_loss_coef
+    ) -> tuple[FusedInputs, EncodeSettings, list[str]]:
+        """Check the arguments of `training_step`; return its tensors and settings, and all streams."""
         optimizer.check_fused_step(self)
         check_number("auxk_coef", auxk_coef)
         check_number("cross_loss_coef", cross_loss_coef)
@@ -280,13 +296,11 @@ class AlignedSAE(nn.Module):
         with torch.no_grad():
             half = optimizer.half_weights()
             encoder = self._encoders([*parameters.values()], None if half is None else [w_enc for w_enc, _ in half])
-            w_decs = [w_dec.t() for _, w_dec in half] if half else _autocast([w for _, w, *_ in parameters.values()])
+            w_decs = [w_dec.t() for _, w_dec in half] if half else as_autocast([w for _, w, *_ in parameters.values()])
             xs, settings = self._prepare(inputs, streams, encoder, True, False)
             targets = [*zip(w_decs, encoder.pre_biases, [inputs[s] for s in streams], strict=True)]
             weights = term_weights(len(streams), acc_dtype(xs[0].dtype), xs[0].device, cross_loss_coef)
-            prepared = FusedInputs(xs, encoder, self._counters(streams), targets, weights, half)
-            loss, terms, aux_terms = optimizer.fused_step(prepared, settings, auxk_coef)
-            return loss, metrics_of(streams, loss, terms, aux_terms, cross_loss_coef)
+            return FusedInputs(xs, encoder, self._counters(streams), targets, weights, half), settings, streams
 
     def _encoders(self, params, w_encs=None) -> EncoderParams:
         """The encoder parameters of some streams in the operators' dtype."""
@@ -297,7 +311,7 @@ class AlignedSAE(nn.Module):
             # the cast writes all weights anyway: adjacent, so that one library GEMM can serve all streams
             w_encs = JointCast.apply(torch.get_autocast_dtype(weights[0].device.type), *weights)
         else:
-            w_encs = _autocast(weights)
+            w_encs = as_autocast(weights)
         dtype = w_encs[0].dtype
         pre_biases = [_as(pre_bias, dtype) for _, _, pre_bias, _ in params]
         return EncoderParams(w_encs, pre_biases, [_as(bias, dtype) for *_, bias in params])
@@ -312,7 +326,7 @@ class AlignedSAE(nn.Module):
             w_enc [N, d], pre_bias [d] and latent_bias [N].
         """
         w_enc, _, *biases = self.parameters_of(s)
-        cast_w_enc, pre_bias, latent_bias = _autocast([w_enc, *biases])
+        cast_w_enc, pre_bias, latent_bias = as_autocast([w_enc, *biases])
         return cast_w_enc, pre_bias, latent_bias
 
     def decoder_of(self, s: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -325,7 +339,7 @@ class AlignedSAE(nn.Module):
             w_dec [d, N] and pre_bias [d].
         """
         _, w_dec, pre_bias, _ = self.parameters_of(s)
-        cast_w_dec, cast_bias = _autocast([w_dec, pre_bias])
+        cast_w_dec, cast_bias = as_autocast([w_dec, pre_bias])
         return cast_w_dec, cast_bias
 
     def parameters_of(self, s: str) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter, nn.Parameter]:
@@ -483,7 +497,7 @@ class AlignedSAE(nn.Module):
         )
 
 
-def _recomputes() -> bool:
+def is_recomputation() -> bool:
     """Whether a backward runs: then a forward is a recomputation, whose counters were updated by the first one."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
@@ -505,7 +519,7 @@ def _training_step(model: AlignedSAE, optimizer, auxk_coef, cross_loss_coef, inp
     return AlignedSAE.training_step(model, inputs, optimizer, auxk_coef, cross_loss_coef)
 
 
-def _autocast(params: list) -> list[torch.Tensor]:
+def as_autocast(params: list) -> list[torch.Tensor]:
     """Cast parameters as autocast would; float64 ones are kept, as in torch."""
     device = params[0].device
     if autocast_enabled(device) and params[0].dtype != torch.float64:

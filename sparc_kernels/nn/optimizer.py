@@ -13,7 +13,7 @@ import torch
 from ..core.numerics import acc_dtype
 from ..core.registry import IMPLS, resolve_impl
 from ..core.validation import check_bool, check_number, fail, plain, require
-from ..ops.adam import MODES, adam_hyper
+from ..ops.adam import DECODER, MODES, adam_hyper, rows_of
 from ..ops.adam_update import adam_update_
 from ..ops.step_scalars import SCALARS
 from .forward import EncodeSettings
@@ -164,10 +164,16 @@ class SparcAdam(torch.optim.Optimizer):
             self.grad_norm = torch.zeros_like(self.scalars()[0, 0])
         norm = None if group["max_grad_norm"] is None else self.grad_norm
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        own = self.counts, self._scalars, lr, found_inf, grad_scale, norm
-        impl = self.impl_of(streams)
+        impl, square, hyper = self.impl_of(streams), None, adam_hyper(group)
+        if self.model.ranks is not None:
+            self.model.sum_gradients_(grads)
+            if norm is not None:
+                square = self.model.total_square(rows_of(params)[DECODER::4], rows_of(grads), hyper.normalize, impl)
+                square = square.to(self.scalars())
+            found_inf = None if found_inf is None else self.model.any_inf(found_inf)
+        own = self.counts, self._scalars, lr, found_inf, grad_scale, norm, square
         adam_update_(
-            [*params, *grads, *exp_avgs, *exp_avg_sqs, *own], (adam_hyper(group), active, group["max_grad_norm"], impl),
+            [*params, *grads, *exp_avgs, *exp_avg_sqs, *own], (hyper, active, group["max_grad_norm"], impl),
             (number, group["weight_decay"]), impl=impl,
         )  # fmt: skip
         moved = [p for p, moves in zip(params, moving, strict=True) if moves]
@@ -187,7 +193,7 @@ class SparcAdam(torch.optim.Optimizer):
         Returns:
             The loss and metrics, or None if the caller has to take the step eagerly.
         """
-        if not self.graph or torch.compiler.is_compiling():
+        if not self.graph or torch.compiler.is_compiling() or self.model.ranks is not None:
             return None
         if self._step_graph is None:
             self._step_graph = StepGraph()

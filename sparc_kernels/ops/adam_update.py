@@ -123,7 +123,8 @@ def adam_update_(tensors, hyper, active, max_norm, impl, lr_value, decay):
 
     Args:
         tensors: parameters, gradients (or None), first and second moments of P parameters, four of each stream, the
-            decoders' [d, N]; then steps, scalars, lr, found_inf, grad_scale and norm as `adam_scalars_` takes them.
+            decoders' [d, N]; then steps, scalars, lr, found_inf, grad_scale, norm and square as `adam_scalars_` takes
+            them; without square it is computed here, to clip.
         hyper: AdamHyper.
         active: as in `adam_scalars_`.
         max_norm: to clip gradients to; None: not clipped.
@@ -131,11 +132,10 @@ def adam_update_(tensors, hyper, active, max_norm, impl, lr_value, decay):
         lr_value: learning rate where lr is None.
         decay: decoupled weight decay.
     """
-    P = (len(tensors) - 6) // 4
+    P = (len(tensors) - 7) // 4
     params, grads, exp_avgs, exp_avg_sqs = (rows_of(tensors[i : i + P]) for i in range(0, 4 * P, P))
-    steps, scalars, lr, found_inf, grad_scale, norm = tensors[4 * P :]
-    square = None
-    if max_norm is not None:
+    steps, scalars, lr, found_inf, grad_scale, norm, square = tensors[4 * P :]
+    if max_norm is not None and square is None:
         square = grad_square(params[DECODER::4], grads, hyper.normalize, impl).to(scalars)
     call(
         adam_scalars_, steps, scalars, lr, lr_value, decay, active, found_inf, grad_scale, None, square,

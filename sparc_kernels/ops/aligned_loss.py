@@ -270,20 +270,29 @@ class AlignedLoss(torch.autograd.Function):
         need_v, need_aux = ctx.needs_input_grad[_LEADING : _LEADING + 2]
         if ctx.grads_made:
             ctx.grads_made = False  # ownership passes to the caller; a second backward recomputes
-            dvalues, daux, dws, dbs = _scaled(grads, dloss, ctx.impl)
+            dvalues, daux, dws, dbs = scaled(grads, dloss, ctx.impl)
             needs = ctx.needs_input_grad[_LEADING + n - 2 * T : _LEADING + n - T]
             dbs = [db if need else None for db, need in zip(dbs, needs, strict=True)]
             dxs = [None] * T
         else:
             needs = ctx.needs_input_grad[_LEADING + n - 3 * T :]
             needs = [(need_v, need_aux, *needs[t::T]) for t in range(T)]
-            scaled = _scaled_rows(weights, dloss), None if aux_weights is None else _scaled_rows(aux_weights, dloss)
-            dvalues, daux, dws, dbs, dxs = _made_again(inputs, errors, scaled, needs, ctx.impl)
+            factors = _scaled_rows(weights, dloss), None if aux_weights is None else _scaled_rows(aux_weights, dloss)
+            dvalues, daux, dws, dbs, dxs = _made_again(inputs, errors, factors, needs, ctx.impl)
         return *[None] * _LEADING, dvalues if need_v else None, daux, *[None] * (n - 2 - 3 * T), *dws, *dbs, *dxs
 
 
-def _scaled(grads, dloss, impl):
-    """Scale the forward's gradients by dloss in place; return dvalues, daux, dws and dbs."""
+def scaled(grads, dloss: torch.Tensor, impl: str) -> tuple:
+    """Scale the forward's gradients in place.
+
+    Args:
+        grads: dvalues, daux, T of the decoders and T of their biases; some may be None.
+        dloss: [].
+        impl: "triton" or "torch".
+
+    Returns:
+        dvalues, daux, dws and dbs.
+    """
     # .data: saved tensors that change in place, here and by whoever gets them
     grads = [None if grad is None else grad.data for grad in grads]
     _scale([dloss, *(grad for grad in grads if grad is not None)], (impl,), impl=impl)

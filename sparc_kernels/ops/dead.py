@@ -13,7 +13,7 @@ from ..launch.budgets import MAX_K
 from ..launch.device import cdiv, next_power_of_2
 from .encode import centre, values_of
 from .gather import pick
-from .records import EncoderParams, SparseCodes
+from .records import ABSENT, EncoderParams, SparseCodes
 from .selection import select_each
 
 
@@ -51,7 +51,7 @@ def count_fired_torch(counters, indices, values, threshold):
     for s, counter in enumerate(counters):
         n, idx = counter.shape[0], indices if indices.dim() == 2 else indices[s]
         # bucket n takes everything that did not fire: no data-dependent shape
-        target = torch.where(values[s] > threshold, idx, n).reshape(-1)
+        target = torch.where((values[s] > threshold) & (idx != ABSENT), idx, n).reshape(-1)
         fired = torch.zeros(n + 1, dtype=torch.bool, device=counter.device).index_fill_(0, target, True)[:n]
         counter.add_(1).masked_fill_(fired, 1)
 
@@ -67,7 +67,7 @@ count_fired_.__doc__ = """Update the counters of S streams, see `update_counters
 
 Args:
     counters: int64 [N] each.
-    indices: int64 [B, k] shared by the streams, or [S, B, k].
+    indices: int64 [B, k] shared by the streams, or [S, B, k]; ABSENT counts for nothing.
     values: [S, B, k].
     threshold: a latent fires in a batch if one of its values is greater.
     impl: "triton" or "torch".
@@ -174,7 +174,7 @@ def select_dead(
     Returns:
         Codes with indices [S, B, auxk] and no values, of which `count` are valid.
     """
-    selected = select_each(centred, list(encoder.w_encs), list(encoder.latent_biases), auxk, ids, count, impl)
+    selected = select_each(centred, list(encoder.w_encs), list(encoder.latent_biases), auxk, ids, count, None, impl)
     return SparseCodes(selected, None, count)
 
 

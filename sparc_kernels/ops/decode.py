@@ -76,7 +76,7 @@ class Decode(torch.autograd.Function):
         rows = w_dec.t()
         ctx.save_for_backward(values, w_dec, indices, *inverse)
         ctx.impl = impl
-        return _per_source(lambda i, v: gather_sum(i, v, rows, pre_bias, impl), indices, values)
+        return _per_source(lambda i, v: gather_sum(i, v, rows, pre_bias, False, impl), indices, values)
 
     @staticmethod
     @once_differentiable

@@ -25,7 +25,7 @@ from .gather import gather_dot_torch, gather_sum, in_one_slab, launch_gathers, p
 from .inverse_index import InverseIndex, inverse_index_op, inverse_sizes
 from .joint import joint, wants_joint
 from .latent_reduce import latent_reduce_
-from .records import CODES_FLAT, EncoderParams, SparseCodes
+from .records import ABSENT, CODES_FLAT, EncoderParams, SparseCodes
 from .selection import select, select_each
 
 
@@ -178,8 +178,8 @@ def _gather_values_torch(*, indices, centred, w_encs, latent_biases, count, list
     for s, (x, w, bias) in enumerate(zip(centred, w_encs, latent_biases, strict=True)):
         idx = indices if indices.dim() == 2 else indices[s]
         pre = gather_dot_torch(idx, w, x[None], None if count is None else count[s])
-        torch.add(pre[0], bias[idx], out=values[s])
-    values.relu_()
+        torch.add(pre[0], bias[torch.where(idx == ABSENT, 0, idx)], out=values[s])
+    values.relu_().masked_fill_(indices == ABSENT, 0.0)
     if count is not None:
         exists = torch.arange(indices.shape[-1], device=values.device) < count[:, None, None]
         values = torch.where(exists, values, 0.0)
@@ -203,7 +203,7 @@ gather_values = register(
 gather_values.__doc__ = """Compute relu(<w_encs[s][indices], centred[s]> + latent_biases[s][indices]) of every stream.
 
 Args:
-    indices: int64 [B, k] for all streams, or [S, B, k].
+    indices: int64 [B, k] for all streams, or [S, B, k]; the value of ABSENT is 0.
     centred: x - pre_bias, [B, d_s] each.
     w_encs: [N, d_s] each.
     latent_biases: [N] each.
@@ -300,7 +300,7 @@ def _values_backward(tensors, S, needs, impl):
             for codes, dv in uses:
                 one = slice(s, s + 1)
                 dpre = torch.where(codes.gathered[one] <= 0, 0.0, dv[one])
-                part = gather_sum(codes.indices_of(s), dpre, w_encs[s], None, impl)[0]
+                part = gather_sum(codes.indices_of(s), dpre, w_encs[s], None, False, impl)[0]
                 dxs[s] = part if dxs[s] is None else dxs[s] + part
     bias_streams = [s for s in range(S) if uses and needs[2 * S + s]]
     if bias_streams:
@@ -492,4 +492,4 @@ def select_latents(centred, w_encs, latent_biases, k, topk_type, *, impl):
     """
     w_encs, latent_biases = list(w_encs), list(latent_biases)
     op = select if topk_type == "global" else select_each
-    return op(centred, w_encs, latent_biases, k, None, None, impl)
+    return op(centred, w_encs, latent_biases, k, None, None, None, impl)

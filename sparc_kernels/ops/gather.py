@@ -29,6 +29,7 @@ from ..core.registry import register
 from ..core.target import interpreted
 from ..launch.device import capability, cdiv, dot_precision
 from ..launch.gather import GatherConfig, gather_chunk, gather_config
+from .records import ABSENT
 
 
 @triton.jit
@@ -419,7 +420,7 @@ def _sum_slabs(part):
     return part[0] if part.shape[0] == 1 else part.sum(0)
 
 
-# gather_dot: out[s, b, j] = <W[indices[b, j]], x[s, b]>; 0 in columns from `count` on
+# gather_dot: out[s, b, j] = <W[indices[b, j]], x[s, b]>; 0 in columns from `count` on and for ABSENT
 
 
 def _gather_dot_triton(indices, w, x, count):
@@ -430,7 +431,7 @@ def gather_dot_torch(indices, w, x, count):
     """Run `gather_dot` in torch.
 
     Args:
-        indices: int64 [B, k].
+        indices: int64 [B, k]; the dot of ABSENT is 0.
         w: [N, d].
         x: [S, B, d].
         count: int32 [], the valid columns of indices; None: all.
@@ -450,18 +451,30 @@ def gather_dot_torch(indices, w, x, count):
         if n_valid:
             out[:, :, :n_valid] = gather_dot_torch(indices[:, :n_valid].contiguous(), w, x, None)
         return out
+    present = indices != ABSENT
     if w.device.type == "cpu" and w.dtype in (torch.float32, torch.float64):
         # a sampled product reads each selected row once; bmm would first copy all B * k of them
-        offsets = torch.arange(0, S * B * k + 1, k, device=w.device)
-        columns = indices.expand(S, B, k).reshape(-1)
-        pattern = csr(offsets, columns, w.new_zeros(S * B * k), w.shape[0])
-        return torch.sparse.sampled_addmm(pattern, x.reshape(-1, d), w.T, beta=0.0).values().view(S, B, k)
-    out = torch.empty(S, B, k, device=w.device, dtype=acc)
-    rows = max(1, 2**24 // (k * d))
-    for b in range(0, B, rows):
-        part = slice(b, b + rows)
+        offsets, columns = _ends(present.sum(1).repeat(S)), indices[present].repeat(S)
+        pattern = csr(offsets, columns, w.new_zeros(len(columns)), w.shape[0])
+        dots = torch.sparse.sampled_addmm(pattern, x.reshape(-1, d), w.T, beta=0.0).values()
+        if len(dots) == S * B * k:
+            return dots.view(S, B, k)
+        return dots.new_zeros(S, B, k).masked_scatter_(present.expand(S, B, k), dots)
+    out, indices = torch.empty(S, B, k, device=w.device, dtype=acc), torch.where(present, indices, 0)
+    for part in _row_chunks(B, k, d):
         out[:, part] = torch.einsum("bkd,sbd->sbk", w[indices[part]].to(acc), x[:, part].to(acc))
-    return out
+    return out.masked_fill_(~present, 0.0)
+
+
+def _ends(counts):
+    """Offsets [rows + 1] of rows that have so many entries."""
+    return F.pad(counts.cumsum(0), (1, 0))
+
+
+def _row_chunks(B, k, d):
+    """Slices of the batch whose k gathered rows of d columns fit in memory."""
+    rows = max(1, 2**24 // (k * d))
+    return [slice(b, b + rows) for b in range(0, B, rows)]
 
 
 def _gather_dot_fake(indices, w, x, count):
@@ -480,41 +493,62 @@ gather_dot = register(
 # gather_sum: out[s, b] = sum_j values[s, b, j] W[indices[b, j]] + bias
 
 
-def _gather_sum_triton(indices, values, w, bias):
-    out = w.new_empty(values.shape[0], indices.shape[0], w.shape[1])
+def _gather_sum_triton(indices, values, w, bias, wide):
+    out = _gather_sum_fake(indices, values, w, bias, wide)
     launch_gathers(indices, values, [w], None if bias is None else [bias], None, err_outs=[out])
     return out
 
 
-def gather_sum_torch(indices, values, w, bias):
-    """Run `gather_sum` in torch.
-
-    Args:
-        indices: int64 [B, k].
-        values: [S, B, k].
-        w: [N, d].
-        bias: [d], or None.
-
-    Returns:
-        [S, B, d] in w's dtype.
-    """
+def gather_sum_torch(indices, values, w, bias, wide=False):
+    """Run `gather_sum` in torch; see there for the arguments."""
     S, B, k = values.shape
-    bags, weights = indices.expand(S, B, k).reshape(-1, k), values.reshape(-1, k).to(w.dtype)
-    sums = F.embedding_bag(bags, w.contiguous(), mode="sum", per_sample_weights=weights).view(S, B, -1)
+    acc, present = acc_dtype(w.dtype), indices != ABSENT
+    if wide and w.dtype != acc:  # a bag rounds its sum to w's dtype
+        sums = torch.empty(S, B, w.shape[1], device=w.device, dtype=acc)
+        values, safe = torch.where(present, values.to(acc), 0.0), torch.where(present, indices, 0)
+        for part in _row_chunks(B, k, w.shape[1]):
+            rows = torch.where(present[part, :, None], w[safe[part]].to(acc), 0.0)
+            sums[:, part] = torch.einsum("sbk,bkd->sbd", values[:, part], rows)
+        return sums if bias is None else sums.add_(bias)
+    weights, offsets = values.to(w.dtype), _ends(present.sum(1).repeat(S))
+    if is_host_readable(present):
+        bags, weights = indices[present].repeat(S), weights.masked_select(present)
+    else:  # absent entries come last, in a bag of their own
+        order = present.byte().repeat(S, 1).flatten().argsort(descending=True, stable=True)
+        bags, weights = torch.where(present, indices, 0).repeat(S, 1).flatten()[order], weights.flatten()[order]
+        offsets = F.pad(offsets, (0, 1), value=S * B * k)
+    sums = F.embedding_bag(
+        bags, w.contiguous(), offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
+    )
+    sums = sums[: S * B].view(S, B, -1)
     return sums if bias is None else sums.add_(bias)
 
 
-def _gather_sum_fake(indices, values, w, bias):
-    return w.new_empty(values.shape[0], indices.shape[0], w.shape[1])
+def _gather_sum_fake(indices, values, w, bias, wide):
+    dtype = acc_dtype(w.dtype) if wide else w.dtype
+    return w.new_empty(values.shape[0], indices.shape[0], w.shape[1], dtype=dtype)
 
 
 gather_sum = register(
     "gather_sum",
-    "(Tensor indices, Tensor values, Tensor w, Tensor? bias, str impl) -> Tensor",
+    "(Tensor indices, Tensor values, Tensor w, Tensor? bias, bool wide, str impl) -> Tensor",
     torch_impl=gather_sum_torch,
     triton_impl=_gather_sum_triton,
     fake=_gather_sum_fake,
 )
+gather_sum.__doc__ = """Sum the selected rows of w, weighted by the values of each source, and add the bias.
+
+Args:
+    indices: int64 [B, k]; ABSENT adds nothing.
+    values: [S, B, k].
+    w: [N, d].
+    bias: [d], or None.
+    wide: return the sums in the accumulator dtype, for sums over shards.
+    impl: "triton" or "torch".
+
+Returns:
+    [S, B, d] in w's dtype, or in the accumulator dtype.
+"""
 
 
 # gather_errors: |E|^2 of every source and E of one, where E[t, s, b] = gather_sum - xs[t][b]

@@ -231,14 +231,14 @@ def _pre_bias_parts_kernel(
 
 @triton.jit
 def _pre_bias_adam_kernel(
-    pre_ptrs, m_ptrs, v_ptrs, scalars_ptrs, dbias_ptrs, part_ptr, widths, parts, whole_parts, stride_part,
+    pre_ptrs, m_ptrs, v_ptrs, scalars_ptrs, dbias_ptrs, sum_ptrs, part_ptr, widths, parts, whole_parts, stride_part,
     T: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, BLOCK_D: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Update the pre-bias, whose gradient is the decoder's less the sum of the parts."""
+    """Update the pre-bias, whose gradient is the decoder's less the sum of the parts; or only write that sum."""
     stream = tl.program_id(1)
     scalars_ptr = pick(scalars_ptrs, stream, T) + 10
-    if tl.load(scalars_ptr + 4) != 0.0:
+    if (sum_ptrs is not None) | (tl.load(scalars_ptr + 4) != 0.0):
         cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
         mask = cols < pick(widths, stream, T)
         part_ptr += tl.full((), stream, tl.int64) * parts * stride_part
@@ -256,18 +256,21 @@ def _pre_bias_adam_kernel(
             else:
                 rest += block
         total = total + rest + sums
-        g = tl.load(pick(dbias_ptrs, stream, T) + cols, mask=mask, other=0.0).to(ACC) - total
-        pre_ptr = pick(pre_ptrs, stream, T)
-        m_ptr = pick(m_ptrs, stream, T)
-        v_ptr = pick(v_ptrs, stream, T)
-        w = tl.load(pre_ptr + cols, mask=mask, other=0.0).to(ACC)
-        m = tl.load(m_ptr + cols, mask=mask, other=0.0)
-        v = tl.load(v_ptr + cols, mask=mask, other=0.0)
-        g *= tl.load(scalars_ptr + 3).to(ACC)
-        w, m, v = step(w, g, m, v, mask, scalars_ptr, 0, BETA1, BETA2, EPS, ACC)
-        tl.store(pre_ptr + cols, w.to(pre_ptr.dtype.element_ty), mask=mask)
-        tl.store(m_ptr + cols, m, mask=mask)
-        tl.store(v_ptr + cols, v, mask=mask)
+        if sum_ptrs is not None:
+            tl.store(pick(sum_ptrs, stream, T) + cols, total, mask=mask)
+        else:
+            g = tl.load(pick(dbias_ptrs, stream, T) + cols, mask=mask, other=0.0).to(ACC) - total
+            pre_ptr = pick(pre_ptrs, stream, T)
+            m_ptr = pick(m_ptrs, stream, T)
+            v_ptr = pick(v_ptrs, stream, T)
+            w = tl.load(pre_ptr + cols, mask=mask, other=0.0).to(ACC)
+            m = tl.load(m_ptr + cols, mask=mask, other=0.0)
+            v = tl.load(v_ptr + cols, mask=mask, other=0.0)
+            g *= tl.load(scalars_ptr + 3).to(ACC)
+            w, m, v = step(w, g, m, v, mask, scalars_ptr, 0, BETA1, BETA2, EPS, ACC)
+            tl.store(pre_ptr + cols, w.to(pre_ptr.dtype.element_ty), mask=mask)
+            tl.store(m_ptr + cols, m, mask=mask)
+            tl.store(v_ptr + cols, v, mask=mask)
 
 
 class _Matrix(NamedTuple):
@@ -279,18 +282,19 @@ class _Matrix(NamedTuple):
     shadow: torch.Tensor | None
     scalars: torch.Tensor  # [4, 5]
     dbias: torch.Tensor  # [d]
+    dbias_sum: torch.Tensor | None  # [d], receives what the encoder adds to the gradient of the pre-bias
     lists: list[torch.Tensor | None]  # the tensors of a WeightedLists
     aux: list[torch.Tensor | None]  # of AuxK, or empty
 
 
-def _matrices(place, params, exp_avgs, exp_avg_sqs, shadows, scalars, dbiases, lists, aux):
+def _matrices(place, params, exp_avgs, exp_avg_sqs, shadows, scalars, dbiases, dbias_sums, lists, aux):
     """The encoder (place 0) or the decoder (place 1) of every stream."""
     return [
         _Matrix(
             params=params[4 * s : 4 * s + 4], exp_avgs=exp_avgs[4 * s : 4 * s + 4],
             exp_avg_sqs=exp_avg_sqs[4 * s : 4 * s + 4], shadow=shadows[2 * s + place] if shadows else None,
-            scalars=scalars[4 * s : 4 * s + 4], dbias=dbias, lists=lists[7 * s : 7 * s + 7],
-            aux=aux[7 * s : 7 * s + 7],
+            scalars=scalars[4 * s : 4 * s + 4], dbias=dbias, dbias_sum=dbias_sums[s] if dbias_sums else None,
+            lists=lists[7 * s : 7 * s + 7], aux=aux[7 * s : 7 * s + 7],
         )
         for s, dbias in enumerate(dbiases)
     ]  # fmt: skip
@@ -320,7 +324,7 @@ _NO_LISTS = (None,) * 10 + (0,) * 4
 
 def _launch_update(matrices, place, k, aux_k, hyper):
     """Update the encoders or the decoders of one group of streams, the widest first."""
-    params, exp_avgs, exp_avg_sqs, shadow, scalars, dbias, lists, aux = tuples(matrices)
+    params, exp_avgs, exp_avg_sqs, shadow, scalars, dbias, dbias_sum, lists, aux = tuples(matrices)
     w, m, v = (tuple(four[place] for four in of) for of in (params, exp_avgs, exp_avg_sqs))
     T, widths, device, acc = len(matrices), tuple(t.shape[1] for t in w), w[0].device, m[0].dtype
     n, d = w[0].shape
@@ -350,16 +354,17 @@ def _launch_update(matrices, place, k, aux_k, hyper):
         )
         pre_bias = (tuple(four[2] for four in of) for of in (params, exp_avgs, exp_avg_sqs))
         launch(_pre_bias_adam_kernel, (cdiv(d, block), T))(
-            *pre_bias, scalars, dbias, part, widths, parts, programs // BLOCK_ROWS.value, d, T=T, **betas,
+            *pre_bias, scalars, dbias, dbias_sum, part, widths, parts, programs // BLOCK_ROWS.value, d, T=T, **betas,
             BLOCK_D=block, ACC=tl_dtype(acc), num_warps=4,
         )  # fmt: skip
 
 
 def _latent_adam_triton(
-    *, params, exp_avgs, exp_avg_sqs, shadows, scalars, dbiases, enc_lists, dec_lists, k, enc_aux, dec_aux, aux_k,
-    normalize, beta1, beta2, eps,
+    *, params, exp_avgs, exp_avg_sqs, shadows, scalars, dbiases, dbias_sums, enc_lists, dec_lists, k, enc_aux, dec_aux,
+    aux_k, normalize, beta1, beta2, eps,
 ):  # fmt: skip
-    hyper, shared = AdamHyper(normalize, beta1, beta2, eps), (params, exp_avgs, exp_avg_sqs, shadows, scalars, dbiases)
+    hyper = AdamHyper(normalize, beta1, beta2, eps)
+    shared = params, exp_avgs, exp_avg_sqs, shadows, scalars, dbiases, dbias_sums
     for place, lists, aux, own in ((1, dec_lists, dec_aux, hyper), (0, enc_lists, enc_aux, hyper.plain())):
 
         def key(matrix, place=place):
@@ -384,10 +389,11 @@ TORCH_BLOCK_ROWS = 1024  # at least so many rows of it
 
 
 def _latent_adam_torch(
-    *, params, exp_avgs, exp_avg_sqs, shadows, scalars, dbiases, enc_lists, dec_lists, k, enc_aux, dec_aux, aux_k,
-    normalize, beta1, beta2, eps,
+    *, params, exp_avgs, exp_avg_sqs, shadows, scalars, dbiases, dbias_sums, enc_lists, dec_lists, k, enc_aux, dec_aux,
+    aux_k, normalize, beta1, beta2, eps,
 ):  # fmt: skip
-    hyper, shared = AdamHyper(normalize, beta1, beta2, eps), (params, exp_avgs, exp_avg_sqs, shadows, scalars, dbiases)
+    hyper = AdamHyper(normalize, beta1, beta2, eps)
+    shared = params, exp_avgs, exp_avg_sqs, shadows, scalars, dbiases, dbias_sums
     for place, lists, aux, own in ((1, dec_lists, dec_aux, hyper), (0, enc_lists, enc_aux, hyper.plain())):
         for matrix in _matrices(place, *shared, lists, aux):
             _update_torch(matrix, place, k, aux_k, own)
@@ -424,7 +430,9 @@ def _update_torch(matrix, place, k, aux_k, hyper):
         step_blocks_torch([w[rows], m[rows], v[rows]], g, numbers, hyper)
     if matrix.shadow is not None:
         matrix.shadow.copy_(w)
-    if encoder:
+    if encoder and matrix.dbias_sum is not None:
+        matrix.dbias_sum.copy_(dpre_bias_sum)
+    elif encoder:
         step_torch(list(pre_bias), matrix.dbias - dpre_bias_sum, StepScalars.of(matrix.scalars[2]), hyper.plain())
 
 
@@ -447,8 +455,8 @@ def _block(part, rows, n, acc, buffer):
 latent_adam_ = register(
     "latent_adam_",
     "(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] shadows, Tensor scalars,"
-    " Tensor[] dbiases, Tensor?[] enc_lists, Tensor?[] dec_lists, int k, Tensor?[] enc_aux, Tensor?[] dec_aux,"
-    " int aux_k, int normalize, float beta1, float beta2, float eps, str impl) -> ()",
+    " Tensor[] dbiases, Tensor(e!)[] dbias_sums, Tensor?[] enc_lists, Tensor?[] dec_lists, int k, Tensor?[] enc_aux,"
+    " Tensor?[] dec_aux, int aux_k, int normalize, float beta1, float beta2, float eps, str impl) -> ()",
     torch_impl=_latent_adam_torch,
     triton_impl=_latent_adam_triton,
     fake=lambda **_: None,
@@ -468,6 +476,8 @@ Args:
         first stream, then of the next; or empty.
     scalars: [P, 5], a row for each parameter, which `adam_scalars_` wrote.
     dbiases: [d] of each stream in the accumulator dtype, the gradient of pre_bias through the decoder.
+    dbias_sums: contiguous [d] of each stream in the accumulator dtype: receive sum_n above, and no pre_bias is updated
+        (other shards have latents too: `adam_stream_` takes that step, from dbias - the sums of all); or empty.
     enc_lists: of each stream order, offsets and ids of an InverseIndex over rows * k places; coef, scale (or None),
         gate (or None) and mat as in `latent_reduce_`.
     dec_lists: the same for the decoder's rows.

@@ -147,17 +147,31 @@ def _loss_terms_triton(sq, norm, weights, values, gs, dbiases):
 
 
 def _loss_terms_torch(sq, norm, weights, values, gs, dbiases):
-    S, B, k = values.shape
-    nmse = (sq / norm[:, None]).mean(2)
+    _, B, k = values.shape
+    sparsity = values.sum((1, 2), dtype=norm.dtype) / (B * (k + 1e-8))
+    column_sums_torch(gs, dbiases)
+    return terms_torch((sq / norm[:, None]).mean(2), weights, sparsity, k)
+
+
+def terms_torch(
+    nmse: torch.Tensor, weights: torch.Tensor, sparsity: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute what `loss_terms` returns from the means over rows.
+
+    Args:
+        nmse: [T, S].
+        weights: [T, S].
+        sparsity: [S], mean_b sum_j values / (k + 1e-8).
+        k: active latents per row.
+    """
+    S = nmse.shape[1]
     weighted = torch.where(weights != 0, weights * nmse, 0.0)
     loss, own = weighted.sum(), nmse.diagonal().mean()
     cross, scaled = nmse.new_zeros(2)
     if S > 1:  # off the diagonal: all but the first of S + 1 columns
         cross, scaled = (m.flatten()[1:].view(S - 1, S + 1)[:, :-1] for m in (nmse, weighted))
         cross, scaled = cross.mean(), scaled.sum()
-    sparsity = values.sum((1, 2), dtype=norm.dtype) / (B * (k + 1e-8))
     few = torch.stack([own, cross, scaled, sparsity.mean(), own.new_full((), k)])
-    column_sums_torch(gs, dbiases)
     return loss, torch.cat([few, sparsity, nmse.flatten()])
 
 

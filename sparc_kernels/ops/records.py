@@ -8,6 +8,10 @@ import torch
 
 from .inverse_index import NO_INVERSE, InverseIndex, inverse_index_op, lists_of
 
+# Local id of a latent of another shard: its value is 0, it is in no list, nothing of it is read. Other ids outside
+# 0..N-1 make results NaN.
+ABSENT = -(2**31)
+
 
 class EncoderParams(NamedTuple):
     """Encoders of S streams, in the operators' dtype."""

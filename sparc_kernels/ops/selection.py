@@ -208,13 +208,14 @@ def _narrow(
 
 @triton.jit(do_not_specialize=["row0", "M"])
 def _select_kernel(
-    coarse_ptr, maxima_ptr, logits_ptr, scratch_ptr, ids_ptr, count_ptr, out_ptr, row0, M, N, NG, NC, K,
+    coarse_ptr, maxima_ptr, logits_ptr, scratch_ptr, ids_ptr, count_ptr, out_ptr, key_ptr, row0, M, N, NG, NC, K,
     stride_ids, stride_count, EACH: tl.constexpr,
     NC_PAD: tl.constexpr, K_PAD: tl.constexpr, GROUP: tl.constexpr, SPAN: tl.constexpr, SHIFT: tl.constexpr,
     COMPACT: tl.constexpr,
 ):  # fmt: skip
     """One row: the K groups with the largest maxima (ties to the lower) hold a top K; read only their logits.
 
+    key [M, K], if given, receives the logits of the selected columns, -inf where there are fewer columns than K.
     EACH: program (row, s) is one row of stream s, whose M rows follow those of the streams before.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -270,6 +271,9 @@ def _select_kernel(
         ordered = tl.sort((best << 32) | (0x7FFFFFFF - offs_k).to(tl.int64), descending=True)
         slot = 0x7FFFFFFF - (ordered & 0x7FFFFFFF).to(tl.int32)
         latent = tl.load(cols + slot, mask=mask_k, other=0)
+        if key_ptr is not None:
+            selected = tl.load(logits_ptr + row * N + latent, mask=mask_k, other=0.0)
+            tl.store(key_ptr + (row0 + row) * K + offs_k, selected, mask=mask_k)
         if COMPACT:
             latent = tl.load(ids_ptr + latent, mask=mask_k, other=0)
         tl.store(out_ptr + (row0 + row) * K + offs_k, latent.to(tl.int64), mask=mask_k)
@@ -277,23 +281,36 @@ def _select_kernel(
         mask_rest = (offs_k >= k) & (offs_k < K)
         rest = tl.load(ids_ptr + offs_k, mask=mask_rest, other=0).to(tl.int64)
         tl.store(out_ptr + (row0 + row) * K + offs_k, rest, mask=mask_rest)
+        if key_ptr is not None:
+            lowest = tl.full((K_PAD,), float("-inf"), tl.float32).to(key_ptr.dtype.element_ty)
+            tl.store(key_ptr + (row0 + row) * K + offs_k, lowest, mask=mask_rest)
 
 
-def _select_triton(*, xs, w_encs, biases, k, ids, count):
+def keys_dtype(dtype: torch.dtype, impl: str) -> torch.dtype:
+    """Return the dtype in which pre-activations are compared, that of the selection's keys.
+
+    Args:
+        dtype: of the inputs.
+        impl: "triton" or "torch".
+    """
+    return torch.float32 if impl == "triton" and dtype == torch.float64 else dtype  # the kernels' keys have 32 bits
+
+
+def _select_triton(*, xs, w_encs, biases, k, ids, count, keys):
     out = torch.empty(xs[0].shape[0], k, device=xs[0].device, dtype=torch.int64)
-    return _select_into(out, xs, w_encs, biases, k, ids, count, False)
+    return _select_into(out, keys, xs, w_encs, biases, k, ids, count, False)
 
 
-def _select_each_triton(*, xs, w_encs, biases, k, ids, count):
-    out, first = _select_each_fake(xs, w_encs, biases, k, ids, count), 0
+def _select_each_triton(*, xs, w_encs, biases, k, ids, count, keys):
+    out, first = _select_each_fake(xs, w_encs, biases, k, ids, count, keys), 0
     (B, _), n, arch = xs[0].shape, w_encs[0].shape[0], capability(xs[0].device)
     while first < len(xs):
         step = selected_at_once(B, n, k, [x.shape[1] for x in xs[first:]], xs[0].dtype, arch, ids is not None)
         part = slice(first, first + step) if step > 1 else first
         some = slice(first, first + step)
         _select_into(
-            out[part], xs[some], w_encs[some], biases[some], k, None if ids is None else ids[part],
-            None if ids is None else count[part], step > 1,
+            out[part], None if keys is None else keys[part], xs[some], w_encs[some], biases[some], k,
+            None if ids is None else ids[part], None if ids is None else count[part], step > 1,
         )  # fmt: skip
         first += step
     return out
@@ -314,8 +331,7 @@ def selected_at_once(B, n, k, widths, dtype, arch, compact) -> int:
 
 def selection_settings(B, n, k, dtype, arch, compact):
     """Settings of selector and GEMM, the dtype of the logits, scratch bytes of a row, tiles that may overlap."""
-    # logits are stored and compared in the inputs' dtype (fp32 at most: keys have 32 bits)
-    stored = torch.float32 if dtype == torch.float64 else dtype
+    stored = keys_dtype(dtype, "triton")
     select = select_config(n, k, compact)
     encode = with_span(encode_config(B, dtype.itemsize, arch, compact), select.span)
     columns = n + cdiv(n, select.group) + (0 if select.span == select.group else cdiv(n, select.span))
@@ -324,8 +340,8 @@ def selection_settings(B, n, k, dtype, arch, compact):
     return select, encode, stored, columns * stored.itemsize + 16 * select.k_pad, tiles
 
 
-def _select_into(out, xs, w_encs, biases, k, ids, count, each):
-    """Run `select` into out [B, k], or with `each` `select_each` into out [S, B, k], all rows at once."""
+def _select_into(out, keys, xs, w_encs, biases, k, ids, count, each):
+    """Run `select` into out and keys [B, k], or with `each` `select_each` into [S, B, k], all rows at once."""
     B, n = xs[0].shape[0], w_encs[0].shape[0]
     device, dtype = xs[0].device, xs[0].dtype
     biases = [b.contiguous() for b in biases]
@@ -387,7 +403,7 @@ def _select_into(out, xs, w_encs, biases, k, ids, count, each):
 
         def best(*, rows=rows, row0=row0, coarse=coarse, maxima=maxima, logits=logits, slots=slots):
             launch(_select_kernel, (rows, problems))(
-                coarse, maxima, logits, slots, ids, count, out, row0, rows, n, n_groups, n_spans, k, *strides,
+                coarse, maxima, logits, slots, ids, count, out, keys, row0, rows, n, n_groups, n_spans, k, *strides,
                 EACH=each, NC_PAD=select.n_spans_pad, K_PAD=select.k_pad, GROUP=select.group, SPAN=select.span,
                 SHIFT={torch.bfloat16: 16, torch.float16: 13}.get(stored, 0), COMPACT=ids is not None,
                 num_warps=select.num_warps, **select.registers(arch),
@@ -430,7 +446,7 @@ def _topk_exact(h, k):
     return indices
 
 
-def _select_torch(*, xs, w_encs, biases, k, ids, count):
+def _select_torch(*, xs, w_encs, biases, k, ids, count, keys):
     bias = _sum(biases)
     acc = acc_dtype(xs[0].dtype)
     B, n = xs[0].shape[0], w_encs[0].shape[0]
@@ -444,6 +460,8 @@ def _select_torch(*, xs, w_encs, biases, k, ids, count):
         n = int(count)
         n_valid = min(k, n)
         out[:, n_valid:] = ids[n_valid:k]
+        if keys is not None:
+            keys[:, n_valid:] = float("-inf")
         if n_valid == 0:
             return out
         order = ids[:n].long()
@@ -463,19 +481,23 @@ def _select_torch(*, xs, w_encs, biases, k, ids, count):
             best = _topk_exact(h, n_valid)
         else:  # two stable sorts: -inf in a valid column still comes before any invalid column
             beyond = torch.arange(n, device=h.device) >= count
+            h.masked_fill_(beyond, float("-inf"))
             ranks = torch.sort(h, dim=1, descending=True, stable=True).indices
             best = ranks.gather(1, torch.sort(beyond[ranks].int(), dim=1, stable=True).indices[:, :k])
+        if keys is not None:
+            keys[part, :n_valid] = h.gather(1, best)
         out[part, :n_valid] = best if order is None else order[best]
     return out
 
 
-def _select_fake(*, xs, w_encs, biases, k, ids, count):
+def _select_fake(*, xs, w_encs, biases, k, ids, count, keys):
     return xs[0].new_empty(xs[0].shape[0], k, dtype=torch.int64)
 
 
 select = register(
     "select",
-    "(Tensor[] xs, Tensor[] w_encs, Tensor[] biases, int k, Tensor? ids, Tensor? count, str impl) -> Tensor",
+    "(Tensor[] xs, Tensor[] w_encs, Tensor[] biases, int k, Tensor? ids, Tensor? count, Tensor(a!)? keys, str impl)"
+    " -> Tensor",
     torch_impl=_select_torch,
     triton_impl=_select_triton,
     fake=_select_fake,
@@ -490,6 +512,8 @@ Args:
     ids: int32 [N]; if given, only the latents ids[:count] compete, and if they are fewer than k the rows end with
         ids[count:k].
     count: int32 [], with ids; stays on the device.
+    keys: contiguous [B, k] of `keys_dtype`, receives the pre-activations compared, -inf in columns from count on; or
+        None.
     impl: "triton" or "torch".
 
 Returns:
@@ -497,21 +521,24 @@ Returns:
 """
 
 
-def _select_each_torch(*, xs, w_encs, biases, k, ids, count):
-    some = [(None, None)] * len(xs) if ids is None else zip(ids, count, strict=True)
+def _select_each_torch(*, xs, w_encs, biases, k, ids, count, keys):
+    none = [None] * len(xs)
+    some = zip(*(none if part is None else part for part in (ids, count, keys)), strict=True)
     streams = zip(xs, w_encs, biases, some, strict=True)
     return torch.stack([
-        _select_torch(xs=[x], w_encs=[w], biases=[bias], k=k, ids=i, count=n) for x, w, bias, (i, n) in streams
+        _select_torch(xs=[x], w_encs=[w], biases=[bias], k=k, ids=i, count=n, keys=own)
+        for x, w, bias, (i, n, own) in streams
     ])  # fmt: skip
 
 
-def _select_each_fake(xs, w_encs, biases, k, ids, count):
+def _select_each_fake(xs, w_encs, biases, k, ids, count, keys):
     return xs[0].new_empty(len(xs), xs[0].shape[0], k, dtype=torch.int64)
 
 
 select_each = register(
     "select_each",
-    "(Tensor[] xs, Tensor[] w_encs, Tensor[] biases, int k, Tensor? ids, Tensor? count, str impl) -> Tensor",
+    "(Tensor[] xs, Tensor[] w_encs, Tensor[] biases, int k, Tensor? ids, Tensor? count, Tensor(a!)? keys, str impl)"
+    " -> Tensor",
     torch_impl=_select_each_torch,
     triton_impl=_select_each_triton,
     fake=_select_each_fake,
@@ -525,8 +552,35 @@ Args:
     k: how many latents per row and stream.
     ids: int32 [S, N] or None, row s as in `select`.
     count: int32 [S], with ids.
+    keys: contiguous [S, B, k] as in `select`, or None.
     impl: "triton" or "torch".
 
 Returns:
     int64 [S, B, k].
+"""
+
+
+def _topk_positions_triton(keys, k):
+    return _topk_exact(keys, k).contiguous()
+
+
+topk_positions = register(
+    "topk_positions",
+    "(Tensor keys, int k, str impl) -> Tensor",
+    torch_impl=lambda keys, k: _topk_exact(keys, k).contiguous(),
+    triton_impl=_topk_positions_triton,
+    fake=lambda keys, k: keys.new_empty(len(keys), k, dtype=torch.int64),
+)
+topk_positions.__doc__ = """Find the k largest keys of each row: merges the candidates of several shards.
+
+Of candidates in the order of the shards' ids, each shard's in its own order, ties go to the lowest id, as in one
+selection over all latents.
+
+Args:
+    keys: [B, M] as `select` wrote them; float64 with impl="torch" only.
+    k: how many, at most M and 512.
+    impl: "triton" or "torch".
+
+Returns:
+    int64 [B, k], positions in descending order of the keys, ties to the lowest, NaN above +inf.
 """

@@ -15,6 +15,7 @@ from conftest import CUDA, DEVICE
 import sparc_kernels
 import sparc_kernels.nn.optimizer  # registers the optimizer's operators
 from sparc_kernels import AlignedSAE, auxk_topk, decode, decode_nmse, encode_topk, update_counters_, values_at
+from sparc_kernels.ops.selection import keys_dtype
 
 D = {"image": 20, "text": 13}
 
@@ -175,7 +176,7 @@ def test_kernels_never_read_out_of_bounds(bad):
     indices = torch.arange(30, device=DEVICE).reshape(6, 5)
     indices[2, 3] = bad
     values = torch.rand(1, 6, 5, device=DEVICE, dtype=p.xs[0].dtype)
-    sums = gather_sum(indices, values, p.w_encs[0], None, "triton")[0]
+    sums = gather_sum(indices, values, p.w_encs[0], None, False, "triton")[0]
     dots = gather_dot(indices, p.w_encs[0], p.xs[0][None], None, "triton")[0]
     assert sums[2].isnan().all() and sums[[0, 1, 3, 4, 5]].isfinite().all()
     assert dots[2, 3].isnan() and dots.isnan().sum() == 1
@@ -221,11 +222,11 @@ def optimizer_operators(p, indices, inverse, values, coef, impl):
         "grad_square": (ops.grad_square, ([params[1]] * 2, [None, *grads[1:], *grads], 1, impl)),
         "latent_adam_": (
             ops.latent_adam_,
-            (params, ms, vs, [], scalars, dbias, main, main, K, [], [], 0, 1, *adam, impl),
+            (params, ms, vs, [], scalars, dbias, [], main, main, K, [], [], 0, 1, *adam, impl),
         ),
         "latent_adam_ with auxk": (
             ops.latent_adam_,
-            (params, ms, vs, halves, scalars, dbias, aux, aux, K, aux, aux, K, 0, *adam, impl),
+            (params, ms, vs, halves, scalars, dbias, [like(params[2])], aux, aux, K, aux, aux, K, 0, *adam, impl),
         ),
     }
 
@@ -249,6 +250,7 @@ def ops_and_arguments(impl):
     counts = torch.full((3,), K, dtype=torch.int32, device=DEVICE)
     ids = torch.arange(N, device=DEVICE, dtype=torch.int32)
     count = torch.tensor(1, dtype=torch.int32, device=DEVICE)
+    keys = torch.rand(3, B, K, device=DEVICE, dtype=keys_dtype(out.dtype, impl))
     return {
         "inverse_index": (ops.inverse_index, (indices, 1, N, None, impl)),
         "inverse_index of groups": (
@@ -265,9 +267,9 @@ def ops_and_arguments(impl):
             ops.latent_reduce_,
             ([out], [], *inverse, values, coef[None], None, [stacked], K, True, impl),
         ),
-        "select": (ops.select, (p.xs, p.w_encs, p.latent_biases, K, None, None, impl)),
-        "select dead": (ops.select, (p.xs[:1], p.w_encs[:1], p.latent_biases[:1], K, ids, count, impl)),
-        "select_each": (ops.select_each, (p.xs, p.w_encs, p.latent_biases, K, None, None, impl)),
+        "select": (ops.select, (p.xs, p.w_encs, p.latent_biases, K, None, None, None, impl)),
+        "select dead": (ops.select, (p.xs[:1], p.w_encs[:1], p.latent_biases[:1], K, ids, count, keys[0], impl)),
+        "select_each": (ops.select_each, (p.xs, p.w_encs, p.latent_biases, K, None, None, None, impl)),
         "select_each dead": (
             ops.select_each,
             (
@@ -277,13 +279,15 @@ def ops_and_arguments(impl):
                 K,
                 torch.stack([ids, ids]),
                 torch.stack([count, count]),
+                keys[:2],
                 impl,
             ),
         ),
+        "topk_positions": (ops.topk_positions, (keys[0], K, impl)),
         "gather_dot": (ops.gather_dot, (indices, p.w_encs[0], p.xs[0][None], None, impl)),
         "gather_dot some": (ops.gather_dot, (indices, p.w_encs[0], p.xs[0][None], count, impl)),
-        "gather_sum": (ops.gather_sum, (indices, values, rows, p.pre_biases[0], impl)),
-        "gather_sum bare": (ops.gather_sum, (indices, values, rows, None, impl)),
+        "gather_sum": (ops.gather_sum, (indices, values, rows, p.pre_biases[0], False, impl)),
+        "gather_sum wide": (ops.gather_sum, (indices, values, rows, None, True, impl)),
         "gather_errors": (ops.gather_errors, (indices, values, all_rows, p.pre_biases, p.xs, [], None, impl)),
         "gather_errors own": (
             ops.gather_errors,

@@ -71,7 +71,7 @@ def judge_latent_adam(check: Check) -> None:
     before = [[w, w, pre, b], [m, m, pre_m, b_m], [v, v, pre_v, b_v]]
     updated = [[t.clone(memory_format=torch.contiguous_format) for t in four] for four in before]
     latent_adam_(
-        *updated, [], scalars, [zero], lists, lists, c.k, [], [], 0, BEFORE, *ADAM, check.resolved
+        *updated, [], scalars, [zero], [], lists, lists, c.k, [], [], 0, BEFORE, *ADAM, check.resolved
     )  # fmt: skip
 
     def dense(dtype):
