@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -27,7 +26,6 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import (
     LoadItemType,
     LoadPlan,
-    LoadPlanner,
     ReadItem,
     SavePlan,
     TensorWriteData,
@@ -37,14 +35,14 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from ..core.validation import fail, require
+from ..distributed.ranks import Ranks
 from .atomic import Hashing, read_json, sync_folder, write_json
-from .blocks import Block, Ranks, agree, gather, raise_for, sharded_dim, told
+from .blocks import Block, Key, flat, in_step, nested
 
 MANIFEST = "manifest.json"
 KIND = "sparc_kernels sharded checkpoint"
 TEMPORARY = ".tmp"  # added to the folder's name until it is complete
 _DIGEST = "sha256"
-Key = tuple[str, ...]  # place of a value in the nested state
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
@@ -64,30 +62,20 @@ def write_folder(path: Path, state: Mapping[str, Any], ranks: Ranks) -> None:
         ValueError: the ranks' states do not fit together.
     """
     temporary, first = path.with_name(path.name + TEMPORARY), ranks.rank == 0
-    flat = _flat(state)
-    writer = _Writer(temporary)
+    writer, planner = _Writer(temporary), _Saver(flat(state))
     try:
-        agree(lambda: _make_new(temporary) if first else None)
-        try:
-            dcp.save({".".join(key): value for key, value in flat.items()}, storage_writer=writer, planner=_Saver(flat))
-        except CheckpointException as error:
-            rank, (reason, _) = min(error.failures.items())
-            raise_for(rank, told(reason))
-        files = {name: entry for part in gather(writer.fs.written) for name, entry in part.items()}
-        agree(lambda: _publish(temporary, path, files, ranks) if first else None)
+        in_step(ranks, lambda: _make_new(temporary) if first else None)
+        plan = in_step(ranks, lambda: planner.plan_of(first))
+        plans, metadata = planner.create_global_plan(ranks.objects(plan))  # the same on every rank
+        plan = writer.prepare_global_plan(plans)[ranks.rank]
+        results = ranks.objects(in_step(ranks, lambda: writer.write_data(plan, planner).wait()))
+        in_step(ranks, lambda: writer.finish(metadata, results) if first else None)
+        files = {name: entry for part in ranks.objects(writer.fs.written) for name, entry in part.items()}
+        in_step(ranks, lambda: _publish(temporary, path, files, ranks) if first else None)
     except BaseException:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def _flat(state: Mapping[str, Any], prefix: Key = ()) -> dict[Key, Any]:
-    """The leaves of nested dicts; an empty dict is a leaf."""
-    flat: dict[Key, Any] = {}
-    for name, value in state.items():
-        key = *prefix, name
-        flat |= _flat(value, key) if isinstance(value, Mapping) and value else {key: value}
-    return flat
 
 
 def _make_new(folder: Path) -> None:
@@ -150,12 +138,22 @@ class _Writer(dcp.FileSystemWriter):
 class _Saver(dcp.DefaultSavePlanner):
     """Plans a flat state that may hold Blocks, each written in pieces under its place in the whole tensor."""
 
-    def __init__(self, flat: dict[Key, Any]):
+    def __init__(self, leaves: dict[Key, Any]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.keys = {".".join(key): key for key in flat}
+        self.values = {".".join(key): value for key, value in leaves.items()}
+        self.keys = {".".join(key): key for key in leaves}
+
+    def plan_of(self, first: bool) -> SavePlan:
+        """Plan what this rank could write; the global plan leaves out what another rank writes.
+
+        Args:
+            first: whether this is rank 0.
+        """
+        self.set_up_planner(self.values, is_coordinator=first)
+        return self.create_local_plan()
 
     def create_local_plan(self) -> SavePlan:
-        """Plan what this rank could write; torch drops what another rank writes."""
+        """Plan the items of this rank."""
         self.pieces: dict[MetadataIndex, torch.Tensor] = {}
         items = []
         for name, value in self.state_dict.items():
@@ -248,7 +246,9 @@ def _digest(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def read_folder(path: Path, blocks: Mapping[Key, Block] | None = None, wanted: Callable[[Key], bool] | None = None):
+def read_folder(
+    path: Path, blocks: Mapping[Key, Block] | None = None, wanted: Callable[[Key], bool] | None = None
+) -> dict[str, Any]:
     """Read a checkpoint folder; no collective. Its files are not verified.
 
     Args:
@@ -268,56 +268,43 @@ def read_folder(path: Path, blocks: Mapping[Key, Block] | None = None, wanted: C
     keys, stored = metadata.planner_data, metadata.state_dict_metadata
     targets: dict[str, Any] = {".".join(key): block for key, block in blocks.items()}
     for name, block in targets.items():
-        if name not in stored:
-            fail(name, "a tensor in the checkpoint", "none")
-        if stored[name].size != block.shape:
-            fail(name, f"shape {tuple(block.shape)}", f"{tuple(stored[name].size)}")
+        block.check(name, getattr(stored.get(name), "size", None))
     for name, entry in stored.items():
         if name not in targets and (wanted is None or wanted(keys[name])):
-            whole = isinstance(entry, TensorStorageMetadata)
-            targets[name] = torch.empty(entry.size, dtype=entry.properties.dtype) if whole else None
+            targets[name] = None
+            if isinstance(entry, TensorStorageMetadata):
+                targets[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
     items: list[ReadItem] = []
     for name, target in targets.items():
-        if target is None:
+        entry = stored[name]
+        if isinstance(entry, TensorStorageMetadata):
+            items += create_read_items_for_chunk_list(name, entry, [_chunk(target)])
+        else:
             here, none = MetadataIndex(name), torch.Size([0])
             items.append(ReadItem(LoadItemType.BYTE_IO, here, none, here, none, none))
-        else:
-            items += create_read_items_for_chunk_list(name, stored[name], [_chunk(target)])
     places = {index: (info.relative_path, info.offset) for index, info in metadata.storage_data.items()}
     items.sort(key=lambda item: places[item.storage_index])  # every file from its beginning to its end
     loader = _Loader(targets)
     reader.read_data(LoadPlan(items), loader).wait()
-    state: dict = {}
-    for name, target in targets.items():
-        if not isinstance(target, Block):
-            *parents, last = keys[name]
-            inner = state
-            for parent in parents:
-                inner = inner.setdefault(parent, {})
-            inner[last] = loader.values[name] if target is None else target
-    return state
+    read = {name: loader.values.get(name, target) for name, target in targets.items() if not isinstance(target, Block)}
+    return nested({keys[name]: value for name, value in read.items()})
 
 
-class _Loader(LoadPlanner):
+class _Loader(dcp.DefaultLoadPlanner):
     """Tells torch's reader where what it reads belongs."""
 
     def __init__(self, targets: dict[str, Any]):
-        self.targets, self.values = targets, {}  # type: ignore[var-annotated]
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.targets, self.values = targets, dict[str, Any]()
 
     def load_bytes(self, read_item: ReadItem, value) -> None:
         """Take a value that is no tensor."""
         self.values[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=True)
 
-    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        """Return the part of a tensor that an item fills."""
-        target = self.targets[read_item.dest_index.fqn]
-        tensor = (target.tensor if isinstance(target, Block) else target).detach()
-        for dim, (start, n) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            tensor = tensor.narrow(dim, start, n)
-        return tensor
-
-    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """Nothing: the part is a view of the target."""
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        """Return the tensor of which items fill parts."""
+        target = self.targets[index.fqn]
+        return target.tensor if isinstance(target, Block) else target
 
 
 class _Reader(dcp.FileSystemReader):
@@ -351,20 +338,3 @@ _NAMES = {
     )),
     *(("pathlib", name) for name in ("PosixPath", "WindowsPath")),
 }  # fmt: skip
-
-
-def sharded(key: Key) -> bool:
-    """Whether a place in a run's state holds a tensor of which every rank has a block.
-
-    Args:
-        key: ("model", name) or ("optimizer", "state", name of a parameter, name of a moment) are, for some names.
-    """
-    return dim_of(key) is not None
-
-
-def dim_of(key: Key) -> int | None:
-    """Return the dimension of the latents of what is at a place in a run's state; None: it has none."""
-    if len(key) == 2 and key[0] == "model":
-        return sharded_dim(key[1])
-    moment = len(key) == 4 and key[:2] == ("optimizer", "state") and key[3].startswith("exp_avg")
-    return sharded_dim(key[2]) if moment else None
