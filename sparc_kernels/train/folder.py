@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import time
 import uuid
 from contextlib import ExitStack, contextmanager
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from ..core.console import size_text
 from ..core.validation import fail, require
+from ..distributed.ranks import Ranks
 from ..io.atomic import read_json, write_json
 from ..io.run_checkpoints import CHECKPOINTS, SPACE, checkpoints, load_latest, reserve
 from ..io.shards import stream_label
@@ -36,7 +38,7 @@ _STREAM: dict[str, type | tuple[type, ...]] = {
     "fingerprint": str,
 }
 _OURS = "|".join(map(re.escape, (MANIFEST, LOG, WEIGHTS, OFFICIAL, OFFICIAL_CONFIG, SPACE)))
-_REMAINS = re.compile(rf"({_OURS}|step-\d{{9}}\.pt)\.\d+\.tmp")
+_REMAINS = re.compile(rf"({_OURS}|step-\d{{9}}\.pt)(\.\d+\.tmp)+|step-\d{{9}}\.dcp(\.old)?\.tmp")
 
 
 class RunFolder:
@@ -107,7 +109,7 @@ class RunFolder:
         require(same, "out", "the folder as the Trainer found it", f"{self.path}, where another run has been since")
         for path in [*self.path.glob("*.tmp"), *(self.path / CHECKPOINTS).glob("*.tmp")]:
             if _REMAINS.fullmatch(path.name):
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         try:
             reserve(self.path, size)
         except OSError as error:
@@ -172,16 +174,17 @@ class RunFolder:
                     require(had[s][key] == now[s][key], what, f"{key} {had[s][key]} as when the run began",
                             f"{key} {now[s][key]}")  # fmt: skip
 
-    def go_on(self, now: dict, per_epoch: int, tell) -> tuple[Path, dict] | None:
+    def go_on(self, now: dict, per_epoch: int, tell, ranks: Ranks | None = None) -> tuple[Path, dict] | None:
         """Check that the run can be resumed and load its newest undamaged checkpoint.
 
         Args:
             now: the manifest of a new run with the current arguments.
             per_epoch: batches of an epoch.
             tell: called with messages about damaged checkpoints and differences.
+            ranks: of a sharded model; every rank calls this.
 
         Returns:
-            The file and its state; None for a new run or one without a checkpoint.
+            The checkpoint and its state, as of `load_checkpoint`; None for a new run or one without a checkpoint.
 
         Raises:
             ValueError: another model, optimizer or initial weights, fewer steps than before, or a checkpoint of another
@@ -198,7 +201,7 @@ class RunFolder:
         given = now["init"] is not None
         require(now["init"] == init or not given, "init", f"{init or 'none'} as when the run began", str(now["init"]))
         self._tell_differences(tell)
-        latest = load_latest(self.path / CHECKPOINTS, tell)
+        latest = load_latest(self.path / CHECKPOINTS, tell, ranks=ranks)
         if latest is None:
             weights = self.path / WEIGHTS
             require(not weights.exists(), "resume", "a checkpoint to go on from", f"{weights} alone, of an ended run")
