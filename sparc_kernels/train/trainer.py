@@ -25,7 +25,7 @@ from ..distributed.processes import LIMIT, STALL, Refused, join
 from ..distributed.ranks import DATA, LATENTS
 from ..io.features import Stream
 from ..io.loader import Batch
-from ..io.run_checkpoints import CHECKPOINTS, save_checkpoint
+from ..io.run_checkpoints import CHECKPOINTS, load_latest, save_checkpoint
 from ..io.weights import OFFICIAL, WEIGHTS, export_official, import_save, model_config, save_weights
 from ..nn.module import AlignedSAE
 from ..nn.optimizer import SparcAdam
@@ -325,15 +325,22 @@ class Trainer:
 
     def _resume(self) -> None:
         """Restore the newest checkpoint, if the folder has one."""
-        found = self.processes.from_first(
-            lambda: self.folder and self.folder.go_on(self._manifest(), len(self.data.loader), self._note)
+        if self.out is None:
+            return
+        folder = self.folder
+        resumes = self.processes.from_first(
+            lambda: folder is not None and folder.check_run(self._manifest(), len(self.data.loader), self._note)
         )
-        checkpoint = found if self.ranks is None else None  # of several processes: io/sharded_checkpoints reads it here
-        if checkpoint:
-            path, _ = checkpoint
-            self.state.load(*checkpoint)
+        if not resumes:
+            return
+        latest = load_latest(self.out / CHECKPOINTS, self._note, ranks=self.ranks)
+        with self.processes.together():
+            if folder is not None:
+                folder.check_checkpoint(*latest) if latest else folder.starts_again(self._note)
+        if latest is not None:
+            self.state.load(*latest)
             self.saved = self.state.batches
-            self._note(f"Resuming after step {self.saved:,} of {self.steps:,} ({path})", logging.INFO)
+            self._note(f"Resuming after step {self.saved:,} of {self.steps:,} ({latest[0]})", logging.INFO)
 
     def _note(self, text: str, level: int = logging.WARNING) -> None:
         if not self.quiet:
@@ -522,9 +529,8 @@ class Trainer:
         if self.out is None or self.saved == self.state.batches:
             return
         self.processes.at(None)  # it may take long
-        if self.folder is not None and self.ranks is None:  # several processes: io/sharded_checkpoints writes here
-            state = {"run": self.folder.run} | self.state.state_dict()
-            save_checkpoint(self.out / CHECKPOINTS, self.state.batches, state, self.keep)
+        state = {"run": self.folder.run if self.folder else None} | self.state.state_dict()  # rank 0's is written
+        save_checkpoint(self.out / CHECKPOINTS, self.state.batches, state, self.keep, self.ranks)
         self.saved = self.state.batches
 
     def _finish(self) -> None:
@@ -536,7 +542,7 @@ class Trainer:
         if 2 * skipped > self.state.batches:
             older = f" ({WEIGHTS} is of an earlier step)" if self.out and (self.out / WEIGHTS).exists() else ""
             raise self._too_many(f"no final weights{older}: {skipped} of {self.state.batches}")
-        if self.out is None or self.ranks is not None:  # several processes: io/sharded_checkpoints assembles them here
+        if self.out is None:
             return
         save_weights(self.model, self.out / WEIGHTS, self.config.normalize, self.state.batches)
         if self.export:
