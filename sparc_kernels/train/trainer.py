@@ -333,12 +333,14 @@ class Trainer:
         )
         if not resumes:
             return
-        latest = load_latest(self.out / CHECKPOINTS, self._note, ranks=self.ranks)
+        with self.processes.together():
+            latest = load_latest(self.out / CHECKPOINTS, self._note, ranks=self.ranks)
         with self.processes.together():
             if folder is not None:
                 folder.check_checkpoint(*latest) if latest else folder.starts_again(self._note)
         if latest is not None:
-            self.state.load(*latest)
+            with self.processes.together():
+                self.state.load(*latest)
             self.saved = self.state.batches
             self._note(f"Resuming after step {self.saved:,} of {self.steps:,} ({latest[0]})", logging.INFO)
 
@@ -530,7 +532,8 @@ class Trainer:
             return
         self.processes.at(None)  # it may take long
         state = {"run": self.folder.run if self.folder else None} | self.state.state_dict()  # rank 0's is written
-        save_checkpoint(self.out / CHECKPOINTS, self.state.batches, state, self.keep, self.ranks)
+        with self.processes.together():
+            save_checkpoint(self.out / CHECKPOINTS, self.state.batches, state, self.keep, self.ranks)
         self.saved = self.state.batches
 
     def _finish(self) -> None:
@@ -544,12 +547,13 @@ class Trainer:
             raise self._too_many(f"no final weights{older}: {skipped} of {self.state.batches}")
         if self.out is None:
             return
-        save_weights(self.model, self.out / WEIGHTS, self.config.normalize, self.state.batches)
-        if self.export:
-            config = self.config
-            settings = {"batch_size": config.batch_size, "num_epochs": config.epochs, "lr": config.lr}
-            settings |= {"seed": config.seed, "auxk_coef": config.auxk_coef, "cross_loss_coef": config.cross_coef}
-            export_official(self.model, self.out, settings, config.normalize)
+        with self.processes.together():
+            save_weights(self.model, self.out / WEIGHTS, self.config.normalize, self.state.batches)
+            if self.export:
+                config = self.config
+                settings = {"batch_size": config.batch_size, "num_epochs": config.epochs, "lr": config.lr}
+                settings |= {"seed": config.seed, "auxk_coef": config.auxk_coef, "cross_loss_coef": config.cross_coef}
+                export_official(self.model, self.out, settings, config.normalize)
         names = " and ".join([WEIGHTS, *([OFFICIAL] if self.export else [])])
         self._say(f"Saved {names} in {self.out}, loss {self.state.loss:.4f} after {self.state.batches:,} steps")
 

@@ -8,6 +8,7 @@ import functools
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -23,6 +24,7 @@ from ranks import together
 from sparc_kernels import cli
 from sparc_kernels.distributed import ShardedSAE
 from sparc_kernels.distributed.processes import LOST, Refused
+from sparc_kernels.io.weights import load_model
 from sparc_kernels.train import TrainConfig, Trainer
 from sparc_kernels.train import trainer as train_trainer
 from sparc_kernels.train.folder import read_manifest
@@ -33,6 +35,9 @@ BASE = TrainConfig(
     n_latents=26, k=3, auxk=4, batch_size=24, epochs=2, lr=3e-3, dead_steps_threshold=3, reinit_every=7, seed=3,
     precision="fp64",
 )  # fmt: skip
+
+
+BEGUN = 7  # steps
 
 
 def config(**changes) -> TrainConfig:
@@ -57,6 +62,7 @@ RUNS = {
     "an empty part": ({"batch_size": 8, "epochs": 5}, 9, -1),
     "a NaN row": ({"max_skipped": 4}, ROWS, 100),
     "single": ({"precision": "fp32"}, ROWS, -1),
+    "resumed": ({"val_fraction": 0.2, "warmup": 5}, ROWS, -1),
     "half": ({"precision": "bf16", "gradient_free": True}, ROWS, -1),
 }
 # number of processes -> name -> shards
@@ -67,8 +73,9 @@ ON = {
 }  # fmt: skip
 
 
-def train(name: str, out: Path, **options):
+def train(name: str, out: Path, max_steps: int = 0, **options):
     settings, rows, bad = RUNS[name]
+    settings = settings | {"max_steps": max_steps}
     data = {s: x.clone() for s, x in streams(rows).items()}
     losses = []
     run = Trainer(config(**settings), data, out, device="cpu", quiet=True, log_every=4, **options)
@@ -109,6 +116,29 @@ def agrees(name: str, folder: Path, T: int) -> None:
     assert {k: v for k, v in manifest.items() if k not in ("run", "started")} == {
         k: v for k, v in alone.items() if k not in ("run", "started")
     }
+
+
+def goes_on(folder: Path) -> None:
+    """A run that two processes, or one with two lanes, began is finished by replicas and by divided latents."""
+    rank, want = dist.get_rank(), torch.load(folder / "resumed-2.pt", weights_only=True)
+    train("resumed", folder / "begun", max_steps=BEGUN)
+    dist.barrier()
+    if rank == 0:
+        for T in (1, 2):
+            shutil.copytree(folder / "begun", folder / f"begun-{T}")
+    dist.barrier()
+    for out, T in (("begun-1", 1), ("begun-2", 2), ("begun alone", 1)):
+        run, got = train("resumed", folder / out, resume=True, tensor_parallel=T)
+        assert run.lanes == 2
+        torch.testing.assert_close(got["losses"], want["losses"][BEGUN:], rtol=1e-12, atol=1e-12)
+        is_finished(folder / out, want)
+
+
+def is_finished(out: Path, want: dict) -> None:
+    """The final weights are those of the run that nothing interrupted."""
+    weights = load_model(out)[0].double().state_dict()
+    for key, value in want["weights"].items():
+        torch.testing.assert_close(weights[key], value, rtol=1e-12, atol=1e-12)
 
 
 def references(folder: Path, size: int, divided: dict[str, tuple[int, ...]]) -> dict:
@@ -212,7 +242,13 @@ def test_four_processes_train_as_one(tmp_path):
 
 def test_two_processes_train_as_one_and_refuse_together(tmp_path):
     cases = references(tmp_path, 2, ON[2]) | refusals(tmp_path)
-    passes(together(tmp_path, 2, cases))
+    _, whole = train("resumed", tmp_path / "resumed-2", lanes=2)
+    torch.save(whole, tmp_path / "resumed-2.pt")
+    train("resumed", tmp_path / "begun alone", max_steps=BEGUN, lanes=2)
+    passes(together(tmp_path, 2, cases | {"goes on": functools.partial(goes_on, tmp_path)}))
+    run, got = train("resumed", tmp_path / "begun", resume=True)  # one process
+    assert run.lanes == 2 and len(got["losses"]) == len(whole["losses"]) - BEGUN
+    is_finished(tmp_path / "begun", whole)
 
 
 # ------------------------------------------------------------------------------------------------------------ faults
