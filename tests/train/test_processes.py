@@ -277,7 +277,7 @@ def terminated(step: int) -> None:
 LIMIT = 8  # seconds
 # name -> number of processes, the one that misbehaves, what it does, exit codes of it and the others, what those print
 FAULTS = {
-    "kill -9": (3, 1, killed, -signal.SIGKILL, LOST, f"rank 1 is lost: no sign of life for {LIMIT} s"),
+    "kill -9": (3, 1, killed, -signal.SIGKILL, LOST, "rank 1 is lost: its process is gone"),
     "kill -9 of rank 0": (2, 0, killed, -signal.SIGKILL, LOST, "rank 0 or the launcher is gone"),
     "stopped": (2, 1, halted, None, LOST, f"rank 1 is lost: no sign of life for {LIMIT} s"),
     "exception": (3, 2, broken, 1, LOST, "rank 2 is lost: RuntimeError: something broke"),
