@@ -133,6 +133,18 @@ class Processes:
         dist.all_gather_object(values, value, group=self._group)
         return values
 
+    def to_first(self, value: _T) -> list[_T] | None:
+        """Return the values of all ranks, in their order, on rank 0; None on the others.
+
+        Args:
+            value: anything that can be pickled.
+        """
+        if not self.grouped:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.leads else None
+        dist.gather_object(value, values, group=self._group, group_dst=0)
+        return values
+
     def from_first(self, make: Callable[[], _T]) -> _T:
         """Return what `make` returns on rank 0, where alone it is called.
 

@@ -454,7 +454,7 @@ def gather_dot_torch(indices, w, x, count):
         if n_valid:
             out[:, :, :n_valid] = gather_dot_torch(indices[:, :n_valid].contiguous(), w, x, None)
         return out
-    present, partly = _presence(indices)
+    present, partly = presence(indices)
     if w.device.type == "cpu" and w.dtype in (torch.float32, torch.float64):
         # a sampled product reads each selected row once; bmm would first copy all B * k of them
         if partly and is_host_readable(present):
@@ -474,8 +474,12 @@ def gather_dot_torch(indices, w, x, count):
     return out.masked_fill_(~present, 0.0)
 
 
-def _presence(indices):
-    """Which ids are not ABSENT, and whether some may be, which is known on a CPU only."""
+def presence(indices):
+    """Return which ids are not ABSENT, and whether some may be, which only a CPU can tell without a wait.
+
+    Args:
+        indices: int64.
+    """
     present = indices != ABSENT
     return present, not (is_host_readable(indices) and bool(present.all()))
 
@@ -516,7 +520,7 @@ def _gather_sum_triton(indices, values, w, bias, wide):
 def gather_sum_torch(indices, values, w, bias, wide=False):
     """Run `gather_sum` in torch; see there for the arguments."""
     S, B, k = values.shape
-    acc, (present, partly) = acc_dtype(w.dtype), _presence(indices)
+    acc, (present, partly) = acc_dtype(w.dtype), presence(indices)
     if wide and w.dtype != acc:  # a bag rounds its sum to w's dtype
         sums = torch.empty(S, B, w.shape[1], device=w.device, dtype=acc)
         values, safe = torch.where(present, values.to(acc), 0.0), torch.where(present, indices, 0)
