@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -305,11 +305,9 @@ class Watchdog:
         if _follows(error):  # the thread ends this process as soon as it is known who was the first
             self._stopped.wait(self.limit + 5 * self.interval)
         self.stop()
-        try:
+        with suppress(Exception):  # the store may be gone, and with it what could be told
             self._write(self.rank, f"{type(error).__name__}: {first_line(error)}")
-            time.sleep(2.5 * self.interval)  # this process may hold the store that the others read
-        except Exception:
-            pass  # the store is gone, and with it what could be told
+            self._wait_for_readers()
 
     def stop(self) -> None:
         """End the thread."""
@@ -325,7 +323,11 @@ class Watchdog:
                 life = json.dumps([self._beats, self._count, self._place])
                 self.store.set(f"life/{self.rank}", life)
                 if self.store.check(["failed"]):
-                    self._end(*json.loads(self.store.get("failed")))
+                    reason = json.loads(self.store.get("failed"))
+                    self.store.add("read", 1)
+                    with suppress(Exception):  # whoever holds the store may go first
+                        self._wait_for_readers()
+                    self._end(*reason)
                 life = self.store.get(watched) if self.store.check([watched]) else b""
                 if life != seen:
                     seen, changed = life, time.monotonic()
@@ -344,6 +346,12 @@ class Watchdog:
     def _write(self, rank: int | None, reason: str) -> None:
         """Write down a failure, unless there is one already."""
         self.store.compare_set("failed", "", json.dumps([rank, reason]))
+
+    def _wait_for_readers(self) -> None:
+        """Give the others time to read what is written: this process may hold the store."""
+        deadline = time.monotonic() + 5 * self.interval
+        while self.store.add("read", 0) < self.size - 1 and time.monotonic() < deadline:
+            time.sleep(self.interval / 10)
 
     def _hanging(self) -> tuple[int | None, str]:
         """The rank that has come least far, and what it did."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -11,6 +12,46 @@ from operator import methodcaller
 from pathlib import Path
 
 from ..core.validation import first_line, require, temporary_of
+
+
+class Hashing:
+    """A file that is hashed while it is written, and synced before it is closed.
+
+    Args:
+        file: open for writing.
+
+    Attributes:
+        digest: SHA-256 of what was written.
+        size: its bytes.
+    """
+
+    def __init__(self, file):
+        self.file, self.digest, self.size = file, hashlib.sha256(), 0
+
+    def write(self, data) -> int:
+        """Write and hash bytes."""
+        self.digest.update(data)
+        self.size += memoryview(data).nbytes
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        """Hand over what is buffered to the operating system."""
+        self.file.flush()
+
+    def tell(self) -> int:
+        """Return the number of bytes written."""
+        return self.size
+
+    def fileno(self) -> int:
+        """Return the handle of the file."""
+        return self.file.fileno()
+
+    def close(self) -> None:
+        """Sync and close the file, once."""
+        if not self.file.closed:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
 
 
 def write_atomically(path: Path, write: Callable[[io.BufferedWriter], object]) -> None:

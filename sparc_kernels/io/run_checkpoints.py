@@ -1,20 +1,21 @@
-"""Checkpoints of a training run: written atomically, verified by SHA-256."""
+"""Checkpoints of a training run, verified by SHA-256: a file of one process, a folder of several."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, cast
 
 import torch
 
 from ..core.validation import plain, require
-from .atomic import reason_of, write_atomically
+from ..distributed.ranks import Ranks
+from .atomic import Hashing, reason_of, write_atomically
+from .blocks import Block, Key, by_id, by_name, flat, in_step, latents_dim, marked, nested
 
 logger = logging.getLogger(__name__)
 
@@ -23,20 +24,7 @@ SPACE = ".space"
 KIND = "sparc_kernels training checkpoint"
 MAGIC = b"SPARC-SHA256:"
 TRAILER = len(MAGIC) + 32
-
-
-class _Hashing:
-    """A file that hashes its content while it is written."""
-
-    def __init__(self, file):
-        self.file, self.digest = file, hashlib.sha256()
-
-    def write(self, data) -> int:
-        self.digest.update(data)
-        return self.file.write(data)
-
-    def flush(self) -> None:
-        self.file.flush()
+FILE, FOLDER = ".pt", ".dcp"  # ends of their names
 
 
 def reserve(folder: Path, size: int) -> None:
@@ -64,57 +52,141 @@ def reserve(folder: Path, size: int) -> None:
         probe.unlink(missing_ok=True)
 
 
-def save_checkpoint(folder: Path, step: int, state: dict, keep: int) -> Path:
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+def save_checkpoint(folder: Path, step: int, state: dict, keep: int, ranks: Ranks | None = None) -> Path:
     """Write a checkpoint, then delete old ones.
 
     Args:
         folder: of the run's checkpoints; made if missing.
         step: number of the step.
-        state: tensors, numbers and strings.
+        state: tensors, numbers and strings, as `RunState.state_dict` returns them.
         keep: checkpoints up to this step that are kept, the newest. Later ones are damaged (the run would have resumed
             from them) and are not counted.
+        ranks: of a sharded model, every one of which calls this with its state. More than one write a folder that
+            torch.distributed.checkpoint reads, with whole tensors under their official names.
 
     Returns:
-        The file.
+        The file or folder.
+
+    Raises:
+        OSError: it cannot be written; with several ranks on all of them, with the number of the first that cannot.
     """
+    alone = ranks is None or ranks.size == 1
+    path = folder / f"step-{step:09d}{FILE if alone else FOLDER}"
+    content = plain({"kind": KIND, "step": step, **state})
+    if ranks is None or alone:
+        _make(folder)
+        write_atomically(path, lambda file: _write(file, content))
+        _remove_old(path, keep)
+        return path
+    from .sharded_checkpoints import write_folder  # a second to import
 
-    def write(file):
-        hashing = _Hashing(file)
-        content = plain({"kind": KIND, "step": step, **state})
-        torch.save(content, cast(IO[bytes], hashing))  # torch writes and flushes, nothing else
-        file.write(MAGIC + hashing.digest.digest())
-
-    folder.mkdir(exist_ok=True)
-    path = folder / f"step-{step:09d}.pt"
-    write_atomically(path, write)
-    for old in [p for p in checkpoints(folder) if p <= path][:-keep]:
-        old.unlink()
+    in_step(ranks, lambda: _make(folder) if ranks.rank == 0 else None)
+    write_folder(path, marked(content, ranks), ranks)
+    in_step(ranks, lambda: _remove_old(path, keep) if ranks.rank == 0 else None)
     return path
 
 
+def _make(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+
+
+def _write(file, content: dict) -> None:
+    hashing = Hashing(file)
+    torch.save(content, cast(IO[bytes], hashing))  # torch writes and flushes, nothing else
+    file.write(MAGIC + hashing.digest.digest())
+
+
+def _remove_old(path: Path, keep: int) -> None:
+    """Delete what `save_checkpoint` does not keep, and the other kind of the same step."""
+    step, others = _step_of(path), checkpoints(path.parent)
+    for old in [p for p in others if _step_of(p) < step or p == path][:-keep] + [
+        p for p in others if _step_of(p) == step and p != path
+    ]:
+        if old.is_dir():
+            from .sharded_checkpoints import remove
+
+            remove(old)
+        else:
+            old.unlink()
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
 def checkpoints(folder: Path) -> list[Path]:
-    """List the checkpoint files in a folder, oldest first."""
-    return sorted(folder.glob("step-" + "[0-9]" * 9 + ".pt"))
+    """List the checkpoints in a folder, files and folders, oldest first."""
+    return sorted(path for end in (FILE, FOLDER) for path in folder.glob("step-" + "[0-9]" * 9 + end))
 
 
-def load_checkpoint(path: Path) -> dict:
+def load_checkpoint(path: Path, ranks: Ranks | None = None) -> dict:
     """Load a checkpoint to the CPU.
 
     Args:
-        path: file that `save_checkpoint` wrote.
+        path: what `save_checkpoint` wrote.
+        ranks: all of which call this: they verify a folder together and leave out the tensors that are sharded, which
+            `fill` reads. None, or one rank: everything is loaded, whole.
 
     Returns:
         The state, with `step` and `kind`.
 
     Raises:
-        ValueError: the file is no training checkpoint, or is damaged.
+        ValueError: it is no training checkpoint, or is damaged; with several ranks on all of them.
     """
-    content = path.read_bytes()
-    body, trailer = content[:-TRAILER], content[-TRAILER:]
-    ok = trailer[: len(MAGIC)] == MAGIC and hashlib.sha256(body).digest() == trailer[len(MAGIC) :]
+    if ranks is None or ranks.size == 1:
+        _verify(path)
+        return _checked(path, lambda: _read(path))
+    in_step(ranks, lambda: _verify(path, ranks.rank, ranks.size))
+    return in_step(ranks, lambda: _checked(path, lambda: _read(path, wanted=lambda key: latents_dim(key) is None)))
+
+
+def _verify(path: Path, rank: int = 0, size: int = 1) -> None:
+    """Verify a checkpoint, or this rank's share of a folder; one rank verifies a file."""
+    if path.suffix == FOLDER:
+        from .sharded_checkpoints import verify
+
+        verify(path, rank, size)
+    elif rank == 0:
+        _verify_file(path)
+
+
+def _verify_file(path: Path) -> None:
+    digest, rest = hashlib.sha256(), path.stat().st_size - TRAILER
+    with open(path, "rb") as file:
+        while rest > 0 and (part := file.read(min(rest, 1 << 20))):
+            digest.update(part)
+            rest -= len(part)
+        ok = rest == 0 and file.read() == MAGIC + digest.digest()
     require(ok, f"checkpoint {path}", "a complete training checkpoint", "a damaged, truncated or foreign file")
+
+
+def _read(path: Path, blocks: Mapping[Key, Block] | None = None, wanted: Callable[[Key], bool] | None = None) -> dict:
+    """Read what a checkpoint has; tensors into blocks, and what else is wanted into the result, by parameter ids."""
+    if path.suffix == FOLDER:
+        from .sharded_checkpoints import read_folder
+
+        return by_id(read_folder(path, blocks, wanted))
+    if blocks is None and wanted is None:
+        with open(path, "rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
+    mapped = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    state = flat(by_name(mapped))
+    for key, block in (blocks or {}).items():
+        block.copy_from(".".join(key), state.get(key))
+    left = {key: value for key, value in state.items() if wanted is None or wanted(key)}
+    copied = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in left.items()}
+    return by_id(nested(copied))
+
+
+def _checked(path: Path, read: Callable[[], dict]) -> dict:
     try:
-        state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+        state = read()
     except Exception as error:  # torch.load raises many types
         raise ValueError(f"checkpoint {path}: expected a torch file of tensors ({reason_of(error)})") from error
     ok = isinstance(state, dict) and state.get("kind") == KIND and isinstance(state.get("step"), int)
@@ -122,8 +194,24 @@ def load_checkpoint(path: Path) -> dict:
     return state
 
 
+def fill(path: Path, state: dict, ranks: Ranks) -> None:
+    """Read a checkpoint's sharded tensors; every rank calls it.
+
+    Args:
+        path: a checkpoint that `load_checkpoint` verified, of any number of processes.
+        state: as `RunState.state_dict` returns it; the tensors of which this rank has a block are filled in place.
+        ranks: of the model.
+
+    Raises:
+        ValueError: on every rank, if the checkpoint does not have such a tensor, or has one of another shape.
+    """
+    found = {key: value for key, value in flat(marked(state, ranks)).items() if isinstance(value, Block)}
+    with torch.no_grad():
+        in_step(ranks, lambda: _read(path, found, wanted=lambda key: False))
+
+
 def load_latest(
-    folder: Path, tell: Callable[[str], None] = logger.warning, after: float = -1
+    folder: Path, tell: Callable[[str], None] = logger.warning, after: float = -1, ranks: Ranks | None = None
 ) -> tuple[Path, dict] | None:
     """Load the newest undamaged checkpoint.
 
@@ -131,17 +219,20 @@ def load_latest(
         folder: of the run's checkpoints.
         tell: called with a message for each damaged checkpoint skipped.
         after: only consider later steps.
+        ranks: as of `load_checkpoint`.
 
     Returns:
-        The file and its state; None if there is no such checkpoint.
+        The file or folder and its state; None if there is no such checkpoint.
 
     Raises:
         ValueError: there are such checkpoints, all damaged.
     """
-    error = None
-    for path in reversed([path for path in checkpoints(folder) if int(path.stem.removeprefix("step-")) > after]):
+    error, found = None, [path for path in checkpoints(folder) if _step_of(path) > after]
+    if ranks is not None:  # what rank 0 sees: the folder of another machine may be seen late
+        found = ranks.objects(found)[0]
+    for path in reversed(found):
         try:
-            return path, load_checkpoint(path)
+            return path, load_checkpoint(path, ranks)
         except ValueError as damage:
             tell(f"Skipped: {damage}")
             error = damage

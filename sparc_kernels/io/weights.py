@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 
-from ..core.validation import check_bool, check_device, check_int, fail, missing, require
+from ..core.validation import check_bool, check_device, check_int, fail, missing, require, temporary_of
 from ..nn.module import AlignedSAE
 from .atomic import read_json, reason_of, write_atomically, write_json
-from .run_checkpoints import CHECKPOINTS, MAGIC, TRAILER, load_checkpoint, load_latest
+from .blocks import in_step
+from .run_checkpoints import CHECKPOINTS, FOLDER, MAGIC, TRAILER, load_checkpoint, load_latest
+from .streamed_weights import mapped_weights, stream_weights
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ def save_weights(model: AlignedSAE, path: str | Path, normalize: bool = True, st
     """Save weights as safetensors with the model's configuration in the metadata, all that `load_model` needs.
 
     Args:
-        model: the model to save.
+        model: the model to save. Every rank of a sharded one calls this, and rank 0 writes the whole model.
         path: file ending in .safetensors.
         normalize: whether the model was trained on rows divided by their norm.
         step: of the training run; `load_model` of its folder prefers a later checkpoint.
@@ -50,9 +52,13 @@ def save_weights(model: AlignedSAE, path: str | Path, normalize: bool = True, st
     """
     path = Path(path)
     require(path.suffix.lower() == ".safetensors", "path", "a file ending in .safetensors", repr(path.name))
-    save, state = import_save(path), _cpu_state(model)
+    save = import_save(path)
     config = model_config(model) | {"normalize": check_bool("normalize", normalize)}
     config |= {} if step is None else {"step": check_int("step", step, 0)}
+    if _is_divided(model):
+        stream_weights(model, path, config)
+        return
+    state = _cpu_state(model)
     # one entry, since safetensors writes several in varying order
     content = save(state, metadata={"sparc_kernels": json.dumps(config | {"sha256": _digest(config, state)})})
     write_atomically(path, lambda file: file.write(content))
@@ -72,6 +78,11 @@ def import_save(path: Path):
     except ImportError as error:
         raise missing(f"{path}, a safetensors file,", "safetensors") from error
     return save
+
+
+def _is_divided(model: AlignedSAE) -> bool:
+    """Whether several ranks hold the model, of which rank 0 writes the files."""
+    return model.ranks is not None and model.ranks.size > 1
 
 
 def _cpu_state(model: AlignedSAE) -> dict[str, torch.Tensor]:
@@ -100,7 +111,8 @@ def export_official(
     """Write `msae_checkpoint.pth` and `run_config.json`, as the official code reads them.
 
     Args:
-        model: the model to export.
+        model: the model to export. Every rank of a sharded one calls this, and rank 0 writes the whole model, by way of
+            a temporary file of its weights.
         folder: where both files go; it must exist.
         settings: further entries of run_config.json's "args", such as batch_size, lr and seed.
         normalize: whether the model was trained on rows divided by their norm; the official code ignores this entry.
@@ -108,12 +120,24 @@ def export_official(
     Returns:
         Path of the checkpoint.
     """
-    path, state = Path(folder) / OFFICIAL, _cpu_state(model)
-    write_atomically(path, lambda file: torch.save(state, file))
+    path = Path(folder) / OFFICIAL
     config = model_config(model) | {"use_sparse_decoder": False, "normalize": check_bool("normalize", normalize)}
     config |= dict(settings or {})
     config["auxk"] = config["auxk"] or 0  # the official parser takes numbers only
-    write_json(path.with_name(OFFICIAL_CONFIG), {"args": config, "config_file_content": {}})
+
+    def write(state: dict[str, torch.Tensor]) -> None:
+        write_atomically(path, lambda file: torch.save(state, file))
+        write_json(path.with_name(OFFICIAL_CONFIG), {"args": config, "config_file_content": {}})
+
+    if not _is_divided(model):
+        write(_cpu_state(model))
+        return path
+    whole, ranks = temporary_of(path.with_name(WEIGHTS)), model.ranks
+    try:
+        stream_weights(model, whole, {})
+        in_step(ranks, lambda: write(mapped_weights(whole, model)) if ranks.rank == 0 else None)
+    finally:
+        whole.unlink(missing_ok=True)  # of another name on other ranks
     return path
 
 
@@ -124,8 +148,8 @@ def load_model(
 
     Args:
         path: a folder of a training run (final weights, or the newest undamaged checkpoint if it is of a later step, as
-            in a resumed run), model.safetensors, a checkpoint of a run, or an official `msae_checkpoint.pth` with its
-            settings in the run_config.json beside it.
+            in a resumed run), model.safetensors, a checkpoint of a run (a file, or a folder of several processes), or
+            an official `msae_checkpoint.pth` with its settings in the run_config.json beside it.
         device: of the parameters.
         dtype: of the parameters; None: the narrowest that holds the file's without rounding.
         **known: k, topk_type, auxk, normalize, ...: settings that the file lacks, or that replace the file's.
@@ -158,7 +182,8 @@ def read_weights(path: str | Path) -> tuple[Path, dict, dict]:
     """
     path = Path(path)
     require(path.exists(), f"model {path}", "a folder of a training run or a file of weights", "nothing there")
-    path, state, config = _read_folder(path) if path.is_dir() else (path, *_read_file(path))
+    run = path.is_dir() and path.suffix != FOLDER
+    path, state, config = _read_folder(path) if run else (path, *_read_file(path))
     require(isinstance(config, dict), f"model {path}", "its settings as a JSON object", config)
     return path, state, {key: config[key] for key in SETTINGS if key in config}
 
@@ -222,7 +247,7 @@ def _read_folder(folder: Path) -> tuple[Path, Any, Any]:
         latest = None
     if latest is None:
         if file is None:
-            fail(f"model {folder}", f"{WEIGHTS}, {CHECKPOINTS}/step-*.pt or {OFFICIAL} in it", "none of them")
+            fail(f"model {folder}", f"{WEIGHTS}, {CHECKPOINTS}/step-* or {OFFICIAL} in it", "none of them")
         return file, state, config
     path, saved = latest
     if file is not None:
@@ -231,7 +256,10 @@ def _read_folder(folder: Path) -> tuple[Path, Any, Any]:
 
 
 def _read_file(path: Path) -> tuple[Any, Any]:
-    """state_dict and settings as the file has them, not yet checked."""
+    """state_dict and settings as the file or folder has them, not yet checked."""
+    if path.is_dir():
+        checkpoint = load_checkpoint(path)
+        return checkpoint.get("model"), checkpoint.get("model_config")
     return (_read_safetensors if path.suffix.lower() == ".safetensors" else _read_torch)(path)
 
 

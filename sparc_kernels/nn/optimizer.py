@@ -22,7 +22,7 @@ from .graphed import Body, Inputs, Result, StepGraph, switched_on
 from .half_weights import HalfWeights
 from .module import AlignedSAE
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = "exp_avg", "exp_avg_sq"
 
 
 class SparcAdam(torch.optim.Optimizer):
@@ -315,7 +315,7 @@ class SparcAdam(torch.optim.Optimizer):
         device = params[0].device
         states: list[Any] = [self.state.get(p) for p in params]
         if self.counts is not None and self.counts.device == device and all(states):
-            first, second = ([state.get(name) for state in states] for name in _MOMENTS)
+            first, second = ([state.get(name) for state in states] for name in MOMENTS)
             if _are_like(params, first, second):
                 return first, second
         for p in params:
@@ -333,17 +333,17 @@ class SparcAdam(torch.optim.Optimizer):
             wide = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
             self._scalars = torch.zeros(len(params), SCALARS, device=device, dtype=wide)
         states = [self._state(p, i, moves) for i, (p, moves) in enumerate(zip(params, moving, strict=True))]
-        exp_avgs, exp_avg_sqs = ([state[name] for state in states] for name in _MOMENTS)
+        exp_avgs, exp_avg_sqs = ([state[name] for state in states] for name in MOMENTS)
         return exp_avgs, exp_avg_sqs
 
     def _state(self, p, index, moves):
         if not moves and not self.state.get(p):
-            return dict.fromkeys(_MOMENTS, p.new_empty(0, 0))
+            return dict.fromkeys(MOMENTS, p.new_empty(0, 0))
         state = self.state[p]
         if not state:
             assert self.counts is not None, "prepare makes them"
             state["step"] = self.counts[index]
-        for name in _MOMENTS:
+        for name in MOMENTS:
             state[name] = _like(p, state.get(name))
         return state
 
@@ -389,7 +389,7 @@ class SparcAdam(torch.optim.Optimizer):
         ids = dict(zip(self.param_groups[0]["params"], saved["params"], strict=False))
         lr, capturable, before = self.param_groups[0]["lr"], self.param_groups[0]["capturable"], dict(self.state)
         for p, i in ids.items():
-            for name in _MOMENTS:
+            for name in MOMENTS:
                 moment = state_dict["state"].get(i, {}).get(name)
                 if moment is not None and moment.shape != p.shape:
                     fail(f"state_dict: {name} of parameter {i}", f"shape {tuple(p.shape)}", moment)
@@ -406,7 +406,7 @@ class SparcAdam(torch.optim.Optimizer):
             state, previous = self.state.get(p), before.get(p, {})
             if not state:
                 continue
-            for name in _MOMENTS:  # torch casts loaded moments to the parameter's dtype
+            for name in MOMENTS:  # torch casts loaded moments to the parameter's dtype
                 moment = state_dict["state"][i][name] if p.dtype != acc_dtype(p.dtype) else state[name]
                 state[name] = _like(p, previous.get(name)).copy_(moment)
         counts, self.counts = self.counts, None

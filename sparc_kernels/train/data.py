@@ -134,9 +134,7 @@ class RunData:
         self.spread = {s: summary.spread for s, summary in self._summaries.items()}
         self.val_spread = {s: summary.spread for s, summary in self._val_summaries.items()}
 
-    def _check_shares(
-        self, parts: dict[str, Features], processes: Processes
-    ) -> dict[str, dict[str, StreamSummary]]:
+    def _check_shares(self, parts: dict[str, Features], processes: Processes) -> dict[str, dict[str, StreamSummary]]:
         """Check all rows, each process those of some streams."""
         streams, own = [(part, s) for part, features in parts.items() for s in features.widths], {}
         with processes.together():
@@ -158,9 +156,7 @@ class RunData:
         if self.val_loader is not None:
             self._check_zero_rows(self._val_summaries, self.val_loader, tell)
 
-    def _check_zero_rows(
-        self, summaries: dict[str, StreamSummary], loader: Lanes, tell: Callable[[str], None]
-    ) -> None:
+    def _check_zero_rows(self, summaries: dict[str, StreamSummary], loader: Lanes, tell: Callable[[str], None]) -> None:
         affected = {s: summary.within(loader.intervals) for s, summary in summaries.items() if summary.n_zero_rows}
         affected = {s: summary for s, summary in affected.items() if summary.n_zero_rows}
         if not affected:

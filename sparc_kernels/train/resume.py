@@ -6,14 +6,18 @@ import math
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..core.validation import check_int
+from ..distributed.ranks import Ranks
 from ..io.lanes import Lanes
 from ..io.loader import Batch
+from ..io.run_checkpoints import fill
 from ..io.weights import model_config
+from ..nn.optimizer import SparcAdam
 from .config import TrainConfig
 from .step import Step
 
@@ -96,21 +100,25 @@ class RunState:
         """Restore a checkpoint.
 
         Args:
-            path: its file, for the message.
-            state: as `state_dict` returned it.
+            path: the file or folder, from which every rank of a sharded model reads its blocks.
+            state: as `state_dict` returned it; as `load_checkpoint` returns it for the model's ranks.
 
         Raises:
             ValueError: it does not fit this run.
         """
         try:
-            self._load(state)
+            self._load(path, state)
         except Exception as error:  # torch and optimizers raise many types
             text = f"expected the state of this run, got one that does not fit ({type(error).__name__}: {error})"
             raise ValueError(f"checkpoint {path}: {text}") from error
 
-    def _load(self, state: dict) -> None:
-        self.step.model.load_state_dict(state["model"])
-        self.step.optimizer.load_state_dict(state["optimizer"])
+    def _load(self, path: Path, state: dict) -> None:
+        ranks = self.step.model.ranks
+        if ranks is None or ranks.size == 1:
+            self.step.model.load_state_dict(state["model"])
+            self.step.optimizer.load_state_dict(state["optimizer"])
+        else:
+            self._load_blocks(path, state, ranks)
         counts = {name: check_int(name, count, 0) for name, count in state["counts"].items()}
         self.batches, self.epoch, self.index = counts["batches"], counts["epoch"], counts["index"]
         self.step.updates, self.step.skipped = counts["updates"], counts["skipped"]
@@ -123,3 +131,19 @@ class RunState:
             reinit_rng.set_state(state["fresh_state"])
         self.sums.copy_(state["sums"])
         self.loss = float(state.get("loss", math.nan))
+
+    def _load_blocks(self, path: Path, state: dict, ranks: Ranks) -> None:
+        """Restore model and optimizer in place, each tensor of which ranks have blocks from the checkpoint itself."""
+        model, optimizer = self.step.model, cast(SparcAdam, self.step.optimizer)
+        had, params = state["optimizer"]["state"], [p for stream in optimizer.streams() for p in stream]
+        numbers = {id(p): i for i, p in enumerate(optimizer.param_groups[0]["params"])}
+        optimizer.prepare(params, [numbers[id(p)] in had for p in params])  # moments to fill
+        fill(path, self.state_dict(), ranks)
+        own = optimizer.state_dict()
+        with torch.no_grad():
+            for name, value in state["model"].items():  # what every rank has whole
+                model.state_dict()[name].copy_(value)
+            for i, values in had.items():
+                for name, value in values.items():
+                    own["state"][i][name].copy_(value)
+        optimizer.load_state_dict({**own, "param_groups": state["optimizer"]["param_groups"]})

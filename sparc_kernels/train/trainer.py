@@ -21,11 +21,11 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from ..core.validation import check_bool, check_int, check_number, require
 from ..distributed import Ranks, shard_latents
-from ..distributed.ranks import DATA, LATENTS
 from ..distributed.processes import LIMIT, STALL, Refused, join
+from ..distributed.ranks import DATA, LATENTS
 from ..io.features import Stream
 from ..io.loader import Batch
-from ..io.run_checkpoints import CHECKPOINTS, save_checkpoint
+from ..io.run_checkpoints import CHECKPOINTS, load_latest, save_checkpoint
 from ..io.weights import OFFICIAL, WEIGHTS, export_official, import_save, model_config, save_weights
 from ..nn.module import AlignedSAE
 from ..nn.optimizer import SparcAdam
@@ -191,8 +191,8 @@ class Trainer:
             import_save(self.out / WEIGHTS)
         size, T = self.processes.size, self.tensor_parallel
         require(size % T == 0, "tensor_parallel", f"a divisor of the {size} processes", str(T))
-        expected = f"at most {self.config.n_latents} for as many latents"
-        require(T <= self.config.n_latents, "tensor_parallel", expected, str(T))
+        N = self.config.n_latents
+        require(N >= T, "tensor_parallel", f"at most {N} for {N} latents", str(T))
         ours = optimizer is None or not self.processes.grouped
         require(ours, "optimizer", "None (SparcAdam) with several processes", "another one")
 
@@ -288,7 +288,9 @@ class Trainer:
                 self.data.features.require_widths(model.d_streams, "the model")
                 config.check_model(model)
         if self.ranks is not None:
-            model = shard_latents(model, self._mesh).to(self.device)
+            self.processes.require_same({"model": model, "decoder_layout": model.decoder_layout})
+            with self.processes.together():  # it compares the weights, and refuses on every rank
+                model = shard_latents(model, self._mesh).to(self.device)
         self.model = model.train()
         shared = config.shuffle == "official" and self.device.type == "cpu" and self.lanes == 1
         graph = self.graph and self.device.type == "cuda" and optimizer is None and self.ranks is None
@@ -323,15 +325,24 @@ class Trainer:
 
     def _resume(self) -> None:
         """Restore the newest checkpoint, if the folder has one."""
-        found = self.processes.from_first(
-            lambda: self.folder and self.folder.go_on(self._manifest(), len(self.data.loader), self._note)
+        if self.out is None:
+            return
+        folder = self.folder
+        resumes = self.processes.from_first(
+            lambda: folder is not None and folder.check_run(self._manifest(), len(self.data.loader), self._note)
         )
-        checkpoint = found if self.ranks is None else None  # of several processes: io/sharded_checkpoints reads it here
-        if checkpoint:
-            path, _ = checkpoint
-            self.state.load(*checkpoint)
+        if not resumes:
+            return
+        with self.processes.together():
+            latest = load_latest(self.out / CHECKPOINTS, self._note, ranks=self.ranks)
+        with self.processes.together():
+            if folder is not None:
+                folder.check_checkpoint(*latest) if latest else folder.starts_again(self._note)
+        if latest is not None:
+            with self.processes.together():
+                self.state.load(*latest)
             self.saved = self.state.batches
-            self._note(f"Resuming after step {self.saved:,} of {self.steps:,} ({path})", logging.INFO)
+            self._note(f"Resuming after step {self.saved:,} of {self.steps:,} ({latest[0]})", logging.INFO)
 
     def _note(self, text: str, level: int = logging.WARNING) -> None:
         if not self.quiet:
@@ -520,9 +531,9 @@ class Trainer:
         if self.out is None or self.saved == self.state.batches:
             return
         self.processes.at(None)  # it may take long
-        if self.folder is not None and self.ranks is None:  # several processes: io/sharded_checkpoints writes here
-            state = {"run": self.folder.run} | self.state.state_dict()
-            save_checkpoint(self.out / CHECKPOINTS, self.state.batches, state, self.keep)
+        state = {"run": self.folder.run if self.folder else None} | self.state.state_dict()  # rank 0's is written
+        with self.processes.together():
+            save_checkpoint(self.out / CHECKPOINTS, self.state.batches, state, self.keep, self.ranks)
         self.saved = self.state.batches
 
     def _finish(self) -> None:
@@ -534,14 +545,15 @@ class Trainer:
         if 2 * skipped > self.state.batches:
             older = f" ({WEIGHTS} is of an earlier step)" if self.out and (self.out / WEIGHTS).exists() else ""
             raise self._too_many(f"no final weights{older}: {skipped} of {self.state.batches}")
-        if self.out is None or self.ranks is not None:  # several processes: io/sharded_checkpoints assembles them here
+        if self.out is None:
             return
-        save_weights(self.model, self.out / WEIGHTS, self.config.normalize, self.state.batches)
-        if self.export:
-            config = self.config
-            settings = {"batch_size": config.batch_size, "num_epochs": config.epochs, "lr": config.lr}
-            settings |= {"seed": config.seed, "auxk_coef": config.auxk_coef, "cross_loss_coef": config.cross_coef}
-            export_official(self.model, self.out, settings, config.normalize)
+        with self.processes.together():
+            save_weights(self.model, self.out / WEIGHTS, self.config.normalize, self.state.batches)
+            if self.export:
+                config = self.config
+                settings = {"batch_size": config.batch_size, "num_epochs": config.epochs, "lr": config.lr}
+                settings |= {"seed": config.seed, "auxk_coef": config.auxk_coef, "cross_loss_coef": config.cross_coef}
+                export_official(self.model, self.out, settings, config.normalize)
         names = " and ".join([WEIGHTS, *([OFFICIAL] if self.export else [])])
         self._say(f"Saved {names} in {self.out}, loss {self.state.loss:.4f} after {self.state.batches:,} steps")
 

@@ -370,7 +370,7 @@ def refusals(folder):
     few, floats, twos = (other / f"{name}.npy" for name in ("few", "floats", "twos"))
     return [
         (["--model=nowhere"], "model nowhere: expected a folder of a training run or a file of weights, got nothing"),
-        ([f"--model={other}"], "expected model.safetensors, checkpoints/step-*.pt or msae_checkpoint.pth in it"),
+        ([f"--model={other}"], "expected model.safetensors, checkpoints/step-* or msae_checkpoint.pth in it"),
         ([f"--model={other / 'weights.safetensors'}"], "expected a complete safetensors file"),
         ([f"--model={other / 'list.pth'}"], "expected a dict of tensors, got something else"),
         ([f"--model={other / 'other.pth'}"], "expected weights of a SPARC model (encoders.NAME.weight ...)"),
