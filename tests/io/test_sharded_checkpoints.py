@@ -114,7 +114,7 @@ def saves(folder: Path, mesh: tuple[int, int], name: str) -> None:
 
 def resumes(folder: Path, mesh: tuple[int, int], saved: str) -> None:
     """In place, from a run of other bits; also where nothing was trained before."""
-    for before in (3, 0):
+    for before in (3, 0) if saved == "one" else (0,):
         state = divided(mesh, steps=before, seed=5)
         model, ranks = state.step.model, state.step.model.ranks
         kept = {name: value.data_ptr() for name, value in model.state_dict().items()}
@@ -163,18 +163,18 @@ def damages(folder: Path) -> None:
     def cut(file: Path) -> None:
         file.write_bytes(file.read_bytes()[:-20])
 
-    kinds = {"missing": Path.unlink, "cut": cut, "flipped": flip}
-    files = [*(f"__{rank}_0.distcp" for rank in range(4)), ".metadata", "manifest.json"]
+    damaged = {f"__{rank}_0.distcp": [damage] for rank, damage in enumerate((Path.unlink, cut, flip, cut))}
+    damaged |= {name: [Path.unlink, cut, flip] for name in (".metadata", "manifest.json")}
     for step in (4, 5):
         save(here, state, step)
-    for name in files:
-        for kind, damage in kinds.items():
+    for name in damaged:
+        for damage in damaged[name]:
             if first:
                 shutil.copytree(here / "step-000000005.dcp", folder / "whole")
                 damage(here / "step-000000005.dcp" / name)
             told = ranks.objects(None) and []
             path, read = load_latest(here, told.append, ranks=ranks)
-            assert path.name == "step-000000004.dcp" and read["step"] == 4, (kind, name)
+            assert path.name == "step-000000004.dcp" and read["step"] == 4, (damage, name)
             ((text,),) = {tuple(rank) for rank in ranks.objects(told)}
             assert text.startswith(f"Skipped: checkpoint {here / 'step-000000005.dcp'}: expected a complete"), text
             assert name in text and "(rank " in text, text
