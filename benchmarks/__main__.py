@@ -4,6 +4,7 @@
     python -m benchmarks --device cpu --quick --out run.json      # under two minutes on two cores
     python -m benchmarks --quick --compare old.json --fail-on-regression 10
     python -m benchmarks host                                     # a step's host time and launches: host.py
+    torchrun --nproc-per-node 8 -m benchmarks ranks               # a step over several ranks: ranks.py
 
 What each field of the JSON means: docs/benchmarks.md.
 """
@@ -72,6 +73,10 @@ def parse(argv=None) -> argparse.Namespace:
 @ends_with_its_pipe
 def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["ranks"]:
+        from . import ranks
+
+        return ranks.main(argv[1:])
     if argv[:1] == ["host"]:
         from . import host
 

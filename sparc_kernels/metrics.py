@@ -9,7 +9,7 @@ Bad input raises ValueError that names the argument, what was expected and what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -19,8 +19,16 @@ from torch.nn import functional as F
 
 from .core.validation import check_int, check_tensor, fail, require
 
+# How a range of independent items is worked through: called with the range and with the work on a part of it, which
+# returns a tensor with a row an item; returns the rows of all. `evaluation` divides them among processes.
+Deal = Callable[[range, Callable[[range], Tensor]], Tensor]
+
 _BLOCK_ELEMENTS = 2**24  # of the largest temporary: 64 MiB in float32
 _TIE = 1e-6  # closer cosines are ties: a few roundings of a float32 dot product of unit vectors
+
+
+def _undivided(items: range, work: Callable[[range], Tensor]) -> Tensor:
+    return work(items)
 
 
 class Codes(NamedTuple):
@@ -77,6 +85,18 @@ class Probe(NamedTuple):
     mean: float
     per_class: Tensor
     latents: Tensor
+
+
+class BatchVariance(NamedTuple):
+    """What a batch contributes to `explained_variance`.
+
+    Attributes:
+        moments: {t: (rows, mean [d_t], summed squared deviation from the mean)}, float64.
+        errors: {(t, s): summed squared error}, float64.
+    """
+
+    moments: dict[str, tuple[int, Tensor, Tensor]]
+    errors: dict[tuple[str, str], Tensor]
 
 
 @torch.no_grad()
@@ -140,6 +160,7 @@ def retrieval(
     target: Codes | Tensor | Rows,
     ks: Sequence[int] = (1, 5, 10),
     watch: Callable[[range], Iterable[int]] = iter,
+    deal: Deal = _undivided,
 ) -> dict[str, float]:
     """Retrieve row i of `target` by row i of `query` among all B rows, ranked by cosine similarity.
 
@@ -153,6 +174,7 @@ def retrieval(
             cross-reconstruction).
         ks: the values of K in R@K.
         watch: wraps the range of query blocks, to show progress.
+        deal: works through the range of query blocks.
 
     Returns:
         `R@K` for every K, `median_rank` (the lower of the middle two, as torch.median), and `MRR`, the mean of
@@ -185,14 +207,18 @@ def retrieval(
         block = max(1, _BLOCK_ELEMENTS // (2 * width if lazy else rows))
         step = max(1, _BLOCK_ELEMENTS // max(block, width)) if lazy else rows
         cosines = _dense_cosines(query, target)
-    parts = []
-    for start in watch(range(0, rows, block)):
-        own, against = cosines(start, min(start + block, rows))
-        rank = torch.zeros(len(own), dtype=torch.int64, device=own.device)
-        for first in range(0, rows, step):
-            rank += (against(first, min(first + step, rows)) >= own - _TIE).sum(1)  # counts row i itself
-        parts.append(rank)
-    ranks = torch.cat(parts)
+
+    def ranks_of(starts: range) -> Tensor:
+        parts = [torch.empty(0, dtype=torch.int64, device="cpu")]
+        for start in watch(starts):
+            own, against = cosines(start, min(start + block, rows))
+            rank = torch.zeros(len(own), dtype=torch.int64, device=own.device)
+            for first in range(0, rows, step):
+                rank += (against(first, min(first + step, rows)) >= own - _TIE).sum(1)  # counts row i itself
+            parts.append(rank)
+        return torch.cat(parts[1:] or parts)
+
+    ranks = deal(range(0, rows, block), ranks_of)
     scores = {f"R@{k}": (ranks <= k).double().mean().item() for k in ks}
     return {**scores, "median_rank": float(ranks.median()), "MRR": ranks.double().reciprocal().mean().item()}
 
@@ -268,8 +294,18 @@ def explained_variance(
 
     Equivalent to, for one pair: `sklearn.metrics.r2_score(x, recon, multioutput="variance_weighted")`.
     """
-    moments: dict[str, tuple[int, Tensor, Tensor]] = {}
-    errors: dict[tuple[str, str], Tensor] = {}
+    return merged_variance(batch_variances(batches))
+
+
+@torch.no_grad()
+def batch_variances(
+    batches: Iterable[tuple[Mapping[str, Tensor], Mapping[tuple[str, str], Tensor]]],
+) -> Iterator[BatchVariance]:
+    """Compute what each batch contributes to `explained_variance`, one at a time.
+
+    Args:
+        batches: as of `explained_variance`.
+    """
     pairs = None
     for inputs, recons in batches:
         require(
@@ -277,14 +313,31 @@ def explained_variance(
         )
         pairs = set(recons) if pairs is None else pairs
         require(set(recons) == pairs, "batches", f"the pairs {sorted(pairs)} in every batch", repr(sorted(recons)))
+        made = BatchVariance({}, {})
         for t in sorted({t for t, _ in recons}):
             require(t in inputs, "batches", f"inputs with stream {t!r}", repr(list(inputs)))
-            moments[t] = _merge_moments(moments.get(t), check_tensor(f"inputs[{t!r}]", inputs[t], ("b", "d")).double())
+            made.moments[t] = _moments(check_tensor(f"inputs[{t!r}]", inputs[t], ("b", "d")).double())
         for (t, s), recon in recons.items():
             recon = check_tensor(f"reconstructions[{t!r}, {s!r}]", recon, tuple(inputs[t].shape))
-            error = (recon.double() - inputs[t].double()).square().sum()
-            errors[t, s] = errors[t, s] + error if (t, s) in errors else error
-    require(pairs is not None, "batches", "at least one batch", "none")
+            made.errors[t, s] = (recon.double() - inputs[t].double()).square().sum()
+        yield made
+
+
+@torch.no_grad()
+def merged_variance(parts: Iterable[BatchVariance]) -> dict[tuple[str, str], float]:
+    """Merge the contributions of batches, in their order, into the result of `explained_variance`.
+
+    Args:
+        parts: of `batch_variances`.
+    """
+    moments: dict[str, tuple[int, Tensor, Tensor]] = {}
+    errors: dict[tuple[str, str], Tensor] = {}
+    for part in parts:
+        for t, new in part.moments.items():
+            moments[t] = _merge_moments(moments[t], new) if t in moments else new
+        for pair, error in part.errors.items():
+            errors[pair] = errors[pair] + error if pair in errors else error
+    require(len(errors) > 0, "batches", "at least one batch", "none")
     return {
         (t, s): (1 - error / moments[t][2]).item() if moments[t][2] > 0 else float("nan")
         for (t, s), error in errors.items()
@@ -299,6 +352,7 @@ def probe_1d(
     min_count: int = 50,
     seed: int = 0,
     watch: Callable[[range], Iterable[int]] = iter,
+    deal: Deal = _undivided,
 ) -> Probe:
     """Predict each class from its best single latent: test log-loss in nats (ln 2 = 0.693 is chance).
 
@@ -315,6 +369,7 @@ def probe_1d(
         min_count: classes need more positive and more negative rows than this, at least 6; others are left out (NaN).
         seed: of the sampling; a class's rows do not depend on the other classes.
         watch: wraps the range of classes, to show progress.
+        deal: works through the range of classes.
 
     Returns:
         Probe; its mean is NaN if no class has enough rows.
@@ -328,26 +383,31 @@ def probe_1d(
     check_int("n_candidates", n_candidates, 1)
     check_int("min_count", min_count, 6)
     check_int("seed", seed, 0)
-    per_class = torch.full((labels.shape[1],), float("nan"), dtype=torch.float64, device="cpu")
-    latents = torch.full((labels.shape[1],), -1, device="cpu")
-    for c in watch(range(labels.shape[1])):
-        balanced = _balanced_rows(labels[:, c].cpu(), seed + c)
-        if balanced.shape[1] <= min_count:
-            continue
-        n_train, n_val = round(0.7 * balanced.shape[1]), round(0.15 * balanced.shape[1])
-        parts = [part.flatten().to(labels.device) for part in balanced.split_with_sizes(
-            [n_train, n_val, balanced.shape[1] - n_train - n_val], dim=1)]  # fmt: skip
-        candidates = _candidates(codes, labels[:, c], parts[0], n_candidates)
-        if len(candidates) == 0:
-            per_class[c] = torch.log(torch.tensor(2.0, dtype=torch.float64, device="cpu"))
-            continue
-        (x_train, x_val, x_test) = (_columns(codes, rows, candidates) for rows in parts)
-        (y_train, y_val, y_test) = (labels[rows, c].double().unsqueeze(1) for rows in parts)
-        weight, bias = _fit_logistic(x_train, y_train)
-        best = _log_loss(x_val * weight + bias, y_val).argmin()
-        per_class[c] = _log_loss(x_test * weight + bias, y_test)[best]
-        latents[c] = candidates[best]
-    return Probe(per_class.nanmean().item(), per_class, latents)
+
+    def probe(classes: range) -> Tensor:
+        """Loss and latent of each class, float64 [len(classes), 2]."""
+        found = torch.tensor([[float("nan"), -1.0]], dtype=torch.float64, device="cpu").repeat(len(classes), 1)
+        for i, c in enumerate(watch(classes)):
+            balanced = _balanced_rows(labels[:, c].cpu(), seed + c)
+            if balanced.shape[1] <= min_count:
+                continue
+            n_train, n_val = round(0.7 * balanced.shape[1]), round(0.15 * balanced.shape[1])
+            parts = [part.flatten().to(labels.device) for part in balanced.split_with_sizes(
+                [n_train, n_val, balanced.shape[1] - n_train - n_val], dim=1)]  # fmt: skip
+            candidates = _candidates(codes, labels[:, c], parts[0], n_candidates)
+            if len(candidates) == 0:
+                found[i, 0] = torch.log(torch.tensor(2.0, dtype=torch.float64, device="cpu"))
+                continue
+            (x_train, x_val, x_test) = (_columns(codes, rows, candidates) for rows in parts)
+            (y_train, y_val, y_test) = (labels[rows, c].double().unsqueeze(1) for rows in parts)
+            weight, bias = _fit_logistic(x_train, y_train)
+            best = _log_loss(x_val * weight + bias, y_val).argmin()
+            found[i, 0] = _log_loss(x_test * weight + bias, y_test)[best]
+            found[i, 1] = candidates[best].double()
+        return found
+
+    per_class, latents = deal(range(labels.shape[1]), probe).unbind(1)
+    return Probe(per_class.nanmean().item(), per_class.contiguous(), latents.long())
 
 
 def _alive(codes: Codes) -> Tensor:
@@ -405,13 +465,16 @@ def _block(codes: Codes, rows: slice) -> Tensor:
     return values.new_zeros(len(values), codes.n_latents).scatter_add(1, codes.indices[rows], values)
 
 
-def _merge_moments(old: tuple[int, Tensor, Tensor] | None, x: Tensor) -> tuple[int, Tensor, Tensor]:
-    """Add rows x to a count, mean [d] and summed squared deviation from the mean (Chan's formula)."""
-    n, mean = len(x), x.mean(0)
-    spread = (x - mean).square().sum()
-    if old is None:
-        return n, mean, spread
-    total, step = old[0] + n, mean - old[1]
+def _moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Count, mean [d] and summed squared deviation from the mean of rows x."""
+    mean = x.mean(0)
+    return len(x), mean, (x - mean).square().sum()
+
+
+def _merge_moments(old: tuple[int, Tensor, Tensor], new: tuple[int, Tensor, Tensor]) -> tuple[int, Tensor, Tensor]:
+    """Merge the moments of two sets of rows (Chan's formula)."""
+    n, _, spread = new
+    total, step = old[0] + n, new[1] - old[1]
     return total, old[1] + step * (n / total), old[2] + spread + step.square().sum() * (old[0] * n / total)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "sparc_kernels"
+BELOW_TRAIN = ("core", "launch", "ops", "nn", "distributed", "io")
 # a room -> the rooms that it may import, its own aside; the files at the top are below all but `core`
 ROOMS = {
     "core": (),
@@ -18,12 +19,13 @@ ROOMS = {
     "launch": ("core",),
     "ops": ("core", "launch"),
     "nn": ("core", "launch", "ops"),
-    "io": ("core", "launch", "ops", "nn"),
+    "distributed": ("core", "launch", "ops", "nn"),
+    "io": ("core", "launch", "ops", "nn", "distributed"),
     "checkpoint": ("io",),
-    "train": ("core", "launch", "ops", "nn", "io"),
-    "evaluation": ("core", "launch", "ops", "nn", "io", "metrics"),
-    "tools": ("core", "launch", "ops", "nn", "io", "train", "evaluation", "reference", "metrics", "data"),
-    "cli": ("core", "launch", "ops", "nn", "io", "train", "evaluation", "reference", "metrics", "data", "tools"),
+    "train": BELOW_TRAIN,
+    "evaluation": (*BELOW_TRAIN, "metrics"),
+    "tools": (*BELOW_TRAIN, "train", "evaluation", "reference", "metrics", "data"),
+    "cli": (*BELOW_TRAIN, "train", "evaluation", "reference", "metrics", "data", "tools"),
     "": ("nn", "ops", "reference", "metrics", "data"),  # what `import sparc_kernels` offers
     "__main__": ("cli",),
 }

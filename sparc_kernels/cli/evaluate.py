@@ -7,11 +7,13 @@ import json
 import math
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from ..core.console import refusing
 from ..core.progress import counted, watched
 from ..core.validation import is_marked, plain, writing
+from ..evaluation.by_rows import joined
 from ..evaluation.evaluate import check_rows, evaluate
 from ..evaluation.report import html, import_jinja2, import_matplotlib, selections
 from ..io.atomic import read_json, write_atomically
@@ -35,43 +37,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @refusing("eval")
 def run(args: argparse.Namespace) -> None:
-    """Score a model and write scores.json and report.html.
+    """Score a model and write scores.json and report.html; under torchrun processes share the work.
 
     Args:
         args: as `add_arguments` declares them.
     """
-    import_matplotlib()  # a missing package is reported before the work
-    import_jinja2()
     started = time.perf_counter()
     files = [args.out / "scores.json", args.out / "report.html"]
-    with writing("--out", files, inputs_of(args), _is_ours):  # checked before the work
-        model, features, trained = open_model(args)
-        with features:
+    with joined(args) as processes, ExitStack() as stack:
+        leads = processes.leads
+        with processes.together():
+            import_matplotlib()  # a missing package is reported before the work
+            import_jinja2()
+            if leads:
+                stack.enter_context(writing("--out", files, inputs_of(args), _is_ours))  # checked before the work
+            model, features, trained = open_model(args, leads)
+            stack.enter_context(features)
             labels, numbers = read_labels(args.labels, features.rows) if args.labels else (None, None)
             names = numbers and [f"class {number}" for number in numbers]
             if args.label_names:
                 names = read_names(args.label_names, None if labels is None else labels.shape[1], numbers)
-            pictures = read_pictures(args.images, args.texts, features)
-            check_rows(features)
+            pictures = read_pictures(args.images, args.texts, features) if leads else {}
+        check_rows(features, args.batch_size, processes)
+        if leads:
             print(f"Scores and report go to {args.out}", file=sys.stderr)
-            scores, codes = evaluate(
-                model,
-                features,
-                labels,
-                batch_size=args.batch_size,
-                probe=not args.no_probe,
-                retrieve=not args.no_retrieval,
-                tell=lambda text: print(text, file=sys.stderr, flush=True),
-                watch=watched(features.rows, "eval"),
-                count=counted,
-            )
+        scores, codes = evaluate(
+            model,
+            features,
+            labels,
+            batch_size=args.batch_size,
+            probe=not args.no_probe,
+            retrieve=not args.no_retrieval,
+            tell=lambda text: print(text, file=sys.stderr, flush=True) if leads else None,
+            watch=watched(features.rows // processes.size, "eval") if leads else iter,
+            count=counted if leads else lambda what, unit: iter,
+            processes=processes,
+        )
         settings = {"model": str(args.model), "topk_type": model.topk_type, "n_latents": model.n_latents, "k": model.k}
         settings |= {"normalize": features.normalize, "trained": trained}
         record = settings | {"streams": {s: str(p) for s, p in args.stream.items()}} | scores
-        text = json.dumps(finite(plain(record)), indent=2, allow_nan=False) + "\n"
-        write_atomically(files[0], lambda file: file.write(text.encode()))
-        page = html(record, codes, labels, names, pictures)
-        write_atomically(files[1], lambda file: file.write(page.encode()))
+        with processes.together():
+            if leads:
+                text = json.dumps(finite(plain(record)), indent=2, allow_nan=False) + "\n"
+                write_atomically(files[0], lambda file: file.write(text.encode()))
+                page = html(record, codes, labels, names, pictures)
+                write_atomically(files[1], lambda file: file.write(page.encode()))
+    if leads:
         print(summary(record))
         print(f"Wrote scores.json and report.html to {args.out} ({time.perf_counter() - started:.0f} s)")
 

@@ -43,13 +43,12 @@ class Opened(NamedTuple):
     trained: dict  # settings used in training that the arguments replace
 
 
-def open_model(args) -> Opened:
+def open_model(args, notes: bool = True) -> Opened:
     """Open the model and the features that the arguments name, and check them against each other.
-
-    Prints a note on stderr for each setting of the training that the arguments replace.
 
     Args:
         args: as `add_model_arguments` declares them.
+        notes: whether to print a note on stderr for each setting of the training that the arguments replace.
 
     Returns:
         An Opened; the model's parameters have requires_grad False.
@@ -65,7 +64,7 @@ def open_model(args) -> Opened:
     given = {key: value for key, value in given.items() if value is not None}
     model, normalize = model_of(path, state, stored | given, device)
     trained = {key: stored[key] for key, value in given.items() if stored.get(key, value) != value}
-    for key, had in trained.items():
+    for key, had in trained.items() if notes else ():
         print(f"Note: {key} {given[key]}, where the model was trained with {had}", file=sys.stderr)
     if args.alone and model.topk_type == "global":
         model, trained = select_locally(model), {"topk_type": "global"} | trained

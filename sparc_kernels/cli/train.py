@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..core.console import memory_size, size_text
 from ..core.validation import check_device, precision_name
+from ..distributed.processes import LIMIT, STALL, Processes, Refused, join
 from ..io.loader import SHUFFLES
 from ..io.weights import MODEL_KEYS, SETTINGS, model_config, model_of, read_weights
 from ..nn.module import AlignedSAE
@@ -76,6 +77,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (auto)")
     parser.add_argument("--no-graph", dest="graph", action="store_false", help="on CUDA: no CUDA graph")
     parser.add_argument("--quick-check", action="store_true", help="look for NaN and infinity in a sample of the rows")
+    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="T", help="under torchrun: processes among "
+                        "which the latents are divided; the others are replicas (1)")  # fmt: skip
+    parser.add_argument("--lanes", type=int, help="parts of the rows with an order of their own (number of replicas)")
+    parser.add_argument("--lost-after", type=float, default=LIMIT, metavar="SECONDS", help="without a sign of life of "
+                        f"a process: the others end ({LIMIT:g})")  # fmt: skip
+    parser.add_argument("--hangs-after", type=float, default=STALL, metavar="SECONDS", help="without progress of a "
+                        f"process ({STALL:g})")  # fmt: skip
     parser.add_argument("--export-official", action="store_true", help="write msae_checkpoint.pth too")
     parser.add_argument("--quiet", action="store_true", help="say nothing")
     settings = parser.add_argument_group("settings, with the official defaults")
@@ -95,20 +103,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train a model.
+    """Train a model, under torchrun as one of several processes.
 
     Args:
         args: as `add_arguments` declares them.
 
     Returns:
-        Exit code: 0; 2 for invalid arguments or files; 1 where training stopped; 130 or 143 after a signal.
+        Exit code, the same of all processes: 0; 2 for invalid arguments or files, or processes that differ; 1 where
+        training stopped; 130 or 143 after a signal. A process that is lost takes the others along, which exit with 75.
     """
-    processes = os.environ.get("WORLD_SIZE") or "1"
-    if processes != "1":
-        return _refuse(f"WORLD_SIZE: expected 1, got {processes}: training on several GPUs is not there yet, start one "
-                       "process without torchrun")  # fmt: skip
     try:
-        config, streams, val_streams, model = _settings(args)
+        processes = join(args.device, limit=args.lost_after, stall=args.hangs_after)
+    except ValueError as error:
+        return _refuse(error)
+    try:
+        return _run(args, processes)
+    finally:
+        processes.leave()
+
+
+def _run(args: argparse.Namespace, processes: Processes) -> int:
+    # a restart by torchrun goes on where the processes before it were
+    args.resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+    args.quiet = args.quiet or not processes.leads
+    try:
+        with processes.together():
+            config, streams, val_streams, model = _settings(args)
         trainer = Trainer(
             config,
             streams,
@@ -126,10 +146,14 @@ def run(args: argparse.Namespace) -> int:
             graph=args.graph,
             export=args.export_official,
             quiet=args.quiet,
+            tensor_parallel=args.tensor_parallel,
+            lanes=args.lanes,
+            lost_after=args.lost_after,
+            hangs_after=args.hangs_after,
         )
         trainer.start()
     except (ValueError, ImportError, OSError) as error:
-        return _refuse(error)
+        return _refuse(error, processes)
     except KeyboardInterrupt:
         return 130
     try:
@@ -137,13 +161,14 @@ def run(args: argparse.Namespace) -> int:
     except BrokenPipeError:
         raise  # for `ends_with_its_pipe`
     except Interrupted as stop:
-        print(f"\n{stop}", file=sys.stderr)
+        if processes.leads:
+            print(f"\n{stop}", file=sys.stderr)
         return stop.code
     except (TrainingStopped, ValueError) as error:  # ValueError: rows that --quick-check did not read
-        print(f"sparc-kernels train: stopped: {error}", file=sys.stderr)
+        _tell(f"stopped: {error}", error, processes)
         return 1
     except OSError as error:
-        print(f"sparc-kernels train: stopped at step {trainer.batches:,}, could not write: {error}", file=sys.stderr)
+        _tell(f"stopped at step {trainer.batches:,}, could not write: {error}", error, processes)
         return 1
     if not args.quiet:
         files = " ".join(f"--stream {shlex.quote(s)}=FILE" for s in trainer.data.features.widths)
@@ -185,6 +210,15 @@ def _paths(manifest: dict, part: str, flag: str) -> dict | None:
     return paths or None
 
 
-def _refuse(error: Exception | str) -> int:
-    print(f"sparc-kernels train: error: {error}", file=sys.stderr)
+def _refuse(error: Exception, processes: Processes | None = None) -> int:
+    if processes is not None and isinstance(error, Refused):
+        processes.finish()
+    _tell(f"error: {error}", error, processes)
     return 2
+
+
+def _tell(text: str, error: Exception, processes: Processes | None) -> None:
+    """Print what ends the command; one process does so where all end for the same reason."""
+    if processes is None or processes.leads or not isinstance(error, (Refused, TrainingStopped)):
+        who = "" if processes is None or processes.size == 1 or processes.leads else f" (rank {processes.rank})"
+        print(f"sparc-kernels train{who}: {text}", file=sys.stderr)

@@ -9,7 +9,7 @@ from ..nn.forward import EncodeSettings
 from ..ops.dead import count_fired_, dead_first
 from ..ops.encode import centre_for, gather_codes
 from ..ops.records import ABSENT, EncoderParams, SparseCodes
-from ..ops.selection import keys_dtype, topk_positions, select, select_each
+from ..ops.selection import keys_dtype, select, select_each, topk_positions
 from .ranks import Ranks
 
 
@@ -22,21 +22,18 @@ class ShardedCodes:
         codes: those of this rank's block, by their place in it, where they are in `ids`; elsewhere ABSENT.
         aux_ids: int64 [S, B, auxk], AuxK's latents of all ranks, ABSENT where too few are dead; None without AuxK.
         aux: AuxK's codes of this rank's block.
-        dead: bool [S, n], which latents of the block AuxK could select.
     """
 
     def __init__(self, centred: list[torch.Tensor], ids: torch.Tensor, codes: SparseCodes):
         self.centred, self.ids, self.codes = centred, ids, codes
         self.aux_ids: torch.Tensor | None = None
         self.aux: SparseCodes | None = None
-        self.dead: torch.Tensor | None = None
 
 
 def encode(
     xs: list[torch.Tensor],
     encoder: EncoderParams,
     counters: list[torch.Tensor],
-    dead: torch.Tensor | None,
     settings: EncodeSettings,
     *,
     ranks: Ranks,
@@ -49,7 +46,6 @@ def encode(
         xs: [B, d_s] of S streams.
         encoder: this rank's block of their encoders.
         counters: int64 [n], the block's, of S streams.
-        dead: bool [S, n], what AuxK may select; None: by the counters.
         settings: of the forward.
         ranks: that the latents are divided among.
         n_latents: N, of all ranks.
@@ -73,14 +69,14 @@ def encode(
     ids = op(centred, list(encoder.w_encs), list(encoder.latent_biases), sizes[ranks.shard], None, None, keys, impl)
     ids = _merge(ids + start, keys, k, sizes, ranks, impl)
     result = ShardedCodes(centred, ids, own(ids))
-    chosen = None if dead is None or not auxk else dead_first(dead.unbind(), 0, impl)
+    chosen = None
     # officially AuxK reads the counters before the update in local mode, after it in global mode
-    if auxk and local and chosen is None:
+    if auxk and local:
         chosen = dead_first(counters, dead_after, impl)
     if counts:
         _count(counters, result.codes, fires_above, ranks, impl)
     if auxk:
-        order, n_dead, result.dead = chosen or dead_first(counters, dead_after, impl)
+        order, n_dead, _ = chosen or dead_first(counters, dead_after, impl)
         sizes = [min(auxk, b - a) for a, b in blocks]
         mine = sizes[ranks.shard]
         keys = keys.new_empty(len(xs), len(xs[0]), mine)

@@ -19,7 +19,7 @@ from ..nn.outputs import AlignedOutputs
 from ..ops.adam_update import grad_square
 from ..ops.encode import differentiable_values
 from ..ops.gather import gather_sum
-from .forward import ShardedCodes, encode
+from .forward import encode
 from .loss import Rows, ShardedLoss, SumOfGradients, SumOfParts
 from .ranks import Ranks
 from .step import sharded_step
@@ -182,18 +182,20 @@ class ShardedSAE(AlignedSAE):
 
         Raises:
             ValueError: as `AlignedSAE.forward`; also for rows that are not D numbers of 0..B, not all 0.
+            RuntimeError: activation checkpointing runs the forward again.
         """
         parameters = self.parameters_by_stream()
         streams = self._check_inputs(inputs, parameters)
         own_rows = self._rows(inputs, rows)
         encoder = self._encoders([parameters[s] for s in streams])
-        recomputes = is_recomputation()
-        xs, settings = self._prepare(inputs, streams, encoder, torch.is_grad_enabled(), recomputes)
+        if is_recomputation():
+            raise RuntimeError("forward: expected no activation checkpointing of a sharded model, got a recomputation")
+        xs, settings = self._prepare(inputs, streams, encoder, torch.is_grad_enabled(), False)
         with torch.no_grad():
-            dead = self._recalled_dead(inputs) if recomputes and self.auxk else None
-            made = self._select(xs, encoder, self._counters(streams), dead, settings, own_rows)
-            if made.dead is not None and not recomputes:
-                self._remember_dead(inputs, made.dead)
+            made = encode(
+                xs, encoder, self._counters(streams), settings, ranks=self.ranks, n_latents=self.n_latents,
+                valid=own_rows.valid,
+            )  # fmt: skip
         # every rank has a part of the pre-biases' gradient
         shared = SumOfGradients.apply(self.ranks.latents, *encoder.pre_biases)
         encoder = encoder._replace(pre_biases=list(shared))
@@ -207,16 +209,10 @@ class ShardedSAE(AlignedSAE):
         state.every_value = SumOfParts.apply(self.ranks.latents, state.codes.gathered)
         return ShardedOutputs(state.record(parameters))
 
-    def _select(self, xs, encoder, counters, dead, settings, rows: Rows) -> ShardedCodes:
-        return encode(
-            xs, encoder, counters, dead, settings, ranks=self.ranks, n_latents=self.n_latents, valid=rows.valid
-        )
-
     def _rows(self, inputs, rows) -> Rows:
-        x = next(iter(inputs.values()))
         for s, x in inputs.items():
             require(not x.requires_grad, f"inputs[{s!r}]", "a tensor that needs no gradient", "one that does")
-        D, B = self.ranks.replicas, x.shape[0]
+        D, B = self.ranks.replicas, next(iter(inputs.values())).shape[0]
         if rows is not None:
             ok = isinstance(rows, Sequence) and len(rows) == D
             require(ok, "rows", f"a number for each of {D} replicas", rows)
@@ -327,16 +323,20 @@ class ShardedSAE(AlignedSAE):
                 getattr(self, f"stats_last_nonzero_{s}")[dead] = 0
         return counts
 
+    def extra_repr(self) -> str:
+        start, stop = self.block
+        return f"{super().extra_repr()}, block={start}..{stop - 1}, rank={self.ranks.rank} of {self.ranks.size}"
+
     # ------------------------------------------------------------------------------------------------ for the optimizer
 
-    def sum_gradients_(self, grads: list[torch.Tensor | None]) -> None:
-        """Sum the gradients over replicas in place, in the order of the replicas.
+    def sum_gradients_(self, grads: Sequence[torch.Tensor | None] | None = None) -> None:
+        """Sum the gradients over replicas in place, in the order of the replicas; `SparcAdam.step` calls it.
 
         Args:
-            grads: of the parameters in the order of `SparcAdam.streams`; None: a parameter without one.
+            grads: in one order on every rank, None for a parameter without one; None: `.grad` of all parameters.
         """
         if self.ranks.data is not None:
-            for g in grads:
+            for g in [p.grad for p in self.parameters()] if grads is None else grads:
                 if g is not None:
                     self.ranks.data.total_(g, "gradients")
 

@@ -197,6 +197,12 @@ class Ranks:
         self.replica, self.replicas = (self.data.rank, self.data.size) if self.data else (0, 1)
         self.rank, self.size = self.replica * self.shards + self.shard, self.replicas * self.shards
 
+    def __deepcopy__(self, memo) -> Ranks:
+        return self
+
+    def __reduce__(self):
+        raise TypeError("a sharded model cannot be pickled (its ranks are processes); save its state_dict()")
+
     def blocks(self, n: int) -> list[tuple[int, int]]:
         """Divide n latents into one block for each shard; the first n % T have one more.
 

@@ -45,7 +45,7 @@ def sharded_step(
     ranks, impl = model.ranks, settings.impl
     settings = settings._replace(lists=ranks.data is None)  # else they are made of all replicas' rows
     encoded = encode(
-        inputs.xs, inputs.encoder, inputs.counters, None, settings, ranks=ranks, n_latents=model.n_latents,
+        inputs.xs, inputs.encoder, inputs.counters, settings, ranks=ranks, n_latents=model.n_latents,
         valid=rows.valid,
     )  # fmt: skip
     targets = [DecodeTarget(w_dec.t(), bias, x) for w_dec, bias, x in inputs.targets]

@@ -16,16 +16,19 @@ from torch import Tensor
 
 from ..core.progress import Watch
 from ..core.validation import MARK, require, temporary_of, writing
+from ..distributed.processes import Processes
 from ..io.atomic import write_atomically
 from ..io.features import Features
 from ..io.shards import files_of
 from ..metrics import Codes
 from ..nn.module import AlignedSAE
+from .by_rows import ALONE, own_part
 from .evaluate import codes_of
 
 FORMATS = ("npz", "safetensors")
 _NAME_MAX = 255  # bytes, of most file systems
 _COPY = 16 << 20  # bytes copied at a time
+_COLLECT = 1 << 21  # values that each process sends at a time
 
 
 def csr_rows(codes: Codes) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,10 +54,10 @@ class CsrWriter:
     Args:
         path: of the result; its suffix selects the format.
         n_latents: N.
-        folder: for temporary files.
+        folder: for temporary files; None: the system's.
     """
 
-    def __init__(self, path: Path, n_latents: int, folder: Path):
+    def __init__(self, path: Path, n_latents: int, folder: Path | None):
         self.path, self.n_latents = path, n_latents
         self.counts: list[np.ndarray] = []
         self.files = {name: tempfile.TemporaryFile(dir=folder) for name in ("indices", "data")}  # noqa: SIM115
@@ -66,6 +69,31 @@ class CsrWriter:
         self.files["indices"].write(latents.cpu().numpy().data)
         self.files["data"].write(values.cpu().numpy().data)
         self.dtype = values.cpu().numpy().dtype
+
+    def collect(self, processes: Processes) -> None:
+        """Append the rows of the other processes, in their order, in the writer of the one that leads.
+
+        Args:
+            processes: that have added consecutive rows each, the leading one some; all call this.
+        """
+        counts = np.concatenate(self.counts) if self.counts else np.empty(0, np.int64)
+        every = processes.to_first((counts, getattr(self, "dtype", None)))
+        sizes = processes.share(int(counts.sum()))
+        if every is not None:
+            self.counts = [counts for counts, _ in every]
+            self.dtype = next(dtype for _, dtype in every if dtype is not None)
+        for name, file in self.files.items():
+            file.seek(0)
+            for i in range(-(-max(sizes[1:], default=0) // _COLLECT)):
+                piece = file.read(_COLLECT * self._itemsize(name)) if every is None and sizes[processes.rank] else b""
+                pieces = processes.to_first(piece)
+                for rank, piece in enumerate(pieces or ()):
+                    if piece:
+                        file.seek((sum(sizes[:rank]) + i * _COLLECT) * self._itemsize(name))
+                        file.write(piece)
+
+    def _itemsize(self, name: str) -> int:
+        return 4 if name == "indices" else self.dtype.itemsize
 
     def finish(self) -> int:
         """Write the file and return its number of values."""
@@ -154,6 +182,7 @@ def write_codes(
     *,
     batch_size: int = 1024,
     watch: Watch = iter,
+    processes: Processes = ALONE,
 ) -> dict:
     """Write the codes of all rows to out/NAME.npz or out/NAME.safetensors, one file for each stream.
 
@@ -164,9 +193,11 @@ def write_codes(
         form: one of FORMATS.
         batch_size: rows encoded at a time.
         watch: wraps the iterator of batches, for a progress bar.
+        processes: that call this function together: each encodes its part of the batches, and the leading one writes
+            the codes of all. The others keep theirs in temporary files of their own system until then.
 
     Returns:
-        {s: number of values in its file}.
+        {s: number of values in its file}; on other processes than the leading one {}.
 
     Raises:
         ValueError: as `paths_of` and `Features.check`; a folder that is not writable; files there that are the
@@ -176,20 +207,28 @@ def write_codes(
     paths = paths_of(features.widths, out, form)
     device = next(model.parameters()).device
     model.eval()
-    with writing("out", paths.values(), files_of(features.paths)), ExitStack() as stack:
-        writers = {s: CsrWriter(path, model.n_latents, out) for s, path in paths.items()}
-        for writer in writers.values():
-            stack.callback(writer.close)
-        for _, x in watch(features.batches(batch_size)):
+    with ExitStack() as stack:
+        with processes.together():
+            if processes.leads:
+                stack.enter_context(writing("out", paths.values(), files_of(features.paths)))
+            folder = out if processes.leads else None
+            writers = {s: CsrWriter(path, model.n_latents, folder) for s, path in paths.items()}
+            for writer in writers.values():
+                stack.callback(writer.close)
+        for _, x in watch(features.batches(batch_size, own_part(range(0, features.rows, batch_size), processes))):
             outputs = model({s: rows.to(device) for s, rows in x.items()})
             for s, codes in codes_of(outputs, model.n_latents).items():
                 writers[s].add(codes)
         values: dict[str, int] = {}
-        try:
-            for s, writer in writers.items():
-                values[s] = writer.finish()
-        except BaseException:  # for example a full disk: no partial set of streams stays
-            for s in values:
-                paths[s].unlink()
-            raise
+        if processes.size > 1:
+            for writer in writers.values():
+                writer.collect(processes)
+        with processes.together():
+            try:
+                for s, writer in writers.items() if processes.leads else ():
+                    values[s] = writer.finish()
+            except BaseException:  # for example a full disk: no partial set of streams stays
+                for s in values:
+                    paths[s].unlink()
+                raise
         return values

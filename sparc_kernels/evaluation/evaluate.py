@@ -11,10 +11,24 @@ import torch
 from torch import Tensor
 
 from ..core.progress import Watch
+from ..distributed.processes import Processes
 from ..io.features import Features
-from ..metrics import Codes, Rows, activation_cosine, dead_fractions, explained_variance, jaccard, probe_1d, retrieval
+from ..metrics import (
+    BatchVariance,
+    Codes,
+    Deal,
+    Rows,
+    activation_cosine,
+    batch_variances,
+    dead_fractions,
+    jaccard,
+    merged_variance,
+    probe_1d,
+    retrieval,
+)
 from ..nn.module import AlignedSAE
 from ..ops.decode import decode
+from .by_rows import ALONE, codes_of_all, dealt, own_part
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +73,12 @@ def codes_of(outputs, n_latents: int) -> dict[str, Codes]:
 
 @torch.no_grad()
 def encoded_batches(
-    model: AlignedSAE, features: Features, batch_size: int, codes: dict[str, Codes], watch: Watch = iter
+    model: AlignedSAE,
+    features: Features,
+    batch_size: int,
+    codes: dict[str, Codes],
+    watch: Watch = iter,
+    starts: range | None = None,
 ):
     """Iterate over (inputs, outputs) of consecutive batches, on the model's device.
 
@@ -67,20 +86,22 @@ def encoded_batches(
         model: put in eval mode.
         features: of the model's streams.
         batch_size: rows of a batch.
-        codes: filled in place with the codes of all rows, {s: Codes}.
+        codes: filled in place with the codes of these rows, {s: Codes}.
         watch: wraps the iterator of batches, for a progress bar.
+        starts: first rows of the batches; None: of all.
     """
     model.eval()
     device = next(model.parameters()).device
-    for start, x in watch(features.batches(batch_size)):
+    first, stop = (0, features.rows) if starts is None else features.interval(starts)
+    for start, x in watch(features.batches(batch_size, starts)):
         x = {s: rows.to(device) for s, rows in x.items()}
         outputs = model(x)
         for s, batch in codes_of(outputs, model.n_latents).items():
             if s not in codes:
-                shape = (features.rows, batch.values.shape[1])
+                shape = (stop - first, batch.values.shape[1])
                 codes[s] = Codes(batch.indices.new_empty(shape), batch.values.new_empty(shape), model.n_latents)
             for whole, piece in zip(codes[s][:2], batch[:2], strict=True):
-                whole[start : start + len(piece)] = piece
+                whole[start - first : start - first + len(piece)] = piece
         yield x, outputs
 
 
@@ -110,6 +131,7 @@ def evaluate(
     tell=lambda text: None,
     watch: Watch = iter,
     count: Callable[[str, str], Watch] = lambda what, unit: iter,
+    processes: Processes = ALONE,
 ) -> tuple[dict, dict[str, dict[str, Codes]]]:
     """Score the alignment of a trained model on held-out rows.
 
@@ -123,6 +145,8 @@ def evaluate(
         tell: called with a line before each part.
         watch: wraps the iterator of batches, for a progress bar.
         count: called with the name of another part and its unit; returns a `watch` of its steps.
+        processes: that call this function together, with the same arguments: each encodes its part of the batches,
+            retrieves by its part of the rows and probes its part of the classes.
 
     Returns:
         Scores and codes. scores["own"] and ["local"]: Jaccard, its value for randomly renumbered latents
@@ -145,17 +169,33 @@ def evaluate(
             continue
         how = "each stream alone" if chosen.topk_type == "local" else "streams together"
         tell(f"Encoding {features.rows:,} rows, {how}")
-        codes[name] = {}
-        batches = encoded_batches(chosen, features, batch_size, codes[name], watch)
-        variance = explained_variance((x, recons_of(outputs, x)) for x, outputs in batches)
+        starts = own_part(range(0, features.rows, batch_size), processes)
+        own: dict[str, Codes] = {}
+        batches = encoded_batches(chosen, features, batch_size, own, watch, starts)
+        parts = batch_variances((x, recons_of(outputs, x)) for x, outputs in batches)
+        variance = merged_variance(parts if processes.size == 1 else _variances_of_all(parts, device, processes))
+        codes[name] = codes_of_all(own, model.n_latents, device, processes)
         scores[name] = _agreement(codes[name], variance, labels, count)
         if probe and labels is not None:
             tell(f"Probing {labels.shape[1]:,} classes")
-            scores[name]["probe"] = {s: _probe(c, labels, count("probe", "classes")) for s, c in codes[name].items()}
+            scores[name]["probe"] = {
+                s: _probe(c, labels, count("probe", "classes"), dealt(processes)) for s, c in codes[name].items()
+            }
     if retrieve and features.rows > 1 and len(features.widths) > 1:
-        scores["retrieval"] = _retrieval(local, features, codes["local"], tell, count)
+        scores["retrieval"] = _retrieval(local, features, codes["local"], tell, count, dealt(processes))
         scores["chance"] = guessing(features.rows)
     return scores, codes
+
+
+def _variances_of_all(parts: Iterable[BatchVariance], device, processes: Processes) -> Iterable[BatchVariance]:
+    """Share the batches' contributions to the explained variance; yield those of all in the order of the rows."""
+
+    def moved(part: BatchVariance, to) -> BatchVariance:
+        moments = {t: (n, mean.to(to), spread.to(to)) for t, (n, mean, spread) in part.moments.items()}
+        return BatchVariance(moments, {pair: error.to(to) for pair, error in part.errors.items()})
+
+    for some in processes.share([moved(part, "cpu") for part in parts]):
+        yield from (moved(part, device) for part in some)
 
 
 def recons_of(outputs, streams) -> dict[tuple[str, str], Tensor]:
@@ -198,13 +238,13 @@ def _renumbered(codes: dict[str, Codes]) -> dict[str, Codes]:
     }
 
 
-def _probe(codes: Codes, labels: Tensor, watch: Watch) -> dict:
-    result = probe_1d(codes, labels, watch=watch)
+def _probe(codes: Codes, labels: Tensor, watch: Watch, deal: Deal) -> dict:
+    result = probe_1d(codes, labels, watch=watch, deal=deal)
     classes = (~result.per_class.isnan()).sum().item()
     return {"log_loss": result.mean if classes else None, "classes": classes}
 
 
-def _retrieval(local: AlignedSAE, features: Features, codes: dict[str, Codes], tell, count) -> dict:
+def _retrieval(local: AlignedSAE, features: Features, codes: dict[str, Codes], tell, count, deal: Deal) -> dict:
     """Score retrieval by latents, cross- and self-reconstructions; key "t<-s": query s, target t."""
     pairs = list(permutations(codes, 2))
     device = next(local.parameters()).device
@@ -224,13 +264,13 @@ def _retrieval(local: AlignedSAE, features: Features, codes: dict[str, Codes], t
     scores: dict = {"latent": {}, "cross_reconstruction": {}, "self_reconstruction": {}}
     for s, t in pairs:
         tell(f"Retrieval of {t} by {s}")
-        scores["latent"][f"{t}<-{s}"] = retrieval(codes[s], codes[t], watch=count("by latents", "rows"))
+        scores["latent"][f"{t}<-{s}"] = retrieval(codes[s], codes[t], watch=count("by latents", "rows"), deal=deal)
         watch = count("by reconstructions", "rows")
-        scores["cross_reconstruction"][f"{t}<-{s}"] = retrieval(recon(t, s), raw(t), watch=watch)
+        scores["cross_reconstruction"][f"{t}<-{s}"] = retrieval(recon(t, s), raw(t), watch=watch, deal=deal)
     for s in codes:
         tell(f"Retrieval of {s} by its own reconstructions")
         watch = count("by reconstructions", "rows")
-        scores["self_reconstruction"][f"{s}<-{s}"] = retrieval(recon(s, s), raw(s), watch=watch)
+        scores["self_reconstruction"][f"{s}<-{s}"] = retrieval(recon(s, s), raw(s), watch=watch, deal=deal)
     scores["mean"] = {kind: mean(list(by_pair.values())) for kind, by_pair in scores.items()}
     return scores
 
@@ -245,15 +285,21 @@ def guessing(n: int) -> dict[str, float]:
     return {**{f"R@{k}": min(1.0, k / n) for k in (1, 5, 10)}, "MRR": sum(1 / rank for rank in range(1, n + 1)) / n}
 
 
-def check_rows(features: Features) -> None:
+def check_rows(features: Features, batch_size: int = BATCH, processes: Processes = ALONE) -> None:
     """Check all rows, and log a warning for each stream with zero rows.
 
     Args:
         features: files that were opened.
+        batch_size: rows of a batch.
+        processes: each checks the batches that it encodes; all refuse what one refuses.
 
     Raises:
         ValueError: as `Features.check`.
     """
-    for s, summary in features.check().items():
-        if summary.n_zero_rows:
+    with processes.together():
+        summaries = features.check(rows=features.interval(own_part(range(0, features.rows, batch_size), processes)))
+    for s, summary in summaries.items():
+        zero, what = torch.cat(processes.share(summary.zero)), max(processes.share(summary.what), key=len)
+        summary = summary._replace(zero=zero, what=what, n_read=features.rows)
+        if summary.n_zero_rows and processes.leads:
             logger.warning(f"Note: stream {s!r} has {summary.zeros(features.rows)}")

@@ -214,25 +214,33 @@ class Features:
         x = self.sources[s].read(start, stop).to(self.dtype)
         return normalized(x) if self.normalize else x
 
-    def batches(self, batch_size: int):
+    def batches(self, batch_size: int, starts: range | None = None):
         """Iterate once over all rows in order, after a full `check` unless one was done.
 
         Args:
             batch_size: rows of a batch; the last may be smaller.
+            starts: first rows of some consecutive batches, which alone are read; None: all.
 
         Yields:
             (first row, {s: [b, d_s]}).
         """
+        starts = range(0, self.rows, batch_size) if starts is None else starts
         if not self._checked:
-            self.check()
-        for start in range(0, self.rows, batch_size):
+            self.check(rows=self.interval(starts))
+        for start in starts:
             yield start, self.read(start, min(start + batch_size, self.rows))
 
-    def check(self, full: bool = True) -> dict[str, StreamSummary]:
+    def interval(self, starts: range) -> tuple[int, int]:
+        """Return the rows [start, stop) of consecutive batches, by their first rows; (0, 0) for none."""
+        return (starts[0], min(starts[-1] + starts.step, self.rows)) if starts else (0, 0)
+
+    def check(self, full: bool = True, rows: tuple[int, int] | None = None) -> dict[str, StreamSummary]:
         """Read all features once, or a sample, and check their values.
 
         Args:
             full: read everything; False: 256 pieces spread over the rows.
+            rows: [start, stop) of the rows to read, with `full`; None: all. Checksums of whole files are compared with
+                the first row.
 
         Returns:
             A summary of each stream.
@@ -242,16 +250,24 @@ class Features:
                 with `normalize` (they would become 0); with `full` also values of a `.pt` file with another checksum.
                 The message names the stream and the first such rows.
         """
-        summaries = {s: self._check_stream(s, full) for s in self.sources}
+        summaries = {s: self.check_stream(s, full, rows) for s in self.sources}
         self._checked = self._checked or full
         return summaries
 
-    def _check_stream(self, s: str, full: bool) -> StreamSummary:
+    def check_stream(self, s: str, full: bool = True, rows: tuple[int, int] | None = None) -> StreamSummary:
+        """Check one stream, as `check` does.
+
+        Args:
+            s: its name.
+            full: read everything; False: 256 pieces.
+            rows: as of `check`.
+        """
+        begin, end = (0, self.rows) if rows is None else rows
         label, source = stream_label(s, self.paths[s]), self.sources[s]
-        if full and isinstance(source, (MappedRows, Shards)):
+        if full and begin == 0 < end and isinstance(source, (MappedRows, Shards)):
             source.check(label)
         size = max(1, _CHECK_BYTES // (source.width * source.dtype.itemsize))
-        starts: Sequence[int] = range(0, self.rows, size)
+        starts: Sequence[int] = range(begin, end, size)
         if not full and len(starts) > 1:
             size = min(size, 64)
             pieces = {int(p) for p in np.linspace(0, self.rows - size, 256)}
@@ -265,7 +281,7 @@ class Features:
         stop, sampled = 0, not full and len(starts) > 1
         for start in starts:
             seen = max(stop - start, 0)  # overlap with the piece before
-            raw = source.read(start, min(start + size, self.rows)).contiguous()
+            raw = source.read(start, min(start + size, end)).contiguous()
             digest.update(raw.view(torch.uint8).numpy())
             x = raw.to(self.dtype)
             norm, first, stop = torch.linalg.vector_norm(x, dim=1), start + seen, start + len(x)
@@ -283,13 +299,14 @@ class Features:
             count += len(x)
         what = "norm fits" if self.normalize else "values fit"
         expected = f"rows whose {what} {name}"
-        for rows, wanted, got in ((bad, "finite features", "NaN or infinity"), (large, expected, "too large features")):
-            if rows.total:
-                place = f" (the first is {source.place(rows.first[0])})" if isinstance(source, Shards) else ""
-                fail(label, wanted, f"{got} in {rows.total:,} rows: {rows}{place}")
+        unfit = (bad, "finite features", "NaN or infinity"), (large, expected, "too large features")
+        for those, wanted, got in unfit:
+            if those.total:
+                place = f" (the first is {source.place(those.first[0])})" if isinstance(source, Shards) else ""
+                fail(label, wanted, f"{got} in {those.total:,} rows: {those}{place}")
         spread = 1 - float((total / count).square().sum()) / (power / count) if power else 0.0
         read, words = torch.cat(sample) if sampled else None, f"rows whose norm is 0 in {name}" if tiny else "zero rows"
-        n_read = self.rows if read is None else len(read)
+        n_read = end - begin if read is None else len(read)
         return StreamSummary(digest.hexdigest(), torch.cat(zero), words, read, n_read, max(spread, 0.0))
 
     def describe(self, summaries: Mapping[str, StreamSummary]) -> dict[str, dict]:

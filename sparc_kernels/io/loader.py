@@ -6,7 +6,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -27,11 +27,12 @@ class Batch(NamedTuple):
     """One batch and its position.
 
     Attributes:
-        x: {s: [b, d_s]} on the loader's device.
+        x: {s: [b, d_s]} on the loader's device; rows behind the valid ones are padding.
         epoch: number of the epoch, from 0.
         number: of the batch in its epoch, from 0.
         last: whether it ends the epoch.
         epoch_state: the generator's state before the epoch's order was drawn.
+        rows: valid rows of every replica (`lanes.Lanes`); one number for a `Loader`, whose rows are all valid.
     """
 
     x: dict[str, Tensor]
@@ -39,6 +40,7 @@ class Batch(NamedTuple):
     number: int
     last: bool
     epoch_state: Tensor
+    rows: tuple[int, ...]
 
 
 class Loader:
@@ -56,6 +58,7 @@ class Loader:
         memory: bytes for two windows: the one being drawn from and the one being read.
         intervals: rows [start, stop) of this loader; None: all.
         device: of the batches; copies to CUDA use pinned memory and a stream of their own.
+        seed_of: seed of an epoch's order by the epoch's number; None: epoch follows epoch in the generator's states.
 
     Attributes:
         waited: seconds in which the consumer waited for the disk.
@@ -75,8 +78,9 @@ class Loader:
         memory: int = MEMORY,
         intervals: Sequence[tuple[int, int]] | None = None,
         device: str | torch.device = "cpu",
+        seed_of: Callable[[int], int] | None = None,
     ):
-        self.features, self.generator, self.drop_last = features, generator, drop_last
+        self.features, self.generator, self.drop_last, self.seed_of = features, generator, drop_last, seed_of
         self.batch_size = check_int("batch_size", batch_size, 1)
         require(shuffle in SHUFFLES, "shuffle", f"one of {', '.join(map(repr, SHUFFLES))}", repr(shuffle))
         self.shuffle, self.device = shuffle, check_device("device", device)
@@ -125,6 +129,12 @@ class Loader:
     def __len__(self) -> int:
         """Number of batches in an epoch."""
         return self.rows // self.batch_size if self.drop_last else -(-self.rows // self.batch_size)
+
+    def _draw(self, epoch: int) -> tuple[Tensor, list[tuple[list[tuple[int, int]], Tensor]]]:
+        """Draw the order of an epoch; return the generator's state before it, too."""
+        if self.seed_of is not None:
+            self.generator.manual_seed(self.seed_of(epoch))
+        return self.generator.get_state(), self._order()
 
     def _order(self) -> list[tuple[list[tuple[int, int]], Tensor]]:
         """Draw an epoch: for each window its blocks and an order of its rows, numbered through the blocks."""
@@ -182,8 +192,8 @@ class _Worker:
 
     def __init__(self, loader: Loader, first: int, last: int, skip: int):
         self.loader, self.last = loader, last
-        self.epoch_state = loader.generator.get_state()
-        self.order: list[tuple[list[tuple[int, int]], Tensor]] | None = loader._order()
+        self.order: list[tuple[list[tuple[int, int]], Tensor]] | None
+        self.epoch_state, self.order = loader._draw(first)
         # skip a whole epoch: a checkpoint at its end
         self.first, self.skip = first, skip
         if skip >= len(loader):
@@ -252,7 +262,7 @@ class _Worker:
         loader, skip = self.loader, self.skip * self.loader.batch_size
         for epoch in range(self.first, self.last):
             if self.order is None:
-                self.epoch_state, self.order = loader.generator.get_state(), loader._order()
+                self.epoch_state, self.order = loader._draw(epoch)
             state, order, self.order = self.epoch_state, self.order, None
             for i, (blocks, rows) in enumerate(order):
                 if skip >= len(rows):  # consumed before the run was resumed
@@ -278,10 +288,11 @@ class _Worker:
                 taken = min(total - done, size - (len(next(iter(left.values()))) if left else 0))
                 rows, done = window.order[done : done + taken], done + taken
                 x = self._gather(window, rows, left)
-                complete = len(next(iter(x.values()))) == size or (window.last and done == total)
+                n = len(next(iter(x.values())))
+                complete = n == size or (window.last and done == total)
                 left = None if complete else x
-                if complete and not (loader.drop_last and len(next(iter(x.values()))) < size):
-                    yield Batch(self._place(x), window.epoch, index, index == len(loader) - 1, window.state)
+                if complete and not (loader.drop_last and n < size):
+                    yield Batch(self._place(x), window.epoch, index, index == len(loader) - 1, window.state, (n,))
                     index += 1
                 if upcoming is not None:
                     upcoming.read_until(done / total)

@@ -213,3 +213,13 @@ def select_config(n: int, k: int, compact: bool = False) -> SelectConfig:
     while group < 128 and (2 * group) ** 2 * k <= n and 2 * group * k <= n:
         group *= 2
     return _select_with(n, k, compact, group)
+
+
+def candidates_config(n: int, k: int) -> SelectConfig:
+    """Choose settings of the selector for stored keys: up to MAX_CANDIDATES are read at once, which saves their maxima.
+
+    Args:
+        n: keys of a row.
+        k: how many are selected.
+    """
+    return _select_with(n, k, False, 1) if n <= MAX_CANDIDATES else select_config(n, k)

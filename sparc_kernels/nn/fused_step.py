@@ -127,8 +127,8 @@ def update_parameters(
     decoders = [_decoder_lists(encoded, result, s, lists) for s in range(S)]
     (enc_lists, k, enc_aux, aux_k), (dec_lists, _, dec_aux, dec_k) = _flat(encoders), _flat(decoders)
     latent_adam_(
-        params, exp_avgs, exp_avg_sqs, half, scalars, result.dbiases, list(dbias_sums), enc_lists, dec_lists, k, enc_aux,
-        dec_aux, aux_k or dec_k, *hyper, update_impl,
+        params, exp_avgs, exp_avg_sqs, half, scalars, result.dbiases, list(dbias_sums), enc_lists, dec_lists, k,
+        enc_aux, dec_aux, aux_k or dec_k, *hyper, update_impl,
     )  # fmt: skip
 
 

@@ -165,12 +165,13 @@ class SparcAdam(torch.optim.Optimizer):
         norm = None if group["max_grad_norm"] is None else self.grad_norm
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         impl, square, hyper = self.impl_of(streams), None, adam_hyper(group)
-        if self.model.ranks is not None:
-            self.model.sum_gradients_(grads)
+        model: Any = self.model
+        if model.ranks is not None:  # a ShardedSAE
+            model.sum_gradients_(grads)
             if norm is not None:
-                square = self.model.total_square(rows_of(params)[DECODER::4], rows_of(grads), hyper.normalize, impl)
+                square = model.total_square(rows_of(params)[DECODER::4], rows_of(grads), hyper.normalize, impl)
                 square = square.to(self.scalars())
-            found_inf = None if found_inf is None else self.model.any_inf(found_inf)
+            found_inf = None if found_inf is None else model.any_inf(found_inf)
         own = self.counts, self._scalars, lr, found_inf, grad_scale, norm, square
         adam_update_(
             [*params, *grads, *exp_avgs, *exp_avg_sqs, *own], (hyper, active, group["max_grad_norm"], impl),

@@ -21,11 +21,11 @@ from ..launch.budgets import MAX_K, MAX_STREAMS, SCRATCH_BYTES
 from ..launch.device import capability, cdiv, next_power_of_2
 from ..launch.gather import gather_config
 from .bias_grads import pre_bias_grads
-from .gather import gather_dot_torch, gather_sum, in_one_slab, launch_gathers, pick, slabs_of
+from .gather import ABSENT_ID, gather_dot_torch, gather_sum, in_one_slab, launch_gathers, pick, presence, slabs_of
 from .inverse_index import InverseIndex, inverse_index_op, inverse_sizes
 from .joint import joint, wants_joint
 from .latent_reduce import latent_reduce_
-from .records import ABSENT, CODES_FLAT, EncoderParams, SparseCodes
+from .records import CODES_FLAT, EncoderParams, SparseCodes
 from .selection import select, select_each
 
 
@@ -107,10 +107,10 @@ def _finish_values_kernel(
     b = tl.program_id(0).to(tl.int64)
     stream = tl.program_id(1)
     offs_k = tl.arange(0, BLOCK_K)
-    exists = offs_k < K
+    latent = tl.load(idx_ptr + stream.to(tl.int64) * stride_idx + b * K + offs_k, mask=offs_k < K, other=0)
+    exists = (offs_k < K) & (latent != ABSENT_ID)
     if count_ptr is not None:
         exists = exists & (offs_k < tl.load(count_ptr + stream * stride_c))
-    latent = tl.load(idx_ptr + stream.to(tl.int64) * stride_idx + b * K + offs_k, mask=exists, other=0)
     inside = exists & (latent >= 0) & (latent < N)  # an id outside made its sum NaN in the gather
     first = tl.zeros((), tl.int64)  # slab of the stream
     for s in tl.static_range(1, S):
@@ -175,11 +175,15 @@ def _no_lists(indices):
 
 def _gather_values_torch(*, indices, centred, w_encs, latent_biases, count, lists):
     values = centred[0].new_empty(len(centred), *indices.shape[-2:], dtype=acc_dtype(centred[0].dtype))
+    present, partly = presence(indices)
+    safe = torch.where(present, indices, 0) if partly else indices
     for s, (x, w, bias) in enumerate(zip(centred, w_encs, latent_biases, strict=True)):
-        idx = indices if indices.dim() == 2 else indices[s]
+        idx, own = (indices, safe) if indices.dim() == 2 else (indices[s], safe[s])
         pre = gather_dot_torch(idx, w, x[None], None if count is None else count[s])
-        torch.add(pre[0], bias[torch.where(idx == ABSENT, 0, idx)], out=values[s])
-    values.relu_().masked_fill_(indices == ABSENT, 0.0)
+        torch.add(pre[0], bias[own], out=values[s])
+    values.relu_()
+    if partly:
+        values.masked_fill_(~present, 0.0)
     if count is not None:
         exists = torch.arange(indices.shape[-1], device=values.device) < count[:, None, None]
         values = torch.where(exists, values, 0.0)

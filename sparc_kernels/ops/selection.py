@@ -20,6 +20,7 @@ from ..launch.device import capability, cdiv, dot_precision
 from ..launch.select import (
     CAP_MIN_GROUP,
     MAXIMA_BLOCK,
+    candidates_config,
     encode_by_library,
     encode_config,
     rows_per_chunk,
@@ -296,6 +297,9 @@ def keys_dtype(dtype: torch.dtype, impl: str) -> torch.dtype:
     return torch.float32 if impl == "triton" and dtype == torch.float64 else dtype  # the kernels' keys have 32 bits
 
 
+_SHIFTS = {torch.bfloat16: 16, torch.float16: 13}  # low bits of a key that are constant
+
+
 def _select_triton(*, xs, w_encs, biases, k, ids, count, keys):
     out = torch.empty(xs[0].shape[0], k, device=xs[0].device, dtype=torch.int64)
     return _select_into(out, keys, xs, w_encs, biases, k, ids, count, False)
@@ -405,8 +409,8 @@ def _select_into(out, keys, xs, w_encs, biases, k, ids, count, each):
             launch(_select_kernel, (rows, problems))(
                 coarse, maxima, logits, slots, ids, count, out, keys, row0, rows, n, n_groups, n_spans, k, *strides,
                 EACH=each, NC_PAD=select.n_spans_pad, K_PAD=select.k_pad, GROUP=select.group, SPAN=select.span,
-                SHIFT={torch.bfloat16: 16, torch.float16: 13}.get(stored, 0), COMPACT=ids is not None,
-                num_warps=select.num_warps, **select.registers(arch),
+                SHIFT=_SHIFTS.get(stored, 0), COMPACT=ids is not None, num_warps=select.num_warps,
+                **select.registers(arch),
             )  # fmt: skip
 
         done.append(side.run(best)[1])
@@ -561,7 +565,34 @@ Returns:
 
 
 def _topk_positions_triton(keys, k):
-    return _topk_exact(keys, k).contiguous()
+    (B, n), device, arch = keys.shape, keys.device, capability(keys.device)
+    keys, out = keys.contiguous(), torch.empty(B, k, device=keys.device, dtype=torch.int64)
+    config = candidates_config(n, k)
+    n_groups, n_spans = cdiv(n, config.group), cdiv(n, config.span)
+    row_bytes = ((n_groups if config.group > 1 else 0) + (n_spans if config.span > config.group else 0)) * keys.itemsize
+    chunk = min(B, max(1, SCRATCH_BYTES // (row_bytes + 16 * config.k_pad)))
+    slots = torch.empty(chunk, 4 * config.k_pad, device=device, dtype=torch.int32)
+    maxima = coarse = None
+    if config.group > 1:
+        coarse = maxima = torch.empty(chunk, n_groups, device=device, dtype=keys.dtype)
+    if config.span > config.group:
+        coarse = torch.empty(chunk, n_spans, device=device, dtype=keys.dtype)
+    for row0 in range(0, B, chunk):
+        part = keys[row0 : row0 + chunk]
+        if maxima is None:  # each key is the maximum of its group
+            best = part, part
+        else:
+            best, block = (coarse, maxima), max(MAXIMA_BLOCK, config.span)
+            launch(_row_maxima_kernel, (len(part), cdiv(n, block)))(
+                part, maxima, coarse, n, n_groups, n_spans, GROUP=config.group, SPAN=config.span, BLOCK=block,
+                num_warps=4,
+            )  # fmt: skip
+        launch(_select_kernel, (len(part), 1))(
+            *best, part, slots, None, None, out, None, row0, len(part), n, n_groups, n_spans, k, 0, 0, EACH=False,
+            NC_PAD=config.n_spans_pad, K_PAD=config.k_pad, GROUP=config.group, SPAN=config.span,
+            SHIFT=_SHIFTS.get(keys.dtype, 0), COMPACT=False, num_warps=config.num_warps, **config.registers(arch),
+        )  # fmt: skip
+    return out
 
 
 topk_positions = register(

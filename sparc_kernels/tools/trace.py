@@ -425,12 +425,49 @@ def trace(
         return _summary(tracer, recorded, before_backward, leaves)
 
 
+def call_shard_operators(shape: Shape) -> None:
+    """Call on meta tensors what only a shard of the latents calls: keys, candidates of shards, partial sums.
+
+    Args:
+        shape: of the shard.
+    """
+    from ..ops.adam import PLAIN, adam_stream_
+    from ..ops.gather import gather_sum
+    from ..ops.latent_adam import latent_adam_
+    from ..ops.selection import keys_dtype, select, select_each, topk_positions
+
+    (B, N, k), widths, S = (shape.B, shape.N, shape.k), shape.d_streams, len(shape.d_streams)
+    dtype, acc = getattr(torch, shape.dtype), torch.float32
+
+    def empty(*size, dtype=dtype):
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    xs, w_encs, latent_biases = [empty(B, d) for d in widths], [empty(N, d) for d in widths], [empty(N)] * S
+    keys = empty(S, B, k, dtype=keys_dtype(dtype, "triton"))
+    select(xs, w_encs, latent_biases, k, None, None, keys[0], "triton")
+    dead = empty(S, N, dtype=torch.int32), empty(S, 4, dtype=torch.int32)[:, 0]
+    for listed in ((None, None), dead):
+        select_each(xs, w_encs, latent_biases, k, *listed, keys, "triton")
+    for shards in (2, 8, 64):
+        topk_positions(empty(B, shards * k, dtype=keys.dtype), k, "triton")
+    gather_sum(empty(B, k, dtype=torch.int64), empty(S, B, k, dtype=acc), w_encs[0], None, True, "triton")
+    params = [t for w, d in zip(w_encs, widths, strict=True) for t in (w, w, empty(d), empty(N))]
+    moments, scalars = [empty(*p.shape, dtype=acc) for p in params], empty(len(params), 5, dtype=acc)
+    sums = [empty(d, dtype=acc) for d in widths]
+    inverse = [empty(n, dtype=torch.int32) for n in (B * k, N + 1, B * k)]
+    lists = [t for x in xs for t in (*inverse, empty(1, B, k, dtype=acc), None, None, x[None])]
+    adam = PLAIN, 0.9, 0.999, 1e-8, "triton"
+    latent_adam_(params, moments, moments, [], scalars, sums, sums, lists, lists, k, [], [], 0, *adam)
+    grads = [sums[i // 4] if i % 4 == 2 else None for i in range(len(params))]
+    adam_stream_(params, grads, moments, moments, scalars, *adam)
+
+
 def launches(shape: Shape, arch: int) -> list[Launch]:
     """Return the distinct kernel launches at one shape on one architecture.
 
     Covers training steps with and without AuxK, global and local, both tf32 settings, with and without gradients of the
     inputs; the optimizer's step from gradients, with and without clipping, and without gradients; reconstructions read
-    from the outputs; the public decode and its gradients.
+    from the outputs; the public decode and its gradients; what shards of the latents need.
 
     Args:
         shape: of the step.
@@ -467,6 +504,8 @@ def launches(shape: Shape, arch: int) -> list[Launch]:
                 outputs.indices, values.requires_grad_(), w_decs, list(model.pre_biases.values()), impl="triton"
             )
             sum(r.sum() for r in recons.values()).backward()
+        with InsideOperators():
+            call_shard_operators(shape)
     return list(dict.fromkeys(recorded))
 
 

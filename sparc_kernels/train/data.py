@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 
 from ..core.validation import fail, require
+from ..distributed.processes import Processes
 from ..io.features import Features, Stream, StreamSummary
-from ..io.loader import Loader
+from ..io.lanes import Lanes
 from ..io.shards import stream_label
 from .config import TrainConfig
 
@@ -25,13 +27,16 @@ class RunData:
         val_streams: the same streams of other samples; None: `val_fraction` of the rows is held out.
         device: of the batches.
         closing: closes the files.
+        lanes: among which the rows are dealt, see `Lanes`.
+        replica: number of the replica that this process belongs to.
+        replicas: their number.
 
     Attributes:
         features: to train on.
         loader: of the rows to train on.
         val_features: to validate on; None: there are none.
         val_loader: of the rows to validate on, or None.
-        rng: generator of the order of the rows.
+        rng: generator of the order of the rows of a single lane.
         described: of both parts, as `Features.describe`, for the manifest; set by `check`.
         spread: variance by stream of the features to train on, as `StreamSummary.spread`; set by `check`.
         val_spread: the same of the features to validate on.
@@ -48,6 +53,9 @@ class RunData:
         val_streams: Mapping[str, Stream] | None,
         device: torch.device,
         closing: ExitStack,
+        lanes: int = 1,
+        replica: int = 0,
+        replicas: int = 1,
     ):
         self.config = config
         self.features = Features(streams, config.normalize, config.dtype)
@@ -63,7 +71,15 @@ class RunData:
             self.val_features = self.features
             intervals, held_out = split(self.features.rows, config.val_fraction, config.seed)
         self.rng = torch.Generator().manual_seed(config.seed)
-        self.loader = Loader(
+        dealt = partial(
+            Lanes,
+            lanes=lanes,
+            replica=replica,
+            replicas=replicas,
+            seed=config.seed,
+            device=device,
+        )
+        self.loader = dealt(
             self.features,
             config.batch_size,
             self.rng,
@@ -71,35 +87,61 @@ class RunData:
             drop_last=config.drop_last,
             memory=config.memory,
             intervals=intervals,
-            device=device,
         )
-        self.val_loader: Loader | None = None
+        self.val_loader: Lanes | None = None
         if self.val_features is not None:
-            self.val_loader = Loader(
+            self.val_loader = dealt(
                 self.val_features,
                 config.batch_size,
                 self.rng,
                 shuffle="official" if config.shuffle == "official" else "none",
                 intervals=held_out,
-                device=device,
             )
 
-    def check(self, full: bool) -> None:
+    def check(self, full: bool, processes: Processes) -> None:
         """Check the features for NaN and infinity, and summarise them.
+
+        Several processes first compare a sample of what each of them reads; then each reads all rows of some streams.
 
         Args:
             full: read all rows, not a sample.
+            processes: of the run.
 
         Raises:
-            ValueError: there are some; the message names the file and the rows.
+            ValueError: there are some, and the message names the file and the rows; or a process has other data.
         """
-        self._summaries = self._val_summaries = self.features.check(full)
-        self.described = {"train": self.features.describe(self._summaries)}
+        parts = {"train": self.features}
         if self.val_features is not None and self.val_features is not self.features:
-            self._val_summaries = self.val_features.check(full)
-            self.described["validation"] = self.val_features.describe(self._val_summaries)
+            parts["validation"] = self.val_features
+        summaries: dict[str, dict[str, StreamSummary]] = {}
+        with processes.together():
+            summaries = {part: features.check(full and not processes.grouped) for part, features in parts.items()}
+        if processes.grouped:
+            described = {part: features.describe(summaries[part]) for part, features in parts.items()}
+            processes.require_same(
+                {
+                    f"{part} stream {s!r}: {key}": value
+                    for part, streams in described.items()
+                    for s, stream in streams.items()
+                    for key, value in stream.items()
+                    if key != "path"  # of each machine
+                }
+            )
+            if full:
+                summaries = self._check_shares(parts, processes)
+        self.described = {part: features.describe(summaries[part]) for part, features in parts.items()}
+        self._summaries, self._val_summaries = summaries["train"], summaries.get("validation", summaries["train"])
         self.spread = {s: summary.spread for s, summary in self._summaries.items()}
         self.val_spread = {s: summary.spread for s, summary in self._val_summaries.items()}
+
+    def _check_shares(self, parts: dict[str, Features], processes: Processes) -> dict[str, dict[str, StreamSummary]]:
+        """Check all rows, each process those of some streams."""
+        streams, own = [(part, s) for part, features in parts.items() for s in features.widths], {}
+        with processes.together():
+            for part, s in streams[processes.rank :: processes.size]:
+                own[part, s] = parts[part].check_stream(s, full=True)
+        found = {name: summary for some in processes.share(own) for name, summary in some.items()}
+        return {part: {s: found[part, s] for s in features.widths} for part, features in parts.items()}
 
     def check_zero_rows(self, tell: Callable[[str], None]) -> None:
         """Report zero rows, which make a batch's loss infinite.
@@ -114,9 +156,7 @@ class RunData:
         if self.val_loader is not None:
             self._check_zero_rows(self._val_summaries, self.val_loader, tell)
 
-    def _check_zero_rows(
-        self, summaries: dict[str, StreamSummary], loader: Loader, tell: Callable[[str], None]
-    ) -> None:
+    def _check_zero_rows(self, summaries: dict[str, StreamSummary], loader: Lanes, tell: Callable[[str], None]) -> None:
         affected = {s: summary.within(loader.intervals) for s, summary in summaries.items() if summary.n_zero_rows}
         affected = {s: summary for s, summary in affected.items() if summary.n_zero_rows}
         if not affected:

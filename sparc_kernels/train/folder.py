@@ -17,9 +17,8 @@ from pathlib import Path
 
 from ..core.console import size_text
 from ..core.validation import fail, require
-from ..distributed.ranks import Ranks
 from ..io.atomic import read_json, write_json
-from ..io.run_checkpoints import CHECKPOINTS, SPACE, checkpoints, load_latest, reserve
+from ..io.run_checkpoints import CHECKPOINTS, SPACE, checkpoints, reserve
 from ..io.shards import stream_label
 from ..io.weights import OFFICIAL, OFFICIAL_CONFIG, WEIGHTS
 from .config import TrainConfig
@@ -174,46 +173,63 @@ class RunFolder:
                     require(had[s][key] == now[s][key], what, f"{key} {had[s][key]} as when the run began",
                             f"{key} {now[s][key]}")  # fmt: skip
 
-    def go_on(self, now: dict, per_epoch: int, tell, ranks: Ranks | None = None) -> tuple[Path, dict] | None:
-        """Check that the run can be resumed and load its newest undamaged checkpoint.
+    def check_run(self, now: dict, per_epoch: int, tell) -> bool:
+        """Check that the run can be resumed.
 
         Args:
             now: the manifest of a new run with the current arguments.
             per_epoch: batches of an epoch.
-            tell: called with messages about damaged checkpoints and differences.
-            ranks: of a sharded model; every rank calls this.
+            tell: called with messages about differences.
 
         Returns:
-            The checkpoint and its state, as of `load_checkpoint`; None for a new run or one without a checkpoint.
+            Whether there is a run to resume.
 
         Raises:
-            ValueError: another model, optimizer or initial weights, fewer steps than before, or a checkpoint of another
-                run.
+            ValueError: another model, optimizer or initial weights, or fewer steps than before.
         """
         self._now, had, self.run = now, self.manifest, uuid.uuid4().hex
         if had is None:
-            return None
+            return False
         self.run = had.get("run")  # None: the manifest is older than run ids
-        steps = self._check_steps(TrainConfig(**now["config"]), per_epoch, tell)
+        self._steps = self._check_steps(TrainConfig(**now["config"]), per_epoch, tell)
         _check_model(self.path / MANIFEST, had["model"], now["model"])
         optimizer, init = had.get("optimizer", now["optimizer"]), had.get("init", now["init"])
         require(optimizer == now["optimizer"], "optimizer", f"{optimizer} as when the run began", now["optimizer"])
-        given = now["init"] is not None
-        require(now["init"] == init or not given, "init", f"{init or 'none'} as when the run began", str(now["init"]))
+        same = now["init"] in (init, None)
+        require(same, "init", f"{init or 'none'} as when the run began", str(now["init"]))
         self._tell_differences(tell)
-        latest = load_latest(self.path / CHECKPOINTS, tell, ranks=ranks)
-        if latest is None:
-            weights = self.path / WEIGHTS
-            require(not weights.exists(), "resume", "a checkpoint to go on from", f"{weights} alone, of an ended run")
-            require(given or init is None, "init", f"{init} as when the run began, for it has no checkpoint", "none")
-            tell(f"Note: no checkpoint in {self.path}, the run starts again")
-            return None
-        path, state = latest
-        ours, step = state.get("run") == self.run, state["step"]
+        return True
+
+    def check_checkpoint(self, path: Path, state: dict) -> None:
+        """Check that a checkpoint is one of the run that `check_run` has found.
+
+        Args:
+            path: the file or folder.
+            state: of it.
+
+        Raises:
+            ValueError: it is of another run or model, or of a later step than the run has.
+        """
+        ours, step, now = state.get("run") == self.run, state["step"], self._now
         require(ours, f"checkpoint {path}", f"one of the run that {MANIFEST} describes", "one of another run")
         _check_model(path, state.get("model_config"), now["model"] | {"normalize": now["config"]["normalize"]})
-        require(step <= steps, f"checkpoint {path}", f"one of the run's {steps:,} steps", f"step {step:,}")
-        return latest
+        expected = f"one of the run's {self._steps:,} steps"
+        require(step <= self._steps, f"checkpoint {path}", expected, f"step {step:,}")
+
+    def starts_again(self, tell) -> None:
+        """Check that a run without a checkpoint can start from its beginning.
+
+        Args:
+            tell: called with a note about it.
+
+        Raises:
+            ValueError: it has ended, or began with other weights than now.
+        """
+        weights, init = self.path / WEIGHTS, self._had.get("init")
+        require(not weights.exists(), "resume", "a checkpoint to go on from", f"{weights} alone, of an ended run")
+        given = self._now["init"] is not None or init is None
+        require(given, "init", f"{init} as when the run began, for it has no checkpoint", "none")
+        tell(f"Note: no checkpoint in {self.path}, the run starts again")
 
     def _grown(self, config: dict) -> bool:
         return any(self._had["config"].get(name) != config[name] for name in EXTENSIBLE)
@@ -273,6 +289,8 @@ def read_manifest(path: Path) -> dict:
     ok = all(isinstance(manifest.get(key), dict) for key in ("config", "model", "data", "versions"))
     ok = ok and isinstance(manifest.get("full_check"), bool) and isinstance(manifest["data"].get("train"), dict)
     ok = ok and all(isinstance(part, dict) for part in manifest["data"].values())
+    lanes = manifest.get("lanes", 1)  # older manifests have none
+    ok = ok and isinstance(lanes, int) and lanes > 0
     streams = [stream for part in manifest["data"].values() for stream in part.values()] if ok else []
     ok = ok and all(isinstance(stream, dict) for stream in streams)
     ok = ok and all(isinstance(stream.get(key), kind) for stream in streams for key, kind in _STREAM.items())

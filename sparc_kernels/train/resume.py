@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..core.validation import check_int
 from ..distributed.ranks import Ranks
-from ..io.loader import Batch, Loader
+from ..io.lanes import Lanes
+from ..io.loader import Batch
 from ..io.run_checkpoints import fill
 from ..io.weights import model_config
 from ..nn.optimizer import SparcAdam
@@ -50,7 +51,7 @@ class RunState:
         self.sums = torch.zeros(columns + 1, dtype=torch.float64, device=next(step.model.parameters()).device)
         self.loss = math.nan
 
-    def remaining(self, loader: Loader, steps: int) -> Iterator[Batch]:
+    def remaining(self, loader: Lanes, steps: int) -> Iterator[Batch]:
         """Iterate over the batches from the current position on, to the end of the last epoch.
 
         Args:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from ..distributed import ShardedSAE
 from ..nn.module import AlignedSAE
 from ..nn.optimizer import SparcAdam
 
@@ -16,7 +18,7 @@ class Step:
     """Forward, loss, backward and optimizer step, with re-initialisation of dead latents every `reinit_every` steps.
 
     Args:
-        model: in training mode.
+        model: in training mode; a ShardedSAE takes its part of the step of all ranks.
         optimizer: SparcAdam of the model; or another optimizer whose step normalises the decoder and projects its
             gradient, for which the host reads every loss before the step.
         reinit_rng: generator of re-initialised rows, on the model's device.
@@ -74,11 +76,12 @@ class Step:
         """Whether steps are replayed from a CUDA graph."""
         return self.graph and cast(SparcAdam, self.optimizer).captured
 
-    def __call__(self, x: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, x: dict[str, Tensor], rows: Sequence[int] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Take one step.
 
         Args:
             x: batch {s: [b, d_s]}.
+            rows: valid rows of every replica, for a ShardedSAE.
 
         Returns:
             The detached loss and the metrics of `compute_loss`, with `l0`, the mean number of values > 0, unless
@@ -89,7 +92,7 @@ class Step:
             key = self._name, self.auxk_coef, self.cross_coef, self.bf16, self.gradient_free
             optimizer = cast(SparcAdam, self.optimizer)
             result = optimizer.graphed(cast(Any, self.eager), x, key, leaves_grads=not self.gradient_free)
-        loss, metrics = result or self.eager(x)
+        loss, metrics = result or self.eager(x, rows)
         if self.reads_loss and not loss.isfinite():
             return loss, metrics
         if self.reinit_every and self.updates % self.reinit_every == 0:
@@ -97,25 +100,26 @@ class Step:
         self.updates += 1
         return loss, metrics
 
-    def eager(self, x: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def eager(self, x: dict[str, Tensor], rows: Sequence[int] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Take one step eagerly, without re-initialisation and counting; same results as a call.
 
         Args:
             x: batch {s: [b, d_s]}.
+            rows: valid rows of every replica, for a ShardedSAE.
         """
-        model = self.model
+        model, more = self.model, rows_of(self.model, rows)
         self.optimizer.zero_grad(set_to_none=True)
         # no cache: a graph would keep the cast weights of the capture
         autocast = torch.autocast("cuda" if self.cuda else "cpu", torch.bfloat16, cache_enabled=False)
         with autocast if self.bf16 else nullcontext():
             if self.gradient_free:
                 optimizer = cast(SparcAdam, self.optimizer)  # training_step rejects others
-                loss, metrics = model.training_step(x, optimizer, self.auxk_coef, self.cross_coef)
+                loss, metrics = model.training_step(x, optimizer, self.auxk_coef, self.cross_coef, **more)
                 self._skipped += ~loss.isfinite()
                 return loss, metrics
-            outputs = model(x)
+            outputs = model(x, **more)
             loss, metrics = model.compute_loss(outputs, x, self.auxk_coef, self.cross_coef)
-        metrics["l0"] = self.l0(outputs)
+        metrics["l0"] = self.l0(outputs, rows)
         finite = loss.detach().isfinite()
         self._skipped += ~finite
         if self.reads_loss and not finite:
@@ -132,11 +136,27 @@ class Step:
             del optimizer.found_inf
         return loss.detach(), metrics
 
-    def l0(self, outputs) -> Tensor:
+    def l0(self, outputs, rows: Sequence[int] | None = None) -> Tensor:
         """Return the number of values > 0 in a row, averaged over rows and streams.
 
         Args:
             outputs: of a forward over all streams.
+            rows: valid rows of every replica, for a ShardedSAE.
         """
-        values = [outputs[f"values_{s}"].detach() for s in self.model.streams]
-        return torch.stack([(v > 0).sum() / v.shape[0] for v in values]).mean()
+        values, model = [outputs[f"values_{s}"].detach() for s in self.model.streams], self.model
+        if not isinstance(model, ShardedSAE) or rows is None:
+            return torch.stack([(v > 0).sum() / v.shape[0] for v in values]).mean()
+        counts = torch.stack([(v[: rows[model.ranks.replica]] > 0).sum() for v in values])
+        if model.ranks.data is not None:
+            counts = model.ranks.data.total(counts, "l0")
+        return (counts / sum(rows)).mean()
+
+
+def rows_of(model: AlignedSAE, rows: Sequence[int] | None) -> dict[str, Any]:
+    """Return the argument `rows` of a ShardedSAE; an AlignedSAE takes all rows.
+
+    Args:
+        model: of the step.
+        rows: valid rows of every replica.
+    """
+    return {"rows": rows} if isinstance(model, ShardedSAE) else {}

@@ -17,11 +17,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
-from ..core.validation import check_bool, check_device, check_int, require
+from ..core.validation import check_bool, check_int, check_number, require
+from ..distributed import Ranks, shard_latents
+from ..distributed.processes import LIMIT, STALL, Refused, join
+from ..distributed.ranks import DATA, LATENTS
 from ..io.features import Stream
 from ..io.loader import Batch
-from ..io.run_checkpoints import CHECKPOINTS, save_checkpoint
+from ..io.run_checkpoints import CHECKPOINTS, load_latest, save_checkpoint
 from ..io.weights import OFFICIAL, WEIGHTS, export_official, import_save, model_config, save_weights
 from ..nn.module import AlignedSAE
 from ..nn.optimizer import SparcAdam
@@ -31,7 +35,7 @@ from .folder import TIME, RunFolder
 from .log import LOGGERS, RunLog, import_logger
 from .process import Signals, versions
 from .resume import RunState
-from .step import Step
+from .step import Step, rows_of
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +73,8 @@ class Trainer:
         model: with the config's settings, trained on its device; None: a new one, initialised after
             torch.manual_seed(config.seed).
         optimizer: function of the model that returns its optimizer, see `Step`; None: SparcAdam with the settings.
-        device: of a new model: "auto" (CUDA if available), or a torch device.
+        device: of a new model: "auto" (CUDA if available), or a torch device; of several processes "auto", "cpu" or
+            "cuda", each on the GPU of its LOCAL_RANK.
         resume: resume from the newest checkpoint in `out`, also to more `epochs` or `max_steps` than before; start from
             the beginning if there is none.
         checkpoint_every: steps between checkpoints; 0: only at the end.
@@ -82,6 +87,17 @@ class Trainer:
         on_step: called after every step with its number, loss and metrics.
         init: origin of the model's weights, for the manifest.
         quiet: print and log nothing.
+        tensor_parallel: number of processes T among which the latents of each replica are divided; of P processes there
+            are P / T replicas, each with a part of every batch.
+        lanes: parts into which the rows are dealt, each with an order of its own, see `Lanes`; None: as many as
+            replicas, or those of the run that is resumed. Must divide `batch_size`, as must the number of replicas.
+        lost_after: seconds without a sign of life after which a process counts as lost, and the others end.
+        hangs_after: the same without progress of its training.
+
+    Under torchrun, or in a process group that is initialised already, every process makes a Trainer with the same
+    arguments and calls the same methods; results, `on_step` and what is raised are the same in all of them, and rank 0
+    alone prints and writes logs and manifest. They compare settings, data and versions before the first step. A process
+    that ends otherwise ends the others too, with exit code 75 (`sparc_kernels.distributed.processes`).
 
     The constructor checks files, sizes, every feature for NaN and infinity, the folder and the packages needed, so that
     `train` does not fail late. Resuming requires the same data and settings. Nothing is written before `start`, which
@@ -114,44 +130,108 @@ class Trainer:
         on_step: Callable[[int, Tensor, dict[str, Tensor]], None] | None = None,
         init: str | None = None,
         quiet: bool = False,
+        tensor_parallel: int = 1,
+        lanes: int | None = None,
+        lost_after: float = LIMIT,
+        hangs_after: float = STALL,
     ):
-        self.config, self.quiet, self.on_step, self.export = config, quiet, on_step, check_bool("export", export)
-        self.checkpoint_every, self.keep = (
-            check_int("checkpoint_every", checkpoint_every, 0),
-            check_int("keep", keep, 1),
-        )
-        self.log_every = check_int("log_every", log_every, 1)
-        self.device = check_device("device", device) if model is None else next(model.parameters()).device
+        self.config, self.on_step = config, on_step
         self.out = None if out is None else Path(out)
-        require(self.out is not None or not resume, "resume", "a folder to resume from (out)", "none")
         self.log: RunLog | None = None
-        self.log_to = log_to
+        self.folder: RunFolder | None = None
+        self.ranks: Ranks | None = None
+        self.saved = 0  # batches of the newest checkpoint
+        self._closing = ExitStack()
+        given = device if model is None else next(model.parameters()).device
+        limits = [float(check_number(n, v)) for n, v in (("lost_after", lost_after), ("hangs_after", hangs_after))]
+        self.processes = join(given, limit=limits[0], stall=limits[1])
+        self._closing.callback(self.processes.stop)
+        self.device = self.processes.device
+        try:
+            with self.processes.together():
+                self.export, self.graph = check_bool("export", export), check_bool("graph", graph)
+                self.quiet = check_bool("quiet", quiet) or not self.processes.leads
+                self.checkpoint_every = check_int("checkpoint_every", checkpoint_every, 0)
+                self.keep, self.log_every = check_int("keep", keep, 1), check_int("log_every", log_every, 1)
+                self.tensor_parallel = check_int("tensor_parallel", tensor_parallel, 1)
+                self.log_to = log_to if self.processes.leads else ()
+                self._check_arguments(resume, optimizer, log_to)
+            self._join_ranks(lanes)
+            manifest = self.processes.from_first(lambda: self._open_folder(resume))
+            self.full_check = check_bool("full_check", full_check) if manifest is None else manifest["full_check"]
+            self.init = init or ("a model" if model is not None else None)
+            replica, replicas = (self.ranks.replica, self.ranks.replicas) if self.ranks else (0, 1)
+            with self.processes.together():
+                self.lanes = replicas if lanes is None else check_int("lanes", lanes, 1)
+                if manifest is not None:
+                    had = manifest.get("lanes", 1)
+                    require(lanes in (None, had), "lanes", f"{had} as when the run began", str(lanes))
+                    self.lanes = had
+                streams_of_run = streams, val_streams, self.device, self._closing, self.lanes, replica, replicas
+                self.data = RunData(config, *streams_of_run)
+            self.data.check(self.full_check, self.processes)
+            self.processes.from_first(self._check_data)
+            with self.processes.together():
+                self.data.check_zero_rows(self._note)
+            self._build(model, optimizer)
+            self._resume()
+        except BaseException as error:
+            self._ends(error)
+            self.close()
+            raise
+
+    def _check_arguments(self, resume: bool, optimizer, log_to: tuple[str, ...]) -> None:
+        """Check what needs neither folder nor data, and import the packages that are needed later."""
+        require(self.out is not None or not resume, "resume", "a folder to resume from (out)", "none")
         for name in log_to:
             require(name in LOGGERS, "log_to", f"some of {', '.join(LOGGERS)}", repr(name))
+        for name in self.log_to:
             import_logger(name)
         if self.out is not None:
             import_save(self.out / WEIGHTS)
-        self.folder: RunFolder | None = None
-        manifest = None
-        if self.out is not None:
-            self.folder = RunFolder(self.out, check_bool("resume", resume), export)
-            manifest = self.folder.manifest
-        self.full_check = check_bool("full_check", full_check) if manifest is None else manifest["full_check"]
-        if self.folder is not None and manifest is not None:
-            self.folder.check_settings(asdict(config))
-        self.init = init or ("a model" if model is not None else None)
-        self._closing = ExitStack()
-        try:
-            self.data = RunData(config, streams, val_streams, self.device, self._closing)
-            self.data.check(self.full_check)
-            if self.folder is not None and manifest is not None:
-                self.folder.check_data(self.data.described)
-            self.data.check_zero_rows(self._note)
-            self._build(model, optimizer, graph)
-            self._resume()
-        except BaseException:
-            self.close()
-            raise
+        size, T = self.processes.size, self.tensor_parallel
+        require(size % T == 0, "tensor_parallel", f"a divisor of the {size} processes", str(T))
+        N = self.config.n_latents
+        require(N >= T, "tensor_parallel", f"at most {N} for {N} latents", str(T))
+        ours = optimizer is None or not self.processes.grouped
+        require(ours, "optimizer", "None (SparcAdam) with several processes", "another one")
+
+    def _join_ranks(self, lanes: int | None) -> None:
+        """Compare settings and versions, and find this process's place among the others."""
+        if not self.processes.grouped:
+            return
+        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        named = ("tensor_parallel", "checkpoint_every", "keep", "log_every", "export", "graph")
+        settings = {name: getattr(self, name) for name in named}
+        of = {f"version of {name}": version for name, version in versions().items() if name != "platform"}
+        self.processes.require_same(asdict(self.config) | settings | {"lanes": lanes, "device": gpu} | of)
+        T, kind = self.tensor_parallel, self.device.type
+        D = self.processes.size // T
+        shape, dims = ((T,), (LATENTS,)) if D == 1 else ((D, T), (DATA, LATENTS))
+        self._mesh = init_device_mesh(kind, shape, mesh_dim_names=dims)
+        self.ranks = Ranks(self._mesh)
+        if self.graph and kind == "cuda":
+            self._note("Note: with several processes steps are not captured in a CUDA graph")
+
+    def _open_folder(self, resume: bool) -> dict | None:
+        """Open the folder of the run, and return the manifest of the run to resume."""
+        if self.out is None:
+            return None
+        self.folder = RunFolder(self.out, check_bool("resume", resume), self.export)
+        if self.folder.manifest is not None:
+            self.folder.check_settings(asdict(self.config))
+        return self.folder.manifest
+
+    def _check_data(self) -> None:
+        if self.folder is not None and self.folder.manifest is not None:
+            self.folder.check_data(self.data.described)
+
+    def _ends(self, error: BaseException) -> None:
+        """Let the other processes end too, unless all end for the same reason."""
+        if isinstance(error, (Refused, Interrupted, TrainingStopped)):
+            self.processes.finish()
+        else:
+            self.processes.fail(error)
 
     @property
     def batches(self) -> int:
@@ -168,19 +248,22 @@ class Trainer:
         if self.log is not None:
             return
         try:
-            if self.folder is not None:
-                size = sum(p.numel() * p.element_size() for p in self.model.parameters())
-                # a checkpoint (weights, two moments) and the final weights
-                self.folder.claim(self._closing, (5 if self.export else 4) * size, self.state.batches)
-            columns = list(self.names)
-            if self.data.val_loader is not None:
-                columns += ["val_loss", "val_explained_variance", "val_explained_variance_cross"]
-            settings = asdict(self.config)
-            self.log = RunLog(
-                self.out, columns, self.steps, self.state.batches, to=self.log_to, settings=settings, quiet=self.quiet
-            )
-            self._closing.callback(self.log.close)
-        except BaseException:
+            with self.processes.together():
+                if self.folder is not None:
+                    size = sum(p.numel() * p.element_size() for p in self.model.parameters())
+                    size *= self.tensor_parallel
+                    # a checkpoint (weights, two moments) and the final weights
+                    self.folder.claim(self._closing, (5 if self.export else 4) * size, self.state.batches)
+                columns = list(self.names)
+                if self.data.val_loader is not None:
+                    columns += ["val_loss", "val_explained_variance", "val_explained_variance_cross"]
+                out, settings = self.out if self.processes.leads else None, asdict(self.config)
+                self.log = RunLog(
+                    out, columns, self.steps, self.state.batches, to=self.log_to, settings=settings, quiet=self.quiet
+                )
+                self._closing.callback(self.log.close)
+        except BaseException as error:
+            self._ends(error)
             self.close()
             raise
 
@@ -190,22 +273,27 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------------ preparation
 
-    def _build(self, model: AlignedSAE | None, optimizer, graph: bool) -> None:
+    def _build(self, model: AlignedSAE | None, optimizer) -> None:
         """Make model, optimizer and step, at the beginning of the run."""
         config, widths = self.config, self.data.features.widths
-        if model is None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(config.seed)
-                model = config.build(widths, self.device)
-                state = torch.get_rng_state()
-            if config.shuffle == "official":  # one random state for weights, order and re-initialisation
-                self.data.rng.set_state(state)
-        else:
-            self.data.features.require_widths(model.d_streams, "the model")
-            config.check_model(model)
+        with self.processes.together():
+            if model is None:
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(config.seed)
+                    model = config.build(widths, "cpu" if self.ranks else self.device)
+                    state = torch.get_rng_state()
+                if config.shuffle == "official":  # one random state for weights, order and re-initialisation
+                    self.data.rng.set_state(state)
+            else:
+                self.data.features.require_widths(model.d_streams, "the model")
+                config.check_model(model)
+        if self.ranks is not None:
+            self.processes.require_same({"model": model, "decoder_layout": model.decoder_layout})
+            with self.processes.together():  # it compares the weights, and refuses on every rank
+                model = shard_latents(model, self._mesh).to(self.device)
         self.model = model.train()
-        shared = config.shuffle == "official" and self.device.type == "cpu"
-        graph = graph and self.device.type == "cuda" and optimizer is None
+        shared = config.shuffle == "official" and self.device.type == "cpu" and self.lanes == 1
+        graph = self.graph and self.device.type == "cuda" and optimizer is None and self.ranks is None
         self.optimizer = (
             optimizer(model)
             if optimizer
@@ -234,16 +322,27 @@ class Trainer:
         self.steps = config.steps(len(self.data.loader))
         self.names = _metric_names(list(model.d_streams), bool(config.auxk), not config.gradient_free)
         self.state = RunState(self.step, config, self.data.rng, len(self.names))
-        self.saved = 0  # batches of the newest checkpoint
 
     def _resume(self) -> None:
         """Restore the newest checkpoint, if the folder has one."""
-        checkpoint = self.folder and self.folder.go_on(self._manifest(), len(self.data.loader), self._note)
-        if checkpoint:
-            path, _ = checkpoint
-            self.state.load(*checkpoint)
+        if self.out is None:
+            return
+        folder = self.folder
+        resumes = self.processes.from_first(
+            lambda: folder is not None and folder.check_run(self._manifest(), len(self.data.loader), self._note)
+        )
+        if not resumes:
+            return
+        with self.processes.together():
+            latest = load_latest(self.out / CHECKPOINTS, self._note, ranks=self.ranks)
+        with self.processes.together():
+            if folder is not None:
+                folder.check_checkpoint(*latest) if latest else folder.starts_again(self._note)
+        if latest is not None:
+            with self.processes.together():
+                self.state.load(*latest)
             self.saved = self.state.batches
-            self._note(f"Resuming after step {self.saved:,} of {self.steps:,} ({path})", logging.INFO)
+            self._note(f"Resuming after step {self.saved:,} of {self.steps:,} ({latest[0]})", logging.INFO)
 
     def _note(self, text: str, level: int = logging.WARNING) -> None:
         if not self.quiet:
@@ -258,6 +357,7 @@ class Trainer:
             "export": self.export,
             "data": self.data.described,
             "full_check": self.full_check,
+            "lanes": self.lanes,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
             "versions": versions(),
@@ -276,6 +376,7 @@ class Trainer:
         Raises:
             Interrupted: after SIGINT or SIGTERM, with everything saved (a second signal ends the process at once).
             TrainingStopped: after too many non-finite losses.
+            Refused: as `start`, of several processes.
             ValueError: as `start`.
             OSError: as `start`, or a checkpoint cannot be written.
         """
@@ -285,27 +386,35 @@ class Trainer:
         samples, first = 0, state.batches
         self._since, self._samples = started, 0
         with self._closing, Signals() as signals, _matmul_precision(self.config.precision):
-            for batch in state.remaining(self.data.loader, self.steps):
-                rate = self.config.lr_at(self.step.updates, self.steps)
-                _set_lr(self.optimizer, rate)
-                loss, metrics = self.step(batch.x)
-                state.advance(batch)
-                self._count(batch, loss, metrics)
-                samples += len(next(iter(batch.x.values())))
-                self.log.advance()
-                if self.on_step is not None:
-                    self.on_step(state.batches, loss, metrics)
-                ends = batch.last or state.batches == self.steps
-                if state.batches % self.log_every == 0 or ends:
-                    self.log.row(self._row(batch, rate, ends), important=state.batches == self.steps)
-                if self.checkpoint_every and state.batches % self.checkpoint_every == 0:
-                    self.save()
-                if signals.received:
-                    self.save()
-                    raise Interrupted(signals.received, state.batches, self.out is not None)
-                if state.batches == self.steps:
-                    break
-            self._finish()
+            try:
+                for batch in state.remaining(self.data.loader, self.steps):
+                    self.processes.at(f"in step {state.batches + 1:,}")
+                    rate = self.config.lr_at(self.step.updates, self.steps)
+                    _set_lr(self.optimizer, rate)
+                    loss, metrics = self.step(batch.x, batch.rows)
+                    state.advance(batch)
+                    self._count(batch, loss, metrics)
+                    samples += sum(batch.rows)
+                    self.log.advance()
+                    if self.on_step is not None:
+                        self.on_step(state.batches, loss, metrics)
+                    ends = batch.last or state.batches == self.steps
+                    if state.batches % self.log_every == 0 or ends:
+                        self.log.row(self._row(batch, rate, ends), important=state.batches == self.steps)
+                    if self.checkpoint_every and state.batches % self.checkpoint_every == 0:
+                        self.save()
+                    signum = self.processes.signal(signals.received, state.batches)
+                    if signum:
+                        self.save()
+                        raise Interrupted(signum, state.batches, self.out is not None)
+                    if state.batches == self.steps:
+                        break
+                    self.processes.at(f"after step {state.batches:,}, reading rows")
+                self._finish()
+                self.processes.finish()
+            except BaseException as error:
+                self._ends(error)
+                raise
             seconds = time.perf_counter() - started
             result = {
                 "steps": state.batches,
@@ -324,7 +433,7 @@ class Trainer:
             return result
 
     def _count(self, batch: Batch, loss: Tensor, metrics: dict[str, Tensor]) -> None:
-        self._samples += len(next(iter(batch.x.values())))
+        self._samples += sum(batch.rows)
         values = torch.stack([loss.new_ones(()), *(metrics[name].to(loss.dtype) for name in self.names)])
         self.state.sums += torch.where(loss.isfinite(), values, 0)
         if self.step.reads_loss and not loss.isfinite():
@@ -347,15 +456,17 @@ class Trainer:
         means = dict(zip(self.names, (m / count if count else math.nan for m in sums), strict=True))
         self.state.sums.zero_()
         now = time.perf_counter()
-        dead = torch.stack(list(self.model.get_dead_neurons().values()))
+        dead = torch.stack(list(self.model.get_dead_neurons().values())).all(0).sum()
+        if self.ranks is not None:
+            dead = self.ranks.latents.total(dead, "dead")
         row = {
             "step": self.state.batches,
             "epoch": batch.epoch + 1,
             "lr": rate,
             "loss": means["total_loss"],
             **self._explained(means, self.data.spread),
-            "l0": means["l0"] if "l0" in means else self._l0(batch.x),
-            "dead": int(dead.all(0).sum()),
+            "l0": means["l0"] if "l0" in means else self._l0(batch),
+            "dead": int(dead),
             "skipped": self.step.skipped,
             "samples_per_s": self._samples / (now - self._since),
             "seconds": now - self._since,
@@ -383,9 +494,9 @@ class Trainer:
         }
 
     @torch.no_grad()
-    def _l0(self, x: dict[str, Tensor]) -> float:
+    def _l0(self, batch: Batch) -> float:
         """L0 of one batch under the current weights."""
-        mean = self.step.l0(self.model.eval()(x)).item()
+        mean = self.step.l0(self.model.eval()(batch.x, **rows_of(self.model, batch.rows)), batch.rows).item()
         self.model.train()
         return mean
 
@@ -399,11 +510,12 @@ class Trainer:
         self.model.eval()
         bf16 = torch.autocast(self.device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext()
         for batch in self.data.val_loader.epochs(epoch, epoch + 1):
+            self.processes.at(f"validating, batch {batch.number + 1:,}")
             with bf16:
-                outputs = self.model(batch.x)
+                outputs = self.model(batch.x, **rows_of(self.model, batch.rows))
                 loss, metrics = self.model.compute_loss(outputs, batch.x, config.auxk_coef, config.cross_coef)
-            n = len(next(iter(batch.x.values()))) * loss.isfinite()  # infinite with a zero row
-            metrics["l0"] = self.step.l0(outputs)
+            n = sum(batch.rows) * loss.isfinite()  # infinite with a zero row
+            metrics["l0"] = self.step.l0(outputs, batch.rows)
             total += torch.where(n > 0, n * torch.stack([metrics[name] for name in self.names]), 0)
             rows += n
         self.model.train()
@@ -416,14 +528,17 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of the current state, unless it is written already or there is no folder."""
-        if self.out is None or self.folder is None or self.saved == self.state.batches:
+        if self.out is None or self.saved == self.state.batches:
             return
-        state = {"run": self.folder.run} | self.state.state_dict()
-        save_checkpoint(self.out / CHECKPOINTS, self.state.batches, state, self.keep)
+        self.processes.at(None)  # it may take long
+        state = {"run": self.folder.run if self.folder else None} | self.state.state_dict()  # rank 0's is written
+        with self.processes.together():
+            save_checkpoint(self.out / CHECKPOINTS, self.state.batches, state, self.keep, self.ranks)
         self.saved = self.state.batches
 
     def _finish(self) -> None:
         """Save a checkpoint and the final weights; raise TrainingStopped instead if most batches were skipped."""
+        self.processes.at(None)
         skipped = self.step.skipped
         if skipped < self.state.batches:
             self.save()
@@ -432,12 +547,13 @@ class Trainer:
             raise self._too_many(f"no final weights{older}: {skipped} of {self.state.batches}")
         if self.out is None:
             return
-        save_weights(self.model, self.out / WEIGHTS, self.config.normalize, self.state.batches)
-        if self.export:
-            config = self.config
-            settings = {"batch_size": config.batch_size, "num_epochs": config.epochs, "lr": config.lr}
-            settings |= {"seed": config.seed, "auxk_coef": config.auxk_coef, "cross_loss_coef": config.cross_coef}
-            export_official(self.model, self.out, settings, config.normalize)
+        with self.processes.together():
+            save_weights(self.model, self.out / WEIGHTS, self.config.normalize, self.state.batches)
+            if self.export:
+                config = self.config
+                settings = {"batch_size": config.batch_size, "num_epochs": config.epochs, "lr": config.lr}
+                settings |= {"seed": config.seed, "auxk_coef": config.auxk_coef, "cross_loss_coef": config.cross_coef}
+                export_official(self.model, self.out, settings, config.normalize)
         names = " and ".join([WEIGHTS, *([OFFICIAL] if self.export else [])])
         self._say(f"Saved {names} in {self.out}, loss {self.state.loss:.4f} after {self.state.batches:,} steps")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def same_training(replicas, shards, *, steps=50, fused=False, rows=None, reinit=
         want, want_metrics, want_outputs = take_step(alone, optimizers[0], x, fused)
         got, got_metrics, outputs = take_step(model, optimizers[1], own, fused, rows)
         revived = None
-        if reinit and step % 20 == 19:
+        if reinit and step % 20 == 7:
             revived = [m.reinit_dead_(rng) for m, rng in zip((alone, model), rngs, strict=True)]
         found.append((want, got, want_metrics, got_metrics, want_outputs, outputs, revived))
         counters = {n: v.clone() for n, v in model.state_dict().items() if n.startswith("stats")}
@@ -117,14 +118,260 @@ def same_training(replicas, shards, *, steps=50, fused=False, rows=None, reinit=
         assert error <= tol * want.double().abs().max(), (name, error)
 
 
+def selections(model_of, x, replicas=1, shards=4) -> None:
+    """One forward of each kind on a model that `model_of` makes: every output, loss and gradient."""
+    for topk_type in ("global", "local"):
+        alone, model = model_of(topk_type=topk_type), model_of(topk_type=topk_type)
+        shard_latents(model, mesh_of(replicas, shards))
+        want, got = alone(x), model(x)
+        loss, metrics = alone.compute_loss(want, x)
+        own_loss, own_metrics = model.compute_loss(got, x)
+        loss.backward()
+        own_loss.backward()
+        assert set(want) == set(got)
+        shown = {key: (got[key].detach(), want[key].detach()) for key in want}
+        assert torch.allclose(own_loss, loss, rtol=1e-12, equal_nan=True), (own_loss, loss)
+        for name, value in metrics.items():
+            torch.testing.assert_close(own_metrics[name], value, rtol=1e-10, atol=1e-11, equal_nan=True)
+        for key, (mine, his) in shown.items():
+            if key.startswith(("indices", "shared", "mask", "values", "sparse", "avg")):
+                assert mine.equal(his), (topk_type, key)
+            elif not key.startswith(("auxk_indices", "auxk_values")):  # which latents are behind zeros is arbitrary
+                torch.testing.assert_close(mine, his, rtol=1e-12, atol=1e-12, msg=f"{topk_type} {key}")
+        for name, p in alone.named_parameters():
+            mine, his = dict(model.named_parameters())[name].grad, block_of(name, p.grad, model)
+            torch.testing.assert_close(mine, his, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n} {m}")
+        for name, value in alone.named_buffers():
+            assert dict(model.named_buffers())[name].equal(block_of(name, value, model))
+
+
+def ties() -> None:
+    """All latents alike: the first k win, all of them on the first shards."""
+
+    def model_of(**settings):
+        model = build(k=8, **settings)
+        with torch.no_grad():
+            for s in model.streams:
+                model.encoders[s].weight.copy_(torch.ones_like(model.encoders[s].weight) / 4)
+                model.latent_biases[s].fill_(0.5)
+                model.pre_biases[s].zero_()
+        return model
+
+    x = {s: v.mul(4).round().div(4) for s, v in batch(0, 8).items()}
+    alone = model_of()(x)
+    assert alone.indices.equal(torch.arange(8).expand(8, 8))
+    selections(model_of, x)
+
+
+def ties_in_pairs() -> None:
+    """Every latent has a twin on another shard."""
+
+    def model_of(**settings):
+        model = build(N=28, k=7, **settings)
+        with torch.no_grad():
+            for s in model.streams:  # short binary fractions: products are exact, in whatever order they are summed
+                model.pre_biases[s].zero_()
+                for p in (model.encoders[s].weight, model.latent_biases[s]):
+                    p.mul_(16).round_().div_(16)
+                    p[14:] = p[:14]
+        return model
+
+    selections(model_of, {s: v.mul(4).round().div(4) for s, v in batch(0, 8).items()})
+
+
+def preferred(latents: slice, k=5):
+    """All winners among some latents."""
+
+    def model_of(**settings):
+        model = build(k=k, **settings)
+        with torch.no_grad():
+            for s in model.streams:
+                model.latent_biases[s][latents] += 50
+        return model
+
+    selections(model_of, batch(0, 8))
+
+
+def dead_on_one_shard(latents: slice, auxk=4) -> None:
+    def model_of(**settings):
+        model = build(auxk=auxk, **settings)
+        for s in model.streams:
+            getattr(model, f"stats_last_nonzero_{s}")[latents] = 100
+        return model
+
+    selections(model_of, batch(0, 8))
+
+
+def special_rows() -> None:
+    """NaN, infinities and rows of zeros keep their places in the order."""
+    x = batch(0, 9)
+    x["a"][1, 0] = float("nan")
+    x["b"][2, 1] = float("inf")
+    x["c"][3, 2] = float("-inf")
+    for s in x:
+        x[s][4] = 0
+    alone, model = build(k=9), build(k=9)
+    shard_latents(model, mesh_of(1, 4))
+    want, got = alone(x), model(x)
+    loss, own = alone.compute_loss(want, x)[0], model.compute_loss(got, x)[0]
+    assert got.indices.equal(want.indices)
+    for s in x:
+        torch.testing.assert_close(got[f"values_{s}"], want[f"values_{s}"], rtol=0, atol=0, equal_nan=True)
+    assert not loss.isfinite() and not own.isfinite()
+
+
+def nan_row(fused: bool) -> None:
+    """A row of one replica without a finite loss: no rank moves its weights, all of them count."""
+    model = shard_latents(build(), mesh_of(2, 2))
+    optimizer = SparcAdam(model, lr=1e-2)
+    take_step(model, optimizer, part(batch(0, 8), model.ranks, [4, 4]), fused)
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    x = batch(1, 8)
+    x["b"][6, 0] = float("nan")
+    loss = lost = None
+    if fused:
+        loss, _ = model.training_step(part(x, model.ranks, [4, 4]), optimizer)
+    else:
+        optimizer.zero_grad()
+        own = part(x, model.ranks, [4, 4])
+        lost, _ = model.compute_loss(model(own), own)
+        lost.backward()
+        optimizer.found_inf = (~lost.detach().isfinite()).float()
+        optimizer.step()
+        del optimizer.found_inf
+    for name, value in model.state_dict().items():
+        assert value.equal(before[name]) != name.startswith("stats"), name
+    assert not (loss if fused else lost).isfinite()
+
+
+def padded(D, T, rows, fused) -> None:
+    same_training(D, T, rows=rows, steps=6, fused=fused, reinit=False)
+
+
+def same_bits(D, T, fused) -> None:
+    """Two runs give the same bits, and replicas and ranks hold the same copies."""
+    runs = []
+    for _ in range(2):
+        model = shard_latents(build(dtype=torch.float32), mesh_of(D, T))
+        optimizer = SparcAdam(model, lr=1e-2)
+        losses = []
+        for step in range(6):
+            x = part(batch(step, 8, dtype=torch.float32), model.ranks, [8 // D] * D)
+            losses.append(take_step(model, optimizer, x, fused)[0])
+        runs.append((torch.stack(losses), model.state_dict()))
+    ranks = model.ranks
+    losses = ranks.gather(runs[0][0], "test").flatten(0, 1)
+    biases = ranks.gather(torch.cat([p.detach() for p in model.pre_biases.values()]), "test").flatten(0, 1)
+    weights = None if ranks.data is None else ranks.data.gather(model.encoders["a"].weight.detach(), "test").wait()
+    assert runs[0][0].equal(runs[1][0]) and all(v.equal(runs[1][1][n]) for n, v in runs[0][1].items())
+    assert all(other.equal(losses[0]) for other in losses) and all(other.equal(biases[0]) for other in biases)
+    assert weights is None or all(other.equal(weights[0]) for other in weights)
+
+
+def half_precision(fused) -> None:
+    """bf16 autocast: the same codes, a loss and weights within rounding of one process's."""
+    alone, model = build(dtype=torch.float32), build(dtype=torch.float32)
+    shard_latents(model, mesh_of(2, 2))
+    pairs = []
+    for m in (alone, model):
+        shadow = torch.bfloat16 if fused else None
+        optimizer = SparcAdam(m, lr=1e-2, shadow=shadow)
+        for step in range(4):
+            x = batch(step, 8, dtype=torch.float32)
+            x = x if m is alone else part(x, m.ranks, [4, 4])
+            with torch.autocast("cpu", torch.bfloat16):
+                if fused:
+                    loss, _ = m.training_step(x, optimizer)
+                    continue
+                optimizer.zero_grad()
+                loss, _ = m.compute_loss(m(x), x)
+            loss.backward()
+            optimizer.step()
+        pairs.append((loss.detach(), m.state_dict()))
+    (want, his), (got, mine) = pairs
+    assert abs(got - want) <= 2e-2 * want
+    for name, value in his.items():
+        if not name.startswith("stats"):  # a step of Adam is up to lr, whatever the gradient
+            torch.testing.assert_close(mine[name], block_of(name, value, model), rtol=0, atol=2e-2)
+
+
+def moments_are_divided() -> None:
+    """A model that was trained by one process goes on among ranks."""
+    alone, model = build(), build()
+    optimizers = [SparcAdam(m, lr=1e-2) for m in (alone, model)]
+    for step in range(3):
+        for m, o in zip((alone, model), optimizers, strict=True):
+            m.training_step(batch(step, 8), o)
+    shard_latents(model, mesh_of(1, 4), optimizers[1])
+    for step in range(3, 6):
+        for m, o in zip((alone, model), optimizers, strict=True):
+            m.training_step(batch(step, 8), o)
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], block_of(name, value, model), rtol=1e-12, atol=1e-12)
+
+
+def refusals() -> None:
+    rank, errors = torch.distributed.get_rank(), []
+
+    def refused(call, *texts):
+        try:
+            call()
+            errors.append("nothing")
+        except (ValueError, RuntimeError) as error:
+            errors.append(None if all(text in str(error) for text in texts) else str(error))
+
+    refused(lambda: shard_latents(build(N=3, auxk=None), mesh_of(1, 4)), "mesh", "at most 3")
+    refused(lambda: shard_latents(build(seed=int(rank == 2)), mesh_of(1, 4)), "rank 2: encoders.a.weight", "rank 0")
+    refused(lambda: shard_latents(build(k=3 + (rank == 3)), mesh_of(1, 4)), "rank 3: model", "k=3", "k=4")
+    refused(lambda: shard_latents(build(), init_device_mesh("cpu", (2, 2))), "mesh", "latents")
+    refused(lambda: shard_latents(build(dtype=torch.float16), mesh_of(1, 4)), "float16")
+    model, x = shard_latents(build(), mesh_of(2, 2)), batch(0, 4)
+    refused(lambda: shard_latents(model, mesh_of(2, 2)), "model")
+    refused(lambda: model(x, rows=[4]), "rows", "2 replicas")
+    refused(lambda: model(x, rows=[4, 5]), "rows")
+    refused(lambda: model(x, rows=[0, 0]), "rows", "at least one")
+    refused(lambda: model({s: v.requires_grad_() for s, v in batch(0, 4).items()}), "inputs['a']", "gradient")
+    loss, _ = model.compute_loss(model(x), x)
+    loss.backward(retain_graph=True)
+    refused(loss.backward, "loss", "second")
+    assert not any(errors), errors
+
+
 def cases() -> dict:
-    made = {}
+    made: dict = {}
+    partial = functools.partial
     for (D, T), fused in itertools.product([(1, 4), (2, 2), (4, 1)], [False, True]):
+        how = f"{D} x {T}, {'training step' if fused else 'two calls'}"
+        short = (D, T, fused) not in ((2, 2, False), (1, 4, True)) and "ALL_STEPS" not in os.environ
+        made[how] = partial(same_training, D, T, fused=fused, **({"steps": 8} if short else {}))
+        made[f"{how}, local"] = partial(same_training, D, T, fused=fused, topk_type="local", steps=8)
+        made[f"{how}, same bits"] = partial(same_bits, D, T, fused)
+    made["clipped"] = partial(same_training, 2, 2, clip=0.05, steps=8)
+    made["one stream"] = partial(same_training, 2, 2, widths={"a": 10}, steps=8)
+    made["eight streams"] = partial(same_training, 2, 2, widths={f"s{i}": 3 + i for i in range(8)}, steps=4)
+    made["no AuxK"] = partial(same_training, 2, 2, auxk=None, steps=8)
+    made["k = N"] = partial(same_training, 1, 4, N=6, k=6, auxk=6, steps=8)
+    made["one latent a shard"] = partial(same_training, 1, 4, N=4, k=2, auxk=3, steps=8, topk_type="local")
+    made["more shards than k"] = partial(same_training, 1, 4, k=1, auxk=1, steps=8)
+    made["ties across shards"], made["ties in pairs"] = ties, ties_in_pairs
+    made["all winners on the last shard"] = partial(preferred, slice(20, 26))
+    made["a shard without winners"] = partial(preferred, slice(0, 14), 7)
+    made["dead latents on one shard"] = partial(dead_on_one_shard, slice(7, 14))
+    made["one dead latent"] = partial(dead_on_one_shard, slice(25, 26))
+    made["all latents dead"] = partial(dead_on_one_shard, slice(0, 26), 26)
+    made["special rows"] = special_rows
+    for fused in (False, True):
         how = "training step" if fused else "two calls"
-        made[f"{D} x {T}, {how}"] = functools.partial(same_training, D, T, fused=fused)
-        made[f"{D} x {T}, {how}, local"] = functools.partial(
-            same_training, D, T, fused=fused, topk_type="local", steps=25
-        )
+        made[f"7 rows on 2 replicas, {how}"] = partial(padded, 2, 2, [4, 3], fused)
+        made[f"an empty last part, {how}"] = partial(padded, 4, 1, [2, 2, 1, 0], fused)
+        made[f"7 rows of 4 shards, {how}"] = partial(padded, 1, 4, [7], fused)
+        made[f"fewer rows than shards, {how}"] = partial(padded, 1, 4, [2], fused)
+        made[f"NaN on one replica, {how}"] = partial(nan_row, fused)
+        made[f"bf16, {how}"] = partial(half_precision, fused)
+        small = dict(widths={"a": 6, "b": 5}, N=13, k=4, auxk=3, impl="triton", reinit=False, steps=4)
+        made[f"kernels, {how}"] = partial(same_training, 2, 2, fused=fused, **small)
+        made[f"kernels, local, {how}"] = partial(same_training, 1, 4, fused=fused, topk_type="local", **small)
+    made["moments"], made["refusals"] = moments_are_divided, refusals
     return made
 
 

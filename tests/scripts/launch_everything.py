@@ -36,6 +36,7 @@ from sparc_kernels.ops import bias_grads, dead, selection
 from sparc_kernels.tools import trace
 from sparc_kernels.tools.audit import compile_launch
 from sparc_kernels.tools.compiler import ask_jit
+from sparc_kernels.tools.shape import Shape
 from sparc_kernels.tools.stand_in import Refused, cache_key, stand_in
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -144,6 +145,10 @@ def joint(B, N, k, widths, dtype):
         encode_topk(xs, list(w_encs), [x[0] for x in xs], [w[:, 0].contiguous() for w in w_encs], k)
 
 
+def shard(*shape):
+    trace.call_shard_operators(Shape(*shape))
+
+
 class Scenario:
     def __init__(self, run, *args, arch=90, tf32=False, **named):
         self.gpu, self.run = (arch, tf32), lambda: run(*args, **named)
@@ -183,6 +188,8 @@ def scenarios():
             yield Scenario(operators, B, N, k, widths, dtype)
         yield Scenario(step, 64, 2**20, 256, (512,), dtype, auxk=64)  # three levels of selection
         yield Scenario(step, 256, 2048, 16, (64,) * 8, dtype, topk_type="local", auxk=16)
+        for N, k in ((2048, 16), (2048, 1), (600, 512)):
+            yield Scenario(shard, 256, N, k, WIDTHS, str(dtype).removeprefix("torch."))
     # sizes at which launchers take other ways
     yield Scenario(step, 4096, 32768, 64, (1024, 768, 768))  # two buffers of logits, H in list order
     yield Scenario(joint, 2048, 8192, 32, (2048, 2048), BF16)

@@ -31,6 +31,7 @@ from sparc_kernels.tools.verify.checks import dead as dead_checks
 from sparc_kernels.tools.verify.checks import decode as decode_checks
 from sparc_kernels.tools.verify.checks import latent_reduce as reduce_checks
 from sparc_kernels.tools.verify.checks import routes
+from sparc_kernels.tools.verify.checks import shards as shard_checks
 from sparc_kernels.tools.verify.launches import launches_of
 
 
@@ -496,6 +497,28 @@ def autocast_in_full_precision(patch):
     patch(module, "_autocast", lambda params: params)
 
 
+def absent_taken_for_the_first(patch):
+    sound = shard_checks.gather_sum
+    patch(shard_checks, "gather_sum", lambda indices, *rest: sound(indices.clamp(min=0), *rest))
+
+
+def candidates_by_position_reversed(patch):
+    sound = shard_checks.topk_positions
+    patch(shard_checks, "topk_positions", lambda keys, *rest: keys.shape[1] - 1 - sound(keys.flip(1), *rest))
+
+
+def first_shard_alone_moves_the_pre_bias(patch):
+    sound, sums = adam_checks.latent_adam_, []
+
+    def latent_adam_(*args):
+        sound(*args)
+        for total in args[6]:
+            sums.append(total)
+            total.zero_() if len(sums) % 3 != 1 else None
+
+    patch(adam_checks, "latent_adam_", latent_adam_)
+
+
 # the fault, and the checks that must notice it; every other one must go on passing
 FAULTS = {
     relu_mask_missing: "values_at|auxk_topk|training",
@@ -519,6 +542,9 @@ FAULTS = {
     nothing_ever_fires: "training",
     unstable_lists: "inverse_index",
     aux_weight_doubled: "training",
+    absent_taken_for_the_first: "shard values",
+    candidates_by_position_reversed: "shard selection",
+    first_shard_alone_moves_the_pre_bias: "adam of shards",
 }
 ROUTE_FAULTS = {
     clipping_without_the_norm: "clipping",

@@ -474,12 +474,22 @@ def test_the_command_extends_a_run_and_starts_from_weights(tmp_path, capsys):
     assert f"model {out}/model.safetensors: expected n_latents 20, got weights of n_latents 24" in error
 
 
-def test_torchrun_is_refused(tmp_path, capsys, monkeypatch):
+def test_a_launcher_that_says_too_little_is_named(tmp_path, capsys, monkeypatch):
     given = files(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
     assert cli.main(command(tmp_path / "run", *given)) == 2
-    assert "WORLD_SIZE: expected 1, got 2: training on several GPUs is not there yet" in capsys.readouterr().err
+    assert "environment variable RANK expected, but not set" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_restart_by_torchrun_resumes(tmp_path, capsys, monkeypatch):
+    given = files(tmp_path)
+    assert cli.main(command(tmp_path / "run", *given)) == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert cli.main(command(tmp_path / "run", *given)) == 0
+    assert "Resuming after step 12 of 12" in capsys.readouterr().out
 
 
 def test_what_is_not_as_it_was_is_told(copy, caplog, monkeypatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...core.validation import require
 
@@ -27,6 +27,9 @@ class GPU:
     gemm_fraction: float = 0.8  # of a library GEMM of thousands of rows
     issue_fraction: float = 0.5  # of 4 instructions a clock and multiprocessor, for code full of barriers
     launch_us: float = 2.0  # device time of a kernel beyond its work: ramp, tail, gap to the next
+    memory_gb: float = 0.0  # data sheet; 0: unknown
+    link_gb_s: float = 0.0  # data sheet, each way: NVLink or Infinity Fabric to all GPUs of a node, else PCIe
+    link_fraction: float = 0.8  # of what collectives reach, of the network between nodes too
 
     def bytes_per_s(self, level: str) -> float:
         """Return the achievable bandwidth of "HBM" or "L2"."""
@@ -62,8 +65,23 @@ _TABLE = (
     GPU("L40S", ("l40s",), 864, 5000, 96 * MIB, _rates(362, 183, 91.6), 142, 2.52, 89),
     GPU("MI300X", ("mi300x",), 5300, 11900, 256 * MIB, _rates(1307, 654, 163), 304, 2.1, 0x942),
 )
-GPUS = {gpu.name: gpu for gpu in _TABLE}
+# Memory, and the link of a GPU each way: NVLink 3, 4 and 5 are quoted as 600, 900 and 1,800 GB/s of both directions,
+# Infinity Fabric as 896; 16 lanes of PCIe 4 and 5 have 32 and 64. A B200's memory is an eighth of HGX's.
+_MEMORY_AND_LINK = {
+    "A100": (80, 300), "H100": (80, 450), "H200": (141, 450), "B200": (180, 900), "RTX4090": (24, 32),
+    "RTX5090": (32, 64), "L40S": (48, 32), "MI300X": (192, 448),
+}  # fmt: skip
+GPUS = {
+    gpu.name: replace(gpu, memory_gb=memory, link_gb_s=link)
+    for gpu in _TABLE
+    for memory, link in [_MEMORY_AND_LINK[gpu.name]]
+}
 DEFAULT_GPU = "H200"
+
+# Between nodes of NODE_GPUS: one port of 400 Gb/s InfiniBand a GPU (NVIDIA ConnectX-7; DGX H100 and H200 have eight).
+NODE_GPUS, NETWORK_GB_S = 8, 50.0
+# Assumptions: a collective's own launch and synchronisation; each of its steps inside a node, and between nodes.
+COLLECTIVE_US, LINK_STEP_US, NETWORK_STEP_US = 10.0, 1.0, 3.0
 PARTIAL_DEVICE = ("mig ", "laptop", "max-q")  # words in the name of a device that is not the data sheet's
 
 

@@ -183,7 +183,7 @@ def _slabs(s: Shape, widths: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _gathers(
-    s: Shape, name: str, widths: Sequence[int], n: int, present: int, *, sources: int, flops: int, column: float,
+    s: Shape, name: str, widths: Sequence[int], n: int, present: float, *, sources: int, flops: int, column: float,
     per_slab: float,
 ) -> Iterator[Part]:  # fmt: skip
     """Rows of W [n, d] of each problem gathered by slabs of columns, for all sources at once, in one launch.
@@ -209,7 +209,7 @@ def _gathers(
         yield Part(name, moved, reuse, executed, unit, 16 / sources, launches=int(i == 0))  # columns padded to 16
 
 
-def _values(s: Shape, n: int, present: int) -> Iterator[Part]:
+def _values(s: Shape, n: int, present: float) -> Iterator[Part]:
     """Per stream k encoder rows gathered per row: x, ids and biases read, fp32 values written.
 
     Where columns are split, the dots of every slab are written, to which a kernel adds the biases. All streams at once,
@@ -434,31 +434,32 @@ def sparc_adam(s: Shape) -> Op:
     return Op("SparcAdam", (_scalars(s), *streams))
 
 
-def _updates(s: Shape) -> Iterator[Part]:
-    """Updates of all matrices: decoders, then encoders."""
+def _updates(s: Shape, share: float = 1) -> Iterator[Part]:
+    """Updates of all matrices: decoders, then encoders; `share`: of the selected entries that are one of the N."""
     for decoder in (True, False):
         groups, _ = alike(
             s.d_streams, lambda d: d, lambda d: (reduce_chunk(s.M, d), reduce_chunk(s.B * s.auxk, d) if s.auxk else 0),
             latent_adam_streams,
         )  # fmt: skip
         for group in groups:
-            yield from _in_one_launch(_update(s, d, group[0], decoder) for d in group)
+            yield from _in_one_launch(_update(s, d, group[0], decoder, share) for d in group)
 
 
-def _update(s: Shape, d: int, widest: int, decoder: bool) -> Iterator[Part]:
+def _update(s: Shape, d: int, widest: int, decoder: bool, share: float) -> Iterator[Part]:
     """Update of one matrix of one stream from its lists and AuxK's: latent sums, projection, Adam.
 
     With the encoder also the latent bias and the pre-bias. `widest`: columns for which the launch was set up.
     """
     sources, per_entry = (s.S, 4 + 8 * s.S) if decoder else (1, 12)
-    block, present = latent_adam_config(widest, s.arch, not decoder).block_d, min(s.auxk, s.dead)
+    block, present = latent_adam_config(widest, s.arch, not decoder).block_d, share * min(s.auxk, s.dead)
     for places, rows in ((s.M, sources), *([(s.B * s.auxk, 1)] if s.auxk else [])):
         programs = 2 * cdiv(places, reduce_chunk(places, d)) * cdiv(d, reduce_config(widest, s.arch, rows).block_d)
         yield Part("list parts", 4 * programs)
-    entries, rows = sources * s.M + s.B * present, sources * s.B * d * s.e
+    M = share * s.M
+    entries, rows = sources * M + s.B * present, sources * s.B * d * s.e
     own = s.B * d * s.e if s.auxk and decoder else 0  # AuxK's errors; the encoder reads x again
     sums = 0 if decoder else 4 * cdiv(s.N, adam_rows(s.N)) * d  # of dc W_enc, one of each program
-    moved = s.M * per_entry + 4 * s.N + (s.B * present * 12 + 4 * s.N if s.auxk else 0) + sums
+    moved = M * per_entry + 4 * s.N + (s.B * present * 12 + 4 * s.N if s.auxk else 0) + sums
     moved += (2 * parameter_bytes(s) + 4 * MOMENT) * s.N * (d if decoder else d + 1)
     moved += s.e * s.N * d if s.autocast else 0  # half precision copies, SparcAdam's `shadow`
     used = Reuse(entries * d * s.e, rows + (own if present else 0), rows + own)

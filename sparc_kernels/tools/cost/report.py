@@ -13,6 +13,7 @@ from . import dense, ours
 from .gpus import DEFAULT_GPU, GPU, GPUS, gpu_named
 from .host import FITTED, host_seconds, step_seconds
 from .parts import Op, total
+from .scaling import SIZES, mesh_of, scaling_report
 
 CASES = {
     "A": Shape(256, 8192, 64, (1024, 768, 768)),  # the official configuration
@@ -217,7 +218,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="PRECISION bf16 (default), fp16 or fp32; repeatable; default: the five of the benchmarks, and the goals",
     )  # fmt: skip
     parser.add_argument("--gpu", default=DEFAULT_GPU, help=f"one of {', '.join(GPUS)} (default {DEFAULT_GPU})")
+    parser.add_argument(
+        "--gpus", type=_numbers, metavar="P[,P...]",
+        help="model `training_step` on that many GPUs instead: memory of a rank, bytes sent, time; half precision of "
+        "--shape then keeps float32 parameters; with one shape and one P also what is held and sent, item by item",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tensor-parallel", type=int, metavar="T", help="GPUs that share the latents (with --gpus; default: fastest)"
+    )
+    parser.add_argument("--auxk", type=int, metavar="A", help="AuxK's latents a row, a tenth dead (with --gpus)")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there too")
+
+
+def _numbers(text: str) -> list[int]:
+    """Parse "1,8,64"."""
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"expected positive integers such as 1,8,64, got {text!r}")
+    return [int(part) for part in parts]
+
+
+def _scaling(args: argparse.Namespace, gpu: GPU, shapes: list[Shape]) -> list[dict]:
+    """Print the tables of several GPUs and return their numbers."""
+    shapes = [replace(s, autocast=s.dtype != "float32") for s in shapes]
+    if args.auxk:
+        shapes = [replace(s, auxk=args.auxk, dead=s.N // 10) for s in shapes]
+    if args.tensor_parallel is not None:
+        for p in args.gpus:
+            mesh_of(p, args.tensor_parallel)
+    text, rows = scaling_report(shapes, args.gpus, args.tensor_parallel, gpu)
+    print(text)
+    return rows
 
 
 def run(args: argparse.Namespace) -> int:
@@ -232,9 +263,16 @@ def run(args: argparse.Namespace) -> int:
     try:
         gpu = gpu_named(args.gpu)
         shapes = [parse_shape(text) for text in args.shape] if args.shape else list(CASES.values())
+        if args.gpus:
+            rows = _scaling(args, gpu, shapes if args.shape else list(SIZES))
     except ValueError as error:
         print(f"sparc-kernels cost: error: --{str(error).removeprefix('--')}", file=sys.stderr)
         return 2
+    if args.gpus:
+        if args.json:
+            with open(args.json, "w") as file:
+                json.dump({"scaling": rows}, file, indent=1)
+        return 0
     print("\n\n".join(f"{table(s, gpu)}\n\n{optimizer_table(s, gpu)}" for s in shapes))
     goals = [] if args.shape else claims(gpu)
     if goals:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
 from ... import reference
 from ...core.numerics import acc_dtype
+from ...ops.records import ABSENT
 from .judge import BF16, F16, F32, F64, Check, Tensor, logit_error
 
 
@@ -168,6 +170,22 @@ def margin_problem(check: Check) -> Problem:
             bias[c.N // 2] = 30
         inactive[c.N // 2] = False
     return p.to(check.dtype)
+
+
+def shard_blocks(n: int, shards: int) -> list[tuple[int, int]]:
+    """Return the first latent of each shard and the one behind its last; blocks differ by at most one.
+
+    Args:
+        n: N.
+        shards: how many.
+    """
+    ends = [s * (n // shards) + min(s, n % shards) for s in range(shards + 1)]
+    return list(pairwise(ends))
+
+
+def local_ids(indices: Tensor, low: int, high: int) -> Tensor:
+    """Return the ids of selected latents in the shard that holds low..high - 1: ABSENT for those of others."""
+    return torch.where((indices >= low) & (indices < high), indices - low, ABSENT)
 
 
 def random_latents(check: Check, streams: int = 0) -> Tensor:

@@ -24,6 +24,7 @@ from .checks.routes import (
     judge_training_step,
     judge_two_buffers,
 )
+from .checks.shards import judge_shard_selection, judge_shard_values
 from .checks.training import judge_step
 from .judge import Check
 
@@ -41,6 +42,9 @@ CHECKS: list[tuple[str, str, Callable[[Check], None]]] = [
     ("latent_reduce", "reduce", judge_latent_reduce),
     ("adam", "reduce", judge_adam),
     ("adam of lists", "reduce", judge_latent_adam),
+    ("adam of shards", "reduce", partial(judge_latent_adam, shards=3)),
+    ("shard selection", "exact", judge_shard_selection),
+    ("shard values", "values", judge_shard_values),
     *((f"auxk_topk {n}", "auxk", partial(judge_auxk_topk, how_many=n)) for n in ("none", "few", "many")),
     ("update_counters_", "counters", judge_update_counters),
     ("training global", "train", partial(judge_step, topk_type="global")),

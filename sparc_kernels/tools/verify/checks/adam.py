@@ -10,7 +10,7 @@ from ....ops.adam import BEFORE, adam_stream_
 from ....ops.inverse_index import inverse_index
 from ....ops.latent_adam import latent_adam_
 from ..judge import F64, Check
-from ..problems import cotangent, random_latents
+from ..problems import cotangent, local_ids, random_latents, shard_blocks
 
 ADAM = (0.9, 0.99, 1e-8)  # betas and eps
 # as `adam_scalars_` writes them: step size, 1 / sqrt(correction), decay, scale, go
@@ -55,10 +55,15 @@ def judge_adam(check: Check) -> None:
             check.compare(name + part, *three)
 
 
-def judge_latent_adam(check: Check) -> None:
-    """Judge the same step from latent lists, for an encoder with its latent bias and for a decoder."""
+def judge_latent_adam(check: Check, shards: int = 1) -> None:
+    """Judge the same step from latent lists, for an encoder with its latent bias and for a decoder.
+
+    Args:
+        check: gives the case; takes the results.
+        shards: blocks of latents that are updated one by one; then the pre-bias takes a step from the sums of all.
+    """
     c, d, S = check.case, check.case.dims[0], len(check.case.dims)
-    inverse = inverse_index(indices := random_latents(check), c.N)
+    indices = random_latents(check)
     acc = acc_dtype(check.dtype)
     coef = cotangent(check, (S, c.B, c.k))
     mat = torch.randn(S, c.B, d, generator=check.generator, device=check.device).to(check.dtype)
@@ -67,12 +72,21 @@ def judge_latent_adam(check: Check) -> None:
     scalars = torch.tensor([SCALARS] * 4, device=check.device, dtype=acc)
     zero = torch.zeros(d, device=check.device, dtype=acc)  # the decoder's part of the pre-bias gradient
 
-    lists = [*inverse, coef, None, None, mat]
     before = [[w, w, pre, b], [m, m, pre_m, b_m], [v, v, pre_v, b_v]]
     updated = [[t.clone(memory_format=torch.contiguous_format) for t in four] for four in before]
-    latent_adam_(
-        *updated, [], scalars, [zero], [], lists, lists, c.k, [], [], 0, BEFORE, *ADAM, check.resolved
-    )  # fmt: skip
+    total = zero.clone()
+    for low, high in shard_blocks(c.N, shards):
+        if low < high:
+            own = [[t if i == 2 else t[low:high] for i, t in enumerate(of)] for of in updated]
+            lists = [*inverse_index(local_ids(indices, low, high), high - low), coef, None, None, mat]
+            sums = [torch.empty_like(zero)] if shards > 1 else []
+            latent_adam_(
+                *own, [], scalars, [zero], sums, lists, lists, c.k, [], [], 0, BEFORE, *ADAM, check.resolved
+            )  # fmt: skip
+            total += sum(sums)
+    if shards > 1:
+        grads = [None, None, zero - total, None]
+        adam_stream_(updated[0], grads, *updated[1:], scalars, BEFORE, *ADAM, check.resolved)
 
     def dense(dtype):
         codes = [reference.codes(indices, x.to(dtype), c.N) for x in coef]

@@ -1,4 +1,4 @@
-"""docs/integration.md on several processes: DistributedDataParallel and FSDP2 give what one process gives."""
+"""docs/scaling.md on several processes: DistributedDataParallel and FSDP2 give what one process gives."""
 
 import inspect
 import os
@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 
 from sparc_kernels import AlignedSAE, SparcAdam
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "integration.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "scaling.md"
 WIDTHS, STEPS, ROWS = {"a": 10, "b": 6}, 5, 16
 
 
