@@ -6,6 +6,7 @@ Every replica then updates its block from the lists of the whole batch, to the s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -87,28 +88,31 @@ def sharded_step(
 def _gather_rows(encoded: ShardedCodes, result: LossResult, n: int, data: Group, impl: str) -> None:
     """Replace codes, gradients, coefficients, inputs and errors by those of all replicas' rows, side by side."""
 
-    def rows_of_all(x: torch.Tensor, dim: int, what: str) -> torch.Tensor:
-        """[..., B, ...] of every replica as [..., D * B, ...]."""
-        every = data.gather(x.movedim(dim, 0), what).wait()  # [D, B, ...]
-        return every.flatten(0, 1).movedim(0, dim)
+    def rows_of_all(x: torch.Tensor, dim: int, what: str) -> Callable[[], torch.Tensor]:
+        """Send [..., B, ...]; the result returns [..., D * B, ...], of every replica."""
+        sent = data.gather(x.movedim(dim, 0), what)  # [D, B, ...]
+        return lambda: sent.wait().flatten(0, 1).movedim(0, dim)
 
-    def codes_of_all(codes: SparseCodes) -> SparseCodes:
+    def codes_of_all(codes: SparseCodes) -> Callable[[], SparseCodes]:
         ids = rows_of_all(codes.indices.to(torch.int32), codes.indices.dim() - 2, "codes")
-        values = rows_of_all(codes.gathered, 1, "codes").contiguous()
-        return SparseCodes(ids.long().contiguous(), values).with_inverse(n, impl)
+        values = rows_of_all(codes.gathered, 1, "codes")
+        return lambda: SparseCodes(ids().long().contiguous(), values().contiguous()).with_inverse(n, impl)
 
     assert result.dvalues is not None, "a step has gradients"
-    encoded.codes = codes_of_all(encoded.codes)
-    result.dvalues = rows_of_all(result.dvalues, 1, "gradients of the values").contiguous()
-    result.coef = rows_of_all(result.coef, 2, "coefficients").contiguous()
-    result.errors = [rows_of_all(error, 1, "errors") for error in result.errors]
+    codes, dvalues = codes_of_all(encoded.codes), rows_of_all(result.dvalues, 1, "gradients of the values")
+    coef = rows_of_all(result.coef, 2, "coefficients")
+    errors = [rows_of_all(error, 1, "errors") for error in result.errors]
+    aux: list[Callable] = []
     if encoded.aux is not None:
         assert result.daux is not None and result.aux_coef is not None, "AuxK has gradients"
-        encoded.aux = codes_of_all(encoded.aux)
-        result.daux = rows_of_all(result.daux, 1, "auxk").contiguous()
-        result.aux_coef = rows_of_all(result.aux_coef, 2, "auxk").contiguous()
-        result.aux_errors = [rows_of_all(error, 1, "auxk errors") for error in result.aux_errors]
-    encoded.centred = [rows_of_all(x, 0, "inputs") for x in encoded.centred]
-    # the biases' gradients are this replica's part
-    sizes = [len(db) for db in result.dbiases]
-    result.dbiases = [*data.total(torch.cat(result.dbiases), "biases").split(sizes)]
+        aux = [codes_of_all(encoded.aux), rows_of_all(result.daux, 1, "auxk"), rows_of_all(result.aux_coef, 2, "auxk")]
+        aux += [rows_of_all(error, 1, "auxk errors") for error in result.aux_errors]
+    centred = [rows_of_all(x, 0, "inputs") for x in encoded.centred]
+    biases = data.gather(torch.cat(result.dbiases), "biases")  # they are this replica's part
+    # on their way together; the lists of the codes are made meanwhile
+    encoded.codes, result.dvalues, result.coef = codes(), dvalues().contiguous(), coef().contiguous()
+    result.errors, encoded.centred = [error() for error in errors], [x() for x in centred]
+    if aux:
+        encoded.aux, result.daux, result.aux_coef, *result.aux_errors = (part() for part in aux)
+        result.daux, result.aux_coef = result.daux.contiguous(), result.aux_coef.contiguous()
+    result.dbiases = [*biases.wait().sum(0).split([len(db) for db in result.dbiases])]
