@@ -49,9 +49,8 @@ class Absent:
 
         self.whole = torch.randint(1, N - 1, (*lead, B, k), generator=g).to(DEVICE)
         absent = torch.rand(*lead, B, k, generator=g) < 0.5
-        if pattern == "rows":
-            absent[..., 0, :], absent[..., 1, :] = True, False
-        elif pattern != "some":
+        absent[..., 0, :], absent[..., 1, :] = True, False
+        if pattern != "some":
             absent.fill_(pattern == "all")
         self.absent = absent.to(DEVICE)
         self.indices = torch.where(self.absent, ABSENT, self.whole)
@@ -69,13 +68,12 @@ def dtype(request):
     return request.param
 
 
-PATTERNS = pytest.mark.parametrize("pattern", ["some", "rows", "all", "none"])
-ROUTES = pytest.mark.parametrize("k", [1, 9, 20])  # in the interpreter 20 rows of float64 run in chunks
+PATTERNS = pytest.mark.parametrize("pattern", ["some", "all", "none"])
+ROUTES = pytest.mark.parametrize("k", [5, 20])  # in the interpreter 20 rows of float64 run in chunks
 
 
 @PATTERNS
-@ROUTES
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("k, own", [(1, False), (5, True), (20, False)])
 def test_values_of_absent_latents_are_zero(impl, pattern, k, own, dtype):
     check_values(impl, pattern, k, own, dtype)
 
@@ -131,7 +129,7 @@ def test_wide_sums_are_the_sums_before_they_are_rounded(impl, dtype):
 
 def test_sums_without_reading_on_the_host(monkeypatch, dtype):
     """The route of torch on a GPU: absent entries are moved into a bag of their own."""
-    c = Absent("rows", 9, dtype)
+    c = Absent("some", 9, dtype)
     want = gather_sum(c.indices, c.values, c.weights[0], None, False, "torch")
     monkeypatch.setattr(gather, "is_host_readable", lambda _: False)
     assert same(gather_sum(c.indices, c.values, c.weights[0], None, False, "torch"), want)
@@ -139,7 +137,7 @@ def test_sums_without_reading_on_the_host(monkeypatch, dtype):
 
 @pytest.mark.parametrize("threshold", [1e-3, -1.0])
 def test_absent_latents_do_not_fire(impl, threshold):
-    c = Absent("rows", 9, torch.float32)
+    c = Absent("some", 9, torch.float32)
     got, want = (torch.arange(N, device=DEVICE) for _ in range(2))
     count_fired_([got], c.indices, c.values[:1], threshold, impl)
     fired = c.whole[(c.values[0] > threshold) & ~c.absent]
@@ -187,8 +185,7 @@ def test_gradients_of_shards_are_blocks_of_the_whole(impl, shards):
         assert torch.equal(own_out, out[low:high]) and torch.equal(own_sums, sums[low:high])
 
 
-@pytest.mark.parametrize("normalize", [PLAIN, BEFORE, AFTER])
-@pytest.mark.parametrize("go", [1.0, 0.0])
+@pytest.mark.parametrize("normalize, go", [(PLAIN, 1.0), (BEFORE, 1.0), (AFTER, 1.0), (BEFORE, 0.0)])
 def test_adam_steps_of_shards_are_blocks_of_the_whole(impl, normalize, go):
     g = torch.Generator().manual_seed(6)
     rows, k, n, widths, adam = 7, 4, 23, (20, 33), (0.9, 0.99, 1e-8)
@@ -251,17 +248,18 @@ def exact_keys(h, k, impl, dtype=torch.float32, ids=None, count=None):
     return select([eye], [weights], [bias], k, ids, count, keys, impl), keys
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("k", [1, 7, 70])
+FORMS = [(torch.float32, 1), (torch.float32, 70), (torch.bfloat16, 7), (torch.float16, 7), (torch.float64, 7)]
+
+
+@pytest.mark.parametrize("dtype, k", FORMS, ids=str)
 def test_keys_are_the_logits_compared(impl, dtype, k):
     if CUDA and impl == "triton" and dtype == torch.float64:
         pytest.skip("no float64 kernels on a GPU")
-    h = torch.randn(6, 70, generator=torch.Generator().manual_seed(1)).to(dtype)
+    h = torch.randn(3, 70, generator=torch.Generator().manual_seed(1)).to(dtype)
     h[2] = h[2].round()
     indices, keys = exact_keys(h, k, impl, dtype)
     want = reference.topk_indices(h.to(DEVICE, keys.dtype), k)
     assert torch.equal(indices, want) and torch.equal(keys, h.to(DEVICE, keys.dtype).gather(1, want))
-    assert torch.equal(indices, exact_keys(h, k, impl, dtype)[0])
 
 
 def test_keys_of_rows_that_are_not_finite(impl):
@@ -299,7 +297,7 @@ def test_keys_of_every_stream(impl, listed):
 
 
 def test_keys_of_rows_in_chunks(monkeypatch):
-    h = torch.randn(50, 70, generator=torch.Generator().manual_seed(4))
+    h = torch.randn(20, 70, generator=torch.Generator().manual_seed(4))
     want, keys = exact_keys(h, 5, "triton")
     monkeypatch.setattr(selection, "rows_per_chunk", lambda *_: (16, 1))
     got, again = exact_keys(h, 5, "triton")
@@ -337,7 +335,7 @@ def hard_keys(M):
     return torch.stack(rows).to(DEVICE)
 
 
-SIZES = pytest.mark.parametrize("M, k", [(1, 1), (7, 7), (37, 5), (64, 64), (300, 1), (200, 65), (1100, 1)])
+SIZES = pytest.mark.parametrize("M, k", [(1, 1), (37, 5), (64, 64), (150, 65), (1100, 1)])
 
 
 @SIZES
@@ -377,7 +375,7 @@ def test_float64_keys_are_compared_in_float64():
 
 
 def test_lists_of_local_selection_skip_absent_latents(impl):
-    c = Absent("rows", 9, torch.float32, own=True)
+    c = Absent("some", 9, torch.float32, own=True)
     order, offsets, ids = inverse_index_op(c.indices, S, N, None, impl)
     for s in range(S):
         size = int(offsets[s, -1])
