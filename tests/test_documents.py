@@ -236,7 +236,7 @@ def test_commands_and_options_in_the_prose_exist(capsys):
         with pytest.raises(SystemExit):
             cli.parse([name, "--help"])
     options = set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))
-    options |= {"--all", "--strict"}  # of tests/scripts/launch_everything.py and twine
+    options |= {"--all", "--strict", "--max-restarts"}  # of tests/scripts/launch_everything.py, twine, torchrun
     asked = {option for span in spans for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", span)}
     assert len(asked) > 20 and asked <= options, asked - options
     named = {span.split()[1] for span in spans if re.match(r"sparc-kernels [a-z]", span)}
