@@ -27,16 +27,34 @@ class Hashing:
 
     def __init__(self, file):
         self.file, self.digest, self.size = file, hashlib.sha256(), 0
+        self._error: OSError | None = None
+
+    @contextlib.contextmanager
+    def own_errors(self):
+        """Context that raises the file's own error in place of what torch.save makes of it."""
+        try:
+            yield self
+        except Exception:
+            if self._error is not None:
+                raise self._error from None
+            raise
+
+    def _try(self, method: Callable, *data):
+        try:
+            return method(*data)
+        except OSError as error:
+            self._error = self._error or error
+            raise
 
     def write(self, data) -> int:
         """Write and hash bytes."""
         self.digest.update(data)
         self.size += memoryview(data).nbytes
-        return self.file.write(data)
+        return self._try(self.file.write, data)
 
     def flush(self) -> None:
         """Hand over what is buffered to the operating system."""
-        self.file.flush()
+        self._try(self.file.flush)
 
     def tell(self) -> int:
         """Return the number of bytes written."""

@@ -45,20 +45,6 @@ class Block:
         step = max(1, n * PIECE // max(1, bytes_))
         return [self.narrow(i, min(step, n - i)) for i in range(0, n, step)]
 
-    def copy_from(self, name: str, whole: torch.Tensor | None) -> None:
-        """Copy the block's latents from a whole tensor.
-
-        Args:
-            name: of the tensor, for messages.
-            whole: the tensor; None: there is none.
-
-        Raises:
-            ValueError: there is none, or it has another shape.
-        """
-        self.check(name, None if whole is None else whole.shape)
-        assert whole is not None, "check raises"
-        self.tensor.copy_(whole.narrow(self.dim, self.start, self.tensor.shape[self.dim]))
-
     def check(self, name: str, shape: torch.Size | None) -> None:
         """Raise a ValueError unless the whole tensor has a shape.
 

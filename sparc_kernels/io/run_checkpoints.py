@@ -95,7 +95,8 @@ def _make(folder: Path) -> None:
 
 def _write(file, content: dict) -> None:
     hashing = Hashing(file)
-    torch.save(content, cast(IO[bytes], hashing))  # torch writes and flushes, nothing else
+    with hashing.own_errors():
+        torch.save(content, cast(IO[bytes], hashing))  # torch writes and flushes, nothing else
     file.write(MAGIC + hashing.digest.digest())
 
 
@@ -178,7 +179,9 @@ def _read(path: Path, blocks: Mapping[Key, Block] | None = None, wanted: Callabl
     mapped = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     state = flat(by_name(mapped))
     for key, block in (blocks or {}).items():
-        block.copy_from(".".join(key), state.get(key))
+        block.check(".".join(key), getattr(state.get(key), "shape", None))
+    for key, block in (blocks or {}).items():
+        block.tensor.copy_(state[key].narrow(block.dim, block.start, block.tensor.shape[block.dim]))
     left = {key: value for key, value in state.items() if wanted is None or wanted(key)}
     copied = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in left.items()}
     return by_id(nested(copied))

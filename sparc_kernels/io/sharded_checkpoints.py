@@ -116,8 +116,8 @@ class _Files(FileSystem):
             if mode != "wb":
                 yield file
                 return
-            stream = Hashing(file)
-            yield stream
+            with Hashing(file).own_errors() as stream:
+                yield stream
             stream.close()
             self.written[Path(path).name] = {"bytes": stream.size, "sha256": stream.digest.hexdigest()}
 
@@ -177,9 +177,10 @@ class _Saver(dcp.DefaultSavePlanner):
         )
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """Merge the ranks' plans; the metadata have every value's place, by which torch nests the state again."""
+        """Merge the ranks' plans; the metadata have every value's place in the nested state, in the state's order."""
         plans, metadata = super().create_global_plan(all_plans)
-        return plans, replace(metadata, planner_data=self.keys)
+        stored = {name: metadata.state_dict_metadata[name] for name in self.keys}
+        return plans, replace(metadata, planner_data=self.keys, state_dict_metadata=stored)
 
     def lookup_object(self, index: MetadataIndex) -> Any:
         """Return what an item of the plan stands for."""
