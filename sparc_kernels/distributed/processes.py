@@ -116,7 +116,8 @@ class Processes:
             from torch.distributed.distributed_c10d import _get_default_store  # missing where torch was built without
 
             name = f"sparc_kernels/{next(_numbers)}"
-            store = dist.PrefixStore(name, _get_default_store().clone())  # its own connection: others may block theirs
+            default: Any = _get_default_store()
+            store = dist.PrefixStore(name, default.clone())  # its own connection: others may block theirs
             self._watchdog = Watchdog(store, self.rank, self.size, limit, stall)
 
     # -------------------------------------------------------------------------------------------------------- agreement
@@ -314,7 +315,7 @@ class Watchdog:
             self._stopped.wait(self.limit + 5 * self.interval)
         self.stop()
         with suppress(Exception):  # the store may be gone, and with it what could be told
-            self._write(self.rank, f"{type(error).__name__}: {first_line(error)}")
+            self._write(self.rank, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
             self._wait_for_readers()
 
     def stop(self) -> None:
@@ -328,8 +329,8 @@ class Watchdog:
         while not self._stopped.is_set():
             try:
                 self._beats += 1
-                life = json.dumps([self._beats, self._count, self._place, os.getpid(), self._machine])
-                self.store.set(f"life/{self.rank}", life)
+                own = json.dumps([self._beats, self._count, self._place, os.getpid(), self._machine])
+                self.store.set(f"life/{self.rank}", own)
                 if self.store.check(["failed"]):
                     reason = json.loads(self.store.get("failed"))
                     self.store.add("read", 1)
