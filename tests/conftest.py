@@ -54,7 +54,10 @@ LONG = [
     "cost",
     "host",
     "step",
-    "distributed",
+    "sharded_latents",
+    "bytes",
+    "by_rows",
+    "wrappers",
     "data",
 ]
 

@@ -29,6 +29,7 @@ def together(folder: Path, world: int, cases: dict[str, Callable[[], None]]) -> 
 
 def _work(rank: int, folder: str, world: int, cases) -> None:
     from conftest import CUDA  # noqa: F401, chooses the interpreter
+
     torch.set_num_threads(1)
     torch.set_deterministic_debug_mode("error")  # poisons fresh memory
     limit = datetime.timedelta(seconds=120)

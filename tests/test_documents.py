@@ -12,6 +12,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from names import Sources, prose, spans
+from torch.distributed import run as torchrun
 from torch.nn.parallel import DistributedDataParallel
 
 import sparc_kernels
@@ -24,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TOP = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 DOCUMENTS = [*TOP, *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 NOT_RUN = {"math": "equations", "text": "what a command printed, with machine and date before it"}
+JOBS = ("bash", "yaml")  # for GPUs or a cluster: the lines of torchrun in them are read
 SETUP = (
     "python3 -m venv ",
     "pip install ",
@@ -111,6 +113,23 @@ def read(words: list[str]):
     return PARSERS[program](words[len(program.split()) :])
 
 
+def launches(block: Block) -> list[list[str]]:
+    """The words of every command of torchrun in a job's script or manifest."""
+    if block.language == "yaml":
+        lists = re.findall(r"command: \[(torchrun.*?)\]", block.text, re.DOTALL)
+        return [[word.strip().strip('"') for word in text.split(",")] for text in lists]
+    lines = block.text.replace("\\\n", " ").splitlines()
+    return [shlex.split(line[line.index("torchrun") :]) for line in lines if re.search(r"^(srun )?torchrun ", line)]
+
+
+def read_launch(words: list[str]) -> None:
+    """What torchrun's own parser makes of it, and the program's of the rest."""
+    launch = torchrun.parse_args(words[1:])
+    assert launch.module, "python -m"
+    read([{"sparc_kernels": "sparc-kernels"}.get(launch.training_script, launch.training_script),
+          *launch.training_script_args])  # fmt: skip
+
+
 def run_command(words: list[str]) -> None:
     read(words)
     if shlex.join(words) not in ELSEWHERE:
@@ -162,6 +181,10 @@ def test_every_block_runs(document, tmp_path, monkeypatch, request):
             elif block.language == "sh":
                 for words in commands(block):
                     read(words) if document == RECORDED else run_command(words)
+            elif block.language in JOBS:
+                assert launches(block), f"{document}:{block.line}: nothing to read"
+                for words in launches(block):
+                    read_launch(words)
             else:
                 assert block.language in NOT_RUN, f"{document}:{block.line}: {block.language!r}: run it, or say why not"
     finally:
@@ -237,6 +260,7 @@ def test_commands_and_options_in_the_prose_exist(capsys):
             cli.parse([name, "--help"])
     options = set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))
     options |= {"--all", "--strict"}  # of tests/scripts/launch_everything.py and twine
+    options |= {"--" + name.replace("_", "-") for name in vars(torchrun.parse_args(["script"]))}
     asked = {option for span in spans for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", span)}
     assert len(asked) > 20 and asked <= options, asked - options
     named = {span.split()[1] for span in spans if re.match(r"sparc-kernels [a-z]", span)}

@@ -151,6 +151,21 @@ def test_retrieval_of_codes_equals_that_of_their_dense_form():
     assert retrieval(query, target) == pytest.approx(retrieval(*as_dense))
 
 
+def dealt(items: range, work) -> torch.Tensor:
+    """As three processes would: parts of a range, one of them empty."""
+    return torch.cat([work(items[:1]), work(items[1:1]), work(items[1:])])
+
+
+def test_results_do_not_depend_on_how_work_is_dealt(monkeypatch):
+    monkeypatch.setattr(metrics, "_BLOCK_ELEMENTS", 300)
+    query, target = random_codes(seed=1), random_codes(seed=2)
+    assert retrieval(query, target, deal=dealt) == retrieval(query, target)
+    codes, labels = random_codes(B=400, seed=3), random_labels(B=400, p=0.3)
+    whole, parts = probe_1d(codes, labels), probe_1d(codes, labels, deal=dealt)
+    assert parts.mean == whole.mean and parts.per_class.equal(whole.per_class) and parts.latents.equal(whole.latents)
+    assert parts.latents.dtype == torch.int64 and (parts.latents >= 0).all()
+
+
 def test_a_matching_pair_is_found():
     codes = random_codes(B=30, zero=0.0)
     perfect = {"R@1": 1.0, "R@5": 1.0, "R@10": 1.0, "median_rank": 1.0, "MRR": 1.0}

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ LIMIT = 20.0  # seconds without a sign of life after which a process counts as l
 STALL = 300.0  # seconds without progress after which a process counts as hanging
 _INTERVAL = 1.0  # seconds between signs of life
 _PATIENCE = timedelta(days=1)  # of collectives: one rank may save or check files for hours; the watchdog ends hangs
+_START = timedelta(minutes=10)  # until all processes have started
 _EVERY = {"cpu": 1, "cuda": 8}  # steps between agreements on signals
 _numbers = itertools.count()  # of the `Processes` of this process: the same on every rank
 _joined: list[Processes] = []  # at most one
@@ -60,8 +62,12 @@ def join(device: str | torch.device = "auto", *, limit: float = LIMIT, stall: fl
         return Processes(check_device("device", device), limit, stall)
     if starts:
         own = _own_device(device, int(os.environ.get("RANK") or 0))
-        cuda = own.type == "cuda"
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=_PATIENCE, **({"device_id": own} if cuda else {}))
+        gpu: dict[str, Any] = {"device_id": own} if own.type == "cuda" else {}
+        store, rank, size = next(dist.rendezvous("env://", timeout=_START))
+        # torchrun may keep its store over a restart, with the addresses of the processes before it
+        store = dist.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT') or 0}", store)
+        backend = "nccl" if gpu else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE, **gpu)
     else:
         gloo = device == "auto" and dist.get_backend() == "gloo"
         own = _own_device("cpu" if gloo else device, dist.get_rank())
@@ -270,9 +276,10 @@ class Watchdog:
     """A thread that ends this process when another one of the run is lost.
 
     Every rank gives signs of life and watches the next one; the first to find something wrong writes it down for all.
-    A process is lost if it gives no sign of life for `limit` seconds (killed, stopped, its machine gone), if an
-    exception ends it, or if it makes no progress for `stall` seconds. The others print its number and the reason on
-    stderr and exit with LOST; a hanging process that can still do so exits with 1.
+    A process is lost if it is gone from this machine, if it gives no sign of life for `limit` seconds (killed on
+    another machine, stopped, its machine gone), if an exception ends it, or if it makes no progress for `stall`
+    seconds. The others print its number and the reason on stderr and exit with LOST; a hanging process that can still
+    do so exits with 1.
 
     Args:
         store: of the process group, in a connection of its own.
@@ -288,6 +295,7 @@ class Watchdog:
         self._beats = self._count = 0
         self._place: str | None = None
         self._since = time.monotonic()
+        self._machine = _machine()
         self._stopped = threading.Event()
         store.set_timeout(timedelta(seconds=limit))
         self._thread = threading.Thread(target=self._run, name="sparc-watchdog", daemon=True)
@@ -320,7 +328,7 @@ class Watchdog:
         while not self._stopped.is_set():
             try:
                 self._beats += 1
-                life = json.dumps([self._beats, self._count, self._place])
+                life = json.dumps([self._beats, self._count, self._place, os.getpid(), self._machine])
                 self.store.set(f"life/{self.rank}", life)
                 if self.store.check(["failed"]):
                     reason = json.loads(self.store.get("failed"))
@@ -329,10 +337,12 @@ class Watchdog:
                         self._wait_for_readers()
                     self._end(*reason)
                 life = self.store.get(watched) if self.store.check([watched]) else b""
+                lost = (self.rank + 1) % self.size
                 if life != seen:
                     seen, changed = life, time.monotonic()
+                elif life and self._is_gone(*json.loads(life)[3:]):
+                    self._write(lost, "its process is gone: killed, maybe for want of memory")
                 if time.monotonic() - changed > self.limit:
-                    lost = (self.rank + 1) % self.size
                     self._write(lost, f"no sign of life for {self.limit:g} s: it was killed, or its machine is gone")
                 elif self._place is not None and time.monotonic() - self._since > self.stall:
                     self._write(*self._hanging())
@@ -342,6 +352,15 @@ class Watchdog:
                 if not self._stopped.is_set():
                     gone = "the store of the processes does not answer: rank 0 or the launcher is gone"
                     self._end(None, f"{gone} ({first_line(error)})")
+
+    def _is_gone(self, pid: int, machine: str | None) -> bool:
+        """Whether a process of this machine has ended."""
+        if self._machine is None or machine != self._machine:
+            return False
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"  # a zombie, dead
+        except OSError as error:
+            return isinstance(error, FileNotFoundError)
 
     def _write(self, rank: int | None, reason: str) -> None:
         """Write down a failure, unless there is one already."""
@@ -356,7 +375,7 @@ class Watchdog:
     def _hanging(self) -> tuple[int | None, str]:
         """The rank that has come least far, and what it did."""
         lives = [json.loads(self.store.get(f"life/{rank}")) for rank in range(self.size)]
-        counts = [count for _, count, _ in lives]
+        counts = [count for _, count, *_ in lives]
         rank = counts.index(min(counts))
         where = f"no progress for {self.stall:g} s ({lives[rank][2] or 'between steps'})"
         return (rank, where) if min(counts) < max(counts) else (None, f"{where} on any rank")
@@ -366,6 +385,14 @@ class Watchdog:
         who = "the processes are lost" if rank is None else f"rank {rank} is lost"
         print(f"sparc-kernels: rank {self.rank} ends, since {who}: {reason}", file=sys.stderr, flush=True)
         os._exit(1 if rank == self.rank else LOST)
+
+
+def _machine() -> str | None:
+    """What tells the processes whose numbers this one can look up; None: it cannot."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
 
 
 def _follows(error: BaseException) -> bool:

@@ -16,6 +16,7 @@ from sparc_kernels.evaluation import csr
 from sparc_kernels.io.weights import save_weights
 
 ROWS, WIDTHS, CLASSES = 130, {"a": 6, "b": 4, "c": 5}, 3
+NAMES = {3: ["eval", "eval-2", "npz", "safetensors", "encode-2", "one-batch"], 2: ["eval", "npz"]}  # by processes
 BLOCK = 4096  # elements of a block, so that retrieval has several
 
 
@@ -71,6 +72,7 @@ def work(rank: int, here: str) -> None:
         codes = {
             name: run(words, Path(f"{name}.{size}"), Path(f"{name}.{size}.err{rank}"))
             for name, words in COMMANDS.items()
+            if name in NAMES[size]
         }
         # a NaN that the last process reads; a file of others where the leading one writes; a disk that it fills
         codes["nan"] = run(
@@ -101,7 +103,7 @@ def test_processes_write_what_one_writes(folder, monkeypatch):
         assert run(words, Path(f"{name}.1"), Path(f"{name}.1.err0")) == 0
     mp.start_processes(work, (str(folder),), nprocs=3, start_method="forkserver")
     for size in (3, 2):
-        for name in COMMANDS:
+        for name in NAMES[size]:
             alone, together = Path(f"{name}.1"), Path(f"{name}.{size}")
             files = sorted(path.name for path in alone.iterdir())
             assert files == sorted(path.name for path in together.iterdir()) and files
@@ -109,7 +111,7 @@ def test_processes_write_what_one_writes(folder, monkeypatch):
                 assert (alone / file).read_bytes() == (together / file).read_bytes(), (name, size, file)
         for rank in range(size):
             codes = json.loads(Path(f"codes.{size}.{rank}").read_text())
-            assert codes == dict.fromkeys(COMMANDS, 0) | {"nan": 2, "others": 2, "full": 2}
+            assert codes == dict.fromkeys(NAMES[size], 0) | {"nan": 2, "others": 2, "full": 2}
             for name in codes:  # one process speaks
                 assert rank == 0 or Path(f"{name}.{size}.err{rank}").read_text() == ""
         assert f"rank {size - 1}: stream 'b'" in Path(f"nan.{size}.err0").read_text()

@@ -334,6 +334,21 @@ def test_rows_too_large_for_float32_are_named(tmp_path, normalize, what):
     assert str(error.value) == f"stream 'a' ({path}): expected {expected}"
 
 
+def test_some_batches_are_read_and_checked_alone():
+    x = values()
+    x[290, 5], x[3] = float("nan"), 0
+    opened = Features({"a": x})
+    first, last = opened.interval(range(0, 280, 7)), opened.interval(range(280, ROWS, 7))
+    assert first == (0, 280) and last == (280, ROWS) and opened.interval(range(0, 0, 7)) == (0, 0)
+    summary = opened.check(rows=first)["a"]
+    assert summary.zero_rows == [3] and summary.n_read == 280
+    with pytest.raises(ValueError, match=r"got NaN or infinity in 1 rows: 290"):
+        next(Features({"a": x}).batches(7, range(280, ROWS, 7)))
+    read = dict(Features({"a": x}).batches(7, range(7, 21, 7)))
+    assert list(read) == [7, 14] and read[14]["a"].equal(opened.read(14, 21)["a"])
+    assert list(Features({"a": x}).batches(7, range(0, 0, 7))) == []
+
+
 def test_batches_are_refused_before_the_first(monkeypatch):
     x = values()
     x[290, 5] = float("nan")

@@ -274,24 +274,30 @@ def terminated(step: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def untroubled(step: int) -> None:
+    pass
+
+
 LIMIT = 8  # seconds
 # name -> number of processes, the one that misbehaves, what it does, exit codes of it and the others, what those print
 FAULTS = {
-    "kill -9": (3, 1, killed, -signal.SIGKILL, LOST, f"rank 1 is lost: no sign of life for {LIMIT} s"),
+    "kill -9": (3, 1, killed, -signal.SIGKILL, LOST, "rank 1 is lost: its process is gone"),
     "kill -9 of rank 0": (2, 0, killed, -signal.SIGKILL, LOST, "rank 0 or the launcher is gone"),
     "stopped": (2, 1, halted, None, LOST, f"rank 1 is lost: no sign of life for {LIMIT} s"),
     "exception": (3, 2, broken, 1, LOST, "rank 2 is lost: RuntimeError: something broke"),
     "hang": (2, 1, hanging, 1, LOST, f"rank 1 is lost: no progress for {LIMIT} s (in step 3)"),
     "SIGTERM": (2, 1, terminated, 143, 143, ""),
+    "nothing": (2, 1, untroubled, 0, 0, ""),
 }
 
 
-def misbehave(rank: int, world: int, port: int, folder: Path, who: int, fault) -> None:
+def misbehave(rank: int, world: int, port: int, folder: Path, who: int, fault, epochs: int, restarts: int) -> None:
     """One process of a run that is started by hand, with the environment of a launcher."""
     torch.set_num_threads(1)
-    os.dup2(os.open(folder / f"{rank}.txt", os.O_WRONLY | os.O_CREAT), 2)
+    os.dup2(os.open(folder / f"{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     os.dup2(2, 1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                   "TORCHELASTIC_RESTART_COUNT": str(restarts)}  # fmt: skip
 
     def on_step(step, loss, metrics):
         (folder / f"{rank}.step").write_text(str(step))
@@ -301,44 +307,62 @@ def misbehave(rank: int, world: int, port: int, folder: Path, who: int, fault) -
     from sparc_kernels.cli import train as command
 
     command.Trainer = functools.partial(Trainer, on_step=on_step)
-    limits = [f"--lost-after={LIMIT}", f"--hangs-after={LIMIT if fault is hanging else 300}"]
+    limits = [f"--lost-after={LIMIT}", f"--hangs-after={LIMIT if fault is hanging else 300}", "--checkpoint-every=2"]
     given = [f"--stream={s}={folder.parent / s}.npy" for s in WIDTHS]
     sys.exit(cli.main(["train", *given, f"--out={folder}/run", "--n-latents=26", "--k=3", "--auxk=4",
-                       "--batch-size=24", "--epochs=999", "--device=cpu", *limits]))  # fmt: skip
+                       "--batch-size=24", f"--epochs={epochs}", "--device=cpu", *limits]))  # fmt: skip
+
+
+class Group:
+    """Processes of one run, started by hand; a new attempt goes on in the folder of the one before it."""
+
+    context = multiprocessing.get_context("forkserver")
+
+    def __init__(self, folder: Path, name: str, port: int, restarts: int = 0):
+        self.folder, self.name, (self.world, self.who, fault, *_) = folder / name, name, FAULTS[name]
+        self.folder.mkdir(exist_ok=True)
+        ends = name in ("kill -9 of rank 0", "nothing")  # of one epoch, finished by the next attempt
+        more = self.folder, self.who, untroubled if restarts else fault, 1 if ends else 999, restarts
+        self.processes = [
+            self.context.Process(target=misbehave, args=(rank, self.world, port, *more)) for rank in range(self.world)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def end(self) -> tuple[list[int | None], list[str]]:
+        """Exit codes and outputs; a process that is stopped has no code."""
+        for rank, process in enumerate(self.processes):
+            process.join(5 if (rank, self.name) == (self.who, "stopped") else 90)
+        codes = [process.exitcode for process in self.processes]
+        for process in self.processes:
+            process.kill()
+            process.join()
+        return codes, [(self.folder / f"{rank}.txt").read_text() for rank in range(self.world)]
 
 
 def test_a_lost_process_ends_the_others_with_its_number_and_reason(tmp_path):
-    context, groups = multiprocessing.get_context("forkserver"), {}
-    context.set_forkserver_preload(["sparc_kernels.cli.train", "torch._dynamo", "torch.distributed.tensor"])
+    Group.context.set_forkserver_preload(["sparc_kernels.cli.train", "torch._dynamo", "torch.distributed.tensor"])
     for s, x in streams().items():
         np.save(tmp_path / f"{s}.npy", x.numpy())
     with contextlib.ExitStack() as held:  # all at once, so that they differ
-        sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in FAULTS]
+        sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in [*FAULTS, "again"]]
         ports = [s.getsockname()[1] for s in sockets]
-    for (name, (world, who, fault, *_)), port in zip(FAULTS.items(), ports, strict=True):
-        folder = tmp_path / name
-        folder.mkdir()
-        started = [context.Process(target=misbehave, args=(r, world, port, folder, who, fault)) for r in range(world)]
-        for process in started:
-            process.start()
-        groups[name] = started
-    wrong = []
-    for name, (world, who, _, own_code, code, words) in FAULTS.items():
-        texts = []
-        for rank, process in enumerate(groups[name]):
-            wanted = own_code if rank == who else code
-            if wanted is not None:
-                process.join(90)
-            got, text = process.exitcode, (tmp_path / name / f"{rank}.txt").read_text()
-            texts.append(text)
-            if got != wanted or (rank != who and words not in text):
-                wrong.append(f"{name}, rank {rank}: exit code {got}, expected {wanted}: {text}")
-            process.kill()
-            process.join()
-        steps = {int((tmp_path / name / f"{rank}.step").read_text()) for rank in range(world)}
-        if name == "SIGTERM" and (steps != {4} or [text.count("SIGTERM after step 4") for text in texts] != [1, 0]):
-            wrong.append(f"{name}: steps {steps}: {texts}")
+    groups = [Group(tmp_path, name, port) for name, port in zip(FAULTS, ports, strict=False)]
+    wrong, outputs = [], {}
+    for group in groups:
+        _, who, _, own_code, code, words = FAULTS[group.name]
+        wanted = [own_code if rank == who else code for rank in range(group.world)]
+        codes, texts = outputs[group.name] = group.end()
+        if codes != wanted or not all(words in text for rank, text in enumerate(texts) if rank != who):
+            wrong.append(f"{group.name}: exit codes {codes}, expected {wanted}: {texts}")
+    steps = {int((tmp_path / "SIGTERM" / f"{rank}.step").read_text()) for rank in range(2)}
+    told = [text.count("SIGTERM after step 4") for text in outputs["SIGTERM"][1]]
     assert not wrong, "\n".join(wrong)
+    assert steps == {4} and told == [1, 0], outputs["SIGTERM"]
+    again = Group(tmp_path, "kill -9 of rank 0", ports[-1], restarts=1).end()
+    assert again[0] == [0, 0] and "Resuming after step 2 of 9" in again[1][0], again
+    finished, want = (tmp_path / name / "run" / "model.safetensors" for name in ("kill -9 of rank 0", "nothing"))
+    assert finished.read_bytes() == want.read_bytes()
 
 
 # --------------------------------------------------------------------------------------------- one process of its own

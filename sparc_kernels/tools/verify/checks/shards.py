@@ -25,14 +25,13 @@ def judge_shard_selection(check: Check) -> None:
     odd = replace(p, latent_biases=[b.clone() for b in p.latent_biases])
     for place, value in ((1, -math.inf), (2, math.inf), (3, math.nan), (check.case.N - 1, math.inf)):
         odd.latent_biases[0][place] = value
-    for what, problem in (("integers", p), ("inf, NaN biases", odd)):
+    for what, problem, local in (("global", p, False), ("local", p, True), ("inf, NaN biases", odd, False)):
         hs = problem.to(F64).logits()
-        for local in (False, True):
-            expected = reference.select(hs, check.case.k, "local" if local else "global")
-            latents, keys = _merged(check, problem, check.case.k, local)
-            check.exact(f"{what} {'local' if local else 'global'}", latents, expected)
-            chosen = torch.stack([h.gather(1, i) for h, i in zip(hs, expected, strict=True)]) if local else None
-            check.exact(f"{what} keys", keys, sum(hs).gather(1, expected) if chosen is None else chosen)
+        expected = reference.select(hs, check.case.k, "local" if local else "global")
+        latents, keys = _merged(check, problem, check.case.k, local)
+        check.exact(what, latents, expected)
+        logits = torch.stack(hs) if local else sum(hs)
+        check.exact(f"{what} keys", keys, logits.gather(-1, expected))
     dead = torch.arange(check.case.N, device=check.device) % 3 != 0
     _, keys = _merged(check, p, check.case.auxk, True, dead)
     among = torch.stack(p.to(F64).logits()).masked_fill(~dead, -math.inf)
