@@ -6,7 +6,7 @@ import errno
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, cast
 
@@ -126,13 +126,14 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for end in (FILE, FOLDER) for path in folder.glob("step-" + "[0-9]" * 9 + end))
 
 
-def load_checkpoint(path: Path, ranks: Ranks | None = None) -> dict:
+def load_checkpoint(path: Path, ranks: Ranks | None = None, without: Sequence[str] = ()) -> dict:
     """Load a checkpoint to the CPU.
 
     Args:
         path: what `save_checkpoint` wrote.
         ranks: all of which call this: they verify a folder together and leave out the tensors that are sharded, which
             `fill` reads. None, or one rank: everything is loaded, whole.
+        without: names at the top of the state that are not read, such as "optimizer".
 
     Returns:
         The state, with `step` and `kind`.
@@ -142,9 +143,11 @@ def load_checkpoint(path: Path, ranks: Ranks | None = None) -> dict:
     """
     if ranks is None or ranks.size == 1:
         _verify(path)
-        return _checked(path, lambda: _read(path))
+        wanted = (lambda key: key[0] not in without) if without else None
+        return _checked(path, lambda: _read(path, wanted=wanted))
     in_step(ranks, lambda: _verify(path, ranks.rank, ranks.size))
-    return in_step(ranks, lambda: _checked(path, lambda: _read(path, wanted=lambda key: latents_dim(key) is None)))
+    wanted = lambda key: key[0] not in without and latents_dim(key) is None  # noqa: E731
+    return in_step(ranks, lambda: _checked(path, lambda: _read(path, wanted=wanted)))
 
 
 def _verify(path: Path, rank: int = 0, size: int = 1) -> None:
@@ -177,7 +180,9 @@ def _read(path: Path, blocks: Mapping[Key, Block] | None = None, wanted: Callabl
         with open(path, "rb") as file:
             return torch.load(file, map_location="cpu", weights_only=True)
     mapped = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    state = flat(by_name(mapped))
+    state = flat(
+        by_name({name: value for name, value in mapped.items() if blocks or wanted is None or wanted((name,))})
+    )
     for key, block in (blocks or {}).items():
         block.check(".".join(key), getattr(state.get(key), "shape", None))
     for key, block in (blocks or {}).items():
@@ -214,7 +219,11 @@ def fill(path: Path, state: dict, ranks: Ranks) -> None:
 
 
 def load_latest(
-    folder: Path, tell: Callable[[str], None] = logger.warning, after: float = -1, ranks: Ranks | None = None
+    folder: Path,
+    tell: Callable[[str], None] = logger.warning,
+    after: float = -1,
+    ranks: Ranks | None = None,
+    without: Sequence[str] = (),
 ) -> tuple[Path, dict] | None:
     """Load the newest undamaged checkpoint.
 
@@ -223,6 +232,7 @@ def load_latest(
         tell: called with a message for each damaged checkpoint skipped.
         after: only consider later steps.
         ranks: as of `load_checkpoint`.
+        without: likewise.
 
     Returns:
         The file or folder and its state; None if there is no such checkpoint.
@@ -235,7 +245,7 @@ def load_latest(
         found = ranks.objects(found)[0]
     for path in reversed(found):
         try:
-            return path, load_checkpoint(path, ranks)
+            return path, load_checkpoint(path, ranks, without)
         except ValueError as damage:
             tell(f"Skipped: {damage}")
             error = damage

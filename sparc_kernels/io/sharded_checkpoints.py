@@ -65,6 +65,7 @@ def write_folder(path: Path, state: Mapping[str, Any], ranks: Ranks) -> None:
     writer, planner = _Writer(temporary), _Saver(flat(state))
     try:
         in_step(ranks, lambda: _make_new(temporary) if first else None)
+        writer.set_up_storage_writer(first)
         plan = in_step(ranks, lambda: planner.plan_of(first))
         plans, metadata = planner.create_global_plan(ranks.objects(plan))  # the same on every rank
         plan = writer.prepare_global_plan(plans)[ranks.rank]

@@ -240,7 +240,7 @@ def _read_folder(folder: Path) -> tuple[Path, Any, Any]:
         step = config.get("step") if isinstance(config, dict) else None
         after = step if isinstance(step, int) else math.inf  # without a step: treated as the latest
     try:
-        latest = load_latest(folder / CHECKPOINTS, logger.warning, after)
+        latest = load_latest(folder / CHECKPOINTS, logger.warning, after, without=("optimizer",))
     except ValueError:
         if file is None:
             raise
@@ -258,7 +258,7 @@ def _read_folder(folder: Path) -> tuple[Path, Any, Any]:
 def _read_file(path: Path) -> tuple[Any, Any]:
     """state_dict and settings as the file or folder has them, not yet checked."""
     if path.is_dir():
-        checkpoint = load_checkpoint(path)
+        checkpoint = load_checkpoint(path, without=("optimizer",))
         return checkpoint.get("model"), checkpoint.get("model_config")
     return (_read_safetensors if path.suffix.lower() == ".safetensors" else _read_torch)(path)
 
@@ -286,7 +286,7 @@ def _read_torch(path: Path) -> tuple[Any, Any]:
         ours = file.seek(0, os.SEEK_END) > TRAILER and file.seek(-TRAILER, os.SEEK_END) >= 0
         ours = ours and file.read(len(MAGIC)) == MAGIC
     if ours:
-        checkpoint = load_checkpoint(path)
+        checkpoint = load_checkpoint(path, without=("optimizer",))
         return checkpoint.get("model"), checkpoint.get("model_config")
     try:
         _check_checksums(path)

@@ -426,6 +426,10 @@ def test_one_process_reads_what_four_saved(mesh, group):
     state = alone(seed=5)
     state.load(*load_latest(group[0] / mesh, pytest.fail))
     assert differences(state.state_dict(), alone().state_dict()) == []
+    for form in (path, group[0] / "one" / "step-000000004.pt"):
+        assert [*load_checkpoint(form, without=("optimizer", "model"))] == [
+            key for key in truth() if key not in ("optimizer", "model")
+        ]
     model, normalize = load_model(path)
     assert normalize and differences(model.state_dict(), alone().state_dict()["model"]) == []
 
