@@ -258,6 +258,8 @@ class Processes:
             self.at(None)
             dist.barrier(group=self._group)
             self.stop()
+            with suppress(RuntimeError):  # nobody leaves while another one still watches
+                dist.barrier(group=self._group)
 
     def stop(self) -> None:
         """Stop watching, and being watched."""
@@ -277,10 +279,9 @@ class Watchdog:
     """A thread that ends this process when another one of the run is lost.
 
     Every rank gives signs of life and watches the next one; the first to find something wrong writes it down for all.
-    A process is lost if it is gone from this machine, if it gives no sign of life for `limit` seconds (killed on
-    another machine, stopped, its machine gone), if an exception ends it, or if it makes no progress for `stall`
-    seconds. The others print its number and the reason on stderr and exit with LOST; a hanging process that can still
-    do so exits with 1.
+    A process is lost if it is gone from this machine, if it is stopped or on another machine and gives no sign of
+    life for `limit` seconds, if an exception ends it, or if it makes no progress for `stall` seconds. The others print
+    its number and the reason on stderr and exit with LOST; a hanging process that can still do so exits with 1.
 
     Args:
         store: of the process group, in a connection of its own.
@@ -341,10 +342,13 @@ class Watchdog:
                 lost = (self.rank + 1) % self.size
                 if life != seen:
                     seen, changed = life, time.monotonic()
-                elif life and self._is_gone(*json.loads(life)[3:]):
+                state = self._state_of(*json.loads(life)[3:]) if life else "S"  # it is about to begin
+                # one that runs on this machine may only be short of time
+                limit = self.limit if state in (None, "T", "t") else self.stall
+                if state in ("Z", "X"):
                     self._write(lost, "its process is gone: killed, maybe for want of memory")
-                if time.monotonic() - changed > self.limit:
-                    self._write(lost, f"no sign of life for {self.limit:g} s: it was killed, or its machine is gone")
+                elif time.monotonic() - changed > limit:
+                    self._write(lost, f"no sign of life for {limit:g} s: it was stopped, or its machine is gone")
                 elif self._place is not None and time.monotonic() - self._since > self.stall:
                     self._write(*self._hanging())
                 else:
@@ -354,14 +358,16 @@ class Watchdog:
                     gone = "the store of the processes does not answer: rank 0 or the launcher is gone"
                     self._end(None, f"{gone} ({first_line(error)})")
 
-    def _is_gone(self, pid: int, machine: str | None) -> bool:
-        """Whether a process of this machine has ended."""
+    def _state_of(self, pid: int, machine: str | None) -> str | None:
+        """State of a process of this machine, as /proc has it, "Z" if it is gone; None: unknown."""
         if self._machine is None or machine != self._machine:
-            return False
+            return None
         try:
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"  # a zombie, dead
-        except OSError as error:
-            return isinstance(error, FileNotFoundError)
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return "Z"
+        except OSError:
+            return None
 
     def _write(self, rank: int | None, reason: str) -> None:
         """Write down a failure, unless there is one already."""
