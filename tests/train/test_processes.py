@@ -332,7 +332,7 @@ class Group:
     def end(self) -> tuple[list[int | None], list[str]]:
         """Exit codes and outputs; a process that is stopped has no code."""
         for rank, process in enumerate(self.processes):
-            process.join(5 if (rank, self.name) == (self.who, "stopped") else 90)
+            process.join(5 if (rank, self.name) == (self.who, "stopped") else 300)
         codes = [process.exitcode for process in self.processes]
         for process in self.processes:
             process.kill()
