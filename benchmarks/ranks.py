@@ -150,6 +150,9 @@ def timed(what: str, step: Callable[[], object], shape: Shape, repeats: int, pro
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     processes = join()
+    if not processes.grouped:
+        print("benchmarks: error: ranks: expected processes that torchrun has started, got one alone")
+        return 2
     device, cuda = processes.device, processes.device.type == "cuda"
     say = print if processes.leads else lambda *_: None
     shape = args.shape or parse_shape("4096,131072,64,1024/768/768,3" if cuda else "64,2048,16,64/48/48,3,fp32")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -337,6 +340,24 @@ def refusals() -> None:
     assert not any(errors), errors
 
 
+def benchmark() -> None:
+    """`python -m benchmarks ranks` verifies, times and counts."""
+    from benchmarks import ranks
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "ranks.json")
+        shape = ["--shape", "8,64,4,8/6,2,fp32", "--repeats", "2", "--auxk", "2"]
+        code = ranks.main([*shape, "--tensor-parallel", "2", "--json", str(file)])
+        leads = torch.distributed.get_rank() == 0
+        record = json.loads(file.read_text()) if leads else None
+    assert code == 0
+    if record is not None:
+        names = [row["what"] for row in record["rows"]]
+        assert names == [f"{what}, {where}" for where in ("one rank alone", "2 x 2 ranks") for what in ranks.STEPS]
+        received = [sum(row["received"].values()) for row in record["rows"]]
+        assert received[:2] == [0, 0] and min(received[2:]) > 0 and record["rows"][3]["ms"] > 0
+
+
 def cases() -> dict:
     made: dict = {}
     partial = functools.partial
@@ -371,6 +392,7 @@ def cases() -> dict:
         small = dict(widths={"a": 6, "b": 5}, N=13, k=4, auxk=3, impl="triton", reinit=False, steps=4)
         made[f"kernels, {how}"] = partial(same_training, 2, 2, fused=fused, **small)
         made[f"kernels, local, {how}"] = partial(same_training, 1, 4, fused=fused, topk_type="local", **small)
+    made["benchmark"] = benchmark
     made["moments"], made["refusals"] = moments_are_divided, refusals
     return made
 
