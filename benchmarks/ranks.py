@@ -22,7 +22,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from sparc_kernels import AlignedSAE, SparcAdam
-from sparc_kernels.distributed import Ranks, counted, shard_latents
+from sparc_kernels.distributed import Ranks, count_bytes, shard_latents
 from sparc_kernels.distributed.processes import join
 from sparc_kernels.tools.shape import Shape, parse_shape
 
@@ -125,7 +125,7 @@ def timed(what: str, step: Callable[[], object], shape: Shape, repeats: int, pro
     cuda = processes.device.type == "cuda"
     for _ in range(3):
         step()
-    with counted() as received:
+    with count_bytes() as received:
         step()
     if cuda:
         torch.cuda.reset_peak_memory_stats()

@@ -24,7 +24,7 @@ _counters: list[Counter] = []
 
 
 @contextmanager
-def counted() -> Iterator[Counter]:
+def count_bytes() -> Iterator[Counter]:
     """Count the bytes that this rank receives from others inside the context.
 
     Yields:
@@ -83,7 +83,7 @@ class Group:
 
         Args:
             x: of one shape on every rank.
-            what: name for `counted`.
+            what: name for `count_bytes`.
 
         Returns:
             [size, *x.shape], in the order of the ranks.
@@ -99,7 +99,7 @@ class Group:
 
         Args:
             x: [size, ...], of one shape on every rank.
-            what: name for `counted`.
+            what: name for `count_bytes`.
 
         Returns:
             [size, ...], the parts for this rank in the order of the ranks.
@@ -114,7 +114,7 @@ class Group:
 
         Args:
             x: of one shape on every rank.
-            what: name for `counted`.
+            what: name for `count_bytes`.
         """
         return self.gather(x, what).wait().sum(0)
 
@@ -125,7 +125,7 @@ class Group:
 
         Args:
             x: of one shape on every rank, contiguous or the transpose of a contiguous matrix.
-            what: name for `counted`.
+            what: name for `count_bytes`.
         """
         if self.size == 1:
             return
@@ -143,7 +143,7 @@ class Group:
         Args:
             x: contiguous, of one shape on every rank.
             op: MAX, or SUM where at most one rank has a number other than 0.
-            what: name for `counted`.
+            what: name for `count_bytes`.
         """
         self._count(what, 2 * (self.size - 1) * x.numel() * x.element_size() // self.size)
         return Pending(x, dist.all_reduce(x, op, group=self.group, async_op=True), x)
@@ -225,7 +225,7 @@ class Ranks:
 
         Args:
             x: of one shape on every rank.
-            what: name for `counted`.
+            what: name for `count_bytes`.
         """
         parts = self.latents.gather(x, what).wait()
         return parts[None] if self.data is None else self.data.gather(parts, what).wait()

@@ -12,7 +12,7 @@ from ranks import together
 from torch.distributed.device_mesh import init_device_mesh
 
 from sparc_kernels import AlignedSAE, SparcAdam
-from sparc_kernels.distributed import counted, shard_latents
+from sparc_kernels.distributed import count_bytes, shard_latents
 from sparc_kernels.tools.cost.scaling import Mesh, collectives, memory
 from sparc_kernels.tools.shape import Shape
 
@@ -36,7 +36,7 @@ def count(s: Shape, replicas: int, shards: int, direct: bool) -> None:
     optimizer = SparcAdam(model, lr=1e-3)
     x = {name: torch.randn(-(-s.B // replicas), d) for name, d in widths.items()}
     for _ in range(2):
-        with counted() as received, torch.autocast("cpu", torch.bfloat16, enabled=s.autocast):
+        with count_bytes() as received, torch.autocast("cpu", torch.bfloat16, enabled=s.autocast):
             if direct:
                 model.training_step(x, optimizer)
             else:

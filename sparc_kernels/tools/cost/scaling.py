@@ -60,7 +60,7 @@ class Collective:
     """One collective of a step, as every rank takes part in it.
 
     Args:
-        what: is sent, as `sparc_kernels.distributed.counted` names it.
+        what: is sent, as `sparc_kernels.distributed.count_bytes` names it.
         of: which of several: a stream, "dead" latents or a step of a sum.
         kind: "all-gather", "all-to-all" or "all-reduce".
         group: "latents" (the shards of a replica) or "data" (the replicas of a shard).
