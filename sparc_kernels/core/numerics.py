@@ -1,16 +1,31 @@
-"""Accumulator dtypes, padded and sparse matrices, the state of autocast and tf32, identity of memory."""
+"""Even parts, accumulator dtypes, padded and sparse matrices, the state of autocast and tf32, identity of memory."""
 
 from __future__ import annotations
 
 import functools
 import warnings
 from contextlib import nullcontext
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .target import current
+
+
+def even_parts(n: int, parts: int) -> list[tuple[int, int]]:
+    """Divide 0..n - 1 into consecutive parts; the first n % parts have one more, as torch.tensor_split has it.
+
+    Args:
+        n: number of items.
+        parts: their number, >= 1; some are empty if n is less.
+
+    Returns:
+        [start, stop) of each part.
+    """
+    size, more = divmod(n, parts)
+    return [*pairwise(i * size + min(i, more) for i in range(parts + 1))]
 
 
 def autocast_enabled(device: torch.device) -> bool:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..core.numerics import even_parts
 from ..core.validation import fail, require
 
 LATENTS, DATA = "latents", "data"  # names of the mesh's dimensions
@@ -212,9 +212,7 @@ class Ranks:
         Returns:
             [start, stop) of each block.
         """
-        size, more = divmod(n, self.shards)
-        starts = [i * size + min(i, more) for i in range(self.shards + 1)]
-        return [*pairwise(starts)]
+        return even_parts(n, self.shards)
 
     def block(self, n: int) -> tuple[int, int]:
         """Return this rank's block of n latents, [start, stop)."""

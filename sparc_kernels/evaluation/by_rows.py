@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
+from ..core.numerics import even_parts
 from ..distributed.processes import Processes, Refused, join
 from ..metrics import Codes, Deal
 
@@ -19,9 +20,7 @@ ALONE = Processes(torch.device("cpu"), 0.0, 0.0, grouped=False)  # no other proc
 
 def own_part(items: range, processes: Processes) -> range:
     """Return this process's part of a range; parts are consecutive and differ by at most one item."""
-    size, more = divmod(len(items), processes.size)
-    first = processes.rank * size + min(processes.rank, more)
-    return items[first : first + size + (processes.rank < more)]
+    return items[slice(*even_parts(len(items), processes.size)[processes.rank])]
 
 
 def dealt(processes: Processes) -> Deal:
@@ -29,7 +28,7 @@ def dealt(processes: Processes) -> Deal:
 
     def deal(items, work):
         own = work(own_part(items, processes))
-        return own if processes.size == 1 else torch.cat(processes.share(own.cpu()))
+        return own if processes.size == 1 else torch.cat(processes.share(own.cpu())).to(own.device)
 
     return deal
 

@@ -6,11 +6,11 @@ import hashlib
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from ..core.numerics import even_parts
 from ..core.validation import check_bool, check_device, check_int, require
 from .features import Features
 from .loader import MEMORY, Batch, Loader
@@ -77,8 +77,8 @@ class Lanes:
         require(self.rows > 0, "intervals", "at least one row", "none")
         if drop_last:
             require(self.rows >= size, "batch_size", f"at most {self.rows}, the rows there are", str(size))
-        edges = [lane * (self.rows // lanes) + min(lane, self.rows % lanes) for lane in range(lanes + 1)]
-        self._lane_rows = [stop - start for start, stop in pairwise(edges)]
+        parts = even_parts(self.rows, lanes)
+        self._lane_rows = [stop - start for start, stop in parts]
         self._lane_size = size // lanes
         self._shares = [self._share(r * size // replicas, (r + 1) * size // replicas) for r in range(replicas)]
         self.loaders: dict[int, Loader] = {}
@@ -91,7 +91,7 @@ class Lanes:
                     shuffle=shuffle,
                     drop_last=drop_last,
                     memory=memory,
-                    intervals=_within(self.intervals, edges[lane], edges[lane + 1]),
+                    intervals=_within(self.intervals, *parts[lane]),
                     device=device,
                     seed_of=None if lanes == 1 else partial(_seed_of, seed, lane),
                 )

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from ...core.numerics import even_parts
 from ...core.validation import require
 from ...distributed.ranks import SUM_BYTES
 from ...launch.budgets import PARTIAL_BYTES, SCRATCH_BYTES
@@ -136,7 +137,8 @@ def collectives(s: Shape, mesh: Mesh, direct: bool = True, shard: int = 0) -> li
     (D, T), own, S, e = mesh, block(s, mesh), s.S, s.e
     b, M = own.B, own.B * s.k
     R, aux, auxk = cdiv(b, T), S * b * s.auxk, bool(s.auxk)
-    n = s.N // T + (shard < s.N % T)
+    start, stop = even_parts(s.N, T)[shard]
+    n = stop - start
     made: list[Collective] = []
 
     def latents(what: str, of: str | int, piece: int, kind: str = "all-gather") -> None:
