@@ -8,6 +8,7 @@ counts; `memory` and `times` build on it. Assumptions, beside those of this pack
 - Ranks of a replica are neighbours, in nodes of NODE_GPUS. A ring through several nodes uses the network port of each
   of its ranks in a node; an all-to-all sends what leaves the node through the rank's own port.
 - One kernel and one collective run at a time, each kind in the order of the program; neither slows the other down.
+  A collective starts after all kernels before it, as torch.distributed has it.
 - Steps are eager and without plans: a step lasts at least as long as the host needs, with a collective like two
   launches of torch.
 
@@ -339,7 +340,7 @@ class Stage(NamedTuple):
     name: str
     parts: tuple[Part, ...]
     collective: Collective | None
-    after: tuple[str, ...]  # stages that it waits for, beside the one before it of its own kind
+    after: tuple[str, ...]  # collectives that kernels wait for
 
 
 def _program(s: Shape, mesh: Mesh, direct: bool = True) -> Iterator[Stage]:
@@ -347,54 +348,44 @@ def _program(s: Shape, mesh: Mesh, direct: bool = True) -> Iterator[Stage]:
     computed, sent = _computed(s, mesh, direct), {c.name: c for c in collectives(s, mesh, direct)}
 
     def run(name: str, *after: str) -> Stage:
-        return Stage(name, computed.get(name, ()), None, after)
+        return Stage(name, computed.get(name, ()), None, tuple(f"send {other}" for other in after))
 
-    def send(name: str, *after: str) -> Stage:
-        return Stage(f"send {name}", (), sent.get(name), after)
+    def send(name: str) -> Stage:
+        return Stage(f"send {name}", (), sent.get(name), ())
 
-    targets = range(s.S)
-    yield from (run("select"), send("keys", "select"), send("ids", "select"))
-    yield from (run("merge", "send ids"), run("values"))
-    yield from (run("counters"), send("fired", "counters"), run("count", "send fired"))
-    yield from (run("select dead"), send("keys dead", "select dead"), send("ids dead", "select dead"))
-    yield from (run("merge dead", "send ids dead"), run("auxk values"), run("weights"))
+    targets, of_all = range(s.S), direct and mesh.replicas > 1  # whether lists are made of all replicas' rows
+    yield from (run("select"), send("keys"), send("ids"), run("merge", "keys", "ids"), run("values"))
+    yield from () if of_all else (run("lists"),)
+    yield from (run("counters"), send("fired"), run("count", "fired"))
+    yield from (run("select dead"), send("keys dead"), send("ids dead"), run("merge dead", "keys dead", "ids dead"))
+    yield run("auxk values")
+    yield from () if of_all else (run("auxk lists"),)
+    yield from (send("values"), run("weights", "values"))
     for kind in ("", "auxk "):
         if kind:
             yield run("residuals")
         for t in targets:
-            made = f"{kind}reconstruct {t}"
-            yield from (run(made), send(f"{kind}reconstructions {t}", made))
+            yield from (run(f"{kind}reconstruct {t}"), send(f"{kind}reconstructions {t}"))
         for t in targets:
-            made = f"{kind}make errors {t}"
-            yield from (run(made, f"send {kind}reconstructions {t}"), send(f"{kind}errors {t}", made))
-    yield from (send("auxk coefficients"), send("loss", f"make errors {s.S - 1}", f"auxk make errors {s.S - 1}"))
-    for t in targets:
-        yield run(f"dots {t}", f"send errors {t}")
-    yield from (send("loss of all"), run("terms", "send loss", "send loss of all"))
-    for t in targets:
-        yield run(f"auxk dots {t}", f"send auxk errors {t}", "send auxk coefficients")
+            yield from (run(f"{kind}make errors {t}", f"{kind}reconstructions {t}"), send(f"{kind}errors {t}"))
+    yield from (send("auxk coefficients"), send("loss"))
+    yield from (run(f"dots {t}", f"errors {t}") for t in targets)
+    yield from (send("loss of all"), run("terms", "loss", "loss of all"))
+    yield from (run(f"auxk dots {t}", f"auxk errors {t}", "auxk coefficients") for t in targets)
     if not direct:
-        yield from (
-            run("lists"),
-            run("auxk lists"),
-            run("dW_dec"),
-            send("values", "terms"),
-            run("dW_enc"),
-            run("widen"),
-        )
-        yield from (send("pre-biases", "dW_enc"), send("gradients exchanged", "widen", "dW_enc"))
-        yield from (send("gradients summed"), run("sum", "send gradients exchanged"))
-        yield run("update", "send gradients summed", "send pre-biases", "send values")
+        yield from (run("dW_dec"), run("dW_enc"), send("pre-biases"), run("widen", "pre-biases"))
+        yield from (send("gradients exchanged"), run("sum", "gradients exchanged"), send("gradients summed"))
+        yield run("update", "pre-biases", "gradients summed")
         return
-    last = "copies", f"dots {s.S - 1}", f"auxk dots {s.S - 1}", "terms"
-    yield from (run("copies"), send("codes", *last), run("lists", "send codes"))
-    yield from (send("gradients of the values", "lists"), send("coefficients"))
-    yield from (send(f"errors {t} of all") for t in targets)
-    yield from (send("codes dead"), run("auxk lists", "send codes dead"), send("auxk", "auxk lists"))
-    yield from (send(f"auxk errors {t} of all") for t in targets)
-    yield from (send("inputs"), send("biases"))
-    yield run("update", *(f"send {name}" for name in sent if name != "pre-biases"))
-    yield from (send("pre-biases", "update"), run("pre-biases", "send pre-biases"))
+    yield run("copies")
+    # all on their way before one is waited for; inputs are waited for before AuxK's codes
+    rows = [
+        "codes", "gradients of the values", "coefficients", *(f"errors {t} of all" for t in targets),
+        "codes dead", "auxk", *(f"auxk errors {t} of all" for t in targets), "inputs",
+    ]  # fmt: skip
+    yield from (send(name) for name in (*rows, "biases"))
+    yield from (run("lists", "codes"), run("auxk lists", *rows)) if of_all else ()
+    yield from (run("update", *rows, "biases"), send("pre-biases"), run("pre-biases", "pre-biases"))
 
 
 class Times(NamedTuple):
@@ -425,17 +416,15 @@ def times(s: Shape, mesh: Mesh, gpu: GPU, direct: bool = True) -> Times:
     kernels = network = compute = communication = 0.0
     parts: list[Part] = []
     for name, stage_parts, collective, after in _program(s, mesh, direct):
-        ready = max((ends[other] for other in after if other in ends), default=0.0)
         if collective is not None:
             seconds = collective.seconds(gpu, mesh)
-            network = max(network, ready) + seconds
+            network = max(network, kernels) + seconds
             communication += seconds
-            ends[name] = max(ends.get(name, 0.0), network)
+            ends[name] = network
         elif stage_parts:
             seconds = Op(name, stage_parts).seconds(gpu)
-            kernels = max(kernels, ready) + seconds
+            kernels = max([kernels, *(ends[other] for other in after if other in ends)]) + seconds
             compute += seconds
-            ends[name] = kernels
             parts += stage_parts
     device = max(kernels, network)
     calls = of_torch("collectives", 0, 2 * sum(c.calls for c in collectives(s, mesh, direct)))
