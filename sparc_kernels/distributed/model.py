@@ -19,6 +19,7 @@ from ..nn.outputs import AlignedOutputs
 from ..ops.adam_update import grad_square
 from ..ops.encode import differentiable_values
 from ..ops.gather import gather_sum
+from .agreement import agree
 from .forward import encode
 from .loss import Rows, ShardedLoss, SumOfGradients, SumOfParts
 from .ranks import Ranks
@@ -66,8 +67,8 @@ def shard_latents(model: AlignedSAE, mesh: DeviceMesh, optimizer: SparcAdam | No
     params = [p for four in model.parameters_by_stream().values() for p in four]
     own = len({id(p) for p in params}) == len(params)
     require(own, "model", "parameters of its own in every stream", "shared ones")
-    ranks.agree({"model": model.extra_repr(), "dtype": str(dtype), "torch": torch.__version__,
-                 **{name: _digest(value) for name, value in model.state_dict().items()}})  # fmt: skip
+    facts = {"model": model.extra_repr(), "dtype": str(dtype), "torch": torch.__version__}
+    agree(facts | {name: _digest(value) for name, value in model.state_dict().items()}, ranks.objects)
     start, stop = ranks.block(N)
     named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for s in model.streams:

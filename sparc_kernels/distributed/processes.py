@@ -8,7 +8,6 @@ import os
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -19,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ..core.validation import check_device, first_line, require
+from .agreement import Refused, agree, first_failure, objects_of
 
 LOST = 75  # exit code of a process that ends because another one was lost
 LIMIT = 20.0  # seconds without a sign of life after which a process counts as lost
@@ -30,10 +30,6 @@ _EVERY = {"cpu": 1, "cuda": 8}  # steps between agreements on signals
 _numbers = itertools.count()  # of the `Processes` of this process: the same on every rank
 _joined: list[Processes] = []  # at most one
 _T = TypeVar("_T")
-
-
-class Refused(ValueError):
-    """All processes refuse together, with the same message."""
 
 
 def launched() -> bool:
@@ -130,9 +126,7 @@ class Processes:
         """
         if not self.grouped:
             return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._group)
-        return values
+        return objects_of(self._group, value)
 
     def to_first(self, value: _T) -> list[_T] | None:
         """Return the values of all ranks, in their order, on rank 0; None on the others.
@@ -180,31 +174,14 @@ class Processes:
             if not self.grouped or isinstance(caught, Refused):
                 raise
             error = caught
-        texts = self.share(None if error is None else str(error)) if self.grouped else [None]
-        failed = [(rank, text) for rank, text in enumerate(texts) if text is not None]
-        if failed:
-            rank, text = failed[0]
-            same = len(failed) == self.size and len({text for _, text in failed}) == 1
+        failed = first_failure(None if error is None else str(error), self.share)
+        if failed is not None:
+            rank, text, same = failed
             raise Refused(text if same else f"rank {rank}: {text}") from error
 
     def require_same(self, facts: dict[str, Any]) -> None:
-        """Compare facts between the ranks.
-
-        Args:
-            facts: name -> value with a meaningful repr; the same names on every rank, unless they differ too.
-
-        Raises:
-            Refused: a rank differs from most (from rank 0, of two); the message names it, the fact and both values.
-        """
-        every = self.share({name: repr(value) for name, value in facts.items()})
-        for name in dict.fromkeys(name for ours in every for name in ours):
-            values = [ours.get(name, "none") for ours in every]
-            (most, count), *_ = Counter(values).most_common()
-            if count == self.size:
-                continue
-            usual = most if 2 * count > self.size else values[0]
-            rank, like = (next(i for i, v in enumerate(values) if (v == usual) is same) for same in (False, True))
-            raise Refused(f"rank {rank}: {name}: expected {usual} as on rank {like}, got {values[rank]}")
+        """Compare facts between the ranks, see `agree`."""
+        agree(facts, self.share)
 
     def signal(self, received: int, step: int) -> int:
         """Return the signal after which all ranks stop; 0: none, go on.

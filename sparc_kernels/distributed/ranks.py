@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..core.numerics import even_parts
-from ..core.validation import fail, require
+from ..core.validation import require
+from .agreement import objects_of
 
 LATENTS, DATA = "latents", "data"  # names of the mesh's dimensions
 SUM_BYTES = 64 << 20  # of a tensor that is summed over a group at a time
@@ -154,9 +155,7 @@ class Group:
         Args:
             value: anything that can be pickled.
         """
-        values: list = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
+        return objects_of(self.group, value)
 
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
@@ -236,18 +235,3 @@ class Ranks:
         """
         parts = self.latents.objects(value)
         return parts if self.data is None else [part for some in self.data.objects(parts) for part in some]
-
-    def agree(self, values: dict[str, object]) -> None:
-        """Check that every rank has the same values.
-
-        Args:
-            values: by name.
-
-        Raises:
-            ValueError: on every rank, if one differs; it names the rank, the value and what rank 0 has.
-        """
-        first, *others = self.objects(values)
-        for rank, other in enumerate(others, 1):
-            for name in {**first, **other}:
-                if first.get(name) != other.get(name):
-                    fail(f"rank {rank}: {name}", f"{first.get(name)!r} as on rank 0", repr(other.get(name)))

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..core.validation import fail, first_line
+from ..distributed.agreement import first_failure
 from ..distributed.model import BLOCKED
 from ..distributed.ranks import Ranks
 from ..nn.optimizer import MOMENTS
@@ -188,9 +189,10 @@ def in_step(ranks: Ranks, work: Callable[[], T]) -> T:
         failure = ValueError, str(error)
     except Exception as error:
         failure = RuntimeError, f"{type(error).__name__}: {first_line(error)}"
-    for rank, failed in enumerate(ranks.objects(failure)):
-        if failed is not None:
-            raise _error(rank, *failed)
+    failed = first_failure(failure, ranks.objects)
+    if failed is not None:
+        rank, how, _ = failed
+        raise _error(rank, *how)
     return result
 
 
