@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import multiprocessing
 import pickle
 import traceback
 import warnings
@@ -13,6 +14,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+PRELOADED = [
+    "conftest",
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.tensor",
+    "sparc_kernels.cli.train",
+    "sparc_kernels.tools.trace",
+]
+
 
 def together(folder: Path, world: int, cases: dict[str, Callable[[], None]]) -> dict[str, list[str]]:
     """Run cases on every rank of a new group, one after the other.
@@ -22,9 +32,15 @@ def together(folder: Path, world: int, cases: dict[str, Callable[[], None]]) -> 
     Returns:
         For each case what went wrong, by rank.
     """
-    mp.start_processes(_work, (str(folder), world, cases), nprocs=world, start_method="forkserver")
+    start(_work, (str(folder), world, cases), world)
     results: list[dict] = [pickle.loads((folder / f"{rank}.pkl").read_bytes()) for rank in range(world)]
     return {name: [f"rank {r}: {result[name]}" for r, result in enumerate(results) if result[name]] for name in cases}
+
+
+def start(work: Callable, args: tuple, world: int) -> None:
+    """Run work(rank, *args) in new processes, which begin with the usual modules imported; wait for them."""
+    multiprocessing.set_forkserver_preload(PRELOADED)  # imported once, unless another test has started the server
+    mp.start_processes(work, args, nprocs=world, start_method="forkserver")
 
 
 def _work(rank: int, folder: str, world: int, cases) -> None:

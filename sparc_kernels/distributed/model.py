@@ -20,6 +20,7 @@ from ..ops.adam_update import grad_square
 from ..ops.encode import differentiable_values
 from ..ops.gather import gather_sum
 from .agreement import agree
+from ..ops.records import EncoderParams
 from .forward import encode
 from .loss import Rows, ShardedLoss, SumOfGradients, SumOfParts
 from .ranks import Ranks
@@ -38,8 +39,8 @@ def shard_latents(model: AlignedSAE, mesh: DeviceMesh, optimizer: SparcAdam | No
     and, with `optimizer`, their moments. Pre-biases stay on every rank.
 
     Args:
-        model: the same on every rank; checked by its settings and the bits of its parameters. Not float16, whose
-            gradients would have to be scaled before they are made.
+        model: the same on every rank; checked by its settings and the bits of its parameters. Neither it nor autocast
+            may be float16, whose gradients would have to be scaled before they are made.
         mesh: one dimension, or two named ("data", "latents"), see `Ranks`. Ranks of one replica see the same rows,
             replicas see others.
         optimizer: SparcAdam of the model, whose moments are divided too.
@@ -90,13 +91,22 @@ def _block(x: torch.Tensor, dim: int, start: int, stop: int) -> torch.Tensor:
     return x[start:stop].clone() if dim == 0 else x.t()[start:stop].clone().t()
 
 
+_DIGEST_PIECE = 2**24  # numbers at a time
+_ODD = 0x9E3779B97F4A7C15 - 2**64  # spreads places over 64 bits
+
+
 def _digest(x: torch.Tensor) -> int:
-    """A sum over the bits of a tensor."""
+    """A sum over the bits of a tensor, each number's weighted by its place, modulo 2^64."""
     if x.is_meta:
         return 0
     kinds = {8: torch.int64, 4: torch.int32, 2: torch.int16}
     bits = (x if x.is_contiguous() else x.t()).detach().reshape(-1).view(kinds[x.element_size()])
-    return int(bits.sum(dtype=torch.int64))
+    total = 0
+    for first in range(0, len(bits), _DIGEST_PIECE):
+        piece = bits[first : first + _DIGEST_PIECE].long()
+        places = torch.arange(first, first + len(piece), device=x.device) * _ODD + 1
+        total += int(((piece + 1) * places).sum())
+    return total % 2**64
 
 
 @dataclass
@@ -187,8 +197,8 @@ class ShardedSAE(AlignedSAE):
         """
         parameters = self.parameters_by_stream()
         streams = self._check_inputs(inputs, parameters)
-        own_rows = self._rows(inputs, rows)
         encoder = self._encoders([parameters[s] for s in streams])
+        own_rows = self._rows(inputs, rows, encoder)
         if is_recomputation():
             raise RuntimeError("forward: expected no activation checkpointing of a sharded model, got a recomputation")
         xs, settings = self._prepare(inputs, streams, encoder, torch.is_grad_enabled(), False)
@@ -210,7 +220,8 @@ class ShardedSAE(AlignedSAE):
         state.every_value = SumOfParts.apply(self.ranks.latents, state.codes.gathered)
         return ShardedOutputs(state.record(parameters))
 
-    def _rows(self, inputs, rows) -> Rows:
+    def _rows(self, inputs, rows, encoder: EncoderParams) -> Rows:
+        require(encoder.w_encs[0].dtype != torch.float16, "autocast", "bfloat16 or none", "float16")
         for s, x in inputs.items():
             require(not x.requires_grad, f"inputs[{s!r}]", "a tensor that needs no gradient", "one that does")
         D, B = self.ranks.replicas, next(iter(inputs.values())).shape[0]
@@ -275,7 +286,7 @@ class ShardedSAE(AlignedSAE):
         prepared, settings, streams = self._prepare_step(inputs, optimizer, auxk_coef, cross_loss_coef)
         with torch.no_grad():
             loss, terms, aux_terms = sharded_step(
-                self, optimizer, prepared, settings, auxk_coef, self._rows(inputs, rows)
+                self, optimizer, prepared, settings, auxk_coef, self._rows(inputs, rows, prepared.encoder)
             )
             return loss, metrics_of(streams, loss, terms, aux_terms, cross_loss_coef)
 

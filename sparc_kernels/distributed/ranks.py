@@ -92,7 +92,8 @@ class Group:
         x = x.contiguous()
         out = x.new_empty(self.size, *x.shape)
         self._count(what, (self.size - 1) * x.numel() * x.element_size())
-        work = _all_gather(out.view(-1), x.view(-1), group=self.group, async_op=True)
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
+        work = all_gather(out.view(-1), x.view(-1), group=self.group, async_op=True)
         return Pending(out, work, x)
 
     def exchange(self, x: torch.Tensor, what: str) -> Pending:
@@ -156,9 +157,6 @@ class Group:
             value: anything that can be pickled.
         """
         return objects_of(self.group, value)
-
-
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 
 
 class Ranks:

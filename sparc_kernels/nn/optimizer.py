@@ -54,7 +54,8 @@ class SparcAdam(torch.optim.Optimizer):
     Moments and arithmetic are float32 (float64 for float64 parameters), also for bfloat16 and float16 parameters, whose
     moments torch.optim.Adam keeps in half precision. Such parameters are rounded after every step, which loses updates
     below half a unit in the last place (bfloat16: 1/512 of a weight); a RuntimeWarning reports it.
-    Gradients are read, never changed. A parameter without a gradient is not updated, decoders included, and its step is
+    Gradients are read, never changed, but with replicas (`distributed.shard_latents`): there each step sums them in
+    `.grad`. A parameter without a gradient is not updated, decoders included, and its step is
     not counted. Step counts stay on the device, so the step never synchronises. The state has torch.optim.Adam's names
     and shapes, and loads both ways. `grad_scale` and `found_inf` of torch.amp.GradScaler are honoured on the device.
 

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from sparc_kernels import AlignedSAE, SparcAdam
 from sparc_kernels.distributed import ShardedSAE, shard_latents
+from sparc_kernels.tools.trace import InsideOperators
 
 pytestmark = [pytest.mark.subprocess, pytest.mark.slow]
 WIDTHS = {"a": 10, "b": 6, "c": 7}
@@ -85,7 +86,7 @@ def same_training(replicas, shards, *, steps=50, fused=False, rows=None, reinit=
         want, want_metrics, want_outputs = take_step(alone, optimizers[0], x, fused)
         got, got_metrics, outputs = take_step(model, optimizers[1], own, fused, rows)
         revived = None
-        if reinit and step % 20 == 7:
+        if reinit and step % 20 == 3:
             revived = [m.reinit_dead_(rng) for m, rng in zip((alone, model), rngs, strict=True)]
         found.append((want, got, want_metrics, got_metrics, want_outputs, outputs, revived))
         counters = {n: v.clone() for n, v in model.state_dict().items() if n.startswith("stats")}
@@ -111,6 +112,8 @@ def same_training(replicas, shards, *, steps=50, fused=False, rows=None, reinit=
                 step,
                 s,
             )
+    revivals = [sum(revived[0].values()) for *_, revived, _, _ in found if revived is not None]
+    assert steps < 50 or (any(revivals) and len(revivals) > 2), "no dead latent was ever revived"
     names = [name for name, _ in alone.named_parameters()]
     pairs = [(n, model.state_dict()[n], v) for n, v in alone.state_dict().items()]
     for name, mine, his in zip(names, model.parameters(), alone.parameters(), strict=True):
@@ -123,6 +126,8 @@ def same_training(replicas, shards, *, steps=50, fused=False, rows=None, reinit=
 
 def selections(model_of, x, replicas=1, shards=4) -> None:
     """One forward of each kind on a model that `model_of` makes: every output, loss and gradient."""
+    fine = next(iter(x.values())).dtype == torch.float64
+    tol = 1e-12 if fine else 1e-5
     for topk_type in ("global", "local"):
         alone, model = model_of(topk_type=topk_type), model_of(topk_type=topk_type)
         shard_latents(model, mesh_of(replicas, shards))
@@ -133,17 +138,17 @@ def selections(model_of, x, replicas=1, shards=4) -> None:
         own_loss.backward()
         assert set(want) == set(got)
         shown = {key: (got[key].detach(), want[key].detach()) for key in want}
-        assert torch.allclose(own_loss, loss, rtol=1e-12, equal_nan=True), (own_loss, loss)
+        assert torch.allclose(own_loss, loss, rtol=tol, equal_nan=True), (own_loss, loss)
         for name, value in metrics.items():
-            torch.testing.assert_close(own_metrics[name], value, rtol=1e-10, atol=1e-11, equal_nan=True)
+            torch.testing.assert_close(own_metrics[name], value, rtol=100 * tol, atol=10 * tol, equal_nan=True)
         for key, (mine, his) in shown.items():
             if key.startswith(("indices", "shared", "mask", "values", "sparse", "avg")):
                 assert mine.equal(his), (topk_type, key)
             elif not key.startswith(("auxk_indices", "auxk_values")):  # which latents are behind zeros is arbitrary
-                torch.testing.assert_close(mine, his, rtol=1e-12, atol=1e-12, msg=f"{topk_type} {key}")
+                torch.testing.assert_close(mine, his, rtol=10 * tol, atol=10 * tol, msg=f"{topk_type} {key}")
         for name, p in alone.named_parameters():
             mine, his = dict(model.named_parameters())[name].grad, block_of(name, p.grad, model)
-            torch.testing.assert_close(mine, his, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n} {m}")
+            torch.testing.assert_close(mine, his, rtol=100 * tol, atol=tol, msg=lambda m, n=name: f"{n} {m}")
         for name, value in alone.named_buffers():
             assert dict(model.named_buffers())[name].equal(block_of(name, value, model))
 
@@ -180,6 +185,55 @@ def ties_in_pairs() -> None:
         return model
 
     selections(model_of, {s: v.mul(4).round().div(4) for s, v in batch(0, 8).items()})
+
+
+def short_fractions(dtype: torch.dtype, replicas: int, shards: int) -> None:
+    """Weights and inputs whose products are exact in float32: the same ids and bits, whatever library multiplies."""
+
+    def model_of(**settings):
+        model = build(N=101, k=7, dtype=dtype, **settings)
+        with torch.no_grad():
+            for s in model.streams:
+                for p in (model.encoders[s].weight, model.pre_biases[s], model.latent_biases[s]):
+                    p.copy_(p.mul(64).round().div(64))
+        return model
+
+    x = {s: v.mul(16).round().div(16) for s, v in batch(3, 16, dtype=dtype).items()}
+    if replicas == 1:
+        selections(model_of, x)
+        return
+    alone, model = model_of(), shard_latents(model_of(), mesh_of(replicas, shards))
+    own = part(x, model.ranks, [16 // replicas] * replicas)
+    want, got = alone(x), model(own)
+    rows = slice(model.ranks.replica * 16 // replicas, (model.ranks.replica + 1) * 16 // replicas)
+    assert got.indices.equal(want.indices[rows])
+    assert all(got[f"values_{s}"].equal(want[f"values_{s}"][rows]) for s in x)
+    for name, value in alone.named_buffers():
+        assert dict(model.named_buffers())[name].equal(block_of(name, value, model))
+
+
+class Reads(InsideOperators):
+    """Fails where a step reads a value on the host, or makes a shape from values; collectives aside."""
+
+    def dispatch(self, func, args, kwargs):
+        name = func._schema.name.split("::")[1]
+        bad = name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")
+        masks = [i for arg in args if isinstance(arg, (list, tuple)) for i in arg if isinstance(i, torch.Tensor)]
+        bad = bad or (name.startswith("index") and any(mask.dtype == torch.bool for mask in masks))
+        assert not bad, f"{name} reads a value"
+        return func(*args, **kwargs)
+
+
+def no_waits(D, T, fused, topk_type) -> None:
+    """The host waits for no value of a step on the kernels, with padding and AuxK."""
+    small = dict(widths={"a": 6, "b": 5}, N=13, k=4, auxk=3, impl="triton")
+    model = shard_latents(build(topk_type=topk_type, **small), mesh_of(D, T))
+    optimizer = SparcAdam(model, impl="triton")
+    x, rows = batch(0, 4, small["widths"]), [4] * (D - 1) + [3]
+    take_step(model, optimizer, x, fused, rows)
+    optimizer.zero_grad()
+    with Reads():
+        take_step(model, optimizer, x, fused, rows)
 
 
 def preferred(latents: slice, k=5):
@@ -248,7 +302,7 @@ def nan_row(fused: bool) -> None:
 
 
 def padded(D, T, rows, fused) -> None:
-    same_training(D, T, rows=rows, steps=6, fused=fused, reinit=False)
+    same_training(D, T, rows=rows, steps=4, fused=fused, reinit=False)
 
 
 def same_bits(D, T, fused) -> None:
@@ -258,7 +312,7 @@ def same_bits(D, T, fused) -> None:
         model = shard_latents(build(dtype=torch.float32), mesh_of(D, T))
         optimizer = SparcAdam(model, lr=1e-2)
         losses = []
-        for step in range(6):
+        for step in range(3):
             x = part(batch(step, 8, dtype=torch.float32), model.ranks, [8 // D] * D)
             losses.append(take_step(model, optimizer, x, fused)[0])
         runs.append((torch.stack(losses), model.state_dict()))
@@ -326,6 +380,10 @@ def refusals() -> None:
     refused(lambda: shard_latents(build(N=3, auxk=None), mesh_of(1, 4)), "mesh", "at most 3")
     refused(lambda: shard_latents(build(seed=int(rank == 2)), mesh_of(1, 4)), "rank 2: encoders.a.weight", "rank 0")
     refused(lambda: shard_latents(build(k=3 + (rank == 3)), mesh_of(1, 4)), "rank 3: model", "k=3", "k=4")
+    turned = build()
+    if rank == 1:  # the same numbers in other places
+        turned.decoders["a"].weight.data = turned.decoders["a"].weight.data.flip(1)
+    refused(lambda: shard_latents(turned, mesh_of(1, 4)), "rank 1: decoders.a.weight")
     refused(lambda: shard_latents(build(), init_device_mesh("cpu", (2, 2))), "mesh", "latents")
     refused(lambda: shard_latents(build(dtype=torch.float16), mesh_of(1, 4)), "float16")
     model, x = shard_latents(build(), mesh_of(2, 2)), batch(0, 4)
@@ -333,6 +391,11 @@ def refusals() -> None:
     refused(lambda: model(x, rows=[4]), "rows", "2 replicas")
     refused(lambda: model(x, rows=[4, 5]), "rows")
     refused(lambda: model(x, rows=[0, 0]), "rows", "at least one")
+    halves = {s: v.float() for s, v in x.items()}
+    single = shard_latents(build(dtype=torch.float32), mesh_of(2, 2))
+    with torch.autocast("cpu", torch.float16):
+        refused(lambda: single(halves), "autocast", "float16")
+        refused(lambda: single.training_step(halves, SparcAdam(single)), "autocast", "float16")
     refused(lambda: model({s: v.requires_grad_() for s, v in batch(0, 4).items()}), "inputs['a']", "gradient")
     loss, _ = model.compute_loss(model(x), x)
     loss.backward(retain_graph=True)
@@ -364,16 +427,18 @@ def cases() -> dict:
     for (D, T), fused in itertools.product([(1, 4), (2, 2), (4, 1)], [False, True]):
         how = f"{D} x {T}, {'training step' if fused else 'two calls'}"
         short = (D, T, fused) not in ((2, 2, False), (1, 4, True)) and "ALL_STEPS" not in os.environ
-        made[how] = partial(same_training, D, T, fused=fused, **({"steps": 8} if short else {}))
-        made[f"{how}, local"] = partial(same_training, D, T, fused=fused, topk_type="local", steps=8)
+        made[how] = partial(same_training, D, T, fused=fused, **({"steps": 5} if short else {}))
+        made[f"{how}, local"] = partial(same_training, D, T, fused=fused, topk_type="local", steps=5)
         made[f"{how}, same bits"] = partial(same_bits, D, T, fused)
-    made["clipped"] = partial(same_training, 2, 2, clip=0.05, steps=8)
-    made["one stream"] = partial(same_training, 2, 2, widths={"a": 10}, steps=8)
+    made["clipped"] = partial(same_training, 2, 2, clip=0.05, steps=5)
+    made["one stream"] = partial(same_training, 2, 2, widths={"a": 10}, steps=5)
     made["eight streams"] = partial(same_training, 2, 2, widths={f"s{i}": 3 + i for i in range(8)}, steps=4)
-    made["no AuxK"] = partial(same_training, 2, 2, auxk=None, steps=8)
-    made["k = N"] = partial(same_training, 1, 4, N=6, k=6, auxk=6, steps=8)
-    made["one latent a shard"] = partial(same_training, 1, 4, N=4, k=2, auxk=3, steps=8, topk_type="local")
-    made["more shards than k"] = partial(same_training, 1, 4, k=1, auxk=1, steps=8)
+    made["no AuxK"] = partial(same_training, 2, 2, auxk=None, steps=5)
+    made["k = N"] = partial(same_training, 1, 4, N=6, k=6, auxk=6, steps=5)
+    made["one latent a shard"] = partial(same_training, 1, 4, N=4, k=2, auxk=3, steps=5, topk_type="local")
+    made["more shards than k"] = partial(same_training, 1, 4, k=1, auxk=1, steps=5)
+    for dtype, (D, T) in itertools.product((torch.float32, torch.float64), ((1, 4), (2, 2))):
+        made[f"short fractions, {dtype}, {D} x {T}"] = partial(short_fractions, dtype, D, T)
     made["ties across shards"], made["ties in pairs"] = ties, ties_in_pairs
     made["all winners on the last shard"] = partial(preferred, slice(20, 26))
     made["a shard without winners"] = partial(preferred, slice(0, 14), 7)
@@ -389,8 +454,10 @@ def cases() -> dict:
         made[f"fewer rows than shards, {how}"] = partial(padded, 1, 4, [2], fused)
         made[f"NaN on one replica, {how}"] = partial(nan_row, fused)
         made[f"bf16, {how}"] = partial(half_precision, fused)
-        small = dict(widths={"a": 6, "b": 5}, N=13, k=4, auxk=3, impl="triton", reinit=False, steps=4)
+        small = dict(widths={"a": 6, "b": 5}, N=13, k=4, auxk=3, impl="triton", reinit=False, steps=2)
         made[f"kernels, {how}"] = partial(same_training, 2, 2, fused=fused, **small)
+        made[f"no waits, {how}"] = partial(no_waits, 2, 2, fused, "global")
+        made[f"no waits, local, {how}"] = partial(no_waits, 1, 4, fused, "local")
         made[f"kernels, local, {how}"] = partial(same_training, 1, 4, fused=fused, topk_type="local", **small)
     made["benchmark"] = benchmark
     made["moments"], made["refusals"] = moments_are_divided, refusals

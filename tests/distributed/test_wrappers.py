@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import start
 
 from sparc_kernels import AlignedSAE, SparcAdam
 
@@ -105,4 +105,4 @@ def compare(kind: str, rank: int) -> None:
 @pytest.mark.subprocess
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
-    mp.start_processes(work, (f"file://{tmp_path / 'meeting'}",), nprocs=2, start_method="forkserver")
+    start(work, (f"file://{tmp_path / 'meeting'}",), 2)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import start
 
 from sparc_kernels import AlignedSAE, cli, metrics
 from sparc_kernels.evaluation import csr
@@ -101,7 +101,7 @@ def test_processes_write_what_one_writes(folder, monkeypatch):
     monkeypatch.setattr(metrics, "_BLOCK_ELEMENTS", BLOCK)
     for name, words in COMMANDS.items():
         assert run(words, Path(f"{name}.1"), Path(f"{name}.1.err0")) == 0
-    mp.start_processes(work, (str(folder),), nprocs=3, start_method="forkserver")
+    start(work, (str(folder),), 3)
     for size in (3, 2):
         for name in NAMES[size]:
             alone, together = Path(f"{name}.1"), Path(f"{name}.{size}")
