@@ -19,8 +19,8 @@ from ..nn.outputs import AlignedOutputs
 from ..ops.adam_update import grad_square
 from ..ops.encode import differentiable_values
 from ..ops.gather import gather_sum
-from .agreement import agree
 from ..ops.records import EncoderParams
+from .agreement import agree
 from .forward import encode
 from .loss import Rows, ShardedLoss, SumOfGradients, SumOfParts
 from .ranks import Ranks
