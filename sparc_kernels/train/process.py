@@ -50,8 +50,7 @@ def only_one_run(folder: Path):
 class Signals:
     """Context that records SIGINT or SIGTERM; a second signal ends the process at once.
 
-    Under torchrun a second SIGTERM does not: a scheduler sends one to every process, torchrun forwards its own and kills
-    what has not left in time.
+    Under torchrun a second SIGTERM does not: a scheduler sends one to every process, and torchrun forwards its own.
 
     Attributes:
         received: number of the signal; 0: none.

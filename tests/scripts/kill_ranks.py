@@ -105,9 +105,8 @@ def kill_ranks(folder: Path, moments: int, processes: int, shards: int, seed: in
             wrong.append(f"run {i}: the others left {seconds:.1f} s after rank {rank}")
         at = resumed[0] if resumed else 0
         verdict = "same bits" if len(wrong) == before else "WRONG"
-        tell(
-            f"{i + 1:3}  rank {rank} killed after step {step:2}, the others left after {seconds:.1f} s, resumed after step {at}: {verdict}"
-        )
+        when = f"killed after step {step:2}, the others left after {seconds:.1f} s, resumed after step {at:>2}"
+        tell(f"{i + 1:3}  rank {rank} {when}: {verdict}")
     return wrong
 
 
