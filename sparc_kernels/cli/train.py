@@ -123,10 +123,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, processes: Processes) -> int:
-    # a restart by torchrun goes on where the processes before it were
-    args.resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
     args.quiet = args.quiet or not processes.leads
     try:
+        # a restart by torchrun, which counts them by machine, goes on where the processes before it were
+        if any(processes.share(int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0)):
+            ours = processes.from_first(lambda: _launch_of(args.out / MANIFEST) == processes.launch)
+            args.resume = args.resume or ours
         with processes.together():
             config, streams, val_streams, model = _settings(args)
         trainer = Trainer(
@@ -175,6 +177,11 @@ def _run(args: argparse.Namespace, processes: Processes) -> int:
         command = f"sparc-kernels eval --model {shlex.quote(str(args.out))} {files}"
         print(f"Next, on rows that it was not trained on: {command}")
     return 0
+
+
+def _launch_of(manifest: Path) -> str:
+    """The torchrun that began the run; "" without a run or torchrun."""
+    return (read_manifest(manifest).get("launch") if manifest.exists() else None) or ""
 
 
 def _settings(args) -> tuple[TrainConfig, dict, dict | None, AlignedSAE | None]:

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -16,9 +17,11 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
-from ..core.validation import check_device, first_line, require
+from ..core.validation import check_device, check_number, first_line, require
 from .agreement import Refused, agree, first_failure, objects_of
+from .ranks import DATA, LATENTS
 
 LOST = 75  # exit code of a process that ends because another one was lost
 LIMIT = 20.0  # seconds without a sign of life after which a process counts as lost
@@ -49,10 +52,12 @@ def join(device: str | torch.device = "auto", *, limit: float = LIMIT, stall: fl
         stall: seconds without progress after which a process counts as hanging.
 
     Raises:
-        ValueError: the environment is incomplete, or there is no GPU for this process.
+        ValueError: the environment is incomplete, there is no GPU for this process, or seconds are negative.
     """
+    limit, stall = check_number("lost_after", limit), check_number("hangs_after", stall)
     if _joined:
         return _joined[0]
+    launch = None
     starts = not (dist.is_available() and dist.is_initialized())
     if starts and not launched():
         return Processes(check_device("device", device), limit, stall)
@@ -60,15 +65,55 @@ def join(device: str | torch.device = "auto", *, limit: float = LIMIT, stall: fl
         own = _own_device(device, int(os.environ.get("RANK") or 0))
         gpu: dict[str, Any] = {"device_id": own} if own.type == "cuda" else {}
         store, rank, size = next(dist.rendezvous("env://", timeout=_START))
-        # torchrun may keep its store over a restart, with the addresses of the processes before it
-        store = dist.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT') or 0}", store)
+        store = dist.PrefixStore(f"sparc_kernels/{os.environ.get('TORCHELASTIC_RUN_ID')}", store)
+        launch = _launch(store)
+        store = dist.PrefixStore(meet(store, rank, size), store)
         backend = "nccl" if gpu else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE, **gpu)
     else:
         gloo = device == "auto" and dist.get_backend() == "gloo"
         own = _own_device("cpu" if gloo else device, dist.get_rank())
-    _joined.append(Processes(own, limit, stall, grouped=True, starts=starts))
+    _joined.append(Processes(own, limit, stall, grouped=True, starts=starts, launch=launch))
     return _joined[0]
+
+
+def meet(store: dist.Store, rank: int, size: int) -> str:
+    """Agree on a name that no attempt before has: torchrun keeps its store, and counts restarts by machine.
+
+    Rank 0 answers what each other rank asks now; nobody waits for its answers to ranks of an earlier attempt.
+
+    Args:
+        store: of all attempts.
+        rank: of this process.
+        size: number of processes.
+
+    Raises:
+        ValueError: on rank 0, not all have started in time.
+    """
+    name = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"asks/{rank}", name)
+        answer = store.get(f"answer/{name}").decode()
+        store.set(f"heard/{answer}/{rank}", "")
+        return answer
+    deadline, answered = time.monotonic() + _START.total_seconds(), set()
+    asks, heard = ([f"{key}/{other}" for other in range(1, size)] for key in ("asks", f"heard/{name}"))
+    while heard and not store.check(heard):
+        require(time.monotonic() < deadline, "processes", f"{size} that start", f"fewer in {_START}")
+        for key in asks:
+            asked = store.get(key).decode() if store.check([key]) else ""
+            if asked and asked not in answered:
+                store.set(f"answer/{asked}", name)
+                answered.add(asked)
+        time.sleep(0.02)
+    return name
+
+
+def _launch(store: dist.Store) -> str | None:
+    """What tells one torchrun, with its restarts, from others: run ids are often the same."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it lasts as long as torchrun
+        return store.compare_set("launch", "", uuid.uuid4().hex).decode()
+    return os.environ.get("TORCHELASTIC_RUN_ID")
 
 
 def _own_device(device: str | torch.device, rank: int) -> torch.device:
@@ -93,14 +138,22 @@ class Processes:
         size: number of processes.
         grouped: whether there is a process group, maybe of one process.
         leads: whether this process writes for all.
+        launch: of the torchrun that has started the processes, also over restarts; None: unknown.
 
     All methods but `at`, `fail` and `stop` are called by every process in the same order.
     """
 
     def __init__(
-        self, device: torch.device, limit: float, stall: float, *, grouped: bool = False, starts: bool = False
+        self,
+        device: torch.device,
+        limit: float,
+        stall: float,
+        *,
+        grouped: bool = False,
+        starts: bool = False,
+        launch: str | None = None,
     ):
-        self.device, self.grouped, self._started = device, grouped, starts
+        self.device, self.grouped, self._started, self.launch = device, grouped, starts, launch
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
         self.leads = self.rank == 0
         self._group: Any = None
@@ -207,6 +260,20 @@ class Processes:
         work.wait()
         return int(flag)
 
+    def mesh(self, shards: int) -> DeviceMesh:
+        """Divide the ranks into replicas, for `Ranks`; their collectives wait as long as those of all ranks.
+
+        Args:
+            shards: number of ranks of a replica, a divisor of `size`.
+        """
+        ranks = torch.arange(self.size, device="cpu").view(-1, shards)
+        if len(ranks) == 1:
+            return DeviceMesh.from_group(_all(), self.device.type, mesh_dim_names=(LATENTS,))
+        across, within = ranks.t().tolist(), ranks.tolist()
+        groups = [_all() if len(parts) == 1 else dist.new_subgroups_by_enumeration(parts, timeout=_PATIENCE)[0]
+                  for parts in (across, within)]  # fmt: skip
+        return DeviceMesh.from_group(groups, self.device.type, ranks, mesh_dim_names=(DATA, LATENTS))
+
     # ------------------------------------------------------------------------------------------------------------- life
 
     def at(self, place: str | None) -> None:
@@ -250,6 +317,12 @@ class Processes:
         self.stop()
         if self._started and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _all() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None, "the processes have joined"
+    return group
 
 
 class Watchdog:

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from .. import __version__
 from ..core.provenance import commit, versions_of
 from ..core.validation import fail
+from ..distributed.processes import launched
 
 LOCK = ".lock"  # in the folder of a run
 
@@ -49,6 +50,8 @@ def only_one_run(folder: Path):
 class Signals:
     """Context that records SIGINT or SIGTERM; a second signal ends the process at once.
 
+    Under torchrun a second SIGTERM does not: a scheduler sends one to every process, and torchrun forwards its own.
+
     Attributes:
         received: number of the signal; 0: none.
     """
@@ -63,10 +66,10 @@ class Signals:
         return self
 
     def _handle(self, signum, frame):
-        if self.received:
-            os._exit(128 + signum)
-        else:
+        if not self.received:
             self.received = signum
+        elif signum == signal.SIGINT or not launched():
+            os._exit(128 + signum)
 
     def __exit__(self, *exception):
         for signum, handler in self.before.items():

@@ -17,12 +17,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 
-from ..core.validation import check_bool, check_int, check_number, require
+from ..core.validation import check_bool, check_int, require
 from ..distributed import Ranks, shard_latents
 from ..distributed.processes import LIMIT, STALL, Refused, join
-from ..distributed.ranks import DATA, LATENTS
 from ..io.features import Stream
 from ..io.loader import Batch
 from ..io.run_checkpoints import CHECKPOINTS, load_latest, save_checkpoint
@@ -143,8 +141,7 @@ class Trainer:
         self.saved = 0  # batches of the newest checkpoint
         self._closing = ExitStack()
         given = device if model is None else next(model.parameters()).device
-        limits = [float(check_number(n, v)) for n, v in (("lost_after", lost_after), ("hangs_after", hangs_after))]
-        self.processes = join(given, limit=limits[0], stall=limits[1])
+        self.processes = join(given, limit=lost_after, stall=hangs_after)
         self._closing.callback(self.processes.stop)
         self.device = self.processes.device
         try:
@@ -205,12 +202,9 @@ class Trainer:
         settings = {name: getattr(self, name) for name in named}
         of = {f"version of {name}": version for name, version in versions().items() if name != "platform"}
         self.processes.require_same(asdict(self.config) | settings | {"lanes": lanes, "device": gpu} | of)
-        T, kind = self.tensor_parallel, self.device.type
-        D = self.processes.size // T
-        shape, dims = ((T,), (LATENTS,)) if D == 1 else ((D, T), (DATA, LATENTS))
-        self._mesh = init_device_mesh(kind, shape, mesh_dim_names=dims)
+        self._mesh = self.processes.mesh(self.tensor_parallel)
         self.ranks = Ranks(self._mesh)
-        if self.graph and kind == "cuda":
+        if self.graph and self.device.type == "cuda":
             self._note("Note: with several processes steps are not captured in a CUDA graph")
 
     def _open_folder(self, resume: bool) -> dict | None:
@@ -358,6 +352,7 @@ class Trainer:
             "data": self.data.described,
             "full_check": self.full_check,
             "lanes": self.lanes,
+            "launch": self.processes.launch,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
             "versions": versions(),

@@ -3,12 +3,14 @@
     python tests/scripts/kill_ranks.py [--moments 10] [--processes 2] [--tensor-parallel 1] [--seed 0]
 
 Each time another process is killed with SIGKILL during another step. Reported is what differs from what should be: the
-others say which process was lost and why, the run resumes by itself, and its final weights have the same bits.
+others say which process was lost and why and leave within 30 s, the run resumes by itself, and its final weights have
+the same bits.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import re
@@ -27,6 +29,7 @@ if __name__ == "__main__":
 from scripts.kill_and_resume import EVERY, arguments, make_features  # noqa: E402
 
 EPOCHS, STEPS = 1, 24
+LIMIT = 30  # seconds until the others have left
 MOMENT = "MOMENT"  # environment variable: number of the process to kill, step, seconds after it
 
 
@@ -57,12 +60,19 @@ def worker(words: list[str]) -> int:
     from sparc_kernels.cli import train
 
     torch.set_num_threads(1)
+    leave = os._exit
+
+    def tells(code):
+        print(f"left at {time.time()}", file=sys.stderr, flush=True)
+        leave(code)
+
+    os._exit = tells
     rank, step, delay = (os.environ[MOMENT] or "-1 0 0").split()
 
     def on_step(done, loss, metrics):
         mine = int(rank) == int(os.environ["RANK"]) and int(os.environ["TORCHELASTIC_RESTART_COUNT"]) == 0
         if mine and done == int(step):
-            print(f"killed at {time.time()}", file=sys.stderr, flush=True)
+            print(f"killed at {time.time() + float(delay)}", file=sys.stderr, flush=True)
             threading.Timer(float(delay), os.kill, (os.getpid(), signal.SIGKILL)).start()
 
     train.Trainer = functools.partial(train.Trainer, on_step=on_step)
@@ -78,7 +88,7 @@ def kill_ranks(folder: Path, moments: int, processes: int, shards: int, seed: in
     want, rng, wrong = (folder / "reference" / "model.safetensors").read_bytes(), random.Random(seed), []
     for i in range(moments):
         rank, step = rng.randrange(processes), 2 + (i * (STEPS - 4)) // max(1, moments - 1)
-        out, started = folder / f"run-{i}", time.monotonic()
+        out = folder / f"run-{i}"
         found = run(out, processes, shards, f"{rank} {step} {rng.random() * 0.02:.4f}")
         output, before = found.stdout + found.stderr, len(wrong)
         resumed = re.findall(r"Resuming after step (\d+)", output)
@@ -89,9 +99,14 @@ def kill_ranks(folder: Path, moments: int, processes: int, shards: int, seed: in
         told = {int(n) for n in re.findall(rf"rank (\d+) ends, since rank {rank} is lost: its process is gone", output)}
         if told != {*range(processes)} - {rank}:
             wrong.append(f"run {i}: ranks {sorted(told)} have told that rank {rank} was lost: {output}")
-        at, seconds = resumed[0] if resumed else 0, time.monotonic() - started
+        killed, left = ([float(at) for at in re.findall(rf"{what} at ([\d.]+)", output)] for what in ("killed", "left"))
+        seconds = max(left, default=math.inf) - min(killed, default=0.0)
+        if seconds > LIMIT:
+            wrong.append(f"run {i}: the others left {seconds:.1f} s after rank {rank}")
+        at = resumed[0] if resumed else 0
         verdict = "same bits" if len(wrong) == before else "WRONG"
-        tell(f"{i + 1:3}  rank {rank} killed after step {step:2}, resumed after step {at}, {seconds:.0f} s: {verdict}")
+        when = f"killed after step {step:2}, the others left after {seconds:.1f} s, resumed after step {at:>2}"
+        tell(f"{i + 1:3}  rank {rank} {when}: {verdict}")
     return wrong
 
 

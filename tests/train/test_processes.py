@@ -22,7 +22,7 @@ import torch.distributed as dist
 from ranks import together
 
 from sparc_kernels import cli
-from sparc_kernels.distributed import ShardedSAE
+from sparc_kernels.distributed import ShardedSAE, processes
 from sparc_kernels.distributed.processes import LOST, Refused
 from sparc_kernels.io.weights import load_model
 from sparc_kernels.train import TrainConfig, Trainer
@@ -100,6 +100,9 @@ def agrees(name: str, folder: Path, T: int) -> None:
     run, got = train(name, out, tensor_parallel=T)
     tol = {"fp64": 1e-12, "fp32": 2e-4, "bf16": 0.05}[run.config.precision]
     assert isinstance(run.model, ShardedSAE) and (run.ranks.replicas, run.ranks.shards) == (size // T, T)
+    groups = [of.group for of in (run.ranks.latents, run.ranks.data) if of and of.group is not dist.group.WORLD]
+    patience = {group._get_backend(run.device).options._timeout for group in groups}
+    assert len(groups) == (size > T) + (1 < T < size) and patience <= {processes._PATIENCE}
     assert got["skipped"] == want["skipped"] == (2 if "NaN" in name else 0)
     torch.testing.assert_close(got["losses"], want["losses"], rtol=tol, atol=tol, equal_nan=True)
     if run.config.precision != "bf16":  # rounding decides there which latents are chosen
@@ -271,7 +274,8 @@ def hanging(step: int) -> None:
 
 
 def terminated(step: int) -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
+    for _ in range(2):  # one from the scheduler, one forwarded by torchrun
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def untroubled(step: int) -> None:
@@ -297,7 +301,8 @@ def misbehave(rank: int, world: int, port: int, folder: Path, who: int, fault, e
     os.dup2(os.open(folder / f"{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     os.dup2(2, 1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                   "TORCHELASTIC_RESTART_COUNT": str(restarts)}  # fmt: skip
+                   "TORCHELASTIC_RESTART_COUNT": str(restarts * rank),  # counted by machine: rank 0 is on a new one
+                   "TORCHELASTIC_RUN_ID": folder.name}  # fmt: skip
 
     def on_step(step, loss, metrics):
         (folder / f"{rank}.step").write_text(str(step))
@@ -339,6 +344,11 @@ class Group:
             process.join()
         return codes, [(self.folder / f"{rank}.txt").read_text() for rank in range(self.world)]
 
+    def seconds(self) -> float:
+        """From the fault until the last of the others has told why it ends."""
+        others = [self.folder / f"{rank}.txt" for rank in range(self.world) if rank != self.who]
+        return max(p.stat().st_mtime for p in others) - (self.folder / f"{self.who}.step").stat().st_mtime
+
 
 def test_a_lost_process_ends_the_others_with_its_number_and_reason(tmp_path):
     Group.context.set_forkserver_preload(["sparc_kernels.cli.train", "torch._dynamo", "torch.distributed.tensor"])
@@ -355,6 +365,8 @@ def test_a_lost_process_ends_the_others_with_its_number_and_reason(tmp_path):
         codes, texts = outputs[group.name] = group.end()
         if codes != wanted or not all(words in text for rank, text in enumerate(texts) if rank != who):
             wrong.append(f"{group.name}: exit codes {codes}, expected {wanted}: {texts}")
+        if group.name.startswith("kill") and group.seconds() > 30:
+            wrong.append(f"{group.name}: the others left after {group.seconds():.0f} s")
     steps = {int((tmp_path / "SIGTERM" / f"{rank}.step").read_text()) for rank in range(2)}
     told = [text.count("SIGTERM after step 4") for text in outputs["SIGTERM"][1]]
     assert not wrong, "\n".join(wrong)

@@ -6,15 +6,21 @@ import math
 import re
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from damage import damaged
 from safetensors.torch import save
 
 from sparc_kernels import AlignedSAE, SparcAdam, cli
+from sparc_kernels.cli import train as train_command
+from sparc_kernels.distributed import processes
+from sparc_kernels.io.atomic import read_json, write_json
 from sparc_kernels.io.run_checkpoints import checkpoints, load_checkpoint, load_latest, save_checkpoint
 from sparc_kernels.io.weights import export_official, load_model, save_weights
 from sparc_kernels.train import trainer as train_trainer
@@ -484,12 +490,60 @@ def test_a_launcher_that_says_too_little_is_named(tmp_path, capsys, monkeypatch)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_restart_by_torchrun_resumes(tmp_path, capsys, monkeypatch):
-    given = files(tmp_path)
-    assert cli.main(command(tmp_path / "run", *given)) == 0
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert cli.main(command(tmp_path / "run", *given)) == 0
+def test_a_restart_by_torchrun_resumes_what_this_torchrun_began(tmp_path, capsys, monkeypatch):
+    given = command(tmp_path / "run", *files(tmp_path))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    assert cli.main(given) == 0
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")
+    for restarts in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        assert cli.main([*given, "--epochs=9"]) == 2
+        assert "out: expected a folder without a run, or resume" in capsys.readouterr().err
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    assert cli.main(given) == 0
     assert "Resuming after step 12 of 12" in capsys.readouterr().out
+    manifest = read_json(tmp_path / "run" / "manifest.json")
+    del manifest["launch"], manifest["sha256"], manifest["run"]  # as runs before had it
+    write_json(tmp_path / "run" / "manifest.json", manifest)
+    assert read_manifest(tmp_path / "run" / "manifest.json") == manifest and cli.main(given) == 2
+
+
+def test_a_restart_that_another_machine_counts_resumes(tmp_path, monkeypatch):
+    """torchrun counts restarts by machine: of two, one may be at its first attempt."""
+    shared = []
+
+    class Both(processes.Processes):
+        def share(self, value):
+            shared.append(value)
+            return [value, True]
+
+    given = command(tmp_path / "run", *files(tmp_path))
+    monkeypatch.setattr(train_command, "join", lambda device, **limits: Both(torch.device("cpu"), 9, 9, launch="x"))
+    monkeypatch.setattr(train_trainer, "join", train_command.join)
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    assert cli.main(given) == cli.main(given) == 0 and shared[0] is False
+
+
+@pytest.mark.parametrize("flag", ["lost-after", "hangs-after"])
+def test_seconds_are_checked_before_anything_is_watched(tmp_path, capsys, monkeypatch, flag):
+    monkeypatch.setattr(processes, "Processes", None)
+    assert cli.main(command(tmp_path / "run", *files(tmp_path), f"--{flag}=-1")) == 2
+    assert f"{flag.replace('-', '_')}: expected a finite number >= 0, got -1.0" in capsys.readouterr().err
+
+
+def test_attempts_meet_whatever_their_stores_have_kept():
+    """Ranks of an attempt find each other; what earlier ones asked, were answered and heard has no effect."""
+    store, attempts = dist.HashStore(), 3
+    store.set_timeout(timedelta(seconds=20))
+    with ThreadPoolExecutor(3) as pool:
+        names = []
+        for attempt in range(attempts):
+            store.set("asks/1", f"gone {attempt}")  # one that asked and was killed
+            others = [pool.submit(processes.meet, store, rank, 3) for rank in (1, 2)]
+            names.append({processes.meet(store, 0, 3), *(other.result() for other in others)})
+    assert all(len(ours) == 1 for ours in names) and len(set.union(*names)) == attempts
 
 
 def test_what_is_not_as_it_was_is_told(copy, caplog, monkeypatch):

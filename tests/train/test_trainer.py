@@ -26,6 +26,7 @@ from sparc_kernels.io import run_checkpoints
 from sparc_kernels.io.run_checkpoints import load_checkpoint, load_latest, save_checkpoint
 from sparc_kernels.io.weights import export_official, load_model
 from sparc_kernels.train import log as runlog
+from sparc_kernels.train import process
 from sparc_kernels.train.config import TrainConfig
 from sparc_kernels.train.data import split
 from sparc_kernels.train.trainer import Interrupted, Trainer, TrainingStopped
@@ -363,7 +364,11 @@ def test_a_signal_from_outside_saves_and_leaves(tmp_path):
     left_on(signal.SIGTERM, process.returncode, stderr, tmp_path / "run")
 
 
-def test_a_second_signal_leaves_at_once(tmp_path, monkeypatch):
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_a_second_signal_leaves_at_once(tmp_path, monkeypatch, second, torchrun):
+    """But under torchrun, which forwards SIGTERM, a second one does not."""
+    monkeypatch.setattr(process, "launched", lambda: torchrun)
     run = trainer(config(epochs=1), out=tmp_path, device="cpu")
     codes = []
     monkeypatch.setattr(os, "_exit", codes.append)
@@ -372,13 +377,14 @@ def test_a_second_signal_leaves_at_once(tmp_path, monkeypatch):
         if step == 3:
             signal.raise_signal(signal.SIGTERM)
             assert not codes
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(second)
 
     run.on_step = interrupt
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Interrupted) as error:
         run.train()
-    assert codes == [130] and error.value.code == 143
+    assert codes == ([] if torchrun and second == signal.SIGTERM else [128 + second])
+    assert error.value.code == 143
     assert signal.getsignal(signal.SIGTERM) is before
 
 
