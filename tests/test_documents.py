@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sparc_kernels
 from benchmarks import __main__ as benchmark
-from benchmarks import gpu_report, host, plot, report
+from benchmarks import gpu_report, host, plot, ranks, report
 from sparc_kernels import cli
 from sparc_kernels.cli import demo
 
@@ -35,6 +35,7 @@ SETUP = (
 PARSERS = {
     "sparc-kernels": cli.parse,
     "python -m benchmarks host": host.parse,
+    "python -m benchmarks ranks": ranks.parse,
     "python -m benchmarks": benchmark.parse,
     "python -m benchmarks.report": report.parse,
     "python -m benchmarks.plot": plot.parse,
@@ -126,11 +127,14 @@ def read_launch(words: list[str]) -> None:
     """What torchrun's own parser makes of it, and the program's of the rest."""
     launch = torchrun.parse_args(words[1:])
     assert launch.module, "python -m"
-    read([{"sparc_kernels": "sparc-kernels"}.get(launch.training_script, launch.training_script),
-          *launch.training_script_args])  # fmt: skip
+    programs = {"sparc_kernels": ["sparc-kernels"], "benchmarks": ["python", "-m", "benchmarks"]}
+    read([*programs[launch.training_script], *launch.training_script_args])
 
 
 def run_command(words: list[str]) -> None:
+    if words[0] == "torchrun":  # tests/distributed and tests/train start processes
+        read_launch(words)
+        return
     read(words)
     if shlex.join(words) not in ELSEWHERE:
         assert words[0] == "sparc-kernels", f"{shlex.join(words)}: run it here, or name in ELSEWHERE what does"
@@ -252,7 +256,7 @@ def test_every_link_leads_somewhere():
 def test_commands_and_options_in_the_prose_exist(capsys):
     prose = "\n".join(split(document)[1] for document in DOCUMENTS)
     spans = re.findall(r"`([^`]+)`", prose)
-    for parse in (benchmark.parse, host.parse, report.parse, plot.parse, gpu_report.parse):
+    for parse in (benchmark.parse, host.parse, ranks.parse, report.parse, plot.parse, gpu_report.parse):
         with pytest.raises(SystemExit):
             parse(["--help"])
     for name in cli.SUBCOMMANDS:
@@ -260,6 +264,7 @@ def test_commands_and_options_in_the_prose_exist(capsys):
             cli.parse([name, "--help"])
     options = set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))
     options |= {"--all", "--strict"}  # of tests/scripts/launch_everything.py and twine
+    options |= {"--moments"}  # of tests/scripts/kill_ranks.py
     options |= {"--" + name.replace("_", "-") for name in vars(torchrun.parse_args(["script"]))}
     asked = {option for span in spans for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", span)}
     assert len(asked) > 20 and asked <= options, asked - options
