@@ -9,7 +9,7 @@ from ..nn.forward import EncodeSettings
 from ..ops.dead import count_fired_, dead_first
 from ..ops.encode import centre_for, gather_codes
 from ..ops.records import ABSENT, EncoderParams, SparseCodes
-from ..ops.selection import keys_dtype, select, select_each, topk_positions
+from ..ops.selection import keys_dtype, select_each_keys, select_keys, topk_positions
 from .ranks import Ranks
 
 
@@ -64,7 +64,7 @@ def encode(
         return gather_codes(SparseCodes(indices, None), centred, encoder, lists, impl)
 
     sizes = [min(k, b - a) for a, b in blocks]
-    op, shape = (select_each, (len(xs),)) if local else (select, ())
+    op, shape = (select_each_keys, (len(xs),)) if local else (select_keys, ())
     keys = xs[0].new_empty(*shape, len(xs[0]), sizes[ranks.shard], dtype=keys_dtype(xs[0].dtype, impl))
     ids = op(centred, list(encoder.w_encs), list(encoder.latent_biases), sizes[ranks.shard], None, None, keys, impl)
     ids = _merge(ids + start, keys, k, sizes, ranks, impl)
@@ -80,7 +80,9 @@ def encode(
         sizes = [min(auxk, b - a) for a, b in blocks]
         mine = sizes[ranks.shard]
         keys = keys.new_empty(len(xs), len(xs[0]), mine)
-        ids = select_each(centred, list(encoder.w_encs), list(encoder.latent_biases), mine, order, n_dead, keys, impl)
+        ids = select_each_keys(
+            centred, list(encoder.w_encs), list(encoder.latent_biases), mine, order, n_dead, keys, impl
+        )
         exists = torch.arange(mine, device=ids.device) < n_dead[:, None, None]
         ids = _merge(torch.where(exists, ids + start, ABSENT), keys, auxk, sizes, ranks, impl)
         result.aux_ids, result.aux = ids, own(ids)

@@ -174,7 +174,7 @@ def select_dead(
     Returns:
         Codes with indices [S, B, auxk] and no values, of which `count` are valid.
     """
-    selected = select_each(centred, list(encoder.w_encs), list(encoder.latent_biases), auxk, ids, count, None, impl)
+    selected = select_each(centred, list(encoder.w_encs), list(encoder.latent_biases), auxk, ids, count, impl)
     return SparseCodes(selected, None, count)
 
 

@@ -496,4 +496,4 @@ def select_latents(centred, w_encs, latent_biases, k, topk_type, *, impl):
     """
     w_encs, latent_biases = list(w_encs), list(latent_biases)
     op = select if topk_type == "global" else select_each
-    return op(centred, w_encs, latent_biases, k, None, None, None, impl)
+    return op(centred, w_encs, latent_biases, k, None, None, impl)

@@ -7,6 +7,8 @@ GEMM is faster, it computes the logits and a second pass their maxima.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from ..core._triton import tl, tl_dtype, triton
@@ -500,11 +502,10 @@ def _select_fake(*, xs, w_encs, biases, k, ids, count, keys):
 
 select = register(
     "select",
-    "(Tensor[] xs, Tensor[] w_encs, Tensor[] biases, int k, Tensor? ids, Tensor? count, Tensor(a!)? keys, str impl)"
-    " -> Tensor",
-    torch_impl=_select_torch,
-    triton_impl=_select_triton,
-    fake=_select_fake,
+    "(Tensor[] xs, Tensor[] w_encs, Tensor[] biases, int k, Tensor? ids, Tensor? count, str impl) -> Tensor",
+    torch_impl=partial(_select_torch, keys=None),
+    triton_impl=partial(_select_triton, keys=None),
+    fake=partial(_select_fake, keys=None),
 )
 select.__doc__ = """Select the k latents with the largest summed pre-activations of each row.
 
@@ -516,12 +517,34 @@ Args:
     ids: int32 [N]; if given, only the latents ids[:count] compete, and if they are fewer than k the rows end with
         ids[count:k].
     count: int32 [], with ids; stays on the device.
-    keys: contiguous [B, k] of `keys_dtype`, receives the pre-activations compared, -inf in columns from count on; or
-        None.
     impl: "triton" or "torch".
 
 Returns:
     int64 [B, k], rows in descending order of the pre-activation compared, ties to the lowest latent, NaN above +inf.
+"""
+
+select_keys = register(
+    "select_keys",
+    "(Tensor[] xs, Tensor[] w_encs, Tensor[] biases, int k, Tensor? ids, Tensor? count, Tensor(a!) keys, str impl)"
+    " -> Tensor",
+    torch_impl=_select_torch,
+    triton_impl=_select_triton,
+    fake=_select_fake,
+)
+select_keys.__doc__ = """Run `select`, which inductor compiles because it changes nothing, and write its keys too.
+
+Args:
+    xs: as of `select`.
+    w_encs: as of `select`.
+    biases: as of `select`.
+    k: as of `select`.
+    ids: as of `select`.
+    count: as of `select`.
+    keys: contiguous [B, k] of `keys_dtype`, receives the pre-activations compared, -inf in columns from count on.
+    impl: "triton" or "torch".
+
+Returns:
+    As of `select`.
 """
 
 
@@ -541,11 +564,10 @@ def _select_each_fake(xs, w_encs, biases, k, ids, count, keys):
 
 select_each = register(
     "select_each",
-    "(Tensor[] xs, Tensor[] w_encs, Tensor[] biases, int k, Tensor? ids, Tensor? count, Tensor(a!)? keys, str impl)"
-    " -> Tensor",
-    torch_impl=_select_each_torch,
-    triton_impl=_select_each_triton,
-    fake=_select_each_fake,
+    "(Tensor[] xs, Tensor[] w_encs, Tensor[] biases, int k, Tensor? ids, Tensor? count, str impl) -> Tensor",
+    torch_impl=partial(_select_each_torch, keys=None),
+    triton_impl=partial(_select_each_triton, keys=None),
+    fake=partial(_select_each_fake, keys=None),
 )
 select_each.__doc__ = """Run `select` for every stream by itself.
 
@@ -556,11 +578,34 @@ Args:
     k: how many latents per row and stream.
     ids: int32 [S, N] or None, row s as in `select`.
     count: int32 [S], with ids.
-    keys: contiguous [S, B, k] as in `select`, or None.
     impl: "triton" or "torch".
 
 Returns:
     int64 [S, B, k].
+"""
+
+select_each_keys = register(
+    "select_each_keys",
+    "(Tensor[] xs, Tensor[] w_encs, Tensor[] biases, int k, Tensor? ids, Tensor? count, Tensor(a!) keys, str impl)"
+    " -> Tensor",
+    torch_impl=_select_each_torch,
+    triton_impl=_select_each_triton,
+    fake=_select_each_fake,
+)
+select_each_keys.__doc__ = """Run `select_each` and write its keys.
+
+Args:
+    xs: as of `select_each`.
+    w_encs: as of `select_each`.
+    biases: as of `select_each`.
+    k: as of `select_each`.
+    ids: as of `select_each`.
+    count: as of `select_each`.
+    keys: contiguous [S, B, k], as of `select_keys`.
+    impl: "triton" or "torch".
+
+Returns:
+    As of `select_each`.
 """
 
 

@@ -434,7 +434,7 @@ def call_shard_operators(shape: Shape) -> None:
     from ..ops.adam import PLAIN, adam_stream_
     from ..ops.gather import gather_sum
     from ..ops.latent_adam import latent_adam_
-    from ..ops.selection import keys_dtype, select, select_each, topk_positions
+    from ..ops.selection import keys_dtype, select_each_keys, select_keys, topk_positions
 
     (B, N, k), widths, S = (shape.B, shape.N, shape.k), shape.d_streams, len(shape.d_streams)
     dtype, acc = getattr(torch, shape.dtype), torch.float32
@@ -444,10 +444,10 @@ def call_shard_operators(shape: Shape) -> None:
 
     xs, w_encs, latent_biases = [empty(B, d) for d in widths], [empty(N, d) for d in widths], [empty(N)] * S
     keys = empty(S, B, k, dtype=keys_dtype(dtype, "triton"))
-    select(xs, w_encs, latent_biases, k, None, None, keys[0], "triton")
+    select_keys(xs, w_encs, latent_biases, k, None, None, keys[0], "triton")
     dead = empty(S, N, dtype=torch.int32), empty(S, 4, dtype=torch.int32)[:, 0]
     for listed in ((None, None), dead):
-        select_each(xs, w_encs, latent_biases, k, *listed, keys, "triton")
+        select_each_keys(xs, w_encs, latent_biases, k, *listed, keys, "triton")
     for shards in (2, 8, 64):
         topk_positions(empty(B, shards * k, dtype=keys.dtype), k, "triton")
     gather_sum(empty(B, k, dtype=torch.int64), empty(S, B, k, dtype=acc), w_encs[0], None, True, "triton")

@@ -267,11 +267,24 @@ def ops_and_arguments(impl):
             ops.latent_reduce_,
             ([out], [], *inverse, values, coef[None], None, [stacked], K, True, impl),
         ),
-        "select": (ops.select, (p.xs, p.w_encs, p.latent_biases, K, None, None, None, impl)),
-        "select dead": (ops.select, (p.xs[:1], p.w_encs[:1], p.latent_biases[:1], K, ids, count, keys[0], impl)),
-        "select_each": (ops.select_each, (p.xs, p.w_encs, p.latent_biases, K, None, None, None, impl)),
+        "select": (ops.select, (p.xs, p.w_encs, p.latent_biases, K, None, None, impl)),
+        "select dead": (ops.select, (p.xs[:1], p.w_encs[:1], p.latent_biases[:1], K, ids, count, impl)),
+        "select_keys": (ops.select_keys, (p.xs[:1], p.w_encs[:1], p.latent_biases[:1], K, ids, count, keys[0], impl)),
+        "select_each": (ops.select_each, (p.xs, p.w_encs, p.latent_biases, K, None, None, impl)),
         "select_each dead": (
             ops.select_each,
+            (
+                p.xs[:2],
+                p.w_encs[:2],
+                p.latent_biases[:2],
+                K,
+                torch.stack([ids, ids]),
+                torch.stack([count, count]),
+                impl,
+            ),
+        ),
+        "select_each_keys": (
+            ops.select_each_keys,
             (
                 p.xs[:2],
                 p.w_encs[:2],

@@ -50,10 +50,10 @@ def exact_select(h, k, impl, dtype=torch.float32):
     x = torch.zeros(B, 1, dtype=dtype, device=DEVICE)
     weights = torch.zeros(N, 1, dtype=dtype, device=DEVICE)
     if B == 1:  # through the bias
-        return select([x], [weights], [h[0].to(DEVICE, torch.float32)], k, None, None, None, impl)
+        return select([x], [weights], [h[0].to(DEVICE, torch.float32)], k, None, None, impl)
     eye = torch.eye(B, dtype=dtype, device=DEVICE)
     weights, bias = h.T.contiguous().to(DEVICE, dtype), torch.zeros(N, device=DEVICE)
-    return select([eye], [weights], [bias], k, None, None, None, impl)
+    return select([eye], [weights], [bias], k, None, None, impl)
 
 
 LEVELS = st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0, 0.5, -3.0, 7.0])
@@ -112,7 +112,7 @@ def test_small_integers_are_selected_exactly_in_every_dtype(impl, dtype):
     xs = [torch.randint(-3, 4, (9, d), generator=g).to(DEVICE, dtype) for d in (6, 5)]
     ws = [torch.randint(-2, 3, (50, d), generator=g).to(DEVICE, dtype) for d in (6, 5)]
     h = sum(x.float() @ w.float().T for x, w in zip(xs, ws, strict=True))
-    got = select(xs, ws, [torch.zeros(50, device=DEVICE)] * 2, 7, None, None, None, impl)
+    got = select(xs, ws, [torch.zeros(50, device=DEVICE)] * 2, 7, None, None, impl)
     assert torch.equal(got, reference.topk_indices(h, 7))
 
 
@@ -124,7 +124,7 @@ def test_selection_among_given_columns_only(impl, dead):
     rest = torch.tensor([n for n in range(70) if n not in set(chosen.tolist())])
     ids = torch.cat([chosen, rest]).int().to(DEVICE)
     count = torch.tensor(dead, dtype=torch.int32, device=DEVICE)
-    got = select([x], [w], [p.latent_biases[0]], 8, ids, count, None, impl)
+    got = select([x], [w], [p.latent_biases[0]], 8, ids, count, impl)
     h = x @ w.T + p.latent_biases[0]
     among = h[:, chosen.to(DEVICE)]
     want = chosen.to(DEVICE)[reference.topk_indices(among, min(8, dead))]
@@ -330,7 +330,6 @@ def test_library_selection_on_hard_rows(library, monkeypatch, k, levels):
             [row[:, None].contiguous()],
             [torch.zeros(70, device=DEVICE)],
             k,
-            None,
             None,
             None,
             "triton",

@@ -124,7 +124,7 @@ def test_selection_in_each_stream(impl, dead):
     if dead:
         ids = torch.stack([torch.randperm(n, generator=g) for _ in widths]).int().to(DEVICE)
         count = torch.tensor([0, 3, 31], dtype=torch.int32, device=DEVICE)
-    got = select_each(xs, ws, cs, k, ids, count, None, impl)
+    got = select_each(xs, ws, cs, k, ids, count, impl)
     for s in range(len(widths)):
         some = (ids[s], count[s]) if dead else (None, None)
-        assert torch.equal(got[s], select(xs[s : s + 1], ws[s : s + 1], cs[s : s + 1], k, *some, None, impl))
+        assert torch.equal(got[s], select(xs[s : s + 1], ws[s : s + 1], cs[s : s + 1], k, *some, impl))

@@ -23,7 +23,7 @@ from sparc_kernels.ops.inverse_index import inverse_index, inverse_index_op
 from sparc_kernels.ops.latent_adam import latent_adam_
 from sparc_kernels.ops.latent_reduce import latent_reduce_
 from sparc_kernels.ops.records import ABSENT
-from sparc_kernels.ops.selection import keys_dtype, select, select_each, topk_positions
+from sparc_kernels.ops.selection import keys_dtype, select_each_keys, select_keys, topk_positions
 
 INF, NAN = float("inf"), float("nan")
 B, N, S, D = 5, 40, 3, 37
@@ -245,7 +245,7 @@ def exact_keys(h, k, impl, dtype=torch.float32, ids=None, count=None):
     eye = torch.eye(len(h), dtype=dtype, device=DEVICE)
     weights, bias = h.T.contiguous().to(DEVICE, dtype), torch.zeros(h.shape[1], device=DEVICE)
     keys = torch.full((len(h), k), 99.0, dtype=keys_dtype(dtype, impl), device=DEVICE)
-    return select([eye], [weights], [bias], k, ids, count, keys, impl), keys
+    return select_keys([eye], [weights], [bias], k, ids, count, keys, impl), keys
 
 
 FORMS = [(torch.float32, 1), (torch.float32, 70), (torch.bfloat16, 7), (torch.float16, 7), (torch.float64, 7)]
@@ -267,7 +267,7 @@ def test_keys_of_rows_that_are_not_finite(impl):
     h[0, ::3], h[0, 1::3], h[0, 2] = -INF, INF, NAN
     x, w = torch.ones(1, 1, device=DEVICE), torch.zeros(70, 1, device=DEVICE)
     keys = torch.empty(1, 70, device=DEVICE)
-    indices = select([x], [w], [h[0].to(DEVICE)], 70, None, None, keys, impl)
+    indices = select_keys([x], [w], [h[0].to(DEVICE)], 70, None, None, keys, impl)
     assert same(keys, h.to(DEVICE).gather(1, indices)) and keys[0, 0].isnan()
 
 
@@ -289,10 +289,10 @@ def test_keys_of_every_stream(impl, listed):
     ids = torch.stack([torch.arange(70, dtype=torch.int32)] * 3).to(DEVICE) if listed else None
     count = torch.tensor([70, 2, 0], dtype=torch.int32, device=DEVICE) if listed else None
     keys, alone = torch.empty(3, 6, k, device=DEVICE), torch.empty(6, k, device=DEVICE)
-    got = select_each(xs, ws, cs, k, ids, count, keys, impl)
+    got = select_each_keys(xs, ws, cs, k, ids, count, keys, impl)
     for s in range(3):
         own, part = (None, None) if ids is None else (ids[s], count[s]), slice(s, s + 1)
-        assert torch.equal(got[s], select(xs[part], ws[part], cs[part], k, *own, alone, impl))
+        assert torch.equal(got[s], select_keys(xs[part], ws[part], cs[part], k, *own, alone, impl))
         assert torch.equal(keys[s], alone)
 
 

@@ -277,10 +277,10 @@ def patch_sums(patch, faulty):
 def patch_select(patch, faulty):
     sound = encode.select
 
-    def select_each(xs, w_encs, biases, k, ids, count, keys, impl):
+    def select_each(xs, w_encs, biases, k, ids, count, impl):
         some = [(None, None)] * len(xs) if ids is None else zip(ids, count, strict=True)
         streams = zip(xs, w_encs, biases, some, strict=True)
-        return torch.stack([faulty(sound, [x], [w], [c], k, i, n, None, impl) for x, w, c, (i, n) in streams])
+        return torch.stack([faulty(sound, [x], [w], [c], k, i, n, impl) for x, w, c, (i, n) in streams])
 
     patch(encode, "select", lambda *args: faulty(sound, *args))
     for where in (encode, dead):
@@ -288,10 +288,10 @@ def patch_select(patch, faulty):
 
 
 def one_rank_off(patch):
-    def select(sound, xs, w_encs, biases, k, ids, count, keys, impl):
+    def select(sound, xs, w_encs, biases, k, ids, count, impl):
         if ids is not None or k == w_encs[0].shape[0]:
-            return sound(xs, w_encs, biases, k, ids, count, keys, impl)
-        return sound(xs, w_encs, biases, k + 1, ids, count, None, impl)[:, 1:].contiguous()
+            return sound(xs, w_encs, biases, k, ids, count, impl)
+        return sound(xs, w_encs, biases, k + 1, ids, count, impl)[:, 1:].contiguous()
 
     patch_select(patch, select)
 
@@ -299,10 +299,10 @@ def one_rank_off(patch):
 def last_rank_off(patch):
     """The k-th replaced by the one after it: right but for one place."""
 
-    def select(sound, xs, w_encs, biases, k, ids, count, keys, impl):
+    def select(sound, xs, w_encs, biases, k, ids, count, impl):
         if ids is not None or k == w_encs[0].shape[0]:
-            return sound(xs, w_encs, biases, k, ids, count, keys, impl)
-        selected = sound(xs, w_encs, biases, k + 1, ids, count, None, impl)
+            return sound(xs, w_encs, biases, k, ids, count, impl)
+        selected = sound(xs, w_encs, biases, k + 1, ids, count, impl)
         return torch.cat([selected[:, : k - 1], selected[:, k:]], 1)
 
     patch_select(patch, select)
@@ -313,11 +313,11 @@ def selection_without_latent_bias(patch):
 
 
 def ties_to_the_highest(patch):
-    def select(sound, xs, w_encs, biases, k, ids, count, keys, impl):
+    def select(sound, xs, w_encs, biases, k, ids, count, impl):
         if ids is not None:
-            return sound(xs, w_encs, biases, k, ids, count, keys, impl)
+            return sound(xs, w_encs, biases, k, ids, count, impl)
         n = w_encs[0].shape[0]
-        return n - 1 - sound(xs, [w.flip(0) for w in w_encs], [b.flip(0) for b in biases], k, None, None, None, impl)
+        return n - 1 - sound(xs, [w.flip(0) for w in w_encs], [b.flip(0) for b in biases], k, None, None, impl)
 
     patch_select(patch, select)
 

@@ -141,7 +141,7 @@ def _among(x, w, bias, k, impl):
     ids = torch.arange(WIDTH, n + 2 * WIDTH, device=x.device, dtype=torch.int32) % (n + WIDTH)
     w, bias = torch.cat([w.new_zeros(WIDTH, w.shape[1]), w]), torch.cat([most, bias])
     count = torch.tensor(n, device=x.device, dtype=torch.int32)
-    indices = selection.select([x], [w], [bias], k, ids, count, None, resolve_impl(impl, x))
+    indices = selection.select([x], [w], [bias], k, ids, count, resolve_impl(impl, x))
     return values_at(x, w, x.new_zeros(x.shape[1]), bias, indices, impl=impl), indices - WIDTH
 
 

@@ -12,7 +12,7 @@ from ....core.numerics import acc_dtype
 from ....ops.dead import dead_first
 from ....ops.encode import centre, gather_values
 from ....ops.gather import gather_dot, gather_sum
-from ....ops.selection import keys_dtype, select, select_each, topk_positions
+from ....ops.selection import keys_dtype, select_each_keys, select_keys, topk_positions
 from ..judge import F64, Check
 from ..problems import cotangent, generic, integers, local_ids, random_latents, shard_blocks
 
@@ -48,7 +48,7 @@ def _merged(check, p, k, local, dead=None):
         if dead is not None:
             listed = dead_first([dead[low:high]] * S, 0, check.resolved)[:2]
         if few:
-            op = select_each if local else select
+            op = select_each_keys if local else select_keys
             ids.append(low + op(p.xs, w_encs, biases, few, *listed, key, check.resolved))
             keys.append(key)
     latents, candidates = torch.cat(ids, -1), torch.cat(keys, -1)
