@@ -29,7 +29,11 @@ def counted(what: str, unit: str) -> Watch:
         what: label.
         unit: unit of the numbers.
     """
-    return lambda steps: _shown(steps, steps.stop, what, unit, lambda start: min(steps.step, steps.stop - start))
+
+    def watch(steps: range) -> Iterator:
+        return _shown(steps, steps.stop - steps.start, what, unit, lambda start: min(steps.step, steps.stop - start))
+
+    return watch
 
 
 def _shown(items: Iterable, total: int, what: str, unit: str, size: Callable) -> Iterator:

@@ -20,7 +20,8 @@ ALONE = Processes(torch.device("cpu"), 0.0, 0.0, grouped=False)  # no other proc
 
 def own_part(items: range, processes: Processes) -> range:
     """Return this process's part of a range; parts are consecutive and differ by at most one item."""
-    return items[slice(*even_parts(len(items), processes.size)[processes.rank])]
+    part = items[slice(*even_parts(len(items), processes.size)[processes.rank])]
+    return range(part.start, min(part.stop, items.stop), part.step)  # a slice's end may lie a step beyond
 
 
 def dealt(processes: Processes) -> Deal:

@@ -16,7 +16,7 @@ from sparc_kernels.distributed import count_bytes, shard_latents
 from sparc_kernels.tools.cost.scaling import Mesh, collectives, memory
 from sparc_kernels.tools.shape import Shape
 
-pytestmark = [pytest.mark.subprocess, pytest.mark.slow]
+pytestmark = [pytest.mark.subprocess, pytest.mark.slow, pytest.mark.long]  # test_sharded_latents.py runs some too
 # rows, latents and widths that neither 2 nor 4 divide; fewer latents than k on a rank; one stream
 SHAPES = {
     "uneven": Shape(10, 26, 3, (10, 6, 7), "float32", auxk=4),

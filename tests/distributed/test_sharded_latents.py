@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import os
 import tempfile
 from pathlib import Path
 
@@ -426,8 +425,7 @@ def cases() -> dict:
     partial = functools.partial
     for (D, T), fused in itertools.product([(1, 4), (2, 2), (4, 1)], [False, True]):
         how = f"{D} x {T}, {'training step' if fused else 'two calls'}"
-        short = (D, T, fused) not in ((2, 2, False), (1, 4, True)) and "ALL_STEPS" not in os.environ
-        made[how] = partial(same_training, D, T, fused=fused, **({"steps": 5} if short else {}))
+        made[how] = partial(same_training, D, T, fused=fused, steps=5)
         made[f"{how}, local"] = partial(same_training, D, T, fused=fused, topk_type="local", steps=5)
         made[f"{how}, same bits"] = partial(same_bits, D, T, fused)
     made["clipped"] = partial(same_training, 2, 2, clip=0.05, steps=5)
@@ -464,7 +462,21 @@ def cases() -> dict:
     return made
 
 
-CASES = cases()
+LONG = (
+    "kernels",
+    "4 x 1, two calls, local",
+    "1 x 4, two calls, same",
+    "4 x 1, two calls, same",
+    "eight",
+    "no waits, local",
+)
+CASES = {name: case for name, case in cases().items() if not name.startswith(LONG)}
+FIFTY_STEPS = {
+    f"{D} x {T}, {'training step' if fused else 'two calls'}, {topk_type}": functools.partial(
+        same_training, D, T, fused=fused, topk_type=topk_type
+    )
+    for (D, T), fused, topk_type in itertools.product([(1, 4), (2, 2), (4, 1)], [False, True], ["global", "local"])
+}
 
 
 @pytest.fixture(scope="module")
@@ -475,3 +487,9 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_compute_what_one_process_does(case, results):
     assert not results[case], "\n".join(results[case])
+
+
+@pytest.mark.long
+def test_fifty_steps_of_every_kind_and_the_kernels(tmp_path):
+    wrong = together(tmp_path, 4, FIFTY_STEPS | {n: case for n, case in cases().items() if n not in CASES})
+    assert not any(wrong.values()), {name: texts for name, texts in wrong.items() if texts}

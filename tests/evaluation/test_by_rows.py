@@ -96,6 +96,7 @@ def full(*_):
 @pytest.mark.skipif(not dist.is_available() or os.name != "posix", reason="torch without gloo")
 @pytest.mark.subprocess
 @pytest.mark.slow
+@pytest.mark.long
 def test_processes_write_what_one_writes(folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(metrics, "_BLOCK_ELEMENTS", BLOCK)

@@ -32,7 +32,7 @@ from sparc_kernels.train.resume import RunState
 from sparc_kernels.train.step import Step
 from sparc_kernels.train.trainer import Trainer
 
-pytestmark = [pytest.mark.subprocess, pytest.mark.slow]
+pytestmark = [pytest.mark.subprocess, pytest.mark.slow, pytest.mark.long]  # test_processes.py saves and resumes too
 WIDTHS = {"b": 7, "ä": 10}
 MESHES = {"1 x 4": (1, 4), "2 x 2": (2, 2), "4 x 1": (4, 1)}
 CONFIG = TrainConfig(n_latents=26, k=3, auxk=4, dead_steps_threshold=3, batch_size=8, epochs=3, lr=1e-2, reinit_every=2)

@@ -651,7 +651,7 @@ def test_a_kill_costs_one_check(seconds, tmp_path):
     process = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
     printed = []
     for text in process.stdout:
-        if re.match(r"(encode|exact|values|decode|auxk|inverse|latent|adam|update|training)", text):
+        if re.match(r"(encode|exact|values|decode|auxk|inverse|latent|adam|update|training|shard)", text):
             printed.append(text)
             if len(printed) == 1:
                 timer = threading.Timer(seconds, process.kill)

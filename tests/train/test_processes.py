@@ -239,6 +239,7 @@ def passes(results: dict[str, list[str]]) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.long
 def test_four_processes_train_as_one(tmp_path):
     passes(together(tmp_path, 4, references(tmp_path, 4, ON[4])))
 
@@ -350,27 +351,34 @@ class Group:
         return max(p.stat().st_mtime for p in others) - (self.folder / f"{self.who}.step").stat().st_mtime
 
 
-def test_a_lost_process_ends_the_others_with_its_number_and_reason(tmp_path):
+SOME = "kill -9", "kill -9 of rank 0", "exception"
+
+
+@pytest.mark.parametrize("names", [SOME, pytest.param([*FAULTS], marks=pytest.mark.long)], ids=["some", "all"])
+def test_a_lost_process_ends_the_others_with_its_number_and_reason(tmp_path, names):
     Group.context.set_forkserver_preload(["sparc_kernels.cli.train", "torch._dynamo", "torch.distributed.tensor"])
     for s, x in streams().items():
         np.save(tmp_path / f"{s}.npy", x.numpy())
     with contextlib.ExitStack() as held:  # all at once, so that they differ
-        sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in [*FAULTS, "again"]]
+        sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in [*names, "again"]]
         ports = [s.getsockname()[1] for s in sockets]
-    groups = [Group(tmp_path, name, port) for name, port in zip(FAULTS, ports, strict=False)]
+    groups = [Group(tmp_path, name, port) for name, port in zip(names, ports, strict=False)]
     wrong, outputs = [], {}
     for group in groups:
         _, who, _, own_code, code, words = FAULTS[group.name]
         wanted = [own_code if rank == who else code for rank in range(group.world)]
         codes, texts = outputs[group.name] = group.end()
+        if group.name == "hang" and codes[who] == LOST:  # the store went with rank 0 before it was read
+            wanted[who] = LOST
         if codes != wanted or not all(words in text for rank, text in enumerate(texts) if rank != who):
             wrong.append(f"{group.name}: exit codes {codes}, expected {wanted}: {texts}")
         if group.name.startswith("kill") and group.seconds() > 30:
             wrong.append(f"{group.name}: the others left after {group.seconds():.0f} s")
-    steps = {int((tmp_path / "SIGTERM" / f"{rank}.step").read_text()) for rank in range(2)}
-    told = [text.count("SIGTERM after step 4") for text in outputs["SIGTERM"][1]]
     assert not wrong, "\n".join(wrong)
-    assert steps == {4} and told == [1, 0], outputs["SIGTERM"]
+    if "SIGTERM" in names:
+        steps = {int((tmp_path / "SIGTERM" / f"{rank}.step").read_text()) for rank in range(2)}
+        told = [text.count("SIGTERM after step 4") for text in outputs["SIGTERM"][1]]
+        assert steps == {4} and told == [1, 0], outputs["SIGTERM"]
     again = Group(tmp_path, "kill -9 of rank 0", ports[-1], restarts=1).end()
     assert again[0] == [0, 0] and "Resuming after step 2 of 9" in again[1][0], again
     finished, want = (tmp_path / name / "run" / "model.safetensors" for name in ("kill -9 of rank 0", "nothing"))
