@@ -351,7 +351,7 @@ class Group:
         return max(p.stat().st_mtime for p in others) - (self.folder / f"{self.who}.step").stat().st_mtime
 
 
-SOME = "kill -9", "kill -9 of rank 0", "exception"
+SOME = "kill -9", "kill -9 of rank 0", "exception", "nothing"
 
 
 @pytest.mark.parametrize("names", [SOME, pytest.param([*FAULTS], marks=pytest.mark.long)], ids=["some", "all"])
