@@ -77,9 +77,8 @@ def shard_latents(model: AlignedSAE, mesh: DeviceMesh, optimizer: SparcAdam | No
             value = named[pattern.format(s)]
             whole, value.grad = value.shape, None
             value.data = _block(value.data, dim, start, stop)
-            for name, moment in (optimizer.state.get(value, {}) if optimizer else {}).items():
-                if moment.shape == whole:
-                    optimizer.state[value][name] = _block(moment, dim, start, stop)  # type: ignore[union-attr]
+            state = optimizer.state.get(value, {}) if optimizer else {}
+            state.update({name: _block(x, dim, start, stop) for name, x in state.items() if x.shape == whole})
     model.__class__ = ShardedSAE
     sharded: Any = model
     sharded.ranks, sharded.block = ranks, (start, stop)
@@ -302,7 +301,6 @@ class ShardedSAE(AlignedSAE):
         Returns:
             [B, d], on every rank.
         """
-
         w_dec, bias = self.decoder_of(t)
         part = gather_sum(ids, values[None], w_dec.t(), None, True, resolve_impl(self.impl, w_dec))[0]
         return (self.ranks.latents.total(part, "reconstructions") + bias).to(w_dec.dtype)
