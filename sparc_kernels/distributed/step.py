@@ -78,10 +78,7 @@ def sharded_step(
     through = ranks.latents.total(torch.cat(dbias_sums), "pre-biases").split([len(d) for d in dbias_sums])
     grads = [g for db, d in zip(result.dbiases, through, strict=True) for g in (None, None, db.to(d) - d, None)]
     adam_stream_(rows_of_params, grads, first, second, scalars, *hyper, update_impl)
-    torch.autograd.graph.increment_version(params)
-    if half:
-        optimizer.half_weights_written()
-    optimizer._opt_called = True  # type: ignore[attr-defined]  # read by learning rate schedulers
+    optimizer.stepped(params, half is not None)
     return result.loss, result.terms, result.aux_terms
 
 

@@ -69,10 +69,7 @@ def fused_step(
     impl = settings.impl if settings.impl == static[-1] else "torch"  # a plan is all of Triton
     loss, terms, aux_terms = _step(tensors, static, (number, group["weight_decay"]), impl=impl)
     assert loss is not None and terms is not None, "every step has a loss"
-    torch.autograd.graph.increment_version(params)
-    if half:
-        optimizer.half_weights_written()
-    optimizer._opt_called = True  # type: ignore[attr-defined]  # read by learning rate schedulers
+    optimizer.stepped(params, half is not None)
     return loss, terms, aux_terms
 
 

@@ -276,10 +276,17 @@ class SparcAdam(torch.optim.Optimizer):
             return None
         return self._shadow.of(weights)
 
-    def half_weights_written(self) -> None:
-        """Mark the half-precision copies as up to date after a fused step."""
-        if self._shadow is not None:
+    def stepped(self, params: list[torch.nn.Parameter], half: bool) -> None:
+        """Note that a fused step has changed the parameters.
+
+        Args:
+            params: of all streams.
+            half: whether it wrote the half-precision copies too.
+        """
+        torch.autograd.graph.increment_version(params)
+        if half and self._shadow is not None:
             self._shadow.written(self._matrices())
+        self._opt_called = True  # read by learning rate schedulers
 
     def _matrices(self):
         return [[w_enc, w_dec.t()] for w_enc, w_dec, *_ in self.streams()]
